@@ -1,0 +1,122 @@
+"""Shape of the model and of its attention."""
+
+from dataclasses import dataclass
+
+from msa_train.config.options import Activation, AttentionKind, QkNorm
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """Architecture of a GQA + sigmoid-routed mixture-of-experts language model."""
+
+    name: str = "tiny"
+    num_layers: int = 4
+    hidden_size: int = 128
+    num_heads: int = 4
+    "query heads"
+    num_kv_heads: int = 2
+    "key/value heads; one KV group, and one MSA selection, each"
+    head_dim: int = 32
+    vocab_size: int = 512
+    "rows of the embedding; at least the tokenizer's size"
+    ffn_hidden_size: int = 256
+    "width of the dense feed-forward layers"
+    num_dense_ffn_layers: int = 1
+    "the first layers have a dense feed-forward network instead of experts"
+    num_experts: int = 8
+    moe_router_topk: int = 2
+    moe_ffn_hidden_size: int = 64
+    "width of one routed expert"
+    shared_expert_hidden_size: int = 64
+    "width of the shared expert, 0 for none"
+    routed_scaling_factor: float = 1.0
+    "factor on the sum of the routed experts' outputs"
+    router_bias_update_rate: float = 1e-3
+    "step of the auxiliary-loss-free expert bias; 0 freezes it"
+    layer_attention: str = "full,msa"
+    "attention per layer: comma-separated kinds, `kind*n` repeats, the last one fills the rest"
+    rotary_dim: int = 16
+    "rotated channels of each head, the first ones; also of the index heads"
+    rope_theta: float = 10000.0
+    qk_norm: QkNorm = QkNorm.head
+    norm_eps: float = 1e-6
+    zero_centered_norm: bool = True
+    "norm weights act as 1 + w, w initialised to 0 (Gemma style)"
+    activation: Activation = Activation.swiglu_oai
+    tie_embeddings: bool = False
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        _positive(
+            self, "num_layers hidden_size num_heads num_kv_heads head_dim vocab_size ffn_hidden_size".split()
+        )
+        _positive(self, "num_experts moe_router_topk moe_ffn_hidden_size".split())
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"model.num_kv_heads={self.num_kv_heads}: must divide model.num_heads={self.num_heads}"
+            )
+        if self.moe_router_topk > self.num_experts:
+            raise ValueError(
+                f"model.moe_router_topk={self.moe_router_topk}: must be at most "
+                f"model.num_experts={self.num_experts}"
+            )
+        if not 0 <= self.num_dense_ffn_layers <= self.num_layers:
+            raise ValueError(
+                f"model.num_dense_ffn_layers={self.num_dense_ffn_layers}: must be from 0 to "
+                f"model.num_layers={self.num_layers}"
+            )
+        if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
+            raise ValueError(
+                f"model.rotary_dim={self.rotary_dim}: must be even and at most "
+                f"model.head_dim={self.head_dim}"
+            )
+        self.attention_kinds()
+
+    def attention_kinds(self) -> list[AttentionKind]:
+        """Attention of each layer, e.g. "full*3,msa" with 5 layers -> [full, full, full, msa, msa]."""
+        kinds: list[AttentionKind] = []
+        for part in self.layer_attention.split(","):
+            name, _, count = part.strip().partition("*")
+            if name not in AttentionKind.__members__ or (count and not count.isdecimal()):
+                raise ValueError(
+                    f"model.layer_attention={self.layer_attention}: '{part}' is not one of "
+                    f"{', '.join(AttentionKind.__members__)} with an optional '*count'"
+                )
+            kinds += [AttentionKind[name]] * int(count or 1)
+        if len(kinds) > self.num_layers:
+            raise ValueError(
+                f"model.layer_attention={self.layer_attention}: names {len(kinds)} layers, "
+                f"model.num_layers={self.num_layers}"
+            )
+        return kinds + [kinds[-1]] * (self.num_layers - len(kinds))
+
+
+@dataclass(kw_only=True, slots=True)
+class AttentionConfig:
+    """MiniMax Sparse Attention: block selection and the training of its index branch."""
+
+    block_size: int = 128
+    "tokens per key block; also the alignment of documents in a pack"
+    topk: int = 16
+    "blocks each query and KV group attends to, the local block included"
+    local_blocks: int = 1
+    "last blocks up to the query's own that are always selected; they use top-k slots"
+    index_head_dim: int = 128
+    kl_weight: float = 1.0
+    "factor of the KL loss, summed over layers, that trains the index branch; 0 freezes the branch"
+
+    def __post_init__(self) -> None:
+        _positive(self, "block_size topk local_blocks index_head_dim".split())
+        if self.local_blocks > self.topk:
+            raise ValueError(
+                f"attention.local_blocks={self.local_blocks}: must be at most attention.topk={self.topk}"
+            )
+        if self.kl_weight < 0:
+            raise ValueError(f"attention.kl_weight={self.kl_weight}: must not be negative")
+
+
+def _positive(config: object, names: list[str]) -> None:
+    for name in names:
+        if getattr(config, name) <= 0:
+            section = type(config).__name__.removesuffix("Config").lower()
+            raise ValueError(f"{section}.{name}={getattr(config, name)}: must be positive")

@@ -1,0 +1,80 @@
+"""Choices a user can make by name. Values are what is written in YAML and on the command line."""
+
+from enum import Enum
+
+
+class Engine(Enum):
+    """Who owns gradient reduction, optimizer and schedule."""
+
+    auto = "auto"  # megatron with GPUs, torch without
+    megatron = "megatron"  # Megatron's DDP, distributed optimizer and pipeline schedules
+    torch = "torch"  # gradient all-reduce and torch.optim.AdamW; any device
+
+
+class Device(Enum):
+    """Where the workers compute."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class KvExchange(Enum):
+    """How an MSA layer gets the keys and values of other context-parallel ranks."""
+
+    selected = "selected"  # only the (block, group) pairs that a local query selected
+    all_gather = "all_gather"  # all keys and values, gathered; gradients reduce-scattered
+    ring = "ring"  # one neighbour's shard at a time, partial results merged by log-sum-exp
+
+
+class Precision(Enum):
+    """dtype of the model's parameters and activations; optimizer state is at least fp32."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp64 = "fp64"  # for exactness tests
+
+
+class Recompute(Enum):
+    """What is computed again in the backward pass instead of being kept."""
+
+    none = "none"
+    full = "full"  # every transformer layer; the block selection is replayed, not repeated
+
+
+class LrSchedule(Enum):
+    """Shape of the learning rate after the warm-up."""
+
+    cosine = "cosine"
+    wsd = "wsd"  # constant, then linear decay over the last `decay_fraction`
+    constant = "constant"
+
+
+class QkNorm(Enum):
+    """RMS normalisation of queries and keys before the rotary embedding."""
+
+    none = "none"
+    head = "head"  # one weight of head_dim, shared by the heads (M3)
+    width = "width"  # one weight over all heads together (M2)
+
+
+class Activation(Enum):
+    """Gated activation of feed-forward layers and experts."""
+
+    swiglu = "swiglu"
+    swiglu_oai = "swiglu_oai"  # (clamp(up, +-7) + 1) * g * sigmoid(1.702 g), g = min(gate, 7)
+
+
+class AttentionKind(Enum):
+    """Attention of one layer."""
+
+    full = "full"
+    msa = "msa"
+
+
+class Progress(Enum):
+    """How the training loop reports on the terminal."""
+
+    auto = "auto"  # a bar on a terminal, lines otherwise
+    bar = "bar"
+    lines = "lines"

@@ -1,0 +1,168 @@
+"""Rules between configuration fields, checked before any process starts.
+
+Each violation is a ValueError of one line: name=value, the rule, the fix.
+"""
+
+from collections.abc import Callable
+
+from msa_train.config.options import Engine, Precision
+from msa_train.config.run import RunConfig
+
+
+def resolve_engine(config: RunConfig, *, has_gpu: bool) -> Engine:
+    """The engine that `auto` stands for on this kind of machine."""
+    if config.engine is not Engine.auto:
+        return config.engine
+    return Engine.megatron if has_gpu else Engine.torch
+
+
+def check_rules(config: RunConfig, *, world_size: int, has_gpu: bool) -> None:
+    """Check everything that can be checked without reading files.
+
+    Args:
+        config: the whole run.
+        world_size: number of worker processes over all nodes.
+        has_gpu: whether the workers compute on GPUs.
+
+    Raises:
+        ValueError: naming the value, the rule and the fix.
+    """
+    rules: tuple[Callable[[RunConfig], None], ...] = (
+        _positive_sizes,
+        _sequence,
+        _tensor_parallel,
+        _experts,
+        _training,
+    )
+    for rule in rules:
+        rule(config)
+    _world(config, world_size)
+    _engine(config, has_gpu)
+
+
+def _positive_sizes(config: RunConfig) -> None:
+    parallel, train = config.parallel, config.train
+    for name in ("cp_size", "ep_size", "tp_size", "pp_size"):
+        if getattr(parallel, name) < 1:
+            raise ValueError(f"parallel.{name}={getattr(parallel, name)}: must be at least 1")
+    for name in ("steps", "global_batch_size", "validation_packs"):
+        if getattr(train, name) < 1:
+            raise ValueError(f"train.{name}={getattr(train, name)}: must be at least 1")
+    at_least_zero = {
+        "train.validate_every": train.validate_every,
+        "checkpoint.every": config.checkpoint.every,
+        "checkpoint.keep_last": config.checkpoint.keep_last,
+        "optim.warmup_steps": config.optim.warmup_steps,
+        "optim.clip_grad": config.optim.clip_grad,
+        "optim.weight_decay": config.optim.weight_decay,
+        "launcher.num_processes": config.launcher.num_processes,
+    }
+    for name, value in at_least_zero.items():
+        if value < 0:
+            raise ValueError(f"{name}={value}: must not be negative")
+    for name, value in {
+        "logging.every": config.logging.every,
+        "launcher.threads_per_process": config.launcher.threads_per_process,
+        "launcher.timeout_s": config.launcher.timeout_s,
+        "data.seq_len": config.data.seq_len,
+    }.items():
+        if value < 1:
+            raise ValueError(f"{name}={value}: must be at least 1")
+
+
+def _sequence(config: RunConfig) -> None:
+    seq_len, block_size = config.data.seq_len, config.attention.block_size
+    unit = config.parallel.cp_size * block_size
+    if seq_len % unit:
+        lower = seq_len // unit * unit
+        choices = f"{lower} or {lower + unit}" if lower else f"{unit}"
+        raise ValueError(
+            f"data.seq_len={seq_len}: must be a multiple of parallel.cp_size * attention.block_size = "
+            f"{config.parallel.cp_size} * {block_size} = {unit}; use {choices}"
+        )
+    if not 0 <= config.data.validation_fraction < 1:
+        raise ValueError(
+            f"data.validation_fraction={config.data.validation_fraction}: must be from 0 to below 1"
+        )
+
+
+def _tensor_parallel(config: RunConfig) -> None:
+    tp_size, model = config.parallel.tp_size, config.model
+    for name in ("num_kv_heads", "vocab_size", "ffn_hidden_size"):
+        if getattr(model, name) % tp_size:
+            raise ValueError(
+                f"model.{name}={getattr(model, name)}: parallel.tp_size={tp_size} must divide it"
+            )
+    if (config.data.seq_len // config.parallel.cp_size) % tp_size:
+        raise ValueError(
+            f"parallel.tp_size={tp_size}: must divide data.seq_len / parallel.cp_size = "
+            f"{config.data.seq_len // config.parallel.cp_size} (sequence parallelism)"
+        )
+    if config.model.num_layers % config.parallel.pp_size:
+        raise ValueError(
+            f"parallel.pp_size={config.parallel.pp_size}: must divide model.num_layers={model.num_layers}"
+        )
+
+
+def _experts(config: RunConfig) -> None:
+    ep_size, num_experts = config.parallel.ep_size, config.model.num_experts
+    if num_experts % ep_size:
+        raise ValueError(
+            f"model.num_experts={num_experts}: parallel.ep_size={ep_size} must divide it; "
+            f"use one of {', '.join(str(n) for n in range(1, num_experts + 1) if num_experts % n == 0)}"
+        )
+
+
+def _training(config: RunConfig) -> None:
+    optim = config.optim
+    if optim.lr <= 0:
+        raise ValueError(f"optim.lr={optim.lr}: must be positive")
+    for name in ("min_lr_ratio", "decay_fraction"):
+        if not 0 <= getattr(optim, name) <= 1:
+            raise ValueError(f"optim.{name}={getattr(optim, name)}: must be from 0 to 1")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(optim, name) < 1:
+            raise ValueError(f"optim.{name}={getattr(optim, name)}: must be from 0 to below 1")
+
+
+def _world(config: RunConfig, world_size: int) -> None:
+    parallel = config.parallel
+    unit = parallel.tp_size * parallel.pp_size * parallel.cp_size
+    if world_size % unit:
+        raise ValueError(
+            f"launcher.num_processes={world_size}: must be a multiple of parallel.tp_size * pp_size * cp_size"
+            f" = {parallel.tp_size} * {parallel.pp_size} * {parallel.cp_size} = {unit}; "
+            f"use launcher.num_processes={max(world_size // unit, 1) * unit} or smaller parallel sizes"
+        )
+    stage = world_size // parallel.pp_size
+    if stage % parallel.ep_size:
+        raise ValueError(
+            f"parallel.ep_size={parallel.ep_size}: must divide the {stage} ranks of a pipeline stage "
+            f"(launcher.num_processes={world_size} / parallel.pp_size={parallel.pp_size}); "
+            f"use one of {', '.join(str(n) for n in range(1, stage + 1) if stage % n == 0)}"
+        )
+    dp_size = world_size // unit
+    if config.train.global_batch_size % dp_size:
+        raise ValueError(
+            f"train.global_batch_size={config.train.global_batch_size}: must be a multiple of the data-"
+            f"parallel size {dp_size} (launcher.num_processes={world_size} / {unit}); use "
+            f"train.global_batch_size={-(-config.train.global_batch_size // dp_size) * dp_size}"
+        )
+
+
+def _engine(config: RunConfig, has_gpu: bool) -> None:
+    engine, parallel = resolve_engine(config, has_gpu=has_gpu), config.parallel
+    if engine is Engine.megatron and not has_gpu:
+        raise ValueError(
+            "engine=megatron: Megatron's optimizer and schedules need GPUs and none is used; "
+            "use engine=torch (or engine=auto)"
+        )
+    if engine is Engine.torch:
+        for name in ("tp_size", "pp_size"):
+            if getattr(parallel, name) > 1:
+                raise ValueError(
+                    f"parallel.{name}={getattr(parallel, name)}: engine=torch has context, expert and data "
+                    f"parallelism only; use parallel.{name}=1 or engine=megatron on GPUs"
+                )
+    if engine is Engine.megatron and config.train.precision is Precision.fp64:
+        raise ValueError("train.precision=fp64: is for engine=torch; use engine=torch, fp32 or bf16")

@@ -1,0 +1,139 @@
+"""Everything about a run apart from the model's shape."""
+
+from dataclasses import dataclass, field
+
+from msa_train.config.model import AttentionConfig, ModelConfig
+from msa_train.config.options import (
+    Device,
+    Engine,
+    KvExchange,
+    LrSchedule,
+    Precision,
+    Progress,
+    Recompute,
+)
+
+
+@dataclass(kw_only=True, slots=True)
+class ParallelConfig:
+    """Sizes of the process groups. Data parallelism takes what remains of the world."""
+
+    cp_size: int = 1
+    "context parallelism: ranks that share one sequence"
+    ep_size: int = 1
+    "expert parallelism: ranks that share the experts; may span context and data parallel ranks"
+    tp_size: int = 1
+    "tensor parallelism (with sequence parallelism); engine=megatron only"
+    pp_size: int = 1
+    "pipeline parallelism; engine=megatron only"
+    kv_exchange: KvExchange = KvExchange.selected
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """Where text comes from and how it becomes sequences."""
+
+    corpus: str = "stdlib"
+    "'stdlib' (source files of this Python), or a file, folder or glob of text, JSONL or Megatron .bin/.idx"
+    tokenizer: str = "bytes"
+    "'bytes', or the path of a tokenizer.json"
+    text_field: str = "text"
+    "key of the text in JSONL records"
+    seq_len: int = 8192
+    "tokens of one pack, padding included; split over the context-parallel ranks"
+    validation_fraction: float = 0.05
+    "share of documents held out, chosen by a hash of the document's name"
+    seed: int = 1234
+    "order of documents"
+    cache_dir: str = "~/.cache/msa_train"
+    "tokenized corpora are kept here and found again"
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW and its learning rate."""
+
+    lr: float = 3e-4
+    min_lr_ratio: float = 0.1
+    "final learning rate as a share of lr"
+    schedule: LrSchedule = LrSchedule.cosine
+    warmup_steps: int = 100
+    decay_fraction: float = 0.2
+    "share of the steps over which wsd decays"
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip_grad: float = 1.0
+    "maximum of the global gradient norm; 0 switches clipping off"
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """Length and arithmetic of the training."""
+
+    steps: int = 100
+    global_batch_size: int = 1
+    "packs per optimizer step over all data-parallel ranks and accumulation"
+    precision: Precision = Precision.bf16
+    recompute: Recompute = Recompute.none
+    validate_every: int = 100
+    "steps between validations; 0 for none"
+    validation_packs: int = 8
+    "packs of held-out documents per validation"
+    seed: int = 1234
+    "initial weights"
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    """When checkpoints are written and from where a run starts."""
+
+    every: int = 100
+    "steps between checkpoints; one more is written after the last step; 0 for none at all"
+    keep_last: int = 2
+    "older checkpoints are removed; 0 keeps all"
+    load: str = ""
+    "run_dir or checkpoint folder to start from when run_dir has none; any parallel layout"
+
+
+@dataclass(kw_only=True, slots=True)
+class LoggingConfig:
+    """What is written while training."""
+
+    every: int = 1
+    "steps between entries of metrics.jsonl and TensorBoard"
+    tensorboard: bool = True
+    progress: Progress = Progress.auto
+
+
+@dataclass(kw_only=True, slots=True)
+class LauncherConfig:
+    """Local worker processes."""
+
+    num_processes: int = 0
+    "workers on this machine; 0: one per GPU, or 2 without GPUs; ignored under torchrun and srun"
+    device: Device = Device.auto
+    threads_per_process: int = 1
+    "CPU threads of a worker"
+    timeout_s: int = 600
+    "longest wait of a collective, in seconds, before the job is taken down"
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """One training run."""
+
+    name: str = "unnamed"
+    run_dir: str = "runs/unnamed"
+    "checkpoints, logs and metrics; a run goes on where its run_dir stopped"
+    engine: Engine = Engine.auto
+    model: ModelConfig = field(default_factory=ModelConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)

@@ -1,0 +1,10 @@
+"""Operators of MiniMax Sparse Attention: block selection, block-sparse attention, the index branch's KL loss.
+
+Depends on torch only. Every operator has a plain `reference` and an `op` that never holds a
+query-by-sequence matrix.
+"""
+
+from msa_kernels.block_sparse_attention.op import block_sparse_attention
+from msa_kernels.select_blocks.op import select_blocks
+
+__all__ = ["block_sparse_attention", "select_blocks"]

@@ -1,0 +1,1 @@
+"""Exact attention over selected key/value blocks, with the KL loss that trains the selection."""

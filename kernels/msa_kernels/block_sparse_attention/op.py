@@ -1,0 +1,132 @@
+"""Block-sparse attention of one process over a whole pack, with autograd.
+
+Shapes: T queries, M KV groups, G query heads per group, D head dim, S keys of the pack.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msa_kernels.block_sparse_attention.pool import (
+    BlockPool,
+    SparseQueries,
+    pool_backward,
+    pool_forward,
+)
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    *,
+    block_size: int,
+    softmax_scale: float | None = None,
+    query_offset: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of each query over the visible tokens of its selected blocks.
+
+    Args:
+        q: [T, num_heads, D] queries of positions `query_offset ...`.
+        k, v: [S, num_kv_heads, D]; num_kv_heads divides num_heads.
+        block_indices: [T, num_kv_heads, topk] int, global block ids, -1 for none, no id twice in a row.
+            Blocks must lie in the query's document and not in its future (`select_blocks` gives such).
+        block_size: tokens per block; divides S.
+        softmax_scale: factor of the scores, default D ** -0.5.
+        query_offset: position of the first query in the pack.
+
+    Returns:
+        out [T, num_heads, D] in q's dtype and lse [T, num_heads], natural log, fp32 (fp64 for fp64 inputs,
+        not differentiable). A query without blocks gets out 0 and lse -inf.
+
+    Raises:
+        ValueError: on shapes or sizes that do not fit.
+
+    Source: arXiv 2606.13392 section 2.
+    """
+    _check(q, k, v, block_indices, block_size)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    return _BlockSparseAttention.apply(q, k, v, block_indices, block_size, scale, query_offset)
+
+
+class _BlockSparseAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        block_indices: Tensor,
+        block_size: int,
+        softmax_scale: float,
+        query_offset: int,
+    ) -> tuple[Tensor, Tensor]:
+        queries, pool, entries = _problem(q, k, v, block_indices, block_size, softmax_scale, query_offset)
+        result = pool_forward(queries, pool, entries)
+        ctx.save_for_backward(q, k, v, block_indices, result.out, result.lse)
+        ctx.arguments = (block_size, softmax_scale, query_offset)
+        lse = result.lse.flatten(1)
+        ctx.mark_non_differentiable(lse)
+        return result.out.flatten(1, 2).to(q.dtype), lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, block_indices, out, lse = ctx.saved_tensors
+        queries, pool, entries = _problem(q, k, v, block_indices, *ctx.arguments)
+        dout = dout.view_as(out).to(out.dtype)
+        grads = pool_backward(queries, pool, entries, dout, (dout * out).sum(-1), lse, None)
+        dk, dv = unpack_blocks(grads.dkv, k.shape[1])
+        return grads.dq.flatten(1, 2).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *(None,) * 4
+
+
+def _problem(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    block_size: int,
+    softmax_scale: float,
+    query_offset: int,
+) -> tuple[SparseQueries, BlockPool, Tensor]:
+    """All blocks of all groups as a pool: entry = group * num_blocks + block."""
+    T, M, num_blocks = q.shape[0], k.shape[1], k.shape[0] // block_size
+    position = torch.arange(query_offset, query_offset + T, device=q.device)
+    queries = SparseQueries(q=q.view(T, M, -1, q.shape[-1]), position=position, softmax_scale=softmax_scale)
+    block = torch.arange(num_blocks, device=q.device).repeat(M)
+    pool = BlockPool(kv=pack_blocks(k, v, block_size), block=block)
+    group = torch.arange(M, device=q.device)[:, None]
+    ids = block_indices.long()
+    return queries, pool, torch.where(ids >= 0, ids + group * num_blocks, -1)
+
+
+def pack_blocks(k: Tensor, v: Tensor, block_size: int) -> Tensor:
+    """Keys and values by (group, block): k, v [S, M, D] -> [M * S / block_size, 2, block_size, D]."""
+    M, D = k.shape[1:]
+    kv = torch.stack((k, v)).view(2, -1, block_size, M, D)
+    return kv.permute(3, 1, 0, 2, 4).reshape(-1, 2, block_size, D)
+
+
+def unpack_blocks(kv: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """Inverse of `pack_blocks`: [M * NB, 2, B, D] -> k, v [NB * B, M, D]."""
+    D = kv.shape[-1]
+    k, v = kv.view(num_groups, -1, *kv.shape[1:]).permute(2, 1, 3, 0, 4).reshape(2, -1, num_groups, D)
+    return k, v
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, block_size: int) -> None:
+    if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or q.shape[-1] != k.shape[-1]:
+        raise ValueError(
+            f"q.shape={tuple(q.shape)}, k.shape={tuple(k.shape)}, v.shape={tuple(v.shape)}: must be "
+            "[T, num_heads, D], [S, num_kv_heads, D] twice"
+        )
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"num_heads={q.shape[1]}: must be a multiple of num_kv_heads={k.shape[1]}")
+    if block_indices.dim() != 3 or block_indices.shape[:2] != (q.shape[0], k.shape[1]):
+        raise ValueError(
+            f"block_indices.shape={tuple(block_indices.shape)}: must be [T, num_kv_heads, topk] = "
+            f"[{q.shape[0]}, {k.shape[1]}, topk]"
+        )
+    if k.shape[0] % block_size:
+        raise ValueError(f"S={k.shape[0]}: must be a multiple of block_size={block_size}")

@@ -1,0 +1,312 @@
+"""Block-sparse attention over a pool of key/value blocks, forward and backward, in bounded memory.
+
+A pool is any set of (block, group) pairs: the local shard, what was fetched from other ranks, a shard that
+passes by on a ring. Results over several pools merge by log-sum-exp. Work is grouped by pool entry, so
+that each block is read once per W queries and the products are dense matrix products.
+
+Shapes: T queries, M KV groups, G query heads per group, R = T * M rows, K top-k slots, N pool entries,
+B block size, D head dim, Di index head dim. Sums run in fp32 (fp64 for fp64 inputs).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from msa_kernels.block_sparse_attention.work_list import WorkList, build_work_list
+
+# Values of one score tile, and of the buffer that holds a partial result per (row, slot).
+_TILE_ELEMENTS = 2**21
+_SLOT_ELEMENTS = 2**25
+
+
+@dataclass(slots=True)
+class SparseQueries:
+    """The query side of one call, this rank's tokens.
+
+    q: [T, M, G, D]; position: [T] int64 in the pack. q_index: [T, M, Di] and k_index: [NB, B, Di], index
+    keys of the whole pack by block, or None when the KL loss is not computed.
+    """
+
+    q: Tensor
+    position: Tensor
+    softmax_scale: float
+    q_index: Tensor | None = None
+    k_index: Tensor | None = None
+    index_scale: float = 1.0
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """dtype of scores and sums."""
+        return torch.float64 if self.q.dtype == torch.float64 else torch.float32
+
+
+@dataclass(slots=True)
+class BlockPool:
+    """Readable (block, group) pairs. kv: [N, 2, B, D] keys and values; block: [N] int64 global block ids."""
+
+    kv: Tensor
+    block: Tensor
+
+
+@dataclass(slots=True)
+class PoolOutput:
+    """Attention over one pool: out [T, M, G, D], lse [T, M, G], lse_index [T, M] (None without KL)."""
+
+    out: Tensor
+    lse: Tensor
+    lse_index: Tensor | None
+
+
+@dataclass(slots=True)
+class KlTerm:
+    """The KL loss in a backward pass. weight: factor of sum over queries and groups of the divergence."""
+
+    lse_index: Tensor
+    weight: float
+
+
+@dataclass(slots=True)
+class PoolGrads:
+    """Gradients over one pool, in the compute dtype.
+
+    dq [T, M, G, D]; dkv [N, 2, B, D]; with a KL term dq_index [T, M, Di], dk_index [N, B, Di] and kl, the
+    unweighted sum of the divergences over this pool's tokens (fp64 scalar).
+    """
+
+    dq: Tensor
+    dkv: Tensor
+    dq_index: Tensor | None
+    dk_index: Tensor | None
+    kl: Tensor | None
+
+
+def pool_forward(queries: SparseQueries, pool: BlockPool, entries: Tensor) -> PoolOutput:
+    """Attention of every query over its entries of the pool.
+
+    Args:
+        queries: see SparseQueries.
+        pool: see BlockPool.
+        entries: [T, M, K] int64 pool entry per slot, -1 for none; an entry belongs to one group.
+
+    Returns:
+        PoolOutput in the compute dtype. A row without entries has out 0 and lse -inf.
+    """
+    T, M, G, D = queries.q.shape
+    dtype = queries.compute_dtype
+    out = torch.zeros(T, M, G, D, dtype=dtype, device=queries.q.device)
+    lse = torch.full((T, M, G), float("-inf"), dtype=dtype, device=queries.q.device)
+    lse_index = None if queries.q_index is None else torch.full_like(lse[:, :, 0], float("-inf"))
+    for chunk in _chunks(T, M * entries.shape[2] * G * D):
+        part = _Chunk(queries, pool, entries, chunk)
+        out[chunk], lse[chunk], part_index = _forward_chunk(part)
+        if lse_index is not None:
+            assert part_index is not None, "index queries are in every chunk or in none"
+            lse_index[chunk] = part_index
+    return PoolOutput(out=out, lse=lse, lse_index=lse_index)
+
+
+def pool_backward(
+    queries: SparseQueries,
+    pool: BlockPool,
+    entries: Tensor,
+    dout: Tensor,
+    delta: Tensor,
+    lse: Tensor,
+    kl_term: KlTerm | None,
+) -> PoolGrads:
+    """Gradients of attention over one pool; probabilities are computed again from the merged lse.
+
+    Args:
+        queries, pool, entries: as in the forward.
+        dout: [T, M, G, D]; delta: [T, M, G] rowsum(dout * out) of the merged out; lse: [T, M, G] merged.
+        kl_term: gradient and value of the KL loss too, as d ds = weight * (student - teacher), arXiv
+            2606.13392 and its kernels' backward; None leaves it out.
+    """
+    T, M, G, D = queries.q.shape
+    dtype, device = queries.compute_dtype, queries.q.device
+    with_kl = kl_term is not None and queries.q_index is not None
+    grads = PoolGrads(
+        dq=torch.zeros(T, M, G, D, dtype=dtype, device=device),
+        dkv=torch.zeros(pool.kv.shape, dtype=dtype, device=device),
+        dq_index=None,
+        dk_index=None,
+        kl=None,
+    )
+    if with_kl:
+        assert queries.q_index is not None, "with_kl implies index queries"
+        grads.dq_index = torch.zeros(queries.q_index.shape, dtype=dtype, device=device)
+        index_shape = (pool.kv.shape[0], pool.kv.shape[2], queries.q_index.shape[-1])
+        grads.dk_index = torch.zeros(index_shape, dtype=dtype, device=device)
+        grads.kl = torch.zeros((), dtype=torch.float64, device=device)
+    for chunk in _chunks(T, M * entries.shape[2] * G * D):
+        part = _Chunk(queries, pool, entries, chunk)
+        rows = _BackwardRows(part, dout[chunk], delta[chunk], lse[chunk], kl_term if with_kl else None, chunk)
+        _backward_chunk(part, rows, grads, chunk)
+    return grads
+
+
+def _chunks(num_queries: int, elements_per_query: int) -> Iterator[slice]:
+    size = max(1, _SLOT_ELEMENTS // elements_per_query)
+    for begin in range(0, num_queries, size):
+        yield slice(begin, min(begin + size, num_queries))
+
+
+class _Chunk:
+    """Consecutive queries flattened to rows (query, group), with their work lists."""
+
+    def __init__(self, queries: SparseQueries, pool: BlockPool, entries: Tensor, chunk: slice) -> None:
+        self.queries, self.pool, self.dtype = queries, pool, queries.compute_dtype
+        q = queries.q[chunk]
+        self.num_queries, self.M, self.G, self.D = q.shape
+        self.K = entries.shape[2]
+        self.q = (q.to(self.dtype) * queries.softmax_scale).flatten(0, 1)
+        self.q_index = None
+        if queries.q_index is not None:
+            self.q_index = (queries.q_index[chunk].to(self.dtype) * queries.index_scale).flatten(0, 1)
+        self.position = queries.position[chunk].repeat_interleave(self.M)
+        self.entries = entries[chunk].flatten(0, 1)
+
+    def work(self) -> Iterator[tuple[WorkList, bool]]:
+        """Work lists with a flag: True where the query lies inside the block (causal mask needed)."""
+        num_entries, block_size = self.pool.kv.shape[0], self.pool.kv.shape[2]
+        if num_entries == 0:
+            return
+        rows_per_item = max(8, 128 // self.G)
+        used = self.entries >= 0
+        own = self.pool.block[self.entries.clamp(min=0)] == (self.position // block_size)[:, None]
+        for keep, diagonal in ((used & ~own, False), (used & own, True)):
+            work = build_work_list(
+                self.entries, keep, num_entries=num_entries, rows_per_item=rows_per_item
+            )
+            per_batch = max(1, _TILE_ELEMENTS // (rows_per_item * self.G * block_size))
+            for begin in range(0, work.entry.numel(), per_batch):
+                stop = begin + per_batch
+                yield WorkList(pair=work.pair[begin:stop], entry=work.entry[begin:stop]), diagonal
+
+    def scores(self, work: WorkList, row: Tensor, diagonal: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q [I, W*G, D], k, v [I, B, D] and scaled scores [I, W*G, B], -inf in the query's future."""
+        q = self.q[row].view(row.shape[0], -1, self.D)
+        kv = self.pool.kv[work.entry].to(self.dtype)
+        scores = torch.bmm(q, kv[:, 0].transpose(1, 2))
+        if diagonal:
+            future = self._future(work, row)
+            scores.view(*row.shape, self.G, -1).masked_fill_(future[:, :, None], float("-inf"))
+        return q, kv[:, 0], kv[:, 1], scores
+
+    def index_scores(self, work: WorkList, row: Tensor, diagonal: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Index queries [I, W, Di], index keys [I, B, Di] and scaled index scores [I, W, B]."""
+        assert self.q_index is not None, "index scores need index queries"
+        assert self.queries.k_index is not None, "index scores need index keys"
+        q = self.q_index[row]
+        k = self.queries.k_index[self.pool.block[work.entry]].to(self.dtype)
+        scores = torch.bmm(q, k.transpose(1, 2))
+        if diagonal:
+            scores.masked_fill_(self._future(work, row), float("-inf"))
+        return q, k, scores
+
+    def _future(self, work: WorkList, row: Tensor) -> Tensor:
+        block_size = self.pool.kv.shape[2]
+        token = torch.arange(block_size, device=row.device)
+        token = self.pool.block[work.entry][:, None] * block_size + token
+        return token[:, None, :] > self.position[row][:, :, None]
+
+
+def _forward_chunk(part: _Chunk) -> tuple[Tensor, Tensor, Tensor | None]:
+    rows, G, D, K = part.q.shape[0], part.G, part.D, part.K
+    # One more pair than there are, at the end: the empty places of items write there.
+    out = part.q.new_zeros(rows * K + 1, G, D)
+    lse = part.q.new_full((rows * K + 1, G), float("-inf"))
+    lse_index = None if part.q_index is None else part.q.new_full((rows * K + 1,), float("-inf"))
+    for work, diagonal in part.work():
+        row = work.pair.clamp(min=0) // K
+        target = torch.where(work.pair < 0, rows * K, work.pair)
+        _, _, v, scores = part.scores(work, row, diagonal)
+        peak = scores.amax(-1, keepdim=True)
+        p = scores.sub_(peak).exp_()
+        total = p.sum(-1, keepdim=True)
+        out[target] = torch.bmm(p, v).div_(total).view(*row.shape, G, D)
+        lse[target] = (peak + total.log()).view(*row.shape, G)
+        if lse_index is not None:
+            lse_index[target] = part.index_scores(work, row, diagonal)[2].logsumexp(-1)
+    # The spare pair collected the empty places; it is cut off here.
+    out, lse = out[:-1].view(rows, K, G, D), lse[:-1].view(rows, K, G)
+    total_lse = lse.logsumexp(1)
+    weight = (lse - _finite(total_lse)[:, None]).exp()
+    merged = torch.einsum("rkgd,rkg->rgd", out, weight)
+    shape = (part.num_queries, part.M)
+    index = None if lse_index is None else lse_index[:-1].view(rows, K).logsumexp(1).view(shape)
+    return merged.view(*shape, G, D), total_lse.view(*shape, G), index
+
+
+class _BackwardRows:
+    """What the backward needs per row (query, group) besides the queries."""
+
+    def __init__(
+        self, part: _Chunk, dout: Tensor, delta: Tensor, lse: Tensor, kl_term: KlTerm | None, chunk: slice
+    ) -> None:
+        self.dout = dout.to(part.dtype).flatten(0, 1)
+        self.delta = delta.flatten(0, 1)
+        self.lse = lse.flatten(0, 1)
+        self.kl_weight = 0.0 if kl_term is None else kl_term.weight
+        self.lse_index = None if kl_term is None else kl_term.lse_index[chunk].flatten(0, 1)
+
+
+def _backward_chunk(part: _Chunk, rows: _BackwardRows, grads: PoolGrads, chunk: slice) -> None:
+    num_rows, G, D, K = part.q.shape[0], part.G, part.D, part.K
+    dq = part.q.new_zeros(num_rows * K + 1, G, D)
+    dq_index = None
+    if rows.lse_index is not None and part.q_index is not None:
+        dq_index = part.q.new_zeros(num_rows * K + 1, part.q_index.shape[-1])
+    for work, diagonal in part.work():
+        row = work.pair.clamp(min=0) // K
+        empty = work.pair < 0
+        target = torch.where(empty, num_rows * K, work.pair)
+        q, k, v, scores = part.scores(work, row, diagonal)
+        # An empty place gets lse = +inf, hence probability 0 and no gradient.
+        lse = rows.lse[row].masked_fill(empty[..., None], float("inf"))
+        p = scores.sub_(lse.flatten(1).unsqueeze(-1)).exp_()
+        dout = rows.dout[row].flatten(1, 2)
+        ds = torch.bmm(dout, v.transpose(1, 2)).sub_(rows.delta[row].flatten(1).unsqueeze(-1)).mul_(p)
+        dq[target] = torch.bmm(ds, k).view(*row.shape, G, D)
+        dkv = torch.stack((torch.bmm(ds.transpose(1, 2), q), torch.bmm(p.transpose(1, 2), dout)), dim=1)
+        grads.dkv.index_add_(0, work.entry, dkv)
+        if dq_index is not None:
+            teacher = p.view(*row.shape, G, -1).mean(2)
+            dq_index[target] = _kl_backward(part, rows, grads, work, row, diagonal, teacher)
+    total = dq[:-1].view(num_rows, K, G, D).sum(1).mul_(part.queries.softmax_scale)
+    grads.dq[chunk] = total.view(part.num_queries, part.M, G, D)
+    if dq_index is not None:
+        assert grads.dq_index is not None, "allocated together"
+        total = dq_index[:-1].view(num_rows, K, -1).sum(1).mul_(part.queries.index_scale)
+        grads.dq_index[chunk] = total.view(part.num_queries, part.M, -1)
+
+
+def _kl_backward(
+    part: _Chunk,
+    rows: _BackwardRows,
+    grads: PoolGrads,
+    work: WorkList,
+    row: Tensor,
+    diagonal: bool,
+    teacher: Tensor,
+) -> Tensor:
+    """Adds dk_index and the value of the KL loss to `grads`; returns dq_index [I, W, Di] unscaled."""
+    assert rows.lse_index is not None, "called with a KL term only"
+    assert grads.kl is not None, "allocated with the KL term"
+    assert grads.dk_index is not None, "allocated with the KL term"
+    q, k, scores = part.index_scores(work, row, diagonal)
+    lse = rows.lse_index[row].masked_fill(work.pair < 0, float("inf"))
+    log_student = scores.sub_(lse.unsqueeze(-1))
+    student = log_student.exp()
+    # Where the teacher is 0 (future tokens, empty places) the student may be -inf: such terms are 0.
+    cross = torch.where(teacher > 0, teacher * log_student, 0.0)
+    grads.kl += (torch.xlogy(teacher, teacher) - cross).sum(dtype=torch.float64)
+    ds = student.sub_(teacher).mul_(rows.kl_weight)
+    grads.dk_index.index_add_(0, work.entry, torch.bmm(ds.transpose(1, 2), q))
+    return torch.bmm(ds, k)
+
+
+def _finite(lse: Tensor) -> Tensor:
+    return lse.masked_fill(lse == float("-inf"), 0.0)

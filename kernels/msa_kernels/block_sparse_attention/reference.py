@@ -1,0 +1,56 @@
+"""Plain definitions with a mask over the whole sequence: for tests, any device and dtype."""
+
+import torch
+from torch import Tensor
+
+
+def selection_mask(block_indices: Tensor, position: Tensor, *, seq_len: int, block_size: int) -> Tensor:
+    """Visible tokens of every query: [T, M, topk] block ids -> [T, M, S] bool.
+
+    Token j is visible to the query at position i when its block is selected and j <= i.
+    """
+    num_queries, num_groups, _ = block_indices.shape
+    chosen = torch.zeros(num_queries, num_groups, seq_len // block_size + 1, dtype=torch.bool)
+    chosen.scatter_(2, block_indices.long().cpu() % (seq_len // block_size + 1), True)
+    tokens = chosen[:, :, :-1].repeat_interleave(block_size, dim=2).to(position.device)
+    return tokens & (torch.arange(seq_len, device=position.device) <= position[:, None, None])
+
+
+def attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    """Masked softmax attention.
+
+    q [T, M, G, D], k and v [S, M, D], mask [T, M, S] -> out [T, M, G, D], lse [T, M, G]. Queries that see
+    nothing get out 0 and lse -inf.
+    """
+    scores = torch.einsum("tmgd,smd->tmgs", q, k) * softmax_scale
+    scores = scores.masked_fill(~mask[:, :, None], float("-inf"))
+    lse = scores.logsumexp(-1)
+    p = (scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None]).exp()
+    return torch.einsum("tmgs,smd->tmgd", p, v), lse
+
+
+def kl_reference(
+    q: Tensor,
+    k: Tensor,
+    q_index: Tensor,
+    k_index: Tensor,
+    mask: Tensor,
+    *,
+    softmax_scale: float,
+    index_scale: float,
+) -> Tensor:
+    """Sum over queries and groups of KL(teacher || student), arXiv 2606.13392 equations 9 and 10.
+
+    Teacher: mean over the group's heads of their attention probabilities, detached. Student: softmax of the
+    index scores over the same tokens. q_index [T, M, Di], k_index [S, Di]; differentiable in both.
+    """
+    scores = torch.einsum("tmgd,smd->tmgs", q.detach(), k.detach()) * softmax_scale
+    scores = scores.masked_fill(~mask[:, :, None], float("-inf"))
+    valid = mask.any(-1)
+    teacher = scores.softmax(-1).mean(2)[valid]
+    student = (torch.einsum("tmd,sd->tms", q_index, k_index) * index_scale)[valid]
+    student = student.masked_fill(~mask[valid], float("-inf")).log_softmax(-1)
+    cross = torch.where(mask[valid], teacher * student.masked_fill(~mask[valid], 0.0), 0.0)
+    return (torch.xlogy(teacher, teacher) - cross).sum()

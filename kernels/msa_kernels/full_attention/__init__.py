@@ -1,0 +1,1 @@
+"""Dense attention in parts that are merged by log-sum-exp."""

@@ -1,0 +1,1 @@
+"""Top-k selection of key blocks by the index branch."""

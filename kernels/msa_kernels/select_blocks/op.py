@@ -1,0 +1,147 @@
+"""Block selection in query and key tiles: no query-by-sequence score matrix is ever held.
+
+Shapes: T queries of this call, M KV groups, D index head dim, S keys of the whole pack, NB = S / block_size.
+"""
+
+import torch
+from torch import Tensor
+
+# Elements of one score tile. 2**22 fp32 values are 16 MiB: inside the last-level cache of a CPU, and
+# large enough to keep a GPU busy.
+_TILE_ELEMENTS = 2**22
+_QUERY_TILE = 128
+
+
+@torch.no_grad()
+def select_blocks(
+    q_index: Tensor,
+    k_index: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    block_size: int,
+    topk: int,
+    local_blocks: int = 1,
+    query_offset: int = 0,
+    query_valid: Tensor | None = None,
+) -> Tensor:
+    """Select, for every query and KV group, the key blocks it attends to.
+
+    The score of a block is the largest index score of its visible tokens. The last `local_blocks`
+    blocks up to the query's own are always taken and use top-k slots. Blocks of other documents
+    and of the future are never taken. Ties go to the lower block id, so the result is a function of
+    the scores alone.
+
+    Example (block_size 2, topk 2, one document of 6 tokens, one group, query at position 5): block scores
+    [0.9, 0.3, own] give [0, 2]; the query at position 1 sees one block and gives [0, -1].
+
+    Args:
+        q_index: [T, M, D] index queries of consecutive positions `query_offset ...`, any float dtype.
+        k_index: [S, D] index keys of the whole pack, in sequence order.
+        cu_seqlens: [num_docs + 1] int, block-aligned document starts; the last entry is S.
+        block_size: tokens per key block.
+        topk: blocks per query and group.
+        local_blocks: forced blocks, the query's own included; at most topk.
+        query_offset: position of the first query in the pack, a multiple of block_size.
+        query_valid: [T] bool, False for padding queries, which select nothing. None: all valid.
+
+    Returns:
+        block_indices: [T, M, topk] int32, global block ids ascending, -1 on the right for empty slots.
+
+    Raises:
+        ValueError: on shapes or sizes that do not fit.
+
+    Source: arXiv 2606.13392 section 2. The softmax scale is left out; it does not change the ranking.
+    """
+    _check(q_index, k_index, cu_seqlens, block_size, topk, local_blocks, query_offset)
+    num_queries, num_groups, _ = q_index.shape
+    device = q_index.device
+    compute_dtype = torch.float64 if q_index.dtype == torch.float64 else torch.float32
+    result = torch.full((num_queries, num_groups, topk), -1, dtype=torch.int32, device=device)
+    starts = cu_seqlens.to(device=device, dtype=torch.int64)
+    keys = k_index.to(compute_dtype)
+    for begin in range(0, num_queries, _QUERY_TILE):
+        end = min(begin + _QUERY_TILE, num_queries)
+        position = torch.arange(query_offset + begin, query_offset + end, device=device)
+        doc_start = starts[torch.searchsorted(starts, position, right=True) - 1]
+        # One host value per tile, known from the pack and not from the scores: the first block anyone sees.
+        first_block = int(doc_start[0]) // block_size
+        last_block = (query_offset + end - 1) // block_size
+        scores = _block_scores(
+            q_index[begin:end].to(compute_dtype), keys, first_block, last_block + 1, block_size
+        )
+        block = torch.arange(first_block, last_block + 1, device=device)
+        own = position[:, None] // block_size
+        hidden = (block > own) | (block < doc_start[:, None] // block_size)
+        forced = (block > own - local_blocks) & ~hidden
+        scores.masked_fill_(forced[:, None], float("inf")).masked_fill_(hidden[:, None], float("-inf"))
+        if query_valid is not None:
+            scores.masked_fill_(~query_valid[begin:end, None, None], float("-inf"))
+        chosen = _topk_lowest_id(scores.flatten(0, 1), topk)
+        width = chosen.shape[-1]
+        chosen = torch.where(chosen >= 0, chosen + first_block, chosen)
+        result[begin:end, :, :width] = chosen.view(end - begin, num_groups, width).to(torch.int32)
+    return result
+
+
+def _block_scores(queries: Tensor, keys: Tensor, first: int, stop: int, block_size: int) -> Tensor:
+    """Largest token score per block: queries [t, M, D], keys [S, D] -> [t, M, stop - first]."""
+    num_queries, num_groups, dim = queries.shape
+    rows = queries.reshape(-1, dim)
+    blocks_per_tile = max(1, _TILE_ELEMENTS // (rows.shape[0] * block_size))
+    scores = queries.new_empty(num_queries * num_groups, stop - first)
+    for begin in range(first, stop, blocks_per_tile):
+        end = min(begin + blocks_per_tile, stop)
+        tile = rows @ keys[begin * block_size : end * block_size].T
+        tile = tile.view(rows.shape[0], end - begin, block_size)
+        torch.amax(tile, dim=-1, out=scores[:, begin - first : end - first])
+    return scores.view(num_queries, num_groups, stop - first)
+
+
+def _topk_lowest_id(scores: Tensor, topk: int) -> Tensor:
+    """Ids of the `topk` largest scores of each row, ascending, -1 on the right; ties to the lower id.
+
+    scores [R, NB] -> [R, min(topk, NB)] int64. -inf entries are never chosen.
+    `torch.topk` leaves open which of several equal scores it takes, so rows with a tie at the threshold
+    are ranked again with a stable sort.
+    """
+    num_blocks = scores.shape[-1]
+    width = min(topk, num_blocks)
+    values, ids = scores.topk(min(width + 1, num_blocks), dim=-1)
+    if num_blocks > width:
+        threshold, below = values[:, width - 1], values[:, width]
+        tied = ((threshold == below) & (threshold > float("-inf"))).nonzero().squeeze(-1)
+        if tied.numel():
+            ranked, order = scores[tied].sort(dim=-1, descending=True, stable=True)
+            values[tied, :width], ids[tied, :width] = ranked[:, :width], order[:, :width]
+    ids = ids[:, :width].masked_fill(values[:, :width] == float("-inf"), num_blocks)
+    ids = ids.sort(dim=-1).values
+    return ids.masked_fill_(ids == num_blocks, -1)
+
+
+def _check(
+    q_index: Tensor,
+    k_index: Tensor,
+    cu_seqlens: Tensor,
+    block_size: int,
+    topk: int,
+    local_blocks: int,
+    query_offset: int,
+) -> None:
+    if q_index.dim() != 3 or k_index.dim() != 2 or q_index.shape[-1] != k_index.shape[-1]:
+        raise ValueError(
+            f"q_index.shape={tuple(q_index.shape)}, k_index.shape={tuple(k_index.shape)}: "
+            "must be [T, num_kv_heads, D] and [S, D]"
+        )
+    seq_len = k_index.shape[0]
+    if seq_len % block_size or query_offset % block_size:
+        raise ValueError(
+            f"S={seq_len}, query_offset={query_offset}: must be multiples of block_size={block_size}"
+        )
+    if query_offset + q_index.shape[0] > seq_len:
+        raise ValueError(
+            f"query_offset={query_offset}: with T={q_index.shape[0]} queries it must not exceed S={seq_len}"
+        )
+    if not 1 <= local_blocks <= topk:
+        raise ValueError(f"local_blocks={local_blocks}: must be from 1 to topk={topk}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
+        raise ValueError(f"cu_seqlens.shape={tuple(cu_seqlens.shape)}: must be [num_docs + 1]")

@@ -1,0 +1,41 @@
+"""Plain block selection: the definition, with the whole score matrix in memory."""
+
+import torch
+from torch import Tensor
+
+
+def select_blocks_reference(
+    q_index: Tensor,
+    k_index: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    block_size: int,
+    topk: int,
+    local_blocks: int = 1,
+    query_offset: int = 0,
+    query_valid: Tensor | None = None,
+) -> Tensor:
+    """Same contract as `op.select_blocks`; one query at a time, for tests.
+
+    Source: MiniMax Sparse Attention (arXiv 2606.13392), section 2: block score = max of the token
+    scores over the visible tokens of the block; top-k of them with the query's own block forced.
+    """
+    num_queries, num_kv_heads, _ = q_index.shape
+    block_indices = torch.full((num_queries, num_kv_heads, topk), -1, dtype=torch.int32)
+    starts = cu_seqlens.tolist()
+    for i in range(num_queries):
+        if query_valid is not None and not bool(query_valid[i]):
+            continue
+        position = query_offset + i
+        doc_start = max(s for s in starts[:-1] if s <= position)
+        own, first = position // block_size, doc_start // block_size
+        for group in range(num_kv_heads):
+            scored = []
+            for block in range(first, own + 1):
+                keys = k_index[block * block_size : min((block + 1) * block_size, position + 1)]
+                score = (keys.double() @ q_index[i, group].double()).max().item()
+                forced = block > own - local_blocks
+                scored.append((float("-inf") if forced else -score, block))
+            chosen = sorted(block for _, block in sorted(scored)[:topk])
+            block_indices[i, group, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
+    return block_indices

@@ -1,0 +1,80 @@
+"""Block selection against its definition."""
+
+import pytest
+import torch
+from msa_kernels import select_blocks
+from msa_kernels.select_blocks.reference import select_blocks_reference
+
+
+@pytest.mark.parametrize(
+    ("block_size", "topk", "local_blocks", "cu_seqlens"),
+    [
+        (4, 3, 1, [0, 64]),
+        (4, 3, 2, [0, 64]),
+        (8, 1, 1, [0, 16, 24, 64]),
+        (4, 4, 4, [0, 4, 8, 12, 40, 64]),
+        (16, 16, 1, [0, 48, 64]),
+    ],
+    ids=["one_long", "two_local", "only_local", "all_local", "topk_covers_all"],
+)
+@pytest.mark.parametrize("offset", [0, 32], ids=["whole", "second_half"])
+def test_equals_definition(
+    block_size: int, topk: int, local_blocks: int, cu_seqlens: list[int], offset: int
+) -> None:
+    generator = torch.Generator().manual_seed(block_size + topk + offset)
+    q = torch.randn(64, 3, 5, generator=generator, dtype=torch.float64)[offset:]
+    k = torch.randn(64, 5, generator=generator, dtype=torch.float64)
+    valid = torch.rand(q.shape[0], generator=generator) > 0.2
+    starts = torch.tensor(cu_seqlens)
+    arguments = {
+        "block_size": block_size,
+        "topk": topk,
+        "local_blocks": local_blocks,
+        "query_offset": offset,
+        "query_valid": valid,
+    }
+    got = select_blocks(q, k, starts, **arguments)
+    assert got.dtype == torch.int32
+    assert torch.equal(got, select_blocks_reference(q, k, starts, **arguments))
+    assert (got[~valid] == -1).all()
+
+
+def test_ties_go_to_the_lower_block() -> None:
+    """All scores equal: the first blocks win, whatever torch.topk would have taken."""
+    q, k = torch.ones(64, 2, 4), torch.ones(64, 4)
+    got = select_blocks(q, k, torch.tensor([0, 64]), block_size=4, topk=5)
+    assert got[63].tolist() == [[0, 1, 2, 3, 15]] * 2
+    assert torch.equal(
+        got, select_blocks_reference(q, k, torch.tensor([0, 64]), block_size=4, topk=5)
+    )
+
+
+def test_groups_select_independently() -> None:
+    k = torch.zeros(64, 4)
+    k[8, 0] = k[40, 1] = 5.0
+    q = torch.zeros(64, 2, 4)
+    q[:, 0, 0] = q[:, 1, 1] = 1.0
+    got = select_blocks(q, k, torch.tensor([0, 64]), block_size=8, topk=2)
+    assert got[63].tolist() == [[1, 7], [5, 7]]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"query_offset": 3}, "query_offset=3"),
+        ({"query_offset": 8}, "must not exceed"),
+        ({"local_blocks": 3}, "local_blocks=3"),
+        ({"k_index": torch.zeros(10, 4)}, "S=10"),
+        ({"q_index": torch.zeros(16, 4)}, "q_index.shape"),
+    ],
+)
+def test_bad_arguments(change: dict[str, object], words: str) -> None:
+    arguments: dict[str, object] = {
+        "q_index": torch.zeros(16, 2, 4),
+        "k_index": torch.zeros(16, 4),
+        "cu_seqlens": torch.tensor([0, 16]),
+        "block_size": 4,
+        "topk": 2,
+    }
+    with pytest.raises(ValueError, match=words):
+        select_blocks(**(arguments | change))  # type: ignore[arg-type]

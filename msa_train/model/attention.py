@@ -1,0 +1,217 @@
+"""Self-attention layers: grouped-query projections, then full attention or MSA over the split sequence.
+
+Shapes: T local tokens, M KV groups on this tensor-parallel rank, G query heads per group, D head dim,
+H hidden size, NB blocks of the pack, B block size.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from msa_kernels import select_blocks
+from torch import Tensor
+
+from msa_train.config import QkNorm
+from msa_train.model.index_branch import IndexBranch
+from msa_train.model.norm import RMSNorm
+from msa_train.model.pack_params import LayerStats, PackParams
+from msa_train.model.rotary import apply_rotary
+from msa_train.model.transformer_config import MsaTransformerConfig
+from msa_train.parallel.block_requests import needed_pairs
+from msa_train.parallel.cp_full_attention import FullCall, cp_full_attention
+from msa_train.parallel.cp_sparse_attention import SparseCall, cp_sparse_attention
+
+
+@dataclass
+class AttentionSubmodules:
+    """Classes of the projections, so that a spec can put in other implementations."""
+
+    linear_qkv: ModuleSpec | type | None = None
+    linear_proj: ModuleSpec | type | None = None
+
+
+class GroupedQueryAttention(MegatronModule, ABC):
+    """Projections, query/key norm and rotary embedding around an attention over the split sequence.
+
+    Takes the place of Megatron's SelfAttention in a layer spec. Weight names and the layout of the fused
+    projection (per KV group: its query heads, key, value) are Megatron's.
+    """
+
+    def __init__(
+        self,
+        config: MsaTransformerConfig,
+        submodules: AttentionSubmodules,
+        layer_number: int,
+        attn_mask_type: Any = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **_unused: Any,
+    ) -> None:
+        super().__init__(config)
+        assert pg_collection is not None, "Megatron's layers hand on their process groups"
+        self.layer_number, self.tp_group = layer_number, pg_collection.tp
+        self.tp_rank, self.tp_size = pg_collection.tp.rank(), pg_collection.tp.size()
+        model = config.model
+        self.num_groups = model.num_kv_heads // self.tp_size
+        self.heads_per_group, self.head_dim = model.num_heads // model.num_kv_heads, model.head_dim
+        self.linear_qkv = build_module(
+            submodules.linear_qkv,
+            config.hidden_size,
+            (model.num_heads + 2 * model.num_kv_heads) * model.head_dim,
+            config=config,
+            init_method=config.init_method,
+            gather_output=False,
+            bias=False,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_comm_buffer_name="qkv",
+            tp_group=pg_collection.tp,
+        )
+        self.linear_proj = build_module(
+            submodules.linear_proj,
+            model.num_heads * model.head_dim,
+            config.hidden_size,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            is_expert=False,
+            tp_comm_buffer_name="proj",
+            tp_group=pg_collection.tp,
+        )
+        self._build_norms(config)
+
+    def _build_norms(self, config: MsaTransformerConfig) -> None:
+        model, eps = config.model, config.layernorm_epsilon
+        self.q_layernorm = self.k_layernorm = None
+        if model.qk_norm is QkNorm.head:
+            self.q_layernorm = RMSNorm(config, model.head_dim, eps)
+            self.k_layernorm = RMSNorm(config, model.head_dim, eps)
+        elif model.qk_norm is QkNorm.width:
+            self.q_layernorm = RMSNorm(config, model.num_heads * model.head_dim, eps)
+            self.k_layernorm = RMSNorm(config, model.num_kv_heads * model.head_dim, eps)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        packed_seq_params: PackParams,
+        **_unused: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [T, 1, H] -> (output [T, 1, H], None), Megatron's contract of an attention module."""
+        q, k, v = self._project(hidden_states, packed_seq_params)
+        out = self.attend(hidden_states, q, k, v, packed_seq_params)
+        return self.linear_proj(out.reshape(out.shape[0], 1, -1))
+
+    def _project(self, hidden_states: Tensor, params: PackParams) -> tuple[Tensor, Tensor, Tensor]:
+        """q [T, M, G, D], k and v [T, M, D], normalised and rotated."""
+        assert params.rotary is not None, "a pack comes with its rotary table"
+        mixed, _ = self.linear_qkv(hidden_states)
+        mixed = mixed.view(mixed.shape[0], self.num_groups, self.heads_per_group + 2, self.head_dim)
+        q, k, v = mixed.split([self.heads_per_group, 1, 1], dim=2)
+        k, v = k.squeeze(2), v.squeeze(2)
+        if self.q_layernorm is not None and self.k_layernorm is not None:
+            q, k = _normalise(self.q_layernorm, q), _normalise(self.k_layernorm, k)
+        return apply_rotary(q, params.rotary), apply_rotary(k, params.rotary), v
+
+    @abstractmethod
+    def attend(self, hidden_states: Tensor, q: Tensor, k: Tensor, v: Tensor, params: PackParams) -> Tensor:
+        """Attention proper: shapes as `_project` returns them -> [T, M, G, D]."""
+
+
+def _normalise(norm: RMSNorm, x: Tensor) -> Tensor:
+    """Per head, or over all heads together when the norm is that wide."""
+    if norm.weight.numel() == x.shape[-1]:
+        return norm(x)
+    return norm(x.reshape(x.shape[0], -1)).view_as(x)
+
+
+class FullSelfAttention(GroupedQueryAttention):
+    """Dense causal attention within documents."""
+
+    def attend(self, hidden_states: Tensor, q: Tensor, k: Tensor, v: Tensor, params: PackParams) -> Tensor:
+        """See GroupedQueryAttention.attend."""
+        pack, comm = params.pack, params.comm
+        assert pack is not None, "the step fills in the pack"
+        assert comm is not None, "the step fills in the collectives"
+        call = FullCall(
+            segments=pack.segments,
+            send=pack.send,
+            receive=pack.receive,
+            layout=pack.layout,
+            comm=comm,
+            exchange=self.config.kv_exchange,
+            softmax_scale=self.head_dim**-0.5,
+        )
+        return cp_full_attention(q, k, v, call)
+
+
+class MsaSelfAttention(GroupedQueryAttention):
+    """MiniMax Sparse Attention: the index branch selects blocks, exact attention runs on them."""
+
+    def __init__(self, config: MsaTransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.index_branch = IndexBranch(config, kwargs["pg_collection"])
+
+    def attend(self, hidden_states: Tensor, q: Tensor, k: Tensor, v: Tensor, params: PackParams) -> Tensor:
+        """See GroupedQueryAttention.attend."""
+        pack, comm, record = params.pack, params.comm, params.record
+        assert pack is not None, "the step fills in the pack"
+        assert comm is not None, "the step fills in the collectives"
+        assert params.rotary is not None, "a pack comes with its rotary table"
+        q_index, k_index = self.index_branch(hidden_states, params.rotary)
+        with torch.no_grad():
+            all_keys = comm.all_gather(k_index.detach(), "index_key").flatten(0, 1)
+        if record.block_indices is None:
+            record.block_indices = self._select(q_index, all_keys, params)
+        trains_index = params.kl_weight > 0 and torch.is_grad_enabled()
+        block_size = self.config.attention.block_size
+        call = SparseCall(
+            block_indices=record.block_indices,
+            position=pack.position,
+            layout=pack.layout,
+            comm=comm,
+            exchange=self.config.kv_exchange,
+            softmax_scale=self.head_dim**-0.5,
+            index_scale=q_index.shape[-1] ** -0.5,
+            k_index=all_keys.view(-1, block_size, all_keys.shape[-1]) if trains_index else None,
+            kl_weight=params.kl_weight,
+            on_kl=lambda kl: LayerStats.add(params.stats.kl, self.layer_number, kl),
+            requests=record.requests,
+        )
+        out = cp_sparse_attention(q, k, v, q_index, k_index, call)
+        record.requests = call.requests
+        if not record.replaying:
+            self._count_selected(record.block_indices, params)
+        return out
+
+    def _select(self, q_index: Tensor, all_keys: Tensor, params: PackParams) -> Tensor:
+        pack, attention = params.pack, self.config.attention
+        assert pack is not None, "checked by the caller"
+        return select_blocks(
+            q_index.detach(),
+            all_keys,
+            pack.cu_seqlens,
+            block_size=attention.block_size,
+            topk=attention.topk,
+            local_blocks=attention.local_blocks,
+            query_offset=pack.layout.start,
+            query_valid=pack.valid,
+        )
+
+    def _count_selected(self, block_indices: Tensor, params: PackParams) -> None:
+        """Remote pairs per group, before any exchange: what `selected` would send."""
+        assert params.pack is not None, "checked by the caller"
+        layout = params.pack.layout
+        needed = needed_pairs(block_indices, layout.num_blocks)
+        needed[:, layout.first_block : layout.first_block + layout.num_local_blocks] = False
+        counts = torch.zeros(self.config.model.num_kv_heads, dtype=torch.int64, device=needed.device)
+        first = self.tp_rank * self.num_groups
+        counts[first : first + self.num_groups] = needed.sum(1)
+        LayerStats.add(params.stats.selected, self.layer_number, counts)

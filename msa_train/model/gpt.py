@@ -1,0 +1,141 @@
+"""Builds the model: layer specs by configuration, and a GPTModel whose loss never forms all logits."""
+
+import logging
+from typing import Any
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+from torch import Tensor
+
+from msa_train.config import AttentionKind, RunConfig
+from msa_train.data import IGNORE_LABEL
+from msa_train.model.attention import AttentionSubmodules, FullSelfAttention, MsaSelfAttention
+from msa_train.model.cross_entropy import linear_cross_entropy
+from msa_train.model.layer import MsaTransformerLayer
+from msa_train.model.moe import ExpertLayer, SigmoidRouter
+from msa_train.model.norm import RMSNorm
+from msa_train.model.transformer_config import (
+    MsaTransformerConfig,
+    attention_kind,
+    build_transformer_config,
+)
+
+_ATTENTION = {AttentionKind.full: FullSelfAttention, AttentionKind.msa: MsaSelfAttention}
+
+
+class MsaGptModel(GPTModel):
+    """GPTModel that returns the loss of each token, [T], when labels are given."""
+
+    def _postprocess(self, hidden_states: Tensor, *, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
+        if not self.post_process or labels is None:
+            return super()._postprocess(hidden_states=hidden_states, labels=labels, **kwargs)
+        group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden_states, group=group)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden_states, group=group)
+        if self.share_embeddings_and_output_weights:
+            weight = self.shared_embedding_or_output_weight()
+        else:
+            weight = self.output_layer.weight
+        return linear_cross_entropy(hidden.squeeze(1), weight, labels.squeeze(0), IGNORE_LABEL, group)
+
+
+def build_model(
+    config: RunConfig,
+    pg_collection: ProcessGroupCollection,
+    *,
+    pre_process: bool = True,
+    post_process: bool = True,
+) -> MsaGptModel:
+    """The part of the model that this rank holds, weights not initialised (see `init_weights`).
+
+    Args:
+        config: the run.
+        pg_collection: process groups of this rank.
+        pre_process, post_process: whether this pipeline stage has the embedding, the output layer.
+    """
+    # Megatron warns about every layer class that is not its own.
+    logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
+    megatron = build_transformer_config(config)
+    return MsaGptModel(
+        config=megatron,
+        transformer_layer_spec=_block_spec(megatron, pg_collection.pp.rank()),
+        vocab_size=config.model.vocab_size,
+        max_sequence_length=config.data.seq_len,
+        pre_process=pre_process,
+        post_process=post_process,
+        parallel_output=True,
+        share_embeddings_and_output_weights=config.model.tie_embeddings,
+        # Rotary embedding happens inside our attention, from the pack's document positions.
+        position_embedding_type="none",
+        pg_collection=pg_collection,
+    )
+
+
+def _block_spec(config: MsaTransformerConfig, pp_rank: int) -> TransformerBlockSubmodules:
+    """Specs of this pipeline stage's layers."""
+    first = get_transformer_layer_offset(config, pp_rank=pp_rank)
+    count = get_num_layers_to_build(config, pp_rank=pp_rank)
+    return TransformerBlockSubmodules(
+        layer_specs=[_layer_spec(config, first + i + 1) for i in range(count)], layer_norm=RMSNorm
+    )
+
+
+def _layer_spec(config: MsaTransformerConfig, layer_number: int) -> ModuleSpec:
+    linear = {"linear_fc1": ColumnParallelLinear, "linear_fc2": RowParallelLinear}
+    mlp = ModuleSpec(module=MLP, submodules=MLPSubmodules(**linear))
+    if layer_number > config.model.num_dense_ffn_layers:
+        shared = ModuleSpec(module=SharedExpertMLP, submodules=MLPSubmodules(**linear))
+        experts = MoESubmodules(
+            experts=ModuleSpec(module=SequentialMLP, submodules=MLPSubmodules(**linear)),
+            shared_experts=shared,
+            router=SigmoidRouter,
+        )
+        mlp = ModuleSpec(module=ExpertLayer, submodules=experts)
+    attention = ModuleSpec(
+        module=_ATTENTION[attention_kind(config, layer_number)],
+        submodules=AttentionSubmodules(linear_qkv=ColumnParallelLinear, linear_proj=RowParallelLinear),
+    )
+    return ModuleSpec(
+        module=MsaTransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def forward_arguments(tokens: Tensor, labels: Tensor | None) -> dict[str, Tensor | None]:
+    """The arguments GPTModel wants around ours: [T] tensors as a batch of one, no mask, no position ids."""
+    return {
+        "input_ids": tokens.unsqueeze(0),
+        "position_ids": torch.zeros_like(tokens).unsqueeze(0),
+        "attention_mask": None,
+        "labels": None if labels is None else labels.unsqueeze(0),
+    }

@@ -1,0 +1,76 @@
+"""Initial weights as a function of the parameter's global name: the same numbers in every parallel layout.
+
+Each tensor is drawn whole from a generator seeded by (run seed, global name), then cut to this rank's
+part. A global name counts layers over pipeline stages and experts over expert-parallel ranks.
+"""
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor, nn
+
+from msa_train.model.norm import RMSNorm
+from msa_train.model.transformer_config import MsaTransformerConfig
+
+_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.")
+
+
+def global_names(model: GPTModel, *, ep_rank: int) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters with names that do not depend on the layout.
+
+    Example: on the second of two expert ranks with 4 experts each, `decoder.layers.0.mlp.experts.
+    local_experts.1.linear_fc1.weight` of the first stage becomes `...layers.0.mlp.experts.5.linear_fc1.weight`.
+    """
+    layers = [layer.layer_number - 1 for layer in model.decoder.layers]
+    for name, parameter in model.named_parameters():
+        match = _LAYER.match(name)
+        if match:
+            layer = model.decoder.layers[int(match[1])]
+            name = f"decoder.layers.{layers[int(match[1])]}." + name[match.end() :]
+            expert = _EXPERT.search(name)
+            if expert:
+                index = ep_rank * layer.mlp.num_local_experts + int(expert[1])
+                name = f"{name[: expert.start()]}.experts.{index}.{name[expert.end() :]}"
+        yield name, parameter
+
+
+@torch.no_grad()
+def init_weights(model: GPTModel, *, seed: int, tp_rank: int, tp_size: int, ep_rank: int) -> None:
+    """Fill every parameter: normal with `init_std`, output projections with init_std / sqrt(2 * layers).
+
+    Norm weights get 1, or 0 where they act as 1 + w.
+    """
+    config = model.config
+    assert isinstance(config, MsaTransformerConfig), "built by model.gpt.build_model"
+    norms = {id(m.weight): m for m in model.modules() if isinstance(m, RMSNorm)}
+    for name, parameter in global_names(model, ep_rank=ep_rank):
+        if id(parameter) in norms:
+            parameter.fill_(0.0 if norms[id(parameter)].zero_centered else 1.0)
+            continue
+        std = config.model.init_std
+        if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+            std /= math.sqrt(2 * config.num_layers)
+        parameter.copy_(_draw(name, parameter, std, seed, tp_rank, tp_size))
+
+
+def _draw(name: str, parameter: Tensor, std: float, seed: int, tp_rank: int, tp_size: int) -> Tensor:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") & (2**63 - 1))
+    shape = list(parameter.shape)
+    cut = tp_size > 1 and getattr(parameter, "tensor_model_parallel", False)
+    if cut:
+        shape[parameter.partition_dim] *= tp_size  # type: ignore[attr-defined]
+    full = torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
+    if not cut:
+        return full
+    dim: int = parameter.partition_dim  # type: ignore[attr-defined]
+    if name.endswith("linear_fc1.weight"):
+        # Each rank has its part of the gate above its part of the other half.
+        halves = [half.chunk(tp_size, dim)[tp_rank] for half in full.chunk(2, dim)]
+        return torch.cat(halves, dim)
+    return full.chunk(tp_size, dim)[tp_rank]

@@ -1,0 +1,34 @@
+"""RMS normalisation computed in fp32, with ordinary or zero-centred (1 + w) weights."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """x * rsqrt(mean(x^2) + eps) * w, or * (1 + w) with `layernorm_zero_centered_gamma`.
+
+    Takes the place of Megatron's norm, which refuses RMS normalisation with sequence parallelism or
+    zero-centred weights unless Transformer Engine is there.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_unused: Any
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.zero_centered = config.layernorm_zero_centered_gamma
+        self.weight = nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype))
+        # With sequence parallelism every tensor-parallel rank sees other tokens: gradients are summed.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., hidden_size], any float dtype; same shape and dtype back."""
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        weight = self.weight.to(dtype)
+        if self.zero_centered:
+            weight = weight + 1
+        return F.rms_norm(x.to(dtype), (x.shape[-1],), weight, self.eps).to(x.dtype)

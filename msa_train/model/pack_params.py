@@ -1,0 +1,73 @@
+"""What travels with a pack through Megatron's layers, in the place of its PackedSeqParams.
+
+Layers keep no state between calls: pipeline schedules and recomputation run them out of order, so all that a
+layer needs to know about its input comes with the input.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from msa_train.model.local_pack import LocalPack
+from msa_train.parallel.block_requests import BlockRequests
+from msa_train.parallel.collectives import CpComm
+
+
+@dataclass(slots=True)
+class SelectionRecord:
+    """What a layer decided in its forward pass, for its recomputation.
+
+    calls: how often the layer has run; from the second on it replays and counts nothing.
+    """
+
+    calls: int = 0
+    block_indices: Tensor | None = None
+    requests: BlockRequests | None = None
+
+    @property
+    def replaying(self) -> bool:
+        """True while the layer is recomputed."""
+        return self.calls > 1
+
+
+@dataclass(slots=True)
+class LayerStats:
+    """Sums over the packs of a step, per layer number (from 1), on this rank.
+
+    kl: fp64 scalar, divergences summed over queries and groups. selected: [M] int64 remote (block, group)
+    pairs selected. tokens_per_expert: [num_experts] int64.
+    """
+
+    kl: dict[int, Tensor] = field(default_factory=dict)
+    selected: dict[int, Tensor] = field(default_factory=dict)
+    tokens_per_expert: dict[int, Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def add(sums: dict[int, Tensor], layer_number: int, value: Tensor) -> None:
+        """sums[layer_number] += value."""
+        sums[layer_number] = sums[layer_number] + value if layer_number in sums else value
+
+
+@dataclass
+class PackParams(PackedSeqParams):
+    """A pack on its way through the layers.
+
+    rotary: cos and sin [T, rotary_dim / 2] of the local tokens' document positions.
+    kl_weight: factor of the sum of divergences, 0 when the KL loss is off.
+    padding_mask: [1, tokens of this tensor-parallel rank] bool, True for padding.
+    """
+
+    pack: LocalPack | None = None
+    comm: CpComm | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
+    kl_weight: float = 0.0
+    stats: LayerStats = field(default_factory=LayerStats)
+    record: SelectionRecord = field(default_factory=SelectionRecord)
+    padding_mask: Tensor | None = None
+
+
+def tensor_parallel_padding(valid: Tensor, tp_rank: int, tp_size: int) -> Tensor:
+    """Padding mask of the tokens that sequence parallelism leaves on this rank: [T] -> [1, T / tp_size]."""
+    return ~torch.chunk(valid, tp_size)[tp_rank].unsqueeze(0)

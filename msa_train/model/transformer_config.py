@@ -1,0 +1,114 @@
+"""Translates our configuration into Megatron's TransformerConfig. Megatron's spellings stay behind this seam."""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from megatron.core.activations import quick_gelu
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from msa_train.config import (
+    Activation,
+    AttentionConfig,
+    AttentionKind,
+    KvExchange,
+    ModelConfig,
+    Precision,
+    Recompute,
+    RunConfig,
+)
+
+DTYPES = {
+    Precision.fp32: torch.float32,
+    Precision.bf16: torch.bfloat16,
+    Precision.fp64: torch.float64,
+}
+
+
+@dataclass
+class MsaTransformerConfig(TransformerConfig):
+    """Megatron's configuration with ours beside it, so that our modules read our own names."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    kv_exchange: KvExchange = KvExchange.selected
+    recompute: Recompute = Recompute.none
+
+
+def build_transformer_config(config: RunConfig) -> MsaTransformerConfig:
+    """Megatron configuration of a run; the same on every rank and device."""
+    model, parallel = config.model, config.parallel
+    oai = model.activation is Activation.swiglu_oai
+    dtype = DTYPES[config.train.precision]
+    return MsaTransformerConfig(
+        model=model,
+        attention=config.attention,
+        kv_exchange=parallel.kv_exchange,
+        recompute=config.train.recompute,
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_heads,
+        num_query_groups=model.num_kv_heads,
+        kv_channels=model.head_dim,
+        ffn_hidden_size=model.ffn_hidden_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_eps,
+        layernorm_zero_centered_gamma=model.zero_centered_norm,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=quick_gelu if oai else F.silu,
+        activation_func_clamp_value=7.0 if oai else None,
+        glu_linear_offset=1.0 if oai else 0.0,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=config.train.precision is Precision.bf16,
+        tensor_model_parallel_size=parallel.tp_size,
+        # Megatron's MoE needs sequence parallelism with tensor parallelism.
+        sequence_parallel=parallel.tp_size > 1,
+        pipeline_model_parallel_size=parallel.pp_size,
+        context_parallel_size=parallel.cp_size,
+        expert_model_parallel_size=parallel.ep_size,
+        expert_tensor_parallel_size=1,
+        # Losses come in divided by the global token count (training.losses), so nobody divides again.
+        calculate_per_token_loss=True,
+        # Weights are drawn by name afterwards (model.init_weights).
+        perform_initialization=False,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        # Each of these needs a GPU or Transformer Engine; the plain paths run everywhere.
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        # Freed too early on gloo; costs one activation per stage.
+        deallocate_pipeline_outputs=False,
+        **_moe_fields(model, config.train.precision),
+    )
+
+
+def _moe_fields(model: ModelConfig, precision: Precision) -> dict[str, object]:
+    num_moe_layers = model.num_layers - model.num_dense_ffn_layers
+    if num_moe_layers == 0:
+        return {}
+    return {
+        "num_moe_experts": model.num_experts,
+        "moe_layer_freq": [0] * model.num_dense_ffn_layers + [1] * num_moe_layers,
+        "moe_ffn_hidden_size": model.moe_ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": model.shared_expert_hidden_size or None,
+        "moe_router_topk": model.moe_router_topk,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_topk_scaling_factor": model.routed_scaling_factor,
+        "moe_router_enable_expert_bias": True,
+        "moe_router_bias_update_rate": model.router_bias_update_rate,
+        "moe_router_load_balancing_type": "none",
+        # Routing in bf16 changes which experts are chosen.
+        "moe_router_dtype": "fp64" if precision is Precision.fp64 else "fp32",
+        "moe_token_dispatcher_type": "allgather",
+    }
+
+
+def attention_kind(config: MsaTransformerConfig, layer_number: int) -> AttentionKind:
+    """Attention of a layer; layer_number counts from 1, as Megatron does."""
+    return config.model.attention_kinds()[layer_number - 1]

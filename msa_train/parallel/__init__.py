@@ -1,0 +1,1 @@
+"""Process groups, sequence layout, exchange plans and collectives of context parallelism."""

@@ -1,0 +1,167 @@
+"""Block-sparse attention over a sequence that is split over ranks, with the KL loss of its index branch.
+
+Shapes: T local tokens, M KV groups, G query heads per group, D head dim, Di index head dim, NB blocks of the
+pack, B block size.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from msa_kernels.block_sparse_attention.op import pack_blocks, unpack_blocks
+from msa_kernels.block_sparse_attention.pool import (
+    KlTerm,
+    PoolOutput,
+    SparseQueries,
+    pool_backward,
+    pool_forward,
+)
+from msa_kernels.full_attention.op import merge_parts
+from torch import Tensor
+
+from msa_train.config import KvExchange
+from msa_train.parallel.block_requests import BlockRequests, needed_pairs
+from msa_train.parallel.collectives import CpComm
+from msa_train.parallel.kv_exchange import KvSource, PairGrads, SelectedSession, open_session
+from msa_train.parallel.layout import ShardLayout
+
+
+@dataclass(slots=True)
+class SparseCall:
+    """One call of a layer: everything but the differentiable tensors.
+
+    block_indices: [T, M, topk] int32 global block ids, -1 for none.
+    position: [T] int64, positions of the local tokens in the pack.
+    k_index: [NB, B, Di] index keys of the whole pack, detached; None leaves the KL loss out.
+    kl_weight: factor of sum over queries and groups of the divergence.
+    on_kl: receives this rank's unweighted sum of divergences (fp64 scalar) in the backward pass.
+    requests: agreed block requests; filled by the first call and reused when the layer is recomputed.
+    """
+
+    block_indices: Tensor
+    position: Tensor
+    layout: ShardLayout
+    comm: CpComm
+    exchange: KvExchange
+    softmax_scale: float
+    index_scale: float = 1.0
+    k_index: Tensor | None = None
+    kl_weight: float = 0.0
+    on_kl: Callable[[Tensor], None] | None = None
+    requests: BlockRequests | None = None
+
+
+def cp_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, q_index: Tensor, k_index: Tensor, call: SparseCall
+) -> Tensor:
+    """Attention of local queries over the blocks they selected, wherever these blocks are.
+
+    The gradient of `q_index` and `k_index` is that of `call.kl_weight * KL`, whatever gradient reaches the
+    output: the loss value itself is formed in the backward pass only, where its parts exist anyway.
+
+    Args:
+        q: [T, M, G, D]; k, v: [T, M, D], this rank's tokens.
+        q_index: [T, M, Di]; k_index: [T, Di], this rank's tokens.
+        call: see SparseCall.
+
+    Returns:
+        [T, M, G, D] in q's dtype.
+    """
+    return _CpSparseAttention.apply(q, k, v, q_index, k_index, call)
+
+
+class _CpSparseAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, q_index: Tensor, k_index: Tensor, call: SparseCall
+    ) -> Tensor:
+        local = pack_blocks(k, v, call.layout.block_size)
+        needed = needed_pairs(call.block_indices, call.layout.num_blocks)
+        session = open_session(call.exchange, local, needed, call.layout, call.comm, call.requests)
+        if isinstance(session, SelectedSession):
+            call.requests = session.requests
+        queries = _queries(q, q_index, call)
+        total: PoolOutput | None = None
+        for source in session.sources():
+            part = pool_forward(queries, source.pool, source.entries(call.block_indices))
+            total = part if total is None else _merge(total, part)
+        assert total is not None, "an exchange has at least one source"
+        out = total.out.to(q.dtype)
+        ctx.save_for_backward(q, q_index, out, total.lse, total.lse_index)
+        ctx.session, ctx.call = session, call
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, q_index, out, lse, lse_index = ctx.saved_tensors
+        call: SparseCall = ctx.call
+        queries = _queries(q, q_index, call)
+        dout = dout.to(queries.compute_dtype)
+        delta = (dout * out).sum(-1)
+        term = None if lse_index is None else KlTerm(lse_index=lse_index, weight=call.kl_weight)
+        sums = _QuerySums()
+
+        def compute(source: KvSource) -> PairGrads:
+            entries = source.entries(call.block_indices)
+            grads = pool_backward(queries, source.pool, entries, dout, delta, lse, term)
+            sums.add(grads.dq, grads.dq_index, grads.kl)
+            return grads.dkv, grads.dk_index
+
+        dkv, dk_index = ctx.session.backward(compute)
+        ctx.session = None
+        if call.on_kl is not None and sums.kl is not None:
+            call.on_kl(sums.kl)
+        assert sums.dq is not None, "an exchange has at least one source"
+        num_groups = q.shape[1]
+        dk, dv = unpack_blocks(dkv.to(q.dtype), num_groups)
+        if dk_index is None or sums.dq_index is None:
+            # Zeros and not None: a frozen index branch must still look used to gradient hooks.
+            width = q_index.shape[-1]
+            return sums.dq.to(q.dtype), dk, dv, torch.zeros_like(q_index), q_index.new_zeros(
+                q.shape[0], width
+            ), None
+        dk_index = dk_index.view(num_groups, -1, *dk_index.shape[1:]).sum(0).flatten(0, 1)
+        return (
+            sums.dq.to(q.dtype),
+            dk,
+            dv,
+            sums.dq_index.to(q_index.dtype),
+            dk_index.to(q_index.dtype),
+            None,
+        )
+
+
+class _QuerySums:
+    """Query-side gradients summed over sources."""
+
+    def __init__(self) -> None:
+        self.dq: Tensor | None = None
+        self.dq_index: Tensor | None = None
+        self.kl: Tensor | None = None
+
+    def add(self, dq: Tensor, dq_index: Tensor | None, kl: Tensor | None) -> None:
+        self.dq = dq if self.dq is None else self.dq.add_(dq)
+        if dq_index is not None:
+            self.dq_index = dq_index if self.dq_index is None else self.dq_index.add_(dq_index)
+        if kl is not None:
+            self.kl = kl if self.kl is None else self.kl.add_(kl)
+
+
+def _queries(q: Tensor, q_index: Tensor, call: SparseCall) -> SparseQueries:
+    return SparseQueries(
+        q=q,
+        position=call.position,
+        softmax_scale=call.softmax_scale,
+        q_index=None if call.k_index is None else q_index,
+        k_index=call.k_index,
+        index_scale=call.index_scale,
+    )
+
+
+def _merge(a: PoolOutput, b: PoolOutput) -> PoolOutput:
+    out, lse = merge_parts(a.out, a.lse, b.out, b.lse)
+    index = None
+    if a.lse_index is not None and b.lse_index is not None:
+        index = torch.logaddexp(a.lse_index, b.lse_index)
+    return PoolOutput(out=out, lse=lse, lse_index=index)

@@ -1,0 +1,120 @@
+"""Starts torch.distributed and Megatron's process groups. The one place that reads Megatron's globals."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from msa_train.config import ParallelConfig
+from msa_train.parallel.collectives import CpComm
+
+
+@dataclass(slots=True)
+class Groups:
+    """This rank's place in the world.
+
+    dp_cp: ranks that hold the same dense parameters; expert_dp: the same experts. model_parallel: ranks
+    that hold the parts of one model (tensor and pipeline). cpu: all ranks, for small host-side messages.
+    """
+
+    collection: ProcessGroupCollection
+    device: torch.device
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    cp_rank: int
+    cp_size: int
+    dp_rank: int
+    dp_size: int
+    ep_rank: int
+    ep_size: int
+    cp: dist.ProcessGroup
+    dp: dist.ProcessGroup
+    dp_cp: dist.ProcessGroup
+    ep: dist.ProcessGroup
+    expert_dp: dist.ProcessGroup
+    model_parallel: dist.ProcessGroup
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes the loss."""
+        return self.pp_rank == self.pp_size - 1
+
+    def cp_comm(self) -> CpComm:
+        """Fresh context-parallel collectives with their own byte counter."""
+        return CpComm(group=self.cp, rank=self.cp_rank, size=self.cp_size)
+
+
+def init_distributed(*, device: torch.device, timeout_s: int) -> None:
+    """Join the job described by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; nccl on GPUs, else gloo."""
+    if dist.is_initialized():
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        backend,
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=timedelta(seconds=timeout_s),
+    )
+
+
+def build_groups(parallel: ParallelConfig, *, device: torch.device, timeout_s: int = 600) -> Groups:
+    """Create Megatron's groups over the initialised world.
+
+    Expert parallelism spans tensor, context and data parallel ranks of a pipeline stage (Megatron's order
+    tp-cp-ep-dp-pp), so ep_size may exceed the data-parallel size.
+    """
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tp_size,
+        pipeline_model_parallel_size=parallel.pp_size,
+        context_parallel_size=parallel.cp_size,
+        expert_model_parallel_size=parallel.ep_size,
+        expert_tensor_parallel_size=1,
+        distributed_timeout_minutes=max(1, -(-timeout_s // 60)),
+    )
+    # No dropout anywhere, so the tracker that does nothing is enough and works without a GPU.
+    model_parallel_cuda_manual_seed(1, inference_rng_tracker=True, force_reset_rng=True)
+    return Groups(
+        collection=ProcessGroupCollection.use_mpu_process_groups(),
+        device=device,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel.tp_size,
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=parallel.pp_size,
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=parallel.cp_size,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        ep_size=parallel.ep_size,
+        cp=parallel_state.get_context_parallel_group(),
+        dp=parallel_state.get_data_parallel_group(),
+        dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        ep=parallel_state.get_expert_model_parallel_group(),
+        expert_dp=parallel_state.get_expert_data_parallel_group(),
+        model_parallel=parallel_state.get_model_parallel_group(),
+    )
+
+
+def destroy_groups() -> None:
+    """Undo build_groups and init_distributed."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""Engines, the training step and loop, checkpoints and metrics."""

@@ -1,0 +1,84 @@
+"""The packs of one optimizer step on one data-parallel rank, and their forward pass."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from msa_train.config import Precision, RunConfig
+from msa_train.data import IGNORE_LABEL, Pack
+from msa_train.model.gpt import MsaGptModel, forward_arguments
+from msa_train.model.local_pack import LocalPack, make_local_pack
+from msa_train.model.pack_params import LayerStats, PackParams, tensor_parallel_padding
+from msa_train.model.rotary import rotary_table
+from msa_train.parallel.collectives import CpComm
+from msa_train.parallel.groups import Groups
+from msa_train.parallel.layout import ShardLayout
+
+
+@dataclass(slots=True)
+class StepBatch:
+    """packs: this data-parallel rank's; the counts are over all ranks' packs of the step.
+
+    num_labels: tokens with a label, the divisor of the language-model loss. num_tokens: real tokens, the
+    divisor of the KL loss. num_packs: packs.
+    """
+
+    packs: Sequence[Pack]
+    num_labels: int
+    num_tokens: int
+    num_packs: int
+
+
+def make_batch(packs: Sequence[Pack], groups: Groups) -> StepBatch:
+    """Count over all data-parallel ranks, so that no divisor depends on how packs are dealt."""
+    labels = sum(int((pack.labels != IGNORE_LABEL).sum()) for pack in packs)
+    tokens = sum(int(pack.doc_lengths.sum()) for pack in packs)
+    counts = torch.tensor([labels, tokens, len(packs)], dtype=torch.int64, device=groups.device)
+    dist.all_reduce(counts, group=groups.dp)
+    num_labels, num_tokens, num_packs = counts.tolist()
+    return StepBatch(
+        packs=packs, num_labels=max(num_labels, 1), num_tokens=max(num_tokens, 1), num_packs=num_packs
+    )
+
+
+class PackForward:
+    """Runs the model on a pack: cuts this rank's shard, builds what the layers need beside it."""
+
+    def __init__(self, config: RunConfig, groups: Groups) -> None:
+        self.config, self.groups = config, groups
+        self.layout = ShardLayout(
+            seq_len=config.data.seq_len,
+            block_size=config.attention.block_size,
+            cp_rank=groups.cp_rank,
+            cp_size=groups.cp_size,
+        )
+
+    def prepare(
+        self, pack: Pack, *, num_tokens: int, comm: CpComm, stats: LayerStats
+    ) -> tuple[LocalPack, PackParams]:
+        """This rank's shard, with the KL loss divided by groups and by `num_tokens` real queries."""
+        config, groups = self.config, self.groups
+        local = make_local_pack(pack, self.layout, groups.device)
+        double = config.train.precision is Precision.fp64
+        table = rotary_table(
+            local.doc_position,
+            rotary_dim=config.model.rotary_dim,
+            theta=config.model.rope_theta,
+            dtype=torch.float64 if double else torch.float32,
+        )
+        params = PackParams(
+            pack=local,
+            comm=comm,
+            rotary=table,
+            kl_weight=config.attention.kl_weight / (config.model.num_kv_heads * num_tokens),
+            stats=stats,
+            padding_mask=tensor_parallel_padding(local.valid, groups.tp_rank, groups.tp_size),
+        )
+        return local, params
+
+    def __call__(self, model: MsaGptModel, local: LocalPack, params: PackParams) -> Tensor:
+        """Losses [T] on the last pipeline stage, hidden states before."""
+        return model(**forward_arguments(local.tokens, local.labels), packed_seq_params=params)

@@ -1,0 +1,80 @@
+"""What an engine is: gradient reduction, optimizer and schedule behind one small interface."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from msa_train.config import RunConfig
+from msa_train.data import Pack
+from msa_train.model.gpt import MsaGptModel
+from msa_train.model.pack_params import LayerStats
+from msa_train.parallel.collectives import Traffic
+from msa_train.parallel.groups import Groups
+from msa_train.training.batch import PackForward, StepBatch
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step leaves on one rank.
+
+    lm_loss_sum: sum of this rank's token losses, fp64; 0 where the loss is not computed or is another
+    tensor-parallel rank's too. grad_norm: global norm before clipping, the same on all ranks.
+    """
+
+    lm_loss_sum: float
+    grad_norm: float
+    stats: LayerStats
+    traffic: Traffic
+
+
+class Engine(ABC):
+    """One model on this rank, trained step by step."""
+
+    model: MsaGptModel
+    "this rank's part of the model, without wrappers"
+
+    def __init__(self, config: RunConfig, groups: Groups) -> None:
+        self.config, self.groups = config, groups
+        self.forward = PackForward(config, groups)
+
+    @abstractmethod
+    def train_step(self, batch: StepBatch, lr: float) -> StepResult:
+        """Forward, backward, reduction, clipping and update for one global batch."""
+
+    @abstractmethod
+    def evaluate(self, packs: Sequence[Pack]) -> float:
+        """Sum of this rank's token losses without gradients, fp64."""
+
+    @abstractmethod
+    def sharded_state(self, *, loading: bool) -> dict[str, Any]:
+        """Model and optimizer as Megatron sharded tensors; the same keys from every engine."""
+
+    @abstractmethod
+    def load_state(self, state: dict[str, Any], step: int) -> None:
+        """Take over what was loaded into `sharded_state(loading=True)`; `step` updates have been made."""
+
+    def counts_loss(self) -> bool:
+        """Whether this rank's loss sum is to be added: last stage, first of its tensor-parallel group."""
+        return self.groups.is_last_stage and self.groups.tp_rank == 0
+
+
+def checkpoint_metadata(groups: Groups) -> dict[str, Any]:
+    """Options of Megatron's sharded state dicts: per-layer keys, optimizer state shaped like the model."""
+    return {
+        "dp_cp_group": groups.dp_cp,
+        "non_homogeneous_layers": True,
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+    }
+
+
+@torch.no_grad()
+def reset_token_counts(model: MsaGptModel) -> None:
+    """Forget tokens counted towards the expert bias."""
+    for module in model.modules():
+        counts = getattr(module, "local_tokens_per_expert", None)
+        if counts is not None:
+            counts.zero_()

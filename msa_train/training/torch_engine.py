@@ -1,0 +1,168 @@
+"""engine=torch: gradient all-reduce and torch.optim.AdamW, on any device."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.transformer.moe.moe_utils import get_updated_expert_bias
+from torch import Tensor, nn
+
+from msa_train.config import RunConfig
+from msa_train.data import Pack
+from msa_train.model.gpt import build_model
+from msa_train.model.init_weights import init_weights
+from msa_train.model.moe import SigmoidRouter
+from msa_train.model.pack_params import LayerStats
+from msa_train.parallel.groups import Groups
+from msa_train.training.batch import StepBatch
+from msa_train.training.engine import Engine, StepResult, checkpoint_metadata, reset_token_counts
+from msa_train.training.flat_gradients import FlatGradients
+
+# Names of Megatron's distributed optimizer, so that both engines read each other's checkpoints.
+_STATE_NAMES = ("fp32_param", "exp_avg", "exp_avg_sq")
+
+
+class TorchEngine(Engine):
+    """Context, expert and data parallelism with plain PyTorch parts."""
+
+    def __init__(self, config: RunConfig, groups: Groups) -> None:
+        super().__init__(config, groups)
+        self.model = build_model(config, groups.collection).to(groups.device)
+        init_weights(
+            self.model,
+            seed=config.train.seed,
+            tp_rank=groups.tp_rank,
+            tp_size=groups.tp_size,
+            ep_rank=groups.ep_rank,
+        )
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.gradients = FlatGradients(self.parameters, groups)
+        # 16-bit parameters are updated through fp32 copies.
+        self.masters = [
+            nn.Parameter(p.detach().float()) if p.dtype == torch.bfloat16 else p for p in self.parameters
+        ]
+        self.optimizer = self._build_optimizer()
+
+    def _build_optimizer(self) -> torch.optim.AdamW:
+        optim = self.config.optim
+        decayed = [p for p in self.masters if p.dim() > 1]
+        others = [p for p in self.masters if p.dim() <= 1]
+        return torch.optim.AdamW(
+            [
+                {"params": decayed, "weight_decay": optim.weight_decay},
+                {"params": others, "weight_decay": 0.0},
+            ],
+            lr=optim.lr,
+            betas=(optim.beta1, optim.beta2),
+            eps=optim.eps,
+            foreach=True,
+        )
+
+    def train_step(self, batch: StepBatch, lr: float) -> StepResult:
+        """See Engine.train_step."""
+        self.model.train()
+        self.gradients.zero()
+        reset_token_counts(self.model)
+        stats, comm = LayerStats(), self.groups.cp_comm()
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.groups.device)
+        for pack in batch.packs:
+            local, params = self.forward.prepare(
+                pack, num_tokens=batch.num_tokens, comm=comm, stats=stats
+            )
+            losses = self.forward(self.model, local, params)
+            (losses.sum() / batch.num_labels).backward()
+            loss_sum += losses.detach().sum(dtype=torch.float64)
+        self.gradients.reduce()
+        grad_norm = self._update(lr)
+        self._update_expert_bias()
+        return StepResult(
+            lm_loss_sum=float(loss_sum), grad_norm=grad_norm, stats=stats, traffic=comm.traffic
+        )
+
+    def _update(self, lr: float) -> float:
+        """Clip and step; returns the norm before clipping."""
+        norm, clip = self.gradients.norm(), self.config.optim.clip_grad
+        if clip > 0 and norm > clip:
+            self.gradients.scale(clip / norm)
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            master.grad = self.gradients.view(parameter)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            master.grad = None
+            if master is not parameter:
+                parameter.data.copy_(master.data)
+        return norm
+
+    @torch.no_grad()
+    def _update_expert_bias(self) -> None:
+        routers = [m for m in self.model.modules() if isinstance(m, SigmoidRouter) and m.enable_expert_bias]
+        if not routers:
+            return
+        updated = get_updated_expert_bias(
+            torch.stack([r.local_tokens_per_expert for r in routers]),
+            torch.stack([r.expert_bias for r in routers]),
+            self.config.model.router_bias_update_rate,
+        )
+        for router, bias in zip(routers, updated, strict=True):
+            router.expert_bias.copy_(bias)
+
+    @torch.no_grad()
+    def evaluate(self, packs: Sequence[Pack]) -> float:
+        """See Engine.evaluate."""
+        self.model.eval()
+        total = torch.zeros((), dtype=torch.float64, device=self.groups.device)
+        for pack in packs:
+            local, params = self.forward.prepare(
+                pack, num_tokens=1, comm=self.groups.cp_comm(), stats=LayerStats()
+            )
+            total += self.forward(self.model, local, params).sum(dtype=torch.float64)
+        return float(total)
+
+    def sharded_state(self, *, loading: bool) -> dict[str, Any]:
+        """See Engine.sharded_state."""
+        model_state = self.model.sharded_state_dict(metadata=checkpoint_metadata(self.groups))
+        return {"model": model_state, "optimizer": self._sharded_optimizer(model_state)}
+
+    def _sharded_optimizer(self, model_state: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        by_data: dict[int, ShardedTensor | ShardedTensorFactory] = {
+            id(entry.data): entry
+            for entry in nested_values(model_state)
+            if isinstance(entry, ShardedTensor | ShardedTensorFactory)
+        }
+        result: dict[str, dict[str, Any]] = {}
+        for index, (parameter, master) in enumerate(zip(self.parameters, self.masters, strict=True)):
+            entry = by_data[id(parameter)]
+            values = (master.detach(), *self._moments(master))
+            result[str(index)] = {
+                name: make_sharded_optimizer_tensor(entry, value, f"optimizer.state.{name}")
+                for name, value in zip(_STATE_NAMES, values, strict=True)
+            }
+        return result
+
+    def _moments(self, master: nn.Parameter) -> tuple[Tensor, Tensor]:
+        """Adam's moments; before the first step they are zero."""
+        state = self.optimizer.state[master]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"] = torch.zeros_like(master)
+            state["exp_avg_sq"] = torch.zeros_like(master)
+        return state["exp_avg"], state["exp_avg_sq"]
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Any], step: int) -> None:
+        """See Engine.load_state."""
+        self.model.load_state_dict(state["model"])
+        for index, (parameter, master) in enumerate(zip(self.parameters, self.masters, strict=True)):
+            loaded = state["optimizer"][str(index)]
+            if master is not parameter:
+                master.copy_(loaded["fp32_param"])
+            self._moments(master)
+            moments = self.optimizer.state[master]
+            moments["exp_avg"].copy_(loaded["exp_avg"])
+            moments["exp_avg_sq"].copy_(loaded["exp_avg_sq"])
+            moments["step"].fill_(float(step))

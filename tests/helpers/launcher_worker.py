@@ -1,0 +1,44 @@
+"""A small stand-in for training: all-reduces over gloo, and misbehaves as TEST_WORKER says."""
+
+import os
+import signal
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from msa_train.config import RunConfig
+
+FAIL_AT_STEP = 3
+
+
+def run(config: RunConfig) -> None:
+    """All-reduce for train.steps steps; TEST_WORKER = raise | exit | segfault | stop makes rank 1 do so."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=config.launcher.timeout_s))
+    rank, behaviour = dist.get_rank(), os.environ.get("TEST_WORKER", "")
+    run_dir = Path(config.run_dir)
+    (run_dir / f"pid{rank}").write_text(str(os.getpid()))
+    print(f"rank {rank} starts; terminal: {sys.stdout.isatty()}", flush=True)
+    for step in range(config.train.steps):
+        if rank == 1 and step == FAIL_AT_STEP:
+            _misbehave(behaviour)
+        dist.all_reduce(torch.ones(100_000))
+        (run_dir / f"step{rank}").write_text(str(step))
+        time.sleep(0.01)
+    dist.destroy_process_group()
+    print(f"rank {rank} ends", flush=True)
+
+
+def _misbehave(behaviour: str) -> None:
+    if behaviour == "raise":
+        raise RuntimeError("the loss of rank 1 is not finite")
+    if behaviour == "exit":
+        print("rank 1 leaves without a word", file=sys.stderr, flush=True)
+        os._exit(7)
+    if behaviour == "segfault":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if behaviour == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)

@@ -1,0 +1,144 @@
+"""Training steps of a small fp64 model whose every number can be compared between layouts."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from msa_train.config import (
+    AttentionConfig,
+    DataConfig,
+    Engine,
+    KvExchange,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    Precision,
+    Recompute,
+    RunConfig,
+    TrainConfig,
+)
+from msa_train.data import Pack
+from msa_train.model.attention import MsaSelfAttention
+from msa_train.model.init_weights import global_names
+from msa_train.model.moe import SigmoidRouter
+from msa_train.parallel.groups import build_groups
+from msa_train.training.batch import make_batch
+from msa_train.training.torch_engine import TorchEngine
+from tests.helpers.packs import make_pack
+
+SEQ_LEN, BLOCK_SIZE, VOCAB = 96, 4, 61
+
+
+def small_config(
+    *,
+    cp_size: int = 1,
+    ep_size: int = 1,
+    exchange: KvExchange = KvExchange.selected,
+    recompute: Recompute = Recompute.none,
+    precision: Precision = Precision.fp64,
+    topk: int = 3,
+) -> RunConfig:
+    """Four layers: full attention + dense FFN, then MSA + experts; three KV groups of two heads."""
+    return RunConfig(
+        engine=Engine.torch,
+        model=ModelConfig(
+            num_layers=4,
+            hidden_size=24,
+            num_heads=6,
+            num_kv_heads=3,
+            head_dim=8,
+            vocab_size=VOCAB,
+            ffn_hidden_size=32,
+            num_experts=4,
+            moe_router_topk=2,
+            moe_ffn_hidden_size=16,
+            shared_expert_hidden_size=8,
+            routed_scaling_factor=2.0,
+            layer_attention="full,msa,full,msa",
+            rotary_dim=4,
+            # Large weights: attention and routing far from uniform, so that mistakes show.
+            init_std=0.3,
+        ),
+        attention=AttentionConfig(block_size=BLOCK_SIZE, topk=topk, index_head_dim=6, kl_weight=0.7),
+        parallel=ParallelConfig(cp_size=cp_size, ep_size=ep_size, kv_exchange=exchange),
+        data=DataConfig(seq_len=SEQ_LEN),
+        optim=OptimConfig(lr=1e-2, warmup_steps=0, clip_grad=0.0),
+        train=TrainConfig(global_batch_size=2, precision=precision, recompute=recompute),
+    )
+
+
+def step_packs() -> list[list[Pack]]:
+    """Two steps of two packs: one long document; many short; one below a block; nothing remote anywhere."""
+    lengths = [
+        [[96], [5, 13, 7, 1, 9, 21, 4, 6]],
+        [[3, 50, 17], [7, 8, 8, 5, 8, 8, 8, 6, 8, 8, 8, 3]],
+    ]
+    return [
+        [
+            make_pack(
+                documents, seq_len=SEQ_LEN, block_size=BLOCK_SIZE, vocab_size=VOCAB, seed=10 * step + i
+            )
+            for i, documents in enumerate(packs)
+        ]
+        for step, packs in enumerate(lengths)
+    ]
+
+
+
+
+def run_steps(config: RunConfig) -> dict[str, Any]:
+    """Two training steps on this rank; must be called by every rank of the world.
+
+    Returns the rank's observations with sums over ranks where a quantity is cut over them: per step
+    `loss` and `kl` (global sums), `gradients` by global name (experts of this rank only), `selections` by
+    (pack, layer) for this rank's tokens, `expert_bias` by layer, `traffic`.
+    """
+    groups = build_groups(config.parallel, device=torch.device("cpu"))
+    engine = TorchEngine(config, groups)
+    selections: dict[tuple[int, int], torch.Tensor] = {}
+    packs_of_step: list[int] = []
+    for layer in engine.model.decoder.layers:
+        if isinstance(layer.self_attention, MsaSelfAttention):
+            layer.self_attention.register_forward_hook(
+                _recorder(selections, packs_of_step, layer.layer_number), with_kwargs=True
+            )
+    observed: list[dict[str, Any]] = []
+    for packs in step_packs():
+        selections.clear()
+        packs_of_step[:] = [i for i in range(len(packs)) if i % groups.dp_size == groups.dp_rank]
+        batch = make_batch([packs[i] for i in packs_of_step], groups)
+        result = engine.train_step(batch, lr=1e-2)
+        names = global_names(engine.model, ep_rank=groups.ep_rank)
+        observed.append(
+            {
+                "loss": _sum(result.lm_loss_sum) / batch.num_labels,
+                "kl": {n: _sum(float(v)) for n, v in sorted(result.stats.kl.items())},
+                "grad_norm": result.grad_norm,
+                "gradients": {name: engine.gradients.view(p).clone() for name, p in names},
+                "selections": dict(selections),
+                "expert_bias": [
+                    m.expert_bias.clone() for m in engine.model.modules() if isinstance(m, SigmoidRouter)
+                ],
+                "traffic": dict(result.traffic.received),
+                "start": engine.forward.layout.start,
+            }
+        )
+    return {"rank": groups.rank, "steps": observed}
+
+
+def _recorder(selections: dict[tuple[int, int], torch.Tensor], packs: list[int], layer: int) -> Any:
+    def hook(_module: Any, _args: Any, kwargs: dict[str, Any], _output: Any) -> None:
+        record = kwargs["packed_seq_params"].record
+        if record.replaying:
+            return
+        seen = sum(1 for key in selections if key[1] == layer)
+        selections[packs[seen], layer] = record.block_indices.clone()
+
+    return hook
+
+
+def _sum(value: float) -> float:
+    total = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(total)
+    return float(total)

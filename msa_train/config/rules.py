@@ -3,6 +3,7 @@
 Each violation is a ValueError of one line: name=value, the rule, the fix.
 """
 
+import math
 from collections.abc import Callable
 
 from msa_train.config.options import Engine, Precision
@@ -28,8 +29,10 @@ def check_rules(config: RunConfig, *, world_size: int, has_gpu: bool) -> None:
         ValueError: naming the value, the rule and the fix.
     """
     rules: tuple[Callable[[RunConfig], None], ...] = (
+        _names,
         _positive_sizes,
         _sequence,
+        _index_heads,
         _tensor_parallel,
         _experts,
         _training,
@@ -38,6 +41,17 @@ def check_rules(config: RunConfig, *, world_size: int, has_gpu: bool) -> None:
         rule(config)
     _world(config, world_size)
     _engine(config, has_gpu)
+
+
+def _names(config: RunConfig) -> None:
+    for name, value, fix in (
+        ("name", config.name, "name=mine"),
+        ("run_dir", config.run_dir, "run_dir=runs/mine"),
+        ("data.corpus", config.data.corpus, "data.corpus=stdlib or the path of a text"),
+        ("data.tokenizer", config.data.tokenizer, "data.tokenizer=bytes or the path of a tokenizer.json"),
+    ):
+        if not value.strip():
+            raise ValueError(f"{name}={value}: must not be empty; use {fix}")
 
 
 def _positive_sizes(config: RunConfig) -> None:
@@ -84,6 +98,20 @@ def _sequence(config: RunConfig) -> None:
         raise ValueError(
             f"data.validation_fraction={config.data.validation_fraction}: must be from 0 to below 1"
         )
+    if config.train.validate_every and not config.data.validation_fraction:
+        raise ValueError(
+            f"train.validate_every={config.train.validate_every}: no document is held out with "
+            "data.validation_fraction=0; use train.validate_every=0 or a larger fraction"
+        )
+
+
+def _index_heads(config: RunConfig) -> None:
+    rotary_dim, index_head_dim = config.model.rotary_dim, config.attention.index_head_dim
+    if index_head_dim < rotary_dim:
+        raise ValueError(
+            f"attention.index_head_dim={index_head_dim}: must be at least model.rotary_dim={rotary_dim}, "
+            f"as index heads are rotated too; use attention.index_head_dim={rotary_dim}"
+        )
 
 
 def _tensor_parallel(config: RunConfig) -> None:
@@ -108,14 +136,14 @@ def _experts(config: RunConfig) -> None:
     ep_size, num_experts = config.parallel.ep_size, config.model.num_experts
     if num_experts % ep_size:
         raise ValueError(
-            f"model.num_experts={num_experts}: parallel.ep_size={ep_size} must divide it; "
+            f"parallel.ep_size={ep_size}: must divide model.num_experts={num_experts}; "
             f"use one of {', '.join(str(n) for n in range(1, num_experts + 1) if num_experts % n == 0)}"
         )
 
 
 def _training(config: RunConfig) -> None:
     optim = config.optim
-    if optim.lr <= 0:
+    if not 0 < optim.lr < math.inf:
         raise ValueError(f"optim.lr={optim.lr}: must be positive")
     for name in ("min_lr_ratio", "decay_fraction"):
         if not 0 <= getattr(optim, name) <= 1:

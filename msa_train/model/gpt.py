@@ -10,8 +10,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
+    VocabParallelEmbedding,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
@@ -79,7 +81,7 @@ def build_model(
     # Megatron warns about every layer class that is not its own.
     logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
     megatron = build_transformer_config(config)
-    return MsaGptModel(
+    model = MsaGptModel(
         config=megatron,
         transformer_layer_spec=_block_spec(megatron, pg_collection.pp.rank()),
         vocab_size=config.model.vocab_size,
@@ -92,6 +94,24 @@ def build_model(
         position_embedding_type="none",
         pg_collection=pg_collection,
     )
+    _mark_parallel_weights(model)
+    return model
+
+
+def _mark_parallel_weights(model: MsaGptModel) -> None:
+    """Say which dimension of a weight is cut over tensor-parallel ranks, and which weights are experts'.
+
+    Megatron marks cuts while it draws initial weights, which we leave out (`init_weights` draws them by
+    name); its gradient norm and our drawing need the marks. Without expert parallelism it marks experts as
+    dense and would not sum their gradients over tensor-parallel ranks, which see different tokens here.
+    """
+    for module in model.modules():
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear) and module.is_expert:
+            module.weight.allreduce = False
+        if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding) and module.weight is not None:
+            set_tensor_model_parallel_attributes(module.weight, True, 0, 1)
+        elif isinstance(module, RowParallelLinear):
+            set_tensor_model_parallel_attributes(module.weight, True, 1, 1)
 
 
 def _block_spec(config: MsaTransformerConfig, pp_rank: int) -> TransformerBlockSubmodules:

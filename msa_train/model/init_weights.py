@@ -62,7 +62,8 @@ def _draw(name: str, parameter: Tensor, std: float, seed: int, tp_rank: int, tp_
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") & (2**63 - 1))
     shape = list(parameter.shape)
-    cut = tp_size > 1 and getattr(parameter, "tensor_model_parallel", False)
+    # Experts are cut over expert-parallel ranks only.
+    cut = tp_size > 1 and getattr(parameter, "tensor_model_parallel", False) and ".experts." not in name
     if cut:
         shape[parameter.partition_dim] *= tp_size  # type: ignore[attr-defined]
     full = torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)

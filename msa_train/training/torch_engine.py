@@ -86,7 +86,8 @@ class TorchEngine(Engine):
         """Clip and step; returns the norm before clipping."""
         norm, clip = self.gradients.norm(), self.config.optim.clip_grad
         if clip > 0 and norm > clip:
-            self.gradients.scale(clip / norm)
+            # The small term as in torch and Megatron, so that the engines agree.
+            self.gradients.scale(clip / (norm + 1e-6))
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             master.grad = self.gradients.view(parameter)
         for group in self.optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""Start local workers with the stand-in for training: python -m tests.helpers.launcher_start CONFIG.yaml N."""
+"""Start local workers on the stand-in for training: python -m tests.helpers.launcher_start CONFIG.yaml N."""
 
 import sys
 from pathlib import Path

@@ -1,0 +1,1 @@
+"""Command line, configuration files and worker processes. The only package that knows Hydra."""

@@ -1,0 +1,190 @@
+"""From command-line overrides to a typed RunConfig, and to a YAML file and back.
+
+Hydra is used as a library, for the errors of its own entry point are many lines long. Here each is a
+ValueError of one line that names the value, the rule and the fix.
+"""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from launchers.groups import GROUPS, config_dir, group_options
+from msa_train.config import RunConfig
+
+ConfigStore.instance().store(name="schema", node=RunConfig)
+
+EVERY_KEY = "every key is printed by: msa-train run=demo --cfg"
+TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def compose_run(overrides: Sequence[str]) -> RunConfig:
+    """Put a run together.
+
+    Args:
+        overrides: group choices and values, e.g. ["run=demo", "train.steps=50"].
+
+    Raises:
+        ValueError: naming the value, the rule and the fix.
+    """
+    parsed = [_parse(text) for text in overrides]
+    keys = known_keys()
+    schema = OmegaConf.structured(RunConfig)
+    for text, override in zip(overrides, parsed, strict=True):
+        if override.key_or_group in GROUPS:
+            _check_choice(text, override)
+        else:
+            _check_value(text, override, keys, schema)
+    if not any(override.key_or_group == "run" for override in parsed):
+        choices = ", ".join(f"run={name}" for name in group_options("run"))
+        raise ValueError(f"run: none is chosen and there is no default; use one of {choices}")
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            # every key exists, so that a leading + changes nothing; Hydra would refuse it
+            node = compose("config", overrides=[text.lstrip("+") for text in overrides])
+        return _to_config(node)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ValueError(_explain(error, keys)) from error
+
+
+def config_to_yaml(config: RunConfig) -> str:
+    """The whole configuration, nothing left to resolve."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def load_run(path: str | Path) -> RunConfig:
+    """Read a file written from `config_to_yaml`.
+
+    Raises:
+        ValueError: where the file does not hold a RunConfig.
+    """
+    try:
+        return _to_config(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path)))
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: {_explain(error, known_keys())}") from error
+
+
+def known_keys() -> dict[str, Any]:
+    """Type of every dotted key, e.g. {"train.steps": int, "engine": Engine}."""
+    return _walk(RunConfig, "")
+
+
+def _walk(section: type, prefix: str) -> dict[str, Any]:
+    keys: dict[str, Any] = {}
+    for item in fields(section):
+        if is_dataclass(item.type):
+            keys.update(_walk(item.type, f"{prefix}{item.name}."))  # type: ignore[arg-type]
+        else:
+            keys[prefix + item.name] = item.type
+    return keys
+
+
+def _to_config(node: Any) -> RunConfig:
+    config = OmegaConf.to_object(node)
+    assert isinstance(config, RunConfig), f"the schema is RunConfig, not {type(config)}"
+    return config
+
+
+def _parse(text: str) -> Override:
+    key, equals, value = text.partition("=")
+    if text.startswith("~"):
+        raise ValueError(
+            f"{text}: keys cannot be removed; set a value, as in {text[1:].partition('=')[0]}=..."
+        )
+    if not equals:
+        hint = f"{key}=VALUE"
+        for group in GROUPS:
+            if key in group_options(group):
+                hint = f"{group}={key}"
+                break
+        raise ValueError(f"{text}: is not of the form key=value; use {hint}")
+    if text.startswith("--"):
+        raise ValueError(f"{text}: options take no value; a setting is written without dashes: {text[2:]}")
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except HydraException:
+        fix = f"""'{key}="{value}"'"""
+        raise ValueError(f"{text}: cannot be read as key=value; quote the value, as in {fix}") from None
+    if override.is_sweep_override():
+        fix = f"""'{key}="{value}"'"""
+        raise ValueError(
+            f"{text}: is a sweep, one run takes one value; start it once per value, or quote: {fix}"
+        )
+    return override
+
+
+def _check_choice(text: str, override: Override) -> None:
+    group, choice = override.key_or_group, override.value()
+    options = list(group_options(group))
+    if choice not in options:
+        value = text.partition("=")[2]
+        raise ValueError(
+            f"{group}={value}: there is no such {group}; {_nearest(value, options, f'{group}=')}"
+            f"the choices are {', '.join(options)}"
+        )
+
+
+def _check_value(text: str, override: Override, keys: dict[str, Any], schema: Any) -> None:
+    key, value = override.key_or_group, text.partition("=")[2]
+    if key not in keys:
+        raise ValueError(f"{key}={value}: {_unknown_key(key, keys)}")
+    try:
+        OmegaConf.update(schema, key, override.value())
+    except OmegaConfBaseException:
+        raise ValueError(f"{key}={value}: must be {_expected(keys[key], value)}") from None
+
+
+def _unknown_key(key: str, keys: dict[str, Any]) -> str:
+    names = [*keys, *GROUPS]
+    last = key.rpartition(".")[2]
+    # cp_size=4 and paralel.cp_size=4 both mean parallel.cp_size; a shared last part beats likeness
+    same_last = [name for name in names if name.rpartition(".")[2] == last]
+    same_last = difflib.get_close_matches(key, same_last, n=3, cutoff=0.0)
+    nearest = same_last or difflib.get_close_matches(key, names, n=1)
+    if not nearest:
+        by_last = {name.rpartition(".")[2]: name for name in names}
+        nearest = [by_last[match] for match in difflib.get_close_matches(last, list(by_last), n=1)]
+    if not nearest:
+        return f"there is no such key; {EVERY_KEY}"
+    return f"there is no such key; did you mean {' or '.join(nearest)}?"
+
+
+def _nearest(value: str, options: Sequence[str], prefix: str = "") -> str:
+    match = difflib.get_close_matches(value, options, n=1)
+    return f"did you mean {prefix}{match[0]}? " if match else ""
+
+
+def _expected(kind: Any, value: str) -> str:
+    if issubclass(kind, Enum):
+        choices = list(kind.__members__)
+        return f"one of {', '.join(choices)}; {_nearest(value, choices)}".rstrip("; ")
+    name = TYPE_NAMES[kind]
+    if kind is int:
+        try:
+            return f"{name}; use {round(float(value))}"
+        except (ValueError, OverflowError):
+            return f"{name}, such as 4"
+    return name
+
+
+def _explain(error: Exception, keys: dict[str, Any]) -> str:
+    """One line for an error inside a file, where no command-line override is at fault."""
+    key = getattr(error, "full_key", None) or getattr(error.__cause__, "full_key", None)
+    lines = [line.strip() for line in str(error).splitlines()]
+    text = "; ".join(line for line in lines if line and not line.startswith(("full_key:", "object_type=")))
+    if not key:
+        return text
+    if key in keys:
+        return f"{key}: {text}"
+    return f"{key}: {text}; {_unknown_key(key, keys)}"

@@ -1,0 +1,38 @@
+"""The configuration folder: where it lies and what can be chosen in it. Light: read by --help."""
+
+from pathlib import Path
+
+GROUPS = (
+    "run",
+    "model",
+    "attention",
+    "parallel",
+    "data",
+    "optim",
+    "train",
+    "checkpoint",
+    "logging",
+    "launcher",
+)
+
+
+def config_dir() -> Path:
+    """Folder of the YAML files: inside the package of a wheel, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise FileNotFoundError(f"no conf/config.yaml in {package} or {package.parent}; install msa-train again")
+
+
+def group_options(group: str) -> dict[str, str]:
+    """Options of a group, each with the first comment of its file, e.g. {"tiny": "4 layers, ..."}."""
+    return {path.stem: _description(path) for path in sorted((config_dir() / group).glob("*.yaml"))}
+
+
+def _description(path: Path) -> str:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        text = line.removeprefix("#").strip()
+        if line.startswith("#") and text and not text.startswith("@package"):
+            return text
+    return ""

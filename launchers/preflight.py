@@ -1,0 +1,108 @@
+"""Checks before any worker starts. Every failure is a ValueError of one line."""
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from launchers.model_size import model_size
+from launchers.run_dir import check_writable
+from msa_train.config import Device, RunConfig, check_rules, resolve_engine
+
+CPU_PROCESSES = 2
+GPU_DEVICE_FILES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+
+
+@dataclass(kw_only=True, slots=True)
+class Layout:
+    """Processes of a run and where they compute."""
+
+    world_size: int
+    on_gpu: bool
+
+
+def count_gpus() -> int:
+    """GPUs that this process may use; torch is imported only where there can be any."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return 0
+    if not any(os.path.exists(file) for file in GPU_DEVICE_FILES) and not shutil.which("nvidia-smi"):
+        return 0
+    # not at the top of the file: it takes seconds, and machines without a GPU need none of it here
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def plan_layout(config: RunConfig, *, joined_world_size: int | None = None) -> Layout:
+    """Decide number and device of the processes, and check every rule between the settings.
+
+    Args:
+        config: the whole run.
+        joined_world_size: processes of the job that torchrun or srun started, None without one.
+
+    Raises:
+        ValueError: naming the value, the rule and the fix.
+    """
+    launcher = config.launcher
+    num_gpus = 0 if launcher.device is Device.cpu else count_gpus()
+    if launcher.device is Device.cuda and not num_gpus:
+        raise ValueError(
+            "launcher.device=cuda: no GPU can be used here; use launcher.device=cpu, or check nvidia-smi, "
+            "CUDA_VISIBLE_DEVICES and that torch is a CUDA build"
+        )
+    world_size = joined_world_size or launcher.num_processes or num_gpus or CPU_PROCESSES
+    check_rules(config, world_size=world_size, has_gpu=num_gpus > 0)
+    if joined_world_size is None and 0 < num_gpus < world_size:
+        raise ValueError(
+            f"launcher.num_processes={world_size}: one process per GPU and this machine has {num_gpus}; use "
+            f"launcher.num_processes={num_gpus} or less, launcher.device=cpu, or more nodes with torchrun"
+        )
+    return Layout(world_size=world_size, on_gpu=num_gpus > 0)
+
+
+def describe(config: RunConfig, layout: Layout) -> str:
+    """One line about the shape of a run."""
+    parallel = config.parallel
+    dp_size = layout.world_size // (parallel.cp_size * parallel.tp_size * parallel.pp_size)
+    size = model_size(config.model, config.attention)
+    return (
+        f"{config.name}: {layout.world_size} processes on {'GPUs' if layout.on_gpu else 'the CPU'} = "
+        f"dp {dp_size} x cp {parallel.cp_size} x tp {parallel.tp_size} x pp {parallel.pp_size}, "
+        f"ep {parallel.ep_size}; engine {resolve_engine(config, has_gpu=layout.on_gpu).value}; "
+        f"{config.data.seq_len} tokens per sequence, {config.data.seq_len // parallel.cp_size} per rank; "
+        f"{config.model.name} {_count(size.total)} parameters, {_count(size.active)} active"
+    )
+
+
+def check_files(config: RunConfig, *, say: Callable[[str], None]) -> None:
+    """Check run_dir, the corpus and the checkpoint that the run would start from.
+
+    The tokenized corpus is left in data.cache_dir, so that workers find it.
+
+    Raises:
+        ValueError: naming the value, the rule and the fix.
+    """
+    check_writable(config.run_dir)
+    # they import torch, which a mistake in the configuration need not wait for
+    from msa_train.data import prepare_corpus
+    from msa_train.training.checkpoint_store import check_resume
+
+    prepare_corpus(config.data, vocab_size=config.model.vocab_size, log=say)
+    found = check_resume(config)
+    if found:
+        say(found)
+
+
+def set_worker_environment(config: RunConfig, layout: Layout) -> None:
+    """Variables that must stand before torch is imported; inherited by workers."""
+    os.environ["OMP_NUM_THREADS"] = str(config.launcher.threads_per_process)
+    os.environ["MKL_NUM_THREADS"] = str(config.launcher.threads_per_process)
+    if not layout.on_gpu:
+        # some Megatron functions compile at first use, which costs minutes on a CPU and buys nothing
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    if config.launcher.device is Device.cpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.1f}B" if number >= 1e9 else f"{number / 1e6:.1f}M"

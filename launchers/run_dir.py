@@ -1,0 +1,104 @@
+"""The folder of a run: writable, held by one launcher at a time, with the resolved configuration in it."""
+
+import fcntl
+import os
+import shutil
+import socket
+import tempfile
+import time
+from pathlib import Path
+from typing import TextIO
+
+from launchers.compose import config_to_yaml
+from launchers.model_size import model_size
+from msa_train.config import RunConfig
+
+CONFIG_NAME = "config.yaml"
+# parameters and AdamW's master weights and two moments, fp32
+CHECKPOINT_BYTES_PER_PARAMETER = 16
+
+
+def check_writable(run_dir: str) -> None:
+    """Write a file where run_dir is or would be, and leave nothing behind.
+
+    Raises:
+        ValueError: if that is not possible.
+    """
+    folder = Path(run_dir).expanduser().absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"msa-train")
+    except OSError as error:
+        raise _unwritable(run_dir, error) from error
+
+
+def claim_run_dir(run_dir: str) -> TextIO:
+    """Create the folder and take its lock.
+
+    Returns:
+        The lock file; the lock lasts until it is closed or the process ends, however it ends.
+
+    Raises:
+        ValueError: if the folder cannot be written or another msa-train holds it.
+    """
+    folder = Path(run_dir).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        check_writable(run_dir)
+        lock = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (kept open while the run lasts)
+    except OSError as error:
+        raise _unwritable(run_dir, error) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read().strip() or "an unknown process"
+        lock.close()
+        raise ValueError(
+            f"run_dir={run_dir}: another msa-train ({holder}) is using it; wait for its end, stop it, or use "
+            "another run_dir"
+        ) from None
+    except OSError:
+        # some network file systems have no locks; going on without is better than not going
+        return lock
+    lock.truncate(0)
+    lock.write(f"pid {os.getpid()} on {socket.gethostname()}")
+    lock.flush()
+    return lock
+
+
+def write_config(config: RunConfig) -> Path:
+    """Write the resolved configuration; one of an earlier start that differs is kept beside it."""
+    path = Path(config.run_dir).expanduser() / CONFIG_NAME
+    text = config_to_yaml(config)
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        written = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
+        path.replace(path.with_name(f"config.{written}.yaml"))
+    partial = path.with_name(f".{CONFIG_NAME}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def disk_warning(config: RunConfig) -> str | None:
+    """A warning if the disk of run_dir cannot hold the checkpoints that the run will keep."""
+    if not config.checkpoint.every:
+        return None
+    size = model_size(config.model, config.attention).total * CHECKPOINT_BYTES_PER_PARAMETER
+    kept = config.checkpoint.keep_last + 1 if config.checkpoint.keep_last else 2
+    free = shutil.disk_usage(Path(config.run_dir).expanduser()).free
+    if free >= kept * size:
+        return None
+    return (
+        f"run_dir={config.run_dir}: {free / 1e9:.1f} GB are free and {kept} checkpoints take about "
+        f"{kept * size / 1e9:.1f} GB; free some space, or lower checkpoint.keep_last"
+    )
+
+
+def _unwritable(run_dir: str, error: OSError) -> ValueError:
+    return ValueError(
+        f"run_dir={run_dir}: cannot be written ({error.strerror}: {error.filename or run_dir}); use a "
+        "folder that you may write to, e.g. run_dir=runs/mine"
+    )

@@ -1,0 +1,80 @@
+"""One worker process: `python -m launchers.worker CONFIG.yaml`, or `run_entry` under torchrun and srun."""
+
+import ctypes
+import faulthandler
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from launchers.compose import load_run
+from msa_train.config import RunConfig
+
+TRAINING = "msa_train.training.main:run_worker"
+LAUNCHER_PID = "MSA_TRAIN_LAUNCHER_PID"
+PR_SET_PDEATHSIG = 1
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry under the local launcher. Arguments: CONFIG.yaml and, for tests, another MODULE:FUNCTION."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    _follow_launcher()
+    run_entry(load_run(arguments[0]), *arguments[1:])
+
+
+def run_entry(config: RunConfig, entry: str = TRAINING) -> None:
+    """Run a worker to its end. An exception is recorded for the launcher and ends the process at once.
+
+    Args:
+        config: the whole run.
+        entry: "module:function" to call with the configuration.
+    """
+    faulthandler.enable()
+    try:
+        module, _, function = entry.partition(":")
+        getattr(importlib.import_module(module), function)(config)
+    except Exception as error:
+        _record(error)
+        # A normal exit would run destructors of process groups, which can wait for dead peers for ever.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _follow_launcher() -> None:
+    """Have the kernel kill this process when the launcher ends, even by SIGKILL; end quietly on Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    launcher = os.environ.get(LAUNCHER_PID)
+    if launcher is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    # it may have ended before the request was made
+    if os.getppid() != int(launcher):
+        os._exit(1)
+
+
+def _record(error: Exception) -> None:
+    rank = os.environ.get("RANK", "0")
+    text = "".join(traceback.format_exception(error))
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        now = time.time()
+        extra = {"py_callstack": text, "timestamp": str(int(now)), "time": now}
+        message = f"{type(error).__name__}: {error}"
+        partial = Path(f"{file}.partial")
+        partial.write_text(
+            json.dumps({"message": {"message": message, "extraInfo": extra}}), encoding="utf-8"
+        )
+        partial.replace(file)
+    # The local launcher prints the first failure; rank 0 shares its terminal and must not repeat or drown it.
+    if LAUNCHER_PID not in os.environ or rank != "0":
+        print(f"msa-train: rank {rank} failed\n{text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,15 @@
+"""Corpora, tokenizers and packing: from the data settings to the packs of each step."""
+
+from msa_train.data.dataset import BatchStream, PackedDataset
+from msa_train.data.packing import IGNORE_LABEL, Pack
+from msa_train.data.prepare import Corpus, load_datasets, prepare_corpus
+
+__all__ = [
+    "IGNORE_LABEL",
+    "BatchStream",
+    "Corpus",
+    "Pack",
+    "PackedDataset",
+    "load_datasets",
+    "prepare_corpus",
+]

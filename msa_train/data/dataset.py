@@ -1,0 +1,149 @@
+"""Packs by number, and the packs of each data-parallel rank by step."""
+
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+
+import numpy as np
+
+from msa_train.data.packing import IGNORE_LABEL, EpochPlan, Pack, pack_documents
+from msa_train.data.split import DocumentView
+
+_PLANS_KEPT = 2
+"this epoch's and, while a step is fetched ahead, the next one's"
+
+
+class PackedDataset:
+    """An endless row of packs; number i is the same for every rank and every run with the same seed.
+
+    Args:
+        view: the documents.
+        seq_len: tokens of a pack.
+        block_size: alignment of documents in a pack.
+        seed: order of documents and packs.
+    """
+
+    def __init__(self, view: DocumentView, *, seq_len: int, block_size: int, seed: int) -> None:
+        assert view.lengths.any(), "a data set needs at least one token"
+        self._view = view
+        self._seq_len = seq_len
+        self._block_size = block_size
+        self._packing = pack_documents(view.lengths, seq_len=seq_len, block_size=block_size, seed=seed)
+        self._plans: dict[int, EpochPlan] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def num_packs(self) -> int:
+        """Packs of one epoch; the same for all epochs."""
+        return self._packing.num_packs
+
+    @property
+    def num_documents(self) -> int:
+        """Documents of one epoch."""
+        return len(self._view.lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one epoch, without padding."""
+        return int(self._view.lengths.sum())
+
+    @property
+    def padding_share(self) -> float:
+        """Share of an epoch's positions that is padding."""
+        return 1.0 - self.num_tokens / (self.num_packs * self._seq_len)
+
+    def __getitem__(self, index: int) -> Pack:
+        """Pack number `index`, counted over all epochs.
+
+        Raises:
+            ValueError: if a token id has no row in the embedding.
+        """
+        if index < 0:
+            raise IndexError(f"pack {index}: packs are counted from 0 and have no end")
+        epoch, pack = divmod(index, self.num_packs)
+        pieces = self._plan(epoch).pieces(pack)
+        blocks = -(-pieces.length // self._block_size)
+        cu_seqlens = np.zeros(len(pieces) + 1, np.int32)
+        np.cumsum(blocks[:-1] * self._block_size, out=cu_seqlens[1:-1])
+        cu_seqlens[-1] = self._seq_len
+        tokens = np.zeros(self._seq_len, np.int64)
+        labels = np.full(self._seq_len, IGNORE_LABEL, np.int64)
+        rows = zip(cu_seqlens, pieces.doc, pieces.start, pieces.length, strict=False)
+        for position, doc, start, length in rows:
+            # One token more than the piece has: what follows it in the document is its last label.
+            text = self._view.read(int(doc), int(start), int(length) + 1)
+            tokens[position : position + length] = text[:length]
+            labels[position : position + len(text) - 1] = text[1:]
+        return Pack(tokens, labels, cu_seqlens, pieces.length.astype(np.int32))
+
+    def _plan(self, epoch: int) -> EpochPlan:
+        with self._lock:
+            if epoch not in self._plans:
+                while len(self._plans) >= _PLANS_KEPT:
+                    del self._plans[max(self._plans, key=lambda kept: abs(kept - epoch))]
+                self._plans[epoch] = self._packing.epoch(epoch)
+            return self._plans[epoch]
+
+
+class BatchStream:
+    """Packs of one data-parallel rank, step by step; the next step is read ahead in a thread.
+
+    Args:
+        dataset: the packs.
+        prefetch: read the following step ahead.
+    """
+
+    def __init__(self, dataset: PackedDataset, *, prefetch: bool = True) -> None:
+        self._dataset = dataset
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="data") if prefetch else None
+        self._ahead: tuple[range, Future[list[Pack]]] | None = None
+
+    def packs(self, step: int, dp_rank: int, dp_size: int, global_batch_size: int) -> list[Pack]:
+        """The packs of one rank in one step.
+
+        The step's packs are numbers step * global_batch_size and following, whatever dp_size is; rank r
+        takes every dp_size-th from the r-th on. Example: in step 1 with global_batch_size 4, rank 0 of 2 has
+        packs 4 and 6, rank 1 has packs 5 and 7.
+
+        Raises:
+            ValueError: if a token id has no row in the embedding, even if it was read ahead.
+        """
+        assert 0 <= dp_rank < dp_size, f"dp_rank={dp_rank} of dp_size={dp_size}"
+        indices = _rank_indices(step, dp_rank, dp_size, global_batch_size)
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == indices:
+            packs = ahead[1].result()
+        else:
+            if ahead is not None:
+                ahead[1].cancel()
+            packs = self._build(indices)
+        if self._pool is not None:
+            following = _rank_indices(step + 1, dp_rank, dp_size, global_batch_size)
+            self._ahead = following, self._pool.submit(self._build, following)
+        return packs
+
+    def close(self) -> None:
+        """End the thread; harmless when repeated. Later steps are read without it."""
+        self._ahead = None
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+
+    def __enter__(self) -> "BatchStream":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _build(self, indices: range) -> list[Pack]:
+        return [self._dataset[index] for index in indices]
+
+
+def _rank_indices(step: int, dp_rank: int, dp_size: int, global_batch_size: int) -> range:
+    first = step * global_batch_size
+    return range(first + dp_rank, first + global_batch_size, dp_size)

@@ -1,0 +1,223 @@
+"""Packing: which pieces of which documents share a sequence, and where each of them starts.
+
+A document longer than `seq_len` is cut into pieces of `seq_len` tokens and a rest. Pieces are laid into packs
+of `seq_len` tokens, each on a multiple of `block_size`, so that a key block never holds two documents.
+Example with seq_len=8, block_size=4 and documents of 3, 10 and 4 tokens (a, b, c; `.` is padding):
+
+    pieces  a[0:3]  b[0:8]  b[8:10]  c[0:4]        in blocks  1  2  1  1
+    packs   bbbbbbbb  aaa.cccc  bb......
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+IGNORE_LABEL = -100
+
+_PACKING_STREAM, _PIECE_STREAM, _PACK_STREAM = range(3)
+
+
+@dataclass(slots=True)
+class Pack:
+    """One sequence of `seq_len` tokens.
+
+    Attributes:
+        tokens: [seq_len] int64, padding is 0.
+        labels: [seq_len] int64, the next token of the document, `IGNORE_LABEL` where there is none.
+        cu_seqlens: [num_docs + 1] int32, block-aligned starts; the first is 0, the last is seq_len.
+        doc_lengths: [num_docs] int32, real tokens of each document; the rest of its slot is padding.
+    """
+
+    tokens: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64]
+    cu_seqlens: npt.NDArray[np.int32]
+    doc_lengths: npt.NDArray[np.int32]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are not padding."""
+        return int(self.doc_lengths.sum())
+
+    @property
+    def num_labels(self) -> int:
+        """Positions that count in the loss."""
+        return int(np.count_nonzero(self.labels != IGNORE_LABEL))
+
+    @property
+    def padding_share(self) -> float:
+        """Share of the positions that is padding."""
+        return 1.0 - self.num_tokens / len(self.tokens)
+
+
+@dataclass(slots=True)
+class Pieces:
+    """Parallel arrays, one entry per piece: `length` tokens of document `doc` from token `start` on."""
+
+    doc: npt.NDArray[np.int64]
+    start: npt.NDArray[np.int64]
+    length: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.doc)
+
+    def take(self, index: npt.NDArray[np.int64] | slice) -> "Pieces":
+        """The pieces at `index`."""
+        return Pieces(self.doc[index], self.start[index], self.length[index])
+
+
+@dataclass(slots=True)
+class EpochPlan:
+    """Content of every pack of one epoch.
+
+    Pack k is `packing`'s pack `pack_order[k]`, and its slot s holds piece `slot_piece[s]`.
+    """
+
+    packing: "Packing"
+    slot_piece: npt.NDArray[np.int64]
+    pack_order: npt.NDArray[np.int64]
+
+    @property
+    def num_packs(self) -> int:
+        """Packs of the epoch."""
+        return len(self.pack_order)
+
+    def pieces(self, pack: int) -> Pieces:
+        """The pieces of one pack, in the order in which they stand there."""
+        shape = self.pack_order[pack]
+        first, last = self.packing.pack_slots[shape], self.packing.pack_slots[shape + 1]
+        return self.packing.pieces.take(self.slot_piece[first:last])
+
+
+@dataclass(slots=True)
+class Packing:
+    """Shapes of the packs, the same in every epoch; epochs differ in what fills them and in their order.
+
+    All epochs therefore have the same number of packs, so that any step finds its epoch by a division.
+    Documents of one pack do not see each other, so which ones meet matters no more than which packs share a
+    step.
+
+    Attributes:
+        pieces: every piece of every document; piece i fills slot i before shuffling.
+        slot_blocks: [num_slots] size of each slot in blocks.
+        pack_slots: [num_packs + 1] pack p has the slots from pack_slots[p] to pack_slots[p + 1].
+        seed: seeds every shuffle, together with the epoch.
+    """
+
+    pieces: Pieces
+    slot_blocks: npt.NDArray[np.int64]
+    pack_slots: npt.NDArray[np.int64]
+    seed: int
+
+    @property
+    def num_packs(self) -> int:
+        """Packs of one epoch."""
+        return len(self.pack_slots) - 1
+
+    def epoch(self, epoch: int) -> EpochPlan:
+        """Deal pieces of equal size in blocks among the slots of that size, and shuffle the packs.
+
+        Example: slot_blocks = [2, 1, 1] and shuffled pieces 2, 0, 1 (sizes 1, 2, 1): sorted by size the
+        pieces are 2, 1, 0 and the slots 1, 2, 0, so slot 1 gets piece 2, slot 2 gets piece 1 and slot 0 keeps
+        piece 0.
+        """
+        shuffled = _shuffle(len(self.pieces), self.seed, _PIECE_STREAM, epoch)
+        by_size = shuffled[np.argsort(self.slot_blocks[shuffled], kind="stable")]
+        slot_piece = np.empty_like(by_size)
+        slot_piece[np.argsort(self.slot_blocks, kind="stable")] = by_size
+        return EpochPlan(self, slot_piece, _shuffle(self.num_packs, self.seed, _PACK_STREAM, epoch))
+
+
+def pack_documents(
+    doc_lengths: npt.NDArray[np.int64], *, seq_len: int, block_size: int, seed: int
+) -> Packing:
+    """Cut documents into pieces and find packs for them.
+
+    Args:
+        doc_lengths: [num_docs] tokens of each document; documents of 0 tokens have no piece.
+        seq_len: tokens of a pack.
+        block_size: alignment of the pieces; must divide seq_len.
+        seed: order in which pieces look for a pack.
+
+    Raises:
+        ValueError: if seq_len, block_size and seed do not go together.
+    """
+    if block_size < 1 or seq_len < 1 or seq_len % block_size:
+        raise ValueError(
+            f"data.seq_len={seq_len}: must be a positive multiple of attention.block_size={block_size}; "
+            f"use data.seq_len={max(seq_len // max(block_size, 1), 1) * max(block_size, 1)}"
+        )
+    if seed < 0:
+        raise ValueError(f"data.seed={seed}: must not be negative; use data.seed={-seed}")
+    pieces = split_documents(doc_lengths, seq_len)
+    pieces = pieces.take(_shuffle(len(pieces), seed, _PACKING_STREAM, 0))
+    blocks = -(-pieces.length // block_size)
+    pack = _choose_packs(blocks, seq_len // block_size)
+    by_pack = np.argsort(pack, kind="stable")
+    pack_slots = np.zeros(int(pack.max(initial=-1)) + 2, np.int64)
+    np.cumsum(np.bincount(pack), out=pack_slots[1:])
+    return Packing(pieces.take(by_pack), blocks[by_pack], pack_slots, seed)
+
+
+def plan_epoch(
+    doc_lengths: npt.NDArray[np.int64], *, seq_len: int, block_size: int, seed: int, epoch: int
+) -> EpochPlan:
+    """Every token of every document exactly once, in packs; depends on nothing but the arguments."""
+    packing = pack_documents(doc_lengths, seq_len=seq_len, block_size=block_size, seed=seed)
+    return packing.epoch(epoch)
+
+
+def split_documents(doc_lengths: npt.NDArray[np.int64], seq_len: int) -> Pieces:
+    """Cut documents longer than `seq_len`.
+
+    Example: lengths [3, 10] and seq_len 8 give doc [0, 1, 1], start [0, 0, 8], length [3, 8, 2].
+    """
+    lengths = doc_lengths.astype(np.int64)
+    num_pieces = -(-lengths // seq_len)
+    doc = np.repeat(np.arange(len(lengths)), num_pieces)
+    first_piece = np.cumsum(num_pieces) - num_pieces
+    start = (np.arange(len(doc)) - first_piece[doc]) * seq_len
+    return Pieces(doc, start, np.minimum(lengths[doc] - start, seq_len))
+
+
+def _choose_packs(blocks: npt.NDArray[np.int64], capacity: int) -> npt.NDArray[np.int64]:
+    # Pieces that fill a pack are most of a corpus of long documents, and need no search.
+    is_full = blocks == capacity
+    pack = np.empty_like(blocks)
+    pack[~is_full] = best_fit(blocks[~is_full], capacity)
+    first_full = int(pack[~is_full].max(initial=-1)) + 1
+    pack[is_full] = first_full + np.arange(np.count_nonzero(is_full))
+    return pack
+
+
+def best_fit(sizes: npt.NDArray[np.int64], capacity: int) -> npt.NDArray[np.int64]:
+    """Number of the pack for each piece: the fullest one that still has room, else a new one.
+
+    The set of free sizes is one integer used as a bit mask, so a search costs a shift instead of a loop.
+    Example: sizes [2, 3, 2, 1] and capacity 4 give packs [0, 1, 0, 1].
+    """
+    packs: list[int] = []
+    packs_with_free = [list[int]() for _ in range(capacity + 1)]
+    free_mask = num_packs = 0
+    all_sizes: list[int] = sizes.tolist()
+    for size in all_sizes:
+        candidates = free_mask >> size
+        if candidates:
+            free = size + (candidates & -candidates).bit_length() - 1
+            pack = packs_with_free[free].pop()
+            if not packs_with_free[free]:
+                free_mask ^= 1 << free
+        else:
+            free, pack = capacity, num_packs
+            num_packs += 1
+        packs.append(pack)
+        if rest := free - size:
+            packs_with_free[rest].append(pack)
+            free_mask |= 1 << rest
+    return np.array(packs, np.int64)
+
+
+def _shuffle(count: int, seed: int, stream: int, epoch: int) -> npt.NDArray[np.int64]:
+    # numpy keeps the raw stream of a bit generator for ever, but not what Generator.permutation makes of it.
+    generator = np.random.PCG64(np.random.SeedSequence([seed, stream, epoch]))
+    return np.argsort(generator.random_raw(count), kind="stable")

@@ -1,0 +1,421 @@
+"""Checkpoint folders on disk: published whole or not at all, checked before use. Standard library only.
+
+run_dir/checkpoints/
+    step_00000100/              published: Megatron's files and
+        meta.json                   step, data position, model, layout
+        manifest.json               size and CRC-32 of every other file
+    .step_00000200.partial/     being written, or left by a crash
+
+CRC-32 because the enemy is a disk or a crash, not a forger, and it is several times faster than any digest of
+hashlib. The form of manifest.json stays as it is, whatever meta.json's format_version becomes.
+"""
+
+import errno
+import json
+import math
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from enum import Enum
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import msa_train
+from msa_train.config import RunConfig
+
+FORMAT_VERSION = 1
+META_NAME, MANIFEST_NAME = "meta.json", "manifest.json"
+FULL_CHECK_BYTES = 8 * 2**30
+_PUBLISHED = re.compile(r"step_(\d{8,})")
+_READ_BYTES = 4 * 2**20
+_NAMED_DAMAGED = 4
+
+# Neither shapes nor the meaning of the weights
+_NOT_OF_THE_MODEL = {
+    "model.name",
+    "model.init_std",
+    "model.router_bias_update_rate",
+    "attention.kl_weight",
+}
+# What a long-context extension changes when it starts from another run's checkpoint
+_CHANGED_BY_EXTENSION = {
+    "model.rope_theta",
+    "attention.block_size",
+    "attention.topk",
+    "attention.local_blocks",
+}
+
+
+@dataclass(kw_only=True, slots=True)
+class Found:
+    """A checkpoint to start from."""
+
+    path: Path
+    step: int
+    meta: dict[str, Any]
+    own: bool
+    "it is in run_dir, so the run goes on; otherwise it is where checkpoint.load pointed"
+    messages: list[str]
+    "for the user: what is skipped and why; empty where there is nothing remarkable"
+
+
+class CheckpointStore:
+    """The checkpoints of one run. Writing (`begin`, `publish`, `abandon`, `prune`) is for rank 0."""
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self.folder = Path(run_dir).expanduser() / "checkpoints"
+        self._last_published: int | None = None
+
+    def path(self, step: int) -> Path:
+        """Folder of a published step."""
+        return self.folder / f"step_{step:08d}"
+
+    def partial(self, step: int) -> Path:
+        """Folder of a step that is being written."""
+        return self.folder / f".step_{step:08d}.partial"
+
+    def steps(self) -> list[int]:
+        """Published steps, ascending, damaged ones included."""
+        if not self.folder.is_dir():
+            return []
+        matches = [_PUBLISHED.fullmatch(path.name) for path in self.folder.iterdir() if path.is_dir()]
+        return sorted(int(match[1]) for match in matches if match)
+
+    def begin(self, step: int) -> Path:
+        """Make the folder to write into, after removing what earlier crashes left."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob(".step_*"):
+            shutil.rmtree(leftover)
+        self.partial(step).mkdir()
+        return self.partial(step)
+
+    def publish(self, step: int) -> Path:
+        """Bring the written folder to the disk and make it visible in one rename."""
+        partial, target = self.partial(step), self.path(step)
+        for name in (META_NAME, MANIFEST_NAME):
+            assert (partial / name).is_file(), f"{name} must be written before step {step} is published"
+        for path in (*partial.rglob("*"), partial):
+            _sync(path)
+        # Only a run that went back behind a damaged checkpoint comes to the same step again.
+        replaced = self.folder / f".{target.name}.replaced"
+        if target.exists():
+            target.rename(replaced)
+        partial.rename(target)
+        _sync(self.folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+        self._last_published = step
+        return target
+
+    def abandon(self, step: int) -> None:
+        """Remove what was written of a step that will not be published, as far as possible."""
+        shutil.rmtree(self.partial(step), ignore_errors=True)
+
+    def prune(self, keep_last: int) -> list[int]:
+        """Remove published checkpoints except the last `keep_last` sound ones; 0 keeps all.
+
+        A checkpoint later than the one published last is damaged (else the run had started from it): it does
+        not count, and stays until the run comes to its step. Returns the removed steps, newest first.
+        """
+        removed: list[int] = []
+        if keep_last == 0:
+            return removed
+        limit = math.inf if self._last_published is None else self._last_published
+        num_kept = 0
+        for step in reversed([step for step in self.steps() if step <= limit]):
+            if num_kept < keep_last:
+                num_kept += self.verify(step, full=False) is None
+                continue
+            # out of sight first: a removal that is cut short must not look like a damaged checkpoint
+            hidden = self.folder / f".{self.path(step).name}.removed"
+            self.path(step).rename(hidden)
+            shutil.rmtree(hidden)
+            removed.append(step)
+        return removed
+
+    def verify(self, step: int, *, full: bool = True) -> str | None:
+        """None if the checkpoint is sound, else what is wrong with it.
+
+        Args:
+            step: a published step.
+            full: read every file and compare checksums; otherwise only names, sizes, meta.json and
+                manifest.json.
+        """
+        return verify_folder(self.path(step), full=full)
+
+
+def find_checkpoint(
+    config: RunConfig, *, full: bool, known_damaged: Mapping[Path, str] | None = None
+) -> Found | None:
+    """Newest sound checkpoint of run_dir or, where run_dir has none at all, of checkpoint.load.
+
+    Args:
+        config: the whole run.
+        full: compare checksums of all files, not only their sizes.
+        known_damaged: reason by folder, for checkpoints found to be damaged in another way.
+
+    Raises:
+        ValueError: one line, if checkpoints exist but none is sound, if the newest sound one is of another
+            model or of a newer format, or if checkpoint.load leads nowhere.
+    """
+    return _find(config, math.inf if full else 0, known_damaged or {})
+
+
+def check_resume(config: RunConfig) -> list[str]:
+    """What to tell the user about the checkpoint that this run will start from, before any worker starts.
+
+    Checksums are compared up to FULL_CHECK_BYTES per checkpoint; above that only names and sizes.
+
+    Raises:
+        ValueError: as `find_checkpoint`.
+    """
+    found = _find(config, FULL_CHECK_BYTES, {})
+    return found.messages if found else []
+
+
+def fingerprint(config: RunConfig) -> dict[str, object]:
+    """Fields that decide shapes and meaning of the weights, e.g. {"model.num_heads": 4, ...}; plain JSON."""
+    result: dict[str, object] = {}
+    for section, part in (("model", config.model), ("attention", config.attention)):
+        for field in fields(part):
+            value = getattr(part, field.name)
+            result[f"{section}.{field.name}"] = value.value if isinstance(value, Enum) else value
+    kinds = [(kind.value, len(list(run))) for kind, run in groupby(config.model.attention_kinds())]
+    result["model.layer_attention"] = ",".join(f"{kind}*{count}" for kind, count in kinds)
+    return {key: value for key, value in result.items() if key not in _NOT_OF_THE_MODEL}
+
+
+def verify_folder(folder: Path, *, full: bool) -> str | None:
+    """As CheckpointStore.verify, for any checkpoint folder."""
+    return structure_damage(folder) or (_first_checksum_damage(folder) if full else None)
+
+
+def structure_damage(folder: Path) -> str | None:
+    """What is wrong with the names and sizes of the files, with meta.json or with manifest.json."""
+    try:
+        files = read_manifest(folder)
+        for name, entry in files.items():
+            size = (folder / name).stat().st_size
+            if size != entry["size"]:
+                return f"{_file_words(name)}: {size} bytes instead of {entry['size']}"
+        reason = checksum_damage(folder, META_NAME, files[META_NAME]["crc32"])
+        return reason or _meta_damage(folder)
+    except FileNotFoundError as error:
+        return f"{_file_words(Path(error.filename).relative_to(folder).as_posix())}: missing"
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
+    except ValueError as error:
+        return str(error)
+
+
+def checksum_damage(folder: Path, name: str, crc32: str) -> str | None:
+    """What is wrong with the content of one file."""
+    try:
+        return None if file_checksum(folder / name) == crc32 else f"{_file_words(name)}: checksum"
+    except FileNotFoundError:
+        return f"{_file_words(name)}: missing"
+    except OSError as error:
+        return f"{_file_words(name)}: {error.strerror}"
+
+
+def file_checksum(path: Path) -> str:
+    """CRC-32 as 8 hexadecimal digits."""
+    crc = 0
+    with path.open("rb") as file:
+        while piece := file.read(_READ_BYTES):
+            crc = zlib.crc32(piece, crc)
+    return f"{crc:08x}"
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """What manifest.json says about a file."""
+    return {"size": path.stat().st_size, "crc32": file_checksum(path)}
+
+
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """Entry of each file by its name relative to the folder.
+
+    Raises:
+        ValueError: if manifest.json cannot be understood.
+    """
+    manifest = _read_object(folder / MANIFEST_NAME)
+    files = manifest.get("files")
+    if isinstance(files, dict) and META_NAME in files:
+        entries = files.values()
+        if all(isinstance(entry, dict) and {"size", "crc32"} <= set(entry) for entry in entries):
+            return files
+    raise ValueError(f"{MANIFEST_NAME}: lists no sizes and checksums")
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """Content of meta.json.
+
+    Raises:
+        ValueError: if it cannot be understood.
+    """
+    return _read_object(folder / META_NAME)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a file that appears whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _find(config: RunConfig, full_check_bytes: float, known_damaged: Mapping[Path, str]) -> Found | None:
+    store = CheckpointStore(config.run_dir)
+    own_folders = [store.path(step) for step in reversed(store.steps())]
+    if own_folders:
+        return _newest_sound(own_folders, config, full_check_bytes, known_damaged, own=True)
+    if not config.checkpoint.load:
+        return None
+    return _newest_sound(_load_folders(config), config, full_check_bytes, known_damaged, own=False)
+
+
+def _load_folders(config: RunConfig) -> list[Path]:
+    """Checkpoint folders behind checkpoint.load, newest first."""
+    load = Path(config.checkpoint.load).expanduser()
+    if any((load / name).exists() for name in (META_NAME, MANIFEST_NAME)):
+        return [load]
+    store = CheckpointStore(load.parent if load.name == "checkpoints" else load)
+    folders = [store.path(step) for step in reversed(store.steps())]
+    if not folders:
+        state = "has no checkpoint" if load.exists() else "does not exist"
+        raise ValueError(
+            f"checkpoint.load={config.checkpoint.load}: {state}; use the run_dir of a run that has saved, one "
+            "of its folders checkpoints/step_*, or checkpoint.load= to start from new weights"
+        )
+    return folders
+
+
+def _newest_sound(
+    folders: list[Path],
+    config: RunConfig,
+    full_check_bytes: float,
+    known_damaged: Mapping[Path, str],
+    *,
+    own: bool,
+) -> Found:
+    damaged: list[tuple[Path, str]] = []
+    for folder in folders:
+        reason = known_damaged.get(folder) or structure_damage(folder)
+        if reason is None:
+            # before the checksums, which take long
+            notes = _check_usable(read_meta(folder), folder, config, own=own)
+            size = sum(entry["size"] for entry in read_manifest(folder).values())
+            reason = _first_checksum_damage(folder) if size <= full_check_bytes else None
+            if reason is None:
+                return _found(folder, damaged, notes, own=own)
+        damaged.append((folder, reason))
+    setting, fix = _setting_and_fix(config, own=own)
+    reasons = [f"{folder.name}: {reason}" for folder, reason in damaged[:_NAMED_DAMAGED]]
+    if len(damaged) > _NAMED_DAMAGED:
+        reasons.append(f"and {len(damaged) - _NAMED_DAMAGED} more")
+    remove = f"remove {damaged[0][0].parent} to start anew, or " if own else ""
+    raise ValueError(f"{setting}: every checkpoint is damaged ({'; '.join(reasons)}); {remove}use {fix}")
+
+
+def _found(folder: Path, damaged: list[tuple[Path, str]], notes: list[str], *, own: bool) -> Found:
+    meta = read_meta(folder)
+    step = meta["step"]
+    messages = [f"checkpoint {_short(path)} is damaged ({reason}) and is skipped" for path, reason in damaged]
+    if messages:
+        messages[-1] += f"; going on from step {step}"
+    return Found(path=folder, step=step, meta=meta, own=own, messages=messages + notes)
+
+
+def _check_usable(meta: dict[str, Any], folder: Path, config: RunConfig, *, own: bool) -> list[str]:
+    """Refuse newer formats and other models; returns what the user should know."""
+    setting, fix = _setting_and_fix(config, own=own)
+    if meta["format_version"] > FORMAT_VERSION:
+        raise ValueError(
+            f"{setting}: checkpoint {_short(folder)} has format {meta['format_version']}, written by "
+            f"msa-train {meta.get('msa_train_version', 'unknown')}; this is {msa_train.__version__} and knows "
+            f"formats up to {FORMAT_VERSION}; upgrade msa-train, or use {fix}"
+        )
+    ours, theirs, notes = fingerprint(config), meta["fingerprint"], []
+    for key in dict.fromkeys([*ours, *theirs]):
+        # a field that is younger than the checkpoint had no say in it
+        if key not in theirs or ours.get(key) == theirs[key]:
+            continue
+        if key not in ours:
+            raise ValueError(
+                f"{setting}: checkpoint {_short(folder)} has {key}={theirs[key]}, which msa-train "
+                f"{msa_train.__version__} does not know; upgrade msa-train, or use {fix}"
+            )
+        if own or key not in _CHANGED_BY_EXTENSION:
+            raise ValueError(
+                f"{key}={ours[key]}: checkpoint {folder} is of another model, with {key}={theirs[key]}; "
+                f"set {key}={theirs[key]}, or use {fix}"
+            )
+        notes.append(f"{key}={ours[key]}: the checkpoint was trained with {theirs[key]}")
+    return notes
+
+
+def _setting_and_fix(config: RunConfig, *, own: bool) -> tuple[str, str]:
+    if own:
+        return f"run_dir={config.run_dir}", "another run_dir"
+    return f"checkpoint.load={config.checkpoint.load}", "another checkpoint.load"
+
+
+def _first_checksum_damage(folder: Path) -> str | None:
+    entries = sorted(read_manifest(folder).items())
+    reasons = (checksum_damage(folder, name, entry["crc32"]) for name, entry in entries)
+    return next((reason for reason in reasons if reason), None)
+
+
+def _meta_damage(folder: Path) -> str | None:
+    meta = read_meta(folder)
+    if not isinstance(meta.get("format_version"), int):
+        return f"{META_NAME}: has no format_version"
+    if meta["format_version"] > FORMAT_VERSION:
+        return None
+    for name, kind in {"step": int, "consumed_samples": int, "fingerprint": dict}.items():
+        if not isinstance(meta.get(name), kind):
+            return f"{META_NAME}: has no {name}"
+    match = _PUBLISHED.fullmatch(folder.name)
+    if match and int(match[1]) != meta["step"]:
+        return f"{META_NAME}: is of step {meta['step']}"
+    return None
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path.name}: is not JSON") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path.name}: is not a JSON object")
+    return value
+
+
+def _file_words(name: str) -> str:
+    if name in (META_NAME, MANIFEST_NAME):
+        return name
+    return f"model file {name}" if name.endswith(".distcp") else f"file {name}"
+
+
+def _short(folder: Path) -> str:
+    """step_00000200 -> step_200; other names as they are."""
+    match = _PUBLISHED.fullmatch(folder.name)
+    return f"step_{int(match[1])}" if match else folder.name
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # some network file systems cannot sync a folder
+        if error.errno != errno.EINVAL or not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)

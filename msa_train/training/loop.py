@@ -1,0 +1,154 @@
+"""The training loop: steps, validation, checkpoints, metrics."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from msa_train.config import RunConfig
+from msa_train.data import BatchStream, Corpus, PackedDataset
+from msa_train.parallel.groups import Groups
+from msa_train.training.batch import make_batch
+from msa_train.training.checkpoint import rng_state, save_checkpoint
+from msa_train.training.checkpoint_store import CheckpointStore, fingerprint
+from msa_train.training.engine import Engine
+from msa_train.training.lr_schedule import learning_rate
+from msa_train.training.metrics import MetricsWriter
+from msa_train.training.progress import Progress
+from msa_train.training.step_metrics import StepMetrics, router_bias_range
+
+
+@dataclass(slots=True)
+class Data:
+    """What is trained and validated on."""
+
+    train: PackedDataset
+    validation: PackedDataset | None
+    corpus: Corpus
+
+
+@dataclass(slots=True)
+class Reporting:
+    """Where progress goes; only on rank 0."""
+
+    writer: MetricsWriter
+    progress: Progress
+
+
+class Trainer:
+    """Runs steps `first_step + 1 .. config.train.steps`."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        groups: Groups,
+        engine: Engine,
+        data: Data,
+        store: CheckpointStore,
+        reporting: Reporting | None,
+    ) -> None:
+        self.config, self.groups, self.engine, self.data = config, groups, engine, data
+        self.store, self.reporting = store, reporting
+        self.metrics = StepMetrics(config, groups, engine.forward.layout)
+
+    def run(self, first_step: int, after_step: Callable[[int], None] | None = None) -> dict[str, Any]:
+        """Train to the end; returns the last metrics seen of every kind.
+
+        Args:
+            first_step: updates already made.
+            after_step: called with the step number after each step, for tests.
+        """
+        config = self.config
+        last: dict[str, Any] = {}
+        with BatchStream(self.data.train) as stream:
+            for step in range(first_step + 1, config.train.steps + 1):
+                values = self._step(step, stream)
+                last |= values
+                self._report(step, values)
+                if self._due(step, config.checkpoint.every):
+                    self.save(step)
+                if after_step is not None:
+                    after_step(step)
+        return last
+
+    def _due(self, step: int, every: int) -> bool:
+        return every > 0 and (step % every == 0 or step == self.config.train.steps)
+
+    def _step(self, step: int, stream: BatchStream) -> dict[str, Any]:
+        config, engine, groups = self.config, self.engine, self.groups
+        start = time.perf_counter()
+        lr = learning_rate(step - 1, config.optim, config.train.steps)
+        packs = stream.packs(step - 1, groups.dp_rank, groups.dp_size, config.train.global_batch_size)
+        batch = make_batch(packs, groups)
+        result = engine.train_step(batch, lr)
+        values: dict[str, Any] = {"lr": lr}
+        if step % config.logging.every == 0 or self._due(step, config.train.validate_every):
+            values |= self.metrics.gather(batch, result, counts_loss=engine.counts_loss())
+            values |= router_bias_range(engine.model)
+        seconds = time.perf_counter() - start
+        values["step_time_s"] = seconds
+        values["tokens_per_s"] = batch.num_tokens / seconds
+        values["tokens"] = step * config.train.global_batch_size * config.data.seq_len
+        if self.data.validation is not None and self._due(step, config.train.validate_every):
+            values |= self.validate()
+        return values
+
+    def validate(self) -> dict[str, float]:
+        """Mean loss of the held-out packs, the same ones each time."""
+        dataset = self.data.validation
+        assert dataset is not None, "asked for only where there are held-out documents"
+        dp_rank, dp_size = self.groups.dp_rank, self.groups.dp_size
+        count = min(self.config.train.validation_packs, dataset.num_packs)
+        # Every rank runs the same number of packs: collectives must pair up. Surplus packs count nothing.
+        rounds = -(-count // dp_size)
+        packs = [dataset[min(i * dp_size + dp_rank, count - 1)] for i in range(rounds)]
+        labels = sum(dataset[i].num_labels for i in range(count))
+        total = 0.0
+        for i, pack in enumerate(packs):
+            loss_sum = self.engine.evaluate([pack])
+            if i * dp_size + dp_rank < count and self.engine.counts_loss():
+                total += loss_sum
+        loss = torch.tensor(total, dtype=torch.float64, device=self.groups.device)
+        dist.all_reduce(loss)
+        values = {"val_loss": float(loss) / max(labels, 1)}
+        if self.data.corpus.bytes_per_token:
+            bits = values["val_loss"] / torch.log(torch.tensor(2.0, dtype=torch.float64)).item()
+            values["val_bits_per_byte"] = bits / self.data.corpus.bytes_per_token
+        return values
+
+    def _report(self, step: int, values: dict[str, Any]) -> None:
+        if self.reporting is None or "lm_loss" not in values:
+            return
+        self.reporting.writer.write(step, values)
+        self.reporting.progress.update(step, **values)
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint after `step` updates."""
+        start = time.perf_counter()
+        config, groups = self.config, self.groups
+        save_checkpoint(
+            self.store,
+            step=step,
+            sharded_state=self.engine.sharded_state(loading=False),
+            common={"rng": rng_state()},
+            meta={
+                "consumed_samples": step * config.train.global_batch_size,
+                "fingerprint": fingerprint(config),
+                "layout": {
+                    "world_size": groups.world_size,
+                    "cp_size": groups.cp_size,
+                    "ep_size": groups.ep_size,
+                    "tp_size": groups.tp_size,
+                    "pp_size": groups.pp_size,
+                    "dp_size": groups.dp_size,
+                },
+            },
+        )
+        if groups.rank == 0:
+            self.store.prune(config.checkpoint.keep_last)
+        if self.reporting is not None:
+            seconds = time.perf_counter() - start
+            self.reporting.progress.note(f"checkpoint step {step} written in {seconds:.1f} s")

@@ -1,0 +1,38 @@
+"""Learning rate as a function of the step alone, so that a resumed run needs no scheduler state."""
+
+import math
+
+from msa_train.config import LrSchedule, OptimConfig
+
+
+def learning_rate(step: int, optim: OptimConfig, total_steps: int) -> float:
+    """Learning rate of one update.
+
+    The warm-up rises linearly and reaches optim.lr at update `warmup_steps - 1`; cosine and wsd reach
+    `min_lr_ratio * lr` at the last update.
+
+    Args:
+        step: updates made before this one: 0 for the first, total_steps - 1 for the last.
+        optim: the schedule.
+        total_steps: updates of the whole run.
+
+    Example: lr=1, warmup_steps=2, total_steps=5, cosine to 0 -> 0.5, 1, 0.75, 0.25, 0.
+    """
+    if step < optim.warmup_steps:
+        return optim.lr * (step + 1) / optim.warmup_steps
+    last, peak = total_steps - 1, max(optim.warmup_steps - 1, 0)
+    if optim.schedule is LrSchedule.constant:
+        return optim.lr
+    if optim.schedule is LrSchedule.wsd:
+        start = max(last - round(optim.decay_fraction * total_steps), peak)
+        share = 1.0 - _fraction(step, start, last)
+    else:
+        share = 0.5 * (1.0 + math.cos(math.pi * _fraction(step, peak, last)))
+    return optim.lr * (optim.min_lr_ratio + (1.0 - optim.min_lr_ratio) * share)
+
+
+def _fraction(step: int, start: int, end: int) -> float:
+    """How far step is on the way from start to end, within 0 and 1."""
+    if step <= start:
+        return 0.0
+    return min((step - start) / (end - start), 1.0) if end > start else 1.0

@@ -1,0 +1,118 @@
+"""What one worker process does: join the job, build everything, train, report."""
+
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from msa_train.config import Device, Engine, RunConfig, resolve_engine
+from msa_train.data import load_datasets
+from msa_train.parallel.groups import Groups, build_groups, destroy_groups, init_distributed
+from msa_train.training.checkpoint import load_checkpoint, set_rng_state, verify_distributed
+from msa_train.training.checkpoint_store import CheckpointStore, find_checkpoint
+from msa_train.training.engine import Engine as TrainingEngine
+from msa_train.training.loop import Data, Reporting, Trainer
+from msa_train.training.megatron_engine import MegatronEngine
+from msa_train.training.metrics import MetricsWriter
+from msa_train.training.progress import Progress
+from msa_train.training.run_report import print_report
+from msa_train.training.torch_engine import TorchEngine
+
+
+def run_worker(config: RunConfig) -> None:
+    """Train as one rank of the job that RANK, LOCAL_RANK, WORLD_SIZE and MASTER_* describe."""
+    torch.set_num_threads(config.launcher.threads_per_process)
+    device = choose_device(config)
+    init_distributed(device=device, timeout_s=config.launcher.timeout_s)
+    groups = build_groups(config.parallel, device=device, timeout_s=config.launcher.timeout_s)
+    start = time.perf_counter()
+    train, validation, corpus = load_datasets(
+        config.data, block_size=config.attention.block_size, vocab_size=config.model.vocab_size
+    )
+    engine = build_engine(config, groups)
+    store = CheckpointStore(config.run_dir)
+    first_step, messages = resume(config, engine, groups)
+    reporting = _reporting(config, first_step) if groups.rank == 0 else None
+    if reporting is not None:
+        for line in (*_opening(config, groups, first_step), *messages):
+            reporting.progress.note(line)
+    trainer = Trainer(config, groups, engine, Data(train, validation, corpus), store, reporting)
+    last = trainer.run(first_step)
+    if reporting is not None:
+        reporting.progress.close()
+        reporting.writer.close()
+        print_report(config, groups, last, time.perf_counter() - start, sys.stdout)
+    dist.barrier()
+    destroy_groups()
+
+
+def choose_device(config: RunConfig) -> torch.device:
+    """The device of this worker: GPU LOCAL_RANK where GPUs are used."""
+    wanted = config.launcher.device
+    if wanted is Device.cuda or (wanted is Device.auto and torch.cuda.is_available()):
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def build_engine(config: RunConfig, groups: Groups) -> TrainingEngine:
+    """The engine that the configuration asks for, with freshly drawn weights."""
+    engine = resolve_engine(config, has_gpu=groups.device.type == "cuda")
+    return (MegatronEngine if engine is Engine.megatron else TorchEngine)(config, groups)
+
+
+def resume(config: RunConfig, engine: TrainingEngine, groups: Groups) -> tuple[int, list[str]]:
+    """Load the newest undamaged checkpoint, if any: (updates already made, lines to print).
+
+    A checkpoint of `checkpoint.load` gives the weights and optimizer state and the step to go on from.
+    """
+    skipped: list[str] = []
+    while True:
+        found = find_checkpoint(config, full=False)
+        if found is None:
+            return 0, skipped
+        damage = verify_distributed(found.path)
+        if damage is None:
+            break
+        raise ValueError(
+            f"checkpoint {found.path}: {damage}; remove this folder to go on from the one before it"
+        )
+    template = engine.sharded_state(loading=True)
+    state = load_checkpoint(found.path, template)
+    engine.load_state(state, found.step)
+    if state.get("rng") is not None:
+        set_rng_state(state["rng"])
+    same = "" if str(found.path).startswith(str(config.run_dir)) else f" of {found.path}"
+    return found.step, [*found.messages, f"going on from step {found.step}{same}"]
+
+
+def _reporting(config: RunConfig, first_step: int) -> Reporting:
+    return Reporting(
+        writer=MetricsWriter(
+            config.run_dir, tensorboard=config.logging.tensorboard, resume_step=first_step
+        ),
+        progress=Progress(config.logging.progress, config.train.steps, first_step, sys.stdout),
+    )
+
+
+def _opening(config: RunConfig, groups: Groups, first_step: int) -> list[str]:
+    """A few lines that say what is about to run."""
+    parallel = config.parallel
+    where = f"{groups.world_size} x {groups.device.type} on {socket.gethostname()}"
+    sizes = f"cp {parallel.cp_size}, ep {parallel.ep_size}, dp {groups.dp_size}"
+    if parallel.tp_size * parallel.pp_size > 1:
+        sizes += f", tp {parallel.tp_size}, pp {parallel.pp_size}"
+    return [
+        f"{config.name}: {where} ({sizes}), steps {first_step + 1} to {config.train.steps} "
+        f"of {config.train.global_batch_size} x {config.data.seq_len} tokens",
+        f"run_dir {Path(config.run_dir).resolve()}",
+    ]
+
+
+def last_values(last: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The entries of `last` that exist."""
+    return {name: last[name] for name in names if name in last}

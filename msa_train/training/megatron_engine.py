@@ -1,0 +1,167 @@
+"""engine=megatron: Megatron's DDP, distributed optimizer and pipeline schedules. GPUs only."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor, nn
+
+from msa_train.config import Precision, RunConfig
+from msa_train.data import Pack
+from msa_train.model.gpt import MsaGptModel, build_model
+from msa_train.model.init_weights import init_weights
+from msa_train.model.moe import SigmoidRouter
+from msa_train.model.pack_params import LayerStats
+from msa_train.parallel.collectives import CpComm
+from msa_train.parallel.groups import Groups
+from msa_train.training.batch import StepBatch
+from msa_train.training.engine import Engine, StepResult, checkpoint_metadata, reset_token_counts
+
+_LossAndSum = tuple[Tensor, Tensor, dict[str, Tensor]]
+
+
+class MegatronEngine(Engine):
+    """Tensor, pipeline, context, expert and data parallelism by Megatron."""
+
+    def __init__(self, config: RunConfig, groups: Groups) -> None:
+        super().__init__(config, groups)
+        self.model = build_model(
+            config,
+            groups.collection,
+            pre_process=groups.is_first_stage,
+            post_process=groups.is_last_stage,
+        )
+        self.model.to(groups.device)
+        init_weights(
+            self.model,
+            seed=config.train.seed,
+            tp_rank=groups.tp_rank,
+            tp_size=groups.tp_size,
+            ep_rank=groups.ep_rank,
+        )
+        self.wrapped = self._wrap()
+        self.optimizer = self._build_optimizer()
+
+    def _wrap(self) -> DistributedDataParallel:
+        module: nn.Module = self.model
+        if self.config.train.precision is Precision.bf16:
+            module = Float16Module(self.model.config, self.model)
+        options = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=False,
+            use_distributed_optimizer=True,
+        )
+        self.model.config.finalize_model_grads_func = _finalize
+        return DistributedDataParallel(self.model.config, options, module)
+
+    def _build_optimizer(self) -> Any:
+        optim = self.config.optim
+        options = OptimizerConfig(
+            optimizer="adam",
+            lr=optim.lr,
+            min_lr=0.0,
+            weight_decay=optim.weight_decay,
+            adam_beta1=optim.beta1,
+            adam_beta2=optim.beta2,
+            adam_eps=optim.eps,
+            clip_grad=optim.clip_grad,
+            bf16=self.config.train.precision is Precision.bf16,
+            params_dtype=self.model.config.params_dtype,
+            use_distributed_optimizer=True,
+        )
+        return get_megatron_optimizer(options, [self.wrapped])
+
+    def train_step(self, batch: StepBatch, lr: float) -> StepResult:
+        """See Engine.train_step."""
+        self.wrapped.train()
+        self.wrapped.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        reset_token_counts(self.model)
+        stats, comm = LayerStats(), self.groups.cp_comm()
+        losses = self._run(batch.packs, batch, comm, stats, forward_only=False)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        _, grad_norm, _ = self.optimizer.step()
+        self._keep_bias_fp32()
+        return StepResult(
+            lm_loss_sum=losses, grad_norm=float(grad_norm or 0.0), stats=stats, traffic=comm.traffic
+        )
+
+    @torch.no_grad()
+    def evaluate(self, packs: Sequence[Pack]) -> float:
+        """See Engine.evaluate."""
+        self.wrapped.eval()
+        batch = StepBatch(packs=packs, num_labels=1, num_tokens=1, num_packs=len(packs))
+        return self._run(packs, batch, self.groups.cp_comm(), LayerStats(), forward_only=True)
+
+    def _run(
+        self,
+        packs: Sequence[Pack],
+        batch: StepBatch,
+        comm: CpComm,
+        stats: LayerStats,
+        *,
+        forward_only: bool,
+    ) -> float:
+        """All micro-batches through Megatron's schedule; returns this rank's loss sum."""
+        if not packs:
+            return 0.0
+
+        def forward_step(
+            packs_left: Iterator[Pack], model: nn.Module
+        ) -> tuple[Tensor, Callable[[Tensor], _LossAndSum]]:
+            local, params = self.forward.prepare(
+                next(packs_left), num_tokens=batch.num_tokens, comm=comm, stats=stats
+            )
+            output = self.forward(model, local, params)  # type: ignore[arg-type]
+            return output, lambda losses: _loss(losses, batch.num_labels)
+
+        reduced = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(packs),
+            model=[self.wrapped],
+            num_microbatches=len(packs),
+            # Sequence length of the activations between stages; Megatron divides by cp and tp sizes.
+            seq_length=self.config.data.seq_len,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+        return float(sum(float(entry["loss_sum"]) for entry in reduced))
+
+    def _keep_bias_fp32(self) -> None:
+        for module in self.model.modules():
+            if isinstance(module, SigmoidRouter):
+                module._maintain_float32_expert_bias()
+
+    def sharded_state(self, *, loading: bool) -> dict[str, Any]:
+        """See Engine.sharded_state."""
+        metadata = checkpoint_metadata(self.groups)
+        model_state = self.model.sharded_state_dict(metadata=metadata)
+        optimizer = self.optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=metadata)
+        return {"model": model_state, "optimizer": optimizer}
+
+    def load_state(self, state: dict[str, Any], step: int) -> None:
+        """See Engine.load_state."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def _loss(losses: Tensor, num_labels: int) -> _LossAndSum:
+    """What Megatron's schedule asks of a loss function with per-token losses.
+
+    The loss is already divided by the global number of labels; the token count of 1 is not used, since
+    `_finalize` leaves it out.
+    """
+    total = losses.detach().sum(dtype=torch.float64)
+    one = torch.ones((), dtype=torch.int, device=losses.device)
+    return losses.sum() / num_labels, one, {"loss_sum": total}
+
+
+def _finalize(model: list[nn.Module], _num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+    """Reduce gradients and update the expert bias, without dividing by tokens once more."""
+    finalize_model_grads(model, None, **kwargs)

@@ -1,0 +1,199 @@
+"""metrics.jsonl and TensorBoard. Rank 0 only.
+
+A value is a number; or a dict by layer, {"layer03": entry}; or a list with an entry for each layer, None where
+the layer has no such value. An entry is a number or a list with a number for each KV group. Layers count from 1,
+groups from 0.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+METRICS_NAME, TENSORBOARD_NAME = "metrics.jsonl", "tensorboard"
+
+# TensorBoard tags; @ is where "layer03" or "layer03_group1" goes, and vanishes for a single number.
+TAGS = {
+    "lm_loss": "loss/lm",
+    "kl_loss": "loss/kl_@",
+    "val_loss": "loss/validation",
+    "lr": "optim/lr",
+    "grad_norm": "optim/grad_norm",
+    "tokens": "data/tokens",
+    "padding_share": "data/padding_share",
+    "tokens_per_s": "speed/tokens_per_s",
+    "step_time_s": "speed/step_time_s",
+    "kv_selected_fraction": "exchange/f_@",
+    "f": "exchange/f_@",
+    "tokens_per_expert_min": "moe/@_tokens_per_expert_min",
+    "tokens_per_expert_mean": "moe/@_tokens_per_expert_mean",
+    "tokens_per_expert_max": "moe/@_tokens_per_expert_max",
+    "router_bias_min": "moe/@_router_bias_min",
+    "router_bias_max": "moe/@_router_bias_max",
+}
+# Groups of keys without a tag of their own, by how the key starts
+_GROUPS = {
+    "memory": "memory",
+    "val_": "loss",
+    "kv_": "exchange",
+    "full_kv_": "exchange",
+    "index_key_": "exchange",
+    "request_": "exchange",
+    "router": "moe",
+    "tokens_per_expert": "moe",
+    "padding": "data",
+}
+_OTHER = "other"
+
+# Charts of the Custom Scalars page; tags are regular expressions.
+CHARTS = {
+    "training": {
+        "loss": ["Multiline", ["loss/lm$", "loss/validation$"]],
+        "KL loss of the index branch": ["Multiline", ["loss/kl"]],
+        "gradient norm": ["Multiline", ["optim/grad_norm$"]],
+        "learning rate": ["Multiline", ["optim/lr$"]],
+        "tokens per second": ["Multiline", ["speed/tokens_per_s$"]],
+        "padding": ["Multiline", ["data/padding_share$"]],
+    },
+    "key/value exchange": {
+        "f: share of remote blocks selected, per layer and group": ["Multiline", ["exchange/f(_|$)"]],
+        "bytes moved, and what an all-gather would move": ["Multiline", ["exchange/kv_bytes"]],
+    },
+    "experts": {
+        "tokens of the busiest expert, per layer": ["Multiline", ["moe/.*tokens_per_expert_max$"]],
+        "tokens of the idlest expert, per layer": ["Multiline", ["moe/.*tokens_per_expert_min$"]],
+        "router bias, per layer": ["Multiline", ["moe/.*router_bias_(min|max)$"]],
+    },
+    "machine": {"memory": ["Multiline", ["memory/.*"]]},
+}
+
+
+class MetricsWriter:
+    """Appends to the metrics of a run, after dropping what a killed run wrote beyond its last checkpoint."""
+
+    def __init__(self, run_dir: str | Path, *, tensorboard: bool, resume_step: int) -> None:
+        folder = Path(run_dir).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / METRICS_NAME
+        if path.exists():
+            _drop_after(path, resume_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._tensorboard: Any = None
+        if tensorboard:
+            # takes seconds to import
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(folder / TENSORBOARD_NAME), purge_step=resume_step + 1)
+            self._tensorboard.add_custom_scalars(CHARTS)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Add one step.
+
+        Args:
+            step: optimizer steps made; greater than in earlier calls.
+            values: numbers and lists by name, see the module. Not-a-number and infinity become null in
+                metrics.jsonl and their names are listed under "nonfinite".
+        """
+        plain, nonfinite = json_ready(values)
+        line = {"step": step, **plain, **({"nonfinite": nonfinite} if nonfinite else {})}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for key, value in values.items():
+                for tag, number in scalars(key, value):
+                    self._tensorboard.add_scalar(tag, number, step)
+            # a kill -9 must not cost points that the checkpoint already covers
+            self._tensorboard.flush()
+
+    def close(self) -> None:
+        """Finish both files."""
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """Steps of a metrics.jsonl (or of the run_dir that holds it); lines cut short by a kill are left out."""
+    path = Path(path)
+    return [entry for _, entry in _entries(path / METRICS_NAME if path.is_dir() else path)]
+
+
+def scalars(key: str, value: Any) -> Iterator[tuple[str, float]]:
+    """TensorBoard tags and numbers of one value.
+
+    Example: f={"layer03": [0.1, 0.2]}, or f=[None, None, [0.1, 0.2]] -> exchange/f_layer03_group0 0.1 and
+    exchange/f_layer03_group1 0.2.
+    """
+    if isinstance(value, list | tuple):
+        value = {f"layer{index + 1:02d}": entry for index, entry in enumerate(value)}
+    entries = value.items() if isinstance(value, Mapping) else [("", value)]
+    for name, entry in entries:
+        if isinstance(entry, list | tuple):
+            numbers = [(f"{name}_group{group}", number) for group, number in enumerate(entry)]
+        else:
+            numbers = [(name, entry)]
+        for index, number in numbers:
+            if number is not None and not isinstance(number, str):
+                yield _tag(key, index), float(number)
+
+
+def json_ready(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Values as plain JSON, and the keys under which a number was not finite (and is null)."""
+    plain = {key: _plain(value) for key, value in values.items()}
+    return plain, [key for key, value in values.items() if not _is_finite(value)]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    # also the scalars of NumPy and torch
+    number = value.item() if hasattr(value, "item") else float(value)
+    return None if isinstance(number, float) and not math.isfinite(number) else number
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(_is_finite(entry) for entry in value.values())
+    if isinstance(value, list | tuple):
+        return all(_is_finite(entry) for entry in value)
+    return value is None or isinstance(value, str) or math.isfinite(value)
+
+
+def _tag(key: str, index: str) -> str:
+    key = key.removesuffix("_by_layer")
+    tag = TAGS.get(key)
+    if tag is None:
+        group = next((group for start, group in _GROUPS.items() if key.startswith(start)), _OTHER)
+        tag = f"{group}/{key}_@"
+    if index:
+        return tag.replace("@", index) if "@" in tag else f"{tag}_{index}"
+    return tag.replace("_@", "").replace("@_", "")
+
+
+def _drop_after(path: Path, resume_step: int) -> None:
+    """Keep whole lines up to resume_step; the file is replaced at once."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        for line, entry in _entries(path):
+            if entry["step"] <= resume_step:
+                file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+                yield line.rstrip("\n"), entry

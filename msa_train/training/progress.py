@@ -1,0 +1,123 @@
+"""What a training run says while it runs: a bar on a terminal, plain lines otherwise. Rank 0 only."""
+
+import time
+from collections.abc import Callable
+from typing import TextIO
+
+from tqdm import tqdm
+
+from msa_train.config import Progress as ProgressKind
+
+LINE_INTERVAL_S = 3.0
+_SMOOTHING = 0.1
+
+
+class Progress:
+    """Reports steps to a stream."""
+
+    def __init__(
+        self,
+        kind: ProgressKind,
+        total_steps: int,
+        start_step: int,
+        stream: TextIO,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Args: start_step: steps made before this start of the run; clock: seconds, for tests."""
+        self.total_steps, self.stream, self._clock = total_steps, stream, clock
+        as_bar = stream.isatty() if kind is ProgressKind.auto else kind is ProgressKind.bar
+        self._bar = (
+            tqdm(total=total_steps, initial=start_step, unit="step", file=stream, dynamic_ncols=True)
+            if as_bar
+            else None
+        )
+        self._last_line_s = float("-inf")
+        self._unprinted = ""
+        self._seen: tuple[int, float] | None = None
+        self._step_s: float | None = None
+
+    def update(
+        self,
+        step: int,
+        *,
+        lm_loss: float,
+        tokens_per_s: float,
+        kl_loss: float | None = None,
+        grad_norm: float | None = None,
+        lr: float | None = None,
+        val_loss: float | None = None,
+        **_: object,
+    ) -> None:
+        """Report that `step` steps are made. What is None is left out; other metrics may be passed too."""
+        self._time(step)
+        numbers = {
+            "lm_loss": (lm_loss, ".4g"),
+            "kl": (kl_loss, ".3g"),
+            "val_loss": (val_loss, ".4g"),
+            "grad": (grad_norm, ".2g"),
+            "lr": (lr, ".1e"),
+        }
+        parts = [f"{name} {value:{form}}" for name, (value, form) in numbers.items() if value is not None]
+        parts.append(f"{format_count(tokens_per_s)} tok/s")
+        if self._bar is not None:
+            self._bar.set_postfix_str("  ".join(parts), refresh=False)
+            self._bar.update(step - self._bar.n)
+            if val_loss is not None:
+                self.note(f"step {step}/{self.total_steps}  val_loss {val_loss:.4g}")
+            return
+        if self._step_s is not None and step < self.total_steps:
+            parts.append(f"left {format_duration((self.total_steps - step) * self._step_s)}")
+        self._unprinted = "  ".join([f"step {step}/{self.total_steps}", *parts])
+        due = self._clock() - self._last_line_s >= LINE_INTERVAL_S
+        if due or val_loss is not None or step >= self.total_steps:
+            self._print_line()
+
+    def note(self, text: str) -> None:
+        """Print a line of its own, above the bar where there is one."""
+        if self._bar is not None:
+            self._bar.write(text, file=self.stream)
+        else:
+            print(text, file=self.stream, flush=True)
+
+    def close(self) -> None:
+        """End the report; the last step is shown even if it came too soon after the one before."""
+        if self._bar is not None:
+            self._bar.close()
+        elif self._unprinted:
+            self._print_line()
+
+    def _print_line(self) -> None:
+        print(self._unprinted, file=self.stream, flush=True)
+        self._unprinted, self._last_line_s = "", self._clock()
+
+    def _time(self, step: int) -> None:
+        """Seconds per step, recent steps weighing more. What comes before the first report is not counted."""
+        now = self._clock()
+        if self._seen is not None and step > self._seen[0]:
+            latest = (now - self._seen[1]) / (step - self._seen[0])
+            old = latest if self._step_s is None else self._step_s
+            self._step_s = old + _SMOOTHING * (latest - old)
+        self._seen = (step, now)
+
+
+def format_count(number: float) -> str:
+    """950.2 -> 950, 8123 -> 8.1K, 1.25e6 -> 1.2M, 2e9 -> 2.0G."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "K")):
+        if number >= size * 0.9995:
+            return f"{number / size:.1f}{letter}" if number < 99.95 * size else f"{number / size:.0f}{letter}"
+    return f"{number:.0f}"
+
+
+def format_duration(seconds: float) -> str:
+    """45 -> 45s, 220 -> 3m40s, 7500 -> 2h05m, 97200 -> 1d03h."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    minutes = whole // 60
+    if minutes < 24 * 60:
+        return f"{minutes // 60}h{minutes % 60:02d}m"
+    hours = minutes // 60
+    return f"{hours // 24}d{hours % 24:02d}h"

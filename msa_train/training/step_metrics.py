@@ -1,0 +1,143 @@
+"""Turns what the ranks saw in a step into one row of metrics, by a single all-reduce."""
+
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from msa_train.config import AttentionKind, KvExchange, Recompute, RunConfig
+from msa_train.model.gpt import MsaGptModel
+from msa_train.model.moe import SigmoidRouter
+from msa_train.model.transformer_config import DTYPES
+from msa_train.parallel.groups import Groups
+from msa_train.parallel.layout import ShardLayout
+from msa_train.training.batch import StepBatch
+from msa_train.training.engine import StepResult
+
+# Purposes of `CpComm` traffic that are logged; sums over all ranks.
+_TRAFFIC = {
+    "kv": "kv_bytes",
+    "kv_again": "kv_again_bytes",
+    "kv_grad": "kv_grad_bytes",
+    "index_key": "index_key_bytes",
+    "request": "request_bytes",
+    "full_kv": "full_kv_bytes",
+    "full_kv_again": "full_kv_again_bytes",
+    "full_kv_grad": "full_kv_grad_bytes",
+}
+
+
+def kv_bytes_all_gather(config: RunConfig, num_packs: int) -> int:
+    """K/V bytes that all ranks together would receive if every MSA layer gathered all of them once.
+
+    A ring moves the same. With full recomputation the forward runs, and fetches, twice.
+    """
+    model, cp_size = config.model, config.parallel.cp_size
+    num_msa = model.attention_kinds().count(AttentionKind.msa)
+    element = torch.empty((), dtype=DTYPES[config.train.precision]).element_size()
+    shard = config.data.seq_len // cp_size * 2 * model.num_kv_heads * model.head_dim * element
+    passes = 2 if config.train.recompute is Recompute.full else 1
+    return num_packs * num_msa * cp_size * (cp_size - 1) * shard * passes
+
+
+class StepMetrics:
+    """Collects the metrics of steps on every rank; all ranks get the same numbers."""
+
+    def __init__(self, config: RunConfig, groups: Groups, layout: ShardLayout) -> None:
+        self.config, self.groups, self.layout = config, groups, layout
+        kinds = config.model.attention_kinds()
+        self.msa_layers = [i + 1 for i, kind in enumerate(kinds) if kind is AttentionKind.msa]
+        self.moe_layers = list(range(config.model.num_dense_ffn_layers + 1, config.model.num_layers + 1))
+
+    def gather(self, batch: StepBatch, result: StepResult, *, counts_loss: bool) -> dict[str, Any]:
+        """Metrics of one training step.
+
+        Args:
+            batch: the step's packs and global counts.
+            result: what the engine returned on this rank.
+            counts_loss: whether this rank's loss sum is to be added.
+        """
+        model, stats = self.config.model, result.stats
+        parts = {
+            "loss": torch.tensor([result.lm_loss_sum if counts_loss else 0.0], dtype=torch.float64),
+            "kl": _by_layer(stats.kl, self.msa_layers, ()),
+            "selected": _by_layer(stats.selected, self.msa_layers, (model.num_kv_heads,)),
+            "experts": _by_layer(stats.tokens_per_expert, self.moe_layers, (model.num_experts,)),
+            "traffic": torch.tensor([result.traffic[name] for name in _TRAFFIC], dtype=torch.float64),
+        }
+        flat = torch.cat([part.flatten() for part in parts.values()]).to(self.groups.device)
+        dist.all_reduce(flat)
+        sums = dict(
+            zip(parts, flat.cpu().split([part.numel() for part in parts.values()]), strict=True)
+        )
+        sums = {name: total.view(parts[name].shape) for name, total in sums.items()}
+        values: dict[str, Any] = {
+            "lm_loss": float(sums["loss"]) / batch.num_labels,
+            "padding_share": 1 - batch.num_tokens / (batch.num_packs * self.config.data.seq_len),
+            "grad_norm": result.grad_norm,
+        }
+        values |= self._attention(batch, sums["kl"], sums["selected"])
+        values |= self._experts(sums["experts"])
+        if self.groups.cp_size > 1:
+            values |= dict(zip(_TRAFFIC.values(), map(int, sums["traffic"].tolist()), strict=True))
+            values["kv_bytes_all_gather"] = kv_bytes_all_gather(self.config, batch.num_packs)
+            if self.config.parallel.kv_exchange is not KvExchange.selected:
+                del values["request_bytes"]
+        return values | self._memory()
+
+    def _attention(self, batch: StepBatch, kl: Tensor, selected: Tensor) -> dict[str, Any]:
+        if not self.msa_layers:
+            return {}
+        values: dict[str, Any] = {}
+        if self.config.attention.kl_weight > 0:
+            per_layer = kl / (batch.num_tokens * self.config.model.num_kv_heads)
+            values["kl_loss"] = float(per_layer.sum())
+            values["kl_loss_by_layer"] = _named(self.msa_layers, per_layer.tolist())
+        remote = (self.layout.num_blocks - self.layout.num_local_blocks) * self.groups.cp_size
+        if remote:
+            f = selected / (remote * batch.num_packs)
+            values["kv_selected_fraction"] = float(f.mean())
+            values["f"] = _named(self.msa_layers, f.tolist())
+        return values
+
+    def _experts(self, tokens: Tensor) -> dict[str, Any]:
+        if not self.moe_layers:
+            return {}
+        return {
+            "tokens_per_expert_min": float(tokens.min()),
+            "tokens_per_expert_max": float(tokens.max()),
+            "tokens_per_expert_mean": float(tokens.mean()),
+            "tokens_per_expert_max_by_layer": _named(self.moe_layers, tokens.amax(1).tolist()),
+        }
+
+    def _memory(self) -> dict[str, float]:
+        device = self.groups.device
+        if device.type == "cuda":
+            used = torch.cuda.max_memory_allocated(device)
+        else:
+            used = psutil.Process().memory_info().rss
+        largest = torch.tensor(float(used), dtype=torch.float64, device=device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return {"memory_gib": float(largest) / 2**30}
+
+
+def router_bias_range(model: MsaGptModel) -> dict[str, float]:
+    """Smallest and largest expert bias of the routers on this rank."""
+    biases = [m.expert_bias for m in model.modules() if isinstance(m, SigmoidRouter)]
+    if not biases:
+        return {}
+    stacked = torch.stack(biases)
+    return {"router_bias_min": float(stacked.min()), "router_bias_max": float(stacked.max())}
+
+
+def _by_layer(sums: dict[int, Tensor], layers: list[int], shape: tuple[int, ...]) -> Tensor:
+    """[len(layers), *shape] fp64; layers of other pipeline stages are zero."""
+    zero = torch.zeros(shape, dtype=torch.float64)
+    rows = [sums[layer].double().cpu() if layer in sums else zero for layer in layers]
+    return torch.stack(rows) if rows else torch.zeros(0, *shape, dtype=torch.float64)
+
+
+def _named(layers: list[int], values: list[Any]) -> dict[str, Any]:
+    return {f"layer{layer:02d}": value for layer, value in zip(layers, values, strict=True)}

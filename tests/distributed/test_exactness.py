@@ -1,0 +1,120 @@
+"""The whole step, context and expert parallel, equals one process in fp64: the test that guards every change.
+
+Loss, KL, every gradient, the block selection and the expert bias of two training steps, for every exchange and
+layout. Packs: one long document; many short ones; one shorter than a block; a pack where nothing is remote.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+
+from msa_train.config import KvExchange, Recompute
+from tests.helpers.compare import assert_rows_close
+from tests.helpers.model_runs import run_steps, small_config
+from tests.helpers.spawn import run_ranks
+
+TOLERANCE = 1e-8
+EXCHANGES = list(KvExchange)
+CASES: dict[str, tuple[int, dict[str, Any]]] = {
+    f"cp{cp}-{exchange.value}-ep{ep}": (
+        # Expert parallelism of 2 needs an even number of ranks.
+        cp * (2 if cp * 1 % ep else 1),
+        {"cp_size": cp, "ep_size": ep, "exchange": exchange},
+    )
+    for cp in (1, 2, 3, 4)
+    for exchange in EXCHANGES
+    for ep in (1, 2)
+}
+CASES |= {
+    f"cp2-{exchange.value}-recompute": (
+        2,
+        {"cp_size": 2, "exchange": exchange, "recompute": Recompute.full},
+    )
+    for exchange in EXCHANGES
+}
+CASES["cp4-selected-ep4"] = (4, {"cp_size": 4, "ep_size": 4})
+CASES["cp2-selected-ep4-dp2"] = (4, {"cp_size": 2, "ep_size": 4})
+REFERENCE = "cp1-selected-ep1"
+
+
+def worker(rank: int, world_size: int, cases: dict[str, dict[str, Any]], folder: str) -> None:
+    """All cases of one world size, one process group start for all of them."""
+    from megatron.core import parallel_state
+
+    for name, arguments in cases.items():
+        torch.save(run_steps(small_config(**arguments)), f"{folder}/{name}.{rank}")
+        parallel_state.destroy_model_parallel()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("exactness")
+    found: dict[str, list[dict[str, Any]]] = {}
+    for world_size in sorted({size for size, _ in CASES.values()}):
+        cases = {name: arguments for name, (size, arguments) in CASES.items() if size == world_size}
+        run_ranks(world_size, worker, cases, str(folder))
+        for name in cases:
+            found[name] = [
+                torch.load(folder / f"{name}.{rank}", weights_only=False) for rank in range(world_size)
+            ]
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != REFERENCE])
+def test_equals_one_process(name: str, results: dict[str, list[dict[str, Any]]]) -> None:
+    reference = results[REFERENCE][0]["steps"]
+    experts_seen, tokens_seen = set(), 0
+    for rank in results[name]:
+        for step, (got, want) in enumerate(zip(rank["steps"], reference, strict=True)):
+            where = f"{name}, rank {rank['rank']}, step {step}"
+            assert abs(got["loss"] - want["loss"]) <= TOLERANCE * want["loss"], where
+            assert abs(got["grad_norm"] - want["grad_norm"]) <= TOLERANCE * want["grad_norm"], where
+            assert got["kl"].keys() == want["kl"].keys() == {2, 4}
+            for layer, kl in want["kl"].items():
+                assert abs(got["kl"][layer] - kl) <= TOLERANCE * kl, where
+            for parameter, gradient in got["gradients"].items():
+                assert want["gradients"][parameter].abs().max() > 0 or "expert" in parameter, parameter
+                assert_rows_close(gradient, want["gradients"][parameter], TOLERANCE)
+            experts_seen |= got["gradients"].keys()
+            for key, block_indices in got["selections"].items():
+                rows = slice(got["start"], got["start"] + block_indices.shape[0])
+                assert torch.equal(block_indices, want["selections"][key][rows]), f"{where}, {key}"
+                tokens_seen += block_indices.shape[0]
+            for ours, theirs in zip(got["expert_bias"], want["expert_bias"], strict=True):
+                assert torch.equal(ours, theirs), where
+    # The ranks together must have shown every parameter and every token's selection.
+    assert experts_seen == reference[0]["gradients"].keys()
+    whole = sum(x.shape[0] for step in reference for x in step["selections"].values())
+    assert tokens_seen == whole
+
+
+def test_exchange_sends_only_what_was_selected(results: dict[str, list[dict[str, Any]]]) -> None:
+    """Bytes handed to the collectives, against a brute-force count of distinct remote (block, group) pairs."""
+    for name in ("cp2-selected-ep1", "cp3-selected-ep1", "cp4-selected-ep1"):
+        cp_size, head_dim, block_size, element = CASES[name][1]["cp_size"], 8, 4, 8
+        local_blocks = 96 // cp_size // block_size
+        for rank in results[name]:
+            for step in rank["steps"]:
+                own = range(step["start"] // block_size, step["start"] // block_size + local_blocks)
+                pairs = 0
+                for block_indices in step["selections"].values():
+                    for group in range(block_indices.shape[1]):
+                        seen = {b for row in block_indices[:, group].tolist() for b in row}
+                        pairs += len([b for b in seen if b >= 0 and b not in own])
+                assert step["traffic"]["kv"] == pairs * 2 * head_dim * block_size * element
+    # The second step's packs have nothing remote but what the 50-token document needs: some rank gets none.
+    quiet = [rank["steps"][1]["traffic"]["kv"] for rank in results["cp4-selected-ep1"]]
+    assert 0 in quiet
+    assert max(quiet) > 0
+
+
+def test_gathering_exchanges_move_everything(results: dict[str, list[dict[str, Any]]]) -> None:
+    """All-gather and ring: (P - 1) shards per MSA layer and pack, whatever was selected."""
+    for name in ("cp2-all_gather-ep1", "cp4-ring-ep1"):
+        cp_size = CASES[name][1]["cp_size"]
+        shard = 96 // cp_size * 2 * 3 * 8 * 8
+        layers_and_packs = 2 * 2
+        for rank in results[name]:
+            for step in rank["steps"]:
+                assert step["traffic"]["kv"] == (cp_size - 1) * shard * layers_and_packs

@@ -1,0 +1,74 @@
+"""Training steps of a small fp32 model on either engine, the Megatron one through the CUDA shim."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from msa_train.config import Engine, ParallelConfig, Precision, Recompute
+from msa_train.parallel.groups import build_groups
+from msa_train.training.batch import make_batch
+from msa_train.training.engine import Engine as TrainingEngine
+from msa_train.training.megatron_engine import MegatronEngine
+from msa_train.training.step_metrics import StepMetrics
+from msa_train.training.torch_engine import TorchEngine
+from tests.helpers import cuda_shim
+from tests.helpers.model_runs import small_config, step_packs
+
+STEPS = 3
+PACKS_PER_STEP = 4
+
+
+def build(
+    engine: Engine,
+    *,
+    parallel: dict[str, int],
+    precision: Precision = Precision.fp32,
+    recompute: Recompute = Recompute.none,
+) -> TrainingEngine:
+    """An engine over the whole world with the sizes in `parallel`."""
+    config = small_config(precision=precision, recompute=recompute)
+    # Divisible by two tensor-parallel ranks.
+    config.model.num_heads, config.model.num_kv_heads, config.model.vocab_size = 8, 4, 64
+    config.model.init_std = 0.1
+    config.optim.clip_grad = 1.0
+    config.train.global_batch_size = PACKS_PER_STEP
+    config.parallel = ParallelConfig(**parallel)
+    groups = build_groups(config.parallel, device=torch.device("cpu"))
+    if engine is Engine.torch:
+        return TorchEngine(config, groups)
+    megatron = MegatronEngine(config, groups)
+    cuda_shim.refuse_wrong_corners(
+        virtual_pipeline_size=megatron.model.config.virtual_pipeline_model_parallel_size,
+        deallocate_pipeline_outputs=megatron.model.config.deallocate_pipeline_outputs,
+    )
+    return megatron
+
+
+def train(engine: TrainingEngine, first: int = 0, steps: int = STEPS) -> list[dict[str, Any]]:
+    """Metrics of training steps and the validation loss after them."""
+    groups = engine.groups
+    metrics = StepMetrics(engine.config, groups, engine.forward.layout)
+    rows = []
+    for step in range(first, first + steps):
+        packs = (step_packs()[0] + step_packs()[1])[:PACKS_PER_STEP]
+        batch = make_batch(packs[groups.dp_rank :: groups.dp_size], groups)
+        result = engine.train_step(batch, lr=3e-3 / (step + 1))
+        rows.append(metrics.gather(batch, result, counts_loss=engine.counts_loss()))
+    value = engine.evaluate(step_packs()[1][:1])
+    total = torch.tensor(value if engine.counts_loss() else 0.0, dtype=torch.float64)
+    dist.all_reduce(total, group=groups.model_parallel)
+    dist.all_reduce(total, group=groups.cp)
+    rows.append({"val_loss": float(total)})
+    return rows
+
+
+def worker(rank: int, world_size: int, cases: dict[str, dict[str, Any]], folder: str) -> None:
+    """Runs all cases of one world size and writes rank 0's rows."""
+    cuda_shim.install()
+    for name, arguments in cases.items():
+        rows = train(build(**arguments))
+        if rank == 0:
+            torch.save(rows, f"{folder}/{name}")
+        parallel_state.destroy_model_parallel()

@@ -1,0 +1,169 @@
+"""Bad input: exactly one line on stderr with value, rule and fix, exit code 2, nothing started."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launchers import train
+from launchers.compose import compose_run, load_run
+from launchers.run_dir import claim_run_dir, disk_warning, write_config
+
+ROOT = Path(__file__).parents[2]
+JOB_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_ID", "SLURM_NTASKS")
+
+# arguments, what the line names, the fix
+MISTAKES = [
+    ([], "run:", "use one of run=demo"),
+    (["run=dmo"], "run=dmo", "did you mean run=demo?"),
+    (["demo"], "demo", "use run=demo"),
+    (["run=demo", "modell=m3"], "modell=m3", "did you mean model?"),
+    (["run=demo", "model=m4"], "model=m4", "the choices are m2, m3, msa_109b, tiny"),
+    (["run=demo", "model=[m2]"], "model=[m2]", "the choices are"),
+    (["run=demo", "train.stepz=50"], "train.stepz=50", "did you mean train.steps?"),
+    (["run=demo", "+train.step=50"], "train.step=50", "did you mean train.steps?"),
+    (["run=demo", "cp_size=4"], "cp_size=4", "did you mean parallel.cp_size?"),
+    (["run=demo", "attention.top_k=4"], "attention.top_k=4", "did you mean attention.topk?"),
+    (["run=demo", "~train.steps"], "~train.steps", "set a value"),
+    (["run=demo", "xyzzy=1"], "xyzzy=1", "msa-train run=demo --cfg"),
+    (["run=demo", "--chekc"], "--chekc", "did you mean --check?"),
+    (["run=demo", "--train.steps=4"], "--train.steps=4", "options"),
+    (["run=demo", "train.steps=many"], "train.steps=many", "a whole number"),
+    (["run=demo", "train.steps=1e3"], "train.steps=1e3", "use 1000"),
+    (["run=demo", "train.steps="], "train.steps=", "a whole number"),
+    (["run=demo", "train.steps"], "train.steps", "use train.steps=VALUE"),
+    (["run=demo", "train.steps=1,2"], "train.steps=1,2", "one run takes one value"),
+    (["run=demo", "logging.tensorboard=maybe"], "logging.tensorboard=maybe", "true or false"),
+    (["run=demo", "engine=megatrn"], "engine=megatrn", "did you mean megatron?"),
+    (["run=demo", "parallel.kv_exchange=rign"], "parallel.kv_exchange=rign", "did you mean ring?"),
+    (["run=demo", "data.corpus=a b=c"], "data.corpus=a b=c", "quote the value"),
+    (["run=demo", "run_dir=${nowhere}"], "run_dir", "nowhere"),
+    (["run=demo", "run_dir="], "run_dir=", "use run_dir=runs/mine"),
+    (["run=demo", "data.corpus="], "data.corpus=", "stdlib"),
+    (["run=demo", "model.num_kv_heads=3"], "model.num_kv_heads=3", "must divide model.num_heads=4"),
+    (["run=demo", "model.layer_attention=ful"], "model.layer_attention=ful", "full, msa"),
+    (["run=demo", "data.seq_len=8000"], "data.seq_len=8000", "use 7936 or 8064"),
+    (["run=demo", "launcher.num_processes=3"], "launcher.num_processes=3", "use launcher.num_processes=2"),
+    (["run=demo", "parallel.cp_size=4"], "launcher.num_processes=2", "use launcher.num_processes=4"),
+    (["run=demo", "parallel.ep_size=3"], "parallel.ep_size=3", "use one of 1, 2, 4, 8"),
+    (["run=demo", "launcher.num_processes=4"], "train.global_batch_size=1", "use train.global_batch_size=2"),
+    (["run=demo", "optim.lr=0"], "optim.lr=0", "must be positive"),
+    (["run=demo", "optim.lr=nan"], "optim.lr=nan", "must be positive"),
+    (["run=demo", "attention.index_head_dim=8"], "attention.index_head_dim=8", "model.rotary_dim=16"),
+    (["run=demo", "data.validation_fraction=0"], "train.validate_every=100", "use train.validate_every=0"),
+    (["run=demo", "launcher.device=cpu", "engine=megatron"], "engine=megatron", "use engine=torch"),
+    (
+        ["run=demo", "parallel.tp_size=2", "parallel.cp_size=1"],
+        "parallel.tp_size=2",
+        "use parallel.tp_size=1",
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def _alone_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in JOB_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("launchers.preflight.count_gpus", lambda: 0)
+
+
+def refuse(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that these arguments get."""
+    code = train.main(arguments)
+    errors = capsys.readouterr().err
+    assert code == 2
+    assert errors.startswith("msa-train: error: ")
+    assert errors.count("\n") == 1, errors
+    return errors
+
+
+@pytest.mark.parametrize(("arguments", "names", "fix"), MISTAKES, ids=lambda value: str(value)[:40])
+def test_mistake_gets_one_line(
+    arguments: list[str], names: str, fix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refuse(arguments, capsys)
+    assert line.startswith(f"msa-train: error: {names}")
+    assert fix in line
+
+
+def test_missing_gpu_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "launcher.device=cuda: no GPU" in refuse(["run=demo", "launcher.device=cuda"], capsys)
+
+
+def test_more_processes_than_gpus(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("launchers.preflight.count_gpus", lambda: 1)
+    line = refuse(["run=demo", "launcher.num_processes=2", "engine=torch"], capsys)
+    assert "launcher.num_processes=2: one process per GPU and this machine has 1" in line
+
+
+def test_unwritable_run_dir(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("in the way")
+    run_dir = tmp_path / "file" / "run"
+    line = refuse(["run=demo", f"run_dir={run_dir}"], capsys)
+    assert f"run_dir={run_dir}: cannot be written" in line
+    assert "use a folder" in line
+    line = refuse(["run=demo", f"run_dir={run_dir}", "--check"], capsys)
+    assert f"run_dir={run_dir}: cannot be written" in line
+
+
+def test_second_launcher_on_a_run_dir_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lock = claim_run_dir(str(tmp_path))
+    line = refuse(["run=demo", f"run_dir={tmp_path}"], capsys)
+    assert f"run_dir={tmp_path}: another msa-train (pid {os.getpid()} on " in line
+    lock.close()
+    claim_run_dir(str(tmp_path)).close()
+
+
+def test_other_ranks_of_a_job_leave_the_message_to_rank_0(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train, "OTHER_RANKS_WAIT_S", 0.0)
+    monkeypatch.setenv("RANK", "1")
+    assert train.main(["run=dmo"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_mistake_is_found_without_torch_and_soon() -> None:
+    code = (
+        "import sys; from launchers.train import main; code = main(['run=demo', 'data.seq_len=8000']); "
+        "assert 'torch' not in sys.modules; sys.exit(code)"
+    )
+    begin = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 2, result.stderr
+    assert time.monotonic() - begin < 10
+
+
+def test_damaged_config_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("train:\n  stepz: 4\n")
+    with pytest.raises(ValueError, match=r"did you mean train\.steps\?"):
+        load_run(path)
+
+
+def test_earlier_config_is_kept_if_it_differs(tmp_path: Path) -> None:
+    config = compose_run(["run=demo", f"run_dir={tmp_path}"])
+    write_config(config)
+    write_config(config)
+    assert [path.name for path in tmp_path.glob("config*")] == ["config.yaml"]
+    config.train.steps += 1
+    assert load_run(write_config(config)) == config
+    (earlier,) = tmp_path.glob("config.2*.yaml")
+    assert load_run(earlier).train.steps == config.train.steps - 1
+
+
+def test_disk_warning_names_the_sizes(tmp_path: Path) -> None:
+    assert disk_warning(compose_run(["run=demo", f"run_dir={tmp_path}"])) is None
+    config = compose_run(["run=demo", "model=m3", f"run_dir={tmp_path}", "checkpoint.keep_last=100"])
+    warning = disk_warning(config)
+    assert warning is not None
+    assert "101 checkpoints take about 688" in warning
+    config.checkpoint.every = 0
+    assert disk_warning(config) is None

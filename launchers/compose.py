@@ -5,6 +5,7 @@ ValueError of one line that names the value, the rule and the fix.
 """
 
 import difflib
+import os
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
@@ -93,6 +94,9 @@ def _walk(section: type, prefix: str) -> dict[str, Any]:
 def _to_config(node: Any) -> RunConfig:
     config = OmegaConf.to_object(node)
     assert isinstance(config, RunConfig), f"the schema is RunConfig, not {type(config)}"
+    # shells leave the ~ of run_dir=~/x alone
+    config.run_dir = os.path.expanduser(config.run_dir)
+    config.checkpoint.load = os.path.expanduser(config.checkpoint.load)
     return config
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from launchers.model_size import model_size
 from launchers.run_dir import check_writable
+from launchers.worker import accept_fallbacks
 from msa_train.config import Device, RunConfig, check_rules, resolve_engine
 
 CPU_PROCESSES = 2
@@ -83,14 +84,14 @@ def check_files(config: RunConfig, *, say: Callable[[str], None]) -> None:
         ValueError: naming the value, the rule and the fix.
     """
     check_writable(config.run_dir)
-    # they import torch, which a mistake in the configuration need not wait for
+    accept_fallbacks()
+    # the first imports numpy, the second torch; a mistake in the configuration need not wait for them
     from msa_train.data import prepare_corpus
     from msa_train.training.checkpoint_store import check_resume
 
     prepare_corpus(config.data, vocab_size=config.model.vocab_size, log=say)
-    found = check_resume(config)
-    if found:
-        say(found)
+    for message in check_resume(config):
+        say(message)
 
 
 def set_worker_environment(config: RunConfig, layout: Layout) -> None:

@@ -24,7 +24,7 @@ def check_writable(run_dir: str) -> None:
     Raises:
         ValueError: if that is not possible.
     """
-    folder = Path(run_dir).expanduser().absolute()
+    folder = Path(run_dir).absolute()
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     try:
@@ -43,7 +43,7 @@ def claim_run_dir(run_dir: str) -> TextIO:
     Raises:
         ValueError: if the folder cannot be written or another msa-train holds it.
     """
-    folder = Path(run_dir).expanduser()
+    folder = Path(run_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         check_writable(run_dir)
@@ -71,7 +71,7 @@ def claim_run_dir(run_dir: str) -> TextIO:
 
 def write_config(config: RunConfig) -> Path:
     """Write the resolved configuration; one of an earlier start that differs is kept beside it."""
-    path = Path(config.run_dir).expanduser() / CONFIG_NAME
+    path = Path(config.run_dir) / CONFIG_NAME
     text = config_to_yaml(config)
     if path.exists() and path.read_text(encoding="utf-8") != text:
         written = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
@@ -88,7 +88,7 @@ def disk_warning(config: RunConfig) -> str | None:
         return None
     size = model_size(config.model, config.attention).total * CHECKPOINT_BYTES_PER_PARAMETER
     kept = config.checkpoint.keep_last + 1 if config.checkpoint.keep_last else 2
-    free = shutil.disk_usage(Path(config.run_dir).expanduser()).free
+    free = shutil.disk_usage(Path(config.run_dir)).free
     if free >= kept * size:
         return None
     return (

@@ -85,6 +85,7 @@ def _launch(config: RunConfig, layout: Layout) -> int:
 
 def _join(config: RunConfig, layout: Layout, job: dict[str, str]) -> int:
     os.environ.update(job)
+    # The others wait for rank 0 at the rendezvous, launcher.timeout_s at most: --check tokenizes beforehand
     if job["RANK"] != "0":
         run_entry(config)
         return 0

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,6 +36,7 @@ def run_entry(config: RunConfig, entry: str = TRAINING) -> None:
         entry: "module:function" to call with the configuration.
     """
     faulthandler.enable()
+    accept_fallbacks()
     try:
         module, _, function = entry.partition(":")
         getattr(importlib.import_module(module), function)(config)
@@ -44,6 +46,11 @@ def run_entry(config: RunConfig, entry: str = TRAINING) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
+
+
+def accept_fallbacks() -> None:
+    """Silence Megatron about two optional packages, at whose absence it works as wanted."""
+    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex)")
 
 
 def _follow_launcher() -> None:

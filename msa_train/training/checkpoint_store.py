@@ -290,8 +290,8 @@ def _load_folders(config: RunConfig) -> list[Path]:
     if not folders:
         state = "has no checkpoint" if load.exists() else "does not exist"
         raise ValueError(
-            f"checkpoint.load={config.checkpoint.load}: {state}; use the run_dir of a run that has saved, one "
-            "of its folders checkpoints/step_*, or checkpoint.load= to start from new weights"
+            f"checkpoint.load={config.checkpoint.load}: {state}; use the run_dir of a run that has saved, "
+            "one of its folders checkpoints/step_*, or checkpoint.load= to start from new weights"
         )
     return folders
 
@@ -338,8 +338,8 @@ def _check_usable(meta: dict[str, Any], folder: Path, config: RunConfig, *, own:
     if meta["format_version"] > FORMAT_VERSION:
         raise ValueError(
             f"{setting}: checkpoint {_short(folder)} has format {meta['format_version']}, written by "
-            f"msa-train {meta.get('msa_train_version', 'unknown')}; this is {msa_train.__version__} and knows "
-            f"formats up to {FORMAT_VERSION}; upgrade msa-train, or use {fix}"
+            f"msa-train {meta.get('msa_train_version', 'unknown')}; this is {msa_train.__version__} and "
+            f"knows formats up to {FORMAT_VERSION}; upgrade msa-train, or use {fix}"
         )
     ours, theirs, notes = fingerprint(config), meta["fingerprint"], []
     for key in dict.fromkeys([*ours, *theirs]):

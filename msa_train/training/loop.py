@@ -12,7 +12,7 @@ from msa_train.config import RunConfig
 from msa_train.data import BatchStream, Corpus, PackedDataset
 from msa_train.parallel.groups import Groups
 from msa_train.training.batch import make_batch
-from msa_train.training.checkpoint import rng_state, save_checkpoint
+from msa_train.training.checkpoint import save_checkpoint
 from msa_train.training.checkpoint_store import CheckpointStore, fingerprint
 from msa_train.training.engine import Engine
 from msa_train.training.lr_schedule import learning_rate
@@ -133,7 +133,7 @@ class Trainer:
             self.store,
             step=step,
             sharded_state=self.engine.sharded_state(loading=False),
-            common={"rng": rng_state()},
+            common={"step": step},
             meta={
                 "consumed_samples": step * config.train.global_batch_size,
                 "fingerprint": fingerprint(config),
@@ -147,7 +147,7 @@ class Trainer:
                 },
             },
         )
-        if groups.rank == 0:
+        if groups.rank == 0 and config.checkpoint.keep_last:
             self.store.prune(config.checkpoint.keep_last)
         if self.reporting is not None:
             seconds = time.perf_counter() - start

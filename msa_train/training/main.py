@@ -5,7 +5,6 @@ import socket
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,14 +12,19 @@ import torch.distributed as dist
 from msa_train.config import Device, Engine, RunConfig, resolve_engine
 from msa_train.data import load_datasets
 from msa_train.parallel.groups import Groups, build_groups, destroy_groups, init_distributed
-from msa_train.training.checkpoint import load_checkpoint, set_rng_state, verify_distributed
-from msa_train.training.checkpoint_store import CheckpointStore, find_checkpoint
+from msa_train.training.checkpoint import (
+    RNG_KEY,
+    find_verified_checkpoint,
+    load_checkpoint,
+    set_rng_state,
+)
+from msa_train.training.checkpoint_store import CheckpointStore
 from msa_train.training.engine import Engine as TrainingEngine
 from msa_train.training.loop import Data, Reporting, Trainer
 from msa_train.training.megatron_engine import MegatronEngine
 from msa_train.training.metrics import MetricsWriter
 from msa_train.training.progress import Progress
-from msa_train.training.run_report import print_report
+from msa_train.training.run_report import report
 from msa_train.training.torch_engine import TorchEngine
 
 
@@ -36,7 +40,7 @@ def run_worker(config: RunConfig) -> None:
     )
     engine = build_engine(config, groups)
     store = CheckpointStore(config.run_dir)
-    first_step, messages = resume(config, engine, groups)
+    first_step, messages = resume(config, engine)
     reporting = _reporting(config, first_step) if groups.rank == 0 else None
     if reporting is not None:
         for line in (*_opening(config, groups, first_step), *messages):
@@ -46,7 +50,7 @@ def run_worker(config: RunConfig) -> None:
     if reporting is not None:
         reporting.progress.close()
         reporting.writer.close()
-        print_report(config, groups, last, time.perf_counter() - start, sys.stdout)
+        report(config, groups, last, seconds=time.perf_counter() - start, stream=sys.stdout)
     dist.barrier()
     destroy_groups()
 
@@ -65,29 +69,20 @@ def build_engine(config: RunConfig, groups: Groups) -> TrainingEngine:
     return (MegatronEngine if engine is Engine.megatron else TorchEngine)(config, groups)
 
 
-def resume(config: RunConfig, engine: TrainingEngine, groups: Groups) -> tuple[int, list[str]]:
+def resume(config: RunConfig, engine: TrainingEngine) -> tuple[int, list[str]]:
     """Load the newest undamaged checkpoint, if any: (updates already made, lines to print).
 
-    A checkpoint of `checkpoint.load` gives the weights and optimizer state and the step to go on from.
+    The run's own checkpoint comes first, else `checkpoint.load`.
     """
-    skipped: list[str] = []
-    while True:
-        found = find_checkpoint(config, full=False)
-        if found is None:
-            return 0, skipped
-        damage = verify_distributed(found.path)
-        if damage is None:
-            break
-        raise ValueError(
-            f"checkpoint {found.path}: {damage}; remove this folder to go on from the one before it"
-        )
-    template = engine.sharded_state(loading=True)
-    state = load_checkpoint(found.path, template)
+    found = find_verified_checkpoint(config)
+    if found is None:
+        return 0, []
+    state = load_checkpoint(found.path, engine.sharded_state(loading=True))
     engine.load_state(state, found.step)
-    if state.get("rng") is not None:
-        set_rng_state(state["rng"])
-    same = "" if str(found.path).startswith(str(config.run_dir)) else f" of {found.path}"
-    return found.step, [*found.messages, f"going on from step {found.step}{same}"]
+    if RNG_KEY in state:
+        set_rng_state(state[RNG_KEY])
+    origin = "" if found.own else f" of {found.path}"
+    return found.step, [*found.messages, f"going on from step {found.step}{origin}"]
 
 
 def _reporting(config: RunConfig, first_step: int) -> Reporting:
@@ -111,8 +106,3 @@ def _opening(config: RunConfig, groups: Groups, first_step: int) -> list[str]:
         f"of {config.train.global_batch_size} x {config.data.seq_len} tokens",
         f"run_dir {Path(config.run_dir).resolve()}",
     ]
-
-
-def last_values(last: dict[str, Any], *names: str) -> dict[str, Any]:
-    """The entries of `last` that exist."""
-    return {name: last[name] for name in names if name in last}

@@ -1,8 +1,8 @@
 """metrics.jsonl and TensorBoard. Rank 0 only.
 
-A value is a number; or a dict by layer, {"layer03": entry}; or a list with an entry for each layer, None where
-the layer has no such value. An entry is a number or a list with a number for each KV group. Layers count from 1,
-groups from 0.
+A value is a number; or a dict by layer, {"layer03": entry}; or a list with an entry for each layer, None
+where the layer has no such value. An entry is a number or a list with a number for each KV group. Layers
+count from 1, groups from 0.
 """
 
 import json

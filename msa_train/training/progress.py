@@ -9,6 +9,7 @@ from tqdm import tqdm
 from msa_train.config import Progress as ProgressKind
 
 LINE_INTERVAL_S = 3.0
+_BAR = "{percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 _SMOOTHING = 0.1
 
 
@@ -28,7 +29,7 @@ class Progress:
         self.total_steps, self.stream, self._clock = total_steps, stream, clock
         as_bar = stream.isatty() if kind is ProgressKind.auto else kind is ProgressKind.bar
         self._bar = (
-            tqdm(total=total_steps, initial=start_step, unit="step", file=stream, dynamic_ncols=True)
+            tqdm(total=total_steps, initial=start_step, file=stream, dynamic_ncols=True, bar_format=_BAR)
             if as_bar
             else None
         )

@@ -1,8 +1,8 @@
 """Megatron's torch_dist format written by PyTorch's own file writer.
 
 Megatron's writer copies through pinned memory and streams of CUDA, so it fails without a GPU. The files are
-the same; each is synced to the disk before it is closed. Two undocumented helpers are used, which are alike in
-Megatron-core 0.16.1 to 0.19.2.
+the same; each is synced to the disk before it is closed. Two undocumented helpers are used, which are alike
+in Megatron-core 0.16.1 to 0.19.2.
 """
 
 import inspect
@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.strategies import torch as mcore_torch
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
 
 
 class SaveStrategy(mcore_torch.TorchDistSaveShardedStrategy):
@@ -39,8 +40,8 @@ class SaveStrategy(mcore_torch.TorchDistSaveShardedStrategy):
         self.reached_gate = True
         if self.gate is not None:
             self.gate()
-        writer = dcp.FileSystemWriter(str(checkpoint_dir), sync_files=True)
-        dcp.save(state, storage_writer=writer, planner=planner)
+        writer = FileSystemWriter(str(checkpoint_dir), sync_files=True)
+        save(state, storage_writer=writer, planner=planner)
         self.written = True
 
 
@@ -51,6 +52,7 @@ def build_save_strategy(gate: Callable[[], object] | None = None) -> SaveStrateg
         gate: see SaveStrategy.gate.
     """
     parameters = inspect.signature(mcore_torch.TorchDistSaveShardedStrategy.__init__).parameters
-    strategy = SaveStrategy("torch_dist", 1) if "backend" in parameters else SaveStrategy()
+    arguments: tuple[Any, ...] = ("torch_dist", 1) if "backend" in parameters else ()
+    strategy = SaveStrategy(*arguments)
     strategy.gate = gate
     return strategy

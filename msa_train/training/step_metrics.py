@@ -109,6 +109,7 @@ class StepMetrics:
             "tokens_per_expert_min": float(tokens.min()),
             "tokens_per_expert_max": float(tokens.max()),
             "tokens_per_expert_mean": float(tokens.mean()),
+            "tokens_per_expert_min_by_layer": _named(self.moe_layers, tokens.amin(1).tolist()),
             "tokens_per_expert_max_by_layer": _named(self.moe_layers, tokens.amax(1).tolist()),
         }
 

@@ -1,4 +1,8 @@
-"""Run one function on several gloo ranks, each a process of its own."""
+"""Run one function on several gloo ranks, each a process of its own.
+
+Importing torch and Megatron takes seconds and megabytes, so a server process imports them once and forks the
+ranks. It has no process group, no thread pool at work and no CUDA context to inherit.
+"""
 
 import multiprocessing
 import os
@@ -7,10 +11,11 @@ import signal
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,8 @@ import torch.distributed as dist
 
 # Time for ranks that lost their peer to say so, before they are killed
 GRACE_S = 2.0
+# No module of our own: some read the environment when they are imported
+PRELOADED = ["tests.helpers.spawn", "torch.distributed.checkpoint", "megatron.core.dist_checkpointing"]
 
 
 def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 300) -> list[Any]:
@@ -26,7 +33,7 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: fl
 
     Args:
         world_size: number of processes.
-        fn: at module level of an importable module; sees an initialised default group (gloo).
+        fn: at module level of an importable module; finds an initialised default group (gloo).
         args: must be picklable.
         timeout_s: all ranks are killed after this time, which also bounds every collective.
 
@@ -37,10 +44,19 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: fl
         RuntimeError: with the traceback of the rank that failed first.
         TimeoutError: if a rank was still running after timeout_s.
     """
-    context = multiprocessing.get_context("spawn")
+    # where there are GPUs, asking for them may already have made forks unfit for CUDA
+    context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    if not torch.cuda.is_available():
+        context.set_forkserver_preload(PRELOADED)
+    # the ranks take over the environment first, then import what fn needs
+    call = pickle.dumps((fn, args))
     with tempfile.TemporaryDirectory(prefix="ranks_") as folder:
-        processes = [
-            context.Process(target=_main, args=(rank, world_size, folder, timeout_s, fn, args), daemon=True)
+        processes: list[BaseProcess] = [
+            context.Process(
+                target=_main,
+                args=(rank, world_size, folder, timeout_s, dict(os.environ), call),
+                daemon=True,
+            )
             for rank in range(world_size)
         ]
         try:
@@ -57,13 +73,18 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: fl
 
 
 def _main(
-    rank: int, world_size: int, folder: str, timeout_s: float, fn: Callable[..., Any], args: tuple[Any, ...]
+    rank: int, world_size: int, folder: str, timeout_s: float, environment: dict[str, str], call: bytes
 ) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
     torch.set_num_threads(1)
     if Path("/sys/class/net/lo").exists():
         # host names that do not resolve, or resolve to a firewalled address, are common in containers
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fn, args = pickle.loads(call)
         dist.init_process_group(
             "gloo",
             init_method=f"file://{folder}/store",
@@ -87,8 +108,8 @@ def _write(path: Path, content: bytes) -> None:
     partial.rename(path)
 
 
-def _wait(processes: list[SpawnProcess], folder: Path, deadline: float) -> tuple[list[int], list[int]]:
-    """Wait for all; after a failure only a little longer. Returns the ranks that failed, and those cut short."""
+def _wait(processes: list[BaseProcess], folder: Path, deadline: float) -> tuple[list[int], list[int]]:
+    """Wait, after a failure only a little longer. Returns the ranks that failed, and those cut short."""
     running, failed = dict(enumerate(processes)), []
     while running and (left := deadline - time.monotonic()) > 0:
         wait([process.sentinel for process in running.values()], timeout=left)
@@ -101,14 +122,14 @@ def _wait(processes: list[SpawnProcess], folder: Path, deadline: float) -> tuple
     return failed, list(running)
 
 
-def _kill(processes: list[SpawnProcess]) -> None:
+def _kill(processes: list[BaseProcess]) -> None:
     for process in processes:
         if process.pid is not None:
             process.kill()
             process.join()
 
 
-def _first_failure(processes: list[SpawnProcess], folder: Path, failed: list[int]) -> str:
+def _first_failure(processes: list[BaseProcess], folder: Path, failed: list[int]) -> str:
     """A rank that ended without a word comes before those that raised: they lost their peer."""
     raised: list[tuple[float, int, str]] = []
     for rank in failed:

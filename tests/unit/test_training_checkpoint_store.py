@@ -1,0 +1,387 @@
+"""Checkpoint folders without any tensors in them: publishing, damage, choice."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from msa_train.config import AttentionConfig, CheckpointConfig, ModelConfig, RunConfig
+from msa_train.training import checkpoint_store
+from msa_train.training.checkpoint_store import (
+    CheckpointStore,
+    check_resume,
+    file_entry,
+    find_checkpoint,
+    fingerprint,
+    write_json,
+)
+
+SHARD = "__0_0.distcp"
+
+
+def config_of(run_dir: Path, load: Path | str = "") -> RunConfig:
+    return RunConfig(run_dir=str(run_dir), checkpoint=CheckpointConfig(load=str(load)))
+
+
+def fill(folder: Path, step: int, config: RunConfig, **changes: object) -> None:
+    (folder / SHARD).write_bytes(bytes(range(256)) * 10)
+    (folder / "common.pt").write_bytes(b"common")
+    meta = {
+        "format_version": 1,
+        "step": step,
+        "consumed_samples": step,
+        "msa_train_version": "0.1.0",
+        "fingerprint": fingerprint(config),
+        "layout": {},
+        **changes,
+    }
+    write_json(folder / "meta.json", meta)
+    files = {path.name: file_entry(path) for path in folder.iterdir()}
+    write_json(folder / "manifest.json", {"files": files})
+
+
+def save(config: RunConfig, *steps: int, **changes: object) -> CheckpointStore:
+    store = CheckpointStore(config.run_dir)
+    for step in steps:
+        fill(store.begin(step), step, config, **changes)
+        store.publish(step)
+    return store
+
+
+def truncate(folder: Path) -> None:
+    os.truncate(folder / SHARD, 100)
+
+
+def flip(folder: Path) -> None:
+    content = bytearray((folder / SHARD).read_bytes())
+    content[1000] ^= 1
+    (folder / SHARD).write_bytes(content)
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def overwrite(name: str, content: bytes) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        (folder / name).write_bytes(content)
+
+    return damage
+
+
+def empty(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def change_step(folder: Path) -> None:
+    """A digit of meta.json flips: still JSON, still plausible."""
+    text = (folder / "meta.json").read_text()
+    (folder / "meta.json").write_text(text.replace('"step": 200', '"step": 300'))
+
+
+STRUCTURE = {
+    "truncated": (truncate, f"model file {SHARD}: 100 bytes instead of 2560"),
+    "missing": (remove(SHARD), f"model file {SHARD}: missing"),
+    "missing_common": (remove("common.pt"), "file common.pt: missing"),
+    "no_manifest": (remove("manifest.json"), "manifest.json: missing"),
+    "no_meta": (remove("meta.json"), "meta.json: missing"),
+    "garbage_manifest": (overwrite("manifest.json", b"\xff\x00{"), "manifest.json: is not JSON"),
+    "zeroed_manifest": (overwrite("manifest.json", bytes(100)), "manifest.json: is not JSON"),
+    "empty_manifest": (overwrite("manifest.json", b"{}"), "manifest.json: lists no sizes and checksums"),
+    "list_manifest": (overwrite("manifest.json", b"[]"), "manifest.json: is not a JSON object"),
+    "changed_meta": (change_step, "meta.json: checksum"),
+    "empty_folder": (empty, "manifest.json: missing"),
+}
+
+
+@pytest.mark.parametrize("kind", STRUCTURE)
+def test_structural_damage_is_found_and_skipped(tmp_path: Path, kind: str) -> None:
+    damage, reason = STRUCTURE[kind]
+    config = config_of(tmp_path)
+    store = save(config, 100, 200)
+    assert store.verify(200) is None
+    damage(store.path(200))
+    assert store.verify(200, full=False) == reason
+    assert store.verify(200) == reason
+    assert store.steps() == [100, 200]
+    found = find_checkpoint(config, full=False)
+    assert found is not None
+    assert (found.step, found.path, found.own) == (100, store.path(100), True)
+    assert check_resume(config) == [
+        f"checkpoint step_200 is damaged ({reason}) and is skipped; going on from step 100"
+    ]
+
+
+def test_flipped_byte_is_found_by_the_full_check_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(tmp_path)
+    store = save(config, 100, 200)
+    flip(store.path(200))
+    assert store.verify(200, full=False) is None
+    assert store.verify(200) == f"model file {SHARD}: checksum"
+    cheap, full = find_checkpoint(config, full=False), find_checkpoint(config, full=True)
+    assert cheap is not None
+    assert full is not None
+    assert (cheap.step, full.step) == (200, 100)
+    known = find_checkpoint(config, full=False, known_damaged={store.path(200): "it is"})
+    assert known is not None
+    assert known.messages == ["checkpoint step_200 is damaged (it is) and is skipped; going on from step 100"]
+    assert "checksum" in check_resume(config)[0]
+    monkeypatch.setattr(checkpoint_store, "FULL_CHECK_BYTES", 100)
+    assert check_resume(config) == []
+
+
+def test_meta_with_sound_checksum_but_wrong_content(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    store = save(config, 100)
+    fill(store.begin(200), 300, config)
+    store.publish(200)
+    assert store.verify(200) == "meta.json: is of step 300"
+    fill(store.begin(300), 300, config, consumed_samples="many")
+    store.publish(300)
+    assert store.verify(300) == "meta.json: has no consumed_samples"
+
+
+def test_several_damaged_ones_are_each_named(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    store = save(config, 100, 200, 300)
+    truncate(store.path(300))
+    flip(store.path(200))
+    assert check_resume(config) == [
+        f"checkpoint step_300 is damaged (model file {SHARD}: 100 bytes instead of 2560) and is skipped",
+        f"checkpoint step_200 is damaged (model file {SHARD}: checksum) and is skipped; "
+        "going on from step 100",
+    ]
+
+
+def test_nothing_to_find(tmp_path: Path) -> None:
+    assert find_checkpoint(config_of(tmp_path / "absent"), full=True) is None
+    assert check_resume(config_of(tmp_path)) == []
+    (tmp_path / "checkpoints" / "notes").mkdir(parents=True)
+    assert CheckpointStore(tmp_path).steps() == []
+
+
+def test_all_damaged_is_an_error_with_a_fix(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    store = save(config, 100, 200)
+    truncate(store.path(100))
+    (store.path(200) / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="every checkpoint is damaged") as caught:
+        check_resume(config)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert "step_00000200: manifest.json: missing; step_00000100: model file" in text
+    assert f"remove {store.folder} to start anew, or use another run_dir" in text
+
+
+def test_another_model_is_refused_with_field_and_values(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    store = save(config, 100)
+    other = replace(config, model=ModelConfig(hidden_size=256, num_layers=8))
+    with pytest.raises(ValueError, match="another model") as caught:
+        check_resume(other)
+    assert str(caught.value) == (
+        f"model.num_layers=8: checkpoint {store.path(100)} is of another model, with model.num_layers=4; "
+        "set model.num_layers=4, or use another run_dir"
+    )
+
+
+def test_refusal_comes_before_reading_all_files(tmp_path: Path) -> None:
+    """A damaged checkpoint of another model is first of all one of another model."""
+    config = config_of(tmp_path)
+    flip(save(config, 100).path(100))
+    with pytest.raises(ValueError, match=r"attention\.topk=4: checkpoint"):
+        check_resume(replace(config, attention=AttentionConfig(topk=4)))
+
+
+def test_fields_without_say_in_the_weights_may_change(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    save(config, 100)
+    same = ModelConfig(name="b", init_std=0.5, layer_attention="full,msa*2,msa", router_bias_update_rate=0)
+    changed = replace(config, model=same, attention=AttentionConfig(kl_weight=0.5))
+    changed.parallel.cp_size, changed.optim.lr = 8, 1.0
+    found = find_checkpoint(changed, full=True)
+    assert found is not None
+    assert found.messages == []
+
+
+def test_fingerprint_is_plain_json() -> None:
+    content = fingerprint(RunConfig())
+    assert json.loads(json.dumps(content)) == content
+    assert content["model.layer_attention"] == "full*1,msa*3"
+    assert content["model.activation"] == "swiglu_oai"
+    assert "attention.block_size" in content
+
+
+def test_newer_format_is_refused_not_skipped(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    save(config, 100)
+    save(config, 200, format_version=2, msa_train_version="9.0", fingerprint=None, consumed_samples=None)
+    with pytest.raises(ValueError, match="step_200 has format 2, written by msa-train 9") as caught:
+        check_resume(config)
+    assert "upgrade msa-train, or use another run_dir" in str(caught.value)
+
+
+def test_fields_of_older_and_newer_versions(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    older = {key: value for key, value in fingerprint(config).items() if key != "model.qk_norm"}
+    save(config, 100, fingerprint=older)
+    assert check_resume(config) == []
+    save(config, 200, fingerprint={**fingerprint(config), "model.new_thing": 3})
+    with pytest.raises(ValueError, match=r"model.new_thing=3, which msa-train .* does not know"):
+        check_resume(config)
+
+
+@pytest.mark.parametrize("form", ["run_dir", "checkpoints", "folder", "renamed"])
+def test_load_from_another_run(tmp_path: Path, form: str) -> None:
+    first = config_of(tmp_path / "first")
+    store = save(first, 100, 200)
+    renamed = tmp_path / "best"
+    shutil.copytree(store.path(200), renamed)
+    loads = {
+        "run_dir": tmp_path / "first",
+        "checkpoints": store.folder,
+        "folder": store.path(100),
+        "renamed": renamed,
+    }
+    found = find_checkpoint(config_of(tmp_path / "second", loads[form]), full=True)
+    assert found is not None
+    assert (found.step, found.own) == (100 if form == "folder" else 200, False)
+
+
+def test_own_checkpoint_goes_before_load(tmp_path: Path) -> None:
+    save(config_of(tmp_path / "first"), 100)
+    config = config_of(tmp_path / "second", tmp_path / "does_not_exist")
+    save(config, 10)
+    found = find_checkpoint(config, full=True)
+    assert found is not None
+    assert (found.step, found.own) == (10, True)
+
+
+def test_load_skips_damaged_ones_but_not_a_damaged_folder(tmp_path: Path) -> None:
+    store = save(config_of(tmp_path / "first"), 100, 200)
+    flip(store.path(200))
+    config = config_of(tmp_path / "second", tmp_path / "first")
+    assert check_resume(config)[0].endswith("and is skipped; going on from step 100")
+    config.checkpoint.load = str(store.path(200))
+    with pytest.raises(ValueError, match=r"^checkpoint.load=.*use another checkpoint.load$"):
+        check_resume(config)
+
+
+@pytest.mark.parametrize(("name", "state"), [("absent", "does not exist"), ("empty", "has no checkpoint")])
+def test_load_that_leads_nowhere(tmp_path: Path, name: str, state: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=rf"^checkpoint.load=.*{name}: {state}; use the run_dir of a run"):
+        check_resume(config_of(tmp_path / "run", tmp_path / name))
+
+
+def test_load_allows_what_a_context_extension_changes(tmp_path: Path) -> None:
+    save(config_of(tmp_path / "first"), 100)
+    config = config_of(tmp_path / "second", tmp_path / "first")
+    config.model.rope_theta, config.attention.topk = 5e6, 32
+    assert check_resume(config) == [
+        "model.rope_theta=5000000.0: the checkpoint was trained with 10000.0",
+        "attention.topk=32: the checkpoint was trained with 16",
+    ]
+    config.model.num_heads = 8
+    with pytest.raises(ValueError, match=r"model\.num_heads=8: .*use another checkpoint\.load"):
+        check_resume(config)
+
+
+def test_publish_replaces_a_damaged_checkpoint_of_the_same_step(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    store = save(config, 100, 200)
+    truncate(store.path(200))
+    store = save(config, 200)
+    assert store.verify(200) is None
+    assert sorted(path.name for path in store.folder.iterdir()) == ["step_00000100", "step_00000200"]
+
+
+def test_begin_removes_leftovers_and_abandon_its_own(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    store = save(config, 100)
+    for name in (".step_00000200.partial", ".step_00000100.removed"):
+        (store.folder / name / "inner").mkdir(parents=True)
+    partial = store.begin(200)
+    assert list(partial.iterdir()) == []
+    assert sorted(path.name for path in store.folder.iterdir()) == [partial.name, "step_00000100"]
+    store.abandon(200)
+    assert store.steps() == [100]
+    assert not partial.exists()
+
+
+def test_publish_needs_a_manifest(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    store.begin(1)
+    with pytest.raises(AssertionError, match="must be written before step 1"):
+        store.publish(1)
+    assert store.steps() == []
+
+
+def test_prune_keeps_the_last_sound_ones(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    store = save(config, 100, 200, 300, 400)
+    assert store.prune(0) == []
+    truncate(store.path(300))
+    assert store.prune(2) == [100]
+    assert store.steps() == [200, 300, 400]
+    assert store.prune(1) == [300, 200]
+    assert sorted(path.name for path in store.folder.iterdir()) == ["step_00000400"]
+
+
+def test_prune_does_not_count_later_checkpoints_of_before_going_back(tmp_path: Path) -> None:
+    """Step 400 is damaged in a way that only a full check sees; the run went back to 300 and wrote 350."""
+    config = config_of(tmp_path)
+    flip(save(config, 300, 400).path(400))
+    store = save(config, 350)
+    assert store.prune(1) == [300]
+    assert store.steps() == [350, 400]
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from tests.unit.test_training_checkpoint_store import config_of, fill
+from msa_train.training.checkpoint_store import CheckpointStore
+
+config = config_of(Path(sys.argv[1]))
+store = CheckpointStore(config.run_dir)
+fill(store.begin(200), 200, config)
+print("written", flush=True)
+time.sleep(60)
+store.publish(200)
+"""
+
+
+def test_kill_between_begin_and_publish_leaves_the_previous_one(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    store = save(config, 100)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", WRITER, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "written\n"
+        process.send_signal(signal.SIGKILL)
+    assert store.partial(200).is_dir()
+    assert store.steps() == [100]
+    found = find_checkpoint(config, full=True)
+    assert found is not None
+    assert (found.step, found.messages) == (100, [])
+    store = save(config, 200)
+    assert sorted(path.name for path in store.folder.iterdir()) == ["step_00000100", "step_00000200"]
+
+
+def test_module_is_light(tmp_path: Path) -> None:
+    """The launcher checks the checkpoint before any worker, and torch, is started."""
+    code = "import sys, msa_train.training.checkpoint_store; sys.exit('torch' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)

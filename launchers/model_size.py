@@ -11,7 +11,7 @@ class ModelSize:
 
     total: int
     active: int
-    "read for one token: the chosen experts only, and one row of the embedding"
+    "of the layers, for one token: the chosen experts only; without embedding, output and index branch"
     experts: int
     "of the routed experts, which expert parallelism divides"
 
@@ -24,34 +24,35 @@ def model_size(model: ModelConfig, attention: AttentionConfig) -> ModelSize:
     hidden, moe_layers = model.hidden_size, model.num_layers - model.num_dense_ffn_layers
     embedding = model.vocab_size * hidden
     output = 0 if model.tie_embeddings else embedding
-    layers = sum(_attention(model, attention, kind) for kind in model.attention_kinds())
+    num_msa = model.attention_kinds().count(AttentionKind.msa)
+    index = num_msa * _index_branch(model, attention)
+    layers = model.num_layers * _attention(model)
     dense = model.num_dense_ffn_layers * 3 * hidden * model.ffn_hidden_size
     expert = 3 * hidden * model.moe_ffn_hidden_size
     # per expert a row of the router and a bias for balancing the load
     routers = moe_layers * model.num_experts * (hidden + 1)
     shared = moe_layers * 3 * hidden * model.shared_expert_hidden_size
     norms = (2 * model.num_layers + 1) * hidden
-    rest = output + layers + dense + routers + shared + norms
+    rest = layers + dense + routers + shared + norms
     experts = moe_layers * model.num_experts * expert
     return ModelSize(
-        total=embedding + rest + experts,
-        active=hidden
-        + (embedding if model.tie_embeddings else 0)
-        + rest
-        + moe_layers * model.moe_router_topk * expert,
+        total=embedding + output + index + rest + experts,
+        active=rest + moe_layers * model.moe_router_topk * expert,
         experts=experts,
     )
 
 
-def _attention(model: ModelConfig, attention: AttentionConfig, kind: AttentionKind) -> int:
+def _attention(model: ModelConfig) -> int:
     heads = 2 * model.num_heads + 2 * model.num_kv_heads
     count = heads * model.head_dim * model.hidden_size
     if model.qk_norm is QkNorm.head:
         count += 2 * model.head_dim
     elif model.qk_norm is QkNorm.width:
         count += (model.num_heads + model.num_kv_heads) * model.head_dim
-    if kind is AttentionKind.msa:
-        # one index query per KV group, one index key shared by all, each with a norm
-        count += (model.num_kv_heads + 1) * attention.index_head_dim * model.hidden_size
-        count += 2 * attention.index_head_dim
     return count
+
+
+def _index_branch(model: ModelConfig, attention: AttentionConfig) -> int:
+    """One index query per KV group, one index key shared by all, each with a norm."""
+    projections = (model.num_kv_heads + 1) * attention.index_head_dim * model.hidden_size
+    return projections + 2 * attention.index_head_dim

@@ -47,10 +47,9 @@ class ModelConfig:
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
-        _positive(
-            self, "num_layers hidden_size num_heads num_kv_heads head_dim vocab_size ffn_hidden_size".split()
-        )
-        _positive(self, "num_experts moe_router_topk moe_ffn_hidden_size".split())
+        _positive(self, ["num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim"])
+        _positive(self, ["vocab_size", "ffn_hidden_size", "num_experts", "moe_router_topk"])
+        _positive(self, ["moe_ffn_hidden_size"])
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"model.num_kv_heads={self.num_kv_heads}: must divide model.num_heads={self.num_heads}"
@@ -67,8 +66,7 @@ class ModelConfig:
             )
         if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
             raise ValueError(
-                f"model.rotary_dim={self.rotary_dim}: must be even and at most "
-                f"model.head_dim={self.head_dim}"
+                f"model.rotary_dim={self.rotary_dim}: must be even and at most model.head_dim={self.head_dim}"
             )
         self.attention_kinds()
 
@@ -106,7 +104,7 @@ class AttentionConfig:
     "factor of the KL loss, summed over layers, that trains the index branch; 0 freezes the branch"
 
     def __post_init__(self) -> None:
-        _positive(self, "block_size topk local_blocks index_head_dim".split())
+        _positive(self, ["block_size", "topk", "local_blocks", "index_head_dim"])
         if self.local_blocks > self.topk:
             raise ValueError(
                 f"attention.local_blocks={self.local_blocks}: must be at most attention.topk={self.topk}"

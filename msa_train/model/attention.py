@@ -30,8 +30,8 @@ from msa_train.parallel.cp_sparse_attention import SparseCall, cp_sparse_attenti
 class AttentionSubmodules:
     """Classes of the projections, so that a spec can put in other implementations."""
 
-    linear_qkv: ModuleSpec | type | None = None
-    linear_proj: ModuleSpec | type | None = None
+    linear_qkv: ModuleSpec | type
+    linear_proj: ModuleSpec | type
 
 
 class GroupedQueryAttention(MegatronModule, ABC):
@@ -40,6 +40,8 @@ class GroupedQueryAttention(MegatronModule, ABC):
     Takes the place of Megatron's SelfAttention in a layer spec. Weight names and the layout of the fused
     projection (per KV group: its query heads, key, value) are Megatron's.
     """
+
+    config: MsaTransformerConfig
 
     def __init__(
         self,

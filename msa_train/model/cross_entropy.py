@@ -26,8 +26,8 @@ def linear_cross_entropy(
         tp_group: tensor-parallel group.
 
     Returns:
-        [T] loss in nats, fp32 (fp64 for fp64 inputs). The gradient of `hidden` is this rank's part; the caller
-        sums it over the group (Megatron's gather or copy does).
+        [T] loss in nats, fp32 (fp64 for fp64 inputs). The gradient of `hidden` is this rank's part; the
+        caller sums it over the group (Megatron's gather or copy does).
     """
     return _LinearCrossEntropy.apply(hidden, weight, labels, ignore_label, tp_group)
 

@@ -61,6 +61,7 @@ class MsaGptModel(GPTModel):
             weight = self.shared_embedding_or_output_weight()
         else:
             weight = self.output_layer.weight
+        assert weight is not None, "the last stage has the output weight"
         return linear_cross_entropy(hidden.squeeze(1), weight, labels.squeeze(0), IGNORE_LABEL, group)
 
 
@@ -83,7 +84,7 @@ def build_model(
     megatron = build_transformer_config(config)
     model = MsaGptModel(
         config=megatron,
-        transformer_layer_spec=_block_spec(megatron, pg_collection.pp.rank()),
+        transformer_layer_spec=_block_spec(megatron, pg_collection.pp.rank()),  # type: ignore[arg-type]
         vocab_size=config.model.vocab_size,
         max_sequence_length=config.data.seq_len,
         pre_process=pre_process,
@@ -107,7 +108,8 @@ def _mark_parallel_weights(model: MsaGptModel) -> None:
     """
     for module in model.modules():
         if isinstance(module, ColumnParallelLinear | RowParallelLinear) and module.is_expert:
-            module.weight.allreduce = False
+            assert module.weight is not None, "experts have weights"
+            module.weight.allreduce = False  # type: ignore[attr-defined]
         if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding) and module.weight is not None:
             set_tensor_model_parallel_attributes(module.weight, True, 0, 1)
         elif isinstance(module, RowParallelLinear):
@@ -119,7 +121,8 @@ def _block_spec(config: MsaTransformerConfig, pp_rank: int) -> TransformerBlockS
     first = get_transformer_layer_offset(config, pp_rank=pp_rank)
     count = get_num_layers_to_build(config, pp_rank=pp_rank)
     return TransformerBlockSubmodules(
-        layer_specs=[_layer_spec(config, first + i + 1) for i in range(count)], layer_norm=RMSNorm
+        layer_specs=[_layer_spec(config, first + i + 1) for i in range(count)],
+        layer_norm=RMSNorm,  # type: ignore[arg-type]
     )
 
 
@@ -131,7 +134,7 @@ def _layer_spec(config: MsaTransformerConfig, layer_number: int) -> ModuleSpec:
         experts = MoESubmodules(
             experts=ModuleSpec(module=SequentialMLP, submodules=MLPSubmodules(**linear)),
             shared_experts=shared,
-            router=SigmoidRouter,
+            router=SigmoidRouter,  # type: ignore[arg-type]
         )
         mlp = ModuleSpec(module=ExpertLayer, submodules=experts)
     attention = ModuleSpec(
@@ -143,10 +146,10 @@ def _layer_spec(config: MsaTransformerConfig, layer_number: int) -> ModuleSpec:
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=attention,
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=get_bias_dropout_add,  # type: ignore[arg-type]
             pre_mlp_layernorm=RMSNorm,
             mlp=mlp,
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=get_bias_dropout_add,  # type: ignore[arg-type]
         ),
     )
 

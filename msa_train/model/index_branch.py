@@ -24,6 +24,8 @@ class IndexBranch(MegatronModule):
     the KL loss trains this branch and nothing else.
     """
 
+    config: MsaTransformerConfig
+
     def __init__(self, config: MsaTransformerConfig, pg_collection: ProcessGroupCollection) -> None:
         super().__init__(config)
         tp_size = pg_collection.tp.size()

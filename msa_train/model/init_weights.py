@@ -8,6 +8,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -23,15 +24,15 @@ _EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.")
 def global_names(model: GPTModel, *, ep_rank: int) -> Iterator[tuple[str, nn.Parameter]]:
     """Parameters with names that do not depend on the layout.
 
-    Example: on the second of two expert ranks with 4 experts each, `decoder.layers.0.mlp.experts.
-    local_experts.1.linear_fc1.weight` of the first stage becomes `...layers.0.mlp.experts.5.linear_fc1.weight`.
+    Example: on the second of two expert ranks with 4 experts each, `experts.local_experts.1.` becomes
+    `experts.5.`; on the second of two pipeline stages with 3 layers each, `layers.0.` becomes `layers.3.`.
     """
-    layers = [layer.layer_number - 1 for layer in model.decoder.layers]
+    stage: list[Any] = list(model.decoder.layers)
     for name, parameter in model.named_parameters():
         match = _LAYER.match(name)
         if match:
-            layer = model.decoder.layers[int(match[1])]
-            name = f"decoder.layers.{layers[int(match[1])]}." + name[match.end() :]
+            layer = stage[int(match[1])]
+            name = f"decoder.layers.{layer.layer_number - 1}." + name[match.end() :]
             expert = _EXPERT.search(name)
             if expert:
                 index = ep_rank * layer.mlp.num_local_experts + int(expert[1])

@@ -11,10 +11,13 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from msa_train.config import Recompute
 from msa_train.model.moe import ExpertLayer
 from msa_train.model.pack_params import LayerStats, PackParams, SelectionRecord
+from msa_train.model.transformer_config import MsaTransformerConfig
 
 
 class MsaTransformerLayer(TransformerLayer):
     """Megatron's layer; its recomputation replays the block selection of the forward pass."""
+
+    config: MsaTransformerConfig
 
     def forward(
         self, hidden_states: Tensor, *args: Any, packed_seq_params: PackParams, **kwargs: Any
@@ -25,7 +28,7 @@ class MsaTransformerLayer(TransformerLayer):
             return self._run(hidden_states, params, args, kwargs)
         # Stopping early would skip collectives on ranks that need fewer tensors.
         with set_checkpoint_early_stop(False):
-            return checkpoint(
+            return checkpoint(  # type: ignore[return-value]
                 self._run,
                 hidden_states,
                 params,
@@ -42,11 +45,11 @@ class MsaTransformerLayer(TransformerLayer):
         kwargs = kwargs | {"packed_seq_params": params, "padding_mask": params.padding_mask}
         router = self.mlp.router if isinstance(self.mlp, ExpertLayer) else None
         if router is None or router.local_tokens_per_expert is None:
-            return super().forward(hidden_states, *args, **kwargs)
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[return-value]
         router.counting = not params.record.replaying
         before = router.local_tokens_per_expert.clone()
         result = super().forward(hidden_states, *args, **kwargs)
         counted = (router.local_tokens_per_expert - before).to(torch.int64)
         if not params.record.replaying:
             LayerStats.add(params.stats.tokens_per_expert, self.layer_number, counted)
-        return result
+        return result  # type: ignore[return-value]

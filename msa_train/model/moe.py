@@ -33,6 +33,9 @@ _ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 class SigmoidRouter(TopKRouter):
     """Top-k routing on sigmoid scores plus a bias that balances the experts without an auxiliary loss."""
 
+    local_tokens_per_expert: Tensor | None
+    expert_bias: Tensor | None
+
     def __init__(
         self,
         config: MsaTransformerConfig,
@@ -47,7 +50,7 @@ class SigmoidRouter(TopKRouter):
         self.counting = True
         if self.enable_expert_bias:
             del self.local_tokens_per_expert, self.expert_bias
-            zeros = torch.zeros(config.num_moe_experts, dtype=torch.float32, device=self.weight.device)
+            zeros = torch.zeros(config.model.num_experts, dtype=torch.float32, device=self.weight.device)
             self.register_buffer("local_tokens_per_expert", zeros.clone(), persistent=False)
             self.register_buffer("expert_bias", zeros)
 
@@ -76,9 +79,8 @@ class SigmoidRouter(TopKRouter):
         if padding_mask is not None:
             real = ~padding_mask.reshape(-1, 1)
             probs, routing_map = probs * real, routing_map & real
-        if self.enable_expert_bias and self.counting and torch.is_grad_enabled():
-            with torch.no_grad():
-                self.local_tokens_per_expert += routing_map.sum(0)
+        if self.local_tokens_per_expert is not None and self.counting and torch.is_grad_enabled():
+            self.local_tokens_per_expert += routing_map.sum(0)
         return probs, routing_map
 
 
@@ -110,6 +112,7 @@ class AllToAllDispatcher(MoETokenDispatcher):
         self.send, self.receive = on_host.sum(2).tolist()
         permuted = permute(tokens, routing_map, probs=probs, num_out_tokens=sum(self.send))
         self.order = permuted[-1] if len(permuted) == 3 else permuted[2]
+        assert permuted[1] is not None, "probabilities were given"
         return permuted[0], permuted[1]
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,9 +126,10 @@ class AllToAllDispatcher(MoETokenDispatcher):
         """From rank-major to expert-major order."""
         if self._reorders:
             order = torch.arange(self.received.numel()).view(self.received.shape).T.ravel()
-            hidden_states, probs = sort_chunks_by_idxs(
-                hidden_states, self.received.ravel(), order, probs=probs
-            )[:2]
+            sizes = self.received.ravel()
+            hidden_states, sorted_probs = sort_chunks_by_idxs(hidden_states, sizes, order, probs=probs)[:2]
+            assert sorted_probs is not None, "probabilities were given"
+            probs = sorted_probs
         return hidden_states, self.received.sum(0), probs
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
@@ -156,9 +160,7 @@ class _AllToAll(torch.autograd.Function):
     """Uneven all-to-all of rows; the gradient takes the way back."""
 
     @staticmethod
-    def forward(
-        ctx: Any, group: dist.ProcessGroup, x: Tensor, receive: list[int], send: list[int]
-    ) -> Tensor:
+    def forward(ctx: Any, group: dist.ProcessGroup, x: Tensor, receive: list[int], send: list[int]) -> Tensor:
         ctx.arguments = (group, receive, send)
         if group.size() == 1:
             return x.clone()
@@ -174,6 +176,8 @@ class _AllToAll(torch.autograd.Function):
 
 class ExpertLayer(MoELayer):
     """Megatron's MoE layer with our dispatcher."""
+
+    router: SigmoidRouter
 
     def __init__(
         self,

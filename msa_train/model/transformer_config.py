@@ -1,6 +1,7 @@
-"""Translates our configuration into Megatron's TransformerConfig. Megatron's spellings stay behind this seam."""
+"""Our configuration as Megatron's TransformerConfig. Megatron's spellings stay behind this seam."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +89,7 @@ def build_transformer_config(config: RunConfig) -> MsaTransformerConfig:
     )
 
 
-def _moe_fields(model: ModelConfig, precision: Precision) -> dict[str, object]:
+def _moe_fields(model: ModelConfig, precision: Precision) -> dict[str, Any]:
     num_moe_layers = model.num_layers - model.num_dense_ffn_layers
     if num_moe_layers == 0:
         return {}

@@ -118,9 +118,14 @@ class _CpSparseAttention(torch.autograd.Function):
         if dk_index is None or sums.dq_index is None:
             # Zeros and not None: a frozen index branch must still look used to gradient hooks.
             width = q_index.shape[-1]
-            return sums.dq.to(q.dtype), dk, dv, torch.zeros_like(q_index), q_index.new_zeros(
-                q.shape[0], width
-            ), None
+            return (
+                sums.dq.to(q.dtype),
+                dk,
+                dv,
+                torch.zeros_like(q_index),
+                q_index.new_zeros(q.shape[0], width),
+                None,
+            )
         dk_index = dk_index.view(num_groups, -1, *dk_index.shape[1:]).sum(0).flatten(0, 1)
         return (
             sums.dq.to(q.dtype),

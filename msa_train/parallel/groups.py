@@ -104,13 +104,19 @@ def build_groups(parallel: ParallelConfig, *, device: torch.device, timeout_s: i
         dp_size=parallel_state.get_data_parallel_world_size(),
         ep_rank=parallel_state.get_expert_model_parallel_rank(),
         ep_size=parallel.ep_size,
-        cp=parallel_state.get_context_parallel_group(),
-        dp=parallel_state.get_data_parallel_group(),
-        dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
-        ep=parallel_state.get_expert_model_parallel_group(),
-        expert_dp=parallel_state.get_expert_data_parallel_group(),
-        model_parallel=parallel_state.get_model_parallel_group(),
+        cp=_group(parallel_state.get_context_parallel_group()),
+        dp=_group(parallel_state.get_data_parallel_group()),
+        dp_cp=_group(parallel_state.get_data_parallel_group(with_context_parallel=True)),
+        ep=_group(parallel_state.get_expert_model_parallel_group()),
+        expert_dp=_group(parallel_state.get_expert_data_parallel_group()),
+        model_parallel=_group(parallel_state.get_model_parallel_group()),
     )
+
+
+def _group(group: object) -> dist.ProcessGroup:
+    """Narrow what torch types as "group or not a member"; every rank is in each of these groups."""
+    assert isinstance(group, dist.ProcessGroup), f"rank {dist.get_rank()} is not in a group it needs"
+    return group
 
 
 def destroy_groups() -> None:

@@ -63,9 +63,7 @@ class ExchangeSession(ABC):
         block = torch.cat(
             [torch.arange(o * local, (o + 1) * local, device=device).repeat(self.num_groups) for o in owners]
         )
-        entry_of = torch.full(
-            (self.num_groups, self.layout.num_blocks), -1, dtype=torch.int64, device=device
-        )
+        entry_of = torch.full((self.num_groups, self.layout.num_blocks), -1, dtype=torch.int64, device=device)
         entries = torch.arange(kv.shape[0], device=device).view(len(owners), self.num_groups, local)
         entry_of[:, owners.start * local : owners.stop * local] = entries.transpose(0, 1).flatten(1)
         return KvSource(pool=BlockPool(kv=kv, block=block), entry_of=entry_of)

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core import __version__ as megatron_version
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
@@ -95,6 +96,7 @@ def save_checkpoint(
             "format_version": FORMAT_VERSION,
             "step": step,
             "msa_train_version": msa_train.__version__,
+            "megatron_core_version": megatron_version,
             "world_size": dist.get_world_size(),
             **meta,
         }
@@ -131,31 +133,25 @@ def load_checkpoint(
     Raises:
         CheckpointError: if the checkpoint lacks keys of the template or has others, or cannot be read.
     """
-    template = dict(sharded_state_template)
-    if read_meta(Path(path)).get("world_size") == dist.get_world_size():
+    meta, template = read_meta(Path(path)), dict(sharded_state_template)
+    if meta.get("world_size") == dist.get_world_size():
         template[RNG_KEY] = _rng_shard(None)
-
-    def read() -> tuple[dict[str, Any], set[str]]:
-        try:
-            # Keys that one rank alone does not find must not make it leave alone, so they are only returned.
-            loaded: Any = dist_checkpointing.load(template, str(path), strict=StrictHandling.RETURN_ALL)
-        except CheckpointException as error:
-            raise CheckpointError(_first_failure(error)) from error
-        state, not_asked_for, lacking = loaded
-        complaints = [_keys_text("lacks", lacking), _keys_text("also has", not_asked_for - {RNG_KEY})]
-        return state, {text for text in complaints if text}
 
     state: dict[str, Any] = {}
 
-    def exchange() -> set[str]:
-        nonlocal state
-        state, complaints = read()
+    def read() -> set[str]:
+        loaded, complaints = _read_shards(template, path)
+        state.update(loaded)
         return complaints
 
     try:
-        complaints = sorted(set().union(*_together(exchange, group)))
+        complaints = sorted(set().union(*_together(read, group)))
     except CheckpointError as error:
-        raise CheckpointError(f"checkpoint {path} could not be loaded: {error}") from error
+        # newer versions read the files of older ones, not the other way round
+        writer, hint = meta.get("megatron_core_version", megatron_version), ""
+        if writer != megatron_version:
+            hint = f" (megatron-core {writer} wrote it, this is {megatron_version})"
+        raise CheckpointError(f"checkpoint {path} could not be loaded: {error}{hint}") from error
     if complaints:
         raise CheckpointError(f"checkpoint {path} is not of this model: it {'; it '.join(complaints)}")
     return state
@@ -271,6 +267,18 @@ def _write_shards(state: dict[str, Any], folder: Path, group: dist.ProcessGroup 
             # rank 0 alone writes the last file of Megatron; the others are in its barrier
             dist.barrier()
         raise
+
+
+def _read_shards(template: dict[str, Any], path: str | Path) -> tuple[dict[str, Any], set[str]]:
+    """State, and what this rank has to say about the keys."""
+    try:
+        # Keys that one rank alone does not find must not make it leave alone, so they are only returned.
+        loaded: Any = dist_checkpointing.load(template, str(path), strict=StrictHandling.RETURN_ALL)
+    except CheckpointException as error:
+        raise CheckpointError(_first_failure(error)) from error
+    state, not_asked_for, lacking = loaded
+    complaints = [_keys_text("lacks", lacking), _keys_text("also has", not_asked_for - {RNG_KEY})]
+    return state, {text for text in complaints if text}
 
 
 def _raise(error: Exception) -> None:

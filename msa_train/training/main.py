@@ -87,9 +87,7 @@ def resume(config: RunConfig, engine: TrainingEngine) -> tuple[int, list[str]]:
 
 def _reporting(config: RunConfig, first_step: int) -> Reporting:
     return Reporting(
-        writer=MetricsWriter(
-            config.run_dir, tensorboard=config.logging.tensorboard, resume_step=first_step
-        ),
+        writer=MetricsWriter(config.run_dir, tensorboard=config.logging.tensorboard, resume_step=first_step),
         progress=Progress(config.logging.progress, config.train.steps, first_step, sys.stdout),
     )
 

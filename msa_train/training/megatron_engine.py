@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from msa_train.config import Precision, RunConfig
 from msa_train.data import Pack
-from msa_train.model.gpt import MsaGptModel, build_model
+from msa_train.model.gpt import build_model
 from msa_train.model.init_weights import init_weights
 from msa_train.model.moe import SigmoidRouter
 from msa_train.model.pack_params import LayerStats

@@ -1,5 +1,6 @@
 """What a training run says while it runs: a bar on a terminal, plain lines otherwise. Rank 0 only."""
 
+import os
 import time
 from collections.abc import Callable
 from typing import TextIO
@@ -27,7 +28,7 @@ class Progress:
     ) -> None:
         """Args: start_step: steps made before this start of the run; clock: seconds, for tests."""
         self.total_steps, self.stream, self._clock = total_steps, stream, clock
-        as_bar = stream.isatty() if kind is ProgressKind.auto else kind is ProgressKind.bar
+        as_bar = _can_hold_bar(stream) if kind is ProgressKind.auto else kind is ProgressKind.bar
         self._bar = (
             tqdm(total=total_steps, initial=start_step, file=stream, dynamic_ncols=True, bar_format=_BAR)
             if as_bar
@@ -60,13 +61,15 @@ class Progress:
             "lr": (lr, ".1e"),
         }
         parts = [f"{name} {value:{form}}" for name, (value, form) in numbers.items() if value is not None]
-        parts.append(f"{format_count(tokens_per_s)} tok/s")
+        speed = f"{format_count(tokens_per_s)} tok/s"
         if self._bar is not None:
-            self._bar.set_postfix_str("  ".join(parts), refresh=False)
+            # narrow terminals cut the end off
+            self._bar.set_postfix_str("  ".join([speed, *parts]), refresh=False)
             self._bar.update(step - self._bar.n)
             if val_loss is not None:
                 self.note(f"step {step}/{self.total_steps}  val_loss {val_loss:.4g}")
             return
+        parts.append(speed)
         if self._step_s is not None and step < self.total_steps:
             parts.append(f"left {format_duration((self.total_steps - step) * self._step_s)}")
         self._unprinted = "  ".join([f"step {step}/{self.total_steps}", *parts])
@@ -100,6 +103,16 @@ class Progress:
             old = latest if self._step_s is None else self._step_s
             self._step_s = old + _SMOOTHING * (latest - old)
         self._seen = (step, now)
+
+
+def _can_hold_bar(stream: TextIO) -> bool:
+    """A terminal that knows its size; some containers give one of 0 x 0, where a bar shows nothing."""
+    if not stream.isatty():
+        return False
+    try:
+        return min(os.get_terminal_size(stream.fileno())) > 0
+    except OSError:
+        return True
 
 
 def format_count(number: float) -> str:

@@ -69,9 +69,7 @@ class StepMetrics:
         }
         flat = torch.cat([part.flatten() for part in parts.values()]).to(self.groups.device)
         dist.all_reduce(flat)
-        sums = dict(
-            zip(parts, flat.cpu().split([part.numel() for part in parts.values()]), strict=True)
-        )
+        sums = dict(zip(parts, flat.cpu().split([part.numel() for part in parts.values()]), strict=True))
         sums = {name: total.view(parts[name].shape) for name, total in sums.items()}
         values: dict[str, Any] = {
             "lm_loss": float(sums["loss"]) / batch.num_labels,
@@ -126,7 +124,8 @@ class StepMetrics:
 
 def router_bias_range(model: MsaGptModel) -> dict[str, float]:
     """Smallest and largest expert bias of the routers on this rank."""
-    biases = [m.expert_bias for m in model.modules() if isinstance(m, SigmoidRouter)]
+    routers = [m for m in model.modules() if isinstance(m, SigmoidRouter)]
+    biases = [r.expert_bias for r in routers if r.expert_bias is not None]
     if not biases:
         return {}
     stacked = torch.stack(biases)

@@ -69,18 +69,14 @@ class TorchEngine(Engine):
         stats, comm = LayerStats(), self.groups.cp_comm()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.groups.device)
         for pack in batch.packs:
-            local, params = self.forward.prepare(
-                pack, num_tokens=batch.num_tokens, comm=comm, stats=stats
-            )
+            local, params = self.forward.prepare(pack, num_tokens=batch.num_tokens, comm=comm, stats=stats)
             losses = self.forward(self.model, local, params)
             (losses.sum() / batch.num_labels).backward()
             loss_sum += losses.detach().sum(dtype=torch.float64)
         self.gradients.reduce()
         grad_norm = self._update(lr)
         self._update_expert_bias()
-        return StepResult(
-            lm_loss_sum=float(loss_sum), grad_norm=grad_norm, stats=stats, traffic=comm.traffic
-        )
+        return StepResult(lm_loss_sum=float(loss_sum), grad_norm=grad_norm, stats=stats, traffic=comm.traffic)
 
     def _update(self, lr: float) -> float:
         """Clip and step; returns the norm before clipping."""
@@ -101,16 +97,15 @@ class TorchEngine(Engine):
 
     @torch.no_grad()
     def _update_expert_bias(self) -> None:
-        routers = [m for m in self.model.modules() if isinstance(m, SigmoidRouter) and m.enable_expert_bias]
-        if not routers:
+        routers = [m for m in self.model.modules() if isinstance(m, SigmoidRouter)]
+        counts = [r.local_tokens_per_expert for r in routers if r.local_tokens_per_expert is not None]
+        biases = [r.expert_bias for r in routers if r.expert_bias is not None]
+        if not biases:
             return
-        updated = get_updated_expert_bias(
-            torch.stack([r.local_tokens_per_expert for r in routers]),
-            torch.stack([r.expert_bias for r in routers]),
-            self.config.model.router_bias_update_rate,
-        )
-        for router, bias in zip(routers, updated, strict=True):
-            router.expert_bias.copy_(bias)
+        rate = self.config.model.router_bias_update_rate
+        updated = get_updated_expert_bias(torch.stack(counts), torch.stack(biases), rate)
+        for bias, new in zip(biases, updated, strict=True):
+            bias.copy_(new)
 
     @torch.no_grad()
     def evaluate(self, packs: Sequence[Pack]) -> float:

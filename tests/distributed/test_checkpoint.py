@@ -246,7 +246,8 @@ def failing_saves(rank: int, world_size: int, folder: Path, small_disk: Path | N
     left_as_before()
     overlapping = {"w": ShardedTensor.from_rank_offsets("w", torch.zeros(2), replica_id=0)}
     text = failure_of(lambda: save(folder, 2, sharded_state=overlapping))
-    assert "rank 0: CheckpointingException: Invalid access pattern" in text, text
+    assert "rank 0: CheckpointingException: Invalid " in text, text
+    assert "access pattern" in text, text
     left_as_before()
 
     for stage in ("save_config", "publish"):

@@ -1,7 +1,7 @@
-"""The whole step, context and expert parallel, equals one process in fp64: the test that guards every change.
+"""The whole step, context and expert parallel, equals one process in fp64: guards every change.
 
-Loss, KL, every gradient, the block selection and the expert bias of two training steps, for every exchange and
-layout. Packs: one long document; many short ones; one shorter than a block; a pack where nothing is remote.
+Loss, KL, every gradient, the block selection and the expert bias of two training steps, for every exchange
+and layout. Packs: one long document; many short ones; one shorter than a block; one with nothing remote.
 """
 
 from typing import Any
@@ -90,7 +90,7 @@ def test_equals_one_process(name: str, results: dict[str, list[dict[str, Any]]])
 
 
 def test_exchange_sends_only_what_was_selected(results: dict[str, list[dict[str, Any]]]) -> None:
-    """Bytes handed to the collectives, against a brute-force count of distinct remote (block, group) pairs."""
+    """Bytes from the collectives, against a brute-force count of distinct remote (block, group) pairs."""
     for name in ("cp2-selected-ep1", "cp3-selected-ep1", "cp4-selected-ep1"):
         cp_size, head_dim, block_size, element = CASES[name][1]["cp_size"], 8, 4, 8
         local_blocks = 96 // cp_size // block_size

@@ -53,7 +53,7 @@ def test_same_training_as_one_torch_process(name: str, rows: dict[str, list[dict
 
 
 def test_engines_agree_in_bf16(rows: dict[str, list[dict[str, Any]]]) -> None:
-    """The first loss and gradient norm are equal; later ones differ by which bf16 value a master rounds to."""
+    """First loss and gradient norm are equal; later ones depend on how masters round to bf16."""
     got, want = rows["megatron-bf16"], rows["torch-bf16"]
     assert got[0]["lm_loss"] == want[0]["lm_loss"]
     assert got[0]["grad_norm"] == pytest.approx(want[0]["grad_norm"], rel=1e-6)

@@ -76,15 +76,11 @@ def step_packs() -> list[list[Pack]]:
     ]
     return [
         [
-            make_pack(
-                documents, seq_len=SEQ_LEN, block_size=BLOCK_SIZE, vocab_size=VOCAB, seed=10 * step + i
-            )
+            make_pack(documents, seq_len=SEQ_LEN, block_size=BLOCK_SIZE, vocab_size=VOCAB, seed=10 * step + i)
             for i, documents in enumerate(packs)
         ]
         for step, packs in enumerate(lengths)
     ]
-
-
 
 
 def run_steps(config: RunConfig) -> dict[str, Any]:

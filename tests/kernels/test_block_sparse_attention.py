@@ -35,9 +35,7 @@ def select(seq_len: int, groups: int, block_size: int, topk: int, starts: list[i
     k = torch.randn(seq_len, 8, generator=generator)
     valid = torch.ones(seq_len, dtype=torch.bool)
     valid[-3:] = False
-    return select_blocks(
-        q, k, torch.tensor(starts), block_size=block_size, topk=topk, query_valid=valid
-    )
+    return select_blocks(q, k, torch.tensor(starts), block_size=block_size, topk=topk, query_valid=valid)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3])
@@ -57,9 +55,7 @@ def test_equals_masked_attention(
     block_indices = select(S, groups, block_size, topk, starts)
     out, lse = block_sparse_attention(q, k, v, block_indices, block_size=block_size)
     mask = selection_mask(block_indices, torch.arange(S), seq_len=S, block_size=block_size)
-    expected, expected_lse = attention_reference(
-        q.view(S, groups, G, D), k, v, mask, softmax_scale=D**-0.5
-    )
+    expected, expected_lse = attention_reference(q.view(S, groups, G, D), k, v, mask, softmax_scale=D**-0.5)
     assert_rows_close(out, expected.flatten(1, 2), 1e-12)
     assert torch.equal(out[-3:], torch.zeros_like(out[-3:]))
     assert (lse[-3:] == float("-inf")).all()
@@ -93,7 +89,7 @@ def test_at_most_twice_the_error_of_torch(dtype: torch.dtype) -> None:
 
     out, _ = block_sparse_attention(*low, block_indices, block_size=block_size)
     got = (out[:-3], *torch.autograd.grad(out, low, dout.to(dtype)))
-    for name, a, b, c in zip("out dq dk dv".split(), got, plain_run(plain), plain_run(wide), strict=True):
+    for name, a, b, c in zip(["out", "dq", "dk", "dv"], got, plain_run(plain), plain_run(wide), strict=True):
         ours, theirs = (a.double() - c).abs().amax(-1).max(), (b.double() - c).abs().amax(-1).max()
         assert ours <= 2 * theirs + 1e-12, f"{name}: {ours:.3g} against {theirs:.3g}"
 

@@ -44,9 +44,7 @@ def test_ties_go_to_the_lower_block() -> None:
     q, k = torch.ones(64, 2, 4), torch.ones(64, 4)
     got = select_blocks(q, k, torch.tensor([0, 64]), block_size=4, topk=5)
     assert got[63].tolist() == [[0, 1, 2, 3, 15]] * 2
-    assert torch.equal(
-        got, select_blocks_reference(q, k, torch.tensor([0, 64]), block_size=4, topk=5)
-    )
+    assert torch.equal(got, select_blocks_reference(q, k, torch.tensor([0, 64]), block_size=4, topk=5))
 
 
 def test_groups_select_independently() -> None:

@@ -1,6 +1,11 @@
 """What the user sees while a run trains."""
 
+import fcntl
 import io
+import os
+import pty
+import struct
+import termios
 
 import pytest
 
@@ -108,6 +113,19 @@ def test_bar_or_lines(kind: ProgressKind, stream: io.StringIO, as_bar: bool) -> 
         assert "step 4/4  val_loss 1.5" in lines
         assert "4/4" in lines[-1]
         assert "100%" in lines[-1]
+
+
+@pytest.mark.parametrize(("rows", "columns", "as_bar"), [(24, 80, True), (0, 0, False)])
+def test_a_terminal_without_size_gets_lines(rows: int, columns: int, as_bar: bool) -> None:
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+    with os.fdopen(leader, "rb", buffering=0) as screen, os.fdopen(follower, "w") as stream:
+        progress = Progress(ProgressKind.auto, 4, 0, stream)
+        progress.update(4, lm_loss=1.25, tokens_per_s=10)
+        progress.close()
+        shown = screen.read(10_000).decode()
+    assert ("100%" in shown) is as_bar
+    assert ("step 4/4  lm_loss 1.25" in shown) is not as_bar
 
 
 def test_counts_and_durations() -> None:

@@ -19,6 +19,8 @@ from msa_kernels.block_sparse_attention.work_list import WorkList, build_work_li
 # Values of one score tile, and of the buffer that holds a partial result per (row, slot).
 _TILE_ELEMENTS = 2**21
 _SLOT_ELEMENTS = 2**25
+# Below any logarithm of a probability that a teacher above 0 can meet.
+_LOG_FLOOR = -1e30
 
 
 @dataclass(slots=True)
@@ -177,9 +179,7 @@ class _Chunk:
         used = self.entries >= 0
         own = self.pool.block[self.entries.clamp(min=0)] == (self.position // block_size)[:, None]
         for keep, diagonal in ((used & ~own, False), (used & own, True)):
-            work = build_work_list(
-                self.entries, keep, num_entries=num_entries, rows_per_item=rows_per_item
-            )
+            work = build_work_list(self.entries, keep, num_entries=num_entries, rows_per_item=rows_per_item)
             per_batch = max(1, _TILE_ELEMENTS // (rows_per_item * self.G * block_size))
             for begin in range(0, work.entry.numel(), per_batch):
                 stop = begin + per_batch
@@ -299,11 +299,11 @@ def _kl_backward(
     q, k, scores = part.index_scores(work, row, diagonal)
     lse = rows.lse_index[row].masked_fill(work.pair < 0, float("inf"))
     log_student = scores.sub_(lse.unsqueeze(-1))
-    student = log_student.exp()
-    # Where the teacher is 0 (future tokens, empty places) the student may be -inf: such terms are 0.
-    cross = torch.where(teacher > 0, teacher * log_student, 0.0)
-    grads.kl += (torch.xlogy(teacher, teacher) - cross).sum(dtype=torch.float64)
-    ds = student.sub_(teacher).mul_(rows.kl_weight)
+    ds = log_student.exp().sub_(teacher).mul_(rows.kl_weight)
+    # Terms with teacher 0 (future tokens, empty places) are 0 even where the student's log is -inf.
+    floor = torch.finfo(teacher.dtype).tiny
+    ratio = teacher.clamp(min=floor).log_().sub_(log_student.clamp_(min=_LOG_FLOOR))
+    grads.kl += torch.dot(teacher.flatten(), ratio.flatten())
     grads.dk_index.index_add_(0, work.entry, torch.bmm(ds.transpose(1, 2), q))
     return torch.bmm(ds, k)
 

@@ -1,0 +1,128 @@
+"""The model on one rank: loss against torch, MSA against full attention, routing of padding."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state
+
+from msa_train.config import Precision, RunConfig
+from msa_train.data import IGNORE_LABEL
+from msa_train.model import cross_entropy
+from msa_train.model.cross_entropy import linear_cross_entropy
+from msa_train.model.moe import SigmoidRouter
+from msa_train.model.pack_params import LayerStats
+from msa_train.parallel.groups import build_groups
+from msa_train.training.batch import make_batch
+from msa_train.training.torch_engine import TorchEngine
+from tests.helpers.compare import assert_rows_close
+from tests.helpers.model_runs import small_config, step_packs
+from tests.helpers.spawn import run_ranks
+
+
+def engine_of(config: RunConfig) -> TorchEngine:
+    return TorchEngine(config, build_groups(config.parallel, device=torch.device("cpu")))
+
+
+def losses_of(engine: TorchEngine) -> torch.Tensor:
+    pack = step_packs()[1][0]
+    local, params = engine.forward.prepare(
+        pack, num_tokens=70, comm=engine.groups.cp_comm(), stats=LayerStats()
+    )
+    return engine.forward(engine.model, local, params)
+
+
+def check_cross_entropy() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(50, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 11, (50,), generator=generator)
+    labels[::7] = IGNORE_LABEL
+    assert dist.group.WORLD is not None
+    got = linear_cross_entropy(hidden, weight, labels, IGNORE_LABEL, dist.group.WORLD)
+    want = F.cross_entropy(hidden @ weight.T, labels, ignore_index=IGNORE_LABEL, reduction="none")
+    assert_rows_close(got, want, 1e-13)
+    scale = torch.rand(50, generator=generator, dtype=torch.float64)
+    for a, b in zip(
+        torch.autograd.grad((got * scale).sum(), (hidden, weight)),
+        torch.autograd.grad((want * scale).sum(), (hidden, weight)),
+        strict=True,
+    ):
+        assert_rows_close(a, b, 1e-13)
+
+
+def check_msa_is_full_attention_when_topk_covers_all() -> None:
+    config = small_config(topk=24)
+    config.attention.kl_weight = 0.0
+    sparse = engine_of(config)
+    sparse_losses = losses_of(sparse)
+    sparse_losses.sum().backward()
+    state = {k: v for k, v in sparse.model.state_dict().items() if "index_branch" not in k}
+    parallel_state.destroy_model_parallel()
+    config.model.layer_attention = "full"
+    full = engine_of(config)
+    full.model.load_state_dict(state)
+    full_losses = losses_of(full)
+    assert_rows_close(sparse_losses, full_losses, 1e-12)
+    full_losses.sum().backward()
+    names = dict(sparse.model.named_parameters())
+    for name, parameter in full.model.named_parameters():
+        assert_rows_close(sparse.gradients.view(names[name]), full.gradients.view(parameter), 1e-10)
+    parallel_state.destroy_model_parallel()
+
+
+def check_padding_is_routed_nowhere() -> None:
+    engine = engine_of(small_config())
+    packs = [step_packs()[1][0]]
+    result = engine.train_step(make_batch(packs, engine.groups), lr=0.0)
+    for counts in result.stats.tokens_per_expert.values():
+        assert int(counts.sum()) == 2 * packs[0].num_tokens
+    parallel_state.destroy_model_parallel()
+
+
+def check_router_buffers_stay_fp32() -> None:
+    engine = engine_of(small_config(precision=Precision.bf16))
+    engine.model.bfloat16()
+    routers = [m for m in engine.model.modules() if isinstance(m, SigmoidRouter)]
+    assert len(routers) == 3
+    for router in routers:
+        assert router.expert_bias.dtype == router.local_tokens_per_expert.dtype == torch.float32
+        assert router.weight.dtype == torch.bfloat16
+    parallel_state.destroy_model_parallel()
+
+
+def check_padding_does_not_leak() -> None:
+    """Other tokens in padding places change no loss."""
+    engine = engine_of(small_config())
+    pack = step_packs()[1][1]
+    comm, stats = engine.groups.cp_comm(), LayerStats()
+    local, params = engine.forward.prepare(pack, num_tokens=1, comm=comm, stats=stats)
+    before = engine.forward(engine.model, local, params)
+    local.tokens[~local.valid] = 17
+    assert int((~local.valid).sum()) > 5
+    assert torch.equal(before, engine.forward(engine.model, local, params))
+    parallel_state.destroy_model_parallel()
+
+
+CHECKS: dict[str, Any] = {
+    check.__name__.removeprefix("check_"): check
+    for check in (
+        check_cross_entropy,
+        check_msa_is_full_attention_when_topk_covers_all,
+        check_padding_is_routed_nowhere,
+        check_router_buffers_stay_fp32,
+        check_padding_does_not_leak,
+    )
+}
+
+
+def run_check(rank: int, world_size: int, name: str) -> None:
+    cross_entropy._CHUNK_ELEMENTS = 100  # several chunks, the last one short
+    CHECKS[name]()
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_on_one_rank(name: str) -> None:
+    run_ranks(1, run_check, name)

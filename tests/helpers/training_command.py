@@ -1,0 +1,165 @@
+"""The msa-train command as users start it, on a model so small that a step takes milliseconds."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+from msa_train.training.metrics import METRICS_NAME, read_metrics
+
+ROOT = Path(__file__).parents[2]
+RUN_WITHIN_S = 300
+POLL_S = 0.002
+# what a user is promised after a worker dies, and more than enough for the kernel to end processes
+DOWN_WITHIN_S = 30
+
+NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, SEQ_LEN, NUM_EXPERTS, ROUTER_TOPK = 2, 8, 16, 512, 4, 2
+GLOBAL_BATCH_SIZE, LR, WARMUP_STEPS = 2, 4e-3, 2
+# layer 1 attends to everything and has a dense feed-forward network; 2 and 3 are sparse in both
+SPARSE_LAYERS = ("layer02", "layer03")
+TINY = (
+    "run=smoke",
+    "model.num_layers=3",
+    "model.hidden_size=32",
+    "model.num_heads=4",
+    f"model.num_kv_heads={NUM_KV_HEADS}",
+    f"model.head_dim={HEAD_DIM}",
+    "model.rotary_dim=4",
+    "model.ffn_hidden_size=32",
+    f"model.num_experts={NUM_EXPERTS}",
+    f"model.moe_router_topk={ROUTER_TOPK}",
+    "model.moe_ffn_hidden_size=16",
+    "model.shared_expert_hidden_size=16",
+    f"attention.block_size={BLOCK_SIZE}",
+    "attention.topk=4",
+    "attention.index_head_dim=8",
+    f"data.seq_len={SEQ_LEN}",
+    f"optim.lr={LR}",
+    "optim.schedule=constant",
+    f"optim.warmup_steps={WARMUP_STEPS}",
+    f"train.global_batch_size={GLOBAL_BATCH_SIZE}",
+    "train.validate_every=4",
+    "checkpoint.every=4",
+    "logging.tensorboard=false",
+)
+
+
+class Training:
+    """One start of the command. At the end of a `with` block nothing of it is left running."""
+
+    def __init__(self, *arguments: str, launcher: tuple[str, ...] = ()) -> None:
+        environ = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/kernels", "CUDA_VISIBLE_DEVICES": ""}
+        # files, because nobody reads a pipe while a test waits for a step
+        self._output, self._errors = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(
+            [sys.executable, *launcher, "-m", "launchers.train", *arguments],
+            cwd=ROOT,
+            env=environ,
+            stdout=self._output,
+            stderr=self._errors,
+        )
+
+    def __enter__(self) -> "Training":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.kill()
+        self._output.close()
+        self._errors.close()
+
+    @property
+    def output(self) -> str:
+        """What it has written to stdout."""
+        return _content(self._output)
+
+    @property
+    def errors(self) -> str:
+        """What it has written to stderr."""
+        return _content(self._errors)
+
+    def end(self, timeout: float = RUN_WITHIN_S) -> int:
+        """Wait for its end; returns the exit code."""
+        return self.process.wait(timeout)
+
+    def wait_until(self, condition: Callable[[], Any], what: str) -> None:
+        """Wait until the condition holds, while the command runs."""
+        deadline = time.monotonic() + RUN_WITHIN_S
+        while not condition():
+            assert self.process.poll() is None, f"ended before {what}:\n{self.output}\n{self.errors}"
+            assert time.monotonic() < deadline, f"{what} did not happen:\n{self.output}\n{self.errors}"
+            time.sleep(POLL_S)
+
+    def wait_for_step(self, run_dir: Path, step: int) -> None:
+        """Wait until metrics.jsonl has the step."""
+        self.wait_until(lambda: last_step(run_dir) >= step, f"step {step}")
+
+    def processes(self) -> list[psutil.Process]:
+        """The launcher and everything that it started."""
+        try:
+            launcher = psutil.Process(self.process.pid)
+            return [launcher, *launcher.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def worker(self, rank: int) -> psutil.Process:
+        """The process of one rank."""
+        (found,) = [p for p in self.processes()[1:] if p.environ().get("RANK") == str(rank)]
+        return found
+
+    def kill(self) -> None:
+        """SIGKILL for the launcher and all workers at once, as when a machine goes down."""
+        processes = self.processes()
+        for process in processes:
+            # one may have ended in the meantime
+            if process.is_running():
+                process.send_signal(signal.SIGKILL)
+        self.process.wait(DOWN_WITHIN_S)
+        wait_gone(processes)
+
+
+def train(*arguments: str) -> str:
+    """Run the command to a good end; returns its stdout. It has nothing to say on stderr."""
+    with Training(*arguments) as training:
+        code = training.end()
+        assert code == 0, training.output + training.errors
+        assert training.errors == ""
+        return training.output
+
+
+def wait_gone(processes: list[psutil.Process]) -> None:
+    """Wait until none of the processes runs."""
+    _, alive = psutil.wait_procs(processes, timeout=DOWN_WITHIN_S)
+    alive = [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+    assert not alive, f"still running: {alive}"
+
+
+def last_step(run_dir: Path) -> int:
+    """The newest step in metrics.jsonl, 0 without one."""
+    path = run_dir / METRICS_NAME
+    rows = read_metrics(path) if path.exists() else []
+    return rows[-1]["step"] if rows else 0
+
+
+def write_corpus(folder: Path) -> None:
+    """Sixty texts of a few words up to more than a sequence, whose next word follows from the last two."""
+    folder.mkdir()
+    for number in range(60):
+        words = [f"w{(number * 7 + i * i) % 97}" for i in range(5 + 13 * number % 300)]
+        (folder / f"{number}.txt").write_text(" ".join(words))
+
+
+def _content(file: Any) -> str:
+    return Path(f"/proc/self/fd/{file.fileno()}").read_text()

@@ -1,0 +1,32 @@
+"""Block needs and pool look-ups."""
+
+import torch
+from msa_kernels.block_sparse_attention.pool import BlockPool
+
+from msa_train.parallel.block_requests import exchange_requests, needed_pairs
+from msa_train.parallel.collectives import CpComm
+from msa_train.parallel.kv_exchange import KvSource
+from msa_train.parallel.layout import ShardLayout
+
+
+def test_needed_pairs_is_the_union_per_group() -> None:
+    block_indices = torch.tensor([[[0, 2, -1], [1, -1, -1]], [[2, 3, -1], [-1, -1, -1]]])
+    needed = needed_pairs(block_indices, 5)
+    assert needed.tolist() == [[True, False, True, True, False], [False, True, False, False, False]]
+
+
+def test_nothing_selected() -> None:
+    assert not needed_pairs(torch.full((3, 2, 4), -1), 5).any()
+
+
+def test_entries_of_the_docstring() -> None:
+    pool = BlockPool(kv=torch.zeros(8, 2, 1, 1), block=torch.zeros(8, dtype=torch.int64))
+    source = KvSource(pool=pool, entry_of=torch.tensor([[4, -1, 7]]))
+    assert source.entries(torch.tensor([[[2, 1, -1]]])).tolist() == [[[7, -1, -1]]]
+
+
+def test_one_rank_asks_nobody() -> None:
+    layout = ShardLayout(seq_len=8, block_size=2, cp_rank=0, cp_size=1)
+    requests = exchange_requests(torch.ones(2, 4, dtype=torch.bool), layout, CpComm(None, 0, 1))
+    assert requests.send == requests.receive == [0]
+    assert requests.send_pairs.numel() == requests.receive_block.numel() == 0

@@ -49,8 +49,12 @@ def run_entry(config: RunConfig, entry: str = TRAINING) -> None:
 
 
 def accept_fallbacks() -> None:
-    """Silence Megatron about two optional packages, at whose absence it works as wanted."""
+    """Silence what no user can act on: absent optional packages of Megatron, and its use of old names."""
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex)")
+    # its own default for CUDA graphs, and its reader of checkpoints
+    warnings.filterwarnings("ignore", message="full scope is deprecated")
+    warnings.filterwarnings("ignore", message=".*load_state_dict. is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
 
 
 def _follow_launcher() -> None:

@@ -50,7 +50,9 @@ def run_worker(config: RunConfig) -> None:
     if reporting is not None:
         reporting.progress.close()
         reporting.writer.close()
-        report(config, groups, last, seconds=time.perf_counter() - start, stream=sys.stdout)
+        seconds = time.perf_counter() - start
+        steps = max(config.train.steps, first_step)
+        report(config, groups, last, steps=steps, seconds=seconds, stream=sys.stdout)
     dist.barrier()
     destroy_groups()
 
@@ -99,8 +101,11 @@ def _opening(config: RunConfig, groups: Groups, first_step: int) -> list[str]:
     sizes = f"cp {parallel.cp_size}, ep {parallel.ep_size}, dp {groups.dp_size}"
     if parallel.tp_size * parallel.pp_size > 1:
         sizes += f", tp {parallel.tp_size}, pp {parallel.pp_size}"
+    steps = f"steps {first_step + 1} to {config.train.steps}"
+    if first_step >= config.train.steps:
+        steps = f"nothing left of train.steps={config.train.steps}"
     return [
-        f"{config.name}: {where} ({sizes}), steps {first_step + 1} to {config.train.steps} "
+        f"{config.name}: {where} ({sizes}), {steps} "
         f"of {config.train.global_batch_size} x {config.data.seq_len} tokens",
         f"run_dir {Path(config.run_dir).resolve()}",
     ]

@@ -12,7 +12,7 @@ from msa_train.training.summary import format_table, write_summary
 
 
 def report(
-    config: RunConfig, groups: Groups, last: dict[str, Any], *, seconds: float, stream: TextIO
+    config: RunConfig, groups: Groups, last: dict[str, Any], *, steps: int, seconds: float, stream: TextIO
 ) -> None:
     """Write summary.json and print the table.
 
@@ -20,11 +20,12 @@ def report(
         config: the run.
         groups: sizes of the process groups.
         last: newest value of every metric in this start of the run; empty if there was nothing left to do.
+        steps: updates made, over all starts; more than train.steps if that was lowered.
         seconds: wall time of this start.
         stream: where the table goes.
     """
     history = read_metrics(Path(config.run_dir) / METRICS_NAME)
-    summary = _summary(config, groups, last, history, seconds)
+    summary = _summary(config, groups, last, history, steps, seconds)
     path = write_summary(config.run_dir, summary)
     rows = [*_loss_rows(summary), *_exchange_rows(summary)]
     rows += [
@@ -33,7 +34,7 @@ def report(
     ]
     if config.logging.tensorboard:
         rows.append(("watch it", f"tensorboard --logdir {Path(config.run_dir) / TENSORBOARD_NAME}"))
-    more = f"msa-train run={config.name} run_dir={config.run_dir} train.steps={2 * config.train.steps}"
+    more = f"msa-train run={config.name} run_dir={config.run_dir} train.steps={2 * summary['steps']}"
     rows.append(("train on", more))
     print(f"\n{format_table(rows)}", file=stream, flush=True)
 
@@ -43,14 +44,15 @@ def _summary(
     groups: Groups,
     last: dict[str, Any],
     history: list[dict[str, Any]],
+    steps: int,
     seconds: float,
 ) -> dict[str, Any]:
     """Plain facts of the run; the history covers earlier starts too."""
     rates = sorted(row["tokens_per_s"] for row in history if row.get("tokens_per_s"))
     summary: dict[str, Any] = {
         "name": config.name,
-        "steps": config.train.steps,
-        "tokens": config.train.steps * config.train.global_batch_size * config.data.seq_len,
+        "steps": steps,
+        "tokens": steps * config.train.global_batch_size * config.data.seq_len,
         "seconds_this_start": seconds,
         "world_size": groups.world_size,
         "device": groups.device.type,

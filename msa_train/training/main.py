@@ -101,11 +101,10 @@ def _opening(config: RunConfig, groups: Groups, first_step: int) -> list[str]:
     sizes = f"cp {parallel.cp_size}, ep {parallel.ep_size}, dp {groups.dp_size}"
     if parallel.tp_size * parallel.pp_size > 1:
         sizes += f", tp {parallel.tp_size}, pp {parallel.pp_size}"
-    steps = f"steps {first_step + 1} to {config.train.steps}"
+    work = (
+        f"steps {first_step + 1} to {config.train.steps} "
+        f"of {config.train.global_batch_size} x {config.data.seq_len} tokens"
+    )
     if first_step >= config.train.steps:
-        steps = f"nothing left of train.steps={config.train.steps}"
-    return [
-        f"{config.name}: {where} ({sizes}), {steps} "
-        f"of {config.train.global_batch_size} x {config.data.seq_len} tokens",
-        f"run_dir {Path(config.run_dir).resolve()}",
-    ]
+        work = f"nothing to do: train.steps={config.train.steps} and {first_step} are made; use a larger number"
+    return [f"{config.name}: {where} ({sizes}), {work}", f"run_dir {Path(config.run_dir).resolve()}"]

@@ -34,8 +34,8 @@ def report(
     ]
     if config.logging.tensorboard:
         rows.append(("watch it", f"tensorboard --logdir {Path(config.run_dir) / TENSORBOARD_NAME}"))
-    more = f"msa-train run={config.name} run_dir={config.run_dir} train.steps={2 * summary['steps']}"
-    rows.append(("train on", more))
+    # run=NAME alone would not do: the other settings of the command line count too
+    rows.append(("train on", f"the same command with train.steps={2 * steps}"))
     print(f"\n{format_table(rows)}", file=stream, flush=True)
 
 
@@ -48,6 +48,8 @@ def _summary(
     seconds: float,
 ) -> dict[str, Any]:
     """Plain facts of the run; the history covers earlier starts too."""
+    if not last:
+        last = {key: value for row in history for key, value in row.items()}
     rates = sorted(row["tokens_per_s"] for row in history if row.get("tokens_per_s"))
     summary: dict[str, Any] = {
         "name": config.name,

@@ -3,6 +3,8 @@
 Shapes: T queries of this call, M KV groups, D index head dim, S keys of the whole pack, NB = S / block_size.
 """
 
+from bisect import bisect_right
+
 import torch
 from torch import Tensor
 
@@ -58,13 +60,14 @@ def select_blocks(
     compute_dtype = torch.float64 if q_index.dtype == torch.float64 else torch.float32
     result = torch.full((num_queries, num_groups, topk), -1, dtype=torch.int32, device=device)
     starts = cu_seqlens.to(device=device, dtype=torch.int64)
+    host_starts = cu_seqlens.tolist()
     keys = k_index.to(compute_dtype)
     for begin in range(0, num_queries, _QUERY_TILE):
         end = min(begin + _QUERY_TILE, num_queries)
         position = torch.arange(query_offset + begin, query_offset + end, device=device)
         doc_start = starts[torch.searchsorted(starts, position, right=True) - 1]
-        # One host value per tile, known from the pack and not from the scores: the first block anyone sees.
-        first_block = int(doc_start[0]) // block_size
+        # The first block that any query of the tile sees.
+        first_block = host_starts[bisect_right(host_starts, query_offset + begin) - 1] // block_size
         last_block = (query_offset + end - 1) // block_size
         scores = _block_scores(
             q_index[begin:end].to(compute_dtype), keys, first_block, last_block + 1, block_size

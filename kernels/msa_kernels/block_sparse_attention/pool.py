@@ -175,15 +175,22 @@ class _Chunk:
         num_entries, block_size = self.pool.kv.shape[0], self.pool.kv.shape[2]
         if num_entries == 0:
             return
-        rows_per_item = max(8, 128 // self.G)
         used = self.entries >= 0
         own = self.pool.block[self.entries.clamp(min=0)] == (self.position // block_size)[:, None]
         for keep, diagonal in ((used & ~own, False), (used & own, True)):
+            rows_per_item = self._rows_per_item(keep, num_entries, diagonal)
             work = build_work_list(self.entries, keep, num_entries=num_entries, rows_per_item=rows_per_item)
             per_batch = max(1, _TILE_ELEMENTS // (rows_per_item * self.G * block_size))
             for begin in range(0, work.entry.numel(), per_batch):
                 stop = begin + per_batch
                 yield WorkList(pair=work.pair[begin:stop], entry=work.entry[begin:stop]), diagonal
+
+    def _rows_per_item(self, keep: Tensor, num_entries: int, diagonal: bool) -> int:
+        """About as many rows as read an entry, so that few places stay empty, within what is efficient."""
+        most = max(8, 128 // self.G)
+        block_size = self.pool.kv.shape[2]
+        typical = block_size if diagonal else keep.numel() // num_entries
+        return min(most, max(8, 1 << max(typical - 1, 1).bit_length()))
 
     def scores(self, work: WorkList, row: Tensor, diagonal: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q [I, W*G, D], k, v [I, B, D] and scaled scores [I, W*G, B], -inf in the query's future."""

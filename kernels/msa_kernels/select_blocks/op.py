@@ -8,10 +8,9 @@ from bisect import bisect_right
 import torch
 from torch import Tensor
 
-# Elements of one score tile. 2**22 fp32 values are 16 MiB: inside the last-level cache of a CPU, and
-# large enough to keep a GPU busy.
-_TILE_ELEMENTS = 2**22
-_QUERY_TILE = 128
+# Elements of one score tile: 1 MiB in fp32, inside a CPU core's own cache.
+_TILE_ELEMENTS = 2**18
+_QUERY_TILE = 256
 
 
 @torch.no_grad()
@@ -87,17 +86,21 @@ def select_blocks(
 
 
 def _block_scores(queries: Tensor, keys: Tensor, first: int, stop: int, block_size: int) -> Tensor:
-    """Largest token score per block: queries [t, M, D], keys [S, D] -> [t, M, stop - first]."""
+    """Largest token score per block: queries [t, M, D], keys [S, D] -> [t, M, stop - first].
+
+    Keys are the rows of the product, so that the maximum over a block runs along whole vectors of queries.
+    """
     num_queries, num_groups, dim = queries.shape
-    rows = queries.reshape(-1, dim)
-    blocks_per_tile = max(1, _TILE_ELEMENTS // (rows.shape[0] * block_size))
-    scores = queries.new_empty(num_queries * num_groups, stop - first)
+    columns = queries.reshape(-1, dim).T
+    num_columns = columns.shape[1]
+    blocks_per_tile = max(1, _TILE_ELEMENTS // (num_columns * block_size))
+    scores = queries.new_empty(stop - first, num_columns)
     for begin in range(first, stop, blocks_per_tile):
         end = min(begin + blocks_per_tile, stop)
-        tile = rows @ keys[begin * block_size : end * block_size].T
-        tile = tile.view(rows.shape[0], end - begin, block_size)
-        torch.amax(tile, dim=-1, out=scores[:, begin - first : end - first])
-    return scores.view(num_queries, num_groups, stop - first)
+        tile = keys[begin * block_size : end * block_size] @ columns
+        tile = tile.view(end - begin, block_size, num_columns)
+        torch.amax(tile, dim=1, out=scores[begin - first : end - first])
+    return scores.T.reshape(num_queries, num_groups, stop - first)
 
 
 def _topk_lowest_id(scores: Tensor, topk: int) -> Tensor:

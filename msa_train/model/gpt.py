@@ -79,8 +79,9 @@ def build_model(
         pg_collection: process groups of this rank.
         pre_process, post_process: whether this pipeline stage has the embedding, the output layer.
     """
-    # Megatron warns about every layer class that is not its own.
-    logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
+    # Megatron warns about every layer class that is not its own, and from 0.19 on about GPTModel itself.
+    for name in ("megatron.core.transformer.transformer_layer", "megatron.core.models.gpt.gpt_model"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     megatron = build_transformer_config(config)
     model = MsaGptModel(
         config=megatron,
@@ -102,18 +103,24 @@ def build_model(
 def _mark_parallel_weights(model: MsaGptModel) -> None:
     """Say which dimension of a weight is cut over tensor-parallel ranks, and which weights are experts'.
 
-    Megatron marks cuts while it draws initial weights, which we leave out (`init_weights` draws them by
-    name); its gradient norm and our drawing need the marks. Without expert parallelism it marks experts as
+    Megatron-core 0.16 marks cuts while it draws initial weights, which we leave out (`init_weights` draws
+    them by name); its gradient norm and our drawing need the marks. Without expert parallelism it marks experts as
     dense and would not sum their gradients over tensor-parallel ranks, which see different tokens here.
     """
     for module in model.modules():
         if isinstance(module, ColumnParallelLinear | RowParallelLinear) and module.is_expert:
             assert module.weight is not None, "experts have weights"
             module.weight.allreduce = False  # type: ignore[attr-defined]
-        if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding) and module.weight is not None:
-            set_tensor_model_parallel_attributes(module.weight, True, 0, 1)
+        if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding):
+            _mark_cut(module.weight, 0)
         elif isinstance(module, RowParallelLinear):
-            set_tensor_model_parallel_attributes(module.weight, True, 1, 1)
+            _mark_cut(module.weight, 1)
+
+
+def _mark_cut(weight: Tensor | None, dim: int) -> None:
+    """Newer Megatron marks weights that it does not draw, too; marking twice is an error there."""
+    if weight is not None and not hasattr(weight, "tensor_model_parallel"):
+        set_tensor_model_parallel_attributes(weight, True, dim, 1)
 
 
 def _block_spec(config: MsaTransformerConfig, pp_rank: int) -> TransformerBlockSubmodules:

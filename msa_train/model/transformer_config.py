@@ -1,6 +1,6 @@
 """Our configuration as Megatron's TransformerConfig. Megatron's spellings stay behind this seam."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -85,8 +85,15 @@ def build_transformer_config(config: RunConfig) -> MsaTransformerConfig:
         apply_rope_fusion=False,
         # Freed too early on gloo; costs one activation per stage.
         deallocate_pipeline_outputs=False,
+        **_graph_fields(),
         **_moe_fields(model, config.train.precision),
     )
+
+
+def _graph_fields() -> dict[str, Any]:
+    """The default of `cuda_graph_modules`, where it exists, is one that Megatron warns about."""
+    known = {f.name for f in fields(TransformerConfig)}
+    return {"cuda_graph_modules": []} if "cuda_graph_modules" in known else {}
 
 
 def _moe_fields(model: ModelConfig, precision: Precision) -> dict[str, Any]:

@@ -104,8 +104,9 @@ def _mark_parallel_weights(model: MsaGptModel) -> None:
     """Say which dimension of a weight is cut over tensor-parallel ranks, and which weights are experts'.
 
     Megatron-core 0.16 marks cuts while it draws initial weights, which we leave out (`init_weights` draws
-    them by name); its gradient norm and our drawing need the marks. Without expert parallelism it marks experts as
-    dense and would not sum their gradients over tensor-parallel ranks, which see different tokens here.
+    them by name); its gradient norm and our drawing need the marks. Without expert parallelism it marks
+    experts as dense and would not sum their gradients over tensor-parallel ranks, which see different tokens
+    here.
     """
     for module in model.modules():
         if isinstance(module, ColumnParallelLinear | RowParallelLinear) and module.is_expert:

@@ -6,13 +6,34 @@ in Megatron-core 0.16.1 to 0.19.2.
 """
 
 import inspect
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core.dist_checkpointing.strategies import torch as mcore_torch
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.state_dict_saver import save
+
+
+class _Bytes(io.BytesIO):
+    """Hands out a view of plain bytes.
+
+    PyTorch writes `getbuffer()`. When that write fails, the view is left in the frames of a traceback, and
+    Python crashes on a BytesIO's own view when garbage collection clears the BytesIO first.
+    """
+
+    def getbuffer(self) -> memoryview:
+        """The content, read only."""
+        return memoryview(self.getvalue())
+
+
+class _SavePlanner(mcore_torch.MCoreSavePlanner):
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
+        data = super().resolve_data(write_item)
+        return _Bytes(data.getvalue()) if isinstance(data, io.BytesIO) else data
 
 
 class SaveStrategy(mcore_torch.TorchDistSaveShardedStrategy):
@@ -34,7 +55,7 @@ class SaveStrategy(mcore_torch.TorchDistSaveShardedStrategy):
             sharded_state_dict, self.keep_only_main_replica
         )
         state = mcore_torch.mcore_to_pyt_state_dict(grouped, False)
-        planner = mcore_torch.MCoreSavePlanner(
+        planner = _SavePlanner(
             dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False
         )
         self.reached_gate = True

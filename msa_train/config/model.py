@@ -10,7 +10,7 @@ class ModelConfig:
     """Architecture of a GQA + sigmoid-routed mixture-of-experts language model."""
 
     name: str = "tiny"
-    num_layers: int = 4
+    num_layers: int = 3
     hidden_size: int = 128
     num_heads: int = 4
     "query heads"
@@ -37,14 +37,14 @@ class ModelConfig:
     "attention per layer: comma-separated kinds, `kind*n` repeats, the last one fills the rest"
     rotary_dim: int = 16
     "rotated channels of each head, the first ones; also of the index heads"
-    rope_theta: float = 10000.0
+    rope_theta: float = 1000.0
     qk_norm: QkNorm = QkNorm.head
     norm_eps: float = 1e-6
     zero_centered_norm: bool = True
     "norm weights act as 1 + w, w initialised to 0 (Gemma style)"
     activation: Activation = Activation.swiglu_oai
     tie_embeddings: bool = False
-    init_std: float = 0.02
+    init_std: float = 0.05
 
     def __post_init__(self) -> None:
         _positive(self, ["num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim"])

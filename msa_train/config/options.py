@@ -42,6 +42,13 @@ class Recompute(Enum):
     full = "full"  # every transformer layer; the block selection is replayed, not repeated
 
 
+class OptimizerKind(Enum):
+    """How weights are updated."""
+
+    adamw = "adamw"
+    muon = "muon"  # orthogonalised momentum for the layers' matrices, AdamW for the rest; engine=torch
+
+
 class LrSchedule(Enum):
     """Shape of the learning rate after the warm-up."""
 

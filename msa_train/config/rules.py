@@ -6,7 +6,7 @@ Each violation is a ValueError of one line: name=value, the rule, the fix.
 import math
 from collections.abc import Callable
 
-from msa_train.config.options import Engine, Precision
+from msa_train.config.options import Engine, OptimizerKind, Precision
 from msa_train.config.run import RunConfig
 
 
@@ -148,7 +148,9 @@ def _training(config: RunConfig) -> None:
     for name in ("min_lr_ratio", "decay_fraction"):
         if not 0 <= getattr(optim, name) <= 1:
             raise ValueError(f"optim.{name}={getattr(optim, name)}: must be from 0 to 1")
-    for name in ("beta1", "beta2"):
+    if not (optim.muon_lr > 0 and math.isfinite(optim.muon_lr)):
+        raise ValueError(f"optim.muon_lr={optim.muon_lr}: must be positive and finite")
+    for name in ("beta1", "beta2", "muon_momentum"):
         if not 0 <= getattr(optim, name) < 1:
             raise ValueError(f"optim.{name}={getattr(optim, name)}: must be from 0 to below 1")
 
@@ -194,3 +196,7 @@ def _engine(config: RunConfig, has_gpu: bool) -> None:
                 )
     if engine is Engine.megatron and config.train.precision is Precision.fp64:
         raise ValueError("train.precision=fp64: is for engine=torch; use engine=torch, fp32 or bf16")
+    if engine is Engine.megatron and config.optim.algorithm is OptimizerKind.muon:
+        raise ValueError(
+            "optim.algorithm=muon: is for engine=torch; use optim.algorithm=adamw or engine=torch"
+        )

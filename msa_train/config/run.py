@@ -8,6 +8,7 @@ from msa_train.config.options import (
     Engine,
     KvExchange,
     LrSchedule,
+    OptimizerKind,
     Precision,
     Progress,
     Recompute,
@@ -51,9 +52,13 @@ class DataConfig:
 
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW and its learning rate."""
+    """The optimizer and its learning rate."""
 
+    algorithm: OptimizerKind = OptimizerKind.adamw
     lr: float = 3e-4
+    muon_lr: float = 0.02
+    "learning rate of the matrices that Muon updates; follows the same schedule as lr"
+    muon_momentum: float = 0.95
     min_lr_ratio: float = 0.1
     "final learning rate as a share of lr"
     schedule: LrSchedule = LrSchedule.cosine

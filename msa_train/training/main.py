@@ -106,5 +106,7 @@ def _opening(config: RunConfig, groups: Groups, first_step: int) -> list[str]:
         f"of {config.train.global_batch_size} x {config.data.seq_len} tokens"
     )
     if first_step >= config.train.steps:
-        work = f"nothing to do: train.steps={config.train.steps} and {first_step} are made; use a larger number"
+        work = (
+            f"nothing to do: train.steps={config.train.steps} and {first_step} are made; use a larger number"
+        )
     return [f"{config.name}: {where} ({sizes}), {work}", f"run_dir {Path(config.run_dir).resolve()}"]

@@ -1,4 +1,4 @@
-"""engine=torch: gradient all-reduce and torch.optim.AdamW, on any device."""
+"""engine=torch: gradient all-reduce and torch.optim, on any device."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.transformer.moe.moe_utils import get_updated_expert_bias
-from torch import Tensor, nn
+from torch import nn
 
 from msa_train.config import RunConfig
 from msa_train.data import Pack
@@ -20,6 +20,7 @@ from msa_train.parallel.groups import Groups
 from msa_train.training.batch import StepBatch
 from msa_train.training.engine import Engine, StepResult, checkpoint_metadata, reset_token_counts
 from msa_train.training.flat_gradients import FlatGradients
+from msa_train.training.split_optimizer import SplitOptimizer
 
 # Names of Megatron's distributed optimizer, so that both engines read each other's checkpoints.
 _STATE_NAMES = ("fp32_param", "exp_avg", "exp_avg_sq")
@@ -44,22 +45,8 @@ class TorchEngine(Engine):
         self.masters = [
             nn.Parameter(p.detach().float()) if p.dtype == torch.bfloat16 else p for p in self.parameters
         ]
-        self.optimizer = self._build_optimizer()
-
-    def _build_optimizer(self) -> torch.optim.AdamW:
-        optim = self.config.optim
-        decayed = [p for p in self.masters if p.dim() > 1]
-        others = [p for p in self.masters if p.dim() <= 1]
-        return torch.optim.AdamW(
-            [
-                {"params": decayed, "weight_decay": optim.weight_decay},
-                {"params": others, "weight_decay": 0.0},
-            ],
-            lr=optim.lr,
-            betas=(optim.beta1, optim.beta2),
-            eps=optim.eps,
-            foreach=True,
-        )
+        names = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        self.optimizer = SplitOptimizer(config.optim, list(zip(names, self.masters, strict=True)))
 
     def train_step(self, batch: StepBatch, lr: float) -> StepResult:
         """See Engine.train_step."""
@@ -86,9 +73,7 @@ class TorchEngine(Engine):
             self.gradients.scale(clip / (norm + 1e-6))
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             master.grad = self.gradients.view(parameter)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
+        self.optimizer.step(lr)
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             master.grad = None
             if master is not parameter:
@@ -133,21 +118,12 @@ class TorchEngine(Engine):
         result: dict[str, dict[str, Any]] = {}
         for index, (parameter, master) in enumerate(zip(self.parameters, self.masters, strict=True)):
             entry = by_data[id(parameter)]
-            values = (master.detach(), *self._moments(master))
+            values = (master.detach(), *self.optimizer.moments(master))
             result[str(index)] = {
                 name: make_sharded_optimizer_tensor(entry, value, f"optimizer.state.{name}")
                 for name, value in zip(_STATE_NAMES, values, strict=True)
             }
         return result
-
-    def _moments(self, master: nn.Parameter) -> tuple[Tensor, Tensor]:
-        """Adam's moments; before the first step they are zero."""
-        state = self.optimizer.state[master]
-        if not state:
-            state["step"] = torch.tensor(0.0)
-            state["exp_avg"] = torch.zeros_like(master)
-            state["exp_avg_sq"] = torch.zeros_like(master)
-        return state["exp_avg"], state["exp_avg_sq"]
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Any], step: int) -> None:
@@ -157,8 +133,4 @@ class TorchEngine(Engine):
             loaded = state["optimizer"][str(index)]
             if master is not parameter:
                 master.copy_(loaded["fp32_param"])
-            self._moments(master)
-            moments = self.optimizer.state[master]
-            moments["exp_avg"].copy_(loaded["exp_avg"])
-            moments["exp_avg_sq"].copy_(loaded["exp_avg_sq"])
-            moments["step"].fill_(float(step))
+            self.optimizer.load_moments(master, loaded["exp_avg"], loaded["exp_avg_sq"], step)

@@ -58,7 +58,8 @@ class Training:
     def __init__(self, *arguments: str, launcher: tuple[str, ...] = ()) -> None:
         environ = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/kernels", "CUDA_VISIBLE_DEVICES": ""}
         # files, because nobody reads a pipe while a test waits for a step
-        self._output, self._errors = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115 (closed by __exit__)
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, *launcher, "-m", "launchers.train", *arguments],
             cwd=ROOT,
@@ -119,9 +120,13 @@ class Training:
         (found,) = [p for p in self.processes()[1:] if p.environ().get("RANK") == str(rank)]
         return found
 
-    def kill(self) -> None:
-        """SIGKILL for the launcher and all workers at once, as when a machine goes down."""
-        processes = self.processes()
+    def kill(self, processes: list[psutil.Process] | None = None) -> None:
+        """SIGKILL for the launcher and all workers at once, as when a machine goes down.
+
+        Args:
+            processes: what `processes` returned before, to lose no time.
+        """
+        processes = self.processes() if processes is None else processes
         for process in processes:
             # one may have ended in the meantime
             if process.is_running():
@@ -141,9 +146,10 @@ def train(*arguments: str) -> str:
 
 def wait_gone(processes: list[psutil.Process]) -> None:
     """Wait until none of the processes runs."""
-    _, alive = psutil.wait_procs(processes, timeout=DOWN_WITHIN_S)
-    alive = [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
-    assert not alive, f"still running: {alive}"
+    deadline = time.monotonic() + DOWN_WITHIN_S
+    while alive := [process for process in processes if _runs(process)]:
+        assert time.monotonic() < deadline, f"still running: {alive}"
+        time.sleep(POLL_S)
 
 
 def last_step(run_dir: Path) -> int:
@@ -161,5 +167,13 @@ def write_corpus(folder: Path) -> None:
         (folder / f"{number}.txt").write_text(" ".join(words))
 
 
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def _content(file: Any) -> str:
-    return Path(f"/proc/self/fd/{file.fileno()}").read_text()
+    # without moving the position, which the processes that write share
+    return os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode()

@@ -58,7 +58,7 @@ def test_description_names_every_size() -> None:
     config = compose_run(["run=m3_200k"])
     assert describe(config, Layout(world_size=128, on_gpu=True)) == (
         "m3_200k: 128 processes on GPUs = dp 2 x cp 16 x tp 1 x pp 4, ep 32; engine megatron; "
-        "196608 tokens per sequence, 12288 per rank; m3 426.2B parameters, 24.7B active"
+        "196608 tokens per sequence, 12288 per rank; m3 426.2B parameters, 23.3B active"
     )
 
 

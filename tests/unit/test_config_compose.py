@@ -60,7 +60,7 @@ def test_defaults_are_those_of_the_dataclasses() -> None:
 @pytest.mark.parametrize(
     ("preset", "total", "experts"),
     [
-        ("tiny", 1_242_264, 589_824),
+        ("tiny", 921_168, 393_216),
         ("m2", 228.7e9, 224.7e9),
         ("m3", 426.2e9, 413.1e9),
         ("msa_109b", 107.4e9, 103.3e9),

@@ -45,7 +45,7 @@ MISTAKES = [
     (["run=demo", "data.corpus="], "data.corpus=", "stdlib"),
     (["run=demo", "model.num_kv_heads=3"], "model.num_kv_heads=3", "must divide model.num_heads=4"),
     (["run=demo", "model.layer_attention=ful"], "model.layer_attention=ful", "full, msa"),
-    (["run=demo", "data.seq_len=8000"], "data.seq_len=8000", "use 7936 or 8064"),
+    (["run=demo", "data.seq_len=8010"], "data.seq_len=8010", "use 8000 or 8032"),
     (["run=demo", "launcher.num_processes=3"], "launcher.num_processes=3", "use launcher.num_processes=2"),
     (["run=demo", "parallel.cp_size=4"], "launcher.num_processes=2", "use launcher.num_processes=4"),
     (["run=demo", "parallel.ep_size=3"], "parallel.ep_size=3", "use one of 1, 2, 4, 8"),
@@ -53,7 +53,7 @@ MISTAKES = [
     (["run=demo", "optim.lr=0"], "optim.lr=0", "must be positive"),
     (["run=demo", "optim.lr=nan"], "optim.lr=nan", "must be positive"),
     (["run=demo", "attention.index_head_dim=8"], "attention.index_head_dim=8", "model.rotary_dim=16"),
-    (["run=demo", "data.validation_fraction=0"], "train.validate_every=100", "use train.validate_every=0"),
+    (["run=demo", "data.validation_fraction=0"], "train.validate_every=40", "use train.validate_every=0"),
     (["run=demo", "launcher.device=cpu", "engine=megatron"], "engine=megatron", "use engine=torch"),
     (
         ["run=demo", "parallel.tp_size=2", "parallel.cp_size=1"],
@@ -130,7 +130,7 @@ def test_other_ranks_of_a_job_leave_the_message_to_rank_0(
 
 def test_mistake_is_found_without_torch_and_soon() -> None:
     code = (
-        "import sys; from launchers.train import main; code = main(['run=demo', 'data.seq_len=8000']); "
+        "import sys; from launchers.train import main; code = main(['run=demo', 'data.seq_len=8010']); "
         "assert 'torch' not in sys.modules; sys.exit(code)"
     )
     begin = time.monotonic()

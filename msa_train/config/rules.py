@@ -70,6 +70,11 @@ def _positive_sizes(config: RunConfig) -> None:
         "optim.clip_grad": config.optim.clip_grad,
         "optim.weight_decay": config.optim.weight_decay,
         "launcher.num_processes": config.launcher.num_processes,
+        "data.seed": config.data.seed,
+        "train.seed": train.seed,
+        "optim.eps": config.optim.eps,
+        "model.shared_expert_hidden_size": config.model.shared_expert_hidden_size,
+        "model.router_bias_update_rate": config.model.router_bias_update_rate,
     }
     for name, value in at_least_zero.items():
         if value < 0:
@@ -148,6 +153,10 @@ def _training(config: RunConfig) -> None:
     for name in ("min_lr_ratio", "decay_fraction"):
         if not 0 <= getattr(optim, name) <= 1:
             raise ValueError(f"optim.{name}={getattr(optim, name)}: must be from 0 to 1")
+    model = config.model
+    for name in ("rope_theta", "norm_eps", "init_std"):
+        if getattr(model, name) <= 0:
+            raise ValueError(f"model.{name}={getattr(model, name)}: must be positive")
     if not (optim.muon_lr > 0 and math.isfinite(optim.muon_lr)):
         raise ValueError(f"optim.muon_lr={optim.muon_lr}: must be positive and finite")
     for name in ("beta1", "beta2", "muon_momentum"):

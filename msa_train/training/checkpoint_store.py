@@ -357,7 +357,19 @@ def _check_usable(meta: dict[str, Any], folder: Path, config: RunConfig, *, own:
                 f"set {key}={theirs[key]}, or use {fix}"
             )
         notes.append(f"{key}={ours[key]}: the checkpoint was trained with {theirs[key]}")
+    _check_data_position(meta, folder, config, own=own)
     return notes
+
+
+def _check_data_position(meta: dict[str, Any], folder: Path, config: RunConfig, *, own: bool) -> None:
+    """The next pack is found from the step, so a run keeps its batch size: else packs repeat or are lost."""
+    batch, consumed, step = config.train.global_batch_size, meta["consumed_samples"], meta["step"]
+    if own and consumed != step * batch:
+        raise ValueError(
+            f"train.global_batch_size={batch}: checkpoint {_short(folder)} has used {consumed} packs, "
+            f"{consumed / step:g} per step; use train.global_batch_size={consumed / step:g}, or another "
+            f"run_dir with checkpoint.load={config.run_dir}"
+        )
 
 
 def _setting_and_fix(config: RunConfig, *, own: bool) -> tuple[str, str]:

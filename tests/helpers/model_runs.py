@@ -57,6 +57,7 @@ def small_config(
             routed_scaling_factor=2.0,
             layer_attention="full,msa,full,msa",
             rotary_dim=4,
+            rope_theta=10000.0,
             # Large weights: attention and routing far from uniform, so that mistakes show.
             init_std=0.3,
         ),

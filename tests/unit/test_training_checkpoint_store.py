@@ -190,8 +190,8 @@ def test_another_model_is_refused_with_field_and_values(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="another model") as caught:
         check_resume(other)
     assert str(caught.value) == (
-        f"model.num_layers=8: checkpoint {store.path(100)} is of another model, with model.num_layers=4; "
-        "set model.num_layers=4, or use another run_dir"
+        f"model.num_layers=8: checkpoint {store.path(100)} is of another model, with model.num_layers=3; "
+        "set model.num_layers=3, or use another run_dir"
     )
 
 
@@ -206,7 +206,7 @@ def test_refusal_comes_before_reading_all_files(tmp_path: Path) -> None:
 def test_fields_without_say_in_the_weights_may_change(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     save(config, 100)
-    same = ModelConfig(name="b", init_std=0.5, layer_attention="full,msa*2,msa", router_bias_update_rate=0)
+    same = ModelConfig(name="b", init_std=0.5, layer_attention="full,msa*1,msa", router_bias_update_rate=0)
     changed = replace(config, model=same, attention=AttentionConfig(kl_weight=0.5))
     changed.parallel.cp_size, changed.optim.lr = 8, 1.0
     found = find_checkpoint(changed, full=True)

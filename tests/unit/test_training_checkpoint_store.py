@@ -217,7 +217,7 @@ def test_fields_without_say_in_the_weights_may_change(tmp_path: Path) -> None:
 def test_fingerprint_is_plain_json() -> None:
     content = fingerprint(RunConfig())
     assert json.loads(json.dumps(content)) == content
-    assert content["model.layer_attention"] == "full*1,msa*3"
+    assert content["model.layer_attention"] == "full*1,msa*2"
     assert content["model.activation"] == "swiglu_oai"
     assert "attention.block_size" in content
 
@@ -289,7 +289,7 @@ def test_load_allows_what_a_context_extension_changes(tmp_path: Path) -> None:
     config = config_of(tmp_path / "second", tmp_path / "first")
     config.model.rope_theta, config.attention.topk = 5e6, 32
     assert check_resume(config) == [
-        "model.rope_theta=5000000.0: the checkpoint was trained with 10000.0",
+        "model.rope_theta=5000000.0: the checkpoint was trained with 1000.0",
         "attention.topk=32: the checkpoint was trained with 16",
     ]
     config.model.num_heads = 8

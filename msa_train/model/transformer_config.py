@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.activations import quick_gelu
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from msa_train.config import (
     Activation,
@@ -57,7 +57,7 @@ def build_transformer_config(config: RunConfig) -> MsaTransformerConfig:
         layernorm_zero_centered_gamma=model.zero_centered_norm,
         add_bias_linear=False,
         gated_linear_unit=True,
-        activation_func=quick_gelu if oai else F.silu,
+        activation_func=_quick_gelu if oai else F.silu,
         activation_func_clamp_value=7.0 if oai else None,
         glu_linear_offset=1.0 if oai else 0.0,
         hidden_dropout=0.0,
@@ -88,6 +88,12 @@ def build_transformer_config(config: RunConfig) -> MsaTransformerConfig:
         **_graph_fields(),
         **_moe_fields(model, config.train.precision),
     )
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x). Megatron's own is compiled, for every number of tokens an expert gets anew; a
+    recomputed layer then may meet another compiled version and save other tensors than its forward did."""
+    return x * torch.sigmoid(1.702 * x)
 
 
 def _graph_fields() -> dict[str, Any]:

@@ -65,12 +65,16 @@ def machine() -> dict[str, Any]:
 def whole_run(folder: Path) -> dict[str, Any]:
     """The demo from start to end with its own settings."""
     run_dir = folder / "whole"
-    wall = train(run_dir)
+    return figures_of(run_dir, train(run_dir))
+
+
+def figures_of(run_dir: Path, wall_s: float) -> dict[str, Any]:
+    """Figures of a finished run."""
     rows = rows_of(run_dir)
     summary = json.loads((run_dir / "summary.json").read_text())
     validations = [(row["step"], row["val_bits_per_byte"]) for row in rows if "val_bits_per_byte" in row]
     return {
-        "wall_s": wall,
+        "wall_s": wall_s,
         "training_s": summary["seconds_this_start"],
         "steps": summary["steps"],
         "lm_loss_first": rows[0]["lm_loss"],

@@ -6,7 +6,7 @@ Each violation is a ValueError of one line: name=value, the rule, the fix.
 import math
 from collections.abc import Callable
 
-from msa_train.config.options import Engine, OptimizerKind, Precision
+from msa_train.config.options import Engine, OptimizerKind, Precision, QkNorm
 from msa_train.config.run import RunConfig
 
 
@@ -126,6 +126,11 @@ def _tensor_parallel(config: RunConfig) -> None:
             raise ValueError(
                 f"model.{name}={getattr(model, name)}: parallel.tp_size={tp_size} must divide it"
             )
+    if tp_size > 1 and model.qk_norm is QkNorm.width:
+        raise ValueError(
+            f"parallel.tp_size={tp_size}: model.qk_norm=width normalises over all heads, which tensor "
+            "parallelism would cut; use parallel.tp_size=1"
+        )
     if (config.data.seq_len // config.parallel.cp_size) % tp_size:
         raise ValueError(
             f"parallel.tp_size={tp_size}: must divide data.seq_len / parallel.cp_size = "

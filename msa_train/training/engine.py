@@ -9,7 +9,8 @@ import torch
 
 from msa_train.config import RunConfig
 from msa_train.data import Pack
-from msa_train.model.gpt import MsaGptModel
+from msa_train.model.gpt import MsaGptModel, build_model
+from msa_train.model.init_weights import init_weights
 from msa_train.model.pack_params import LayerStats
 from msa_train.parallel.collectives import Traffic
 from msa_train.parallel.groups import Groups
@@ -39,6 +40,24 @@ class Engine(ABC):
     def __init__(self, config: RunConfig, groups: Groups) -> None:
         self.config, self.groups = config, groups
         self.forward = PackForward(config, groups)
+
+    def build_model(self) -> MsaGptModel:
+        """This rank's part of the model on its device, weights drawn by name."""
+        groups = self.groups
+        model = build_model(
+            self.config,
+            groups.collection,
+            pre_process=groups.is_first_stage,
+            post_process=groups.is_last_stage,
+        ).to(groups.device)
+        init_weights(
+            model,
+            seed=self.config.train.seed,
+            tp_rank=groups.tp_rank,
+            tp_size=groups.tp_size,
+            ep_rank=groups.ep_rank,
+        )
+        return model
 
     @abstractmethod
     def train_step(self, batch: StepBatch, lr: float) -> StepResult:

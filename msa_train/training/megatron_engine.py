@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from msa_train.config import Precision, RunConfig
 from msa_train.data import Pack
-from msa_train.model.gpt import build_model
-from msa_train.model.init_weights import init_weights
 from msa_train.model.moe import SigmoidRouter
 from msa_train.model.pack_params import LayerStats
 from msa_train.parallel.collectives import CpComm
@@ -30,20 +28,7 @@ class MegatronEngine(Engine):
 
     def __init__(self, config: RunConfig, groups: Groups) -> None:
         super().__init__(config, groups)
-        self.model = build_model(
-            config,
-            groups.collection,
-            pre_process=groups.is_first_stage,
-            post_process=groups.is_last_stage,
-        )
-        self.model.to(groups.device)
-        init_weights(
-            self.model,
-            seed=config.train.seed,
-            tp_rank=groups.tp_rank,
-            tp_size=groups.tp_size,
-            ep_rank=groups.ep_rank,
-        )
+        self.model = self.build_model()
         self.wrapped = self._wrap()
         self.optimizer = self._build_optimizer()
 

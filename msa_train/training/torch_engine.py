@@ -12,8 +12,6 @@ from torch import nn
 
 from msa_train.config import RunConfig
 from msa_train.data import Pack
-from msa_train.model.gpt import build_model
-from msa_train.model.init_weights import init_weights
 from msa_train.model.moe import SigmoidRouter
 from msa_train.model.pack_params import LayerStats
 from msa_train.parallel.groups import Groups
@@ -31,14 +29,7 @@ class TorchEngine(Engine):
 
     def __init__(self, config: RunConfig, groups: Groups) -> None:
         super().__init__(config, groups)
-        self.model = build_model(config, groups.collection).to(groups.device)
-        init_weights(
-            self.model,
-            seed=config.train.seed,
-            tp_rank=groups.tp_rank,
-            tp_size=groups.tp_size,
-            ep_rank=groups.ep_rank,
-        )
+        self.model = self.build_model()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.gradients = FlatGradients(self.parameters, groups)
         # 16-bit parameters are updated through fp32 copies.

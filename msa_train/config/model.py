@@ -45,6 +45,9 @@ class ModelConfig:
     activation: Activation = Activation.swiglu_oai
     tie_embeddings: bool = False
     init_std: float = 0.05
+    "standard deviation of initial weights; output projections of layers: / sqrt(2 * num_layers)"
+    embedding_init_std: float = 0.15
+    "the same of the token embedding"
 
     def __post_init__(self) -> None:
         _positive(self, ["num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim"])

@@ -140,6 +140,11 @@ def _tensor_parallel(config: RunConfig) -> None:
         raise ValueError(
             f"parallel.pp_size={config.parallel.pp_size}: must divide model.num_layers={model.num_layers}"
         )
+    if model.tie_embeddings and config.parallel.pp_size > 1:
+        raise ValueError(
+            f"parallel.pp_size={config.parallel.pp_size}: the first and last stage would have to share one "
+            "embedding with model.tie_embeddings=true; use parallel.pp_size=1 or model.tie_embeddings=false"
+        )
 
 
 def _experts(config: RunConfig) -> None:
@@ -159,7 +164,7 @@ def _training(config: RunConfig) -> None:
         if not 0 <= getattr(optim, name) <= 1:
             raise ValueError(f"optim.{name}={getattr(optim, name)}: must be from 0 to 1")
     model = config.model
-    for name in ("rope_theta", "norm_eps", "init_std"):
+    for name in ("rope_theta", "norm_eps", "init_std", "embedding_init_std"):
         if getattr(model, name) <= 0:
             raise ValueError(f"model.{name}={getattr(model, name)}: must be positive")
     if not (optim.muon_lr > 0 and math.isfinite(optim.muon_lr)):

@@ -18,6 +18,7 @@ from msa_train.model.norm import RMSNorm
 from msa_train.model.transformer_config import MsaTransformerConfig
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+_EMBEDDING = "embedding.word_embeddings.weight"
 _EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.")
 
 
@@ -44,6 +45,8 @@ def global_names(model: GPTModel, *, ep_rank: int) -> Iterator[tuple[str, nn.Par
 def init_weights(model: GPTModel, *, seed: int, tp_rank: int, tp_size: int, ep_rank: int) -> None:
     """Fill every parameter: normal with `init_std`, output projections with init_std / sqrt(2 * layers).
 
+    The token embedding (and an output layer tied to it) has `embedding_init_std`.
+
     Norm weights get 1, or 0 where they act as 1 + w.
     """
     config = model.config
@@ -54,6 +57,8 @@ def init_weights(model: GPTModel, *, seed: int, tp_rank: int, tp_size: int, ep_r
             parameter.fill_(0.0 if norms[id(parameter)].zero_centered else 1.0)
             continue
         std = config.model.init_std
+        if name == _EMBEDDING:
+            std = config.model.embedding_init_std
         if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
             std /= math.sqrt(2 * config.num_layers)
         parameter.copy_(_draw(name, parameter, std, seed, tp_rank, tp_size))

@@ -38,6 +38,7 @@ _NAMED_DAMAGED = 4
 _NOT_OF_THE_MODEL = {
     "model.name",
     "model.init_std",
+    "model.embedding_init_std",
     "model.router_bias_update_rate",
     "attention.kl_weight",
 }

@@ -31,7 +31,7 @@ def build(
     config = small_config(precision=precision, recompute=recompute)
     # Divisible by two tensor-parallel ranks.
     config.model.num_heads, config.model.num_kv_heads, config.model.vocab_size = 8, 4, 64
-    config.model.init_std = 0.1
+    config.model.init_std = config.model.embedding_init_std = 0.1
     config.optim.clip_grad = 1.0
     config.train.global_batch_size = PACKS_PER_STEP
     config.parallel = ParallelConfig(**parallel)

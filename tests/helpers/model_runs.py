@@ -60,6 +60,7 @@ def small_config(
             rope_theta=10000.0,
             # Large weights: attention and routing far from uniform, so that mistakes show.
             init_std=0.3,
+            embedding_init_std=0.3,
         ),
         attention=AttentionConfig(block_size=BLOCK_SIZE, topk=topk, index_head_dim=6, kl_weight=0.7),
         parallel=ParallelConfig(cp_size=cp_size, ep_size=ep_size, kv_exchange=exchange),

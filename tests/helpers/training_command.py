@@ -35,6 +35,7 @@ TINY = (
     "model.rotary_dim=4",
     'model.layer_attention="full,msa"',
     "model.init_std=0.02",
+    "model.embedding_init_std=0.02",
     "model.num_dense_ffn_layers=1",
     "model.ffn_hidden_size=32",
     f"model.num_experts={NUM_EXPERTS}",

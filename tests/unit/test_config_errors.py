@@ -45,6 +45,11 @@ MISTAKES = [
     (["run=demo", "data.corpus="], "data.corpus=", "stdlib"),
     (["run=demo", "model.num_kv_heads=3"], "model.num_kv_heads=3", "must divide model.num_heads=4"),
     (["run=demo", "parallel.tp_size=2", "model.qk_norm=width"], "parallel.tp_size=2", "parallel.tp_size=1"),
+    (
+        ["run=demo", "parallel.pp_size=3", "model.tie_embeddings=true"],
+        "parallel.pp_size=3",
+        "model.tie_embeddings=false",
+    ),
     (["run=demo", "model.init_std=0"], "model.init_std=0", "must be positive"),
     (["run=demo", "train.seed=-1"], "train.seed=-1", "must not be negative"),
     (["run=demo", "model.layer_attention=ful"], "model.layer_attention=ful", "full, msa"),

@@ -35,9 +35,9 @@ class ModelConfig:
     "step of the auxiliary-loss-free expert bias; 0 freezes it"
     layer_attention: str = "full,msa"
     "attention per layer: comma-separated kinds, `kind*n` repeats, the last one fills the rest"
-    rotary_dim: int = 16
+    rotary_dim: int = 24
     "rotated channels of each head, the first ones; also of the index heads"
-    rope_theta: float = 1000.0
+    rope_theta: float = 10.0
     qk_norm: QkNorm = QkNorm.head
     norm_eps: float = 1e-6
     zero_centered_norm: bool = True
@@ -48,6 +48,8 @@ class ModelConfig:
     "standard deviation of initial weights; output projections of layers: / sqrt(2 * num_layers)"
     embedding_init_std: float = 0.15
     "the same of the token embedding"
+    embedding_shared_std: float = 0.15
+    "the same of one vector added to every token's embedding; lets attention learn positions early; 0 for none"
 
     def __post_init__(self) -> None:
         _positive(self, ["num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim"])

@@ -167,6 +167,10 @@ def _training(config: RunConfig) -> None:
     for name in ("rope_theta", "norm_eps", "init_std", "embedding_init_std"):
         if getattr(model, name) <= 0:
             raise ValueError(f"model.{name}={getattr(model, name)}: must be positive")
+    if model.embedding_shared_std < 0:
+        raise ValueError(
+            f"model.embedding_shared_std={model.embedding_shared_std}: must not be negative; use 0 for none"
+        )
     if not (optim.muon_lr > 0 and math.isfinite(optim.muon_lr)):
         raise ValueError(f"optim.muon_lr={optim.muon_lr}: must be positive and finite")
     for name in ("beta1", "beta2", "muon_momentum"):

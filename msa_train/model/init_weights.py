@@ -45,7 +45,8 @@ def global_names(model: GPTModel, *, ep_rank: int) -> Iterator[tuple[str, nn.Par
 def init_weights(model: GPTModel, *, seed: int, tp_rank: int, tp_size: int, ep_rank: int) -> None:
     """Fill every parameter: normal with `init_std`, output projections with init_std / sqrt(2 * layers).
 
-    The token embedding (and an output layer tied to it) has `embedding_init_std`.
+    The token embedding (and an output layer tied to it) has `embedding_init_std`, and every row of it one
+    common vector of `embedding_shared_std`.
 
     Norm weights get 1, or 0 where they act as 1 + w.
     """
@@ -62,11 +63,22 @@ def init_weights(model: GPTModel, *, seed: int, tp_rank: int, tp_size: int, ep_r
         if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
             std /= math.sqrt(2 * config.num_layers)
         parameter.copy_(_draw(name, parameter, std, seed, tp_rank, tp_size))
+        if name == _EMBEDDING:
+            # A component that all tokens share gives queries and keys one too: attention by distance alone.
+            shared = torch.empty(parameter.shape[1])
+            shared.normal_(
+                0.0, config.model.embedding_shared_std, generator=_generator(seed, f"{name}:shared")
+            )
+            parameter.add_(shared.to(parameter))
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") & (2**63 - 1))
 
 
 def _draw(name: str, parameter: Tensor, std: float, seed: int, tp_rank: int, tp_size: int) -> Tensor:
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") & (2**63 - 1))
+    generator = _generator(seed, name)
     shape = list(parameter.shape)
     # Experts are cut over expert-parallel ranks only.
     cut = tp_size > 1 and getattr(parameter, "tensor_model_parallel", False) and ".experts." not in name

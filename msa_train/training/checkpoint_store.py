@@ -39,6 +39,7 @@ _NOT_OF_THE_MODEL = {
     "model.name",
     "model.init_std",
     "model.embedding_init_std",
+    "model.embedding_shared_std",
     "model.router_bias_update_rate",
     "attention.kl_weight",
 }

@@ -14,12 +14,20 @@ from msa_train.config import OptimConfig, OptimizerKind
 class SplitOptimizer:
     """One or two torch optimizers behind one step, with moments under AdamW's names."""
 
-    def __init__(self, optim: OptimConfig, parameters: Sequence[tuple[str, nn.Parameter]]) -> None:
-        """parameters: names in the model and what is updated (fp32 copies of 16-bit parameters)."""
+    def __init__(
+        self, optim: OptimConfig, parameters: Sequence[tuple[str, nn.Parameter]], *, head_dim: int
+    ) -> None:
+        """parameters: names in the model and what is updated (fp32 copies of 16-bit parameters).
+
+        head_dim: rows of one head in the fused query/key/value projections, which Muon takes head by head.
+        """
         self.optim = optim
-        matrices = [p for name, p in parameters if self._is_muon(name, p)]
-        self._by_muon = {id(p) for p in matrices}
-        rest = [p for _, p in parameters if id(p) not in self._by_muon]
+        self._parameters = [p for _, p in parameters]
+        # Pieces of each of Muon's parameters: views of its rows, each made orthogonal on its own.
+        self._pieces: dict[int, list[nn.Parameter]] = {
+            id(p): _pieces(name, p, head_dim) for name, p in parameters if self._is_muon(name, p)
+        }
+        rest = [p for p in self._parameters if id(p) not in self._pieces]
         self.adamw = torch.optim.AdamW(
             [
                 {"params": [p for p in rest if p.dim() > 1], "weight_decay": optim.weight_decay},
@@ -31,9 +39,10 @@ class SplitOptimizer:
             foreach=True,
         )
         self.muon: torch.optim.Muon | None = None
-        if matrices:
+        if self._pieces:
+            pieces = [piece for pieces in self._pieces.values() for piece in pieces]
             self.muon = torch.optim.Muon(
-                matrices, lr=optim.muon_lr, momentum=optim.muon_momentum, weight_decay=optim.weight_decay
+                pieces, lr=optim.muon_lr, momentum=optim.muon_momentum, weight_decay=optim.weight_decay
             )
 
     def _is_muon(self, name: str, parameter: Tensor) -> bool:
@@ -50,7 +59,17 @@ class SplitOptimizer:
         if self.muon is not None:
             for group in self.muon.param_groups:
                 group["lr"] = self.optim.muon_lr * lr / self.optim.lr
+            for parameter in self._parameters:
+                self._hand_gradient_to_pieces(parameter)
             self.muon.step()
+
+    def _hand_gradient_to_pieces(self, parameter: nn.Parameter) -> None:
+        pieces = self._pieces.get(id(parameter), [])
+        gradients = [None] * len(pieces)
+        if pieces and parameter.grad is not None:
+            gradients = parameter.grad.split(pieces[0].shape[0])
+        for piece, gradient in zip(pieces, gradients, strict=True):
+            piece.grad = gradient
 
     def moments(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
         """First and second moment, shaped like the parameter; zero before the first step.
@@ -58,31 +77,50 @@ class SplitOptimizer:
         Muon's momentum is a running mean of gradients like AdamW's first moment and takes its place; it has
         no second one.
         """
-        state = self._state(parameter)
-        if id(parameter) in self._by_muon:
-            return state["momentum_buffer"], torch.zeros_like(parameter)
+        if id(parameter) in self._pieces:
+            momentum = torch.cat([buffer for _, buffer in self._momenta(parameter)])
+            return momentum, torch.zeros_like(parameter)
+        state = self._adamw_state(parameter)
         return state["exp_avg"], state["exp_avg_sq"]
 
     def load_moments(self, parameter: nn.Parameter, first: Tensor, second: Tensor, step: int) -> None:
         """Take over what `moments` gave after `step` updates."""
-        state = self._state(parameter)
-        if id(parameter) in self._by_muon:
-            state["momentum_buffer"].copy_(first)
+        if id(parameter) in self._pieces:
+            momenta = self._momenta(parameter)
+            parts = first.split(momenta[0][0].shape[0])
+            for (_, buffer), part in zip(momenta, parts, strict=True):
+                buffer.copy_(part)
             return
+        state = self._adamw_state(parameter)
         state["exp_avg"].copy_(first)
         state["exp_avg_sq"].copy_(second)
         state["step"].fill_(float(step))
 
-    def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        if id(parameter) in self._by_muon:
-            assert self.muon is not None, "it was built for these parameters"
-            state = self.muon.state[parameter]
+    def _momenta(self, parameter: nn.Parameter) -> list[tuple[nn.Parameter, Tensor]]:
+        """Muon's pieces of a parameter with the momentum of each."""
+        assert self.muon is not None, "it was built for these parameters"
+        result = []
+        for piece in self._pieces[id(parameter)]:
+            state = self.muon.state[piece]
             if not state:
-                state["momentum_buffer"] = torch.zeros_like(parameter)
-            return state
+                state["momentum_buffer"] = torch.zeros_like(piece)
+            result.append((piece, state["momentum_buffer"]))
+        return result
+
+    def _adamw_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         state = self.adamw.state[parameter]
         if not state:
             state["step"] = torch.tensor(0.0)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         return state
+
+
+def _pieces(name: str, parameter: nn.Parameter, head_dim: int) -> list[nn.Parameter]:
+    """What Muon makes orthogonal on its own, views of whole rows.
+
+    The gradients of values are much larger than those of queries and keys: in one matrix with them, queries
+    and keys would hardly move. Megatron's fused projection holds heads one after another.
+    """
+    rows = head_dim if name.endswith("linear_qkv.weight") else parameter.shape[0]
+    return [nn.Parameter(piece) for piece in parameter.detach().split(rows)]

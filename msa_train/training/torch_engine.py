@@ -37,7 +37,9 @@ class TorchEngine(Engine):
             nn.Parameter(p.detach().float()) if p.dtype == torch.bfloat16 else p for p in self.parameters
         ]
         names = [name for name, p in self.model.named_parameters() if p.requires_grad]
-        self.optimizer = SplitOptimizer(config.optim, list(zip(names, self.masters, strict=True)))
+        self.optimizer = SplitOptimizer(
+            config.optim, list(zip(names, self.masters, strict=True)), head_dim=config.model.head_dim
+        )
 
     def train_step(self, batch: StepBatch, lr: float) -> StepResult:
         """See Engine.train_step."""

@@ -43,7 +43,12 @@ def test_file_has_a_description_and_known_keys(file: Path) -> None:
 def test_model_preset_leaves_no_shape_to_defaults(preset: str) -> None:
     content = yaml.safe_load((config_dir() / "model" / f"{preset}.yaml").read_text())
     shapes = {key.removeprefix("model.") for key in known_keys() if key.startswith("model.")}
-    assert shapes - set(content) <= {"router_bias_update_rate", "init_std", "embedding_init_std"}
+    assert shapes - set(content) <= {
+        "router_bias_update_rate",
+        "init_std",
+        "embedding_init_std",
+        "embedding_shared_std",
+    }
 
 
 def test_groups_are_the_sections_of_the_schema() -> None:

@@ -289,7 +289,7 @@ def test_load_allows_what_a_context_extension_changes(tmp_path: Path) -> None:
     config = config_of(tmp_path / "second", tmp_path / "first")
     config.model.rope_theta, config.attention.topk = 5e6, 32
     assert check_resume(config) == [
-        "model.rope_theta=5000000.0: the checkpoint was trained with 1000.0",
+        "model.rope_theta=5000000.0: the checkpoint was trained with 10.0",
         "attention.topk=32: the checkpoint was trained with 16",
     ]
     config.model.num_heads = 8

@@ -7,6 +7,7 @@ from torch import nn
 from msa_train.config import OptimConfig, OptimizerKind
 from msa_train.training.split_optimizer import SplitOptimizer
 
+HEAD_DIM = 2
 NAMES = [
     "embedding.word_embeddings.weight",
     "decoder.layers.0.self_attention.linear_qkv.weight",
@@ -32,23 +33,29 @@ def set_gradients(named: list[tuple[str, nn.Parameter]], seed: int) -> None:
 
 def test_muon_takes_the_matrices_of_layers_only() -> None:
     named = parameters()
-    optimizer = SplitOptimizer(OptimConfig(algorithm=OptimizerKind.muon), named)
+    optimizer = SplitOptimizer(OptimConfig(algorithm=OptimizerKind.muon), named, head_dim=HEAD_DIM)
     assert optimizer.muon is not None
-    assert [p is named[1][1] for p in optimizer.muon.param_groups[0]["params"]] == [True]
-    assert SplitOptimizer(OptimConfig(), named).muon is None
+    pieces = optimizer.muon.param_groups[0]["params"]
+    assert [piece.shape for piece in pieces] == [(HEAD_DIM, 4)] * 4
+    assert pieces[1].data_ptr() == named[1][1][HEAD_DIM:].data_ptr()
+    assert SplitOptimizer(OptimConfig(), named, head_dim=HEAD_DIM).muon is None
 
 
-def test_muon_step_is_nearly_orthogonal() -> None:
-    """One step moves the matrix by lr * sqrt(rows / columns) in every direction, roughly."""
+def test_muon_moves_every_head_alike() -> None:
+    """One step moves each head by lr in every direction, roughly, however unequal their gradients are."""
     named = parameters()
     before = named[1][1].detach().clone()
     optimizer = SplitOptimizer(
-        OptimConfig(algorithm=OptimizerKind.muon, lr=1e-3, muon_lr=0.1, weight_decay=0.0), named
+        OptimConfig(algorithm=OptimizerKind.muon, lr=1e-3, muon_lr=0.1, weight_decay=0.0),
+        named,
+        head_dim=HEAD_DIM,
     )
     set_gradients(named, 1)
+    assert named[1][1].grad is not None
+    named[1][1].grad[:HEAD_DIM] *= 1e-3
     optimizer.step(5e-4)
-    moved = torch.linalg.svdvals(named[1][1].detach() - before)
-    expected = 0.1 * 0.5 * 2**0.5
+    moved = torch.linalg.svdvals((named[1][1].detach() - before).view(-1, HEAD_DIM, 4))
+    expected = 0.1 * 0.5
     assert ((moved > 0.6 * expected) & (moved < 1.4 * expected)).all()
 
 
@@ -56,7 +63,7 @@ def test_muon_step_is_nearly_orthogonal() -> None:
 def test_goes_on_bit_for_bit_after_loading(algorithm: OptimizerKind) -> None:
     optim = OptimConfig(algorithm=algorithm)
     named, copies = parameters(), parameters()
-    first, second = SplitOptimizer(optim, named), SplitOptimizer(optim, copies)
+    first, second = (SplitOptimizer(optim, each, head_dim=HEAD_DIM) for each in (named, copies))
     for seed in (1, 2):
         set_gradients(named, seed)
         first.step(1e-3)

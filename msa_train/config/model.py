@@ -49,7 +49,7 @@ class ModelConfig:
     embedding_init_std: float = 0.15
     "the same of the token embedding"
     embedding_shared_std: float = 0.15
-    "the same of one vector added to every token's embedding; lets attention learn positions early; 0 for none"
+    "the same of one vector added to every token's embedding; 0 for none"
 
     def __post_init__(self) -> None:
         _positive(self, ["num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim"])

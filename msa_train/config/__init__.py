@@ -6,6 +6,7 @@ from msa_train.config.options import (
     AttentionKind,
     Device,
     Engine,
+    KlTarget,
     KvExchange,
     LrSchedule,
     OptimizerKind,
@@ -13,6 +14,7 @@ from msa_train.config.options import (
     Progress,
     QkNorm,
     Recompute,
+    StageAttention,
 )
 from msa_train.config.rules import check_rules, resolve_engine
 from msa_train.config.run import (
@@ -25,6 +27,14 @@ from msa_train.config.run import (
     RunConfig,
     TrainConfig,
 )
+from msa_train.config.stages import (
+    Stage,
+    StageConfig,
+    longest_seq_len,
+    plan_stages,
+    stage_at,
+    total_steps,
+)
 
 __all__ = [
     "Activation",
@@ -34,6 +44,7 @@ __all__ = [
     "DataConfig",
     "Device",
     "Engine",
+    "KlTarget",
     "KvExchange",
     "LauncherConfig",
     "LoggingConfig",
@@ -47,7 +58,14 @@ __all__ = [
     "QkNorm",
     "Recompute",
     "RunConfig",
+    "Stage",
+    "StageAttention",
+    "StageConfig",
     "TrainConfig",
     "check_rules",
+    "longest_seq_len",
+    "plan_stages",
     "resolve_engine",
+    "stage_at",
+    "total_steps",
 ]

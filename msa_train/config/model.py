@@ -107,6 +107,8 @@ class AttentionConfig:
     index_head_dim: int = 128
     kl_weight: float = 1.0
     "factor of the KL loss, summed over layers, that trains the index branch; 0 freezes the branch"
+    kl_temperature: float = 1.0
+    "divides the logits of teacher and student in the KL loss; never changes the selection"
 
     def __post_init__(self) -> None:
         _positive(self, ["block_size", "topk", "local_blocks", "index_head_dim"])
@@ -116,6 +118,7 @@ class AttentionConfig:
             )
         if self.kl_weight < 0:
             raise ValueError(f"attention.kl_weight={self.kl_weight}: must not be negative")
+        _positive(self, ["kl_temperature"])
 
 
 def _positive(config: object, names: list[str]) -> None:

@@ -79,6 +79,22 @@ class AttentionKind(Enum):
     msa = "msa"
 
 
+class StageAttention(Enum):
+    """What the main branch of MSA layers attends to in a stage."""
+
+    sparse = "sparse"  # the selected blocks
+    dense = "dense"  # everything before a token in its document; the index branch may learn, selects nothing
+
+
+class KlTarget(Enum):
+    """Tokens over which the KL loss compares the index branch with the main branch."""
+
+    auto = "auto"  # causal with dense attention, selected with sparse attention
+    causal = "causal"  # all tokens up to the query in its document
+    selected = "selected"  # those of the selected blocks
+    none = "none"  # no KL loss: the index branch gets no gradient
+
+
 class Progress(Enum):
     """How the training loop reports on the terminal."""
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from msa_train.config.options import Engine, OptimizerKind, Precision, QkNorm
 from msa_train.config.run import RunConfig
+from msa_train.config.stage_rules import check_stages
 
 
 def resolve_engine(config: RunConfig, *, has_gpu: bool) -> Engine:
@@ -31,6 +32,7 @@ def check_rules(config: RunConfig, *, world_size: int, has_gpu: bool) -> None:
     rules: tuple[Callable[[RunConfig], None], ...] = (
         _names,
         _positive_sizes,
+        check_stages,
         _sequence,
         _index_heads,
         _tensor_parallel,
@@ -59,10 +61,16 @@ def _positive_sizes(config: RunConfig) -> None:
     for name in ("cp_size", "ep_size", "tp_size", "pp_size"):
         if getattr(parallel, name) < 1:
             raise ValueError(f"parallel.{name}={getattr(parallel, name)}: must be at least 1")
-    for name in ("steps", "global_batch_size", "validation_packs"):
+    at_least_one = ["global_batch_size", "validation_packs"]
+    if not config.stages:
+        at_least_one.append("steps")
+    for name in at_least_one:
         if getattr(train, name) < 1:
             raise ValueError(f"train.{name}={getattr(train, name)}: must be at least 1")
     at_least_zero = {
+        "train.steps": train.steps,
+        "optim.index_lr_scale": config.optim.index_lr_scale,
+        "optim.index_weight_decay": config.optim.index_weight_decay,
         "train.validate_every": train.validate_every,
         "checkpoint.every": config.checkpoint.every,
         "checkpoint.keep_last": config.checkpoint.keep_last,
@@ -90,15 +98,16 @@ def _positive_sizes(config: RunConfig) -> None:
 
 
 def _sequence(config: RunConfig) -> None:
-    seq_len, block_size = config.data.seq_len, config.attention.block_size
+    block_size = config.attention.block_size
     unit = config.parallel.cp_size * block_size
-    if seq_len % unit:
-        lower = seq_len // unit * unit
-        choices = f"{lower} or {lower + unit}" if lower else f"{unit}"
-        raise ValueError(
-            f"data.seq_len={seq_len}: must be a multiple of parallel.cp_size * attention.block_size = "
-            f"{config.parallel.cp_size} * {block_size} = {unit}; use {choices}"
-        )
+    for name, seq_len in _seq_lens(config):
+        if seq_len % unit:
+            lower = seq_len // unit * unit
+            choices = f"{lower} or {lower + unit}" if lower else f"{unit}"
+            raise ValueError(
+                f"{name}={seq_len}: must be a multiple of parallel.cp_size * attention.block_size = "
+                f"{config.parallel.cp_size} * {block_size} = {unit}; use {choices}"
+            )
     if not 0 <= config.data.validation_fraction < 1:
         raise ValueError(
             f"data.validation_fraction={config.data.validation_fraction}: must be from 0 to below 1"
@@ -108,6 +117,12 @@ def _sequence(config: RunConfig) -> None:
             f"train.validate_every={config.train.validate_every}: no document is held out with "
             "data.validation_fraction=0; use train.validate_every=0 or a larger fraction"
         )
+
+
+def _seq_lens(config: RunConfig) -> list[tuple[str, int]]:
+    """Every length of a pack with the key that sets it."""
+    named = [(f"stages.{name}.seq_len", stage.seq_len) for name, stage in config.stages.items()]
+    return [("data.seq_len", config.data.seq_len), *((name, length) for name, length in named if length)]
 
 
 def _index_heads(config: RunConfig) -> None:
@@ -131,11 +146,12 @@ def _tensor_parallel(config: RunConfig) -> None:
             f"parallel.tp_size={tp_size}: model.qk_norm=width normalises over all heads, which tensor "
             "parallelism would cut; use parallel.tp_size=1"
         )
-    if (config.data.seq_len // config.parallel.cp_size) % tp_size:
-        raise ValueError(
-            f"parallel.tp_size={tp_size}: must divide data.seq_len / parallel.cp_size = "
-            f"{config.data.seq_len // config.parallel.cp_size} (sequence parallelism)"
-        )
+    for name, seq_len in _seq_lens(config):
+        if (seq_len // config.parallel.cp_size) % tp_size:
+            raise ValueError(
+                f"parallel.tp_size={tp_size}: must divide {name} / parallel.cp_size = "
+                f"{seq_len // config.parallel.cp_size} (sequence parallelism)"
+            )
     if config.model.num_layers % config.parallel.pp_size:
         raise ValueError(
             f"parallel.pp_size={config.parallel.pp_size}: must divide model.num_layers={model.num_layers}"
@@ -210,13 +226,23 @@ def _engine(config: RunConfig, has_gpu: bool) -> None:
             "engine=megatron: Megatron's optimizer and schedules need GPUs and none is used; "
             "use engine=torch (or engine=auto)"
         )
+    overlaps = ("overlap_grad_reduce", "overlap_param_gather")
     if engine is Engine.torch:
+        for name in overlaps:
+            if getattr(parallel, name):
+                raise ValueError(
+                    f"parallel.{name}=true: is for engine=megatron; use parallel.{name}=false, or GPUs"
+                )
         for name in ("tp_size", "pp_size"):
             if getattr(parallel, name) > 1:
                 raise ValueError(
                     f"parallel.{name}={getattr(parallel, name)}: engine=torch has context, expert and data "
                     f"parallelism only; use parallel.{name}=1 or engine=megatron on GPUs"
                 )
+    if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
+        raise ValueError(
+            "parallel.overlap_param_gather=true: needs parallel.overlap_grad_reduce=true; set that too"
+        )
     if engine is Engine.megatron and config.train.precision is Precision.fp64:
         raise ValueError("train.precision=fp64: is for engine=torch; use engine=torch, fp32 or bf16")
     if engine is Engine.megatron and config.optim.algorithm is OptimizerKind.muon:

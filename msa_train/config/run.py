@@ -13,6 +13,7 @@ from msa_train.config.options import (
     Progress,
     Recompute,
 )
+from msa_train.config.stages import StageConfig
 
 
 @dataclass(kw_only=True, slots=True)
@@ -28,6 +29,10 @@ class ParallelConfig:
     pp_size: int = 1
     "pipeline parallelism; engine=megatron only"
     kv_exchange: KvExchange = KvExchange.selected
+    overlap_grad_reduce: bool = False
+    "reduce gradients while the backward pass still runs; engine=megatron only"
+    overlap_param_gather: bool = False
+    "gather updated parameters under the next forward pass; needs overlap_grad_reduce; engine=megatron only"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -66,6 +71,10 @@ class OptimConfig:
     decay_fraction: float = 0.2
     "share of the steps over which wsd decays"
     weight_decay: float = 0.1
+    index_lr_scale: float = 1.0
+    "learning rate of the index branch relative to lr and muon_lr"
+    index_weight_decay: float = 0.1
+    "weight decay of the index branch's matrices"
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -78,6 +87,7 @@ class TrainConfig:
     """Length and arithmetic of the training."""
 
     steps: int = 100
+    "optimizer steps of the whole run; 0: as many as the stages have"
     global_batch_size: int = 1
     "packs per optimizer step over all data-parallel ranks and accumulation"
     precision: Precision = Precision.bf16
@@ -100,6 +110,8 @@ class CheckpointConfig:
     "older checkpoints are removed; 0 keeps all"
     load: str = ""
     "run_dir or checkpoint folder to start from when run_dir has none; any parallel layout"
+    load_weights_only: bool = False
+    "take weights alone from `load` and begin at step 0; an index branch that it lacks is drawn anew"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -139,6 +151,8 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    stages: dict[str, StageConfig] = field(default_factory=dict[str, StageConfig])
+    "by name, in order; none: sparse attention for train.steps"
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)

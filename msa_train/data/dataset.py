@@ -98,18 +98,18 @@ class BatchStream:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="data") if prefetch else None
         self._ahead: tuple[range, Future[list[Pack]]] | None = None
 
-    def packs(self, step: int, dp_rank: int, dp_size: int, global_batch_size: int) -> list[Pack]:
-        """The packs of one rank in one step.
+    def packs(self, first: int, dp_rank: int, dp_size: int, global_batch_size: int) -> list[Pack]:
+        """The packs of one rank in one step; `first` is the number of the step's first pack.
 
-        The step's packs are numbers step * global_batch_size and following, whatever dp_size is; rank r
-        takes every dp_size-th from the r-th on. Example: in step 1 with global_batch_size 4, rank 0 of 2 has
-        packs 4 and 6, rank 1 has packs 5 and 7.
+        The step's packs are the global_batch_size numbers from `first` on, whatever dp_size is; rank r
+        takes every dp_size-th from the r-th on. Example: with first 4 and global_batch_size 4, rank 0 of 2
+        has packs 4 and 6, rank 1 has packs 5 and 7.
 
         Raises:
             ValueError: if a token id has no row in the embedding, even if it was read ahead.
         """
         assert 0 <= dp_rank < dp_size, f"dp_rank={dp_rank} of dp_size={dp_size}"
-        indices = _rank_indices(step, dp_rank, dp_size, global_batch_size)
+        indices = _rank_indices(first, dp_rank, dp_size, global_batch_size)
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] == indices:
             packs = ahead[1].result()
@@ -118,7 +118,7 @@ class BatchStream:
                 ahead[1].cancel()
             packs = self._build(indices)
         if self._pool is not None:
-            following = _rank_indices(step + 1, dp_rank, dp_size, global_batch_size)
+            following = _rank_indices(first + global_batch_size, dp_rank, dp_size, global_batch_size)
             self._ahead = following, self._pool.submit(self._build, following)
         return packs
 
@@ -144,6 +144,5 @@ class BatchStream:
         return [self._dataset[index] for index in indices]
 
 
-def _rank_indices(step: int, dp_rank: int, dp_size: int, global_batch_size: int) -> range:
-    first = step * global_batch_size
+def _rank_indices(first: int, dp_rank: int, dp_size: int, global_batch_size: int) -> range:
     return range(first + dp_rank, first + global_batch_size, dp_size)

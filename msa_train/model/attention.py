@@ -15,13 +15,14 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from msa_kernels import select_blocks
 from torch import Tensor
 
-from msa_train.config import QkNorm
+from msa_train.config import QkNorm, StageAttention
 from msa_train.model.index_branch import IndexBranch
 from msa_train.model.norm import RMSNorm
 from msa_train.model.pack_params import LayerStats, PackParams
 from msa_train.model.rotary import apply_rotary
 from msa_train.model.transformer_config import MsaTransformerConfig
 from msa_train.parallel.block_requests import needed_pairs
+from msa_train.parallel.cp_dense_kl import IndexKl
 from msa_train.parallel.cp_full_attention import FullCall, cp_full_attention
 from msa_train.parallel.cp_sparse_attention import SparseCall, cp_sparse_attention
 
@@ -126,6 +127,22 @@ class GroupedQueryAttention(MegatronModule, ABC):
     def attend(self, hidden_states: Tensor, q: Tensor, k: Tensor, v: Tensor, params: PackParams) -> Tensor:
         """Attention proper: shapes as `_project` returns them -> [T, M, G, D]."""
 
+    def full_call(self, params: PackParams, kl: IndexKl | None = None) -> FullCall:
+        """Dense attention over this pack."""
+        pack, comm = params.pack, params.comm
+        assert pack is not None, "the step fills in the pack"
+        assert comm is not None, "the step fills in the collectives"
+        return FullCall(
+            segments=pack.segments,
+            send=pack.send,
+            receive=pack.receive,
+            layout=pack.layout,
+            comm=comm,
+            exchange=self.config.kv_exchange,
+            softmax_scale=self.head_dim**-0.5,
+            kl=kl,
+        )
+
 
 def _normalise(norm: RMSNorm, x: Tensor) -> Tensor:
     """Per head, or over all heads together when the norm is that wide."""
@@ -139,19 +156,7 @@ class FullSelfAttention(GroupedQueryAttention):
 
     def attend(self, hidden_states: Tensor, q: Tensor, k: Tensor, v: Tensor, params: PackParams) -> Tensor:
         """See GroupedQueryAttention.attend."""
-        pack, comm = params.pack, params.comm
-        assert pack is not None, "the step fills in the pack"
-        assert comm is not None, "the step fills in the collectives"
-        call = FullCall(
-            segments=pack.segments,
-            send=pack.send,
-            receive=pack.receive,
-            layout=pack.layout,
-            comm=comm,
-            exchange=self.config.kv_exchange,
-            softmax_scale=self.head_dim**-0.5,
-        )
-        return cp_full_attention(q, k, v, call)
+        return cp_full_attention(q, k, v, self.full_call(params))
 
 
 class MsaSelfAttention(GroupedQueryAttention):
@@ -168,8 +173,13 @@ class MsaSelfAttention(GroupedQueryAttention):
         assert comm is not None, "the step fills in the collectives"
         assert params.rotary is not None, "a pack comes with its rotary table"
         q_index, k_index = self.index_branch(hidden_states, params.rotary)
+        if params.attention is StageAttention.dense and params.kl_weight == 0:
+            # Zero gradients for the index branch, and not none: gradient hooks wait for every parameter.
+            return cp_full_attention(q, k, v, self.full_call(params), q_index, k_index)
         with torch.no_grad():
             all_keys = comm.all_gather(k_index.detach(), "index_key").flatten(0, 1)
+        if params.attention is StageAttention.dense:
+            return self._attend_densely(q, k, v, q_index, k_index, all_keys, params)
         if record.block_indices is None:
             record.block_indices = self._select(q_index, all_keys, params)
         trains_index = params.kl_weight > 0 and torch.is_grad_enabled()
@@ -192,6 +202,26 @@ class MsaSelfAttention(GroupedQueryAttention):
         if not record.replaying:
             self._count_selected(record.block_indices, params)
         return out
+
+    def _attend_densely(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_index: Tensor,
+        k_index: Tensor,
+        all_keys: Tensor,
+        params: PackParams,
+    ) -> Tensor:
+        """Full attention, under which the index branch learns from all causal tokens."""
+        kl = IndexKl(
+            all_keys=all_keys,
+            weight=params.kl_weight,
+            index_scale=q_index.shape[-1] ** -0.5,
+            temperature=self.config.attention.kl_temperature,
+            on_kl=lambda value: LayerStats.add(params.stats.kl, self.layer_number, value),
+        )
+        return cp_full_attention(q, k, v, self.full_call(params, kl), q_index, k_index)
 
     def _select(self, q_index: Tensor, all_keys: Tensor, params: PackParams) -> Tensor:
         pack, attention = params.pack, self.config.attention

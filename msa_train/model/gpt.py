@@ -30,7 +30,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import Tensor
 
-from msa_train.config import AttentionKind, RunConfig
+from msa_train.config import AttentionKind, RunConfig, longest_seq_len
 from msa_train.data import IGNORE_LABEL
 from msa_train.model.attention import AttentionSubmodules, FullSelfAttention, MsaSelfAttention
 from msa_train.model.cross_entropy import linear_cross_entropy
@@ -87,7 +87,7 @@ def build_model(
         config=megatron,
         transformer_layer_spec=_block_spec(megatron, pg_collection.pp.rank()),  # type: ignore[arg-type]
         vocab_size=config.model.vocab_size,
-        max_sequence_length=config.data.seq_len,
+        max_sequence_length=longest_seq_len(config),
         pre_process=pre_process,
         post_process=post_process,
         parallel_output=True,

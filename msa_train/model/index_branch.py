@@ -17,6 +17,11 @@ from msa_train.model.rotary import apply_rotary
 from msa_train.model.transformer_config import MsaTransformerConfig
 
 
+def is_index_parameter(name: str) -> bool:
+    """Whether a parameter of this name in the model belongs to an index branch."""
+    return ".index_branch." in name
+
+
 class IndexBranch(MegatronModule):
     """One index query head per KV group and one index key head shared by all groups.
 

@@ -10,6 +10,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from msa_train.config import StageAttention
 from msa_train.model.local_pack import LocalPack
 from msa_train.parallel.block_requests import BlockRequests
 from msa_train.parallel.collectives import CpComm
@@ -56,6 +57,7 @@ class PackParams(PackedSeqParams):
 
     rotary: cos and sin [T, rotary_dim / 2] of the local tokens' document positions.
     kl_weight: factor of the sum of divergences, 0 when the KL loss is off.
+    attention: what MSA layers attend to in this stage of the run.
     padding_mask: [1, tokens of this tensor-parallel rank] bool, True for padding.
     """
 
@@ -63,6 +65,7 @@ class PackParams(PackedSeqParams):
     comm: CpComm | None = None
     rotary: tuple[Tensor, Tensor] | None = None
     kl_weight: float = 0.0
+    attention: StageAttention = StageAttention.sparse
     stats: LayerStats = field(default_factory=LayerStats)
     record: SelectionRecord = field(default_factory=SelectionRecord)
     padding_mask: Tensor | None = None

@@ -1,7 +1,9 @@
 """Dense causal attention over a sequence that is split over ranks, document by document.
 
 Queries of a shard see keys of their own document in the shard (causal) and, for the shard's first document,
-on earlier ranks (all of them in the past). With `selected` only those prefixes travel.
+on earlier ranks (all of them in the past). With `selected` only those prefixes travel. While the index branch
+of an MSA layer warms up, its KL loss over the same tokens is computed in the backward pass, where keys are at
+hand.
 
 Shapes: T local tokens, M KV groups, G query heads per group, D head dim, P ranks.
 """
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from msa_train.config import KvExchange
 from msa_train.parallel.collectives import CpComm
+from msa_train.parallel.cp_dense_kl import DenseKl, IndexKl, TeacherLse
 from msa_train.parallel.layout import Segment, ShardLayout, prefix_range
 
 
@@ -24,7 +27,7 @@ class FullCall:
     """One call of a dense layer: everything but the differentiable tensors.
 
     segments: document parts on this rank. send, receive: prefix tokens to and from each rank
-    (`layout.prefix_splits`).
+    (`layout.prefix_splits`). kl: the KL loss of an index branch, None without.
     """
 
     segments: list[Segment]
@@ -34,31 +37,53 @@ class FullCall:
     comm: CpComm
     exchange: KvExchange
     softmax_scale: float
+    kl: IndexKl | None = None
 
 
 # Computes the gradient of keys/values at positions [start, start + n), given them: [n, 2, M, D] both.
 _PrefixGrad = Callable[[int, Tensor], Tensor]
 
 
-def cp_full_attention(q: Tensor, k: Tensor, v: Tensor, call: FullCall) -> Tensor:
-    """q [T, M, G, D], k, v [T, M, D] of this rank's tokens -> [T, M, G, D]; padding rows give 0."""
-    return _CpFullAttention.apply(q, k, v, call)
+def cp_full_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    call: FullCall,
+    q_index: Tensor | None = None,
+    k_index: Tensor | None = None,
+) -> Tensor:
+    """q [T, M, G, D], k, v [T, M, D] of this rank's tokens -> [T, M, G, D]; padding rows give 0.
+
+    With `call.kl`, q_index [T, M, Di] and k_index [T, Di] get the gradient of its weighted KL loss, whatever
+    gradient reaches the output; without `call.kl` they get zeros.
+    """
+    return _CpFullAttention.apply(q, k, v, q_index, k_index, call)
 
 
 class _CpFullAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: FullCall) -> Tensor:
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_index: Tensor | None,
+        k_index: Tensor | None,
+        call: FullCall,
+    ) -> Tensor:
         start = call.layout.start
         q_heads, k_heads, v_heads = q.permute(1, 2, 0, 3), k.transpose(0, 1), v.transpose(0, 1)
         out = torch.zeros_like(q_heads)
         lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         lse = torch.full(out.shape[:-1], float("-inf"), dtype=lse_dtype, device=q.device)
+        teacher = TeacherLse(call.kl, q_heads, lse, call.softmax_scale)
         for segment in call.segments:
             rows = slice(segment.start - start, segment.stop - start)
             out[:, :, rows], lse[:, :, rows] = attention_part(
                 q_heads[:, :, rows], k_heads[:, rows], v_heads[:, rows],
                 causal=True, softmax_scale=call.softmax_scale,
             )  # fmt: skip
+            teacher.add(rows, k_heads[:, rows], causal=True)
         kv = torch.stack((k, v), dim=1)
         exchange = _PrefixExchange(kv, call)
         for piece_start, piece in exchange.pieces():
@@ -70,13 +95,14 @@ class _CpFullAttention(torch.autograd.Function):
                 causal=False, softmax_scale=call.softmax_scale,
             )  # fmt: skip
             out[:, :, rows], lse[:, :, rows] = merge_parts(out[:, :, rows], lse[:, :, rows], *part)
-        ctx.save_for_backward(q, k, v, out, lse)
+            teacher.add(rows, keys[:, 0].transpose(0, 1), causal=False)
+        ctx.save_for_backward(q, k, v, out, lse, q_index, teacher.lse)
         ctx.exchange, ctx.call = exchange, call
         return out.permute(2, 0, 1, 3)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, out, lse, q_index, teacher_lse = ctx.saved_tensors
         call: FullCall = ctx.call
         q_heads, k_heads, v_heads = q.permute(1, 2, 0, 3), k.transpose(0, 1), v.transpose(0, 1)
         dout = dout.permute(1, 2, 0, 3)
@@ -93,22 +119,38 @@ class _CpFullAttention(torch.autograd.Function):
             dq[:, :, rows] += share
             return torch.stack((dk, dv)).permute(2, 0, 1, 3)
 
+        kl = None
+        if call.kl is not None and q_index is not None:
+            kl = DenseKl(
+                call.kl, call.layout, call.segments, q_heads, q_index, teacher_lse, call.softmax_scale
+            )
         for segment in call.segments:
             rows = slice(segment.start - call.layout.start, segment.stop - call.layout.start)
             dkv[rows] += part(rows, k_heads[:, rows], v_heads[:, rows], True)
+            if kl is not None:
+                kl.add(rows, segment.start, k_heads[:, rows], causal=True)
 
         def prefix(piece_start: int, piece: Tensor) -> Tensor:
             grad = torch.zeros_like(piece)
             rows, keys = _visible(call, piece_start, piece)
             if keys.shape[0]:
-                grad[piece.shape[0] - keys.shape[0] :] = part(
-                    rows, keys[:, 0].transpose(0, 1), keys[:, 1].transpose(0, 1), False
-                )
+                skipped = piece.shape[0] - keys.shape[0]
+                grad[skipped:] = part(rows, keys[:, 0].transpose(0, 1), keys[:, 1].transpose(0, 1), False)
+                if kl is not None:
+                    kl.add(rows, piece_start + skipped, keys[:, 0].transpose(0, 1), causal=False)
             return grad
 
         dkv += ctx.exchange.backward(prefix)
         ctx.exchange = None
-        return dq.permute(2, 0, 1, 3), dkv[:, 0], dkv[:, 1], None
+        dq_index, dk_index = _zeros(q_index) if kl is None else kl.finish(call.comm)
+        return dq.permute(2, 0, 1, 3), dkv[:, 0], dkv[:, 1], dq_index, dk_index, None
+
+
+def _zeros(q_index: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of index queries and keys without a loss."""
+    if q_index is None:
+        return None, None
+    return torch.zeros_like(q_index), torch.zeros_like(q_index[:, 0])
 
 
 def _visible(call: FullCall, piece_start: int, piece: Tensor) -> tuple[slice, Tensor]:

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from msa_train.config import Precision, RunConfig
+from msa_train.config import KlTarget, Precision, RunConfig, Stage, plan_stages
 from msa_train.data import IGNORE_LABEL, Pack
 from msa_train.model.gpt import MsaGptModel, forward_arguments
 from msa_train.model.local_pack import LocalPack, make_local_pack
@@ -45,15 +45,22 @@ def make_batch(packs: Sequence[Pack], groups: Groups) -> StepBatch:
 
 
 class PackForward:
-    """Runs the model on a pack: cuts this rank's shard, builds what the layers need beside it."""
+    """Runs the model on a pack: cuts this rank's shard, builds what the layers need beside it.
+
+    stage: of the run; decides what MSA layers attend to and learn from. The first one until it is set.
+    """
 
     def __init__(self, config: RunConfig, groups: Groups) -> None:
         self.config, self.groups = config, groups
-        self.layout = ShardLayout(
-            seq_len=config.data.seq_len,
-            block_size=config.attention.block_size,
-            cp_rank=groups.cp_rank,
-            cp_size=groups.cp_size,
+        self.stage: Stage = plan_stages(config)[0]
+
+    def layout(self, seq_len: int) -> ShardLayout:
+        """This rank's shard of packs of `seq_len` tokens."""
+        return ShardLayout(
+            seq_len=seq_len,
+            block_size=self.config.attention.block_size,
+            cp_rank=self.groups.cp_rank,
+            cp_size=self.groups.cp_size,
         )
 
     def prepare(
@@ -61,7 +68,7 @@ class PackForward:
     ) -> tuple[LocalPack, PackParams]:
         """This rank's shard, with the KL loss divided by groups and by `num_tokens` real queries."""
         config, groups = self.config, self.groups
-        local = make_local_pack(pack, self.layout, groups.device)
+        local = make_local_pack(pack, self.layout(len(pack.tokens)), groups.device)
         double = config.train.precision is Precision.fp64
         table = rotary_table(
             local.doc_position,
@@ -69,11 +76,13 @@ class PackForward:
             theta=config.model.rope_theta,
             dtype=torch.float64 if double else torch.float32,
         )
+        kl_weight = 0.0 if self.stage.kl is KlTarget.none else config.attention.kl_weight
         params = PackParams(
             pack=local,
             comm=comm,
             rotary=table,
-            kl_weight=config.attention.kl_weight / (config.model.num_kv_heads * num_tokens),
+            kl_weight=kl_weight / (config.model.num_kv_heads * num_tokens),
+            attention=self.stage.attention,
             stats=stats,
             padding_mask=tensor_parallel_padding(local.valid, groups.tp_rank, groups.tp_size),
         )

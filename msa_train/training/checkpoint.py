@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import msa_train
 from msa_train.config import RunConfig
+from msa_train.model.index_branch import is_index_parameter
 from msa_train.training.checkpoint_store import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -41,6 +42,8 @@ from msa_train.training.save_strategy import build_save_strategy
 
 T = TypeVar("T")
 RNG_KEY = "rng_state"
+# Keys of what is not the model begin so.
+_OTHER_STATE = (RNG_KEY, "optimizer")
 _SHARD_FILE = re.compile(r"__(\d+)_\d+\.distcp")
 _NAMED_KEYS = 5
 
@@ -157,6 +160,46 @@ def load_checkpoint(
     return state
 
 
+def load_weights(
+    path: str | Path, model_template: dict[str, Any], group: dist.ProcessGroup | None = None
+) -> tuple[dict[str, Any], set[str]]:
+    """Read the model of one checkpoint and nothing else. All ranks call it.
+
+    Index branches may be missing on either side: a model with full attention has none.
+
+    Args:
+        path: a checkpoint folder.
+        model_template: this rank's part of the model, as sharded tensors.
+        group: see save_checkpoint.
+
+    Returns:
+        The template with its data, without the entries that the checkpoint lacks, and the keys of those.
+
+    Raises:
+        CheckpointError: if other parts of the model are missing or left over, or the files cannot be read.
+    """
+    state: dict[str, Any] = {}
+
+    def read() -> tuple[set[str], set[str]]:
+        loaded, not_asked_for, lacking = _read({"model": model_template}, path)
+        state.update(loaded)
+        return lacking, {key for key in not_asked_for if not key.startswith(_OTHER_STATE)}
+
+    try:
+        found = _together(read, group)
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint {path} could not be loaded: {error}") from error
+    lacking, left_over = (set().union(*(part[i] for part in found)) for i in (0, 1))
+    texts = [
+        _keys_text("lacks", {key for key in lacking if not is_index_parameter(key)}),
+        _keys_text("also has", {key for key in left_over if not is_index_parameter(key)}),
+    ]
+    if any(texts):
+        complaints = "; it ".join(text for text in texts if text)
+        raise CheckpointError(f"checkpoint {path} is not of this model: it {complaints}")
+    return state["model"], lacking
+
+
 def verify_distributed(path: str | Path, group: dist.ProcessGroup | None = None) -> str | None:
     """Compare the checksums of all files, dealt over the ranks.
 
@@ -271,14 +314,19 @@ def _write_shards(state: dict[str, Any], folder: Path, group: dist.ProcessGroup 
 
 def _read_shards(template: dict[str, Any], path: str | Path) -> tuple[dict[str, Any], set[str]]:
     """State, and what this rank has to say about the keys."""
+    state, not_asked_for, lacking = _read(template, path)
+    complaints = [_keys_text("lacks", lacking), _keys_text("also has", not_asked_for - {RNG_KEY})]
+    return state, {text for text in complaints if text}
+
+
+def _read(template: dict[str, Any], path: str | Path) -> tuple[dict[str, Any], set[str], set[str]]:
+    """State, keys that were not asked for, keys that are lacking."""
     try:
         # Keys that one rank alone does not find must not make it leave alone, so they are only returned.
         loaded: Any = dist_checkpointing.load(template, str(path), strict=StrictHandling.RETURN_ALL)
     except CheckpointException as error:
         raise CheckpointError(_first_failure(error)) from error
-    state, not_asked_for, lacking = loaded
-    complaints = [_keys_text("lacks", lacking), _keys_text("also has", not_asked_for - {RNG_KEY})]
-    return state, {text for text in complaints if text}
+    return loaded
 
 
 def _raise(error: Exception) -> None:

@@ -25,10 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import msa_train
-from msa_train.config import RunConfig
+from msa_train.config import AttentionKind, RunConfig
+from msa_train.training.stage_record import check_recorded_stages
 
 FORMAT_VERSION = 1
 META_NAME, MANIFEST_NAME = "meta.json", "manifest.json"
+# meta.json's "content" of a checkpoint without optimizer; absent where there is everything
+WEIGHTS_CONTENT = "weights"
 FULL_CHECK_BYTES = 8 * 2**30
 _PUBLISHED = re.compile(r"step_(\d{8,})")
 _READ_BYTES = 4 * 2**20
@@ -42,6 +45,7 @@ _NOT_OF_THE_MODEL = {
     "model.embedding_shared_std",
     "model.router_bias_update_rate",
     "attention.kl_weight",
+    "attention.kl_temperature",
 }
 # What a long-context extension changes when it starts from another run's checkpoint
 _CHANGED_BY_EXTENSION = {
@@ -50,6 +54,8 @@ _CHANGED_BY_EXTENSION = {
     "attention.topk",
     "attention.local_blocks",
 }
+# What a new run that takes weights alone may change besides: index branches come and go with their layers
+_CHANGED_WITH_WEIGHTS = {"model.layer_attention"}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -61,6 +67,8 @@ class Found:
     meta: dict[str, Any]
     own: bool
     "it is in run_dir, so the run goes on; otherwise it is where checkpoint.load pointed"
+    weights_only: bool
+    "the run takes the model alone and begins at step 0"
     messages: list[str]
     "for the user: what is skipped and why; empty where there is nothing remarkable"
 
@@ -315,7 +323,7 @@ def _newest_sound(
             size = sum(entry["size"] for entry in read_manifest(folder).values())
             reason = _first_checksum_damage(folder) if size <= full_check_bytes else None
             if reason is None:
-                return _found(folder, damaged, notes, own=own)
+                return _found(folder, damaged, notes, config, own=own)
         damaged.append((folder, reason))
     setting, fix = _setting_and_fix(config, own=own)
     reasons = [f"{folder.name}: {reason}" for folder, reason in damaged[:_NAMED_DAMAGED]]
@@ -325,13 +333,27 @@ def _newest_sound(
     raise ValueError(f"{setting}: every checkpoint is damaged ({'; '.join(reasons)}); {remove}use {fix}")
 
 
-def _found(folder: Path, damaged: list[tuple[Path, str]], notes: list[str], *, own: bool) -> Found:
+def _found(
+    folder: Path, damaged: list[tuple[Path, str]], notes: list[str], config: RunConfig, *, own: bool
+) -> Found:
     meta = read_meta(folder)
     step = meta["step"]
     messages = [f"checkpoint {_short(path)} is damaged ({reason}) and is skipped" for path, reason in damaged]
     if messages:
         messages[-1] += f"; going on from step {step}"
-    return Found(path=folder, step=step, meta=meta, own=own, messages=messages + notes)
+    return Found(
+        path=folder,
+        step=step,
+        meta=meta,
+        own=own,
+        weights_only=not own and _weights_only(meta, config),
+        messages=messages + notes,
+    )
+
+
+def _weights_only(meta: dict[str, Any], config: RunConfig) -> bool:
+    """Whether only the model is taken from another run's checkpoint: asked for, or there is nothing else."""
+    return config.checkpoint.load_weights_only or meta.get("content") == WEIGHTS_CONTENT
 
 
 def _check_usable(meta: dict[str, Any], folder: Path, config: RunConfig, *, own: bool) -> list[str]:
@@ -344,6 +366,11 @@ def _check_usable(meta: dict[str, Any], folder: Path, config: RunConfig, *, own:
             f"knows formats up to {FORMAT_VERSION}; upgrade msa-train, or use {fix}"
         )
     ours, theirs, notes = fingerprint(config), meta["fingerprint"], []
+    may_change = set() if own else set(_CHANGED_BY_EXTENSION)
+    if not own and _weights_only(meta, config):
+        may_change |= _CHANGED_WITH_WEIGHTS
+        if AttentionKind.msa.value not in str(theirs.get("model.layer_attention")):
+            may_change.add("attention.index_head_dim")
     for key in dict.fromkeys([*ours, *theirs]):
         # a field that is younger than the checkpoint had no say in it
         if key not in theirs or ours.get(key) == theirs[key]:
@@ -353,13 +380,15 @@ def _check_usable(meta: dict[str, Any], folder: Path, config: RunConfig, *, own:
                 f"{setting}: checkpoint {_short(folder)} has {key}={theirs[key]}, which msa-train "
                 f"{msa_train.__version__} does not know; upgrade msa-train, or use {fix}"
             )
-        if own or key not in _CHANGED_BY_EXTENSION:
+        if key not in may_change:
             raise ValueError(
                 f"{key}={ours[key]}: checkpoint {folder} is of another model, with {key}={theirs[key]}; "
                 f"set {key}={theirs[key]}, or use {fix}"
             )
         notes.append(f"{key}={ours[key]}: the checkpoint was trained with {theirs[key]}")
     _check_data_position(meta, folder, config, own=own)
+    if own:
+        check_recorded_stages(meta, config)
     return notes
 
 

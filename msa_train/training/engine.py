@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from msa_train.config import RunConfig
+from msa_train.config import RunConfig, Stage
 from msa_train.data import Pack
 from msa_train.model.gpt import MsaGptModel, build_model
 from msa_train.model.init_weights import init_weights
@@ -15,6 +15,7 @@ from msa_train.model.pack_params import LayerStats
 from msa_train.parallel.collectives import Traffic
 from msa_train.parallel.groups import Groups
 from msa_train.training.batch import PackForward, StepBatch
+from msa_train.training.lr_schedule import Rates
 
 
 @dataclass(slots=True)
@@ -59,8 +60,31 @@ class Engine(ABC):
         )
         return model
 
+    def set_stage(self, stage: Stage) -> None:
+        """Train as this stage says from the next step on.
+
+        What the stage freezes gets zero gradients and learning rate 0: it does not move, its moments decay,
+        and the optimizer's count of steps goes on, so that all engines agree when it is trained again.
+        """
+        self.forward.stage = stage
+
+    @property
+    def stage(self) -> Stage:
+        """The stage that is being trained."""
+        return self.forward.stage
+
+    @property
+    def backbone_is_frozen(self) -> bool:
+        """Everything but the index branch, the experts' bias included."""
+        return self.stage.lr_scale == 0
+
+    @property
+    def index_is_frozen(self) -> bool:
+        """The index branches."""
+        return self.stage.index_lr_scale * self.config.optim.index_lr_scale == 0
+
     @abstractmethod
-    def train_step(self, batch: StepBatch, lr: float) -> StepResult:
+    def train_step(self, batch: StepBatch, rates: Rates) -> StepResult:
         """Forward, backward, reduction, clipping and update for one global batch."""
 
     @abstractmethod
@@ -74,6 +98,10 @@ class Engine(ABC):
     @abstractmethod
     def load_state(self, state: dict[str, Any], step: int) -> None:
         """Take over what was loaded into `sharded_state(loading=True)`; `step` updates have been made."""
+
+    @abstractmethod
+    def load_weights(self, state: dict[str, Any]) -> None:
+        """Take over the model part of a state alone; what it lacks keeps its value. Before the first step."""
 
     def counts_loss(self) -> bool:
         """Whether this rank's loss sum is to be added: last stage, first of its tensor-parallel group."""

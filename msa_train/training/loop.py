@@ -8,14 +8,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from msa_train.config import RunConfig
+from msa_train.config import RunConfig, Stage, plan_stages, stage_at, total_steps
 from msa_train.data import BatchStream, Corpus, PackedDataset
 from msa_train.parallel.groups import Groups
 from msa_train.training.batch import make_batch
 from msa_train.training.checkpoint import save_checkpoint
 from msa_train.training.checkpoint_store import CheckpointStore, fingerprint
 from msa_train.training.engine import Engine
-from msa_train.training.lr_schedule import learning_rate
+from msa_train.training.lr_schedule import stage_rates
 from msa_train.training.metrics import MetricsWriter
 from msa_train.training.progress import Progress
 from msa_train.training.step_metrics import StepMetrics, router_bias_range
@@ -23,10 +23,10 @@ from msa_train.training.step_metrics import StepMetrics, router_bias_range
 
 @dataclass(slots=True)
 class Data:
-    """What is trained and validated on."""
+    """What is trained and validated on, by the packs' length: stages may differ in it."""
 
-    train: PackedDataset
-    validation: PackedDataset | None
+    train: dict[int, PackedDataset]
+    validation: dict[int, PackedDataset | None]
     corpus: Corpus
 
 
@@ -39,7 +39,7 @@ class Reporting:
 
 
 class Trainer:
-    """Runs steps `first_step + 1 .. config.train.steps`."""
+    """Runs the steps of all stages that are not yet made."""
 
     def __init__(
         self,
@@ -52,7 +52,8 @@ class Trainer:
     ) -> None:
         self.config, self.groups, self.engine, self.data = config, groups, engine, data
         self.store, self.reporting = store, reporting
-        self.metrics = StepMetrics(config, groups, engine.forward.layout)
+        self.stages, self.total_steps = plan_stages(config), total_steps(config)
+        self.metrics = StepMetrics(config, groups)
 
     def run(self, first_step: int, after_step: Callable[[int], None] | None = None) -> dict[str, Any]:
         """Train to the end; returns the last metrics seen of every kind.
@@ -61,44 +62,57 @@ class Trainer:
             first_step: updates already made.
             after_step: called with the step number after each step, for tests.
         """
-        config = self.config
         last: dict[str, Any] = {}
-        with BatchStream(self.data.train) as stream:
-            for step in range(first_step + 1, config.train.steps + 1):
-                values = self._step(step, stream)
-                last |= values
-                self._report(step, values)
-                if self._due(step, config.checkpoint.every):
-                    self.save(step)
-                if after_step is not None:
-                    after_step(step)
+        for stage in self.stages:
+            begin, end = max(first_step, stage.first_step), min(stage.last_step, self.total_steps)
+            if begin >= end:
+                continue
+            self._enter(stage, begin)
+            with BatchStream(self.data.train[stage.seq_len]) as stream:
+                for step in range(begin + 1, end + 1):
+                    values = self._step(step, stage, stream)
+                    last |= values
+                    self._report(step, values)
+                    if self._due(step, self.config.checkpoint.every):
+                        self.save(step)
+                    if after_step is not None:
+                        after_step(step)
         return last
 
-    def _due(self, step: int, every: int) -> bool:
-        return every > 0 and (step % every == 0 or step == self.config.train.steps)
+    def _enter(self, stage: Stage, step: int) -> None:
+        self.engine.set_stage(stage)
+        if self.reporting is not None and len(self.stages) > 1:
+            self.reporting.progress.note(
+                f"stage {stage.name}: steps {step + 1} to {min(stage.last_step, self.total_steps)}, "
+                f"{stage.seq_len} tokens per sequence, attention {stage.attention.value}, KL {stage.kl.value}"
+            )
 
-    def _step(self, step: int, stream: BatchStream) -> dict[str, Any]:
+    def _due(self, step: int, every: int) -> bool:
+        return every > 0 and (step % every == 0 or step == self.total_steps)
+
+    def _step(self, step: int, stage: Stage, stream: BatchStream) -> dict[str, Any]:
         config, engine, groups = self.config, self.engine, self.groups
         start = time.perf_counter()
-        lr = learning_rate(step - 1, config.optim, config.train.steps)
-        packs = stream.packs(step - 1, groups.dp_rank, groups.dp_size, config.train.global_batch_size)
-        batch = make_batch(packs, groups)
-        result = engine.train_step(batch, lr)
-        values: dict[str, Any] = {"lr": lr}
+        rates = stage_rates(step - 1, config.optim, stage, self.total_steps)
+        batch_size = config.train.global_batch_size
+        first_pack = stage.pack_at(step - 1, batch_size)
+        batch = make_batch(stream.packs(first_pack, groups.dp_rank, groups.dp_size, batch_size), groups)
+        result = engine.train_step(batch, rates)
+        values: dict[str, Any] = {"lr": rates.backbone, "index_lr": rates.index, "stage": stage.index}
         if step % config.logging.every == 0 or self._due(step, config.train.validate_every):
-            values |= self.metrics.gather(batch, result, counts_loss=engine.counts_loss())
+            values |= self.metrics.gather(batch, result, stage, counts_loss=engine.counts_loss())
             values |= router_bias_range(engine.model)
         seconds = time.perf_counter() - start
         values["step_time_s"] = seconds
         values["tokens_per_s"] = batch.num_tokens / seconds
-        values["tokens"] = step * config.train.global_batch_size * config.data.seq_len
-        if self.data.validation is not None and self._due(step, config.train.validate_every):
+        values["tokens"] = stage.tokens_at(step, batch_size)
+        if self.data.validation[stage.seq_len] is not None and self._due(step, config.train.validate_every):
             values |= self.validate()
         return values
 
     def validate(self) -> dict[str, float]:
-        """Mean loss of the held-out packs, the same ones each time."""
-        dataset = self.data.validation
+        """Mean loss of the held-out packs, the same ones each time, attending as the stage does."""
+        dataset = self.data.validation[self.engine.stage.seq_len]
         assert dataset is not None, "asked for only where there are held-out documents"
         dp_rank, dp_size = self.groups.dp_rank, self.groups.dp_size
         count = min(self.config.train.validation_packs, dataset.num_packs)
@@ -137,6 +151,8 @@ class Trainer:
             meta={
                 "consumed_samples": step * config.train.global_batch_size,
                 "fingerprint": fingerprint(config),
+                "stages": [stage.record() for stage in self.stages if stage.first_step < step],
+                "tokens": stage_at(self.stages, step - 1).tokens_at(step, config.train.global_batch_size),
                 "layout": {
                     "world_size": groups.world_size,
                     "cp_size": groups.cp_size,

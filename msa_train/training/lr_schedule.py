@@ -1,8 +1,26 @@
 """Learning rate as a function of the step alone, so that a resumed run needs no scheduler state."""
 
 import math
+from dataclasses import dataclass
 
-from msa_train.config import LrSchedule, OptimConfig
+from msa_train.config import LrSchedule, OptimConfig, Stage
+
+
+@dataclass(slots=True, frozen=True)
+class Rates:
+    """Learning rates of one update, on the scale of optim.lr; Muon's follow in proportion."""
+
+    backbone: float
+    index: float
+
+
+def stage_rates(step: int, optim: OptimConfig, stage: Stage, total_steps: int) -> Rates:
+    """Rates of the update that follows `step` updates: the run's schedule times the stage's factors."""
+    rate = learning_rate(step, optim, total_steps) * stage.warmup_factor(step)
+    return Rates(
+        backbone=rate * stage.lr_scale,
+        index=rate * optim.index_lr_scale * stage.index_lr_scale,
+    )
 
 
 def learning_rate(step: int, optim: OptimConfig, total_steps: int) -> float:

@@ -1,21 +1,24 @@
 """What one worker process does: join the job, build everything, train, report."""
 
 import os
+import re
 import socket
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from msa_train.config import Device, Engine, RunConfig, resolve_engine
+from msa_train.config import Device, Engine, RunConfig, plan_stages, resolve_engine, total_steps
 from msa_train.data import load_datasets
 from msa_train.parallel.groups import Groups, build_groups, destroy_groups, init_distributed
 from msa_train.training.checkpoint import (
     RNG_KEY,
     find_verified_checkpoint,
     load_checkpoint,
+    load_weights,
     set_rng_state,
 )
 from msa_train.training.checkpoint_store import CheckpointStore
@@ -35,9 +38,7 @@ def run_worker(config: RunConfig) -> None:
     init_distributed(device=device, timeout_s=config.launcher.timeout_s)
     groups = build_groups(config.parallel, device=device, timeout_s=config.launcher.timeout_s)
     start = time.perf_counter()
-    train, validation, corpus = load_datasets(
-        config.data, block_size=config.attention.block_size, vocab_size=config.model.vocab_size
-    )
+    data = load_data(config)
     engine = build_engine(config, groups)
     store = CheckpointStore(config.run_dir)
     first_step, messages = resume(config, engine)
@@ -45,16 +46,28 @@ def run_worker(config: RunConfig) -> None:
     if reporting is not None:
         for line in (*_opening(config, groups, first_step), *messages):
             reporting.progress.note(line)
-    trainer = Trainer(config, groups, engine, Data(train, validation, corpus), store, reporting)
+    trainer = Trainer(config, groups, engine, data, store, reporting)
     last = trainer.run(first_step)
     if reporting is not None:
         reporting.progress.close()
         reporting.writer.close()
         seconds = time.perf_counter() - start
-        steps = max(config.train.steps, first_step)
+        steps = max(total_steps(config), first_step)
         report(config, groups, last, steps=steps, seconds=seconds, stream=sys.stdout)
     dist.barrier()
     destroy_groups()
+
+
+def load_data(config: RunConfig) -> Data:
+    """Packs of every length that a stage asks for."""
+    train, validation = {}, {}
+    for seq_len in dict.fromkeys(stage.seq_len for stage in plan_stages(config)):
+        train[seq_len], validation[seq_len], corpus = load_datasets(
+            replace(config.data, seq_len=seq_len),
+            block_size=config.attention.block_size,
+            vocab_size=config.model.vocab_size,
+        )
+    return Data(train, validation, corpus)
 
 
 def choose_device(config: RunConfig) -> torch.device:
@@ -79,6 +92,11 @@ def resume(config: RunConfig, engine: TrainingEngine) -> tuple[int, list[str]]:
     found = find_verified_checkpoint(config)
     if found is None:
         return 0, []
+    if found.weights_only:
+        template = engine.sharded_state(loading=True)["model"]
+        weights, lacking = load_weights(found.path, template)
+        engine.load_weights(weights)
+        return 0, [*found.messages, f"starting from the weights of {found.path}", *_new_branches(lacking)]
     state = load_checkpoint(found.path, engine.sharded_state(loading=True))
     engine.load_state(state, found.step)
     if RNG_KEY in state:
@@ -87,10 +105,15 @@ def resume(config: RunConfig, engine: TrainingEngine) -> tuple[int, list[str]]:
     return found.step, [*found.messages, f"going on from step {found.step}{origin}"]
 
 
+def _new_branches(lacking: set[str]) -> list[str]:
+    layers = sorted({int(match[1]) + 1 for key in lacking if (match := re.search(r"layers\.(\d+)\.", key))})
+    return [f"it has no index branch in layers {', '.join(map(str, layers))}: drawn anew"] if layers else []
+
+
 def _reporting(config: RunConfig, first_step: int) -> Reporting:
     return Reporting(
         writer=MetricsWriter(config.run_dir, tensorboard=config.logging.tensorboard, resume_step=first_step),
-        progress=Progress(config.logging.progress, config.train.steps, first_step, sys.stdout),
+        progress=Progress(config.logging.progress, total_steps(config), first_step, sys.stdout),
     )
 
 
@@ -101,12 +124,9 @@ def _opening(config: RunConfig, groups: Groups, first_step: int) -> list[str]:
     sizes = f"cp {parallel.cp_size}, ep {parallel.ep_size}, dp {groups.dp_size}"
     if parallel.tp_size * parallel.pp_size > 1:
         sizes += f", tp {parallel.tp_size}, pp {parallel.pp_size}"
-    work = (
-        f"steps {first_step + 1} to {config.train.steps} "
-        f"of {config.train.global_batch_size} x {config.data.seq_len} tokens"
-    )
-    if first_step >= config.train.steps:
-        work = (
-            f"nothing to do: train.steps={config.train.steps} and {first_step} are made; use a larger number"
-        )
+    total, stages = total_steps(config), plan_stages(config)
+    lengths = ", ".join(str(length) for length in dict.fromkeys(stage.seq_len for stage in stages))
+    work = f"steps {first_step + 1} to {total} of {config.train.global_batch_size} x {lengths} tokens"
+    if first_step >= total:
+        work = f"nothing to do: train.steps={total} and {first_step} are made; use a larger number"
     return [f"{config.name}: {where} ({sizes}), {work}", f"run_dir {Path(config.run_dir).resolve()}"]

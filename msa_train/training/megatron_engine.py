@@ -6,19 +6,27 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    OptimizerConfig,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
 
-from msa_train.config import Precision, RunConfig
+from msa_train.config import Precision, RunConfig, Stage
 from msa_train.data import Pack
+from msa_train.model.index_branch import is_index_parameter
 from msa_train.model.moe import SigmoidRouter
 from msa_train.model.pack_params import LayerStats
 from msa_train.parallel.collectives import CpComm
 from msa_train.parallel.groups import Groups
 from msa_train.training.batch import StepBatch
 from msa_train.training.engine import Engine, StepResult, checkpoint_metadata, reset_token_counts
+from msa_train.training.lr_schedule import Rates
 
 _LossAndSum = tuple[Tensor, Tensor, dict[str, Tensor]]
 
@@ -38,11 +46,16 @@ class MegatronEngine(Engine):
             module = Float16Module(self.model.config, self.model)
         options = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
-            overlap_grad_reduce=False,
+            overlap_grad_reduce=self.config.parallel.overlap_grad_reduce,
+            overlap_param_gather=self.config.parallel.overlap_param_gather,
             use_distributed_optimizer=True,
         )
         self.model.config.finalize_model_grads_func = _finalize
-        return DistributedDataParallel(self.model.config, options, module)
+        wrapped = DistributedDataParallel(self.model.config, options, module)
+        if options.overlap_grad_reduce:
+            # Only the last micro-batch of a step may start the reduction.
+            self.model.config.no_sync_func = wrapped.no_sync
+        return wrapped
 
     def _build_optimizer(self) -> Any:
         optim = self.config.optim
@@ -58,10 +71,21 @@ class MegatronEngine(Engine):
             bf16=self.config.train.precision is Precision.bf16,
             params_dtype=self.model.config.params_dtype,
             use_distributed_optimizer=True,
+            overlap_param_gather=self.config.parallel.overlap_param_gather,
         )
-        return get_megatron_optimizer(options, [self.wrapped])
+        # A group of its own, by a mark that Megatron's checkpoints tell groups apart by.
+        index_branch = ParamKey(name="*.index_branch.*")
+        overrides = get_standard_config_overrides(options)
+        overrides[index_branch] = ParamGroupOverride(is_decoupled_lr=True)  # type: ignore[typeddict-unknown-key]
+        return get_megatron_optimizer(options, [self.wrapped], config_overrides=overrides)
 
-    def train_step(self, batch: StepBatch, lr: float) -> StepResult:
+    def set_stage(self, stage: Stage) -> None:
+        """See Engine.set_stage. Parameters keep their gradient hooks: overlapped reductions wait for all."""
+        super().set_stage(stage)
+        rate = 0.0 if self.backbone_is_frozen else self.config.model.router_bias_update_rate
+        self.model.config.moe_router_bias_update_rate = rate
+
+    def train_step(self, batch: StepBatch, rates: Rates) -> StepResult:
         """See Engine.train_step."""
         self.wrapped.train()
         self.wrapped.zero_grad_buffer()
@@ -69,13 +93,29 @@ class MegatronEngine(Engine):
         reset_token_counts(self.model)
         stats, comm = LayerStats(), self.groups.cp_comm()
         losses = self._run(batch.packs, batch, comm, stats, forward_only=False)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self._zero_frozen_gradients()
+        self._set_rates(rates)
         _, grad_norm, _ = self.optimizer.step()
         self._keep_bias_fp32()
         return StepResult(
             lm_loss_sum=losses, grad_norm=float(grad_norm or 0.0), stats=stats, traffic=comm.traffic
         )
+
+    def _zero_frozen_gradients(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            frozen = self.index_is_frozen if is_index_parameter(name) else self.backbone_is_frozen
+            if frozen and parameter.requires_grad:
+                parameter.main_grad.zero_()  # type: ignore[attr-defined]
+
+    def _set_rates(self, rates: Rates) -> None:
+        """Learning rate and weight decay of every group; wd_mult is 0 for vectors."""
+        optim = self.config.optim
+        for group in self.optimizer.param_groups:
+            index = group["is_decoupled_lr"]
+            group["lr"] = rates.index if index else rates.backbone
+            group["weight_decay"] = group["wd_mult"] * (
+                optim.index_weight_decay if index else optim.weight_decay
+            )
 
     @torch.no_grad()
     def evaluate(self, packs: Sequence[Pack]) -> float:
@@ -112,7 +152,7 @@ class MegatronEngine(Engine):
             model=[self.wrapped],
             num_microbatches=len(packs),
             # Sequence length of the activations between stages; Megatron divides by cp and tp sizes.
-            seq_length=self.config.data.seq_len,
+            seq_length=len(packs[0].tokens),
             micro_batch_size=1,
             forward_only=forward_only,
         )
@@ -126,6 +166,9 @@ class MegatronEngine(Engine):
     def sharded_state(self, *, loading: bool) -> dict[str, Any]:
         """See Engine.sharded_state."""
         metadata = checkpoint_metadata(self.groups)
+        if self.config.parallel.overlap_param_gather:
+            # Updated parameters are still on their way to the ranks.
+            self.wrapped.start_param_sync(force_sync=True)
         model_state = self.model.sharded_state_dict(metadata=metadata)
         optimizer = self.optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=metadata)
         return {"model": model_state, "optimizer": optimizer}
@@ -134,6 +177,11 @@ class MegatronEngine(Engine):
         """See Engine.load_state."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+
+    def load_weights(self, state: dict[str, Any]) -> None:
+        """See Engine.load_weights."""
+        self.model.load_state_dict(state, strict=False)
+        self.optimizer.reload_model_params()
 
 
 def _loss(losses: Tensor, num_labels: int) -> _LossAndSum:

@@ -4,11 +4,14 @@ Every rank holds whole matrices (dense ones replicated, experts its own), so Muo
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from msa_train.config import OptimConfig, OptimizerKind
+from msa_train.model.index_branch import is_index_parameter
+from msa_train.training.lr_schedule import Rates
 
 
 class SplitOptimizer:
@@ -27,23 +30,40 @@ class SplitOptimizer:
         self._pieces: dict[int, list[nn.Parameter]] = {
             id(p): _pieces(name, p, head_dim) for name, p in parameters if self._is_muon(name, p)
         }
-        rest = [p for p in self._parameters if id(p) not in self._pieces]
+        self._index_ids = {id(p) for name, p in parameters if is_index_parameter(name)}
         self.adamw = torch.optim.AdamW(
-            [
-                {"params": [p for p in rest if p.dim() > 1], "weight_decay": optim.weight_decay},
-                {"params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0},
-            ],
-            lr=optim.lr,
-            betas=(optim.beta1, optim.beta2),
-            eps=optim.eps,
-            foreach=True,
+            self._adamw_groups(), lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, foreach=True
         )
         self.muon: torch.optim.Muon | None = None
         if self._pieces:
-            pieces = [piece for pieces in self._pieces.values() for piece in pieces]
-            self.muon = torch.optim.Muon(
-                pieces, lr=optim.muon_lr, momentum=optim.muon_momentum, weight_decay=optim.weight_decay
-            )
+            self.muon = torch.optim.Muon(self._muon_groups(), lr=optim.muon_lr, momentum=optim.muon_momentum)
+
+    def _adamw_groups(self) -> list[dict[str, Any]]:
+        """Matrices with weight decay and the rest without, of the backbone and of the index branch."""
+        rest = [p for p in self._parameters if id(p) not in self._pieces]
+        return [
+            {
+                "params": [
+                    p for p in rest if (p.dim() > 1) is matrix and (id(p) in self._index_ids) is index
+                ],
+                "weight_decay": self._weight_decay(index) if matrix else 0.0,
+                "index": index,
+            }
+            for index in (False, True)
+            for matrix in (True, False)
+        ]
+
+    def _muon_groups(self) -> list[dict[str, Any]]:
+        groups = []
+        for index in (False, True):
+            owners = [i for i in self._pieces if (i in self._index_ids) is index]
+            pieces = [piece for i in owners for piece in self._pieces[i]]
+            if pieces:
+                groups.append({"params": pieces, "weight_decay": self._weight_decay(index), "index": index})
+        return groups
+
+    def _weight_decay(self, index: bool) -> float:
+        return self.optim.index_weight_decay if index else self.optim.weight_decay
 
     def _is_muon(self, name: str, parameter: Tensor) -> bool:
         """Matrices inside layers; a router's rows are one per expert and stay with AdamW."""
@@ -51,14 +71,15 @@ class SplitOptimizer:
             return False
         return parameter.dim() == 2 and name.startswith("decoder.layers.") and ".router." not in name
 
-    def step(self, lr: float) -> None:
-        """Update from `.grad`; lr is the schedule's value for AdamW, Muon's follows in proportion."""
+    def step(self, rates: Rates) -> None:
+        """Update from `.grad`."""
         for group in self.adamw.param_groups:
-            group["lr"] = lr
+            group["lr"] = rates.index if group["index"] else rates.backbone
         self.adamw.step()
         if self.muon is not None:
             for group in self.muon.param_groups:
-                group["lr"] = self.optim.muon_lr * lr / self.optim.lr
+                rate = rates.index if group["index"] else rates.backbone
+                group["lr"] = self.optim.muon_lr * rate / self.optim.lr
             for parameter in self._parameters:
                 self._hand_gradient_to_pieces(parameter)
             self.muon.step()

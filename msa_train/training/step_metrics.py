@@ -7,12 +7,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from msa_train.config import AttentionKind, KvExchange, Recompute, RunConfig
+from msa_train.config import (
+    AttentionKind,
+    KlTarget,
+    KvExchange,
+    Recompute,
+    RunConfig,
+    Stage,
+    StageAttention,
+)
 from msa_train.model.gpt import MsaGptModel
 from msa_train.model.moe import SigmoidRouter
 from msa_train.model.transformer_config import DTYPES
 from msa_train.parallel.groups import Groups
-from msa_train.parallel.layout import ShardLayout
 from msa_train.training.batch import StepBatch
 from msa_train.training.engine import StepResult
 
@@ -22,6 +29,7 @@ _TRAFFIC = {
     "kv_again": "kv_again_bytes",
     "kv_grad": "kv_grad_bytes",
     "index_key": "index_key_bytes",
+    "index_key_grad": "index_key_grad_bytes",
     "request": "request_bytes",
     "full_kv": "full_kv_bytes",
     "full_kv_again": "full_kv_again_bytes",
@@ -29,7 +37,7 @@ _TRAFFIC = {
 }
 
 
-def kv_bytes_all_gather(config: RunConfig, num_packs: int) -> int:
+def kv_bytes_all_gather(config: RunConfig, num_packs: int, seq_len: int) -> int:
     """K/V bytes that all ranks together would receive if every MSA layer gathered all of them once.
 
     A ring moves the same. With full recomputation the forward runs, and fetches, twice.
@@ -37,7 +45,7 @@ def kv_bytes_all_gather(config: RunConfig, num_packs: int) -> int:
     model, cp_size = config.model, config.parallel.cp_size
     num_msa = model.attention_kinds().count(AttentionKind.msa)
     element = torch.empty((), dtype=DTYPES[config.train.precision]).element_size()
-    shard = config.data.seq_len // cp_size * 2 * model.num_kv_heads * model.head_dim * element
+    shard = seq_len // cp_size * 2 * model.num_kv_heads * model.head_dim * element
     passes = 2 if config.train.recompute is Recompute.full else 1
     return num_packs * num_msa * cp_size * (cp_size - 1) * shard * passes
 
@@ -45,17 +53,20 @@ def kv_bytes_all_gather(config: RunConfig, num_packs: int) -> int:
 class StepMetrics:
     """Collects the metrics of steps on every rank; all ranks get the same numbers."""
 
-    def __init__(self, config: RunConfig, groups: Groups, layout: ShardLayout) -> None:
-        self.config, self.groups, self.layout = config, groups, layout
+    def __init__(self, config: RunConfig, groups: Groups) -> None:
+        self.config, self.groups = config, groups
         kinds = config.model.attention_kinds()
         self.msa_layers = [i + 1 for i, kind in enumerate(kinds) if kind is AttentionKind.msa]
         self.moe_layers = list(range(config.model.num_dense_ffn_layers + 1, config.model.num_layers + 1))
 
-    def gather(self, batch: StepBatch, result: StepResult, *, counts_loss: bool) -> dict[str, Any]:
+    def gather(
+        self, batch: StepBatch, result: StepResult, stage: Stage, *, counts_loss: bool
+    ) -> dict[str, Any]:
         """Metrics of one training step.
 
         Args:
             batch: the step's packs and global counts.
+            stage: of the step.
             result: what the engine returned on this rank.
             counts_loss: whether this rank's loss sum is to be added.
         """
@@ -73,32 +84,38 @@ class StepMetrics:
         sums = {name: total.view(parts[name].shape) for name, total in sums.items()}
         values: dict[str, Any] = {
             "lm_loss": float(sums["loss"]) / batch.num_labels,
-            "padding_share": 1 - batch.num_tokens / (batch.num_packs * self.config.data.seq_len),
+            "padding_share": 1 - batch.num_tokens / (batch.num_packs * stage.seq_len),
             "grad_norm": result.grad_norm,
         }
-        values |= self._attention(batch, sums["kl"], sums["selected"])
+        values |= self._kl(batch, sums["kl"], stage)
+        values |= self._selected(batch, sums["selected"], stage)
         values |= self._experts(sums["experts"])
         if self.groups.cp_size > 1:
             values |= dict(zip(_TRAFFIC.values(), map(int, sums["traffic"].tolist()), strict=True))
-            values["kv_bytes_all_gather"] = kv_bytes_all_gather(self.config, batch.num_packs)
+            if stage.attention is StageAttention.sparse:
+                gathered = kv_bytes_all_gather(self.config, batch.num_packs, stage.seq_len)
+                values["kv_bytes_all_gather"] = gathered
             if self.config.parallel.kv_exchange is not KvExchange.selected:
                 del values["request_bytes"]
         return values | self._memory()
 
-    def _attention(self, batch: StepBatch, kl: Tensor, selected: Tensor) -> dict[str, Any]:
-        if not self.msa_layers:
+    def _kl(self, batch: StepBatch, kl: Tensor, stage: Stage) -> dict[str, Any]:
+        if not self.msa_layers or stage.kl is KlTarget.none:
             return {}
-        values: dict[str, Any] = {}
-        if self.config.attention.kl_weight > 0:
-            per_layer = kl / (batch.num_tokens * self.config.model.num_kv_heads)
-            values["kl_loss"] = float(per_layer.sum())
-            values["kl_loss_by_layer"] = _named(self.msa_layers, per_layer.tolist())
-        remote = (self.layout.num_blocks - self.layout.num_local_blocks) * self.groups.cp_size
-        if remote:
-            f = selected / (remote * batch.num_packs)
-            values["kv_selected_fraction"] = float(f.mean())
-            values["f"] = _named(self.msa_layers, f.tolist())
-        return values
+        per_layer = kl / (batch.num_tokens * self.config.model.num_kv_heads)
+        return {
+            "kl_loss": float(per_layer.sum()),
+            "kl_loss_by_layer": _named(self.msa_layers, per_layer.tolist()),
+        }
+
+    def _selected(self, batch: StepBatch, selected: Tensor, stage: Stage) -> dict[str, Any]:
+        """f, where something is selected and something is remote."""
+        cp_size = self.groups.cp_size
+        if not self.msa_layers or stage.attention is not StageAttention.sparse or cp_size == 1:
+            return {}
+        num_blocks = stage.seq_len // self.config.attention.block_size
+        f = selected / (num_blocks * (cp_size - 1) * batch.num_packs)
+        return {"kv_selected_fraction": float(f.mean()), "f": _named(self.msa_layers, f.tolist())}
 
     def _experts(self, tokens: Tensor) -> dict[str, Any]:
         if not self.moe_layers:

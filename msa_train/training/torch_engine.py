@@ -10,14 +10,16 @@ from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_te
 from megatron.core.transformer.moe.moe_utils import get_updated_expert_bias
 from torch import nn
 
-from msa_train.config import RunConfig
+from msa_train.config import RunConfig, Stage
 from msa_train.data import Pack
+from msa_train.model.index_branch import is_index_parameter
 from msa_train.model.moe import SigmoidRouter
 from msa_train.model.pack_params import LayerStats
 from msa_train.parallel.groups import Groups
 from msa_train.training.batch import StepBatch
 from msa_train.training.engine import Engine, StepResult, checkpoint_metadata, reset_token_counts
 from msa_train.training.flat_gradients import FlatGradients
+from msa_train.training.lr_schedule import Rates
 from msa_train.training.split_optimizer import SplitOptimizer
 
 # Names of Megatron's distributed optimizer, so that both engines read each other's checkpoints.
@@ -36,12 +38,20 @@ class TorchEngine(Engine):
         self.masters = [
             nn.Parameter(p.detach().float()) if p.dtype == torch.bfloat16 else p for p in self.parameters
         ]
-        names = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        self.names = [name for name, p in self.model.named_parameters() if p.requires_grad]
         self.optimizer = SplitOptimizer(
-            config.optim, list(zip(names, self.masters, strict=True)), head_dim=config.model.head_dim
+            config.optim, list(zip(self.names, self.masters, strict=True)), head_dim=config.model.head_dim
         )
+        self.set_stage(self.stage)
 
-    def train_step(self, batch: StepBatch, lr: float) -> StepResult:
+    def set_stage(self, stage: Stage) -> None:
+        """See Engine.set_stage. What is frozen costs no gradient work here."""
+        super().set_stage(stage)
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            frozen = self.index_is_frozen if is_index_parameter(name) else self.backbone_is_frozen
+            parameter.requires_grad_(not frozen)
+
+    def train_step(self, batch: StepBatch, rates: Rates) -> StepResult:
         """See Engine.train_step."""
         self.model.train()
         self.gradients.zero()
@@ -54,11 +64,11 @@ class TorchEngine(Engine):
             (losses.sum() / batch.num_labels).backward()
             loss_sum += losses.detach().sum(dtype=torch.float64)
         self.gradients.reduce()
-        grad_norm = self._update(lr)
+        grad_norm = self._update(rates)
         self._update_expert_bias()
         return StepResult(lm_loss_sum=float(loss_sum), grad_norm=grad_norm, stats=stats, traffic=comm.traffic)
 
-    def _update(self, lr: float) -> float:
+    def _update(self, rates: Rates) -> float:
         """Clip and step; returns the norm before clipping."""
         norm, clip = self.gradients.norm(), self.config.optim.clip_grad
         if clip > 0 and norm > clip:
@@ -66,7 +76,7 @@ class TorchEngine(Engine):
             self.gradients.scale(clip / (norm + 1e-6))
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             master.grad = self.gradients.view(parameter)
-        self.optimizer.step(lr)
+        self.optimizer.step(rates)
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             master.grad = None
             if master is not parameter:
@@ -78,7 +88,7 @@ class TorchEngine(Engine):
         routers = [m for m in self.model.modules() if isinstance(m, SigmoidRouter)]
         counts = [r.local_tokens_per_expert for r in routers if r.local_tokens_per_expert is not None]
         biases = [r.expert_bias for r in routers if r.expert_bias is not None]
-        if not biases:
+        if not biases or self.backbone_is_frozen:
             return
         rate = self.config.model.router_bias_update_rate
         updated = get_updated_expert_bias(torch.stack(counts), torch.stack(biases), rate)
@@ -127,3 +137,11 @@ class TorchEngine(Engine):
             if master is not parameter:
                 master.copy_(loaded["fp32_param"])
             self.optimizer.load_moments(master, loaded["exp_avg"], loaded["exp_avg_sq"], step)
+
+    @torch.no_grad()
+    def load_weights(self, state: dict[str, Any]) -> None:
+        """See Engine.load_weights."""
+        self.model.load_state_dict(state, strict=False)
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if master is not parameter:
+                master.copy_(parameter)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from msa_train.config import KvExchange, Recompute
+from msa_train.config import KvExchange, Recompute, StageAttention, StageConfig
 from tests.helpers.compare import assert_rows_close
 from tests.helpers.model_runs import run_steps, small_config
 from tests.helpers.spawn import run_ranks
@@ -35,7 +35,21 @@ CASES |= {
 }
 CASES["cp4-selected-ep4"] = (4, {"cp_size": 4, "ep_size": 4})
 CASES["cp2-selected-ep4-dp2"] = (4, {"cp_size": 2, "ep_size": 4})
-REFERENCE = "cp1-selected-ep1"
+DENSE = StageConfig(attention=StageAttention.dense)
+WARM = {"stage": DENSE, "temperature": 1.5}
+# What each case is compared with: one process in the same kind of stage.
+REFERENCES = {"": "cp1-selected-ep1", "-dense": "cp1-dense", "-warm": "cp1-warm"}
+CASES |= {
+    f"cp{cp}-{exchange.value}-{kind}": (cp, {"cp_size": cp, "exchange": exchange, **arguments})
+    for kind, arguments in (("dense", {"stage": DENSE}), ("warm", WARM))
+    for cp in (2, 3)
+    for exchange in EXCHANGES
+}
+CASES["cp1-dense"], CASES["cp1-warm"] = (1, {"stage": DENSE}), (1, WARM)
+CASES["cp2-selected-ep2-recompute-warm"] = (
+    2,
+    {"cp_size": 2, "ep_size": 2, "recompute": Recompute.full, **WARM},
+)
 
 
 def worker(rank: int, world_size: int, cases: dict[str, dict[str, Any]], folder: str) -> None:
@@ -61,9 +75,14 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
     return found
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != REFERENCE])
+def reference_of(name: str) -> str:
+    """The single process that a case must equal."""
+    return REFERENCES[next(kind for kind in ("-dense", "-warm", "") if name.endswith(kind))]
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in REFERENCES.values()])
 def test_equals_one_process(name: str, results: dict[str, list[dict[str, Any]]]) -> None:
-    reference = results[REFERENCE][0]["steps"]
+    reference = results[reference_of(name)][0]["steps"]
     experts_seen, tokens_seen = set(), 0
     for rank in results[name]:
         for step, (got, want) in enumerate(zip(rank["steps"], reference, strict=True)):

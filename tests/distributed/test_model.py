@@ -16,6 +16,7 @@ from msa_train.model.moe import SigmoidRouter
 from msa_train.model.pack_params import LayerStats
 from msa_train.parallel.groups import build_groups
 from msa_train.training.batch import make_batch
+from msa_train.training.lr_schedule import Rates
 from msa_train.training.torch_engine import TorchEngine
 from tests.helpers.compare import assert_rows_close
 from tests.helpers.model_runs import small_config, step_packs
@@ -76,7 +77,7 @@ def check_msa_is_full_attention_when_topk_covers_all() -> None:
 def check_padding_is_routed_nowhere() -> None:
     engine = engine_of(small_config())
     packs = [step_packs()[1][0]]
-    result = engine.train_step(make_batch(packs, engine.groups), lr=0.0)
+    result = engine.train_step(make_batch(packs, engine.groups), Rates(0.0, 0.0))
     for counts in result.stats.tokens_per_expert.values():
         assert int(counts.sum()) == 2 * packs[0].num_tokens
     parallel_state.destroy_model_parallel()

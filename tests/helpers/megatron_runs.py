@@ -10,6 +10,7 @@ from msa_train.config import Engine, ParallelConfig, Precision, Recompute
 from msa_train.parallel.groups import build_groups
 from msa_train.training.batch import make_batch
 from msa_train.training.engine import Engine as TrainingEngine
+from msa_train.training.lr_schedule import Rates
 from msa_train.training.megatron_engine import MegatronEngine
 from msa_train.training.step_metrics import StepMetrics
 from msa_train.training.torch_engine import TorchEngine
@@ -49,13 +50,14 @@ def build(
 def train(engine: TrainingEngine, first: int = 0, steps: int = STEPS) -> list[dict[str, Any]]:
     """Metrics of training steps and the validation loss after them."""
     groups = engine.groups
-    metrics = StepMetrics(engine.config, groups, engine.forward.layout)
+    metrics = StepMetrics(engine.config, groups)
     rows = []
     for step in range(first, first + steps):
         packs = (step_packs()[0] + step_packs()[1])[:PACKS_PER_STEP]
+        rate = 3e-3 / (step + 1)
         batch = make_batch(packs[groups.dp_rank :: groups.dp_size], groups)
-        result = engine.train_step(batch, lr=3e-3 / (step + 1))
-        rows.append(metrics.gather(batch, result, counts_loss=engine.counts_loss()))
+        result = engine.train_step(batch, Rates(backbone=rate, index=rate))
+        rows.append(metrics.gather(batch, result, engine.stage, counts_loss=engine.counts_loss()))
     value = engine.evaluate(step_packs()[1][:1])
     total = torch.tensor(value if engine.counts_loss() else 0.0, dtype=torch.float64)
     dist.all_reduce(total, group=groups.model_parallel)

@@ -16,6 +16,7 @@ from msa_train.config import (
     Precision,
     Recompute,
     RunConfig,
+    StageConfig,
     TrainConfig,
 )
 from msa_train.data import Pack
@@ -24,6 +25,7 @@ from msa_train.model.init_weights import global_names
 from msa_train.model.moe import SigmoidRouter
 from msa_train.parallel.groups import build_groups
 from msa_train.training.batch import make_batch
+from msa_train.training.lr_schedule import Rates
 from msa_train.training.torch_engine import TorchEngine
 from tests.helpers.packs import make_pack
 
@@ -38,6 +40,8 @@ def small_config(
     recompute: Recompute = Recompute.none,
     precision: Precision = Precision.fp64,
     topk: int = 3,
+    stage: StageConfig | None = None,
+    temperature: float = 1.0,
 ) -> RunConfig:
     """Four layers: full attention + dense FFN, then MSA + experts; three KV groups of two heads."""
     return RunConfig(
@@ -62,11 +66,14 @@ def small_config(
             init_std=0.3,
             embedding_init_std=0.3,
         ),
-        attention=AttentionConfig(block_size=BLOCK_SIZE, topk=topk, index_head_dim=6, kl_weight=0.7),
+        attention=AttentionConfig(
+            block_size=BLOCK_SIZE, topk=topk, index_head_dim=6, kl_weight=0.7, kl_temperature=temperature
+        ),
         parallel=ParallelConfig(cp_size=cp_size, ep_size=ep_size, kv_exchange=exchange),
         data=DataConfig(seq_len=SEQ_LEN),
         optim=OptimConfig(lr=1e-2, warmup_steps=0, clip_grad=0.0),
         train=TrainConfig(global_batch_size=2, precision=precision, recompute=recompute),
+        stages={} if stage is None else {"only": stage},
     )
 
 
@@ -106,7 +113,7 @@ def run_steps(config: RunConfig) -> dict[str, Any]:
         selections.clear()
         packs_of_step[:] = [i for i in range(len(packs)) if i % groups.dp_size == groups.dp_rank]
         batch = make_batch([packs[i] for i in packs_of_step], groups)
-        result = engine.train_step(batch, lr=1e-2)
+        result = engine.train_step(batch, Rates(backbone=1e-2, index=1e-2))
         names = global_names(engine.model, ep_rank=groups.ep_rank)
         observed.append(
             {
@@ -119,7 +126,7 @@ def run_steps(config: RunConfig) -> dict[str, Any]:
                     m.expert_bias.clone() for m in engine.model.modules() if isinstance(m, SigmoidRouter)
                 ],
                 "traffic": dict(result.traffic.received),
-                "start": engine.forward.layout.start,
+                "start": engine.forward.layout(SEQ_LEN).start,
             }
         )
     return {"rank": groups.rank, "steps": observed}
@@ -131,7 +138,8 @@ def _recorder(selections: dict[tuple[int, int], torch.Tensor], packs: list[int],
         if record.replaying:
             return
         seen = sum(1 for key in selections if key[1] == layer)
-        selections[packs[seen], layer] = record.block_indices.clone()
+        if record.block_indices is not None:
+            selections[packs[seen], layer] = record.block_indices.clone()
 
     return hook
 

@@ -101,7 +101,7 @@ def test_order_does_not_depend_on_ranks(tmp_path: Path, dp_size: int, prefetch: 
     batch, dataset = 12, _dataset(tmp_path)
     streams = [BatchStream(_dataset(tmp_path), prefetch=prefetch) for _ in range(dp_size)]
     for step in (0, 1, 2, 7, 8):
-        shares = [stream.packs(step, rank, dp_size, batch) for rank, stream in enumerate(streams)]
+        shares = [stream.packs(step * batch, rank, dp_size, batch) for rank, stream in enumerate(streams)]
         for j in range(batch):
             got = shares[j % dp_size][j // dp_size]
             assert np.array_equal(got.tokens, dataset[step * batch + j].tokens)
@@ -126,7 +126,7 @@ def test_errors_of_the_thread_reach_the_caller_in_their_step(tmp_path: Path) -> 
     with BatchStream(failing) as stream:  # pyright: ignore[reportArgumentType]
         assert len(stream.packs(0, 0, 1, 2)) == 2
         with pytest.raises(ValueError, match="pack 2 is broken"):
-            stream.packs(1, 0, 1, 2)
+            stream.packs(2, 0, 1, 2)
         assert len(stream.packs(0, 0, 1, 2)) == 2
 
 
@@ -138,7 +138,7 @@ def test_close_ends_the_thread(tmp_path: Path) -> None:
     stream.close()
     stream.close()
     assert threading.active_count() == before
-    assert len(stream.packs(1, 0, 1, 2)) == 2
+    assert len(stream.packs(2, 0, 1, 2)) == 2
 
 
 def test_token_outside_the_vocabulary_is_found_when_a_pack_is_built(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""KL loss of the index branch over all causal tokens, for the warm-up with full attention."""

@@ -1,0 +1,126 @@
+"""One part of the dense KL loss: some queries against some keys, in bounded memory.
+
+As in `full_attention`, keys come in parts (own tokens, earlier ranks' tokens) and every part's result is
+exact given the log-sum-exps over all parts; gradients and values of parts add up.
+
+Shapes: M KV groups, G query heads per group, Q queries, K keys, D head dim, Di index head dim.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_QUERY_TILE = 256
+# Elements of one teacher score tile: 8 MiB in fp32.
+_TILE_ELEMENTS = 2**21
+
+
+@dataclass(slots=True)
+class DenseKlGrads:
+    """dq_index [M, Q, Di], dk_index [K, Di] in the compute dtype; kl: unweighted sum, fp64 scalar."""
+
+    dq_index: Tensor
+    dk_index: Tensor
+    kl: Tensor
+
+
+def lse_part(q: Tensor, k: Tensor, *, causal: bool, softmax_scale: float) -> Tensor:
+    """Log-sum-exp of scaled scores.
+
+    Args:
+        q: [M, G, Q, D]; k: [M, K, D], or [1, K, D] for keys that all groups share.
+        causal: query i sees keys 0..i (needs Q == K); otherwise every query sees every key.
+        softmax_scale: factor of the scores.
+
+    Returns:
+        [M, G, Q] natural log, fp32 (fp64 for fp64 inputs).
+    """
+    dtype = _compute_dtype(q)
+    result = torch.full(q.shape[:-1], float("-inf"), dtype=dtype, device=q.device)
+    for rows, keys in _tiles(q.shape[2], k.shape[1], q.shape[0] * q.shape[1], causal):
+        scores = _scores(q, k, rows, keys, dtype, softmax_scale)
+        if causal:
+            scores.masked_fill_(_future(rows, keys, q.device), float("-inf"))
+        result[:, :, rows] = torch.logaddexp(result[:, :, rows], scores.logsumexp(-1))
+    return result
+
+
+def dense_kl_part(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    q_index: Tensor,
+    k_index: Tensor,
+    lse_index: Tensor,
+    *,
+    causal: bool,
+    softmax_scale: float,
+    index_scale: float,
+) -> DenseKlGrads:
+    """Gradients and value of the sum over queries and groups of KL(teacher || student).
+
+    Teacher: mean over the group's heads of softmax(q k), detached. Student: softmax(q_index k_index). With
+    ds = student - teacher the gradients are index_scale * ds k_index and its transpose.
+
+    Args:
+        q: [M, G, Q, D]; k: [M, K, D].
+        lse: [M, G, Q] over all parts, at `softmax_scale`.
+        q_index: [M, Q, Di]; k_index: [K, Di], shared by the groups.
+        lse_index: [M, Q] over all parts, at `index_scale`.
+        causal: query i sees keys 0..i (needs Q == K); otherwise every query sees every key.
+        softmax_scale, index_scale: factors of the two scores, temperature included.
+
+    Source: arXiv 2606.13392 equations 9 and 10, over all causal tokens as in its warm-up (section 4).
+    """
+    dtype = _compute_dtype(q)
+    grads = DenseKlGrads(
+        dq_index=torch.zeros(q_index.shape, dtype=dtype, device=q.device),
+        dk_index=torch.zeros(k_index.shape, dtype=dtype, device=q.device),
+        kl=torch.zeros((), dtype=torch.float64, device=q.device),
+    )
+    for rows, keys in _tiles(q.shape[2], k.shape[1], q.shape[0] * q.shape[1], causal):
+        teacher = _scores(q, k, rows, keys, dtype, softmax_scale)
+        teacher = teacher.sub_(lse[:, :, rows, None]).exp_().mean(1)
+        queries, index_keys = q_index[:, rows].to(dtype), k_index[keys].to(dtype)
+        log_student = (queries @ index_keys.T).mul_(index_scale).sub_(lse_index[:, rows, None])
+        if causal:
+            future = _future(rows, keys, q.device)
+            teacher.masked_fill_(future, 0.0)
+            log_student.masked_fill_(future, 0.0)
+            student = log_student.exp().masked_fill_(future, 0.0)
+        else:
+            student = log_student.exp()
+        grads.kl += (torch.xlogy(teacher, teacher) - teacher * log_student).sum(dtype=torch.float64)
+        ds = student.sub_(teacher).mul_(index_scale)
+        grads.dq_index[:, rows] += ds @ index_keys
+        grads.dk_index[keys] += ds.flatten(0, 1).T @ queries.flatten(0, 1)
+    return grads
+
+
+def _tiles(num_queries: int, num_keys: int, num_heads: int, causal: bool) -> Iterator[tuple[slice, slice]]:
+    """Tiles of the score matrix that hold at least one visible key."""
+    width = max(64, _TILE_ELEMENTS // (num_heads * _QUERY_TILE))
+    for begin in range(0, num_queries, _QUERY_TILE):
+        end = min(begin + _QUERY_TILE, num_queries)
+        visible = min(end, num_keys) if causal else num_keys
+        for first in range(0, visible, width):
+            yield slice(begin, end), slice(first, min(first + width, visible))
+
+
+def _scores(q: Tensor, k: Tensor, rows: slice, keys: slice, dtype: torch.dtype, scale: float) -> Tensor:
+    """Scaled scores of a tile [M, G, rows, keys]."""
+    queries = q[:, :, rows].to(dtype)
+    flat = queries.flatten(1, 2) @ k[:, keys].to(dtype).transpose(1, 2)
+    return flat.view(*queries.shape[:3], -1).mul_(scale)
+
+
+def _future(rows: slice, keys: slice, device: torch.device) -> Tensor:
+    """[rows, keys] bool, True where the key comes after the query."""
+    position = torch.arange(rows.start, rows.stop, device=device)
+    return torch.arange(keys.start, keys.stop, device=device) > position[:, None]
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

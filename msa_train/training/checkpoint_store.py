@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import msa_train
-from msa_train.config import RunConfig
+from msa_train.config import AttentionKind, RunConfig
 
 FORMAT_VERSION = 1
 META_NAME, MANIFEST_NAME = "meta.json", "manifest.json"
@@ -49,6 +49,8 @@ _CHANGED_BY_EXTENSION = {
     "attention.block_size",
     "attention.topk",
     "attention.local_blocks",
+    "attention.window",
+    "attention.window_sink",
 }
 
 
@@ -185,6 +187,9 @@ def fingerprint(config: RunConfig) -> dict[str, object]:
         for field in fields(part):
             value = getattr(part, field.name)
             result[f"{section}.{field.name}"] = value.value if isinstance(value, Enum) else value
+    if AttentionKind.swa not in config.model.attention_kinds():
+        # a window that no layer has may change
+        result |= {"attention.window": None, "attention.window_sink": None}
     kinds = [(kind.value, len(list(run))) for kind, run in groupby(config.model.attention_kinds())]
     result["model.layer_attention"] = ",".join(f"{kind}*{count}" for kind, count in kinds)
     return {key: value for key, value in result.items() if key not in _NOT_OF_THE_MODEL}

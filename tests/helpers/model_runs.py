@@ -39,7 +39,7 @@ def small_config(
     precision: Precision = Precision.fp64,
     topk: int = 3,
 ) -> RunConfig:
-    """Four layers: full attention + dense FFN, then MSA + experts; three KV groups of two heads."""
+    """Four layers: full attention + dense FFN, then experts with MSA, a window, MSA; three KV groups of two heads."""
     return RunConfig(
         engine=Engine.torch,
         model=ModelConfig(
@@ -55,14 +55,22 @@ def small_config(
             moe_ffn_hidden_size=16,
             shared_expert_hidden_size=8,
             routed_scaling_factor=2.0,
-            layer_attention="full,msa,full,msa",
+            layer_attention="full,msa,swa,msa",
             rotary_dim=4,
             rope_theta=10000.0,
             # Large weights: attention and routing far from uniform, so that mistakes show.
             init_std=0.3,
             embedding_init_std=0.3,
         ),
-        attention=AttentionConfig(block_size=BLOCK_SIZE, topk=topk, index_head_dim=6, kl_weight=0.7),
+        attention=AttentionConfig(
+            block_size=BLOCK_SIZE,
+            topk=topk,
+            index_head_dim=6,
+            kl_weight=0.7,
+            # No multiple of a block; longer than some documents, shorter than others.
+            window=10,
+            window_sink=1,
+        ),
         parallel=ParallelConfig(cp_size=cp_size, ep_size=ep_size, kv_exchange=exchange),
         data=DataConfig(seq_len=SEQ_LEN),
         optim=OptimConfig(lr=1e-2, warmup_steps=0, clip_grad=0.0),

@@ -155,7 +155,7 @@ class FullSelfAttention(GroupedQueryAttention):
 
 
 class WindowSelfAttention(GroupedQueryAttention):
-    """Causal sliding window within documents, with a sink: the block exchange with blocks given by position."""
+    """Causal sliding window within documents, with a sink: position decides which blocks are exchanged."""
 
     def attend(self, hidden_states: Tensor, q: Tensor, k: Tensor, v: Tensor, params: PackParams) -> Tensor:
         """See GroupedQueryAttention.attend."""

@@ -1,7 +1,8 @@
 """The whole step, context and expert parallel, equals one process in fp64: guards every change.
 
-Layers with full attention, MSA and a sliding window. Loss, KL, every gradient, the block selection and the expert bias of two training steps, for every exchange
-and layout. Packs: one long document; many short ones; one shorter than a block; one with nothing remote.
+Layers with full attention, MSA and a sliding window. Loss, KL, every gradient, the block selection and the
+expert bias of two training steps, for every exchange and layout. Packs: one long document; many short ones;
+one shorter than a block; one with nothing remote.
 """
 
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from msa_train.config import KvExchange, Recompute
+from msa_train.training.step_metrics import kv_bytes_all_gather
 from tests.helpers.compare import assert_rows_close
 from tests.helpers.model_runs import run_steps, small_config, step_packs
 from tests.helpers.spawn import run_ranks
@@ -138,3 +140,5 @@ def test_gathering_exchanges_move_everything(results: dict[str, list[dict[str, A
         for rank in results[name]:
             for step in rank["steps"]:
                 assert step["traffic"]["kv"] == (cp_size - 1) * shard * layers_and_packs
+        moved = sum(rank["steps"][0]["traffic"]["kv"] for rank in results[name])
+        assert moved == kv_bytes_all_gather(small_config(cp_size=cp_size), num_packs=2)

@@ -75,7 +75,7 @@ def check_sparse_layers_are_full_attention_when_they_see_all() -> None:
 
 
 def check_window_hides_the_rest() -> None:
-    """In a model of window layers, a token out of reach of all layers together changes no loss; one within does."""
+    """With window layers alone, a token changes losses as far as all layers reach together, no further."""
     config = small_config()
     config.model.layer_attention = "swa"
     config.attention.window, config.attention.window_sink = 6, 0

@@ -39,7 +39,7 @@ def small_config(
     precision: Precision = Precision.fp64,
     topk: int = 3,
 ) -> RunConfig:
-    """Four layers: full attention + dense FFN, then experts with MSA, a window, MSA; three KV groups of two heads."""
+    """Four layers: full attention + dense FFN, then MSA, a window, MSA + experts; 3 KV groups of 2 heads."""
     return RunConfig(
         engine=Engine.torch,
         model=ModelConfig(

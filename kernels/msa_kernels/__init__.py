@@ -5,6 +5,7 @@ query-by-sequence matrix.
 """
 
 from msa_kernels.block_sparse_attention.op import block_sparse_attention
+from msa_kernels.block_sparse_attention.window import TokenWindow, window_blocks
 from msa_kernels.select_blocks.op import select_blocks
 
-__all__ = ["block_sparse_attention", "select_blocks"]
+__all__ = ["TokenWindow", "block_sparse_attention", "select_blocks", "window_blocks"]

@@ -96,7 +96,7 @@ class ModelConfig:
 
 @dataclass(kw_only=True, slots=True)
 class AttentionConfig:
-    """MiniMax Sparse Attention: block selection and the training of its index branch."""
+    """MiniMax Sparse Attention: block selection and the training of its index branch. Sliding windows."""
 
     block_size: int = 128
     "tokens per key block; also the alignment of documents in a pack"
@@ -109,12 +109,22 @@ class AttentionConfig:
     "factor of the KL loss, summed over layers, that trains the index branch; 0 freezes the branch"
     kl_temperature: float = 1.0
     "divides the logits of teacher and student in the KL loss; never changes the selection"
+    window: int = 2048
+    "tokens that a query of a sliding-window (swa) layer sees, itself included"
+    window_sink: int = 0
+    "first blocks of the document that every query of a sliding-window layer sees too; 0 for none"
 
     def __post_init__(self) -> None:
         _positive(self, ["block_size", "topk", "local_blocks", "index_head_dim"])
         if self.local_blocks > self.topk:
             raise ValueError(
                 f"attention.local_blocks={self.local_blocks}: must be at most attention.topk={self.topk}"
+            )
+        if self.window < 1:
+            raise ValueError(f"attention.window={self.window}: must be at least 1, the query itself")
+        if self.window_sink < 0:
+            raise ValueError(
+                f"attention.window_sink={self.window_sink}: must not be negative; use 0 for none"
             )
         if self.kl_weight < 0:
             raise ValueError(f"attention.kl_weight={self.kl_weight}: must not be negative")

@@ -20,9 +20,9 @@ class Device(Enum):
 
 
 class KvExchange(Enum):
-    """How an MSA layer gets the keys and values of other context-parallel ranks."""
+    """How a layer gets the keys and values of other context-parallel ranks."""
 
-    selected = "selected"  # only the (block, group) pairs that a local query selected
+    selected = "selected"  # only the (block, group) pairs that a local query sees
     all_gather = "all_gather"  # all keys and values, gathered; gradients reduce-scattered
     ring = "ring"  # one neighbour's shard at a time, partial results merged by log-sum-exp
 
@@ -76,7 +76,8 @@ class AttentionKind(Enum):
     """Attention of one layer."""
 
     full = "full"
-    msa = "msa"
+    msa = "msa"  # the blocks that an index branch selects
+    swa = "swa"  # sliding window of `attention.window` tokens and, if wanted, the document's first blocks
 
 
 class StageAttention(Enum):

@@ -12,7 +12,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
-from msa_kernels import select_blocks
+from msa_kernels import select_blocks, window_blocks
 from torch import Tensor
 
 from msa_train.config import QkNorm, StageAttention
@@ -157,6 +157,38 @@ class FullSelfAttention(GroupedQueryAttention):
     def attend(self, hidden_states: Tensor, q: Tensor, k: Tensor, v: Tensor, params: PackParams) -> Tensor:
         """See GroupedQueryAttention.attend."""
         return cp_full_attention(q, k, v, self.full_call(params))
+
+
+class WindowSelfAttention(GroupedQueryAttention):
+    """Causal sliding window within documents, with a sink: position decides which blocks are exchanged."""
+
+    def attend(self, hidden_states: Tensor, q: Tensor, k: Tensor, v: Tensor, params: PackParams) -> Tensor:
+        """See GroupedQueryAttention.attend."""
+        pack, comm, attention = params.pack, params.comm, self.config.attention
+        assert pack is not None, "the step fills in the pack"
+        assert comm is not None, "the step fills in the collectives"
+        block_indices, window = window_blocks(
+            pack.position,
+            pack.position - pack.doc_position,
+            block_size=attention.block_size,
+            num_blocks=pack.layout.num_blocks,
+            window=attention.window,
+            sink_blocks=attention.window_sink,
+            query_valid=pack.valid,
+        )
+        call = SparseCall(
+            block_indices=block_indices[:, None].expand(-1, self.num_groups, -1),
+            position=pack.position,
+            layout=pack.layout,
+            comm=comm,
+            exchange=self.config.kv_exchange,
+            softmax_scale=self.head_dim**-0.5,
+            requests=params.record.requests,
+            window=window,
+        )
+        out = cp_sparse_attention(q, k, v, None, None, call)
+        params.record.requests = call.requests
+        return out
 
 
 class MsaSelfAttention(GroupedQueryAttention):

@@ -32,7 +32,12 @@ from torch import Tensor
 
 from msa_train.config import AttentionKind, RunConfig, longest_seq_len
 from msa_train.data import IGNORE_LABEL
-from msa_train.model.attention import AttentionSubmodules, FullSelfAttention, MsaSelfAttention
+from msa_train.model.attention import (
+    AttentionSubmodules,
+    FullSelfAttention,
+    MsaSelfAttention,
+    WindowSelfAttention,
+)
 from msa_train.model.cross_entropy import linear_cross_entropy
 from msa_train.model.layer import MsaTransformerLayer
 from msa_train.model.moe import ExpertLayer, SigmoidRouter
@@ -43,7 +48,11 @@ from msa_train.model.transformer_config import (
     build_transformer_config,
 )
 
-_ATTENTION = {AttentionKind.full: FullSelfAttention, AttentionKind.msa: MsaSelfAttention}
+_ATTENTION = {
+    AttentionKind.full: FullSelfAttention,
+    AttentionKind.msa: MsaSelfAttention,
+    AttentionKind.swa: WindowSelfAttention,
+}
 
 
 class MsaGptModel(GPTModel):

@@ -17,6 +17,7 @@ from msa_kernels.block_sparse_attention.pool import (
     pool_backward,
     pool_forward,
 )
+from msa_kernels.block_sparse_attention.window import TokenWindow
 from msa_kernels.full_attention.op import merge_parts
 from torch import Tensor
 
@@ -37,6 +38,7 @@ class SparseCall:
     kl_weight: factor of sum over queries and groups of the divergence.
     on_kl: receives this rank's unweighted sum of divergences (fp64 scalar) in the backward pass.
     requests: agreed block requests; filled by the first call and reused when the layer is recomputed.
+    window: which tokens of their blocks the local queries see, for sliding windows; None: all but the future.
     """
 
     block_indices: Tensor
@@ -50,10 +52,11 @@ class SparseCall:
     kl_weight: float = 0.0
     on_kl: Callable[[Tensor], None] | None = None
     requests: BlockRequests | None = None
+    window: TokenWindow | None = None
 
 
 def cp_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, q_index: Tensor, k_index: Tensor, call: SparseCall
+    q: Tensor, k: Tensor, v: Tensor, q_index: Tensor | None, k_index: Tensor | None, call: SparseCall
 ) -> Tensor:
     """Attention of local queries over the blocks they selected, wherever these blocks are.
 
@@ -62,7 +65,7 @@ def cp_sparse_attention(
 
     Args:
         q: [T, M, G, D]; k, v: [T, M, D], this rank's tokens.
-        q_index: [T, M, Di]; k_index: [T, Di], this rank's tokens.
+        q_index: [T, M, Di]; k_index: [T, Di], this rank's tokens; None in layers without an index branch.
         call: see SparseCall.
 
     Returns:
@@ -74,7 +77,13 @@ def cp_sparse_attention(
 class _CpSparseAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, q_index: Tensor, k_index: Tensor, call: SparseCall
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_index: Tensor | None,
+        k_index: Tensor | None,
+        call: SparseCall,
     ) -> Tensor:
         local = pack_blocks(k, v, call.layout.block_size)
         needed = needed_pairs(call.block_indices, call.layout.num_blocks)
@@ -115,6 +124,8 @@ class _CpSparseAttention(torch.autograd.Function):
         assert sums.dq is not None, "an exchange has at least one source"
         num_groups = q.shape[1]
         dk, dv = unpack_blocks(dkv.to(q.dtype), num_groups)
+        if q_index is None:
+            return sums.dq.to(q.dtype), dk, dv, None, None, None
         if dk_index is None or sums.dq_index is None:
             # Zeros and not None: a frozen index branch must still look used to gradient hooks.
             width = q_index.shape[-1]
@@ -153,7 +164,7 @@ class _QuerySums:
             self.kl = kl if self.kl is None else self.kl.add_(kl)
 
 
-def _queries(q: Tensor, q_index: Tensor, call: SparseCall) -> SparseQueries:
+def _queries(q: Tensor, q_index: Tensor | None, call: SparseCall) -> SparseQueries:
     return SparseQueries(
         q=q,
         position=call.position,
@@ -161,6 +172,7 @@ def _queries(q: Tensor, q_index: Tensor, call: SparseCall) -> SparseQueries:
         q_index=None if call.k_index is None else q_index,
         k_index=call.k_index,
         index_scale=call.index_scale,
+        window=call.window,
     )
 
 

@@ -53,6 +53,8 @@ _CHANGED_BY_EXTENSION = {
     "attention.block_size",
     "attention.topk",
     "attention.local_blocks",
+    "attention.window",
+    "attention.window_sink",
 }
 # What a new run that takes weights alone may change besides: index branches come and go with their layers
 _CHANGED_WITH_WEIGHTS = {"model.layer_attention"}
@@ -193,6 +195,9 @@ def fingerprint(config: RunConfig) -> dict[str, object]:
         for field in fields(part):
             value = getattr(part, field.name)
             result[f"{section}.{field.name}"] = value.value if isinstance(value, Enum) else value
+    if AttentionKind.swa not in config.model.attention_kinds():
+        # a window that no layer has may change
+        result |= {"attention.window": None, "attention.window_sink": None}
     kinds = [(kind.value, len(list(run))) for kind, run in groupby(config.model.attention_kinds())]
     result["model.layer_attention"] = ",".join(f"{kind}*{count}" for kind, count in kinds)
     return {key: value for key, value in result.items() if key not in _NOT_OF_THE_MODEL}

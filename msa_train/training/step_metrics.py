@@ -38,16 +38,16 @@ _TRAFFIC = {
 
 
 def kv_bytes_all_gather(config: RunConfig, num_packs: int, seq_len: int) -> int:
-    """K/V bytes that all ranks together would receive if every MSA layer gathered all of them once.
+    """K/V bytes that all ranks together would receive if every msa and swa layer gathered all of them once.
 
     A ring moves the same. With full recomputation the forward runs, and fetches, twice.
     """
     model, cp_size = config.model, config.parallel.cp_size
-    num_msa = model.attention_kinds().count(AttentionKind.msa)
+    by_block = sum(kind is not AttentionKind.full for kind in model.attention_kinds())
     element = torch.empty((), dtype=DTYPES[config.train.precision]).element_size()
     shard = seq_len // cp_size * 2 * model.num_kv_heads * model.head_dim * element
     passes = 2 if config.train.recompute is Recompute.full else 1
-    return num_packs * num_msa * cp_size * (cp_size - 1) * shard * passes
+    return num_packs * by_block * cp_size * (cp_size - 1) * shard * passes
 
 
 class StepMetrics:

@@ -1,7 +1,8 @@
 """The whole step, context and expert parallel, equals one process in fp64: guards every change.
 
-Loss, KL, every gradient, the block selection and the expert bias of two training steps, for every exchange
-and layout. Packs: one long document; many short ones; one shorter than a block; one with nothing remote.
+Layers with full attention, MSA and a sliding window. Loss, KL, every gradient, the block selection and the
+expert bias of two training steps, for every exchange and layout. Packs: one long document; many short ones;
+one shorter than a block; one with nothing remote.
 """
 
 from typing import Any
@@ -10,8 +11,9 @@ import pytest
 import torch
 
 from msa_train.config import KvExchange, Recompute, StageAttention, StageConfig
+from msa_train.training.step_metrics import kv_bytes_all_gather
 from tests.helpers.compare import assert_rows_close
-from tests.helpers.model_runs import run_steps, small_config
+from tests.helpers.model_runs import SEQ_LEN, run_steps, small_config, step_packs
 from tests.helpers.spawn import run_ranks
 
 TOLERANCE = 1e-8
@@ -108,19 +110,39 @@ def test_equals_one_process(name: str, results: dict[str, list[dict[str, Any]]])
     assert tokens_seen == whole
 
 
+def remote_window_blocks(step: int, own: range) -> int:
+    """Blocks that the window layer needs from other ranks, over a step's packs, token by token."""
+    config = small_config().attention
+    count = 0
+    for pack in step_packs()[step]:
+        seen = set()
+        for start, length in zip(pack.cu_seqlens[:-1].tolist(), pack.doc_lengths.tolist(), strict=True):
+            for query in range(start, start + length):
+                if query // config.block_size in own:
+                    tokens = [*range(start, start + config.window_sink * config.block_size)]
+                    tokens += range(query - config.window + 1, query + 1)
+                    seen |= {token // config.block_size for token in tokens if start <= token <= query}
+        count += len(seen - set(own))
+    return count
+
+
 def test_exchange_sends_only_what_was_selected(results: dict[str, list[dict[str, Any]]]) -> None:
-    """Bytes from the collectives, against a brute-force count of distinct remote (block, group) pairs."""
+    """Bytes from the collectives, against a brute-force count of distinct remote (block, group) pairs.
+
+    The window layer's are counted from positions, the same for its three groups.
+    """
     for name in ("cp2-selected-ep1", "cp3-selected-ep1", "cp4-selected-ep1"):
         cp_size, head_dim, block_size, element = CASES[name][1]["cp_size"], 8, 4, 8
         local_blocks = 96 // cp_size // block_size
         for rank in results[name]:
-            for step in rank["steps"]:
+            for number, step in enumerate(rank["steps"]):
                 own = range(step["start"] // block_size, step["start"] // block_size + local_blocks)
                 pairs = 0
                 for block_indices in step["selections"].values():
                     for group in range(block_indices.shape[1]):
                         seen = {b for row in block_indices[:, group].tolist() for b in row}
                         pairs += len([b for b in seen if b >= 0 and b not in own])
+                pairs += 3 * remote_window_blocks(number, own)
                 assert step["traffic"]["kv"] == pairs * 2 * head_dim * block_size * element
     # The second step's packs have nothing remote but what the 50-token document needs: some rank gets none.
     quiet = [rank["steps"][1]["traffic"]["kv"] for rank in results["cp4-selected-ep1"]]
@@ -129,11 +151,15 @@ def test_exchange_sends_only_what_was_selected(results: dict[str, list[dict[str,
 
 
 def test_gathering_exchanges_move_everything(results: dict[str, list[dict[str, Any]]]) -> None:
-    """All-gather and ring: (P - 1) shards per MSA layer and pack, whatever was selected."""
+    """All-gather and ring: (P - 1) shards per msa or swa layer and pack, whatever was selected."""
     for name in ("cp2-all_gather-ep1", "cp4-ring-ep1"):
         cp_size = CASES[name][1]["cp_size"]
         shard = 96 // cp_size * 2 * 3 * 8 * 8
-        layers_and_packs = 2 * 2
+        layers_and_packs = 3 * 2
         for rank in results[name]:
             for step in rank["steps"]:
                 assert step["traffic"]["kv"] == (cp_size - 1) * shard * layers_and_packs
+        moved = sum(rank["steps"][0]["traffic"]["kv"] for rank in results[name])
+        assert moved == kv_bytes_all_gather(
+            small_config(cp_size=cp_size), num_packs=2, seq_len=SEQ_LEN
+        )

@@ -54,9 +54,10 @@ def check_cross_entropy() -> None:
         assert_rows_close(a, b, 1e-13)
 
 
-def check_msa_is_full_attention_when_topk_covers_all() -> None:
+def check_sparse_layers_are_full_attention_when_they_see_all() -> None:
+    """MSA that selects every block, and a window as long as the pack."""
     config = small_config(topk=24)
-    config.attention.kl_weight = 0.0
+    config.attention.kl_weight, config.attention.window = 0.0, 96
     sparse = engine_of(config)
     sparse_losses = losses_of(sparse)
     sparse_losses.sum().backward()
@@ -71,6 +72,26 @@ def check_msa_is_full_attention_when_topk_covers_all() -> None:
     names = dict(sparse.model.named_parameters())
     for name, parameter in full.model.named_parameters():
         assert_rows_close(sparse.gradients.view(names[name]), full.gradients.view(parameter), 1e-10)
+    parallel_state.destroy_model_parallel()
+
+
+def check_window_hides_the_rest() -> None:
+    """With window layers alone, a token changes losses as far as all layers reach together, no further."""
+    config = small_config()
+    config.model.layer_attention = "swa"
+    config.attention.window, config.attention.window_sink = 6, 0
+    engine = engine_of(config)
+    pack = step_packs()[0][0]
+    reach = config.model.num_layers * (config.attention.window - 1)
+    local, params = engine.forward.prepare(
+        pack, num_tokens=1, comm=engine.groups.cp_comm(), stats=LayerStats()
+    )
+    before = engine.forward(engine.model, local, params)
+    local.tokens[20] = (local.tokens[20] + 1) % 61
+    change = (engine.forward(engine.model, local, params) - before).abs()
+    assert not change[:20].any()
+    assert change[20 + reach] > 0
+    assert not change[20 + reach + 1 :].any()
     parallel_state.destroy_model_parallel()
 
 
@@ -111,7 +132,8 @@ CHECKS: dict[str, Any] = {
     check.__name__.removeprefix("check_"): check
     for check in (
         check_cross_entropy,
-        check_msa_is_full_attention_when_topk_covers_all,
+        check_sparse_layers_are_full_attention_when_they_see_all,
+        check_window_hides_the_rest,
         check_padding_is_routed_nowhere,
         check_router_buffers_stay_fp32,
         check_padding_does_not_leak,

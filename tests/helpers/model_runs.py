@@ -43,7 +43,7 @@ def small_config(
     stage: StageConfig | None = None,
     temperature: float = 1.0,
 ) -> RunConfig:
-    """Four layers: full attention + dense FFN, then MSA + experts; three KV groups of two heads."""
+    """Four layers: full attention + dense FFN, then MSA, a window, MSA + experts; 3 KV groups of 2 heads."""
     return RunConfig(
         engine=Engine.torch,
         model=ModelConfig(
@@ -59,7 +59,7 @@ def small_config(
             moe_ffn_hidden_size=16,
             shared_expert_hidden_size=8,
             routed_scaling_factor=2.0,
-            layer_attention="full,msa,full,msa",
+            layer_attention="full,msa,swa,msa",
             rotary_dim=4,
             rope_theta=10000.0,
             # Large weights: attention and routing far from uniform, so that mistakes show.
@@ -67,7 +67,14 @@ def small_config(
             embedding_init_std=0.3,
         ),
         attention=AttentionConfig(
-            block_size=BLOCK_SIZE, topk=topk, index_head_dim=6, kl_weight=0.7, kl_temperature=temperature
+            block_size=BLOCK_SIZE,
+            topk=topk,
+            index_head_dim=6,
+            kl_weight=0.7,
+            kl_temperature=temperature,
+            # No multiple of a block; longer than some documents, shorter than others.
+            window=10,
+            window_sink=1,
         ),
         parallel=ParallelConfig(cp_size=cp_size, ep_size=ep_size, kv_exchange=exchange),
         data=DataConfig(seq_len=SEQ_LEN),

@@ -207,7 +207,7 @@ def test_fields_without_say_in_the_weights_may_change(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     save(config, 100)
     same = ModelConfig(name="b", init_std=0.5, layer_attention="full,msa*1,msa", router_bias_update_rate=0)
-    changed = replace(config, model=same, attention=AttentionConfig(kl_weight=0.5))
+    changed = replace(config, model=same, attention=AttentionConfig(kl_weight=0.5, window=7))
     changed.parallel.cp_size, changed.optim.lr = 8, 1.0
     found = find_checkpoint(changed, full=True)
     assert found is not None

@@ -14,6 +14,7 @@ from msa_kernels.block_sparse_attention.pool import (
     pool_backward,
     pool_forward,
 )
+from msa_kernels.block_sparse_attention.window import TokenWindow
 
 
 def block_sparse_attention(
@@ -25,6 +26,7 @@ def block_sparse_attention(
     block_size: int,
     softmax_scale: float | None = None,
     query_offset: int = 0,
+    window: TokenWindow | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of each query over the visible tokens of its selected blocks.
 
@@ -36,6 +38,8 @@ def block_sparse_attention(
         block_size: tokens per block; divides S.
         softmax_scale: factor of the scores, default D ** -0.5.
         query_offset: position of the first query in the pack.
+        window: hides tokens of the blocks that lie before a query's window (`window_blocks` gives the blocks
+            and the window); None: every token of the blocks up to the query is visible.
 
     Returns:
         out [T, num_heads, D] in q's dtype and lse [T, num_heads], natural log, fp32 (fp64 for fp64 inputs,
@@ -47,8 +51,13 @@ def block_sparse_attention(
     Source: arXiv 2606.13392 section 2.
     """
     _check(q, k, v, block_indices, block_size)
+    if window is not None and not window.start.shape == window.sink_stop.shape == q.shape[:1]:
+        raise ValueError(
+            f"window.start.shape={tuple(window.start.shape)}, window.sink_stop.shape="
+            f"{tuple(window.sink_stop.shape)}: must be [T] = [{q.shape[0]}]"
+        )
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    return _BlockSparseAttention.apply(q, k, v, block_indices, block_size, scale, query_offset)
+    return _BlockSparseAttention.apply(q, k, v, block_indices, block_size, scale, query_offset, window)
 
 
 class _BlockSparseAttention(torch.autograd.Function):
@@ -62,11 +71,13 @@ class _BlockSparseAttention(torch.autograd.Function):
         block_size: int,
         softmax_scale: float,
         query_offset: int,
+        window: TokenWindow | None,
     ) -> tuple[Tensor, Tensor]:
-        queries, pool, entries = _problem(q, k, v, block_indices, block_size, softmax_scale, query_offset)
+        arguments = (block_size, softmax_scale, query_offset, window)
+        queries, pool, entries = _problem(q, k, v, block_indices, *arguments)
         result = pool_forward(queries, pool, entries)
         ctx.save_for_backward(q, k, v, block_indices, result.out, result.lse)
-        ctx.arguments = (block_size, softmax_scale, query_offset)
+        ctx.arguments = arguments
         lse = result.lse.flatten(1)
         ctx.mark_non_differentiable(lse)
         return result.out.flatten(1, 2).to(q.dtype), lse
@@ -78,7 +89,7 @@ class _BlockSparseAttention(torch.autograd.Function):
         dout = dout.view_as(out).to(out.dtype)
         grads = pool_backward(queries, pool, entries, dout, (dout * out).sum(-1), lse, None)
         dk, dv = unpack_blocks(grads.dkv, k.shape[1])
-        return grads.dq.flatten(1, 2).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *(None,) * 4
+        return grads.dq.flatten(1, 2).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *(None,) * 5
 
 
 def _problem(
@@ -89,11 +100,13 @@ def _problem(
     block_size: int,
     softmax_scale: float,
     query_offset: int,
+    window: TokenWindow | None,
 ) -> tuple[SparseQueries, BlockPool, Tensor]:
     """All blocks of all groups as a pool: entry = group * num_blocks + block."""
     T, M, num_blocks = q.shape[0], k.shape[1], k.shape[0] // block_size
     position = torch.arange(query_offset, query_offset + T, device=q.device)
-    queries = SparseQueries(q=q.view(T, M, -1, q.shape[-1]), position=position, softmax_scale=softmax_scale)
+    q = q.view(T, M, -1, q.shape[-1])
+    queries = SparseQueries(q=q, position=position, softmax_scale=softmax_scale, window=window)
     block = torch.arange(num_blocks, device=q.device).repeat(M)
     pool = BlockPool(kv=pack_blocks(k, v, block_size), block=block)
     group = torch.arange(M, device=q.device)[:, None]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from msa_kernels.block_sparse_attention.window import TokenWindow
 from msa_kernels.block_sparse_attention.work_list import WorkList, build_work_list
 
 # Values of one score tile, and of the buffer that holds a partial result per (row, slot).
@@ -28,7 +29,8 @@ class SparseQueries:
     """The query side of one call, this rank's tokens.
 
     q: [T, M, G, D]; position: [T] int64 in the pack. q_index: [T, M, Di] and k_index: [NB, B, Di], index
-    keys of the whole pack by block, or None when the KL loss is not computed.
+    keys of the whole pack by block, or None when the KL loss is not computed. window: which tokens of its
+    blocks a query sees; None: all but the future.
     """
 
     q: Tensor
@@ -37,6 +39,7 @@ class SparseQueries:
     q_index: Tensor | None = None
     k_index: Tensor | None = None
     index_scale: float = 1.0
+    window: TokenWindow | None = None
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -169,55 +172,71 @@ class _Chunk:
             self.q_index = (queries.q_index[chunk].to(self.dtype) * queries.index_scale).flatten(0, 1)
         self.position = queries.position[chunk].repeat_interleave(self.M)
         self.entries = entries[chunk].flatten(0, 1)
+        self.window = None
+        if queries.window is not None:
+            edges = (queries.window.start[chunk], queries.window.sink_stop[chunk])
+            self.window = TokenWindow(*(edge.repeat_interleave(self.M) for edge in edges))
 
     def work(self) -> Iterator[tuple[WorkList, bool]]:
-        """Work lists with a flag: True where the query lies inside the block (causal mask needed)."""
+        """Work lists with a flag: True where the query sees only a part of the block (mask needed)."""
         num_entries, block_size = self.pool.kv.shape[0], self.pool.kv.shape[2]
         if num_entries == 0:
             return
         used = self.entries >= 0
-        own = self.pool.block[self.entries.clamp(min=0)] == (self.position // block_size)[:, None]
-        for keep, diagonal in ((used & ~own, False), (used & own, True)):
-            rows_per_item = self._rows_per_item(keep, num_entries, diagonal)
+        block = self.pool.block[self.entries.clamp(min=0)]
+        partial = block == (self.position // block_size)[:, None]
+        if self.window is not None:
+            begin, edge = block * block_size, self.window.start[:, None]
+            cut = (begin < edge) & (begin >= self.window.sink_stop[:, None])
+            used &= ~cut | (begin + block_size > edge)
+            partial |= cut
+        for keep, masked in ((used & ~partial, False), (used & partial, True)):
+            rows_per_item = self._rows_per_item(keep, num_entries, masked)
             work = build_work_list(self.entries, keep, num_entries=num_entries, rows_per_item=rows_per_item)
             per_batch = max(1, _TILE_ELEMENTS // (rows_per_item * self.G * block_size))
-            for begin in range(0, work.entry.numel(), per_batch):
-                stop = begin + per_batch
-                yield WorkList(pair=work.pair[begin:stop], entry=work.entry[begin:stop]), diagonal
+            for first in range(0, work.entry.numel(), per_batch):
+                stop = first + per_batch
+                yield WorkList(pair=work.pair[first:stop], entry=work.entry[first:stop]), masked
 
-    def _rows_per_item(self, keep: Tensor, num_entries: int, diagonal: bool) -> int:
+    def _rows_per_item(self, keep: Tensor, num_entries: int, masked: bool) -> int:
         """About as many rows as read an entry, so that few places stay empty, within what is efficient."""
         most = max(8, 128 // self.G)
         block_size = self.pool.kv.shape[2]
-        typical = block_size if diagonal else keep.numel() // num_entries
+        typical = block_size if masked else keep.numel() // num_entries
         return min(most, max(8, 1 << max(typical - 1, 1).bit_length()))
 
-    def scores(self, work: WorkList, row: Tensor, diagonal: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q [I, W*G, D], k, v [I, B, D] and scaled scores [I, W*G, B], -inf in the query's future."""
+    def scores(self, work: WorkList, row: Tensor, masked: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q [I, W*G, D], k, v [I, B, D] and scaled scores [I, W*G, B], -inf where hidden."""
         q = self.q[row].view(row.shape[0], -1, self.D)
         kv = self.pool.kv[work.entry].to(self.dtype)
         scores = torch.bmm(q, kv[:, 0].transpose(1, 2))
-        if diagonal:
-            future = self._future(work, row)
-            scores.view(*row.shape, self.G, -1).masked_fill_(future[:, :, None], float("-inf"))
+        if masked:
+            hidden = self._hidden(work, row)
+            scores.view(*row.shape, self.G, -1).masked_fill_(hidden[:, :, None], float("-inf"))
         return q, kv[:, 0], kv[:, 1], scores
 
-    def index_scores(self, work: WorkList, row: Tensor, diagonal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def index_scores(self, work: WorkList, row: Tensor, masked: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Index queries [I, W, Di], index keys [I, B, Di] and scaled index scores [I, W, B]."""
         assert self.q_index is not None, "index scores need index queries"
         assert self.queries.k_index is not None, "index scores need index keys"
         q = self.q_index[row]
         k = self.queries.k_index[self.pool.block[work.entry]].to(self.dtype)
         scores = torch.bmm(q, k.transpose(1, 2))
-        if diagonal:
-            scores.masked_fill_(self._future(work, row), float("-inf"))
+        if masked:
+            scores.masked_fill_(self._hidden(work, row), float("-inf"))
         return q, k, scores
 
-    def _future(self, work: WorkList, row: Tensor) -> Tensor:
+    def _hidden(self, work: WorkList, row: Tensor) -> Tensor:
+        """Tokens of the item's block that its rows do not see: [I, W, B] bool."""
         block_size = self.pool.kv.shape[2]
         token = torch.arange(block_size, device=row.device)
         token = self.pool.block[work.entry][:, None] * block_size + token
-        return token[:, None, :] > self.position[row][:, :, None]
+        token = token[:, None, :]
+        hidden = token > self.position[row][:, :, None]
+        if self.window is not None:
+            before = token < self.window.start[row][:, :, None]
+            hidden |= before & (token >= self.window.sink_stop[row][:, :, None])
+        return hidden
 
 
 def _forward_chunk(part: _Chunk) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -226,17 +245,17 @@ def _forward_chunk(part: _Chunk) -> tuple[Tensor, Tensor, Tensor | None]:
     out = part.q.new_zeros(rows * K + 1, G, D)
     lse = part.q.new_full((rows * K + 1, G), float("-inf"))
     lse_index = None if part.q_index is None else part.q.new_full((rows * K + 1,), float("-inf"))
-    for work, diagonal in part.work():
+    for work, masked in part.work():
         row = work.pair.clamp(min=0) // K
         target = torch.where(work.pair < 0, rows * K, work.pair)
-        _, _, v, scores = part.scores(work, row, diagonal)
+        _, _, v, scores = part.scores(work, row, masked)
         peak = scores.amax(-1, keepdim=True)
         p = scores.sub_(peak).exp_()
         total = p.sum(-1, keepdim=True)
         out[target] = torch.bmm(p, v).div_(total).view(*row.shape, G, D)
         lse[target] = (peak + total.log()).view(*row.shape, G)
         if lse_index is not None:
-            lse_index[target] = part.index_scores(work, row, diagonal)[2].logsumexp(-1)
+            lse_index[target] = part.index_scores(work, row, masked)[2].logsumexp(-1)
     # The spare pair collected the empty places; it is cut off here.
     out, lse = out[:-1].view(rows, K, G, D), lse[:-1].view(rows, K, G)
     total_lse = lse.logsumexp(1)
@@ -266,11 +285,11 @@ def _backward_chunk(part: _Chunk, rows: _BackwardRows, grads: PoolGrads, chunk: 
     dq_index = None
     if rows.lse_index is not None and part.q_index is not None:
         dq_index = part.q.new_zeros(num_rows * K + 1, part.q_index.shape[-1])
-    for work, diagonal in part.work():
+    for work, masked in part.work():
         row = work.pair.clamp(min=0) // K
         empty = work.pair < 0
         target = torch.where(empty, num_rows * K, work.pair)
-        q, k, v, scores = part.scores(work, row, diagonal)
+        q, k, v, scores = part.scores(work, row, masked)
         # An empty place gets lse = +inf, hence probability 0 and no gradient.
         lse = rows.lse[row].masked_fill(empty[..., None], float("inf"))
         p = scores.sub_(lse.flatten(1).unsqueeze(-1)).exp_()
@@ -281,7 +300,7 @@ def _backward_chunk(part: _Chunk, rows: _BackwardRows, grads: PoolGrads, chunk: 
         grads.dkv.index_add_(0, work.entry, dkv)
         if dq_index is not None:
             teacher = p.view(*row.shape, G, -1).mean(2)
-            dq_index[target] = _kl_backward(part, rows, grads, work, row, diagonal, teacher)
+            dq_index[target] = _kl_backward(part, rows, grads, work, row, masked, teacher)
     total = dq[:-1].view(num_rows, K, G, D).sum(1).mul_(part.queries.softmax_scale)
     grads.dq[chunk] = total.view(part.num_queries, part.M, G, D)
     if dq_index is not None:
@@ -296,18 +315,18 @@ def _kl_backward(
     grads: PoolGrads,
     work: WorkList,
     row: Tensor,
-    diagonal: bool,
+    masked: bool,
     teacher: Tensor,
 ) -> Tensor:
     """Adds dk_index and the value of the KL loss to `grads`; returns dq_index [I, W, Di] unscaled."""
     assert rows.lse_index is not None, "called with a KL term only"
     assert grads.kl is not None, "allocated with the KL term"
     assert grads.dk_index is not None, "allocated with the KL term"
-    q, k, scores = part.index_scores(work, row, diagonal)
+    q, k, scores = part.index_scores(work, row, masked)
     lse = rows.lse_index[row].masked_fill(work.pair < 0, float("inf"))
     log_student = scores.sub_(lse.unsqueeze(-1))
     ds = log_student.exp().sub_(teacher).mul_(rows.kl_weight)
-    # Terms with teacher 0 (future tokens, empty places) are 0 even where the student's log is -inf.
+    # Terms with teacher 0 (hidden tokens, empty places) are 0 even where the student's log is -inf.
     floor = torch.finfo(teacher.dtype).tiny
     ratio = teacher.clamp(min=floor).log_().sub_(log_student.clamp_(min=_LOG_FLOOR))
     grads.kl += torch.dot(teacher.flatten(), ratio.flatten())

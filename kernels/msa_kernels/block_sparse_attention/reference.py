@@ -16,6 +16,21 @@ def selection_mask(block_indices: Tensor, position: Tensor, *, seq_len: int, blo
     return tokens & (torch.arange(seq_len, device=position.device) <= position[:, None, None])
 
 
+def window_mask(
+    position: Tensor, doc_start: Tensor, *, seq_len: int, block_size: int, window: int, sink_blocks: int = 0
+) -> Tensor:
+    """Visible tokens of a sliding window: positions and document starts [T] -> [T, S] bool.
+
+    Token j of the query's document is visible at position i when i - window < j <= i, or j <= i and j lies
+    in the first `sink_blocks` blocks of the document.
+    """
+    token = torch.arange(seq_len, device=position.device)
+    position, doc_start = position[:, None], doc_start[:, None]
+    near = token > position - window
+    sink = token < doc_start + sink_blocks * block_size
+    return (token >= doc_start) & (token <= position) & (near | sink)
+
+
 def attention_reference(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, softmax_scale: float
 ) -> tuple[Tensor, Tensor]:

@@ -226,6 +226,7 @@ class MsaSelfAttention(GroupedQueryAttention):
             index_scale=q_index.shape[-1] ** -0.5,
             k_index=all_keys.view(-1, block_size, all_keys.shape[-1]) if trains_index else None,
             kl_weight=params.kl_weight,
+            kl_temperature=self.config.attention.kl_temperature,
             on_kl=lambda kl: LayerStats.add(params.stats.kl, self.layer_number, kl),
             requests=record.requests,
         )

@@ -36,6 +36,7 @@ class SparseCall:
     position: [T] int64, positions of the local tokens in the pack.
     k_index: [NB, B, Di] index keys of the whole pack, detached; None leaves the KL loss out.
     kl_weight: factor of sum over queries and groups of the divergence.
+    kl_temperature: divides the logits of teacher and student in the divergence.
     on_kl: receives this rank's unweighted sum of divergences (fp64 scalar) in the backward pass.
     requests: agreed block requests; filled by the first call and reused when the layer is recomputed.
     window: which tokens of their blocks the local queries see, for sliding windows; None: all but the future.
@@ -50,6 +51,7 @@ class SparseCall:
     index_scale: float = 1.0
     k_index: Tensor | None = None
     kl_weight: float = 0.0
+    kl_temperature: float = 1.0
     on_kl: Callable[[Tensor], None] | None = None
     requests: BlockRequests | None = None
     window: TokenWindow | None = None
@@ -97,18 +99,20 @@ class _CpSparseAttention(torch.autograd.Function):
             total = part if total is None else _merge(total, part)
         assert total is not None, "an exchange has at least one source"
         out = total.out.to(q.dtype)
-        ctx.save_for_backward(q, q_index, out, total.lse, total.lse_index)
+        ctx.save_for_backward(q, q_index, out, total.lse, total.lse_index, total.lse_teacher)
         ctx.session, ctx.call = session, call
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, q_index, out, lse, lse_index = ctx.saved_tensors
+        q, q_index, out, lse, lse_index, lse_teacher = ctx.saved_tensors
         call: SparseCall = ctx.call
         queries = _queries(q, q_index, call)
         dout = dout.to(queries.compute_dtype)
         delta = (dout * out).sum(-1)
-        term = None if lse_index is None else KlTerm(lse_index=lse_index, weight=call.kl_weight)
+        term = None
+        if lse_index is not None:
+            term = KlTerm(lse_index=lse_index, weight=call.kl_weight, lse_teacher=lse_teacher)
         sums = _QuerySums()
 
         def compute(source: KvSource) -> PairGrads:
@@ -171,14 +175,21 @@ def _queries(q: Tensor, q_index: Tensor | None, call: SparseCall) -> SparseQueri
         softmax_scale=call.softmax_scale,
         q_index=None if call.k_index is None else q_index,
         k_index=call.k_index,
-        index_scale=call.index_scale,
+        index_scale=call.index_scale / call.kl_temperature,
+        temperature=call.kl_temperature,
         window=call.window,
     )
 
 
 def _merge(a: PoolOutput, b: PoolOutput) -> PoolOutput:
     out, lse = merge_parts(a.out, a.lse, b.out, b.lse)
-    index = None
-    if a.lse_index is not None and b.lse_index is not None:
-        index = torch.logaddexp(a.lse_index, b.lse_index)
-    return PoolOutput(out=out, lse=lse, lse_index=index)
+    return PoolOutput(
+        out=out,
+        lse=lse,
+        lse_index=_logaddexp(a.lse_index, b.lse_index),
+        lse_teacher=_logaddexp(a.lse_teacher, b.lse_teacher),
+    )
+
+
+def _logaddexp(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return None if a is None or b is None else torch.logaddexp(a, b)

@@ -40,14 +40,15 @@ CASES["cp2-selected-ep4-dp2"] = (4, {"cp_size": 2, "ep_size": 4})
 DENSE = StageConfig(attention=StageAttention.dense)
 WARM = {"stage": DENSE, "temperature": 1.5}
 # What each case is compared with: one process in the same kind of stage.
-REFERENCES = {"": "cp1-selected-ep1", "-dense": "cp1-dense", "-warm": "cp1-warm"}
+REFERENCES = {"": "cp1-selected-ep1", "-dense": "cp1-dense", "-warm": "cp1-warm", "-soft": "cp1-soft"}
 CASES |= {
     f"cp{cp}-{exchange.value}-{kind}": (cp, {"cp_size": cp, "exchange": exchange, **arguments})
-    for kind, arguments in (("dense", {"stage": DENSE}), ("warm", WARM))
+    for kind, arguments in (("dense", {"stage": DENSE}), ("warm", WARM), ("soft", {"temperature": 1.5}))
     for cp in (2, 3)
     for exchange in EXCHANGES
 }
 CASES["cp1-dense"], CASES["cp1-warm"] = (1, {"stage": DENSE}), (1, WARM)
+CASES["cp1-soft"] = (1, {"temperature": 1.5})
 CASES["cp2-selected-ep2-recompute-warm"] = (
     2,
     {"cp_size": 2, "ep_size": 2, "recompute": Recompute.full, **WARM},
@@ -79,7 +80,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
 
 def reference_of(name: str) -> str:
     """The single process that a case must equal."""
-    return REFERENCES[next(kind for kind in ("-dense", "-warm", "") if name.endswith(kind))]
+    return REFERENCES[next(kind for kind in ("-dense", "-warm", "-soft", "") if name.endswith(kind))]
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in REFERENCES.values()])
@@ -160,6 +161,4 @@ def test_gathering_exchanges_move_everything(results: dict[str, list[dict[str, A
             for step in rank["steps"]:
                 assert step["traffic"]["kv"] == (cp_size - 1) * shard * layers_and_packs
         moved = sum(rank["steps"][0]["traffic"]["kv"] for rank in results[name])
-        assert moved == kv_bytes_all_gather(
-            small_config(cp_size=cp_size), num_packs=2, seq_len=SEQ_LEN
-        )
+        assert moved == kv_bytes_all_gather(small_config(cp_size=cp_size), num_packs=2, seq_len=SEQ_LEN)

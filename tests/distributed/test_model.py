@@ -8,10 +8,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
 
-from msa_train.config import Precision, RunConfig
+from msa_train.config import Precision, RunConfig, StageAttention, StageConfig
 from msa_train.data import IGNORE_LABEL
 from msa_train.model import cross_entropy
 from msa_train.model.cross_entropy import linear_cross_entropy
+from msa_train.model.index_branch import is_index_parameter
 from msa_train.model.moe import SigmoidRouter
 from msa_train.model.pack_params import LayerStats
 from msa_train.parallel.groups import build_groups
@@ -95,6 +96,49 @@ def check_window_hides_the_rest() -> None:
     parallel_state.destroy_model_parallel()
 
 
+def check_dense_stage_is_sparse_stage_with_all_blocks() -> None:
+    """Loss, KL loss and every gradient, at a temperature: two implementations of the same loss."""
+    seen = []
+    for attention in StageAttention:
+        engine = engine_of(small_config(topk=24, stage=StageConfig(attention=attention), temperature=1.7))
+        packs = step_packs()[0]
+        result = engine.train_step(make_batch(packs, engine.groups), Rates(0.0, 0.0))
+        gradients = {n: engine.gradients.view(p).clone() for n, p in engine.model.named_parameters()}
+        seen.append((result, gradients))
+        parallel_state.destroy_model_parallel()
+    (sparse, sparse_gradients), (dense, dense_gradients) = seen
+    assert abs(sparse.lm_loss_sum - dense.lm_loss_sum) < 1e-9
+    assert sparse.stats.kl.keys() == dense.stats.kl.keys() == {2, 4}
+    for layer, kl in sparse.stats.kl.items():
+        assert abs(float(kl) - float(dense.stats.kl[layer])) < 1e-9 * float(kl)
+    for name, gradient in sparse_gradients.items():
+        assert_rows_close(dense_gradients[name], gradient, 1e-9)
+        assert gradient.any() or "expert" in name, name
+
+
+def check_frozen_parts_stay(frozen: str, others: str) -> None:
+    """A frozen part does not move by a step, the rest does, and so does nothing of the experts' bias."""
+    engine = engine_of(small_config(stage=StageConfig(**{frozen: 0.0})))
+    before = {n: p.detach().clone() for n, p in engine.model.named_parameters()}
+    scales = {"lr_scale": "backbone", "index_lr_scale": "index"}
+    rates = Rates(**{scales[frozen]: 0.0, scales[others]: 1e-2})
+    engine.train_step(make_batch(step_packs()[0], engine.groups), rates)
+    for name, parameter in engine.model.named_parameters():
+        is_frozen = is_index_parameter(name) is (frozen == "index_lr_scale")
+        assert torch.equal(parameter, before[name]) is is_frozen or "expert" in name, name
+    biases = [m.expert_bias for m in engine.model.modules() if isinstance(m, SigmoidRouter)]
+    assert any(bool(bias.any()) for bias in biases) is (frozen == "index_lr_scale")
+    parallel_state.destroy_model_parallel()
+
+
+def check_frozen_backbone_stays() -> None:
+    check_frozen_parts_stay("lr_scale", "index_lr_scale")
+
+
+def check_frozen_index_branch_stays() -> None:
+    check_frozen_parts_stay("index_lr_scale", "lr_scale")
+
+
 def check_padding_is_routed_nowhere() -> None:
     engine = engine_of(small_config())
     packs = [step_packs()[1][0]]
@@ -134,6 +178,9 @@ CHECKS: dict[str, Any] = {
         check_cross_entropy,
         check_sparse_layers_are_full_attention_when_they_see_all,
         check_window_hides_the_rest,
+        check_dense_stage_is_sparse_stage_with_all_blocks,
+        check_frozen_backbone_stays,
+        check_frozen_index_branch_stays,
         check_padding_is_routed_nowhere,
         check_router_buffers_stay_fp32,
         check_padding_does_not_leak,

@@ -29,7 +29,8 @@ class SparseQueries:
     """The query side of one call, this rank's tokens.
 
     q: [T, M, G, D]; position: [T] int64 in the pack. q_index: [T, M, Di] and k_index: [NB, B, Di], index
-    keys of the whole pack by block, or None when the KL loss is not computed. window: which tokens of its
+    keys of the whole pack by block, or None when the KL loss is not computed. temperature: divides the
+    logits of the KL loss's teacher; index_scale must be divided by it already. window: which tokens of its
     blocks a query sees; None: all but the future.
     """
 
@@ -39,6 +40,7 @@ class SparseQueries:
     q_index: Tensor | None = None
     k_index: Tensor | None = None
     index_scale: float = 1.0
+    temperature: float = 1.0
     window: TokenWindow | None = None
 
     @property
@@ -57,19 +59,27 @@ class BlockPool:
 
 @dataclass(slots=True)
 class PoolOutput:
-    """Attention over one pool: out [T, M, G, D], lse [T, M, G], lse_index [T, M] (None without KL)."""
+    """Attention over one pool: out [T, M, G, D], lse [T, M, G].
+
+    With a KL loss also lse_index [T, M] and, where the temperature is not 1, lse_teacher [T, M, G].
+    """
 
     out: Tensor
     lse: Tensor
     lse_index: Tensor | None
+    lse_teacher: Tensor | None
 
 
 @dataclass(slots=True)
 class KlTerm:
-    """The KL loss in a backward pass. weight: factor of sum over queries and groups of the divergence."""
+    """The KL loss in a backward pass; log-sum-exps as in PoolOutput, merged over pools.
+
+    weight: factor of sum over queries and groups of the divergence.
+    """
 
     lse_index: Tensor
     weight: float
+    lse_teacher: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -103,13 +113,12 @@ def pool_forward(queries: SparseQueries, pool: BlockPool, entries: Tensor) -> Po
     out = torch.zeros(T, M, G, D, dtype=dtype, device=queries.q.device)
     lse = torch.full((T, M, G), float("-inf"), dtype=dtype, device=queries.q.device)
     lse_index = None if queries.q_index is None else torch.full_like(lse[:, :, 0], float("-inf"))
+    softened = queries.q_index is not None and queries.temperature != 1.0
+    lse_teacher = torch.full_like(lse, float("-inf")) if softened else None
+    result = PoolOutput(out=out, lse=lse, lse_index=lse_index, lse_teacher=lse_teacher)
     for chunk in _chunks(T, M * entries.shape[2] * G * D):
-        part = _Chunk(queries, pool, entries, chunk)
-        out[chunk], lse[chunk], part_index = _forward_chunk(part)
-        if lse_index is not None:
-            assert part_index is not None, "index queries are in every chunk or in none"
-            lse_index[chunk] = part_index
-    return PoolOutput(out=out, lse=lse, lse_index=lse_index)
+        _forward_chunk(_Chunk(queries, pool, entries, chunk), result, chunk)
+    return result
 
 
 def pool_backward(
@@ -239,16 +248,21 @@ class _Chunk:
         return hidden
 
 
-def _forward_chunk(part: _Chunk) -> tuple[Tensor, Tensor, Tensor | None]:
+def _forward_chunk(part: _Chunk, result: PoolOutput, chunk: slice) -> None:
+    """Fills in the rows of `chunk`."""
     rows, G, D, K = part.q.shape[0], part.G, part.D, part.K
     # One more pair than there are, at the end: the empty places of items write there.
     out = part.q.new_zeros(rows * K + 1, G, D)
     lse = part.q.new_full((rows * K + 1, G), float("-inf"))
-    lse_index = None if part.q_index is None else part.q.new_full((rows * K + 1,), float("-inf"))
+    lse_index = None if result.lse_index is None else torch.full_like(lse[:, 0], float("-inf"))
+    lse_teacher = None if result.lse_teacher is None else torch.full_like(lse, float("-inf"))
     for work, masked in part.work():
         row = work.pair.clamp(min=0) // K
         target = torch.where(work.pair < 0, rows * K, work.pair)
         _, _, v, scores = part.scores(work, row, masked)
+        if lse_teacher is not None:
+            softened = (scores / part.queries.temperature).logsumexp(-1)
+            lse_teacher[target] = softened.view(*row.shape, G)
         peak = scores.amax(-1, keepdim=True)
         p = scores.sub_(peak).exp_()
         total = p.sum(-1, keepdim=True)
@@ -262,8 +276,11 @@ def _forward_chunk(part: _Chunk) -> tuple[Tensor, Tensor, Tensor | None]:
     weight = (lse - _finite(total_lse)[:, None]).exp()
     merged = torch.einsum("rkgd,rkg->rgd", out, weight)
     shape = (part.num_queries, part.M)
-    index = None if lse_index is None else lse_index[:-1].view(rows, K).logsumexp(1).view(shape)
-    return merged.view(*shape, G, D), total_lse.view(*shape, G), index
+    result.out[chunk], result.lse[chunk] = merged.view(*shape, G, D), total_lse.view(*shape, G)
+    if result.lse_index is not None and lse_index is not None:
+        result.lse_index[chunk] = lse_index[:-1].view(rows, K).logsumexp(1).view(shape)
+    if result.lse_teacher is not None and lse_teacher is not None:
+        result.lse_teacher[chunk] = lse_teacher[:-1].view(rows, K, G).logsumexp(1).view(*shape, G)
 
 
 class _BackwardRows:
@@ -277,6 +294,9 @@ class _BackwardRows:
         self.lse = lse.flatten(0, 1)
         self.kl_weight = 0.0 if kl_term is None else kl_term.weight
         self.lse_index = None if kl_term is None else kl_term.lse_index[chunk].flatten(0, 1)
+        self.lse_teacher = None
+        if kl_term is not None and kl_term.lse_teacher is not None:
+            self.lse_teacher = kl_term.lse_teacher[chunk].flatten(0, 1)
 
 
 def _backward_chunk(part: _Chunk, rows: _BackwardRows, grads: PoolGrads, chunk: slice) -> None:
@@ -299,7 +319,7 @@ def _backward_chunk(part: _Chunk, rows: _BackwardRows, grads: PoolGrads, chunk: 
         dkv = torch.stack((torch.bmm(ds.transpose(1, 2), q), torch.bmm(p.transpose(1, 2), dout)), dim=1)
         grads.dkv.index_add_(0, work.entry, dkv)
         if dq_index is not None:
-            teacher = p.view(*row.shape, G, -1).mean(2)
+            teacher = _teacher(part, rows, p, lse, row, empty)
             dq_index[target] = _kl_backward(part, rows, grads, work, row, masked, teacher)
     total = dq[:-1].view(num_rows, K, G, D).sum(1).mul_(part.queries.softmax_scale)
     grads.dq[chunk] = total.view(part.num_queries, part.M, G, D)
@@ -307,6 +327,19 @@ def _backward_chunk(part: _Chunk, rows: _BackwardRows, grads: PoolGrads, chunk: 
         assert grads.dq_index is not None, "allocated together"
         total = dq_index[:-1].view(num_rows, K, -1).sum(1).mul_(part.queries.index_scale)
         grads.dq_index[chunk] = total.view(part.num_queries, part.M, -1)
+
+
+def _teacher(part: _Chunk, rows: _BackwardRows, p: Tensor, lse: Tensor, row: Tensor, empty: Tensor) -> Tensor:
+    """Mean over the group's heads of the probabilities at the teacher's temperature: [I, W, B].
+
+    p: [I, W*G, B] at temperature 1, with lse [I, W, G].
+    """
+    heads = p.view(*row.shape, part.G, -1)
+    if rows.lse_teacher is not None:
+        logits = heads.log().add_(_finite(lse.masked_fill(empty[..., None], 0.0))[..., None])
+        norm = rows.lse_teacher[row].masked_fill(empty[..., None], float("inf"))
+        heads = logits.div_(part.queries.temperature).sub_(norm[..., None]).exp_()
+    return heads.mean(2)
 
 
 def _kl_backward(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launchers.groups import GROUPS, config_dir, group_options
-from msa_train.config import RunConfig
+from msa_train.config import RunConfig, StageConfig
 
 ConfigStore.instance().store(name="schema", node=RunConfig)
 
@@ -40,8 +40,10 @@ def compose_run(overrides: Sequence[str]) -> RunConfig:
         ValueError: naming the value, the rule and the fix.
     """
     parsed = [_parse(text) for text in overrides]
-    keys = known_keys()
+    stages = _stage_names([text for text in overrides if not text.lstrip("+").startswith("stages.")])
+    keys = known_keys(stages)
     schema = OmegaConf.structured(RunConfig)
+    schema.stages = {name: StageConfig() for name in stages}
     for text, override in zip(overrides, parsed, strict=True):
         if override.key_or_group in GROUPS:
             _check_choice(text, override)
@@ -51,12 +53,23 @@ def compose_run(overrides: Sequence[str]) -> RunConfig:
         choices = ", ".join(f"run={name}" for name in group_options("run"))
         raise ValueError(f"run: none is chosen and there is no default; use one of {choices}")
     try:
-        with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            # every key exists, so that a leading + changes nothing; Hydra would refuse it
-            node = compose("config", overrides=[text.lstrip("+") for text in overrides])
-        return _to_config(node)
+        return _to_config(_compose(overrides))
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ValueError(_explain(error, keys)) from error
+
+
+def _compose(overrides: Sequence[str]) -> Any:
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        # every key exists, so that a leading + changes nothing; Hydra would refuse it
+        return compose("config", overrides=[text.lstrip("+") for text in overrides])
+
+
+def _stage_names(overrides: Sequence[str]) -> list[str]:
+    """Stages of the chosen run; none where the overrides are at fault, which is found and said later."""
+    try:
+        return [str(name) for name in _compose(overrides).stages]
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError):
+        return []
 
 
 def config_to_yaml(config: RunConfig) -> str:
@@ -76,16 +89,19 @@ def load_run(path: str | Path) -> RunConfig:
         raise ValueError(f"{path}: {_explain(error, known_keys())}") from error
 
 
-def known_keys() -> dict[str, Any]:
-    """Type of every dotted key, e.g. {"train.steps": int, "engine": Engine}."""
-    return _walk(RunConfig, "")
+def known_keys(stages: Sequence[str] = ()) -> dict[str, Any]:
+    """Type of every dotted key, e.g. {"train.steps": int, "engine": Engine}; stages: their names."""
+    return _walk(RunConfig, "", stages)
 
 
-def _walk(section: type, prefix: str) -> dict[str, Any]:
+def _walk(section: type, prefix: str, stages: Sequence[str]) -> dict[str, Any]:
     keys: dict[str, Any] = {}
     for item in fields(section):
         if is_dataclass(item.type):
-            keys.update(_walk(item.type, f"{prefix}{item.name}."))  # type: ignore[arg-type]
+            keys.update(_walk(item.type, f"{prefix}{item.name}.", stages))  # type: ignore[arg-type]
+        elif get_origin(item.type) is dict:
+            for name in stages:
+                keys.update(_walk(get_args(item.type)[1], f"{prefix}{item.name}.{name}.", stages))
         else:
             keys[prefix + item.name] = item.type
     return keys

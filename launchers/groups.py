@@ -10,6 +10,7 @@ GROUPS = (
     "data",
     "optim",
     "train",
+    "stages",
     "checkpoint",
     "logging",
     "launcher",

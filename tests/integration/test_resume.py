@@ -65,7 +65,7 @@ def test_killed_again_and_again_equals_left_alone(finished: FinishedRun, tmp_pat
     got = read_metrics(run_dir)
     assert [row["step"] for row in got] == list(range(1, STEPS + 1)), repeat
     for ours, theirs in zip(got, want, strict=True):
-        assert _without_times(ours) == _without_times(theirs), f"step {theirs['step']}; {repeat}"
+        assert without_times(ours) == without_times(theirs), f"step {theirs['step']}; {repeat}"
     events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     assert [event.step for event in events.Scalars("loss/lm")] == list(range(1, STEPS + 1)), repeat
     assert not _partial_checkpoints(run_dir)
@@ -143,7 +143,7 @@ def _compare_losses(want_dir: Path, got_dir: Path, *, first_step: int) -> None:
             assert row[name] == pytest.approx(theirs[name], rel=tolerance), f"{name} of step {step}"
 
 
-def _without_times(row: dict[str, Any]) -> dict[str, Any]:
+def without_times(row: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key not in TIMES}
 
 

@@ -17,7 +17,7 @@ JOB_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP
 
 # arguments, what the line names, the fix
 MISTAKES = [
-    ([], "run:", "use one of run=demo"),
+    ([], "run:", "run=demo"),
     (["run=dmo"], "run=dmo", "did you mean run=demo?"),
     (["demo"], "demo", "use run=demo"),
     (["run=demo", "modell=m3"], "modell=m3", "did you mean model?"),

@@ -6,16 +6,25 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from msa_train.config import Engine, ParallelConfig, Precision, Recompute
+from msa_train.config import (
+    Engine,
+    KlTarget,
+    ParallelConfig,
+    Precision,
+    Recompute,
+    StageAttention,
+    StageConfig,
+    plan_stages,
+)
 from msa_train.parallel.groups import build_groups
 from msa_train.training.batch import make_batch
 from msa_train.training.engine import Engine as TrainingEngine
-from msa_train.training.lr_schedule import Rates
+from msa_train.training.lr_schedule import Rates, stage_rates
 from msa_train.training.megatron_engine import MegatronEngine
 from msa_train.training.step_metrics import StepMetrics
 from msa_train.training.torch_engine import TorchEngine
 from tests.helpers import cuda_shim
-from tests.helpers.model_runs import small_config, step_packs
+from tests.helpers.model_runs import SEQ_LEN, small_config, step_packs
 
 STEPS = 3
 PACKS_PER_STEP = 4
@@ -24,11 +33,12 @@ PACKS_PER_STEP = 4
 def build(
     engine: Engine,
     *,
-    parallel: dict[str, int],
+    parallel: dict[str, Any],
     precision: Precision = Precision.fp32,
     recompute: Recompute = Recompute.none,
+    recipe: bool = False,
 ) -> TrainingEngine:
-    """An engine over the whole world with the sizes in `parallel`."""
+    """An engine over the whole world with the sizes in `parallel`; recipe: another stage for each step."""
     config = small_config(precision=precision, recompute=recompute)
     # Divisible by two tensor-parallel ranks.
     config.model.num_heads, config.model.num_kv_heads, config.model.vocab_size = 8, 4, 64
@@ -36,6 +46,12 @@ def build(
     config.optim.clip_grad = 1.0
     config.train.global_batch_size = PACKS_PER_STEP
     config.parallel = ParallelConfig(**parallel)
+    if recipe:
+        config.stages = recipe_stages()
+        config.train.steps = 0
+        # So large that a forgotten exception, such as that for norms, shows in the losses.
+        config.optim.weight_decay, config.optim.index_weight_decay = 5.0, 20.0
+        config.optim.index_lr_scale = 3.0
     groups = build_groups(config.parallel, device=torch.device("cpu"))
     if engine is Engine.torch:
         return TorchEngine(config, groups)
@@ -47,16 +63,32 @@ def build(
     return megatron
 
 
+def recipe_stages() -> dict[str, StageConfig]:
+    """One step each: only the index branch trains; only the backbone, without KL loss; both, both ways."""
+    dense, tokens = StageAttention.dense, PACKS_PER_STEP * SEQ_LEN
+    return {
+        "index_only": StageConfig(tokens=tokens, attention=dense, lr_scale=0.0),
+        "no_kl": StageConfig(tokens=tokens, attention=dense, kl=KlTarget.none),
+        "index_frozen": StageConfig(tokens=tokens, index_lr_scale=0.0),
+        "sparse": StageConfig(tokens=tokens, lr_scale=0.5),
+    }
+
+
 def train(engine: TrainingEngine, first: int = 0, steps: int = STEPS) -> list[dict[str, Any]]:
     """Metrics of training steps and the validation loss after them."""
     groups = engine.groups
     metrics = StepMetrics(engine.config, groups)
     rows = []
-    for step in range(first, first + steps):
+    plan = plan_stages(engine.config) if engine.config.stages else ()
+    for step in range(first, first + (len(plan) or steps)):
         packs = (step_packs()[0] + step_packs()[1])[:PACKS_PER_STEP]
         rate = 3e-3 / (step + 1)
         batch = make_batch(packs[groups.dp_rank :: groups.dp_size], groups)
-        result = engine.train_step(batch, Rates(backbone=rate, index=rate))
+        rates = Rates(backbone=rate, index=rate)
+        if plan:
+            engine.set_stage(plan[step])
+            rates = stage_rates(step, engine.config.optim, plan[step], len(plan))
+        result = engine.train_step(batch, rates)
         rows.append(metrics.gather(batch, result, engine.stage, counts_loss=engine.counts_loss()))
     value = engine.evaluate(step_packs()[1][:1])
     total = torch.tensor(value if engine.counts_loss() else 0.0, dtype=torch.float64)

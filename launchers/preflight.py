@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from launchers.model_size import model_size
 from launchers.run_dir import check_writable
 from launchers.worker import accept_fallbacks
-from msa_train.config import Device, RunConfig, check_rules, resolve_engine
+from msa_train.config import (
+    Device,
+    RunConfig,
+    check_rules,
+    plan_stages,
+    resolve_engine,
+    total_steps,
+)
 
 CPU_PROCESSES = 2
 GPU_DEVICE_FILES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
@@ -71,6 +78,7 @@ def describe(config: RunConfig, layout: Layout) -> str:
         f"dp {dp_size} x cp {parallel.cp_size} x tp {parallel.tp_size} x pp {parallel.pp_size}, "
         f"ep {parallel.ep_size}; engine {resolve_engine(config, has_gpu=layout.on_gpu).value}; "
         f"{config.data.seq_len} tokens per sequence, {config.data.seq_len // parallel.cp_size} per rank; "
+        f"{_stages(config)}"
         f"{config.model.name} {_count(size.total)} parameters, {_count(size.active)} active"
     )
 
@@ -103,6 +111,17 @@ def set_worker_environment(config: RunConfig, layout: Layout) -> None:
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
     if config.launcher.device is Device.cpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def _stages(config: RunConfig) -> str:
+    """ "dense_warmup 20 + sparse 100 steps; ", or nothing without stages."""
+    if not config.stages:
+        return ""
+    left, parts = total_steps(config), []
+    for stage in plan_stages(config):
+        parts.append(f"{stage.name} {min(stage.num_steps, left)}")
+        left -= stage.num_steps
+    return f"stages {' + '.join(parts)} steps; "
 
 
 def _count(number: int) -> str:

@@ -72,6 +72,7 @@ def _positive_sizes(config: RunConfig) -> None:
         "optim.index_lr_scale": config.optim.index_lr_scale,
         "optim.index_weight_decay": config.optim.index_weight_decay,
         "train.validate_every": train.validate_every,
+        "logging.attention_every": config.logging.attention_every,
         "checkpoint.every": config.checkpoint.every,
         "checkpoint.keep_last": config.checkpoint.keep_last,
         "optim.warmup_steps": config.optim.warmup_steps,
@@ -89,6 +90,7 @@ def _positive_sizes(config: RunConfig) -> None:
             raise ValueError(f"{name}={value}: must not be negative")
     for name, value in {
         "logging.every": config.logging.every,
+        "logging.attention_queries": config.logging.attention_queries,
         "launcher.threads_per_process": config.launcher.threads_per_process,
         "launcher.timeout_s": config.launcher.timeout_s,
         "data.seq_len": config.data.seq_len,

@@ -120,6 +120,10 @@ class LoggingConfig:
 
     every: int = 1
     "steps between entries of metrics.jsonl and TensorBoard"
+    attention_every: int = 10
+    "steps between comparisons of the selection of MSA layers with full attention; 0 for none"
+    attention_queries: int = 64
+    "queries of the compared step's first pack that are looked at"
     tensorboard: bool = True
     progress: Progress = Progress.auto
 

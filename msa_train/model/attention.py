@@ -21,6 +21,7 @@ from msa_train.model.norm import RMSNorm
 from msa_train.model.pack_params import LayerStats, PackParams
 from msa_train.model.rotary import apply_rotary
 from msa_train.model.transformer_config import MsaTransformerConfig
+from msa_train.parallel.attention_probe import probe_attention
 from msa_train.parallel.block_requests import needed_pairs
 from msa_train.parallel.cp_dense_kl import IndexKl
 from msa_train.parallel.cp_full_attention import FullCall, cp_full_attention
@@ -214,6 +215,8 @@ class MsaSelfAttention(GroupedQueryAttention):
             return self._attend_densely(q, k, v, q_index, k_index, all_keys, params)
         if record.block_indices is None:
             record.block_indices = self._select(q_index, all_keys, params)
+        if params.probe is not None and not record.replaying:
+            self._probe(q, k, record.block_indices[params.probe.rows], params)
         trains_index = params.kl_weight > 0 and torch.is_grad_enabled()
         block_size = self.config.attention.block_size
         call = SparseCall(
@@ -247,6 +250,8 @@ class MsaSelfAttention(GroupedQueryAttention):
         params: PackParams,
     ) -> Tensor:
         """Full attention, under which the index branch learns from all causal tokens."""
+        if params.probe is not None and not params.record.replaying:
+            self._probe(q, k, self._select(q_index, all_keys, params, params.probe.rows), params)
         kl = IndexKl(
             all_keys=all_keys,
             weight=params.kl_weight,
@@ -256,19 +261,39 @@ class MsaSelfAttention(GroupedQueryAttention):
         )
         return cp_full_attention(q, k, v, self.full_call(params, kl), q_index, k_index)
 
-    def _select(self, q_index: Tensor, all_keys: Tensor, params: PackParams) -> Tensor:
+    def _select(
+        self, q_index: Tensor, all_keys: Tensor, params: PackParams, rows: Tensor | None = None
+    ) -> Tensor:
+        """Selection of all local queries, or of some rows."""
         pack, attention = params.pack, self.config.attention
         assert pack is not None, "checked by the caller"
         return select_blocks(
-            q_index.detach(),
+            q_index.detach() if rows is None else q_index.detach()[rows],
             all_keys,
             pack.cu_seqlens,
             block_size=attention.block_size,
             topk=attention.topk,
             local_blocks=attention.local_blocks,
             query_offset=pack.layout.start,
-            query_valid=pack.valid,
+            query_valid=pack.valid if rows is None else None,
+            position=None if rows is None else pack.position[rows],
         )
+
+    def _probe(self, q: Tensor, k: Tensor, selected: Tensor, params: PackParams) -> None:
+        """Compare the sampled queries' selection with full attention; selected: [sampled, M, topk]."""
+        probe, comm = params.probe, params.comm
+        assert probe is not None, "called where queries are sampled"
+        assert comm is not None, "checked by the caller"
+        q, k = q.detach()[probe.rows], k.detach()
+        sums = probe_attention(q, k, selected, probe, comm, softmax_scale=self.head_dim**-0.5).flat()
+        LayerStats.add(params.stats.attention, self.layer_number, self._of_all_groups(sums))
+
+    def _of_all_groups(self, values: Tensor) -> Tensor:
+        """[M, ...] of this tensor-parallel rank's groups -> [num_kv_heads, ...], zero for the others."""
+        whole = values.new_zeros(self.config.model.num_kv_heads, *values.shape[1:])
+        first = self.tp_rank * self.num_groups
+        whole[first : first + self.num_groups] = values
+        return whole
 
     def _count_selected(self, block_indices: Tensor, params: PackParams) -> None:
         """Remote pairs per group, before any exchange: what `selected` would send."""
@@ -276,7 +301,4 @@ class MsaSelfAttention(GroupedQueryAttention):
         layout = params.pack.layout
         needed = needed_pairs(block_indices, layout.num_blocks)
         needed[:, layout.first_block : layout.first_block + layout.num_local_blocks] = False
-        counts = torch.zeros(self.config.model.num_kv_heads, dtype=torch.int64, device=needed.device)
-        first = self.tp_rank * self.num_groups
-        counts[first : first + self.num_groups] = needed.sum(1)
-        LayerStats.add(params.stats.selected, self.layer_number, counts)
+        LayerStats.add(params.stats.selected, self.layer_number, self._of_all_groups(needed.sum(1)))

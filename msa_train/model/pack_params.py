@@ -12,6 +12,7 @@ from torch import Tensor
 
 from msa_train.config import StageAttention
 from msa_train.model.local_pack import LocalPack
+from msa_train.parallel.attention_probe import ProbeQueries
 from msa_train.parallel.block_requests import BlockRequests
 from msa_train.parallel.collectives import CpComm
 
@@ -38,12 +39,14 @@ class LayerStats:
     """Sums over the packs of a step, per layer number (from 1), on this rank.
 
     kl: fp64 scalar, divergences summed over queries and groups. selected: [M] int64 remote (block, group)
-    pairs selected. tokens_per_expert: [num_experts] int64.
+    pairs selected. tokens_per_expert: [num_experts] int64. attention: [M, ...] fp64, `ProbeSums.flat` of
+    the sampled queries, in steps that sample some.
     """
 
     kl: dict[int, Tensor] = field(default_factory=dict)
     selected: dict[int, Tensor] = field(default_factory=dict)
     tokens_per_expert: dict[int, Tensor] = field(default_factory=dict)
+    attention: dict[int, Tensor] = field(default_factory=dict)
 
     @staticmethod
     def add(sums: dict[int, Tensor], layer_number: int, value: Tensor) -> None:
@@ -59,6 +62,7 @@ class PackParams(PackedSeqParams):
     kl_weight: factor of the sum of divergences, 0 when the KL loss is off.
     attention: what MSA layers attend to in this stage of the run.
     padding_mask: [1, tokens of this tensor-parallel rank] bool, True for padding.
+    probe: queries of which MSA layers compare the selection with full attention; None: of none.
     """
 
     pack: LocalPack | None = None
@@ -69,6 +73,7 @@ class PackParams(PackedSeqParams):
     stats: LayerStats = field(default_factory=LayerStats)
     record: SelectionRecord = field(default_factory=SelectionRecord)
     padding_mask: Tensor | None = None
+    probe: ProbeQueries | None = None
 
 
 def tensor_parallel_padding(valid: Tensor, tp_rank: int, tp_size: int) -> Tensor:

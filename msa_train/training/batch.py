@@ -13,6 +13,7 @@ from msa_train.model.gpt import MsaGptModel, forward_arguments
 from msa_train.model.local_pack import LocalPack, make_local_pack
 from msa_train.model.pack_params import LayerStats, PackParams, tensor_parallel_padding
 from msa_train.model.rotary import rotary_table
+from msa_train.parallel.attention_probe import ProbeQueries, sample_queries
 from msa_train.parallel.collectives import CpComm
 from msa_train.parallel.groups import Groups
 from msa_train.parallel.layout import ShardLayout
@@ -23,16 +24,22 @@ class StepBatch:
     """packs: this data-parallel rank's; the counts are over all ranks' packs of the step.
 
     num_labels: tokens with a label, the divisor of the language-model loss. num_tokens: real tokens, the
-    divisor of the KL loss. num_packs: packs.
+    divisor of the KL loss. num_packs: packs. probe_seed: seed of the queries of the first pack whose
+    attention is looked at; None: of none.
     """
 
     packs: Sequence[Pack]
     num_labels: int
     num_tokens: int
     num_packs: int
+    probe_seed: int | None = None
+
+    def probe_seed_of(self, pack: Pack) -> int | None:
+        """The seed, for the first pack."""
+        return self.probe_seed if pack is self.packs[0] else None
 
 
-def make_batch(packs: Sequence[Pack], groups: Groups) -> StepBatch:
+def make_batch(packs: Sequence[Pack], groups: Groups, *, probe_seed: int | None = None) -> StepBatch:
     """Count over all data-parallel ranks, so that no divisor depends on how packs are dealt."""
     labels = sum(int((pack.labels != IGNORE_LABEL).sum()) for pack in packs)
     tokens = sum(int(pack.doc_lengths.sum()) for pack in packs)
@@ -40,7 +47,11 @@ def make_batch(packs: Sequence[Pack], groups: Groups) -> StepBatch:
     dist.all_reduce(counts, group=groups.dp)
     num_labels, num_tokens, num_packs = counts.tolist()
     return StepBatch(
-        packs=packs, num_labels=max(num_labels, 1), num_tokens=max(num_tokens, 1), num_packs=num_packs
+        packs=packs,
+        num_labels=max(num_labels, 1),
+        num_tokens=max(num_tokens, 1),
+        num_packs=num_packs,
+        probe_seed=probe_seed,
     )
 
 
@@ -64,9 +75,18 @@ class PackForward:
         )
 
     def prepare(
-        self, pack: Pack, *, num_tokens: int, comm: CpComm, stats: LayerStats
+        self,
+        pack: Pack,
+        *,
+        num_tokens: int,
+        comm: CpComm,
+        stats: LayerStats,
+        probe_seed: int | None = None,
     ) -> tuple[LocalPack, PackParams]:
-        """This rank's shard, with the KL loss divided by groups and by `num_tokens` real queries."""
+        """This rank's shard, with the KL loss divided by groups and by `num_tokens` real queries.
+
+        With a `probe_seed` MSA layers compare the selection of sampled queries with full attention.
+        """
         config, groups = self.config, self.groups
         local = make_local_pack(pack, self.layout(len(pack.tokens)), groups.device)
         double = config.train.precision is Precision.fp64
@@ -85,8 +105,20 @@ class PackForward:
             attention=self.stage.attention,
             stats=stats,
             padding_mask=tensor_parallel_padding(local.valid, groups.tp_rank, groups.tp_size),
+            probe=None if probe_seed is None else self._sample(pack, probe_seed),
         )
         return local, params
+
+    def _sample(self, pack: Pack, seed: int) -> ProbeQueries | None:
+        return sample_queries(
+            pack.cu_seqlens.tolist(),
+            pack.doc_lengths.tolist(),
+            self.layout(len(pack.tokens)),
+            topk=self.config.attention.topk,
+            count=self.config.logging.attention_queries,
+            seed=seed,
+            device=self.groups.device,
+        )
 
     def __call__(self, model: MsaGptModel, local: LocalPack, params: PackParams) -> Tensor:
         """Losses [T] on the last pipeline stage, hidden states before."""

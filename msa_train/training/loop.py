@@ -96,10 +96,12 @@ class Trainer:
         rates = stage_rates(step - 1, config.optim, stage, self.total_steps)
         batch_size = config.train.global_batch_size
         first_pack = stage.pack_at(step - 1, batch_size)
-        batch = make_batch(stream.packs(first_pack, groups.dp_rank, groups.dp_size, batch_size), groups)
+        packs = stream.packs(first_pack, groups.dp_rank, groups.dp_size, batch_size)
+        probed = config.logging.attention_every > 0 and step % config.logging.attention_every == 0
+        batch = make_batch(packs, groups, probe_seed=config.train.seed + step if probed else None)
         result = engine.train_step(batch, rates)
         values: dict[str, Any] = {"lr": rates.backbone, "index_lr": rates.index, "stage": stage.index}
-        if step % config.logging.every == 0 or self._due(step, config.train.validate_every):
+        if step % config.logging.every == 0 or probed or self._due(step, config.train.validate_every):
             values |= self.metrics.gather(batch, result, stage, counts_loss=engine.counts_loss())
             values |= router_bias_range(engine.model)
         seconds = time.perf_counter() - start

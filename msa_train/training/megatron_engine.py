@@ -140,8 +140,13 @@ class MegatronEngine(Engine):
         def forward_step(
             packs_left: Iterator[Pack], model: nn.Module
         ) -> tuple[Tensor, Callable[[Tensor], _LossAndSum]]:
+            pack = next(packs_left)
             local, params = self.forward.prepare(
-                next(packs_left), num_tokens=batch.num_tokens, comm=comm, stats=stats
+                pack,
+                num_tokens=batch.num_tokens,
+                comm=comm,
+                stats=stats,
+                probe_seed=batch.probe_seed_of(pack),
             )
             output = self.forward(model, local, params)  # type: ignore[arg-type]
             return output, lambda losses: _loss(losses, batch.num_labels)

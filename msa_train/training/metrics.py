@@ -1,8 +1,8 @@
 """metrics.jsonl and TensorBoard. Rank 0 only.
 
 A value is a number; or a dict by layer, {"layer03": entry}; or a list with an entry for each layer, None
-where the layer has no such value. An entry is a number or a list with a number for each KV group. Layers
-count from 1, groups from 0.
+where the layer has no such value. An entry is a number, a list with a number for each KV group or a dict of
+named numbers. Layers count from 1, groups from 0.
 """
 
 import json
@@ -32,6 +32,12 @@ TAGS = {
     "tokens_per_expert_max": "moe/@_tokens_per_expert_max",
     "router_bias_min": "moe/@_router_bias_min",
     "router_bias_max": "moe/@_router_bias_max",
+    "block_recall": "attention/block_recall_@",
+    "score_recall": "attention/score_recall_@",
+    "score_recall_best": "attention/score_recall_best_@",
+    "attention_entropy": "attention/entropy_@",
+    "block_recall_by_distance": "attention_distance/block_recall_@",
+    "score_recall_by_distance": "attention_distance/score_recall_@",
 }
 # Groups of keys without a tag of their own, by how the key starts
 _GROUPS = {
@@ -60,6 +66,16 @@ CHARTS = {
     "key/value exchange": {
         "f: share of remote blocks selected, per layer and group": ["Multiline", ["exchange/f(_|$)"]],
         "bytes moved, and what an all-gather would move": ["Multiline", ["exchange/kv_bytes"]],
+    },
+    "selection against full attention": {
+        "block recall": ["Multiline", ["attention/block_recall(_layer|$)"]],
+        "score recall, and that of the best blocks": [
+            "Multiline",
+            ["attention/score_recall(_best)?(_layer|$)"],
+        ],
+        "attention entropy (nats)": ["Multiline", ["attention/entropy(_layer|$)"]],
+        "block recall by distance in blocks": ["Multiline", ["attention_distance/block_recall"]],
+        "score recall of the best blocks by distance": ["Multiline", ["attention_distance/score_recall"]],
     },
     "experts": {
         "tokens of the busiest expert, per layer": ["Multiline", ["moe/.*tokens_per_expert_max$"]],
@@ -124,7 +140,8 @@ def scalars(key: str, value: Any) -> Iterator[tuple[str, float]]:
     """TensorBoard tags and numbers of one value.
 
     Example: f={"layer03": [0.1, 0.2]}, or f=[None, None, [0.1, 0.2]] -> exchange/f_layer03_group0 0.1 and
-    exchange/f_layer03_group1 0.2.
+    exchange/f_layer03_group1 0.2. block_recall_by_distance={"layer03": {"distance4": 0.5}} ->
+    attention_distance/block_recall_layer03_distance4 0.5.
     """
     if isinstance(value, list | tuple):
         value = {f"layer{index + 1:02d}": entry for index, entry in enumerate(value)}
@@ -132,6 +149,8 @@ def scalars(key: str, value: Any) -> Iterator[tuple[str, float]]:
     for name, entry in entries:
         if isinstance(entry, list | tuple):
             numbers = [(f"{name}_group{group}", number) for group, number in enumerate(entry)]
+        elif isinstance(entry, Mapping):
+            numbers = [(f"{name}_{part}", number) for part, number in entry.items()]
         else:
             numbers = [(name, entry)]
         for index, number in numbers:

@@ -64,7 +64,7 @@ def _summary(
         "dp_size": groups.dp_size,
         "tokens_per_s_median": rates[len(rates) // 2] if rates else None,
     }
-    for name in ("lm_loss", "kl_loss", "val_loss", "val_bits_per_byte"):
+    for name in ("lm_loss", "kl_loss", "val_loss", "val_bits_per_byte", "block_recall", "score_recall"):
         values = [row[name] for row in history if row.get(name) is not None]
         if values:
             summary[f"{name}_first"], summary[f"{name}_last"] = values[0], values[-1]
@@ -85,6 +85,8 @@ def _loss_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     for name, title in (
         ("lm_loss", "training loss (nats)"),
         ("kl_loss", "KL loss of the index branch"),
+        ("block_recall", "block recall of the selection"),
+        ("score_recall", "attention mass it covers"),
         ("val_loss", "validation loss (nats)"),
         ("val_bits_per_byte", "validation bits per byte"),
     ):

@@ -19,7 +19,9 @@ from msa_train.config import (
 from msa_train.model.gpt import MsaGptModel
 from msa_train.model.moe import SigmoidRouter
 from msa_train.model.transformer_config import DTYPES
+from msa_train.parallel.attention_probe import ProbeSums
 from msa_train.parallel.groups import Groups
+from msa_train.training.attention_metrics import attention_metrics
 from msa_train.training.batch import StepBatch
 from msa_train.training.engine import StepResult
 
@@ -37,13 +39,22 @@ _TRAFFIC = {
 }
 
 
-def kv_bytes_all_gather(config: RunConfig, num_packs: int, seq_len: int) -> int:
+def kv_bytes_all_gather(
+    config: RunConfig,
+    num_packs: int,
+    seq_len: int,
+    attention: StageAttention = StageAttention.sparse,
+) -> int:
     """K/V bytes that all ranks together would receive if every msa and swa layer gathered all of them once.
 
-    A ring moves the same. With full recomputation the forward runs, and fetches, twice.
+    A ring moves the same. With full recomputation the forward runs, and fetches, twice. In a dense stage msa
+    layers exchange as full ones do, and do not count.
     """
     model, cp_size = config.model, config.parallel.cp_size
-    by_block = sum(kind is not AttentionKind.full for kind in model.attention_kinds())
+    kinds = {AttentionKind.swa}
+    if attention is StageAttention.sparse:
+        kinds.add(AttentionKind.msa)
+    by_block = sum(kind in kinds for kind in model.attention_kinds())
     element = torch.empty((), dtype=DTYPES[config.train.precision]).element_size()
     shard = seq_len // cp_size * 2 * model.num_kv_heads * model.head_dim * element
     passes = 2 if config.train.recompute is Recompute.full else 1
@@ -76,6 +87,7 @@ class StepMetrics:
             "kl": _by_layer(stats.kl, self.msa_layers, ()),
             "selected": _by_layer(stats.selected, self.msa_layers, (model.num_kv_heads,)),
             "experts": _by_layer(stats.tokens_per_expert, self.moe_layers, (model.num_experts,)),
+            "attention": _by_layer(stats.attention, self.msa_layers, self._probe_shape(batch, stage)),
             "traffic": torch.tensor([result.traffic[name] for name in _TRAFFIC], dtype=torch.float64),
         }
         flat = torch.cat([part.flatten() for part in parts.values()]).to(self.groups.device)
@@ -89,15 +101,24 @@ class StepMetrics:
         }
         values |= self._kl(batch, sums["kl"], stage)
         values |= self._selected(batch, sums["selected"], stage)
+        if batch.probe_seed is not None:
+            values |= attention_metrics(sums["attention"], self.msa_layers)
         values |= self._experts(sums["experts"])
         if self.groups.cp_size > 1:
             values |= dict(zip(_TRAFFIC.values(), map(int, sums["traffic"].tolist()), strict=True))
-            if stage.attention is StageAttention.sparse:
-                gathered = kv_bytes_all_gather(self.config, batch.num_packs, stage.seq_len)
+            gathered = kv_bytes_all_gather(self.config, batch.num_packs, stage.seq_len, stage.attention)
+            if gathered or stage.attention is StageAttention.sparse:
                 values["kv_bytes_all_gather"] = gathered
             if self.config.parallel.kv_exchange is not KvExchange.selected:
                 del values["request_bytes"]
         return values | self._memory()
+
+    def _probe_shape(self, batch: StepBatch, stage: Stage) -> tuple[int, int]:
+        """Groups and sums of a layer's sampled queries; nothing in a step without."""
+        if batch.probe_seed is None:
+            return 0, 0
+        num_blocks = stage.seq_len // self.config.attention.block_size
+        return self.config.model.num_kv_heads, ProbeSums.width(num_blocks)
 
     def _kl(self, batch: StepBatch, kl: Tensor, stage: Stage) -> dict[str, Any]:
         if not self.msa_layers or stage.kl is KlTarget.none:

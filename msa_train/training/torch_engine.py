@@ -59,7 +59,13 @@ class TorchEngine(Engine):
         stats, comm = LayerStats(), self.groups.cp_comm()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.groups.device)
         for pack in batch.packs:
-            local, params = self.forward.prepare(pack, num_tokens=batch.num_tokens, comm=comm, stats=stats)
+            local, params = self.forward.prepare(
+                pack,
+                num_tokens=batch.num_tokens,
+                comm=comm,
+                stats=stats,
+                probe_seed=batch.probe_seed_of(pack),
+            )
             losses = self.forward(self.model, local, params)
             (losses.sum() / batch.num_labels).backward()
             loss_sum += losses.detach().sum(dtype=torch.float64)

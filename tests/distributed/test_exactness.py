@@ -83,6 +83,12 @@ def reference_of(name: str) -> str:
     return REFERENCES[next(kind for kind in ("-dense", "-warm", "-soft", "") if name.endswith(kind))]
 
 
+def is_data_parallel(name: str) -> bool:
+    """Whether the packs of a step are dealt."""
+    world_size, arguments = CASES[name]
+    return world_size > arguments.get("cp_size", 1)
+
+
 @pytest.mark.parametrize("name", [name for name in CASES if name not in REFERENCES.values()])
 def test_equals_one_process(name: str, results: dict[str, list[dict[str, Any]]]) -> None:
     reference = results[reference_of(name)][0]["steps"]
@@ -103,6 +109,14 @@ def test_equals_one_process(name: str, results: dict[str, list[dict[str, Any]]])
                 rows = slice(got["start"], got["start"] + block_indices.shape[0])
                 assert torch.equal(block_indices, want["selections"][key][rows]), f"{where}, {key}"
                 tokens_seen += block_indices.shape[0]
+            assert got["attention"].keys() == want["attention"].keys() == {2, 4}
+            for layer, sums in want["attention"].items():
+                assert (sums[:, 0] > 0).all()
+                if is_data_parallel(name):
+                    # Every data-parallel rank looks at a pack of its own.
+                    assert (got["attention"][layer][:, 0] >= sums[:, 0] + (step == 0)).all(), where
+                else:
+                    assert_rows_close(got["attention"][layer], sums, TOLERANCE)
             for ours, theirs in zip(got["expert_bias"], want["expert_bias"], strict=True):
                 assert torch.equal(ours, theirs), where
     # The ranks together must have shown every parameter and every token's selection.
@@ -162,3 +176,7 @@ def test_gathering_exchanges_move_everything(results: dict[str, list[dict[str, A
                 assert step["traffic"]["kv"] == (cp_size - 1) * shard * layers_and_packs
         moved = sum(rank["steps"][0]["traffic"]["kv"] for rank in results[name])
         assert moved == kv_bytes_all_gather(small_config(cp_size=cp_size), num_packs=2, seq_len=SEQ_LEN)
+    # In a dense stage only the window layer exchanges blocks.
+    moved = sum(rank["steps"][0]["traffic"]["kv"] for rank in results["cp3-ring-warm"])
+    config = small_config(cp_size=3)
+    assert moved == kv_bytes_all_gather(config, 2, SEQ_LEN, StageAttention.dense) > 0

@@ -65,6 +65,16 @@ def test_same_training_as_one_torch_process(name: str, rows: dict[str, list[dict
     assert compared == (12 if is_recipe else 10)
 
 
+@pytest.mark.parametrize("name", ["recompute", "tp2", "tp2-ep2", "pp2", "cp2-ep2"])
+def test_same_attention_metrics(name: str, rows: dict[str, list[dict[str, Any]]]) -> None:
+    """Groups cut over ranks, layers over stages, a recomputed layer: each query is counted once."""
+    for got, want in zip(rows[f"megatron-{name}"][:-1], rows["torch"][:-1], strict=True):
+        for key in ("block_recall", "score_recall", "score_recall_best", "attention_entropy"):
+            assert got[key] == pytest.approx(want[key], rel=TOLERANCE), key
+            for layer, groups in want[f"{key}_by_layer"].items():
+                assert got[f"{key}_by_layer"][layer] == pytest.approx(groups, rel=TOLERANCE), (key, layer)
+
+
 def test_engines_agree_in_bf16(rows: dict[str, list[dict[str, Any]]]) -> None:
     """First loss and gradient norm are equal; later ones depend on how masters round to bf16."""
     got, want = rows["megatron-bf16"], rows["torch-bf16"]

@@ -83,7 +83,7 @@ def train(engine: TrainingEngine, first: int = 0, steps: int = STEPS) -> list[di
     for step in range(first, first + (len(plan) or steps)):
         packs = (step_packs()[0] + step_packs()[1])[:PACKS_PER_STEP]
         rate = 3e-3 / (step + 1)
-        batch = make_batch(packs[groups.dp_rank :: groups.dp_size], groups)
+        batch = make_batch(packs[groups.dp_rank :: groups.dp_size], groups, probe_seed=step)
         rates = Rates(backbone=rate, index=rate)
         if plan:
             engine.set_stage(plan[step])

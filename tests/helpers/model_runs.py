@@ -23,6 +23,7 @@ from msa_train.data import Pack
 from msa_train.model.attention import MsaSelfAttention
 from msa_train.model.init_weights import global_names
 from msa_train.model.moe import SigmoidRouter
+from msa_train.parallel.attention_probe import ProbeSums
 from msa_train.parallel.groups import build_groups
 from msa_train.training.batch import make_batch
 from msa_train.training.lr_schedule import Rates
@@ -104,22 +105,28 @@ def run_steps(config: RunConfig) -> dict[str, Any]:
 
     Returns the rank's observations with sums over ranks where a quantity is cut over them: per step
     `loss` and `kl` (global sums), `gradients` by global name (experts of this rank only), `selections` by
-    (pack, layer) for this rank's tokens, `expert_bias` by layer, `traffic`.
+    (pack, layer) for this rank's tokens, `expert_bias` by layer, `traffic`, `attention`: sums over the
+    sampled queries of the first packs by layer.
     """
     groups = build_groups(config.parallel, device=torch.device("cpu"))
     engine = TorchEngine(config, groups)
     selections: dict[tuple[int, int], torch.Tensor] = {}
     packs_of_step: list[int] = []
+    msa_layers: list[int] = []
+    # A rank whose pack has no query to sample has no sums.
+    width = ProbeSums.width(SEQ_LEN // BLOCK_SIZE)
+    nothing = torch.zeros(config.model.num_kv_heads, width, dtype=torch.float64)
     for layer in engine.model.decoder.layers:
         if isinstance(layer.self_attention, MsaSelfAttention):
+            msa_layers.append(layer.layer_number)
             layer.self_attention.register_forward_hook(
                 _recorder(selections, packs_of_step, layer.layer_number), with_kwargs=True
             )
     observed: list[dict[str, Any]] = []
-    for packs in step_packs():
+    for number, packs in enumerate(step_packs()):
         selections.clear()
         packs_of_step[:] = [i for i in range(len(packs)) if i % groups.dp_size == groups.dp_rank]
-        batch = make_batch([packs[i] for i in packs_of_step], groups)
+        batch = make_batch([packs[i] for i in packs_of_step], groups, probe_seed=number)
         result = engine.train_step(batch, Rates(backbone=1e-2, index=1e-2))
         names = global_names(engine.model, ep_rank=groups.ep_rank)
         observed.append(
@@ -132,6 +139,7 @@ def run_steps(config: RunConfig) -> dict[str, Any]:
                 "expert_bias": [
                     m.expert_bias.clone() for m in engine.model.modules() if isinstance(m, SigmoidRouter)
                 ],
+                "attention": {n: _sum_all(result.stats.attention.get(n, nothing)) for n in msa_layers},
                 "traffic": dict(result.traffic.received),
                 "start": engine.forward.layout(SEQ_LEN).start,
             }
@@ -152,6 +160,10 @@ def _recorder(selections: dict[tuple[int, int], torch.Tensor], packs: list[int],
 
 
 def _sum(value: float) -> float:
-    total = torch.tensor(value, dtype=torch.float64)
+    return float(_sum_all(torch.tensor(value, dtype=torch.float64)))
+
+
+def _sum_all(value: torch.Tensor) -> torch.Tensor:
+    total = value.clone()
     dist.all_reduce(total)
-    return float(total)
+    return total

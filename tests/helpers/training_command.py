@@ -23,6 +23,7 @@ DOWN_WITHIN_S = 30
 
 NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, SEQ_LEN, NUM_EXPERTS, ROUTER_TOPK = 2, 8, 16, 512, 4, 2
 GLOBAL_BATCH_SIZE, LR, WARMUP_STEPS = 2, 4e-3, 2
+PROBE_EVERY = 3
 # layer 1 attends to everything and has a dense feed-forward network; 2 and 3 are sparse in both
 SPARSE_LAYERS = ("layer02", "layer03")
 TINY = (
@@ -57,6 +58,8 @@ TINY = (
     "train.validate_every=4",
     "checkpoint.every=4",
     "logging.tensorboard=false",
+    f"logging.attention_every={PROBE_EVERY}",
+    "logging.attention_queries=20",
 )
 
 

@@ -17,6 +17,7 @@ from tests.helpers.training_command import (
     LR,
     NUM_EXPERTS,
     NUM_KV_HEADS,
+    PROBE_EVERY,
     ROUTER_TOPK,
     SEQ_LEN,
     SPARSE_LAYERS,
@@ -46,12 +47,18 @@ TAGS = {
     "moe/tokens_per_expert_max": "tokens_per_expert_max",
     "moe/router_bias_min": "router_bias_min",
     "moe/router_bias_max": "router_bias_max",
+    "attention/block_recall": "block_recall",
+    "attention/score_recall": "score_recall",
+    "attention/score_recall_best": "score_recall_best",
+    "attention/entropy": "attention_entropy",
     "exchange/f": "kv_selected_fraction",
     "exchange/kv_bytes": "kv_bytes",
     "exchange/kv_bytes_all_gather": "kv_bytes_all_gather",
     "memory/memory_gib": "memory_gib",
 }
 ALWAYS = {"step", "step_time_s", "f", "kl_loss_by_layer", "kv_grad_bytes", *TAGS.values()} - {"val_loss"}
+PROBED = {"block_recall", "score_recall", "score_recall_best", "attention_entropy"}
+ALWAYS -= PROBED
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +76,7 @@ def test_every_step_has_its_keys(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         assert set(row) >= ALWAYS
         validated = row["step"] % 4 == 0 or row["step"] == STEPS
+        assert PROBED.isdisjoint(row) == (row["step"] % PROBE_EVERY != 0)
         assert ("val_loss" in row) == ("val_bits_per_byte" in row) == validated
         assert row["tokens"] == row["step"] * POSITIONS
         assert row["lr"] == pytest.approx(LR * min(row["step"] / WARMUP_STEPS, 1))
@@ -99,6 +107,27 @@ def test_sums_and_means_agree(rows: list[dict[str, Any]]) -> None:
         steps = row["step"] * BIAS_UPDATE_RATE * 1.001
         assert -steps <= row["router_bias_min"] < 0 < row["router_bias_max"] <= steps
     assert 0 < max(row["padding_share"] for row in rows) < 0.5
+
+
+def test_selection_against_full_attention(rows: list[dict[str, Any]], events: EventAccumulator) -> None:
+    probed = [row for row in rows if row["step"] % PROBE_EVERY == 0]
+    for row in probed:
+        for name in PROBED:
+            by_layer = row[f"{name}_by_layer"]
+            assert set(by_layer) == set(SPARSE_LAYERS)
+            assert row[name] == pytest.approx(np.mean(list(by_layer.values())))
+        # no selection covers more than the best blocks do
+        assert 0 < row["block_recall"] < 1
+        assert 0 < row["score_recall"] < row["score_recall_best"] < 1
+        assert 0 < row["attention_entropy"] < np.log(SEQ_LEN)
+        assert row["block_recall_by_distance"]["layer02"]["distance0"] in (None, 1.0)
+    for layer in SPARSE_LAYERS:
+        for group in range(NUM_KV_HEADS):
+            recalls = [(row["step"], row["block_recall_by_layer"][layer][group]) for row in probed]
+            _same(events, f"attention/block_recall_{layer}_group{group}", recalls)
+    far = [(row["step"], row["score_recall_by_distance"]["layer03"]["distance4"]) for row in probed]
+    kept = [(step, value) for step, value in far if value is not None]
+    _same(events, "attention_distance/score_recall_layer03_distance4", kept)
 
 
 def test_bytes_are_those_of_the_selected_blocks(rows: list[dict[str, Any]]) -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from msa_kernels import select_blocks
+from msa_kernels.select_blocks import op as op_module
 from msa_kernels.select_blocks.reference import select_blocks_reference
 
 
@@ -56,11 +57,25 @@ def test_groups_select_independently() -> None:
     assert got[63].tolist() == [[1, 7], [5, 7]]
 
 
+def test_some_queries_select_as_among_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions far apart, several in a tile, over documents; tiles of a few queries."""
+    monkeypatch.setattr(op_module, "_QUERY_TILE", 4)
+    generator = torch.Generator().manual_seed(4)
+    q = torch.randn(96, 2, 6, generator=generator)
+    k = torch.randn(96, 6, generator=generator)
+    starts = torch.tensor([0, 40, 96])
+    every = select_blocks(q, k, starts, block_size=8, topk=2)
+    position = torch.tensor([0, 7, 9, 38, 39, 40, 41, 70, 95])
+    some = select_blocks(q[position], k, starts, block_size=8, topk=2, position=position)
+    assert torch.equal(some, every[position])
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"query_offset": 3}, "query_offset=3"),
         ({"query_offset": 8}, "must not exceed"),
+        ({"position": torch.zeros(3, dtype=torch.int64)}, "position.shape"),
         ({"local_blocks": 3}, "local_blocks=3"),
         ({"k_index": torch.zeros(10, 4)}, "S=10"),
         ({"q_index": torch.zeros(16, 4)}, "q_index.shape"),

@@ -55,6 +55,8 @@ MISTAKES = [
     (["run=demo", "model.layer_attention=ful"], "model.layer_attention=ful", "full, msa, swa"),
     (["run=demo", "attention.window=0"], "attention.window=0", "must be at least 1"),
     (["run=demo", "attention.window_sink=-1"], "attention.window_sink=-1", "use 0 for none"),
+    (["run=demo", "logging.attention_queries=0"], "logging.attention_queries=0", "must be at least 1"),
+    (["run=demo", "logging.attention_every=-1"], "logging.attention_every=-1", "must not be negative"),
     (["run=demo", "data.seq_len=8010"], "data.seq_len=8010", "use 8000 or 8016"),
     (["run=demo", "launcher.num_processes=3"], "launcher.num_processes=3", "use launcher.num_processes=2"),
     (["run=demo", "parallel.cp_size=4"], "launcher.num_processes=2", "use launcher.num_processes=4"),

@@ -26,6 +26,12 @@ def test_tags_of_every_form_of_value() -> None:
     assert list(by_layer) == [("moe/layer02_tokens_per_expert_max", 7.0)]
     assert list(scalars("tokens_per_expert_max", 9)) == [("moe/tokens_per_expert_max", 9.0)]
     assert list(scalars("kl_loss_by_layer", {"layer02": 0.1})) == [("loss/kl_layer02", 0.1)]
+    by_distance = {"layer02": {"distance0": 1.0, "distance4": 0.5, "distance8": None}}
+    assert list(scalars("block_recall_by_distance", by_distance)) == [
+        ("attention_distance/block_recall_layer02_distance0", 1.0),
+        ("attention_distance/block_recall_layer02_distance4", 0.5),
+    ]
+    assert list(scalars("block_recall", 0.5)) == [("attention/block_recall", 0.5)]
     assert list(scalars("lr", [0.1])) == [("optim/lr_layer01", 0.1)]
     assert list(scalars("memory_gib", 1.5)) == [("memory/memory_gib", 1.5)]
     assert list(scalars("temperature", [0.5])) == [("other/temperature_layer01", 0.5)]
@@ -110,6 +116,7 @@ def test_the_custom_scalars_page_has_charts(tmp_path: Path) -> None:
     assert [category.title for category in layout.category] == [
         "training",
         "key/value exchange",
+        "selection against full attention",
         "experts",
         "machine",
     ]

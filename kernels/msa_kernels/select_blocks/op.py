@@ -24,6 +24,7 @@ def select_blocks(
     local_blocks: int = 1,
     query_offset: int = 0,
     query_valid: Tensor | None = None,
+    position: Tensor | None = None,
 ) -> Tensor:
     """Select, for every query and KV group, the key blocks it attends to.
 
@@ -36,7 +37,8 @@ def select_blocks(
     [0.9, 0.3, own] give [0, 2]; the query at position 1 sees one block and gives [0, -1].
 
     Args:
-        q_index: [T, M, D] index queries of consecutive positions `query_offset ...`, any float dtype.
+        q_index: [T, M, D] index queries of consecutive positions `query_offset ...`, or of those in
+            `position`, any float dtype.
         k_index: [S, D] index keys of the whole pack, in sequence order.
         cu_seqlens: [num_docs + 1] int, block-aligned document starts; the last entry is S.
         block_size: tokens per key block.
@@ -44,6 +46,8 @@ def select_blocks(
         local_blocks: forced blocks, the query's own included; at most topk.
         query_offset: position of the first query in the pack, a multiple of block_size.
         query_valid: [T] bool, False for padding queries, which select nothing. None: all valid.
+        position: [T] int64, ascending positions of the queries in the pack, for some queries out of many;
+            takes the place of query_offset. None: consecutive ones.
 
     Returns:
         block_indices: [T, M, topk] int32, global block ids ascending, -1 on the right for empty slots.
@@ -54,31 +58,37 @@ def select_blocks(
     Source: arXiv 2606.13392 section 2. The softmax scale is left out; it does not change the ranking.
     """
     _check(q_index, k_index, cu_seqlens, block_size, topk, local_blocks, query_offset)
+    if position is not None and position.shape != q_index.shape[:1]:
+        raise ValueError(f"position.shape={tuple(position.shape)}: must be [T] = [{q_index.shape[0]}]")
     num_queries, num_groups, _ = q_index.shape
     device = q_index.device
     compute_dtype = torch.float64 if q_index.dtype == torch.float64 else torch.float32
     result = torch.full((num_queries, num_groups, topk), -1, dtype=torch.int32, device=device)
     starts = cu_seqlens.to(device=device, dtype=torch.int64)
     host_starts = cu_seqlens.tolist()
+    places = range(query_offset, query_offset + num_queries) if position is None else position.tolist()
     keys = k_index.to(compute_dtype)
     for begin in range(0, num_queries, _QUERY_TILE):
         end = min(begin + _QUERY_TILE, num_queries)
-        position = torch.arange(query_offset + begin, query_offset + end, device=device)
-        doc_start = starts[torch.searchsorted(starts, position, right=True) - 1]
+        if position is None:
+            tile_position = torch.arange(query_offset + begin, query_offset + end, device=device)
+        else:
+            tile_position = position[begin:end]
+        doc_start = starts[torch.searchsorted(starts, tile_position, right=True) - 1]
         # The first block that any query of the tile sees.
-        first_block = host_starts[bisect_right(host_starts, query_offset + begin) - 1] // block_size
-        last_block = (query_offset + end - 1) // block_size
+        first_block = host_starts[bisect_right(host_starts, places[begin]) - 1] // block_size
+        last_block = places[end - 1] // block_size
         scores = _block_scores(
             q_index[begin:end].to(compute_dtype), keys, first_block, last_block + 1, block_size
         )
         block = torch.arange(first_block, last_block + 1, device=device)
-        own = position[:, None] // block_size
+        own = tile_position[:, None] // block_size
         hidden = (block > own) | (block < doc_start[:, None] // block_size)
         forced = (block > own - local_blocks) & ~hidden
         scores.masked_fill_(forced[:, None], float("inf")).masked_fill_(hidden[:, None], float("-inf"))
         if query_valid is not None:
             scores.masked_fill_(~query_valid[begin:end, None, None], float("-inf"))
-        chosen = _topk_lowest_id(scores.flatten(0, 1), topk)
+        chosen = topk_lowest_id(scores.flatten(0, 1), topk)
         width = chosen.shape[-1]
         chosen = torch.where(chosen >= 0, chosen + first_block, chosen)
         result[begin:end, :, :width] = chosen.view(end - begin, num_groups, width).to(torch.int32)
@@ -103,7 +113,7 @@ def _block_scores(queries: Tensor, keys: Tensor, first: int, stop: int, block_si
     return scores.T.reshape(num_queries, num_groups, stop - first)
 
 
-def _topk_lowest_id(scores: Tensor, topk: int) -> Tensor:
+def topk_lowest_id(scores: Tensor, topk: int) -> Tensor:
     """Ids of the `topk` largest scores of each row, ascending, -1 on the right; ties to the lower id.
 
     scores [R, NB] -> [R, min(topk, NB)] int64. -inf entries are never chosen.

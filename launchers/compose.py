@@ -5,6 +5,7 @@ ValueError of one line that names the value, the rule and the fix.
 """
 
 import difflib
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
@@ -30,44 +31,52 @@ EVERY_KEY = "every key is printed by: msa-train run=demo --cfg"
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
-def compose_run(overrides: Sequence[str]) -> RunConfig:
+def compose_run(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> RunConfig:
     """Put a run together.
 
     Args:
         overrides: group choices and values, e.g. ["run=demo", "train.steps=50"].
+        config_dirs: folders with more options of the groups; ours come first.
 
     Raises:
         ValueError: naming the value, the rule and the fix.
     """
+    for folder in config_dirs:
+        if not any((folder / group).is_dir() for group in GROUPS):
+            raise ValueError(
+                f"--config-dir={folder}: holds none of the folders {', '.join(GROUPS)}; name another"
+            )
     parsed = [_parse(text) for text in overrides]
-    stages = _stage_names([text for text in overrides if not text.lstrip("+").startswith("stages.")])
+    given = [text for text in overrides if not text.lstrip("+").startswith("stages.")]
+    stages = _stage_names(given, config_dirs)
     keys = known_keys(stages)
     schema = OmegaConf.structured(RunConfig)
     schema.stages = {name: StageConfig() for name in stages}
     for text, override in zip(overrides, parsed, strict=True):
         if override.key_or_group in GROUPS:
-            _check_choice(text, override)
+            _check_choice(text, override, config_dirs)
         else:
             _check_value(text, override, keys, schema)
     if not any(override.key_or_group == "run" for override in parsed):
-        choices = ", ".join(f"run={name}" for name in group_options("run"))
+        choices = ", ".join(f"run={name}" for name in group_options("run", config_dirs))
         raise ValueError(f"run: none is chosen and there is no default; use one of {choices}")
     try:
-        return _to_config(_compose(overrides))
+        return _to_config(_compose(overrides, config_dirs))
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ValueError(_explain(error, keys)) from error
 
 
-def _compose(overrides: Sequence[str]) -> Any:
+def _compose(overrides: Sequence[str], config_dirs: Sequence[Path]) -> Any:
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         # every key exists, so that a leading + changes nothing; Hydra would refuse it
-        return compose("config", overrides=[text.lstrip("+") for text in overrides])
+        given = [text.lstrip("+") for text in overrides]
+        return compose("config", overrides=given + _search_path(config_dirs))
 
 
-def _stage_names(overrides: Sequence[str]) -> list[str]:
+def _stage_names(overrides: Sequence[str], config_dirs: Sequence[Path]) -> list[str]:
     """Stages of the chosen run; none where the overrides are at fault, which is found and said later."""
     try:
-        return [str(name) for name in _compose(overrides).stages]
+        return [str(name) for name in _compose(overrides, config_dirs).stages]
     except (HydraException, OmegaConfBaseException, yaml.YAMLError):
         return []
 
@@ -144,9 +153,16 @@ def _parse(text: str) -> Override:
     return override
 
 
-def _check_choice(text: str, override: Override) -> None:
+def _search_path(config_dirs: Sequence[Path]) -> list[str]:
+    if not config_dirs:
+        return []
+    places = ", ".join(json.dumps(f"file://{folder.absolute()}") for folder in config_dirs)
+    return [f"hydra.searchpath=[{places}]"]
+
+
+def _check_choice(text: str, override: Override, config_dirs: Sequence[Path]) -> None:
     group, choice = override.key_or_group, override.value()
-    options = list(group_options(group))
+    options = list(group_options(group, config_dirs))
     if choice not in options:
         value = text.partition("=")[2]
         raise ValueError(

@@ -1,5 +1,6 @@
 """The configuration folder: where it lies and what can be chosen in it. Light: read by --help."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 GROUPS = (
@@ -26,9 +27,16 @@ def config_dir() -> Path:
     raise FileNotFoundError(f"no conf/config.yaml in {package} or {package.parent}; install msa-train again")
 
 
-def group_options(group: str) -> dict[str, str]:
-    """Options of a group, each with the first comment of its file, e.g. {"tiny": "4 layers, ..."}."""
-    return {path.stem: _description(path) for path in sorted((config_dir() / group).glob("*.yaml"))}
+def group_options(group: str, config_dirs: Sequence[Path] = ()) -> dict[str, str]:
+    """Options of a group, each with the first comment of its file, e.g. {"tiny": "4 layers, ..."}.
+
+    Args:
+        group: one of GROUPS.
+        config_dirs: folders of the user's besides ours.
+    """
+    folders = (config_dir(), *config_dirs)
+    paths = [path for folder in folders for path in sorted((folder / group).glob("*.yaml"))]
+    return {path.stem: _description(path) for path in paths}
 
 
 def _description(path: Path) -> str:

@@ -10,10 +10,11 @@ it joins their job. Interrupted or started again, a run goes on from the last ch
 
 OPTIONS = """\
 options:
-  --check    check everything, the corpus and the checkpoint included, print one line, start nothing
-  --cfg      print the resolved configuration as YAML, with every key, and stop
-  --version  print the version and stop
-  --help     print this text and stop"""
+  --check           check everything, the corpus and the checkpoint included, print one line, start nothing
+  --cfg             print the resolved configuration as YAML, with every key, and stop
+  --config-dir DIR  take options of the groups from DIR/model, DIR/run and so on, too; may be repeated
+  --version         print the version and stop
+  --help            print this text and stop"""
 
 KEYS = {
     "run_dir=PATH": "checkpoints, logs and metrics; default runs/NAME",

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from launchers.compose import compose_run, config_to_yaml
 from launchers.help import help_text
@@ -23,6 +24,7 @@ OPTIONS = {
     "--check": "check",
     "--dry-run": "check",
 }
+CONFIG_DIR = "--config-dir"
 USER_ERROR = 2
 # Under torchrun the first rank to leave ends the others: time for rank 0 to say why
 OTHER_RANKS_WAIT_S = 3.0
@@ -52,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
+    arguments, config_dirs = _take_config_dirs(arguments)
     options = [_option(text) for text in arguments if text.startswith("-")]
     overrides = [text for text in arguments if not text.startswith("-")]
     if "help" in options:
@@ -60,7 +63,7 @@ def _run(arguments: list[str]) -> int:
     if "version" in options:
         print(f"msa-train {_version()}", flush=True)
         return 0
-    config = compose_run(overrides)
+    config = compose_run(overrides, config_dirs)
     if "cfg" in options:
         print(config_to_yaml(config), end="", flush=True)
         return 0
@@ -104,10 +107,28 @@ def _prepare(config: RunConfig, layout: Layout) -> None:
     check_files(config, say=_say)
 
 
+def _take_config_dirs(arguments: list[str]) -> tuple[list[str], list[Path]]:
+    """Split off `--config-dir DIR` and `--config-dir=DIR`."""
+    rest: list[str] = []
+    folders: list[Path] = []
+    left = iter(arguments)
+    for text in left:
+        name, equals, value = text.partition("=")
+        if name != CONFIG_DIR:
+            rest.append(text)
+            continue
+        folder = value if equals else next(left, "")
+        if not folder:
+            raise ValueError(f"{CONFIG_DIR}: a folder must follow; use {CONFIG_DIR} DIR")
+        folders.append(Path(folder).expanduser())
+    return rest, folders
+
+
 def _option(text: str) -> str:
     if text not in OPTIONS:
-        match = difflib.get_close_matches(text.partition("=")[0], OPTIONS, n=1)
-        hint = f"did you mean {match[0]}?" if match else f"the options are {', '.join(OPTIONS)}"
+        known = [*OPTIONS, CONFIG_DIR]
+        match = difflib.get_close_matches(text.partition("=")[0], known, n=1)
+        hint = f"did you mean {match[0]}?" if match else f"the options are {', '.join(known)}"
         raise ValueError(f"{text}: there is no such option; {hint}")
     return OPTIONS[text]
 

@@ -1,0 +1,246 @@
+"""Where each row of a Hugging Face checkpoint lies in ours: one table for import and export, no file needed.
+
+Hugging Face keeps q, k and v apart and, in the released checkpoints, every expert. Ours has Megatron's
+layout: q, k and v fused per KV group, gate above up, all experts of a layer in one tensor [num_experts, rows,
+columns]. Both sides differ only in the order of rows, so that a `Span` of consecutive rows describes
+everything. Rows are counted with the leading dimensions flattened: expert e of [E, R, C] begins at row e * R.
+"""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+
+from msa_train.config import AttentionConfig, AttentionKind, ModelConfig, QkNorm
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Naming:
+    """How a Hugging Face checkpoint spells its tensors.
+
+    Three spellings occur: the released ones of M2 and M3 (the second inside a vision-language model), which
+    transformers also writes for these; and that of a bare text model of M3, which transformers writes as it
+    holds it in memory.
+    """
+
+    prefix: str = "model."
+    head: str = "lm_head.weight"
+    moe: str = "mlp"
+    "folder of router and experts in a layer"
+    bias: str = "gate.e_score_correction_bias"
+    "the expert bias below `moe`"
+    fused_experts: bool = True
+    "gate_up_proj and down_proj hold all experts; otherwise w1 (gate), w3 (up) and w2 (down) of each"
+    fused_gate_up: bool = True
+    "gate_up_proj of dense and shared feed-forward layers; otherwise gate_proj and up_proj"
+    index: str = "indexer."
+    "before q_proj, k_proj, q_norm and k_norm of the index branch"
+
+
+M2_NAMING = Naming(
+    moe="block_sparse_moe", bias="e_score_correction_bias", fused_experts=False, fused_gate_up=False
+)
+M3_TEXT_NAMING = Naming()
+M3_NAMING = Naming(
+    prefix="language_model.model.",
+    head="language_model.lm_head.weight",
+    moe="block_sparse_moe",
+    bias="e_score_correction_bias",
+    fused_experts=False,
+    fused_gate_up=False,
+    index="index_",
+)
+_PREFIXES = ("model.", "language_model.model.", "model.language_model.")
+_HEADS = ("lm_head.weight", "language_model.lm_head.weight")
+
+
+def detect_naming(names: Collection[str]) -> Naming:
+    """The spelling of a checkpoint, from the names of its tensors.
+
+    Raises:
+        ValueError: where no token embedding is found.
+    """
+    prefix = next((p for p in _PREFIXES if f"{p}embed_tokens.weight" in names), None)
+    if prefix is None:
+        raise ValueError(
+            f"tensor model.embed_tokens.weight: is not there, nor below {' or '.join(_PREFIXES[1:])}; this "
+            "is no checkpoint of a minimax_m2 or minimax_m3_vl language model"
+        )
+    own = [name for name in names if name.startswith(prefix)]
+    return Naming(
+        prefix=prefix,
+        head=next((head for head in _HEADS if head in names), _HEADS[0]),
+        moe="block_sparse_moe" if any(".block_sparse_moe." in name for name in own) else "mlp",
+        bias="gate.e_score_correction_bias"
+        if any(name.endswith(".gate.e_score_correction_bias") for name in own)
+        else "e_score_correction_bias",
+        fused_experts=any(name.endswith(".experts.gate_up_proj") for name in own),
+        fused_gate_up=any(name.endswith(".gate_up_proj.weight") for name in own),
+        index="index_" if any(".self_attn.index_" in name for name in own) else "indexer.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """`num_rows` rows of `name` from `name_row` on are those of our `key` from `key_row` on."""
+
+    name: str
+    name_row: int
+    key: str
+    key_row: int
+    num_rows: int
+
+
+@dataclass(slots=True)
+class TensorTable:
+    """All tensors of a model under both names.
+
+    spans: the spans of one key, and those of one name, are ascending and leave nothing out.
+    hf_shapes, shapes: by Hugging Face name, by our key.
+    objects: modules of ours with an (empty) extra state of Megatron, with the number of experts or 0.
+    """
+
+    spans: list[Span] = field(default_factory=list)
+    hf_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    objects: dict[str, int] = field(default_factory=dict)
+
+    def add(self, name: str, key: str, shape: tuple[int, ...]) -> None:
+        """A tensor that is the same on both sides; one span per expert where it holds several."""
+        self.hf_shapes[name] = self.shapes[key] = shape
+        count, rows = (shape[0], shape[1]) if len(shape) == 3 else (1, shape[0])
+        self.spans += [Span(name, i * rows, key, i * rows, rows) for i in range(count)]
+
+    def by_name(self) -> dict[str, list[Span]]:
+        """Spans of each Hugging Face tensor, by row."""
+        return self._group(lambda span: (span.name, span.name_row))
+
+    def by_key(self) -> dict[str, list[Span]]:
+        """Spans of each of our tensors, by row."""
+        return self._group(lambda span: (span.key, span.key_row))
+
+    def _group(self, place: Callable[[Span], tuple[str, int]]) -> dict[str, list[Span]]:
+        groups: dict[str, list[Span]] = {}
+        for span in self.spans:
+            groups.setdefault(place(span)[0], []).append(span)
+        return {name: sorted(spans, key=lambda span: place(span)[1]) for name, spans in groups.items()}
+
+
+def build_table(model: ModelConfig, attention: AttentionConfig, naming: Naming) -> TensorTable:
+    """Every tensor of the model.
+
+    Args:
+        model, attention: the shape.
+        naming: spelling on the Hugging Face side.
+
+    Example: with 4 query heads, 2 KV groups and head_dim 8, rows 0-15 of linear_qkv are rows 0-15 of q_proj
+    (heads 0 and 1), rows 16-23 are rows 0-7 of k_proj, rows 24-31 rows 0-7 of v_proj, rows 32-47 rows 16-31
+    of q_proj, and so on.
+    """
+    table, hidden = TensorTable(), model.hidden_size
+    table.add(
+        f"{naming.prefix}embed_tokens.weight", "embedding.word_embeddings.weight", (model.vocab_size, hidden)
+    )
+    for index, kind in enumerate(model.attention_kinds()):
+        layer = _Layer(table, model, naming, f"{naming.prefix}layers.{index}.", f"decoder.layers.{index}.")
+        layer.attention()
+        if kind is AttentionKind.msa:
+            layer.index_branch(attention.index_head_dim)
+        if index < model.num_dense_ffn_layers:
+            layer.gated("mlp.", "mlp.", model.ffn_hidden_size)
+        else:
+            layer.experts()
+    table.add(f"{naming.prefix}norm.weight", "decoder.final_layernorm.weight", (hidden,))
+    if not model.tie_embeddings:
+        table.add(naming.head, "output_layer.weight", (model.vocab_size, hidden))
+    return table
+
+
+@dataclass(slots=True)
+class _Layer:
+    """Adds the tensors of one layer."""
+
+    table: TensorTable
+    model: ModelConfig
+    naming: Naming
+    name: str
+    key: str
+
+    def attention(self) -> None:
+        model, attn, ours = self.model, f"{self.name}self_attn.", f"{self.key}self_attention."
+        hidden, dim = model.hidden_size, model.head_dim
+        self.table.add(f"{self.name}input_layernorm.weight", f"{self.key}input_layernorm.weight", (hidden,))
+        self._qkv(attn, f"{ours}linear_qkv")
+        self.table.add(f"{attn}o_proj.weight", f"{ours}linear_proj.weight", (hidden, model.num_heads * dim))
+        self.table.objects[f"{ours}linear_proj"] = 0
+        for ours_norm, theirs, heads in (("q", "q", model.num_heads), ("k", "k", model.num_kv_heads)):
+            width = dim if model.qk_norm is QkNorm.head else heads * dim
+            if model.qk_norm is not QkNorm.none:
+                self.table.add(f"{attn}{theirs}_norm.weight", f"{ours}{ours_norm}_layernorm.weight", (width,))
+        self.table.add(
+            f"{self.name}post_attention_layernorm.weight", f"{self.key}pre_mlp_layernorm.weight", (hidden,)
+        )
+
+    def _qkv(self, attn: str, key: str) -> None:
+        model, table = self.model, self.table
+        dim, groups = model.head_dim, model.num_kv_heads
+        rows = {"q": model.num_heads // groups * dim, "k": dim, "v": dim}
+        for name, per_group in rows.items():
+            table.hf_shapes[f"{attn}{name}_proj.weight"] = (groups * per_group, model.hidden_size)
+        table.shapes[f"{key}.weight"] = (groups * sum(rows.values()), model.hidden_size)
+        table.objects[key] = 0
+        key_row = 0
+        for group in range(groups):
+            for name, per_group in rows.items():
+                table.spans.append(
+                    Span(f"{attn}{name}_proj.weight", group * per_group, f"{key}.weight", key_row, per_group)
+                )
+                key_row += per_group
+
+    def index_branch(self, dim: int) -> None:
+        attn, ours = f"{self.name}self_attn.{self.naming.index}", f"{self.key}self_attention.index_branch."
+        hidden, groups = self.model.hidden_size, self.model.num_kv_heads
+        self.table.add(f"{attn}q_proj.weight", f"{ours}linear_q.weight", (groups * dim, hidden))
+        self.table.add(f"{attn}k_proj.weight", f"{ours}linear_k.weight", (dim, hidden))
+        self.table.add(f"{attn}q_norm.weight", f"{ours}q_norm.weight", (dim,))
+        self.table.add(f"{attn}k_norm.weight", f"{ours}k_norm.weight", (dim,))
+
+    def gated(self, name: str, key: str, width: int) -> None:
+        """A dense or shared feed-forward network below `name` and `key`."""
+        theirs, ours, hidden = f"{self.name}{name}", f"{self.key}{key}", self.model.hidden_size
+        if self.naming.fused_gate_up:
+            self.table.add(f"{theirs}gate_up_proj.weight", f"{ours}linear_fc1.weight", (2 * width, hidden))
+        else:
+            self.table.shapes[f"{ours}linear_fc1.weight"] = (2 * width, hidden)
+            for part, half in enumerate(("gate_proj", "up_proj")):
+                self._rows(
+                    f"{theirs}{half}.weight", (width, hidden), f"{ours}linear_fc1.weight", part * width
+                )
+        self.table.add(f"{theirs}down_proj.weight", f"{ours}linear_fc2.weight", (hidden, width))
+        self.table.objects |= {f"{ours}linear_fc1": 0, f"{ours}linear_fc2": 0}
+
+    def experts(self) -> None:
+        model, moe = self.model, f"{self.name}{self.naming.moe}."
+        count, hidden, width = model.num_experts, model.hidden_size, model.moe_ffn_hidden_size
+        self.table.add(f"{moe}gate.weight", f"{self.key}mlp.router.weight", (count, hidden))
+        self.table.add(f"{moe}{self.naming.bias}", f"{self.key}mlp.router.expert_bias", (count,))
+        fc1, fc2 = f"{self.key}mlp.experts.experts.linear_fc1", f"{self.key}mlp.experts.experts.linear_fc2"
+        if self.naming.fused_experts:
+            self.table.add(f"{moe}experts.gate_up_proj", f"{fc1}.weight", (count, 2 * width, hidden))
+            self.table.add(f"{moe}experts.down_proj", f"{fc2}.weight", (count, hidden, width))
+        else:
+            self.table.shapes[f"{fc1}.weight"] = (count, 2 * width, hidden)
+            self.table.shapes[f"{fc2}.weight"] = (count, hidden, width)
+            for expert in range(count):
+                one = f"{moe}experts.{expert}."
+                self._rows(f"{one}w1.weight", (width, hidden), f"{fc1}.weight", 2 * expert * width)
+                self._rows(f"{one}w3.weight", (width, hidden), f"{fc1}.weight", (2 * expert + 1) * width)
+                self._rows(f"{one}w2.weight", (hidden, width), f"{fc2}.weight", expert * hidden)
+        self.table.objects |= {fc1: count, fc2: count}
+        if model.shared_expert_hidden_size:
+            self.gated(
+                f"{self.naming.moe}.shared_experts.", "mlp.shared_experts.", model.shared_expert_hidden_size
+            )
+
+    def _rows(self, name: str, shape: tuple[int, int], key: str, key_row: int) -> None:
+        """A whole tensor of theirs that is some rows of ours."""
+        self.table.hf_shapes[name] = shape
+        self.table.spans.append(Span(name, 0, key, key_row, shape[0]))

@@ -1,0 +1,165 @@
+"""The msa-convert command from end to end, and msa-train finding what it left."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from launchers import convert, train
+from launchers.compose import compose_run
+from msa_train.config import Activation, RunConfig
+from msa_train.model.hf_names import M2_NAMING, M3_NAMING
+from msa_train.training.checkpoint_store import fingerprint
+from tests.helpers.hf_files import read_tensors, small_m2, small_m3, write_checkpoint
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
+    code = convert.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture
+def vision(tmp_path: Path) -> Path:
+    """A vision-language checkpoint with a tokenizer."""
+    extra = {"vision_tower.patch.weight": torch.randn(3, 5)}
+    write_checkpoint(tmp_path / "hf", small_m3(), M3_NAMING, extra=extra)
+    (tmp_path / "hf" / "tokenizer.json").write_text("{}")
+    return tmp_path / "hf"
+
+
+def test_there_and_back(vision: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ours, back = tmp_path / "with space" / "ours", tmp_path / "back"
+    code, out, err = run(capsys, "import", vision, ours)
+    assert (code, err) == (
+        2,
+        "msa-convert: error: 1 tensors have no place in the model: vision_tower.patch.weight; "
+        "--skip-unplaced leaves them out, --dry-run lists all\n",
+    )
+    assert out == "no place: vision_tower.patch.weight\n"
+    assert not ours.exists()
+
+    code, out, err = run(capsys, "import", vision, ours, "--skip-unplaced")
+    assert (code, err) == (0, "")
+    assert "no place: vision_tower.patch.weight\n" in out
+    assert "(100%)" in out
+    assert (
+        f"train it:   msa-train --config-dir '{ours / 'conf'}' run=imported data.corpus=/your/text\n" in out
+    )
+    code, _, err = run(capsys, "import", vision, ours, "--skip-unplaced")
+    assert code == 2
+    assert "has checkpoints already" in err
+
+    code, out, err = run(capsys, "export", ours, back, "--like", vision)
+    assert (code, err) == (0, "")
+    want, got = read_tensors(vision), read_tensors(back)
+    assert want.keys() == got.keys()
+    assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
+    assert (back / "tokenizer.json").is_file()
+    code, _, err = run(capsys, "export", ours, back)
+    assert code == 2
+    assert "exists already" in err
+
+
+def test_msa_train_finds_an_import(vision: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ours = tmp_path / "ours"
+    assert run(capsys, "import", vision, ours, "--skip-unplaced")[0] == 0
+    config = compose_run(["run=imported", "optim.lr=1e-5"], [ours / "conf"])
+    assert (config.checkpoint.load, config.data.tokenizer) == (
+        str(ours),
+        str(ours / "tokenizer/tokenizer.json"),
+    )
+    model, attention = small_m3()
+    model.layer_attention = "full*1,msa*1,full*1,msa*1"
+    assert fingerprint(config) == fingerprint(RunConfig(model=model, attention=attention))
+    assert train.main(["--config-dir", str(ours / "conf"), "run=imported", "--cfg"]) == 0
+    assert train.main([f"--config-dir={ours / 'conf'}", "run=imported", "model=imported", "--cfg"]) == 0
+    assert capsys.readouterr().out.count("name: imported") == 4
+
+
+def test_config_dir_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["run=demo", "--config-dir"]) == 2
+    assert train.main(["run=demo", "--config-dir", str(tmp_path)]) == 2
+    assert train.main(["run=imported"]) == 2
+    assert train.main(["run=demo", "--confg-dir", "x"]) == 2
+    err = capsys.readouterr().err
+    assert "--config-dir: a folder must follow" in err
+    assert f"--config-dir={tmp_path}: holds none of the folders" in err
+    assert "run=imported: there is no such run" in err
+    assert "did you mean --config-dir?" in err
+
+
+def test_dry_run_lists_and_writes_nothing(
+    vision: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run(capsys, "import", vision, tmp_path / "ours", "--dry-run")
+    assert code == 0
+    assert not (tmp_path / "ours").exists()
+    lines = out.splitlines()
+    name, key = "language_model.model.layers.1.block_sparse_moe.experts.2.w3.weight", "linear_fc1.weight"
+    assert f"{name} [0:16] -> decoder.layers.1.mlp.experts.experts.{key} [80:96]" in lines
+    assert "vision_tower.patch.weight -> no place" in lines
+    assert run(capsys, "import", vision, tmp_path / "ours", "--skip-unplaced")[0] == 0
+    code, out, _ = run(capsys, "export", tmp_path / "ours", tmp_path / "back", "--dry-run")
+    assert code == 0
+    assert not (tmp_path / "back").exists()
+    assert "output_layer.weight [0:64] -> lm_head.weight [0:64]" in out.splitlines()
+
+
+def errors(tmp_path: Path, hf: Path, ours: Path) -> dict[str, list[str | Path]]:
+    quantized = tmp_path / "quantized"
+    quantized.mkdir()
+    config = json.loads((hf / "config.json").read_text())
+    (quantized / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "fp8"}})
+    )
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    return {
+        "argument import|export: invalid choice": ["convert"],
+        "required": ["import", hf],
+        "config.json: cannot be read (No such file": ["import", empty, tmp_path / "x"],
+        "quantization_config.quant_method=fp8": ["import", quantized, tmp_path / "x"],
+        f"{empty}: has no checkpoint": ["export", empty, tmp_path / "x"],
+        "does not exist": ["export", tmp_path / "none", tmp_path / "x"],
+        "--shard-size=5 bananas": ["export", ours, tmp_path / "x", "--shard-size", "5 bananas"],
+        "model.safetensors: does not exist": ["export", ours, tmp_path / "x", "--like", empty],
+    }
+
+
+def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_checkpoint(tmp_path / "hf", small_m2(), M2_NAMING)
+    assert run(capsys, "import", tmp_path / "hf", tmp_path / "ours")[0] == 0
+    for line, arguments in errors(tmp_path, tmp_path / "hf", tmp_path / "ours").items():
+        code, out, err = run(capsys, *arguments)
+        assert (code, out) == (2, ""), line
+        assert err.startswith("msa-convert: error: "), err
+        assert line in err
+        assert err.count("\n") == 1
+
+
+def test_models_that_hugging_face_does_not_know(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_checkpoint(tmp_path / "hf", small_m2(), M2_NAMING)
+    assert run(capsys, "import", tmp_path / "hf", tmp_path / "ours")[0] == 0
+    meta = tmp_path / "ours/checkpoints/step_00000000/meta.json"
+    content = json.loads(meta.read_text())
+    content["fingerprint"]["model.activation"] = Activation.swiglu_oai.value
+    # damaged on purpose: the checksum of meta.json guards it
+    meta.write_text(json.dumps(content))
+    code, _, err = run(capsys, "export", tmp_path / "ours", tmp_path / "back")
+    assert code == 2
+    assert "is damaged (meta.json" in err
+
+
+def test_help_needs_no_torch() -> None:
+    text = (
+        "import sys; from launchers import convert\ntry: convert.main(['--help'])\nexcept SystemExit: pass\n"
+    )
+    command = [sys.executable, "-c", text + "sys.exit('torch' in sys.modules)"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "import" in result.stdout
+    assert "export" in result.stdout

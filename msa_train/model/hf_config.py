@@ -446,6 +446,10 @@ def family_of(model: ModelConfig) -> Family:
                 f"model.{name}={_plain(given)}: a {family.value} model has {_plain(value)}; no Hugging Face "
                 f"architecture has this together with model.activation={model.activation.value}"
             )
+    if AttentionKind.swa in model.attention_kinds():
+        raise ValueError(
+            f"model.layer_attention={model.layer_attention}: no released architecture has sliding windows"
+        )
     if family is Family.m2 and AttentionKind.msa in model.attention_kinds():
         raise ValueError(
             f"model.layer_attention={model.layer_attention}: a minimax_m2 model has full attention only"

@@ -19,6 +19,7 @@ from msa_train.training.checkpoint_store import (
     FORMAT_VERSION,
     MANIFEST_NAME,
     META_NAME,
+    WEIGHTS_CONTENT,
     CheckpointStore,
     file_entry,
     fingerprint,
@@ -26,8 +27,6 @@ from msa_train.training.checkpoint_store import (
     structure_damage,
     write_json,
 )
-
-WEIGHTS_ONLY = "weights"
 
 
 def publish_weights(
@@ -60,7 +59,7 @@ def publish_weights(
         files = write(folder)
         meta = {
             "format_version": FORMAT_VERSION,
-            "content": WEIGHTS_ONLY,
+            "content": WEIGHTS_CONTENT,
             "step": 0,
             "consumed_samples": 0,
             "msa_train_version": msa_train.__version__,
@@ -119,7 +118,9 @@ def shape_of(folder: Path) -> tuple[ModelConfig, AttentionConfig]:
 
 def _section(kind: type, prefix: str, values: dict[str, Any], folder: Path) -> Any:
     types = {field.name: field.type for field in fields(kind)}
-    given = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+    # None stands for a setting that has no effect on this model
+    own = {name: value for name, value in values.items() if name.startswith(prefix) and value is not None}
+    given = {name.removeprefix(prefix): value for name, value in own.items()}
     for name in given:
         if name not in types:
             raise ValueError(

@@ -11,9 +11,26 @@ import torch
 from launchers import convert, train
 from launchers.compose import compose_run
 from msa_train.config import Activation, RunConfig
-from msa_train.model.hf_names import M2_NAMING, M3_NAMING
+from msa_train.model.hf_names import M2_NAMING, M3_NAMING, M3_TEXT_NAMING
 from msa_train.training.checkpoint_store import fingerprint
+from msa_train.training.metrics import read_metrics
 from tests.helpers.hf_files import read_tensors, small_m2, small_m3, write_checkpoint
+from tests.helpers.training_command import train as train_command
+from tests.helpers.training_command import write_corpus
+
+SMALL = (
+    "data.tokenizer=bytes",
+    "data.seq_len=256",
+    "launcher.num_processes=2",
+    "parallel.cp_size=2",
+    "parallel.ep_size=2",
+    "train.steps=2",
+    "train.validate_every=0",
+    "optim.warmup_steps=0",
+    "optim.lr=1e-30",
+    "model.router_bias_update_rate=0",
+    "logging.tensorboard=false",
+)
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
@@ -78,6 +95,28 @@ def test_msa_train_finds_an_import(vision: Path, tmp_path: Path, capsys: pytest.
     assert train.main(["--config-dir", str(ours / "conf"), "run=imported", "--cfg"]) == 0
     assert train.main([f"--config-dir={ours / 'conf'}", "run=imported", "model=imported", "--cfg"]) == 0
     assert capsys.readouterr().out.count("name: imported") == 4
+
+
+def test_training_starts_from_an_import(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two steps that are too small to change a weight, export, import, and the same steps again."""
+    model, attention = small_m3()
+    # as many words as there are bytes, and a few for documents
+    model.vocab_size = 320
+    weights = write_checkpoint(tmp_path / "hf", (model, attention), M3_TEXT_NAMING, dtype=torch.bfloat16)
+    assert run(capsys, "import", tmp_path / "hf", tmp_path / "ours")[0] == 0
+    write_corpus(tmp_path / "corpus")
+    corpus = [f"data.corpus={tmp_path / 'corpus'}", f"data.cache_dir={tmp_path / 'cache'}"]
+    settings = ["--config-dir", str(tmp_path / "ours/conf"), "run=imported", *SMALL, *corpus]
+    output = train_command(*settings, f"run_dir={tmp_path / 'run'}")
+    assert "starting from the weights of" in output
+    rows = read_metrics(tmp_path / "run")
+    assert rows[0]["lm_loss"] > 0
+    assert run(capsys, "export", tmp_path / "run", tmp_path / "back")[0] == 0
+    for name, tensor in read_tensors(tmp_path / "back").items():
+        assert torch.equal(tensor, weights[name]), name
+    assert run(capsys, "import", tmp_path / "back", tmp_path / "again")[0] == 0
+    train_command(*settings, f"checkpoint.load={tmp_path / 'again'}", f"run_dir={tmp_path / 'other'}")
+    assert [row["lm_loss"] for row in read_metrics(tmp_path / "other")] == [row["lm_loss"] for row in rows]
 
 
 def test_config_dir_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -211,6 +211,7 @@ def test_fields_can_be_ignored() -> None:
     [
         ({"zero_centered_norm": False}, "model.zero_centered_norm=False: a minimax_m3_vl model has True"),
         ({"shared_expert_hidden_size": 0}, "model.shared_expert_hidden_size=0: "),
+        ({"layer_attention": "swa,msa"}, "no released architecture has sliding windows"),
     ],
 )
 def test_models_without_a_hugging_face_architecture(change: dict[str, Any], line: str) -> None:

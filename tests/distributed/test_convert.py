@@ -11,19 +11,22 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
-from msa_train.config import Engine, Precision
+from msa_train.config import DataConfig, Engine, ParallelConfig, Precision, RunConfig, TrainConfig
 from msa_train.model.hf_config import read_hf_config, write_hf_config
 from msa_train.model.hf_export import plan_export, read_config_file, write_export
 from msa_train.model.hf_import import plan_import, write_import
 from msa_train.model.hf_names import M3_NAMING, M3_TEXT_NAMING, build_table
 from msa_train.model.safetensors_files import DTYPES, INDEX_NAME
+from msa_train.parallel.groups import build_groups
 from msa_train.training.checkpoint import load_checkpoint, save_checkpoint
 from msa_train.training.checkpoint_store import CheckpointStore, fingerprint, verify_folder
+from msa_train.training.engine import Engine as TrainingEngine
 from msa_train.training.engine import checkpoint_metadata
+from msa_train.training.megatron_engine import MegatronEngine
+from msa_train.training.torch_engine import TorchEngine
 from msa_train.training.weights_checkpoint import checkpoint_folder, publish_weights, shape_of
 from tests.helpers import cuda_shim
 from tests.helpers.hf_files import read_tensors, small_m3, write_checkpoint
-from tests.helpers.megatron_runs import build
 from tests.helpers.spawn import run_ranks
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -35,8 +38,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "cp2-ep2": (2, {"engine": Engine.torch, "parallel": {"cp_size": 2, "ep_size": 2}}),
     "tp2-pp2-ep2": (4, {"engine": Engine.megatron, "parallel": {"tp_size": 2, "pp_size": 2, "ep_size": 2}}),
 }
-# 426 MB, the largest tensor 67 MB
-BIG = {"hidden_size": 1024, "num_experts": 16, "num_layers": 5}
+# 230 MB, the largest tensor 67 MB
+BIG = {"hidden_size": 1024, "num_experts": 16, "num_layers": 3}
 SHARD_BYTES = 100 * 10**6
 GROWTH_BYTES = 100 * 10**6
 
@@ -55,6 +58,21 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
         source="test",
     )
     return folder
+
+
+def build(engine: Engine, parallel: dict[str, int], precision: Precision = Precision.fp32) -> TrainingEngine:
+    """An engine over the whole world for the imported model."""
+    model, attention = small_m3()
+    config = RunConfig(
+        engine=engine,
+        model=model,
+        attention=attention,
+        parallel=ParallelConfig(**parallel),
+        data=DataConfig(seq_len=96),
+        train=TrainConfig(precision=precision),
+    )
+    kind = TorchEngine if engine is Engine.torch else MegatronEngine
+    return kind(config, build_groups(config.parallel, device=torch.device("cpu")))
 
 
 def reshard(rank: int, world_size: int, folder: Path, layouts: dict[str, dict[str, Any]]) -> None:
@@ -184,7 +202,7 @@ def growth(*arguments: str | Path) -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
 def test_memory_stays_below_a_shard(tmp_path: Path) -> None:
     total = write_sparse_checkpoint(tmp_path / "hf")
-    assert total > 4 * GROWTH_BYTES
+    assert total > 2 * GROWTH_BYTES
     assert growth("import", tmp_path / "hf", tmp_path / "ours") < GROWTH_BYTES
     assert growth("export", tmp_path / "ours", tmp_path / "back", "--shard-size", "100MB") < GROWTH_BYTES
-    assert len(list((tmp_path / "back").glob("*.safetensors"))) > 4
+    assert len(list((tmp_path / "back").glob("*.safetensors"))) > 2

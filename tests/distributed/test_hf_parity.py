@@ -106,11 +106,12 @@ def check_scenario(scenario: Scenario, folder: Path, world_size: int) -> None:
     dist.all_reduce(loss)
     num_labels = sum(length - 1 for length in scenario.lengths)
     assert abs(float(loss) / num_labels - want["loss"]) <= TOLERANCE * want["loss"]
+    assert (sum(map(float, result.stats.kl.values())) > 0) is (scenario.kl_weight > 0)
     check_gradients(engine, folder / GRADIENTS, hf)
 
 
 def loaded_engine(scenario: Scenario, hf: HfModel, run_dir: Path, cp_size: int) -> TorchEngine:
-    hf.attention.kl_weight = 0.0
+    hf.attention.kl_weight = scenario.kl_weight
     if scenario.family == "m2":
         hf.attention.block_size = scenario.block_size
     config = RunConfig(
@@ -163,7 +164,7 @@ def check_gradients(engine: TorchEngine, folder: Path, hf: HfModel) -> None:
     compared = 0
     for name, parameter in global_names(engine.model, ep_rank=0):
         if ".index_branch." in name:
-            assert not parameter.requires_grad
+            assert parameter.requires_grad is (hf.attention.kl_weight > 0)
             continue
         expert = _EXPERT.search(name)
         if expert:
@@ -175,7 +176,7 @@ def check_gradients(engine: TorchEngine, folder: Path, hf: HfModel) -> None:
             raise AssertionError(f"gradient of {name}: {error}") from error
         assert expert or want.abs().max() > 0, name
         compared += 1
-    assert compared == sum(parameter.requires_grad for parameter in engine.model.parameters())
+    assert compared == sum(".index_branch." not in name for name, _ in engine.model.named_parameters())
 
 
 def read_keys(folder: Path, hf: HfModel) -> dict[str, Tensor]:

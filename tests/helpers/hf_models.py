@@ -20,7 +20,8 @@ class Scenario:
     """A model and the documents it reads.
 
     fields: of its config, over the defaults below. lengths: tokens of each document. gain: standard deviation
-    of the weights; 1.0 drives gates and ups beyond the clamp at 7.
+    of the weights; 1.0 drives gates and ups beyond the clamp at 7. kl_weight: of our training, which must not
+    change any gradient but the index branch's.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Scenario:
     lengths: tuple[int, ...]
     seq_len: int = 64
     gain: float = 0.3
+    kl_weight: float = 0.0
     fields: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -100,6 +102,7 @@ SCENARIOS = [
         family="m3",
         lengths=(93, 30),
         seq_len=128,
+        kl_weight=0.7,
         fields=_mixed("ss", 0, index_block_size=8, index_topk_blocks=4, index_local_blocks=2),
     ),
     Scenario(name="m3_tied", family="m3", lengths=(29,), fields=_mixed("fs", 1, tie_word_embeddings=True)),

@@ -71,6 +71,9 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="leave out tensors that have no place, e.g. the vision tower",
     )
+    into.add_argument(
+        "--dequantize", action="store_true", help="make bf16 of 8-bit weights with block scales"
+    )
     out = commands.add_parser(
         "export", help="a checkpoint of ours to Hugging Face's form", formatter_class=raw
     )
@@ -111,6 +114,11 @@ def _import(arguments: argparse.Namespace) -> None:
 
     source, target = arguments.source, arguments.target
     hf = read_hf_config(read_config_file(source), ignore=arguments.ignore_field)
+    if hf.fp8_block is not None and not arguments.dequantize:
+        raise ValueError(
+            "quantization_config.quant_method=fp8: the weights have 8 bits; --dequantize makes bf16 of them, "
+            "or use a bf16 checkpoint"
+        )
     plan = plan_import(source, hf)
     if arguments.dry_run:
         for span in plan.table.spans:
@@ -147,7 +155,8 @@ def _export(arguments: argparse.Namespace) -> None:
     accept_fallbacks()
     import torch
 
-    from msa_train.model.hf_export import DEFAULT_MAX_POSITIONS, plan_export, write_export
+    from msa_train.model.hf_config_write import DEFAULT_MAX_POSITIONS
+    from msa_train.model.hf_export import plan_export, write_export
     from msa_train.training.weights_checkpoint import checkpoint_folder, shape_of
 
     source, target = arguments.source, arguments.target

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from msa_train.config import AttentionConfig, ModelConfig
-from msa_train.model.hf_config import (
+from msa_train.model.hf_config import read_hf_config
+from msa_train.model.hf_config_fields import Family
+from msa_train.model.hf_config_write import (
     DEFAULT_MAX_POSITIONS,
-    Family,
     extend_hf_config,
     family_of,
-    read_hf_config,
     write_hf_config,
 )
 from msa_train.model.hf_names import M2_NAMING, M3_TEXT_NAMING, Span, TensorTable, build_table, detect_naming
@@ -223,6 +223,8 @@ def _config_like(
     """config.json of `like`, which must mean this model but for what an extension changes."""
     config = extend_hf_config(read_config_file(like), model, attention)
     theirs, ours = read_hf_config(config, ignore=ignore), write_hf_config(model, attention, dtype="float32")
+    if theirs.fp8_block is not None:
+        raise ValueError(f"{like}: has 8-bit weights, which are not written; export without --like")
     mine = read_hf_config(ours)
     for part, other in ((theirs.model, mine.model), (theirs.attention, mine.attention)):
         section = "model" if part is theirs.model else "attention"

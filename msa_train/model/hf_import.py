@@ -1,5 +1,6 @@
 """A Hugging Face checkpoint becomes one of ours, box by box: no more than one box is ever in memory."""
 
+import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -10,7 +11,7 @@ import torch
 
 from msa_train.model.hf_config import HfModel
 from msa_train.model.hf_names import Span, TensorTable, build_table, detect_naming
-from msa_train.model.safetensors_files import DTYPES, Entry, RowReader, read_index
+from msa_train.model.hf_weights import StoredWeights
 from msa_train.model.sharded_files import ShardedWriter
 
 BOX_BYTES = 256 * 2**20
@@ -31,17 +32,18 @@ class Box:
 class ImportPlan:
     """Everything about an import, before a weight is read.
 
-    entries: tensors in the files. unplaced: those that have no place in our model.
+    weights: tensors in the files. unplaced: those that have no place in our model.
     """
 
     table: TensorTable
-    entries: dict[str, Entry]
+    weights: StoredWeights
     unplaced: list[str]
 
     @property
     def num_bytes(self) -> int:
         """Of the tensors that have a place."""
-        return sum(self.entries[name].end - self.entries[name].begin for name in self.table.hf_shapes)
+        shapes = self.table.hf_shapes.items()
+        return sum(math.prod(shape) * self.weights.dtype(name).itemsize for name, shape in shapes)
 
 
 def plan_import(folder: Path, hf: HfModel) -> ImportPlan:
@@ -50,7 +52,8 @@ def plan_import(folder: Path, hf: HfModel) -> ImportPlan:
     Raises:
         ValueError: one line, if a tensor is missing, or has another shape or an unknown dtype.
     """
-    entries = read_index(folder)
+    weights = StoredWeights(folder, hf.fp8_block)
+    entries = weights.entries
     table = build_table(hf.model, hf.attention, detect_naming(entries))
     lacking = [name for name in table.hf_shapes if name not in entries]
     if lacking:
@@ -64,19 +67,17 @@ def plan_import(folder: Path, hf: HfModel) -> ImportPlan:
                 f"tensor {name}: has shape {list(entry.shape)} where config.json gives {list(shape)}; "
                 "correct config.json, or fetch both again"
             )
-        if entry.dtype not in DTYPES:
-            raise ValueError(
-                f"tensor {name}: has dtype {entry.dtype}, which cannot be trained; use one of "
-                f"{', '.join(DTYPES)}"
-            )
     for key, spans in table.by_key().items():
         for one, other in pairwise(spans):
-            if entries[one.name].dtype != entries[other.name].dtype:
+            if weights.dtype(one.name) is not weights.dtype(other.name):
                 raise ValueError(
                     f"tensor {other.name}: has dtype {entries[other.name].dtype}, {one.name} has "
                     f"{entries[one.name].dtype}, and both are parts of {key}; store both alike"
                 )
-    return ImportPlan(table, entries, [name for name in entries if name not in table.hf_shapes])
+    for name in table.hf_shapes:
+        weights.dtype(name)
+    placed = table.hf_shapes.keys() | weights.scales()
+    return ImportPlan(table, weights, [name for name in entries if name not in placed])
 
 
 def check_unplaced(unplaced: Collection[str], *, skip: bool) -> None:
@@ -103,19 +104,19 @@ def write_import(plan: ImportPlan, folder: Path, progress: Callable[[int], None]
     Returns:
         Size and checksum of each file by name, for the manifest.
     """
-    writer, reader = ShardedWriter(folder), RowReader()
+    writer, weights = ShardedWriter(folder), plan.weights
     try:
         for box in boxes(plan):
-            piece = torch.empty(box.sizes, dtype=DTYPES[plan.entries[box.spans[0].name].dtype])
+            piece = torch.empty(box.sizes, dtype=weights.dtype(box.spans[0].name))
             rows = piece.view(-1, *box.sizes[-1:]) if len(box.sizes) > 1 else piece
             at = 0
             for span in box.spans:
-                reader.read_into(plan.entries[span.name], span.name_row, rows[at : at + span.num_rows])
+                weights.read_into(span.name, span.name_row, rows[at : at + span.num_rows])
                 at += span.num_rows
             writer.add(box.key, plan.table.shapes[box.key], box.offsets, piece)
             progress(piece.nbytes)
     finally:
-        reader.close()
+        weights.close()
     for module, num_experts in plan.table.objects.items():
         writer.add_empty_object(f"{module}._extra_state", num_experts)
     writer.close()
@@ -127,7 +128,7 @@ def boxes(plan: ImportPlan, box_bytes: int = BOX_BYTES) -> Iterator[Box]:
     for key, spans in plan.table.by_key().items():
         shape = plan.table.shapes[key]
         columns = shape[-1] if len(shape) > 1 else 1
-        max_rows = max(1, box_bytes // (columns * DTYPES[plan.entries[spans[0].name].dtype].itemsize))
+        max_rows = max(1, box_bytes // (columns * plan.weights.dtype(spans[0].name).itemsize))
         rows_of_expert = shape[1] if len(shape) == 3 else 0
         for group in _groups(spans, max_rows, rows_of_expert):
             first, count = group[0].key_row, sum(span.num_rows for span in group)

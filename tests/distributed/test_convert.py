@@ -12,7 +12,8 @@ import torch
 from megatron.core import parallel_state
 
 from msa_train.config import DataConfig, Engine, ParallelConfig, Precision, RunConfig, TrainConfig
-from msa_train.model.hf_config import read_hf_config, write_hf_config
+from msa_train.model.hf_config import read_hf_config
+from msa_train.model.hf_config_write import write_hf_config
 from msa_train.model.hf_export import plan_export, read_config_file, write_export
 from msa_train.model.hf_import import plan_import, write_import
 from msa_train.model.hf_names import M3_NAMING, M3_TEXT_NAMING, build_table

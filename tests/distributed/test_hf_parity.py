@@ -25,7 +25,6 @@ from msa_train.model.hf_export import plan_export, read_config_file, write_expor
 from msa_train.model.hf_import import plan_import, write_import
 from msa_train.model.init_weights import global_names
 from msa_train.model.pack_params import LayerStats
-from msa_train.model.safetensors_files import DTYPES, RowReader
 from msa_train.parallel.groups import build_groups
 from msa_train.training.batch import make_batch
 from msa_train.training.checkpoint import load_checkpoint
@@ -181,15 +180,14 @@ def check_gradients(engine: TorchEngine, folder: Path, hf: HfModel) -> None:
 
 def read_keys(folder: Path, hf: HfModel) -> dict[str, Tensor]:
     """Our tensors put together from a Hugging Face checkpoint."""
-    plan, reader = plan_import(folder, hf), RowReader()
+    plan = plan_import(folder, hf)
     result: dict[str, Tensor] = {}
     for key, spans in plan.table.by_key().items():
         rows = [torch.empty(0)]
         for span in spans:
-            entry = plan.entries[span.name]
-            columns = entry.shape[-1:] if len(entry.shape) > 1 else ()
-            rows.append(torch.empty((span.num_rows, *columns), dtype=DTYPES[entry.dtype]))
-            reader.read_into(entry, span.name_row, rows[-1])
+            shape = plan.table.hf_shapes[span.name]
+            rows.append(torch.empty((span.num_rows, *shape[-1:]) if len(shape) > 1 else span.num_rows))
+            plan.weights.read_into(span.name, span.name_row, rows[-1])
         result[key] = torch.cat(rows[1:]).view(plan.table.shapes[key])
-    reader.close()
+    plan.weights.close()
     return result

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from msa_train.config import Activation, AttentionConfig, ModelConfig, QkNorm
-from msa_train.model.hf_config import write_hf_config
+from msa_train.model.hf_config_write import write_hf_config
 from msa_train.model.hf_names import Naming, build_table
 from msa_train.model.safetensors_files import (
     DTYPES,

@@ -151,17 +151,16 @@ def test_dry_run_lists_and_writes_nothing(
 def errors(tmp_path: Path, hf: Path, ours: Path) -> dict[str, list[str | Path]]:
     quantized = tmp_path / "quantized"
     quantized.mkdir()
+    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     config = json.loads((hf / "config.json").read_text())
-    (quantized / "config.json").write_text(
-        json.dumps(config | {"quantization_config": {"quant_method": "fp8"}})
-    )
+    (quantized / "config.json").write_text(json.dumps(config | {"quantization_config": fp8}))
     empty = tmp_path / "empty"
     empty.mkdir()
     return {
         "argument import|export: invalid choice": ["convert"],
         "required": ["import", hf],
         "config.json: cannot be read (No such file": ["import", empty, tmp_path / "x"],
-        "quantization_config.quant_method=fp8": ["import", quantized, tmp_path / "x"],
+        "--dequantize makes bf16 of them": ["import", quantized, tmp_path / "x"],
         f"{empty}: has no checkpoint": ["export", empty, tmp_path / "x"],
         "does not exist": ["export", tmp_path / "none", tmp_path / "x"],
         "--shard-size=5 bananas": ["export", ours, tmp_path / "x", "--shard-size", "5 bananas"],

@@ -7,13 +7,9 @@ import pytest
 
 from launchers.compose import compose_run
 from msa_train.config import ModelConfig
-from msa_train.model.hf_config import (
-    Family,
-    extend_hf_config,
-    family_of,
-    read_hf_config,
-    write_hf_config,
-)
+from msa_train.model.hf_config import read_hf_config
+from msa_train.model.hf_config_fields import Family
+from msa_train.model.hf_config_write import extend_hf_config, family_of, write_hf_config
 from tests.helpers.hf_files import small_m2, small_m3
 
 LAYERS = 60
@@ -173,6 +169,8 @@ REFUSED = {
     "rope_parameters.rope_type=yarn: ": m3(rope_scaling={"rope_type": "yarn", "factor": 2.0}),
     "rope_theta=5000000: rope_parameters say 1.0": m3(rope_parameters={"rope_theta": 1.0}),
     "new_field=3: this field is not known here": m3(new_field=3),
+    "quantization_config.quant_method=mxfp8: ": M2
+    | {"quantization_config": {"quant_method": "mxfp8", "weight_block_size": [1, 32]}},
     "quantization_config.quant_method=fp8: ": M2 | {"quantization_config": {"quant_method": "fp8"}},
     "attn_type_list=[0": M2 | {"attn_type_list": [0] * 62},
     "shared_intermediate_size=64: ": M2 | {"shared_intermediate_size": 64},

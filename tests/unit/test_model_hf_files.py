@@ -242,6 +242,58 @@ def test_broken_files_are_refused(tmp_path: Path) -> None:
     read_index(tmp_path / "hf")
 
 
+def write_fp8(folder: Path, *, block: tuple[int, int], leave_out: str = "") -> dict[str, Tensor]:
+    """A checkpoint with 8-bit weights of the experts and of attention; returns what they stand for."""
+    tensors = write_checkpoint(folder, small_m2(), M2_NAMING, dtype=torch.bfloat16, shard_bytes=10**6)
+    stored: dict[str, Tensor] = {}
+    for name, tensor in list(tensors.items()):
+        if tensor.dim() < 2 or not (".experts." in name or "_proj" in name):
+            stored[name] = tensor
+            continue
+        stored[name] = tensor.float().to(torch.float8_e4m3fn)
+        scale = torch.rand(*(-(-size // b) for size, b in zip(tensor.shape, block, strict=True)))
+        stored[name + "_scale_inv"] = scale
+        tensors[name] = torch.empty_like(tensor)
+        for row, column in itertools.product(*map(range, tensor.shape)):
+            factor = scale[row // block[0], column // block[1]]
+            tensors[name][row, column] = stored[name][row, column].float() * factor
+    stored.pop(leave_out, None)
+    names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3"}
+    new = [
+        NewTensor(key, names[t.dtype], tuple(t.shape), t.nbytes, lambda t=t: iter([t]))
+        for key, t in stored.items()
+    ]
+    write_file(folder / SINGLE_NAME, new, ignore)
+    config = read_config_file(folder)
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": list(block)}
+    (folder / "config.json").write_text(json.dumps(config))
+    return tensors
+
+
+@pytest.mark.parametrize("block", [(128, 128), (5, 7), (8, 8)])
+def test_block_scaled_weights_become_bf16(block: tuple[int, int], tmp_path: Path) -> None:
+    want = write_fp8(tmp_path / "hf", block=block)
+    hf = read_hf_config(read_config_file(tmp_path / "hf"))
+    assert hf.fp8_block == block
+    assert plan_import(tmp_path / "hf", hf).unplaced == []
+    ours = convert(tmp_path / "hf", tmp_path / "ours")
+    write_export(plan_export(ours, *small_m2()), tmp_path / "back", ignore)
+    got = read_tensors(tmp_path / "back")
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        assert got[name].dtype is tensor.dtype
+        assert torch.equal(got[name], tensor), name
+    with pytest.raises(ValueError, match="has 8-bit weights"):
+        plan_export(ours, *small_m2(), like=tmp_path / "hf")
+
+
+def test_missing_scale_is_refused(tmp_path: Path) -> None:
+    name = "model.layers.1.self_attn.k_proj.weight"
+    write_fp8(tmp_path / "hf", block=(8, 8), leave_out=name + "_scale_inv")
+    with pytest.raises(ValueError, match=rf"tensor {name}: has no scale, should have .* F32 \[3, 3\]"):
+        plan_import(tmp_path / "hf", read_hf_config(read_config_file(tmp_path / "hf")))
+
+
 @pytest.mark.parametrize(
     ("change", "line"),
     [

@@ -89,24 +89,27 @@ def plan_export(
     Raises:
         ValueError: one line, if the checkpoint lacks tensors or `like` is of another model.
     """
-    reader = ShardedReader(checkpoint)
-    weights = _Weights(reader, dtype)
-    if like is None:
-        naming = M2_NAMING if family_of(model) is Family.m2 else M3_TEXT_NAMING
-        table = build_table(model, attention, naming)
-        tensors = _tensors(table, weights, checkpoint)
-        packed = pack_files(list(tensors.values()), shard_bytes)
-        files = dict(zip(file_names(len(packed)), packed, strict=True))
-        stored = dtype or reader.dtype("decoder.final_layernorm.weight")
-        config = write_hf_config(
-            model, attention, dtype=str(stored).removeprefix("torch."), max_positions=max_positions
-        )
-        return ExportPlan(table, files, config, [])
+    weights = _Weights(checkpoint, dtype)
+    if like is not None:
+        config = _config_like(like, model, attention, ignore)
+        _note_dtype(config, dtype)
+        return _plan_like(like, model, attention, config, weights)
+    naming = M2_NAMING if family_of(model) is Family.m2 else M3_TEXT_NAMING
+    table = build_table(model, attention, naming)
+    packed = pack_files(list(_tensors(table, weights).values()), shard_bytes)
+    files = dict(zip(file_names(len(packed)), packed, strict=True))
+    stored = str(weights.dtype("decoder.final_layernorm.weight")).removeprefix("torch.")
+    config = write_hf_config(model, attention, dtype=stored, max_positions=max_positions)
+    return ExportPlan(table, files, config, [])
+
+
+def _plan_like(
+    like: Path, model: ModelConfig, attention: AttentionConfig, config: dict[str, Any], weights: "_Weights"
+) -> ExportPlan:
+    """The files of `like`, our tensors in the place of theirs."""
     entries = read_index(like)
-    config = _config_like(like, model, attention, ignore)
-    _note_dtype(config, dtype)
     table = build_table(model, attention, detect_naming(entries))
-    tensors = _tensors(table, weights, checkpoint)
+    tensors = _tensors(table, weights)
     for name, tensor in tensors.items():
         if name not in entries or entries[name].shape != tensor.shape:
             found = f"has shape {list(entries[name].shape)}" if name in entries else "is not there"
@@ -115,7 +118,7 @@ def plan_export(
                 "the weights came from"
             )
     copied = [name for name in entries if name not in tensors]
-    files = {}
+    files: dict[str, list[NewTensor]] = {}
     for name, entry in entries.items():
         files.setdefault(entry.file.name, []).append(tensors.get(name) or _copy(name, entry))
     return ExportPlan(table, files, config, copied)
@@ -149,9 +152,10 @@ def write_export(plan: ExportPlan, folder: Path, progress: Callable[[int], None]
 class _Weights:
     """Rows of the checkpoint, in the wanted type."""
 
-    def __init__(self, reader: ShardedReader, dtype: torch.dtype | None) -> None:
-        self.reader, self.wanted = reader, dtype
-        self.shapes = reader.shapes()
+    def __init__(self, checkpoint: Path, dtype: torch.dtype | None) -> None:
+        self.checkpoint, self.wanted = checkpoint, dtype
+        self.reader = ShardedReader(checkpoint)
+        self.shapes = self.reader.shapes()
 
     def source(self, key: str) -> str:
         """Key to read: the master weight where fp32 is wanted and there is one."""
@@ -175,11 +179,13 @@ class _Weights:
                 yield rows.to(self.dtype(span.key))
 
 
-def _tensors(table: TensorTable, weights: _Weights, checkpoint: Path) -> dict[str, NewTensor]:
+def _tensors(table: TensorTable, weights: _Weights) -> dict[str, NewTensor]:
     for key, shape in table.shapes.items():
         if weights.shapes.get(key) != shape:
             found = f"shape {list(weights.shapes[key])}" if key in weights.shapes else "nothing"
-            raise ValueError(f"checkpoint {checkpoint}: has {found} for {key}, which should be {list(shape)}")
+            raise ValueError(
+                f"checkpoint {weights.checkpoint}: has {found} for {key}, which should be {list(shape)}"
+            )
     result: dict[str, NewTensor] = {}
     spans_of = table.by_name()
     for name, shape in table.hf_shapes.items():

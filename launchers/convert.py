@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from launchers.imported_conf import copy_tokenizer, write_conf
+from launchers.imported_conf import copy_rest, copy_tokenizer, write_conf
 from launchers.worker import accept_fallbacks
 
 DESCRIPTION = """\
@@ -187,7 +187,7 @@ def _export(arguments: argparse.Namespace) -> None:
     write_export(plan, target, progress.add)
     progress.end()
     if arguments.like is not None:
-        copy_tokenizer(arguments.like, target)
+        copy_rest(arguments.like, target)
     _say(
         f"{folder} -> {target}: {len(plan.files)} files, {len(plan.copied)} tensors copied from another "
         "checkpoint"

@@ -83,6 +83,14 @@ def copy_tokenizer(source: Path, target: Path) -> Path | None:
     return target / "tokenizer.json" if (target / "tokenizer.json").is_file() else None
 
 
+def copy_rest(source: Path, target: Path) -> None:
+    """Copy what else a Hugging Face folder holds: tokenizer, code, licence; not the weights or model card."""
+    for path in sorted(source.iterdir()):
+        own = path.name in ("config.json", "README.md") or path.name.endswith((".safetensors", ".index.json"))
+        if path.is_file() and not own and not path.name.startswith("."):
+            shutil.copyfile(path, target / path.name)
+
+
 def _group(section: Any, source: str) -> str:
     values = {
         name: value.value if isinstance(value, Enum) else value for name, value in asdict(section).items()

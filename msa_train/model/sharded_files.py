@@ -180,19 +180,20 @@ class ShardedReader:
             begin, end = max(row, at[1]), min(row + count, at[1] + size[1])
             if begin >= end or not at[0] <= expert < at[0] + size[0]:
                 continue
-            piece = self._piece(MetadataIndex(key, chunk.offsets, number)).view(size)
+            num_bytes = chunk.sizes.numel() * entry.properties.dtype.itemsize
+            piece = self._piece(MetadataIndex(key, chunk.offsets, number), num_bytes).view(size)
             part = piece[expert - at[0], begin - at[1] : end - at[1]]
             out[begin - row : end - row, at[2] : at[2] + size[2]] = part
             filled += part.numel()
         assert filled == out.numel(), f"{key}: the checkpoint holds {filled} of {out.numel()} numbers"
         return out if len(entry.size) > 1 else out.view(-1)
 
-    def _piece(self, index: MetadataIndex) -> Tensor:
+    def _piece(self, index: MetadataIndex, num_bytes: int) -> Tensor:
         if index not in self._cache:
+            self._make_room(num_bytes)
             place = self._places[index]
             with (self.folder / place.relative_path).open("rb") as file:
                 piece: Tensor = torch.load(_view(file, place), map_location="cpu", weights_only=True)
-            self._make_room(piece.nbytes)
             self._cache[index] = piece
         self._cache.move_to_end(index)
         return self._cache[index]

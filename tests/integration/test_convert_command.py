@@ -45,6 +45,8 @@ def vision(tmp_path: Path) -> Path:
     extra = {"vision_tower.patch.weight": torch.randn(3, 5)}
     write_checkpoint(tmp_path / "hf", small_m3(), M3_NAMING, extra=extra)
     (tmp_path / "hf" / "tokenizer.json").write_text("{}")
+    (tmp_path / "hf" / "image_processor.py").write_text("")
+    (tmp_path / "hf" / "README.md").write_text("of the original")
     return tmp_path / "hf"
 
 
@@ -75,7 +77,7 @@ def test_there_and_back(vision: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     want, got = read_tensors(vision), read_tensors(back)
     assert want.keys() == got.keys()
     assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
-    assert (back / "tokenizer.json").is_file()
+    assert {path.name for path in back.iterdir()} == {path.name for path in vision.iterdir()} - {"README.md"}
     code, _, err = run(capsys, "export", ours, back)
     assert code == 2
     assert "exists already" in err

@@ -166,7 +166,7 @@ def errors(tmp_path: Path, hf: Path, ours: Path) -> dict[str, list[str | Path]]:
         f"{empty}: has no checkpoint": ["export", empty, tmp_path / "x"],
         "does not exist": ["export", tmp_path / "none", tmp_path / "x"],
         "--shard-size=5 bananas": ["export", ours, tmp_path / "x", "--shard-size", "5 bananas"],
-        "model.safetensors: does not exist": ["export", ours, tmp_path / "x", "--like", empty],
+        "config.json: cannot be read": ["export", ours, tmp_path / "x", "--like", empty],
     }
 
 

@@ -10,7 +10,6 @@ import io
 import os
 import pickle
 import zlib
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, cast
@@ -19,6 +18,7 @@ import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -32,7 +32,6 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.utils import _create_file_view
 
 METADATA_NAME, COMMON_NAME, CONFIG_NAME = ".metadata", "common.pt", "metadata.json"
-_CACHE_BYTES = 32 * 2**20
 
 
 class ShardedWriter:
@@ -142,19 +141,16 @@ class _CountingFile(io.RawIOBase):
 
 
 class ShardedReader:
-    """Reads rows of the tensors of a checkpoint, whatever boxes they were written in.
+    """Reads rows of a checkpoint's tensors, whatever boxes they were written in, and nothing but these rows."""
 
-    Pieces are read whole and the last ones kept, `cache_bytes` of them at most, or one.
-    """
-
-    def __init__(self, folder: Path, *, cache_bytes: int = _CACHE_BYTES) -> None:
-        self.folder, self._cache_bytes = folder, cache_bytes
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         with (folder / METADATA_NAME).open("rb") as file:
             metadata: Metadata = pickle.load(file)
         self._places: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
         entries = metadata.state_dict_metadata.items()
         self._tensors = {key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
-        self._cache: OrderedDict[MetadataIndex, Tensor] = OrderedDict()
+        self._first_bytes: dict[MetadataIndex, int] = {}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of each tensor by key."""
@@ -180,27 +176,35 @@ class ShardedReader:
             begin, end = max(row, at[1]), min(row + count, at[1] + size[1])
             if begin >= end or not at[0] <= expert < at[0] + size[0]:
                 continue
-            num_bytes = chunk.sizes.numel() * entry.properties.dtype.itemsize
-            piece = self._piece(MetadataIndex(key, chunk.offsets, number), num_bytes).view(size)
-            part = piece[expert - at[0], begin - at[1] : end - at[1]]
-            out[begin - row : end - row, at[2] : at[2] + size[2]] = part
-            filled += part.numel()
+            target = out[begin - row : end - row, at[2] : at[2] + size[2]]
+            skipped = (expert - at[0]) * size[1] + begin - at[1]
+            self._read(MetadataIndex(key, chunk.offsets, number), skipped, target)
+            filled += target.numel()
         assert filled == out.numel(), f"{key}: the checkpoint holds {filled} of {out.numel()} numbers"
         return out if len(entry.size) > 1 else out.view(-1)
 
-    def _piece(self, index: MetadataIndex, num_bytes: int) -> Tensor:
-        if index not in self._cache:
-            self._make_room(num_bytes)
-            place = self._places[index]
-            with (self.folder / place.relative_path).open("rb") as file:
-                piece: Tensor = torch.load(_view(file, place), map_location="cpu", weights_only=True)
-            self._cache[index] = piece
-        self._cache.move_to_end(index)
-        return self._cache[index]
+    def _read(self, index: MetadataIndex, row: int, out: Tensor) -> None:
+        """Fill `out`, [rows, columns of the box], from `row` of a box on, counted over its experts."""
+        rows = torch.empty(out.shape, dtype=out.dtype)
+        with (self.folder / self._places[index].relative_path).open("rb") as file:
+            if index not in self._first_bytes:
+                self._first_bytes[index] = _first_byte(file, self._places[index])
+            file.seek(self._first_bytes[index] + row * out.shape[1] * out.element_size())
+            data = rows.view(-1).view(torch.uint8).numpy().data
+            if file.readinto(data) != len(data):
+                raise ValueError(f"{file.name}: ends too early; use another checkpoint")
+        out.copy_(rows)
 
-    def _make_room(self, num_bytes: int) -> None:
-        while self._cache and num_bytes + sum(p.nbytes for p in self._cache.values()) > self._cache_bytes:
-            self._cache.popitem(last=False)
+
+def _first_byte(file: IO[bytes], place: _StorageInfo) -> int:
+    """Where a stored tensor's numbers begin in its file."""
+    view = _create_file_view(cast(io.IOBase, file), place.offset, place.length)
+    # everything but the numbers is read
+    with FakeTensorMode():
+        tensor: Tensor = torch.load(cast(IO[bytes], view), weights_only=True)
+    if not tensor.is_contiguous() or tensor.storage_offset():
+        raise ValueError(f"{file.name}: a tensor is not stored row by row; use a checkpoint of msa-train")
+    return place.offset + tensor.untyped_storage()._checkpoint_offset  # type: ignore[attr-defined]
 
 
 def _lifted(sizes: Sequence[int], filler: int) -> tuple[int, int, int]:
@@ -208,7 +212,3 @@ def _lifted(sizes: Sequence[int], filler: int) -> tuple[int, int, int]:
     if len(sizes) == 3:
         return sizes[0], sizes[1], sizes[2]
     return filler, sizes[0], sizes[1] if len(sizes) == 2 else filler
-
-
-def _view(file: IO[bytes], place: _StorageInfo) -> Any:
-    return _create_file_view(cast(io.IOBase, file), place.offset, place.length)

@@ -152,7 +152,7 @@ def test_reader_puts_any_boxes_together(tmp_path: Path) -> None:
     writer.add_empty_object("module._extra_state", 3)
     writer.close()
     assert len(writer.files) > 5
-    reader = ShardedReader(tmp_path, cache_bytes=100)
+    reader = ShardedReader(tmp_path)
     assert reader.shapes() == {key: tuple(tensor.shape) for key, tensor in whole.items()}
     for key, tensor in whole.items():
         flat = tensor.view(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor

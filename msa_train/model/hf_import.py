@@ -14,7 +14,7 @@ from msa_train.model.hf_names import Span, TensorTable, build_table, detect_nami
 from msa_train.model.hf_weights import StoredWeights
 from msa_train.model.sharded_files import ShardedWriter
 
-BOX_BYTES = 256 * 2**20
+BOX_BYTES = 64 * 2**20
 _NAMED = 4
 
 
@@ -93,20 +93,23 @@ def check_unplaced(unplaced: Collection[str], *, skip: bool) -> None:
         )
 
 
-def write_import(plan: ImportPlan, folder: Path, progress: Callable[[int], None]) -> dict[str, Any]:
+def write_import(
+    plan: ImportPlan, folder: Path, progress: Callable[[int], None], *, box_bytes: int = BOX_BYTES
+) -> dict[str, Any]:
     """Write the checkpoint files.
 
     Args:
         plan: from `plan_import`.
         folder: exists and is empty.
         progress: told the bytes of each box.
+        box_bytes: see `boxes`.
 
     Returns:
         Size and checksum of each file by name, for the manifest.
     """
     writer, weights = ShardedWriter(folder), plan.weights
     try:
-        for box in boxes(plan):
+        for box in boxes(plan, box_bytes):
             piece = torch.empty(box.sizes, dtype=weights.dtype(box.spans[0].name))
             rows = piece.view(-1, *box.sizes[-1:]) if len(box.sizes) > 1 else piece
             at = 0

@@ -141,7 +141,7 @@ class _CountingFile(io.RawIOBase):
 
 
 class ShardedReader:
-    """Reads rows of a checkpoint's tensors, whatever boxes they were written in, and nothing but these rows."""
+    """Reads rows of a checkpoint's tensors, in whatever boxes they were written, and nothing else."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -55,7 +55,7 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder,
         hf.model,
         hf.attention,
-        lambda target: write_import(plan, target, lambda _: None),
+        lambda target: write_import(plan, target, lambda _: None, box_bytes=500),
         source="test",
     )
     return folder

@@ -9,6 +9,8 @@ are cut here has nothing to do with the layout of a training.
 import io
 import os
 import pickle
+import struct
+import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +20,6 @@ import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -29,7 +30,6 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.utils import _create_file_view
 
 METADATA_NAME, COMMON_NAME, CONFIG_NAME = ".metadata", "common.pt", "metadata.json"
 
@@ -196,15 +196,46 @@ class ShardedReader:
         out.copy_(rows)
 
 
+class _Window(io.RawIOBase):
+    """Part of a file as a file of its own, for reading."""
+
+    def __init__(self, file: IO[bytes], offset: int, length: int) -> None:
+        super().__init__()
+        self._file, self._offset, self._length, self._at = file, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        self._at = origin + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._offset + self._at)
+        data = self._file.read(max(0, min(len(buffer), self._length - self._at)))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
 def _first_byte(file: IO[bytes], place: _StorageInfo) -> int:
-    """Where a stored tensor's numbers begin in its file."""
-    view = _create_file_view(cast(io.IOBase, file), place.offset, place.length)
-    # everything but the numbers is read
-    with FakeTensorMode():
-        tensor: Tensor = torch.load(cast(IO[bytes], view), weights_only=True)
-    if not tensor.is_contiguous() or tensor.storage_offset():
+    """Where a stored tensor's numbers begin in its file: torch.save writes a zip archive, not compressed."""
+    view = cast(IO[bytes], _Window(file, place.offset, place.length))
+    with torch.serialization.skip_data():
+        tensor: Tensor = torch.load(view, weights_only=True)
+    with zipfile.ZipFile(view) as archive:
+        entry = next(one for one in archive.infolist() if one.filename.endswith("/data/0"))
+    if not tensor.is_contiguous() or entry.file_size != tensor.nbytes or entry.compress_type:
         raise ValueError(f"{file.name}: a tensor is not stored row by row; use a checkpoint of msa-train")
-    return place.offset + tensor.untyped_storage()._checkpoint_offset  # type: ignore[attr-defined]
+    # fixed part of the entry's header, whose last two numbers are the lengths of what follows it
+    header = 30
+    view.seek(entry.header_offset)
+    name_length, extra_length = struct.unpack("<HH", view.read(header)[-4:])
+    return place.offset + entry.header_offset + header + name_length + extra_length
 
 
 def _lifted(sizes: Sequence[int], filler: int) -> tuple[int, int, int]:

@@ -162,6 +162,14 @@ def test_reader_puts_any_boxes_together(tmp_path: Path) -> None:
                 assert torch.equal(reader.rows(key, first, count), flat[first : first + count]), (key, first)
 
 
+def test_tensors_that_are_not_row_by_row_are_refused(tmp_path: Path) -> None:
+    writer = ShardedWriter(tmp_path)
+    writer.add("matrix", (4, 3), (0, 0), torch.randn(3, 4).T)
+    writer.close()
+    with pytest.raises(ValueError, match=r"__0_0\.distcp: a tensor is not stored row by row"):
+        ShardedReader(tmp_path).rows("matrix", 0, 1)
+
+
 def edges(size: int, widths: tuple[int, ...]) -> list[tuple[int, int]]:
     """Intervals of the widths, the last width repeated: (7, (2, 3)) -> (0, 2), (2, 5), (5, 7)."""
     result, at = [], 0

@@ -38,7 +38,7 @@ from msa_train.model.sharded_files import ShardedReader
 
 CONFIG_NAME = "config.json"
 SHARD_BYTES = 5 * 10**9
-PIECE_BYTES = 32 * 2**20
+PIECE_BYTES = 16 * 2**20
 _MASTER = "optimizer.state.fp32_param."
 _BIAS = ".router.expert_bias"
 

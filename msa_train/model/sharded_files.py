@@ -185,7 +185,7 @@ class ShardedReader:
 
     def _read(self, index: MetadataIndex, row: int, out: Tensor) -> None:
         """Fill `out`, [rows, columns of the box], from `row` of a box on, counted over its experts."""
-        rows = torch.empty(out.shape, dtype=out.dtype)
+        rows = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype)
         with (self.folder / self._places[index].relative_path).open("rb") as file:
             if index not in self._first_bytes:
                 self._first_bytes[index] = _first_byte(file, self._places[index])
@@ -193,7 +193,8 @@ class ShardedReader:
             data = rows.view(-1).view(torch.uint8).numpy().data
             if file.readinto(data) != len(data):
                 raise ValueError(f"{file.name}: ends too early; use another checkpoint")
-        out.copy_(rows)
+        if rows is not out:
+            out.copy_(rows)
 
 
 class _Window(io.RawIOBase):
@@ -225,8 +226,8 @@ class _Window(io.RawIOBase):
 def _first_byte(file: IO[bytes], place: _StorageInfo) -> int:
     """Where a stored tensor's numbers begin in its file: torch.save writes a zip archive, not compressed."""
     view = cast(IO[bytes], _Window(file, place.offset, place.length))
-    with torch.serialization.skip_data():
-        tensor: Tensor = torch.load(view, weights_only=True)
+    # on the meta device there are no numbers to read
+    tensor: Tensor = torch.load(view, map_location="meta", weights_only=True)
     with zipfile.ZipFile(view) as archive:
         entry = next(one for one in archive.infolist() if one.filename.endswith("/data/0"))
     if not tensor.is_contiguous() or entry.file_size != tensor.nbytes or entry.compress_type:

@@ -15,7 +15,7 @@ from launchers.worker import accept_fallbacks
 
 DESCRIPTION = """\
 Converts between Hugging Face checkpoints (minimax_m2, the language model of minimax_m3_vl) and checkpoints of
-msa-train. Weights pass through memory a few hundred MB at a time, whatever the size of the model."""
+msa-train. Less than 100 MB of weights are in memory at a time, whatever the size of the model."""
 EPILOG = """\
 examples:
   msa-convert import MiniMax-M3 runs/m3 --skip-unplaced    # leaves out the vision tower, after naming it

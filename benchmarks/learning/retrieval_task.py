@@ -1,15 +1,18 @@
 """Text mixed with key-value lookups over all distances, as packs.
 
-A document is running text of a corpus, cut at random places by units of two tokens, `key value`. The first
-unit with a key is its record, with a value drawn at random; the later ones are queries and repeat it, so that
-it can be known from an earlier unit with that key only. Example with two lookups (k, v: tokens outside the
-text's range; digits tell keys and values apart):
+A document is running text of a corpus, cut at random places by units of three tokens, `key value key`, like an
+element between its tags. The first unit with a key is its record, with a value drawn at random; the later ones
+are queries and repeat it, so that it can be known from an earlier unit with that key only. Example with two
+keys (k, v: tokens outside the text's range, numbers tell them apart):
 
-    tokens   d e f k7 v3 _ f ( x k2 v9 ) : k7 v3 \n r e k2 v9 t
-    labels   e f . .  _  f ( x . .  )  : . v3 \n r  e . v9 t  .      . = not in the loss
+    tokens   d e f k7 v3 k7 _ f ( x k2 v9 k2 ) : k7 v3 k7 \\n r e k2 v9 k2 t
+    labels   e f . .  k7 _  f ( x . .  k2 )  : . v3 k7 \\n r  e . v9 k2 t  .      . = not in the loss
 
-Every value of a query counts in the loss, and every byte of text that follows a byte of text or a value.
-Where a unit begins, which key it has and the value of a record nobody can know: they do not count.
+What can be known counts in the loss: the value of a query, the closing key of every unit, and text after text
+or after a unit. Where a unit begins, which key it has and the value of a record nobody can know.
+
+The closing key says nothing new, but it makes the task learnable in a small budget: to predict it, a token
+must look at the one before it, and that is the half of a lookup that is hard to learn from lookups alone.
 """
 
 from collections.abc import Sequence
@@ -21,8 +24,8 @@ import numpy.typing as npt
 from msa_train.data import IGNORE_LABEL, Pack
 from msa_train.data.split import DocumentView
 
-UNIT_TOKENS = 2
-"tokens of a record and of a query: key and value"
+UNIT_TOKENS = 3
+"tokens of a record and of a query: key, value, key"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -156,7 +159,7 @@ class RetrievalTask:
         previous = previous_units(start, stage.num_records, stage.doc_len, rng)
         keys, values = self._symbols(previous, stage.num_records, rng)
         tokens = np.full(stage.doc_len, -1, np.int64)
-        tokens[start], tokens[start + 1] = keys, values
+        tokens[start], tokens[start + 1], tokens[start + 2] = keys, values, keys
         is_text = tokens < 0
         tokens[is_text] = self._text(stage.text_len, rng)
         labels = np.full(stage.doc_len, IGNORE_LABEL, np.int64)
@@ -164,6 +167,7 @@ class RetrievalTask:
         labels[before_text] = tokens[before_text + 1]
         is_query = previous >= 0
         query = start[is_query]
+        labels[start + 1] = keys
         labels[query] = values[is_query]
         return _Document(tokens, labels, query, query - start[previous[is_query]])
 

@@ -1,12 +1,12 @@
 """Text mixed with key-value lookups over all distances, as packs.
 
-A document is running text of a corpus, cut at random places by units of three tokens, `key value key`, like an
-element between its tags. The first unit with a key is its record, with a value drawn at random; the later ones
-are queries and repeat it, so that it can be known from an earlier unit with that key only. Example with two
-keys (k, v: tokens outside the text's range, numbers tell them apart):
+A document is running text of a corpus, cut at random places by units of three tokens, `key value key`, like
+an element between its tags. The first unit with a key is its record, with a value drawn at random; the later
+ones are queries and repeat it, so that it can be known from an earlier unit with that key only. Example with
+two keys (k, v: tokens outside the text's range, numbers tell them apart):
 
-    tokens   d e f k7 v3 k7 _ f ( x k2 v9 k2 ) : k7 v3 k7 \\n r e k2 v9 k2 t
-    labels   e f . .  k7 _  f ( x . .  k2 )  : . v3 k7 \\n r  e . v9 k2 t  .      . = not in the loss
+    tokens   d e f k7 v3 k7 _ f ( x k2 v9 k2 ) : k7 v3 k7 ; r e k2 v9 k2 t
+    labels   e f . .  k7 _  f ( x . .  k2 )  : . v3 k7 ; r  e . v9 k2 t  .      . = not in the loss
 
 What can be known counts in the loss: the value of a query, the closing key of every unit, and text after text
 or after a unit. Where a unit begins, which key it has and the value of a record nobody can know.

@@ -33,6 +33,11 @@ class PackedDataset:
         self._lock = threading.Lock()
 
     @property
+    def view(self) -> DocumentView:
+        """The documents."""
+        return self._view
+
+    @property
     def num_packs(self) -> int:
         """Packs of one epoch; the same for all epochs."""
         return self._packing.num_packs

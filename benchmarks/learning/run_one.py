@@ -98,8 +98,8 @@ def line_of(row: dict[str, Any]) -> str:
     kl = " ".join(f"{v:.2f}" for v in row["kl"].values())
     return (
         f"{row['step']:5d} {row['tokens'] / 1e6:.2f}M {row['train_s']:.0f}s (cpu {row['cpu_s']:.0f}) "
-        f"train {row['train_loss']:.3f} text {row['text_loss']:.4f} lookup {row['lookup_loss']:.3f} accuracy {row['accuracy']:.3f} "
-        f"({by_distance}) kl {kl} recall {recall}"
+        f"train {row['train_loss']:.3f} text {row['text_loss']:.4f} "
+        f"lookup {row['lookup_loss']:.3f} accuracy {row['accuracy']:.3f} ({by_distance}) kl {kl} recall {recall}"
     )
 
 

@@ -147,8 +147,8 @@ def test_queries_look_back_over_all_distances() -> None:
         distances += (start[query] - start[previous[query]]).tolist()
     edges = [0, 32, 128, 256, 512, 1024, 2048]
     shares = np.histogram(distances, edges)[0] / len(distances)
-    # Log-uniform from 3 to 2048 would be 0.36, 0.21, then 0.11 each. Only a late query can look back over half
-    # of the document or more, and only at a key of the first records.
+    # Log-uniform from 3 to 2048 would be 0.36, 0.21, then 0.11 each. Only a late query can look back over
+    # half of the document or more, and only at a key of the first records.
     assert shares.sum() == pytest.approx(1.0)
     np.testing.assert_allclose(shares[:5], [0.36, 0.21, 0.11, 0.11, 0.11], atol=0.08)
     assert shares[5] > 0.02

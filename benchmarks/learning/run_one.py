@@ -99,7 +99,8 @@ def line_of(row: dict[str, Any]) -> str:
     return (
         f"{row['step']:5d} {row['tokens'] / 1e6:.2f}M {row['train_s']:.0f}s (cpu {row['cpu_s']:.0f}) "
         f"train {row['train_loss']:.3f} text {row['text_loss']:.4f} "
-        f"lookup {row['lookup_loss']:.3f} accuracy {row['accuracy']:.3f} ({by_distance}) kl {kl} recall {recall}"
+        f"lookup {row['lookup_loss']:.3f} accuracy {row['accuracy']:.3f} ({by_distance}) "
+        f"kl {kl} recall {recall}"
     )
 
 

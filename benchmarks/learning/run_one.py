@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -31,8 +32,6 @@ from msa_train.training.torch_engine import TorchEngine
 
 EVAL_SEED = 2**31
 "held-out packs are the same for all seeds"
-FEW_PACKS, FINAL_PACKS = 4, 48
-"held-out packs of a measurement under way, and of the last one"
 
 
 def build_tasks(config: RunConfig, seed: int) -> tuple[RetrievalTask, RetrievalTask]:
@@ -48,42 +47,84 @@ def build_tasks(config: RunConfig, seed: int) -> tuple[RetrievalTask, RetrievalT
     )
 
 
-def train(config: RunConfig, seed: int, *, every: int, stop: int, out: TextIO) -> None:
-    """Train, measuring every `every` steps on a few packs and at the end on many."""
+@dataclass(kw_only=True, slots=True)
+class Measuring:
+    """How often and on how many held-out packs; `final_packs` after the last step."""
+
+    every: int
+    packs: int
+    final_packs: int
+
+
+def train(config: RunConfig, seed: int, *, stop: int, measuring: Measuring, out: TextIO) -> None:
+    """Make `stop` steps of the run, and measure on the way and at the end."""
     groups = build_groups(config.parallel, device=torch.device("cpu"))
     engine = TorchEngine(config, groups)
     task, held_out = build_tasks(config, seed)
-    meter, plan = Meter(engine, SYMBOLS), plan_stages(config)
-    trained_s = cpu_s = 0.0
-    losses, kl = list[float](), list[dict[int, float]]()
+    meter, since = Meter(engine, SYMBOLS), _SinceLast()
+    spent = _Clock()
     for step in range(stop):
-        begin, begin_cpu = time.perf_counter(), time.process_time()
-        stage = stage_at(plan, step)
-        if stage is not engine.stage:
-            engine.set_stage(stage)
-        batch = make_batch([task[step].pack], groups)
-        result = engine.train_step(batch, stage_rates(step, config.optim, stage, config.train.steps))
-        trained_s += time.perf_counter() - begin
-        cpu_s += time.process_time() - begin_cpu
-        losses.append(result.lm_loss_sum / batch.num_labels)
-        kl.append({n: float(v) / batch.num_tokens for n, v in result.stats.kl.items()})
+        with spent:
+            _train_step(engine, task, step, since)
         done = step + 1
-        if done % every == 0 or done == stop:
-            packs = [held_out[i] for i in range(FINAL_PACKS if done == stop else FEW_PACKS)]
-            row: dict[str, Any] = {
-                "step": done,
-                "tokens": done * SEQ_LEN,
-                "train_s": round(trained_s, 1),
-                "cpu_s": round(cpu_s, 1),
-                "stage": stage.name,
-                "train_loss": sum(losses) / len(losses),
-                "kl": {n: sum(k[n] for k in kl) / len(kl) for n in kl[-1] if all(n in k for k in kl)},
-                **meter.measure(packs),
-            }
-            losses.clear()
-            kl.clear()
-            print(json.dumps(row), file=out, flush=True)
-            print(line_of(row), flush=True)
+        if done % measuring.every and done != stop:
+            continue
+        packs = [held_out[i] for i in range(measuring.final_packs if done == stop else measuring.packs)]
+        row: dict[str, Any] = {
+            "step": done,
+            "tokens": done * SEQ_LEN,
+            "train_s": round(spent.wall_s, 1),
+            "cpu_s": round(spent.cpu_s, 1),
+            "stage": engine.stage.name,
+            **since.means(),
+            **meter.measure(packs),
+        }
+        since = _SinceLast()
+        print(json.dumps(row), file=out, flush=True)
+        print(line_of(row), flush=True)
+
+
+def _train_step(engine: TorchEngine, task: RetrievalTask, step: int, since: "_SinceLast") -> None:
+    config = engine.config
+    stage = stage_at(plan_stages(config), step)
+    if stage != engine.stage:
+        engine.set_stage(stage)
+    batch = make_batch([task[step].pack], engine.groups)
+    result = engine.train_step(batch, stage_rates(step, config.optim, stage, config.train.steps))
+    since.losses.append(result.lm_loss_sum / batch.num_labels)
+    queries = batch.num_tokens * config.model.num_kv_heads
+    since.kl.append({layer: float(value) / queries for layer, value in result.stats.kl.items()})
+
+
+@dataclass(slots=True)
+class _SinceLast:
+    """Losses of the steps since the last measurement; KL per query, group and layer, in nats."""
+
+    losses: list[float] = field(default_factory=list)
+    kl: list[dict[int, float]] = field(default_factory=list)
+
+    def means(self) -> dict[str, Any]:
+        steps = [kl for kl in self.kl if kl]
+        layers = steps[0] if steps else {}
+        return {
+            "train_loss": sum(self.losses) / len(self.losses),
+            "kl": {layer: sum(kl[layer] for kl in steps) / len(steps) for layer in layers},
+        }
+
+
+class _Clock:
+    """Wall and CPU seconds spent inside its blocks."""
+
+    def __init__(self) -> None:
+        self.wall_s = self.cpu_s = 0.0
+
+    def __enter__(self) -> None:
+        self.wall_s -= time.perf_counter()
+        self.cpu_s -= time.process_time()
+
+    def __exit__(self, *_error: object) -> None:
+        self.wall_s += time.perf_counter()
+        self.cpu_s += time.process_time()
 
 
 def line_of(row: dict[str, Any]) -> str:
@@ -112,6 +153,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS, help="length of the schedule")
     parser.add_argument("--stop", type=int, default=0, help="steps to make of it; 0: all")
     parser.add_argument("--every", type=int, default=50, help="steps between measurements")
+    parser.add_argument("--packs", type=int, default=4, help="held-out packs of a measurement")
+    parser.add_argument("--final-packs", type=int, default=48, help="the same after the last step")
     parser.add_argument("--out", type=Path, default=Path("runs/learning"))
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -120,7 +163,8 @@ def main() -> None:
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     with (args.out / f"{args.variant}_{args.seed}.jsonl").open("w") as out:
         print(json.dumps({"variant": args.variant, "seed": args.seed, "steps": args.steps}), file=out)
-        train(config, args.seed, every=args.every, stop=args.stop or args.steps, out=out)
+        measuring = Measuring(every=args.every, packs=args.packs, final_packs=args.final_packs)
+        train(config, args.seed, stop=args.stop or args.steps, measuring=measuring, out=out)
     destroy_groups()
 
 

@@ -19,7 +19,7 @@ from msa_train.config import (
 
 SEQ_LEN, BLOCK_SIZE, TOPK = 2048, 16, 8
 "the budget of BLOCK_SIZE * TOPK tokens is a sixteenth of the sequence"
-STEPS = 800
+STEPS = 1000
 WARMUP_SHARE = 0.15
 "of the steps: dense warm-up of the index branch"
 SYMBOLS = Symbols(num_keys=64, num_values=64)
@@ -59,7 +59,7 @@ def run_config(variant: Variant, *, seed: int, steps: int) -> RunConfig:
     return RunConfig(
         name=f"learning_{variant.value}",
         engine=Engine.torch,
-        model=ModelConfig(layer_attention=layers, rotary_dim=16, rope_theta=1000.0),
+        model=ModelConfig(num_layers=2, layer_attention=layers, rotary_dim=16, rope_theta=1000.0),
         attention=AttentionConfig(
             block_size=BLOCK_SIZE,
             topk=TOPK,

@@ -30,7 +30,7 @@ def test_a_short_run_writes_its_measurements(tmp_path: Path, variant: str) -> No
     # The dense warm-up of 3 of 20 steps selects nothing.
     assert [row["stage"] for row in rows] == ["dense_warmup", "sparse", "sparse"]
     assert rows[0]["layers"] == {}
-    assert set(rows[-1]["layers"]) == set(rows[-1]["kl"]) == {"1", "2", "3"}
+    assert set(rows[-1]["layers"]) == set(rows[-1]["kl"]) == {"1", "2"}
     for layer in rows[-1]["layers"].values():
         assert 0 < layer["block_recall_text"] <= 1
         assert layer["score_recall_query"] <= layer["best_score_recall_query"] + 1e-6

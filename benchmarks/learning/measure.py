@@ -90,7 +90,9 @@ class Meter:
         losses = engine.forward(engine.model, local, params).flatten()
         labels, query = torch.from_numpy(packed.pack.labels), torch.from_numpy(packed.query)
         assert self._seen.hidden is not None, "the decoder has just run"
-        logits = self._seen.hidden[query] @ engine.model.output_layer.weight.T
+        weight = engine.model.output_layer.weight
+        assert weight is not None, "the model has its own output weight"
+        logits = self._seen.hidden[query] @ weight.T
         is_text = (labels != IGNORE_LABEL) & (labels < self.symbols.first)
         return {
             "text": losses[is_text],

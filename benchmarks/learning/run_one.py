@@ -12,6 +12,7 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TextIO
 
 # Megatron compiles small functions on their first call, which helps nothing here.
@@ -160,12 +161,12 @@ def main() -> None:
     torch.set_num_threads(1)
     config = run_config(Variant(args.variant), seed=args.seed, steps=args.steps)
     args.out.mkdir(parents=True, exist_ok=True)
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    with (args.out / f"{args.variant}_{args.seed}.jsonl").open("w") as out:
+    with TemporaryDirectory() as folder, (args.out / f"{args.variant}_{args.seed}.jsonl").open("w") as out:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/world", rank=0, world_size=1)
         print(json.dumps({"variant": args.variant, "seed": args.seed, "steps": args.steps}), file=out)
         measuring = Measuring(every=args.every, packs=args.packs, final_packs=args.final_packs)
         train(config, args.seed, stop=args.stop or args.steps, measuring=measuring, out=out)
-    destroy_groups()
+        destroy_groups()
 
 
 if __name__ == "__main__":

@@ -61,10 +61,7 @@ def test_variants_are_compared_seed_by_seed(runs: Path) -> None:
 def test_report_holds_tables_figures_and_plots(runs: Path, tmp_path: Path) -> None:
     text = write_report(runs, tmp_path / "results")
     assert "| msa | 2 | 2.5250 (2.0200 to 3.0300) | +1.00% (+1.00% to +1.00%) | 0.400" in text
-    assert (
-        "| msa | 1 | 0.500 / 0.500 | 0.500 / 0.500 | 0.500 / 0.500 | 0.20/0.40, 0.20/0.40, 0.20/0.40, 0.20/0.40 |"
-        in text
-    )
+    assert f"| msa | 1 | {'0.500 / 0.500 | ' * 3}{', '.join(['0.20/0.40'] * 4)} |" in text
     content = json.loads((tmp_path / "results" / "learning.json").read_text())
     assert content["final"]["msa"]["seeds"] == [1, 2]
     assert len(list((tmp_path / "results").glob("learning_*.png"))) == 7

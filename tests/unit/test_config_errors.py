@@ -65,7 +65,7 @@ MISTAKES = [
     (["run=demo", "optim.lr=0"], "optim.lr=0", "must be positive"),
     (["run=demo", "optim.lr=nan"], "optim.lr=nan", "must be positive"),
     (["run=demo", "attention.index_head_dim=8"], "attention.index_head_dim=8", "model.rotary_dim=24"),
-    (["run=demo", "data.validation_fraction=0"], "train.validate_every=30", "use train.validate_every=0"),
+    (["run=demo", "data.validation_fraction=0"], "train.validate_every=60", "use train.validate_every=0"),
     (["run=demo", "launcher.device=cpu", "engine=megatron"], "engine=megatron", "use engine=torch"),
     (
         ["run=demo", "parallel.tp_size=2", "parallel.cp_size=1"],

@@ -87,8 +87,11 @@ set_up_system() {
         # a virtual environment's packages are not those of the Python it was made from
         "$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
     } >"$site/msa_train.pth"
-    printf '#!/bin/sh\nexec "%s" -m launchers.train "$@"\n' "$PWD/$venv/bin/python" >"$venv/bin/msa-train"
-    chmod +x "$venv/bin/msa-train"
+    local name
+    for name in train convert; do
+        printf '#!/bin/sh\nexec "%s" -m launchers.%s "$@"\n' "$PWD/$venv/bin/python" "$name" >"$venv/bin/msa-$name"
+        chmod +x "$venv/bin/msa-$name"
+    done
     echo "$stamp" >"$venv/stamp"
 }
 

@@ -1,4 +1,4 @@
-"""Settings of the learning benchmark: variants that differ in their attention alone."""
+"""Settings of the learning benchmark: five variants that differ in their attention alone."""
 
 from enum import Enum
 
@@ -33,7 +33,6 @@ class Variant(Enum):
     swa = "swa"  # a sliding window as long as MSA's budget
     msa = "msa"  # dense warm-up, then selected blocks, KL loss throughout
     msa_no_warmup = "msa_no_warmup"
-    msa_soft = "msa_soft"  # msa with both sides of the KL loss at temperature 2: ranks weak blocks better
     msa_no_kl = "msa_no_kl"  # dense warm-up of the main branch; the index branch keeps its initial weights
 
 
@@ -53,7 +52,7 @@ def run_config(variant: Variant, *, seed: int, steps: int) -> RunConfig:
     """The run of one variant; seeds and steps aside, variants differ in attention and stages only."""
     layers = {Variant.full: "full", Variant.swa: "swa"}.get(variant, "msa")
     stages: dict[str, StageConfig] = {}
-    if variant in (Variant.msa, Variant.msa_soft, Variant.msa_no_kl):
+    if variant in (Variant.msa, Variant.msa_no_kl):
         tokens = round(WARMUP_SHARE * steps) * SEQ_LEN
         stages["dense_warmup"] = StageConfig(tokens=tokens, attention=StageAttention.dense)
         stages["sparse"] = StageConfig()
@@ -66,7 +65,6 @@ def run_config(variant: Variant, *, seed: int, steps: int) -> RunConfig:
             topk=TOPK,
             index_head_dim=32,
             kl_weight=0.0 if variant is Variant.msa_no_kl else 1.0,
-            kl_temperature=2.0 if variant is Variant.msa_soft else 1.0,
             window=BLOCK_SIZE * TOPK,
         ),
         data=DataConfig(seq_len=SEQ_LEN),

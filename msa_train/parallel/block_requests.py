@@ -44,14 +44,14 @@ def needed_pairs(block_indices: Tensor, num_blocks: int) -> Tensor:
 
 def pairs_by_owner(needed: Tensor, layout: ShardLayout) -> Tensor:
     """[M, NB] of all blocks -> [P, NP] by owner, this rank's own left out (False)."""
-    wanted = needed.view(needed.shape[0], layout.cp_size, -1).transpose(0, 1).flatten(1).clone()
+    wanted = layout.blocks_by_owner(needed).flatten(1).clone()
     wanted[layout.cp_rank] = False
     return wanted
 
 
 def global_block(owner: Tensor, local_block: Tensor, layout: ShardLayout) -> Tensor:
     """Block of the pack from its owner and its number there."""
-    return owner * layout.num_local_blocks + local_block
+    return layout.blocks(owner.device)[owner, local_block]
 
 
 @dataclass(slots=True)

@@ -6,7 +6,6 @@ wait for it. Costs are of the wire alone: both schemes compute the same, and hid
 Shapes: P ranks, NP pairs of a rank.
 """
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
@@ -122,24 +121,3 @@ def choose_full_exchange(
     num_bytes = others_tokens * token_bytes
     gathered = 2 * rates.all_gather.seconds(num_bytes) + rates.reduce_scatter.seconds(num_bytes)
     return KvExchange.selected if selected <= gathered else KvExchange.all_gather
-
-
-def busiest_prefix(cu_seqlens: Sequence[int], doc_lengths: Sequence[int], seq_len: int, cp_size: int) -> int:
-    """Most tokens that a rank sends or receives when each fetches the earlier part of its first document.
-
-    Rank r holds tokens [r * T, (r + 1) * T), T = seq_len / cp_size.
-
-    Example: one document of 12 tokens on 3 ranks: rank 0 sends 4 tokens twice, rank 2 receives 8 -> 8.
-    """
-    length = seq_len // cp_size
-    sent, most = [0] * cp_size, 0
-    for rank in range(1, cp_size):
-        start = rank * length
-        document = bisect_right(cu_seqlens, start) - 1
-        first = cu_seqlens[document]
-        if first == start or first + doc_lengths[document] <= start:
-            continue
-        most = max(most, start - first)
-        for owner in range(first // length, rank):
-            sent[owner] += (owner + 1) * length - max(first, owner * length)
-    return max(most, *sent)

@@ -16,9 +16,10 @@ from msa_train.model.rotary import rotary_table
 from msa_train.model.transformer_config import DTYPES
 from msa_train.parallel.attention_probe import ProbeQueries, sample_queries
 from msa_train.parallel.collectives import CpComm
-from msa_train.parallel.exchange_cost import busiest_prefix, choose_full_exchange
+from msa_train.parallel.exchange_cost import choose_full_exchange
 from msa_train.parallel.groups import Groups
 from msa_train.parallel.layout import ShardLayout
+from msa_train.parallel.sequence_plan import make_plan
 
 
 @dataclass(slots=True)
@@ -67,13 +68,15 @@ class PackForward:
         self.config, self.groups = config, groups
         self.stage: Stage = plan_stages(config)[0]
 
-    def layout(self, seq_len: int) -> ShardLayout:
-        """This rank's shard of packs of `seq_len` tokens."""
+    def layout(self, pack: Pack) -> ShardLayout:
+        """This rank's shard of a pack."""
+        block_size, cp_size = self.config.attention.block_size, self.groups.cp_size
         return ShardLayout(
-            seq_len=seq_len,
-            block_size=self.config.attention.block_size,
+            seq_len=len(pack.tokens),
+            block_size=block_size,
             cp_rank=self.groups.cp_rank,
-            cp_size=self.groups.cp_size,
+            cp_size=cp_size,
+            split=make_plan(self.config.parallel.cp_layout, cp_size, pack.cu_seqlens.tolist(), block_size),
         )
 
     def prepare(
@@ -90,7 +93,8 @@ class PackForward:
         With a `probe_seed` MSA layers compare the selection of sampled queries with full attention.
         """
         config, groups = self.config, self.groups
-        local = make_local_pack(pack, self.layout(len(pack.tokens)), groups.device)
+        layout = self.layout(pack)
+        local = make_local_pack(pack, layout, config.parallel, groups.device)
         double = config.train.precision is Precision.fp64
         table = rotary_table(
             local.doc_position,
@@ -107,28 +111,26 @@ class PackForward:
             attention=self.stage.attention,
             stats=stats,
             padding_mask=tensor_parallel_padding(local.valid, groups.tp_rank, groups.tp_size),
-            probe=None if probe_seed is None else self._sample(pack, probe_seed),
-            full_exchange=self._full_exchange(pack),
+            probe=None if probe_seed is None else self._sample(pack, layout, probe_seed),
+            full_exchange=self._full_exchange(local),
         )
         return local, params
 
-    def _full_exchange(self, pack: Pack) -> KvExchange | None:
+    def _full_exchange(self, local: LocalPack) -> KvExchange | None:
         """What `auto` means for this pack's full attention."""
         config = self.config
         if config.parallel.kv_exchange is not KvExchange.auto:
             return None
         element = DTYPES[config.train.precision].itemsize
         token = 2 * config.model.num_kv_heads // config.parallel.tp_size * config.model.head_dim * element
-        seq_len, cp_size = len(pack.tokens), self.groups.cp_size
-        busiest = busiest_prefix(pack.cu_seqlens.tolist(), pack.doc_lengths.tolist(), seq_len, cp_size)
-        others = seq_len // cp_size * (cp_size - 1)
-        return choose_full_exchange(busiest, others, token, self.groups.comm.rates)
+        others = local.layout.seq_len - local.layout.local_seq_len
+        return choose_full_exchange(local.full.busiest, others, token, self.groups.comm.rates)
 
-    def _sample(self, pack: Pack, seed: int) -> ProbeQueries | None:
+    def _sample(self, pack: Pack, layout: ShardLayout, seed: int) -> ProbeQueries | None:
         return sample_queries(
             pack.cu_seqlens.tolist(),
             pack.doc_lengths.tolist(),
-            self.layout(len(pack.tokens)),
+            layout,
             topk=self.config.attention.topk,
             count=self.config.logging.attention_queries,
             seed=seed,

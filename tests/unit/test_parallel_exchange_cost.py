@@ -9,14 +9,12 @@ from msa_train.parallel.exchange_cost import (
     Line,
     PairBytes,
     all_gather_cost,
-    busiest_prefix,
     choose_full_exchange,
     fit_line,
     selected_cost,
 )
 from msa_train.parallel.exchange_plan import ExchangeShape
 from msa_train.parallel.faults import ExchangeError
-from msa_train.parallel.layout import prefix_splits
 
 EVEN = Line(1e-3, 1e-9)
 RATES = ExchangeRates(EVEN, EVEN, EVEN, Line(1e-4, 1e-10), Line(2e-3, 4e-9))
@@ -54,18 +52,6 @@ def test_the_cheaper_scheme_changes_with_the_rate() -> None:
     assert selected_cost(shape, [600], 0, SIZE, RATES) < all_gather_cost(shape, SIZE, RATES)
     assert selected_cost(shape, [600], 0, SIZE, slow) > all_gather_cost(shape, SIZE, slow)
     assert selected_cost(shape, [300], 0, SIZE, slow) < all_gather_cost(shape, SIZE, slow)
-
-
-@pytest.mark.parametrize("lengths", [[96], [5, 13, 7, 1, 9, 21, 4, 6], [3, 50, 17], [24, 24, 24, 24]])
-@pytest.mark.parametrize("cp_size", [1, 2, 4])
-def test_busiest_prefix_is_that_of_the_splits(lengths: list[int], cp_size: int) -> None:
-    block_size, starts = 4, [0]
-    for length in lengths:
-        starts.append(starts[-1] + -(-length // block_size) * block_size)
-    starts[-1] = 96
-    splits = [prefix_splits(starts, lengths, 96, rank, cp_size) for rank in range(cp_size)]
-    want = max(max(sum(send), sum(receive)) for send, receive in splits)
-    assert busiest_prefix(starts, lengths, 96, cp_size) == want
 
 
 def test_full_attention_gathers_where_that_is_faster() -> None:

@@ -11,7 +11,7 @@ from msa_train.config import KlTarget, Precision, RunConfig, Stage, plan_stages
 from msa_train.data import IGNORE_LABEL, Pack
 from msa_train.model.gpt import MsaGptModel, forward_arguments
 from msa_train.model.local_pack import LocalPack, make_local_pack
-from msa_train.model.pack_params import LayerStats, PackParams, tensor_parallel_padding
+from msa_train.model.pack_params import HeadShare, LayerStats, PackParams, tensor_parallel_padding
 from msa_train.model.rotary import rotary_table
 from msa_train.parallel.attention_probe import ProbeQueries, sample_queries
 from msa_train.parallel.collectives import CpComm
@@ -65,13 +65,13 @@ class PackForward:
         self.config, self.groups = config, groups
         self.stage: Stage = plan_stages(config)[0]
 
-    def layout(self, seq_len: int) -> ShardLayout:
-        """This rank's shard of packs of `seq_len` tokens."""
+    def layout(self, seq_len: int, head_size: int = 1) -> ShardLayout:
+        """This rank's shard of packs of `seq_len` tokens; with `head_size`, its head group's."""
         return ShardLayout(
             seq_len=seq_len,
             block_size=self.config.attention.block_size,
-            cp_rank=self.groups.cp_rank,
-            cp_size=self.groups.cp_size,
+            cp_rank=self.groups.cp_rank // head_size,
+            cp_size=self.groups.cp_size // head_size,
         )
 
     def prepare(
@@ -105,15 +105,29 @@ class PackForward:
             attention=self.stage.attention,
             stats=stats,
             padding_mask=tensor_parallel_padding(local.valid, groups.tp_rank, groups.tp_size),
-            probe=None if probe_seed is None else self._sample(pack, probe_seed),
+            probe=self._sample(pack, probe_seed),
+            heads=self._share_heads(pack, comm, probe_seed),
         )
         return local, params
 
-    def _sample(self, pack: Pack, seed: int) -> ProbeQueries | None:
+    def _share_heads(self, pack: Pack, comm: CpComm, probe_seed: int | None) -> HeadShare | None:
+        comms, size = self.groups.head_comms(comm), self.groups.cp_head_size
+        if comms is None:
+            return None
+        return HeadShare(
+            pack=make_local_pack(pack, self.layout(len(pack.tokens), size), self.groups.device),
+            probe=self._sample(pack, probe_seed, size),
+            comm=comms[0],
+            sequence_comm=comms[1],
+        )
+
+    def _sample(self, pack: Pack, seed: int | None, head_size: int = 1) -> ProbeQueries | None:
+        if seed is None:
+            return None
         return sample_queries(
             pack.cu_seqlens.tolist(),
             pack.doc_lengths.tolist(),
-            self.layout(len(pack.tokens)),
+            self.layout(len(pack.tokens), head_size),
             topk=self.config.attention.topk,
             count=self.config.logging.attention_queries,
             seed=seed,

@@ -36,6 +36,8 @@ _TRAFFIC = {
     "full_kv": "full_kv_bytes",
     "full_kv_again": "full_kv_again_bytes",
     "full_kv_grad": "full_kv_grad_bytes",
+    "heads": "heads_bytes",
+    "heads_grad": "heads_grad_bytes",
 }
 # Parts of the first three that go another way: between nodes, and of hot pairs.
 _WAYS = ("outer", "hot")
@@ -54,7 +56,7 @@ def kv_bytes_all_gather(
     A ring moves the same. With full recomputation the forward runs, and fetches, twice. In a dense stage msa
     layers exchange as full ones do, and do not count.
     """
-    model, cp_size = config.model, config.parallel.cp_size
+    model, cp_size = config.model, config.parallel.cp_size // config.parallel.cp_head_size
     kinds = {AttentionKind.swa}
     if attention is StageAttention.sparse:
         kinds.add(AttentionKind.msa)
@@ -130,6 +132,8 @@ class StepMetrics:
             values["kv_bytes_all_gather"] = gathered
         if self.config.parallel.kv_exchange not in (KvExchange.selected, KvExchange.auto):
             del values["request_bytes"]
+        if self.config.parallel.cp_head_size == 1:
+            del values["heads_bytes"], values["heads_grad_bytes"]
         return values
 
     def _exposed(self, seconds: Tensor) -> dict[str, Any]:
@@ -166,7 +170,7 @@ class StepMetrics:
 
     def _selected(self, batch: StepBatch, selected: Tensor, stage: Stage) -> dict[str, Any]:
         """f, where something is selected and something is remote."""
-        cp_size = self.groups.cp_size
+        cp_size = self.groups.cp_size // self.config.parallel.cp_head_size
         if not self.msa_layers or stage.attention is not StageAttention.sparse or cp_size == 1:
             return {}
         num_blocks = stage.seq_len // self.config.attention.block_size

@@ -143,8 +143,8 @@ def _head_parallel(config: RunConfig) -> None:
     size = parallel.cp_head_size
     if parallel.cp_size % size:
         raise ValueError(
-            f"parallel.cp_head_size={size}: must divide parallel.cp_size={parallel.cp_size}, of whose ranks it "
-            "takes neighbours together; use parallel.cp_head_size=1"
+            f"parallel.cp_head_size={size}: must divide parallel.cp_size={parallel.cp_size}, of whose ranks "
+            "it takes neighbours together; use parallel.cp_head_size=1"
         )
     if groups % size:
         raise ValueError(

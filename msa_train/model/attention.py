@@ -27,6 +27,7 @@ from msa_train.parallel.collectives import CpComm, Pending
 from msa_train.parallel.cp_dense_kl import IndexKl
 from msa_train.parallel.cp_full_attention import FullCall, cp_full_attention
 from msa_train.parallel.cp_sparse_attention import SparseCall, cp_sparse_attention
+from msa_train.parallel.head_exchange import gather_tokens, to_heads, to_tokens
 
 
 @dataclass(slots=True)
@@ -121,7 +122,10 @@ class GroupedQueryAttention(MegatronModule, ABC):
         """hidden_states [T, 1, H] -> (output [T, 1, H], None), Megatron's contract of an attention module."""
         started = self.start(hidden_states, packed_seq_params)
         q, k, v = self._project(hidden_states, packed_seq_params)
-        out = self.attend(started, q, k, v, packed_seq_params)
+        if packed_seq_params.heads is None:
+            out = self.attend(started, q, k, v, packed_seq_params)
+        else:
+            out = self._attend_by_heads(started, q, k, v, packed_seq_params)
         return self.linear_proj(out.reshape(out.shape[0], 1, -1))
 
     def start(self, hidden_states: Tensor, params: PackParams) -> StartedIndex | None:
@@ -138,6 +142,21 @@ class GroupedQueryAttention(MegatronModule, ABC):
         if self.q_layernorm is not None and self.k_layernorm is not None:
             q, k = _normalise(self.q_layernorm, q), _normalise(self.k_layernorm, k)
         return apply_rotary(q, params.rotary), apply_rotary(k, params.rotary), v
+
+    def _attend_by_heads(
+        self, started: StartedIndex | None, q: Tensor, k: Tensor, v: Tensor, params: PackParams
+    ) -> Tensor:
+        """`attend` on the tokens of all ranks of the head group and this rank's share of the KV groups."""
+        comm = self.comm_of(params).heads
+        assert comm is not None, "head groups come with their collectives"
+        parts = [q.flatten(2), k, v] if started is None else [q.flatten(2), k, v, started.q]
+        mixed = to_heads(torch.cat(parts, dim=-1), comm)
+        # What is sent on must lie in one piece.
+        q, k, v, *index = (x.contiguous() for x in mixed.split([part.shape[-1] for part in parts], dim=-1))
+        if started is not None:
+            started = StartedIndex(index[0], gather_tokens(started.k, comm), started.all_keys)
+        q = q.unflatten(-1, (self.heads_per_group, self.head_dim))
+        return to_tokens(self.attend(started, q, k, v, params.of_head_group()), comm)
 
     @abstractmethod
     def attend(
@@ -209,7 +228,7 @@ class WindowSelfAttention(GroupedQueryAttention):
             query_valid=pack.valid,
         )
         call = SparseCall(
-            block_indices=block_indices[:, None].expand(-1, self.num_groups, -1),
+            block_indices=block_indices[:, None].expand(-1, k.shape[1], -1),
             position=pack.position,
             layout=pack.layout,
             comm=self.comm_of(params),
@@ -327,19 +346,18 @@ class MsaSelfAttention(GroupedQueryAttention):
         assert probe is not None, "called where queries are sampled"
         q, k = q.detach()[probe.rows], k.detach()
         sums = probe_attention(q, k, selected, probe, comm, softmax_scale=self.head_dim**-0.5).flat()
-        LayerStats.add(params.stats.attention, self.layer_number, self._of_all_groups(sums))
+        LayerStats.add(params.stats.attention, self.layer_number, self._of_all_groups(sums, params))
 
-    def _of_all_groups(self, values: Tensor) -> Tensor:
-        """[M, ...] of this tensor-parallel rank's groups -> [num_kv_heads, ...], zero for the others."""
+    def _of_all_groups(self, values: Tensor, params: PackParams) -> Tensor:
+        """[M, ...] of the groups that this rank attends for -> [num_kv_heads, ...], zero for the others."""
         whole = values.new_zeros(self.config.model.num_kv_heads, *values.shape[1:])
-        first = self.tp_rank * self.num_groups
-        whole[first : first + self.num_groups] = values
+        first = self.tp_rank * self.num_groups + params.head_rank * len(values)
+        whole[first : first + len(values)] = values
         return whole
 
     def _count_selected(self, needed: Tensor, params: PackParams) -> None:
         """Remote pairs per group: what `selected` sends, whatever is used. needed: [M, NB] bool."""
         assert params.pack is not None, "checked by the caller"
-        pairs = pairs_by_owner(needed, params.pack.layout).view(
-            params.pack.layout.cp_size, self.num_groups, -1
-        )
-        LayerStats.add(params.stats.selected, self.layer_number, self._of_all_groups(pairs.sum((0, 2))))
+        layout = params.pack.layout
+        pairs = pairs_by_owner(needed, layout).view(layout.cp_size, needed.shape[0], -1).sum((0, 2))
+        LayerStats.add(params.stats.selected, self.layer_number, self._of_all_groups(pairs, params))

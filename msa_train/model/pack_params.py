@@ -61,14 +61,11 @@ class LayerStats:
 class HeadShare:
     """What attention runs on where neighbouring ranks trade tokens for KV groups (`cp_head_size` > 1).
 
-    pack: the tokens of all ranks of the head group; probe: its sampled queries. comm: collectives of the
-    head group; sequence_comm: of the ranks that hold the same groups.
+    pack: the tokens of all ranks of the head group; probe: its sampled queries.
     """
 
     pack: LocalPack
     probe: ProbeQueries | None
-    comm: CpComm
-    sequence_comm: CpComm
 
 
 @dataclass
@@ -82,6 +79,7 @@ class PackParams(PackedSeqParams):
     probe: queries of which MSA layers compare the selection with full attention; None: of none.
     full_exchange: what `kv_exchange=auto` means for dense attention over this pack; None: as configured.
     heads: what attention runs on instead of pack, comm and probe; None where cp_head_size is 1.
+    head_rank: which share of the KV groups this is, where the pack is the head group's.
     """
 
     pack: LocalPack | None = None
@@ -95,13 +93,16 @@ class PackParams(PackedSeqParams):
     probe: ProbeQueries | None = None
     full_exchange: KvExchange | None = None
     heads: HeadShare | None = None
+    head_rank: int = 0
 
     def of_head_group(self) -> "PackParams":
         """The same with pack, comm and probe of the head group; records and sums are shared."""
         assert self.heads is not None, "called where there are head groups"
+        assert self.comm is not None, "the step fills in the collectives"
         shared = copy.copy(self)
-        shared.pack, shared.comm = self.heads.pack, self.heads.sequence_comm
+        shared.pack, shared.comm = self.heads.pack, self.comm.sequence
         shared.probe, shared.heads = self.heads.probe, None
+        shared.head_rank = 0 if self.comm.heads is None else self.comm.heads.rank
         return shared
 
 

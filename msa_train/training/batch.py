@@ -106,19 +106,17 @@ class PackForward:
             stats=stats,
             padding_mask=tensor_parallel_padding(local.valid, groups.tp_rank, groups.tp_size),
             probe=self._sample(pack, probe_seed),
-            heads=self._share_heads(pack, comm, probe_seed),
+            heads=self._share_heads(pack, probe_seed),
         )
         return local, params
 
-    def _share_heads(self, pack: Pack, comm: CpComm, probe_seed: int | None) -> HeadShare | None:
-        comms, size = self.groups.head_comms(comm), self.groups.cp_head_size
-        if comms is None:
+    def _share_heads(self, pack: Pack, probe_seed: int | None) -> HeadShare | None:
+        size = self.config.parallel.cp_head_size
+        if size == 1:
             return None
         return HeadShare(
             pack=make_local_pack(pack, self.layout(len(pack.tokens), size), self.groups.device),
             probe=self._sample(pack, probe_seed, size),
-            comm=comms[0],
-            sequence_comm=comms[1],
         )
 
     def _sample(self, pack: Pack, seed: int | None, head_size: int = 1) -> ProbeQueries | None:

@@ -125,7 +125,7 @@ class StepMetrics:
         for name, key in _BY_WAY.items():
             whole, _, way = name.rpartition("_")
             values[_TRAFFIC[whole]] += by_purpose[name]
-            if self.groups.comm.outer is not None if way == "outer" else by_purpose[name]:
+            if self.groups.comm.has_nodes if way == "outer" else by_purpose[name]:
                 values[key] = by_purpose[name]
         gathered = kv_bytes_all_gather(self.config, batch.num_packs, stage.seq_len, stage.attention)
         if gathered or stage.attention is StageAttention.sparse:

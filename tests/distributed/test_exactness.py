@@ -37,8 +37,18 @@ CASES |= {
 }
 CASES["cp4-selected-ep4"] = (4, {"cp_size": 4, "ep_size": 4})
 CASES["cp2-selected-ep4-dp2"] = (4, {"cp_size": 2, "ep_size": 4})
+# Three KV groups: each rank of a head group has one.
+CASES["cp3-selected-heads3"] = (3, {"cp_size": 3, "head_size": 3})
+CASES |= {
+    f"cp6-{exchange.value}-heads3": (6, {"cp_size": 6, "head_size": 3, "exchange": exchange})
+    for exchange in EXCHANGES
+}
 DENSE = StageConfig(attention=StageAttention.dense)
 WARM = {"stage": DENSE, "temperature": 1.5}
+CASES["cp6-selected-heads3-recompute-warm"] = (
+    6,
+    {"cp_size": 6, "head_size": 3, "recompute": Recompute.full, **WARM},
+)
 # What each case is compared with: one process in the same kind of stage.
 REFERENCES = {"": "cp1-selected-ep1", "-dense": "cp1-dense", "-warm": "cp1-warm", "-soft": "cp1-soft"}
 CASES |= {
@@ -107,8 +117,9 @@ def test_equals_one_process(name: str, results: dict[str, list[dict[str, Any]]])
             experts_seen |= got["gradients"].keys()
             for key, block_indices in got["selections"].items():
                 rows = slice(got["start"], got["start"] + block_indices.shape[0])
-                assert torch.equal(block_indices, want["selections"][key][rows]), f"{where}, {key}"
-                tokens_seen += block_indices.shape[0]
+                groups = slice(got["first_group"], got["first_group"] + block_indices.shape[1])
+                assert torch.equal(block_indices, want["selections"][key][rows, groups]), f"{where}, {key}"
+                tokens_seen += block_indices.shape[:2].numel()
             assert got["attention"].keys() == want["attention"].keys() == {2, 4}
             for layer, sums in want["attention"].items():
                 assert (sums[:, 0] > 0).all()
@@ -121,7 +132,7 @@ def test_equals_one_process(name: str, results: dict[str, list[dict[str, Any]]])
                 assert torch.equal(ours, theirs), where
     # The ranks together must have shown every parameter and every token's selection.
     assert experts_seen == reference[0]["gradients"].keys()
-    whole = sum(x.shape[0] for step in reference for x in step["selections"].values())
+    whole = sum(x.shape[:2].numel() for step in reference for x in step["selections"].values())
     assert tokens_seen == whole
 
 

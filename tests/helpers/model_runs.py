@@ -38,6 +38,7 @@ def small_config(
     *,
     cp_size: int = 1,
     ep_size: int = 1,
+    head_size: int = 1,
     exchange: KvExchange = KvExchange.selected,
     recompute: Recompute = Recompute.none,
     precision: Precision = Precision.fp64,
@@ -82,7 +83,9 @@ def small_config(
             window=10,
             window_sink=1,
         ),
-        parallel=ParallelConfig(cp_size=cp_size, ep_size=ep_size, kv_exchange=exchange),
+        parallel=ParallelConfig(
+            cp_size=cp_size, cp_head_size=head_size, ep_size=ep_size, kv_exchange=exchange
+        ),
         exchange=settings or ExchangeConfig(hot_share=0.0),
         data=DataConfig(seq_len=SEQ_LEN),
         optim=OptimConfig(lr=1e-2, warmup_steps=0, clip_grad=0.0),
@@ -147,10 +150,17 @@ def run_steps(config: RunConfig) -> dict[str, Any]:
                 ],
                 "attention": {n: _sum_all(result.stats.attention.get(n, nothing)) for n in msa_layers},
                 "traffic": dict(result.traffic.received),
-                "start": engine.forward.layout(SEQ_LEN).start,
+                "start": engine.forward.layout(SEQ_LEN, config.parallel.cp_head_size).start,
+                "first_group": _first_group(config, groups.cp_rank),
             }
         )
     return {"rank": groups.rank, "steps": observed}
+
+
+def _first_group(config: RunConfig, cp_rank: int) -> int:
+    """KV group of the first column of this rank's selections."""
+    size = config.parallel.cp_head_size
+    return cp_rank % size * (config.model.num_kv_heads // size)
 
 
 def _recorder(selections: dict[tuple[int, int], torch.Tensor], packs: list[int], layer: int) -> Any:

@@ -151,6 +151,12 @@ def _head_parallel(config: RunConfig) -> None:
             f"parallel.cp_head_size={size}: must divide the KV groups of a rank, model.num_kv_heads / "
             f"parallel.tp_size = {groups}; use parallel.cp_head_size={math.gcd(size, groups)}"
         )
+    nodes = config.exchange.ranks_per_node
+    if nodes > 0 and nodes % size:
+        raise ValueError(
+            f"exchange.ranks_per_node={nodes}: must be a multiple of parallel.cp_head_size={size}, as ranks "
+            f"that trade tokens for heads belong on one node; use exchange.ranks_per_node={nodes // size * size}"
+        )
 
 
 def _tensor_parallel(config: RunConfig) -> None:

@@ -154,8 +154,9 @@ def _head_parallel(config: RunConfig) -> None:
     nodes = config.exchange.ranks_per_node
     if nodes > 0 and nodes % size:
         raise ValueError(
-            f"exchange.ranks_per_node={nodes}: must be a multiple of parallel.cp_head_size={size}, as ranks "
-            f"that trade tokens for heads belong on one node; use exchange.ranks_per_node={nodes // size * size}"
+            f"exchange.ranks_per_node={nodes}: must be a multiple of parallel.cp_head_size={size}, as "
+            "ranks that trade tokens for heads belong on one node; use "
+            f"exchange.ranks_per_node={nodes + -nodes % size}"
         )
 
 

@@ -177,16 +177,21 @@ def test_exchange_sends_only_what_was_selected(results: dict[str, list[dict[str,
 
 
 def test_gathering_exchanges_move_everything(results: dict[str, list[dict[str, Any]]]) -> None:
-    """All-gather and ring: (P - 1) shards per msa or swa layer and pack, whatever was selected."""
-    for name in ("cp2-all_gather-ep1", "cp4-ring-ep1"):
-        cp_size = CASES[name][1]["cp_size"]
-        shard = 96 // cp_size * 2 * 3 * 8 * 8
+    """All-gather and ring: (P - 1) shards per msa or swa layer and pack, whatever was selected.
+
+    With head groups of 3, P is 3 times smaller and a shard 3 times longer, of a third of the groups.
+    """
+    for name in ("cp2-all_gather-ep1", "cp4-ring-ep1", "cp6-all_gather-heads3"):
+        head_size = CASES[name][1].get("head_size", 1)
+        cp_size = CASES[name][1]["cp_size"] // head_size
+        shard = 96 // cp_size * 2 * 3 // head_size * 8 * 8
         layers_and_packs = 3 * 2
         for rank in results[name]:
             for step in rank["steps"]:
                 assert step["traffic"]["kv"] == (cp_size - 1) * shard * layers_and_packs
         moved = sum(rank["steps"][0]["traffic"]["kv"] for rank in results[name])
-        assert moved == kv_bytes_all_gather(small_config(cp_size=cp_size), num_packs=2, seq_len=SEQ_LEN)
+        config = small_config(cp_size=CASES[name][1]["cp_size"], head_size=head_size)
+        assert moved == kv_bytes_all_gather(config, num_packs=2, seq_len=SEQ_LEN)
     # In a dense stage only the window layer exchanges blocks.
     moved = sum(rank["steps"][0]["traffic"]["kv"] for rank in results["cp3-ring-warm"])
     config = small_config(cp_size=3)

@@ -17,9 +17,9 @@ from msa_train.config import (
     TrainConfig,
 )
 
-SEQ_LEN, BLOCK_SIZE, TOPK = 2048, 16, 8
+SEQ_LEN, BLOCK_SIZE, TOPK = 2048, 8, 16
 "the budget of BLOCK_SIZE * TOPK tokens is a sixteenth of the sequence"
-STEPS = 1000
+STEPS = 1200
 WARMUP_SHARE = 0.15
 "of the steps: dense warm-up of the index branch"
 SYMBOLS = Symbols(num_keys=64, num_values=64)
@@ -42,7 +42,7 @@ def task_stages(steps: int) -> tuple[Stage, ...]:
     The first two take a tenth of the steps together.
     """
     return (
-        Stage(num_packs=max(steps // 16, 1), doc_len=128, num_records=6, num_queries=30),
+        Stage(num_packs=max(steps // 16, 1), doc_len=256, num_records=11, num_queries=60),
         Stage(num_packs=max(steps * 3 // 80, 1), doc_len=512, num_records=16, num_queries=60),
         EVAL_STAGE,
     )

@@ -8,17 +8,14 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from benchmarks.learning.plots import Runs, plot
 from benchmarks.learning.recipe import BLOCK_SIZE, SEQ_LEN, TOPK, Variant
 
 ROOT = Path(__file__).resolve().parents[2]
-Runs = dict[str, dict[int, list[dict[str, Any]]]]
-"rows of measurements by variant and seed"
 
 
 def read_runs(folder: Path) -> Runs:
@@ -86,9 +83,9 @@ def table(found: dict[str, Any], where: dict[str, Any]) -> str:
 def _selection_tables(found: dict[str, Any]) -> list[str]:
     """Recall and f of the variants that select blocks."""
     lines = [
-        "Block recall and score recall per layer (text positions / queries), the score recall that the best "
-        "possible blocks would have, and f per layer, mean over KV groups (1 would be every remote block;"
-        " half of them lie in the future, so 0.5 is the most):",
+        "Block recall and score recall per layer (all positions / lookups), the score recall that the best "
+        "possible blocks would have, and f of each KV group (1 would be every remote block; half of them lie "
+        "in the future, so 0.5 is the most):",
         "",
         "| variant | layer | block recall | score recall | best possible | f at cp 2, 4, 8, 16 |",
         "|---|---|---|---|---|---|",
@@ -120,57 +117,6 @@ def _spread(values: dict[int, float], form: str) -> str:
     low, high = min(values.values()), max(values.values())
     text = f"{mean(values.values()):{form}}"
     return text if len(values) == 1 else f"{text} ({low:{form}} to {high:{form}})"
-
-
-def plot(runs: Runs, folder: Path) -> list[Path]:
-    """Curves over training, mean over seeds; nothing where matplotlib is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no plots: matplotlib is not installed; pip install matplotlib")
-        return []
-    matplotlib.use("Agg")
-    return [
-        _curves(runs, folder / "learning_text.png", "text loss, nats per byte", lambda row: row["text_loss"]),
-        _curves(runs, folder / "learning_accuracy.png", "lookup accuracy", lambda row: row["accuracy"]),
-        _curves(runs, folder / "learning_recall.png", "block recall, mean over layers", _recall),
-        *(
-            _curves(runs, folder / f"learning_f_cp{cp}.png", f"f at cp_size {cp}", partial(_f, cp_size=cp))
-            for cp in (2, 4, 8, 16)
-        ),
-    ]
-
-
-def _recall(row: dict[str, Any]) -> float | None:
-    values = [layer["block_recall_text"] for layer in row["layers"].values()]
-    return mean(values) if values else None
-
-
-def _f(row: dict[str, Any], cp_size: int) -> float | None:
-    values = [share for layer in row["layers"].values() for share in layer["f"][str(cp_size)]]
-    return mean(values) if values else None
-
-
-def _curves(runs: Runs, path: Path, title: str, value: Callable[[dict[str, Any]], float | None]) -> Path:
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4))
-    for variant, by_seed in runs.items():
-        points: dict[int, list[float]] = {}
-        for rows in by_seed.values():
-            for row in rows:
-                number = value(row)
-                if number is not None:
-                    points.setdefault(row["tokens"], []).append(number)
-        if points:
-            tokens = sorted(points)
-            axes.plot([t / 1e6 for t in tokens], [mean(points[t]) for t in tokens], label=variant)
-    axes.set(xlabel="million tokens", title=title)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-    return path
 
 
 def write_report(runs_folder: Path, results: Path) -> str:

@@ -36,6 +36,7 @@ def check_rules(config: RunConfig, *, world_size: int, has_gpu: bool) -> None:
         _sequence,
         _index_heads,
         _tensor_parallel,
+        _head_parallel,
         _experts,
         _exchange,
         _training,
@@ -59,7 +60,7 @@ def _names(config: RunConfig) -> None:
 
 def _positive_sizes(config: RunConfig) -> None:
     parallel, train = config.parallel, config.train
-    for name in ("cp_size", "ep_size", "tp_size", "pp_size"):
+    for name in ("cp_size", "cp_head_size", "ep_size", "tp_size", "pp_size"):
         if getattr(parallel, name) < 1:
             raise ValueError(f"parallel.{name}={getattr(parallel, name)}: must be at least 1")
     at_least_one = ["global_batch_size", "validation_packs"]
@@ -137,6 +138,28 @@ def _index_heads(config: RunConfig) -> None:
         raise ValueError(
             f"attention.index_head_dim={index_head_dim}: must be at least model.rotary_dim={rotary_dim}, "
             f"as index heads are rotated too; use attention.index_head_dim={rotary_dim}"
+        )
+
+
+def _head_parallel(config: RunConfig) -> None:
+    parallel, groups = config.parallel, config.model.num_kv_heads // config.parallel.tp_size
+    size = parallel.cp_head_size
+    if parallel.cp_size % size:
+        raise ValueError(
+            f"parallel.cp_head_size={size}: must divide parallel.cp_size={parallel.cp_size}, of whose ranks "
+            "it takes neighbours together; use parallel.cp_head_size=1"
+        )
+    if groups % size:
+        raise ValueError(
+            f"parallel.cp_head_size={size}: must divide the KV groups of a rank, model.num_kv_heads / "
+            f"parallel.tp_size = {groups}; use parallel.cp_head_size={math.gcd(size, groups)}"
+        )
+    nodes = config.exchange.ranks_per_node
+    if nodes > 0 and nodes % size:
+        raise ValueError(
+            f"exchange.ranks_per_node={nodes}: must be a multiple of parallel.cp_head_size={size}, as "
+            "ranks that trade tokens for heads belong on one node; use "
+            f"exchange.ranks_per_node={nodes + -nodes % size}"
         )
 
 

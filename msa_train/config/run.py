@@ -23,6 +23,8 @@ class ParallelConfig:
 
     cp_size: int = 1
     "context parallelism: ranks that share one sequence"
+    cp_head_size: int = 1
+    "of these, neighbours that trade tokens for KV groups before attention; divides cp_size and num_kv_heads"
     ep_size: int = 1
     "expert parallelism: ranks that share the experts; may span context and data parallel ranks"
     tp_size: int = 1

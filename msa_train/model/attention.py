@@ -5,7 +5,7 @@ H hidden size, NB blocks of the pack, B block size.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,16 +28,19 @@ from msa_train.parallel.collectives import CpComm, Pending
 from msa_train.parallel.cp_dense_kl import IndexKl
 from msa_train.parallel.cp_full_attention import FullCall, cp_full_attention
 from msa_train.parallel.cp_sparse_attention import SparseCall, cp_sparse_attention
+from msa_train.parallel.head_exchange import gather_tokens, to_heads, to_tokens
+from msa_train.parallel.layout import ShardLayout
 from msa_train.parallel.relayout import move_rows
 
 
 @dataclass(slots=True)
 class StartedIndex:
-    """Index queries [T, M, Di] and keys [T, Di] of this rank; all_keys [P, T, Di] on their way, or None."""
+    """Index queries [T, M, Di] and keys [T, Di]; all_keys [P, T, Di] by `layout` on their way, or None."""
 
     q: Tensor
     k: Tensor
     all_keys: Pending[Tensor] | None
+    layout: ShardLayout
 
 
 @dataclass
@@ -123,7 +126,10 @@ class GroupedQueryAttention(MegatronModule, ABC):
         """hidden_states [T, 1, H] -> (output [T, 1, H], None), Megatron's contract of an attention module."""
         started = self.start(hidden_states, packed_seq_params)
         q, k, v = self._project(hidden_states, packed_seq_params)
-        out = self.attend(started, q, k, v, packed_seq_params)
+        if packed_seq_params.heads is None:
+            out = self.attend(started, q, k, v, packed_seq_params)
+        else:
+            out = self._attend_by_heads(started, q, k, v, packed_seq_params)
         return self.linear_proj(out.reshape(out.shape[0], 1, -1))
 
     def start(self, hidden_states: Tensor, params: PackParams) -> StartedIndex | None:
@@ -140,6 +146,23 @@ class GroupedQueryAttention(MegatronModule, ABC):
         if self.q_layernorm is not None and self.k_layernorm is not None:
             q, k = _normalise(self.q_layernorm, q), _normalise(self.k_layernorm, k)
         return apply_rotary(q, params.rotary), apply_rotary(k, params.rotary), v
+
+    def _attend_by_heads(
+        self, started: StartedIndex | None, q: Tensor, k: Tensor, v: Tensor, params: PackParams
+    ) -> Tensor:
+        """`attend` on the tokens of all ranks of the head group and this rank's share of the KV groups."""
+        comm, heads = self.comm_of(params).heads, params.heads
+        assert comm is not None, "head groups come with their collectives"
+        assert heads is not None, "called where there are head groups"
+        parts = [q.flatten(2), k, v] if started is None else [q.flatten(2), k, v, started.q]
+        mixed = to_heads(torch.cat(parts, dim=-1), comm, heads.order)
+        # What is sent on must lie in one piece.
+        q, k, v, *index = (x.contiguous() for x in mixed.split([part.shape[-1] for part in parts], dim=-1))
+        if started is not None:
+            k_index = gather_tokens(started.k, comm, heads.order)
+            started = replace(started, q=index[0], k=k_index)
+        q = q.unflatten(-1, (self.heads_per_group, self.head_dim))
+        return to_tokens(self.attend(started, q, k, v, params.of_head_group()), comm, heads.order)
 
     @abstractmethod
     def attend(
@@ -209,7 +232,7 @@ class WindowSelfAttention(GroupedQueryAttention):
             query_valid=pack.valid,
         )
         call = SparseCall(
-            block_indices=block_indices[:, None].expand(-1, self.num_groups, -1),
+            block_indices=block_indices[:, None].expand(-1, k.shape[1], -1),
             position=pack.position,
             layout=pack.layout,
             comm=self.comm_of(params),
@@ -242,7 +265,7 @@ class MsaSelfAttention(GroupedQueryAttention):
         if started.all_keys is None:
             # Zero gradients for the index branch, and not none: gradient hooks wait for every parameter.
             return cp_full_attention(q, k, v, self.full_call(params), q_index, k_index)
-        all_keys = pack.layout.in_order(started.all_keys.wait())
+        all_keys = started.layout.in_order(started.all_keys.wait())
         if params.attention is StageAttention.dense:
             return self._attend_densely(q, k, v, q_index, k_index, all_keys, params)
         if record.block_indices is None:
@@ -275,11 +298,13 @@ class MsaSelfAttention(GroupedQueryAttention):
 
     def start(self, hidden_states: Tensor, params: PackParams) -> StartedIndex:
         """Project index queries and keys; the keys travel from here on."""
+        assert params.pack is not None, "the step fills in the pack"
         assert params.rotary is not None, "a pack comes with its rotary table"
         q, k = self.index_branch(hidden_states, params.rotary)
         if params.attention is StageAttention.dense and params.kl_weight == 0:
-            return StartedIndex(q, k, None)
-        return StartedIndex(q, k, self.comm_of(params).start_all_gather(k.detach(), "index_key"))
+            return StartedIndex(q, k, None, params.pack.layout)
+        pending = self.comm_of(params).start_all_gather(k.detach(), "index_key")
+        return StartedIndex(q, k, pending, params.pack.layout)
 
     def _attend_densely(
         self,
@@ -310,9 +335,8 @@ class MsaSelfAttention(GroupedQueryAttention):
 
     def _select(self, q_index: Tensor, all_keys: Tensor, params: PackParams) -> Tensor:
         """Selection [T, M, topk] of all local queries, some of which other ranks may compute."""
-        pack, comm = params.pack, params.comm
+        pack, comm = params.pack, self.comm_of(params)
         assert pack is not None, "checked by the caller"
-        assert comm is not None, "checked by the caller"
         q_index, moves = q_index.detach(), pack.index.moves
         if moves is not None:
             q_index = move_rows(q_index, moves.there, comm, "index_query")
@@ -358,19 +382,18 @@ class MsaSelfAttention(GroupedQueryAttention):
         assert probe is not None, "called where queries are sampled"
         q, k = q.detach()[probe.rows], k.detach()
         sums = probe_attention(q, k, selected, probe, comm, softmax_scale=self.head_dim**-0.5).flat()
-        LayerStats.add(params.stats.attention, self.layer_number, self._of_all_groups(sums))
+        LayerStats.add(params.stats.attention, self.layer_number, self._of_all_groups(sums, params))
 
-    def _of_all_groups(self, values: Tensor) -> Tensor:
-        """[M, ...] of this tensor-parallel rank's groups -> [num_kv_heads, ...], zero for the others."""
+    def _of_all_groups(self, values: Tensor, params: PackParams) -> Tensor:
+        """[M, ...] of the groups that this rank attends for -> [num_kv_heads, ...], zero for the others."""
         whole = values.new_zeros(self.config.model.num_kv_heads, *values.shape[1:])
-        first = self.tp_rank * self.num_groups
-        whole[first : first + self.num_groups] = values
+        first = self.tp_rank * self.num_groups + params.head_rank * len(values)
+        whole[first : first + len(values)] = values
         return whole
 
     def _count_selected(self, needed: Tensor, params: PackParams) -> None:
         """Remote pairs per group: what `selected` sends, whatever is used. needed: [M, NB] bool."""
         assert params.pack is not None, "checked by the caller"
-        pairs = pairs_by_owner(needed, params.pack.layout).view(
-            params.pack.layout.cp_size, self.num_groups, -1
-        )
-        LayerStats.add(params.stats.selected, self.layer_number, self._of_all_groups(pairs.sum((0, 2))))
+        layout = params.pack.layout
+        pairs = pairs_by_owner(needed, layout).view(layout.cp_size, needed.shape[0], -1).sum((0, 2))
+        LayerStats.add(params.stats.selected, self.layer_number, self._of_all_groups(pairs, params))

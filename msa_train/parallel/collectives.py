@@ -111,7 +111,9 @@ class CpComm:
     overlap: False waits where a collective is started. layer: whose calls these are, for messages (0: none).
     timeout_s: longest wait on a CPU, 0 for the group's own. watch: finds out who is missing after a failure.
     inner, outer: the same for the ranks of this node, and for those in the same place of every node; None
-    without nodes. rates: measured, for `kv_exchange=auto`. met: shapes of requests that all ranks compared.
+    without nodes. heads, sequence: the same for neighbours that trade tokens for KV groups, and for the ranks
+    that then hold the same groups; None where `cp_head_size` is 1. rates: measured, for `kv_exchange=auto`.
+    met: shapes of requests that all ranks compared.
     """
 
     group: dist.ProcessGroup | None
@@ -126,21 +128,31 @@ class CpComm:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     inner: "CpComm | None" = None
     outer: "CpComm | None" = None
+    heads: "CpComm | None" = None
+    sequence: "CpComm | None" = None
     rates: ExchangeRates | None = None
     met: set[ExchangeShape] = field(default_factory=set)
 
+    @property
+    def has_nodes(self) -> bool:
+        """Whether blocks travel between nodes and inside them in two steps."""
+        return (self.sequence or self).outer is not None
+
     def fresh(self) -> "CpComm":
         """The same collectives with counters of their own."""
-        counters = {"traffic": Traffic(), "exposed": ExposedTime()}
-        inner = None if self.inner is None else replace(self.inner, **counters)
-        outer = None if self.outer is None else replace(self.outer, **counters)
-        return replace(self, inner=inner, outer=outer, **counters)
+        return self._everywhere(traffic=Traffic(), exposed=ExposedTime())
 
     def of_layer(self, layer: int) -> "CpComm":
         """The same collectives, whose messages name this layer."""
-        inner = None if self.inner is None else replace(self.inner, layer=layer)
-        outer = None if self.outer is None else replace(self.outer, layer=layer)
-        return replace(self, layer=layer, inner=inner, outer=outer)
+        return self._everywhere(layer=layer)
+
+    def _everywhere(self, **changes: Any) -> "CpComm":
+        """A copy with these fields changed, in the collectives of parts of the ranks too."""
+        parts: dict[str, CpComm | None] = {
+            "inner": self.inner, "outer": self.outer, "heads": self.heads, "sequence": self.sequence,
+        }  # fmt: skip
+        changed = {name: part._everywhere(**changes) for name, part in parts.items() if part is not None}
+        return replace(self, **changes, **changed)
 
     def all_gather(self, x: Tensor, purpose: str) -> Tensor:
         """x of every rank, stacked: [...] -> [size, ...]."""
@@ -165,7 +177,7 @@ class CpComm:
         """Begin a reduce_scatter."""
         if self.size == 1:
             return self._done(x[0], purpose)
-        out, x = torch.empty_like(x[0]), x.contiguous()
+        out, x = x.new_empty(x.shape[1:]), x.contiguous()
         num_bytes = (self.size - 1) * out.numel() * x.element_size()
         return self._start(
             lambda: _reduce_scatter(_line(out), _rows(x), group=self.group, async_op=True),
@@ -194,7 +206,7 @@ class CpComm:
 
     def shift(self, tensors: Sequence[Tensor], purpose: str) -> Pending[list[Tensor]]:
         """Start sending tensors to the next rank of the ring and receiving the previous rank's."""
-        incoming = [torch.empty_like(x) for x in tensors]
+        incoming = [x.new_empty(x.shape) for x in tensors]
         if self.size == 1:
             return self._done(list(tensors), purpose)
         group = self.group

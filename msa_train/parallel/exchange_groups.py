@@ -27,6 +27,7 @@ def build_comm(
     exchange: ExchangeConfig,
     device: torch.device,
     timeout_s: float,
+    head_size: int = 1,
 ) -> CpComm:
     """Collectives of this rank's context-parallel group; called by all ranks of the job together.
 
@@ -36,6 +37,8 @@ def build_comm(
         exchange: nodes, overlap.
         device: of the tensors.
         timeout_s: longest wait.
+        head_size: neighbours that trade tokens for KV groups; with more than one, nodes and rates are those
+            of the ranks that hold the same groups.
 
     Raises:
         ValueError: nodes that were detected do not divide the group.
@@ -44,23 +47,35 @@ def build_comm(
     comm = CpComm(
         group, rank, size, overlap=exchange.overlap, timeout_s=timeout_s, device=device, watch=_watch(group)
     )
-    node_size = find_node_size(exchange, group)
-    if kind in (KvExchange.selected, KvExchange.auto) and 1 < node_size < size:
-        inner, outer = _node_groups(group, node_size, timeout_s)
-        comm.inner = replace(comm, group=inner, rank=rank % node_size, size=node_size)
-        comm.outer = replace(comm, group=outer, rank=rank // node_size, size=size // node_size)
-    if kind is KvExchange.auto and size > 1:
-        comm.rates = measure_rates(comm)
+    if head_size > 1:
+        heads, sequence = _split(group, head_size, timeout_s)
+        comm.heads = replace(comm, group=heads, rank=rank % head_size, size=head_size)
+        comm.sequence = replace(comm, group=sequence, rank=rank // head_size, size=size // head_size)
+    _add_nodes(comm.sequence or comm, kind, exchange, head_size)
     return comm
 
 
-def find_node_size(exchange: ExchangeConfig, group: dist.ProcessGroup) -> int:
-    """Context-parallel ranks of a node: as configured or, with -1, of those that LOCAL_WORLD_SIZE says.
+def _add_nodes(comm: CpComm, kind: KvExchange, exchange: ExchangeConfig, head_size: int) -> None:
+    """Give the collectives over which blocks travel their nodes, and rates where these decide."""
+    assert comm.group is not None, "built from a group"
+    node_size = find_node_size(exchange, comm.group, head_size)
+    if kind in (KvExchange.selected, KvExchange.auto) and 1 < node_size < comm.size:
+        inner, outer = _split(comm.group, node_size, comm.timeout_s)
+        comm.inner = replace(comm, group=inner, rank=comm.rank % node_size, size=node_size)
+        comm.outer = replace(comm, group=outer, rank=comm.rank // node_size, size=comm.size // node_size)
+    if kind is KvExchange.auto and comm.size > 1:
+        comm.rates = measure_rates(comm)
+
+
+def find_node_size(exchange: ExchangeConfig, group: dist.ProcessGroup, head_size: int = 1) -> int:
+    """Ranks of the group on a node: as configured or, with -1, of those that LOCAL_WORLD_SIZE says.
+
+    `exchange.ranks_per_node` counts context-parallel ranks, of which the group has one in head_size.
 
     Example: 16 ranks of a group on every second rank of machines with 8 -> 4.
     """
     if exchange.ranks_per_node >= 0:
-        return exchange.ranks_per_node
+        return exchange.ranks_per_node // head_size
     ranks, local = dist.get_process_group_ranks(group), int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
     if local == 0:
         return 0
@@ -82,16 +97,16 @@ def _watch(group: dist.ProcessGroup) -> FaultWatch | None:
     return watch
 
 
-def _node_groups(
-    group: dist.ProcessGroup, node_size: int, timeout_s: float
+def _split(
+    group: dist.ProcessGroup, size: int, timeout_s: float
 ) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    """This rank's node, and the ranks in its place of all nodes. All ranks create all, in one order."""
+    """This rank's run of `size` neighbours, and the ranks in its place of all runs. All ranks create all."""
     everyone: list[list[int]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, dist.get_process_group_ranks(group))
     found: dict[str, dist.ProcessGroup] = {}
     for ranks in sorted({tuple(ranks) for ranks in everyone}):
-        nodes = [list(ranks[i : i + node_size]) for i in range(0, len(ranks), node_size)]
-        rails = [list(ranks[place::node_size]) for place in range(node_size)]
+        nodes = [list(ranks[i : i + size]) for i in range(0, len(ranks), size)]
+        rails = [list(ranks[place::size]) for place in range(size)]
         for name, members in [*(("inner", n) for n in nodes), *(("outer", r) for r in rails)]:
             created = dist.new_group(members, timeout=timedelta(seconds=timeout_s))
             if dist.get_rank() in members:

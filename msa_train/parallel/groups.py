@@ -119,7 +119,14 @@ def build_groups(
         ep=_group(parallel_state.get_expert_model_parallel_group()),
         expert_dp=_group(parallel_state.get_expert_data_parallel_group()),
         model_parallel=_group(parallel_state.get_model_parallel_group()),
-        comm=build_comm(cp, parallel.kv_exchange, exchange or ExchangeConfig(), device, timeout_s),
+        comm=build_comm(
+            cp,
+            parallel.kv_exchange,
+            exchange or ExchangeConfig(),
+            device,
+            timeout_s,
+            head_size=parallel.cp_head_size,
+        ),
     )
 
 

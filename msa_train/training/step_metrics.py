@@ -39,6 +39,8 @@ _TRAFFIC = {
     "full_kv_grad": "full_kv_grad_bytes",
     "full_query": "full_query_bytes",
     "full_query_grad": "full_query_grad_bytes",
+    "heads": "heads_bytes",
+    "heads_grad": "heads_grad_bytes",
 }
 # Parts of the first three that go another way: between nodes, and of hot pairs.
 _WAYS = ("outer", "hot")
@@ -57,7 +59,7 @@ def kv_bytes_all_gather(
     A ring moves the same. With full recomputation the forward runs, and fetches, twice. In a dense stage msa
     layers exchange as full ones do, and do not count.
     """
-    model, cp_size = config.model, config.parallel.cp_size
+    model, cp_size = config.model, config.parallel.cp_size // config.parallel.cp_head_size
     kinds = {AttentionKind.swa}
     if attention is StageAttention.sparse:
         kinds.add(AttentionKind.msa)
@@ -126,13 +128,15 @@ class StepMetrics:
         for name, key in _BY_WAY.items():
             whole, _, way = name.rpartition("_")
             values[_TRAFFIC[whole]] += by_purpose[name]
-            if self.groups.comm.outer is not None if way == "outer" else by_purpose[name]:
+            if self.groups.comm.has_nodes if way == "outer" else by_purpose[name]:
                 values[key] = by_purpose[name]
         gathered = kv_bytes_all_gather(self.config, batch.num_packs, stage.seq_len, stage.attention)
         if gathered or stage.attention is StageAttention.sparse:
             values["kv_bytes_all_gather"] = gathered
         if self.config.parallel.kv_exchange not in (KvExchange.selected, KvExchange.auto):
             del values["request_bytes"]
+        if self.config.parallel.cp_head_size == 1:
+            del values["heads_bytes"], values["heads_grad_bytes"]
         return values
 
     def _exposed(self, seconds: Tensor) -> dict[str, Any]:
@@ -169,7 +173,7 @@ class StepMetrics:
 
     def _selected(self, batch: StepBatch, selected: Tensor, stage: Stage) -> dict[str, Any]:
         """f, where something is selected and something is remote."""
-        cp_size = self.groups.cp_size
+        cp_size = self.groups.cp_size // self.config.parallel.cp_head_size
         if not self.msa_layers or stage.attention is not StageAttention.sparse or cp_size == 1:
             return {}
         num_blocks = stage.seq_len // self.config.attention.block_size

@@ -40,8 +40,21 @@ CASES |= {
 }
 CASES["cp4-selected-ep4"] = (4, {"cp_size": 4, "ep_size": 4})
 CASES["cp2-selected-ep4-dp2"] = (4, {"cp_size": 2, "ep_size": 4})
+# Three KV groups: each rank of a head group has one.
+CASES["cp3-selected-heads3"] = (3, {"cp_size": 3, "head_size": 3})
+CASES |= {
+    f"cp6-{exchange.value}-heads3": (
+        6,
+        {"cp_size": 6, "head_size": 3, "exchange": exchange, "layout": layout},
+    )
+    for exchange, layout in zip(EXCHANGES, CpLayout, strict=True)
+}
 DENSE = StageConfig(attention=StageAttention.dense)
 WARM = {"stage": DENSE, "temperature": 1.5}
+CASES["cp6-selected-heads3-recompute-warm"] = (
+    6,
+    {"cp_size": 6, "head_size": 3, "recompute": Recompute.full, **WARM},
+)
 # What each case is compared with: one process in the same kind of stage.
 REFERENCES = {"": "cp1-selected-ep1", "-dense": "cp1-dense", "-warm": "cp1-warm", "-soft": "cp1-soft"}
 CASES |= {
@@ -147,8 +160,9 @@ def test_equals_one_process(name: str, results: dict[str, list[dict[str, Any]]])
             experts_seen |= got["gradients"].keys()
             for key, block_indices in got["selections"].items():
                 rows = got["positions"][key[0]]
-                assert torch.equal(block_indices, want["selections"][key][rows]), f"{where}, {key}"
-                tokens_seen += block_indices.shape[0]
+                groups = slice(got["first_group"], got["first_group"] + block_indices.shape[1])
+                assert torch.equal(block_indices, want["selections"][key][rows, groups]), f"{where}, {key}"
+                tokens_seen += block_indices.shape[:2].numel()
             assert got["attention"].keys() == want["attention"].keys() == {2, 4}
             for layer, sums in want["attention"].items():
                 assert (sums[:, 0] > 0).all()
@@ -161,7 +175,7 @@ def test_equals_one_process(name: str, results: dict[str, list[dict[str, Any]]])
                 assert torch.equal(ours, theirs), where
     # The ranks together must have shown every parameter and every token's selection.
     assert experts_seen == reference[0]["gradients"].keys()
-    whole = sum(x.shape[0] for step in reference for x in step["selections"].values())
+    whole = sum(x.shape[:2].numel() for step in reference for x in step["selections"].values())
     assert tokens_seen == whole
 
 
@@ -257,16 +271,21 @@ def test_exchange_sends_only_what_was_selected(results: dict[str, list[dict[str,
 
 
 def test_gathering_exchanges_move_everything(results: dict[str, list[dict[str, Any]]]) -> None:
-    """All-gather and ring: (P - 1) shards per msa or swa layer and pack, whatever was selected."""
-    for name in ("cp2-all_gather-ep1", "cp4-ring-ep1"):
-        cp_size = CASES[name][1]["cp_size"]
-        shard = 96 // cp_size * 2 * 3 * 8 * 8
+    """All-gather and ring: (P - 1) shards per msa or swa layer and pack, whatever was selected.
+
+    With head groups of 3, P is 3 times smaller and a shard 3 times longer, of a third of the groups.
+    """
+    for name in ("cp2-all_gather-ep1", "cp4-ring-ep1", "cp6-all_gather-heads3"):
+        head_size = CASES[name][1].get("head_size", 1)
+        cp_size = CASES[name][1]["cp_size"] // head_size
+        shard = 96 // cp_size * 2 * 3 // head_size * 8 * 8
         layers_and_packs = 3 * 2
         for rank in results[name]:
             for step in rank["steps"]:
                 assert step["traffic"]["kv"] == (cp_size - 1) * shard * layers_and_packs
         moved = sum(rank["steps"][0]["traffic"]["kv"] for rank in results[name])
-        assert moved == kv_bytes_all_gather(small_config(cp_size=cp_size), num_packs=2, seq_len=SEQ_LEN)
+        config = small_config(cp_size=CASES[name][1]["cp_size"], head_size=head_size)
+        assert moved == kv_bytes_all_gather(config, num_packs=2, seq_len=SEQ_LEN)
     # In a dense stage only the window layer exchanges blocks.
     moved = sum(rank["steps"][0]["traffic"]["kv"] for rank in results["cp3-ring-warm"])
     config = small_config(cp_size=3)

@@ -40,6 +40,7 @@ def small_config(
     *,
     cp_size: int = 1,
     ep_size: int = 1,
+    head_size: int = 1,
     exchange: KvExchange = KvExchange.selected,
     recompute: Recompute = Recompute.none,
     precision: Precision = Precision.fp64,
@@ -88,6 +89,7 @@ def small_config(
         ),
         parallel=ParallelConfig(
             cp_size=cp_size,
+            cp_head_size=head_size,
             ep_size=ep_size,
             cp_layout=layout,
             kv_exchange=exchange,
@@ -125,6 +127,7 @@ def run_steps(config: RunConfig) -> dict[str, Any]:
     (pack, layer) for this rank's tokens, whose `positions` stand by pack, `expert_bias` by layer, `traffic`,
     `attention`: sums over the sampled queries of the first packs by layer.
     """
+    head_size = config.parallel.cp_head_size
     groups = build_groups(config.parallel, device=torch.device("cpu"), exchange=config.exchange)
     engine = TorchEngine(config, groups)
     selections: dict[tuple[int, int], torch.Tensor] = {}
@@ -158,10 +161,19 @@ def run_steps(config: RunConfig) -> dict[str, Any]:
                 ],
                 "attention": {n: _sum_all(result.stats.attention.get(n, nothing)) for n in msa_layers},
                 "traffic": dict(result.traffic.received),
-                "positions": {i: _positions(engine.forward.layout(packs[i])) for i in packs_of_step},
+                "positions": {
+                    i: _positions(engine.forward.layout(packs[i], head_size)) for i in packs_of_step
+                },
+                "first_group": _first_group(config, groups.cp_rank),
             }
         )
     return {"rank": groups.rank, "steps": observed}
+
+
+def _first_group(config: RunConfig, cp_rank: int) -> int:
+    """KV group of the first column of this rank's selections."""
+    size = config.parallel.cp_head_size
+    return cp_rank % size * (config.model.num_kv_heads // size)
 
 
 def _recorder(selections: dict[tuple[int, int], torch.Tensor], packs: list[int], layer: int) -> Any:

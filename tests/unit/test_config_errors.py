@@ -73,6 +73,18 @@ MISTAKES = [
     (["run=demo", "data.seq_len=8010"], "data.seq_len=8010", "use 8000 or 8016"),
     (["run=demo", "launcher.num_processes=3"], "launcher.num_processes=3", "use launcher.num_processes=2"),
     (["run=demo", "parallel.cp_size=4"], "launcher.num_processes=2", "use launcher.num_processes=4"),
+    (["run=demo", "parallel.cp_head_size=0"], "parallel.cp_head_size=0", "must be at least 1"),
+    (["run=demo", "parallel.cp_head_size=4"], "parallel.cp_head_size=4", "parallel.cp_size=2"),
+    (
+        ["run=demo", "parallel.cp_head_size=2", "model.num_kv_heads=1"],
+        "parallel.cp_head_size=2",
+        "use parallel.cp_head_size=1",
+    ),
+    (
+        ["run=demo", "parallel.cp_head_size=2", "exchange.ranks_per_node=1"],
+        "exchange.ranks_per_node=1",
+        "must be a multiple of parallel.cp_head_size=2",
+    ),
     (["run=demo", "parallel.ep_size=3"], "parallel.ep_size=3", "use one of 1, 2, 4, 8"),
     (["run=demo", "launcher.num_processes=4"], "train.global_batch_size=1", "use train.global_batch_size=2"),
     (["run=demo", "optim.lr=0"], "optim.lr=0", "must be positive"),

@@ -133,11 +133,6 @@ class CpComm:
     rates: ExchangeRates | None = None
     met: set[ExchangeShape] = field(default_factory=set)
 
-    @property
-    def has_nodes(self) -> bool:
-        """Whether blocks travel between nodes and inside them in two steps."""
-        return (self.sequence or self).outer is not None
-
     def fresh(self) -> "CpComm":
         """The same collectives with counters of their own."""
         return self._everywhere(traffic=Traffic(), exposed=ExposedTime())

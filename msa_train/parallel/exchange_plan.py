@@ -1,14 +1,15 @@
 """Who sends which (block, group) pairs to whom, given what every rank wants. No process group needed.
 
 Every rank learns the wants of all ranks: each contributes a bitmap with one bit per pair of every owner, and all
-bitmaps are gathered. That costs P * M * NB / 8 bytes per rank and layer: 12 KB for 192K tokens on 16 ranks, 41 MB for
-10M tokens on 1,024 ranks (block 128, M = 4), 1.6% of the index keys that travel anyway and of what one block in 16 of
-the keys and values weighs. In return one message serves everything: the same choice of scheme on all ranks, the
-union over a node's ranks, the pairs that nearly all want, and the same verdict everywhere on a request that does not
-fit. Bitmaps per owner alone (an all-to-all, 40 KB) would need a second message for each of these.
+bitmaps are gathered. That costs P * M * NB / 8 bytes per rank and layer: 12 KB for 192K tokens on 16 ranks,
+41 MB for 10M tokens on 1,024 ranks (block 128, M = 4), where the index keys that travel anyway are 2.6 GB. In
+return one message serves everything: the same choice of scheme on all ranks, the union over a node's ranks, the
+pairs that nearly all want, and the same verdict everywhere on a request that does not fit. Bitmaps sent to the
+owner alone (an all-to-all, 41 KB) would need a second message for each of these.
 
-Schemes: *flat*, an owner sends to each rank that asks; *hierarchical*, over the network to one rank per node and from
-there to the node's others. *Hot* pairs, wanted by nearly all ranks, are cut in P slices that all ranks gather.
+Schemes: *flat*, an owner sends to each rank that asks; *hierarchical*, over the network to one rank per node and
+from there to the node's others. *Hot* pairs, wanted by nearly all ranks, are cut in P slices that all ranks
+gather, so that their owners send them once.
 
 Shapes: P ranks, M KV groups, NL blocks per rank, NP = M * NL pairs of a rank, numbered group * NL + local block,
 W = ceil(NP / 8) bytes of a bitmap, L ranks of a node, N = P / L nodes; rank = node * L + place.
@@ -27,8 +28,8 @@ _MIN_HOT_REQUESTERS = 3
 class ExchangeShape:
     """What all ranks know before any request.
 
-    ranks_per_node: L, 0 or all ranks for a flat exchange. hot_share: share of the other ranks that make a pair hot
-    when they want it, 0 for none.
+    ranks_per_node: L, 0 or all ranks for a flat exchange. hot_share: share of the other ranks that make a pair
+    hot when they want it, 0 for none.
     """
 
     cp_size: int
@@ -103,21 +104,27 @@ def nonzero_of(mask: Tensor, count: int) -> Tensor:
 class Demand:
     """What all ranks want.
 
-    bits: [P, P, W] uint8, by requester and owner, hot pairs left out. hot: [P, NP] bool, by owner.
+    bits: [P, P, W] uint8, by requester and owner, hot pairs left out; counts: [P, P] int64 pairs of them.
+    hot: [P, NP] bool, by owner. wanted: [P] int64, pairs that each rank wants, hot ones included.
     """
 
     shape: ExchangeShape
     bits: Tensor
+    counts: Tensor
     hot: Tensor
+    wanted: Tensor
 
 
 def find_demand(bits: Tensor, shape: ExchangeShape) -> Demand:
     """Separate hot pairs from the others; bits: [P, P, W] uint8 of all requests, by requester and owner."""
-    P, NP = shape.cp_size, shape.num_pairs
-    if shape.hot_requesters >= P:
-        return Demand(shape, bits, torch.zeros(P, NP, dtype=torch.bool, device=bits.device))
+    counts = count_bits(bits)
+    wanted = counts.sum(1)
+    if shape.hot_requesters >= shape.cp_size:
+        none = torch.zeros(shape.cp_size, shape.num_pairs, dtype=torch.bool, device=bits.device)
+        return Demand(shape, bits, counts, none, wanted)
     hot = popularity(bits, shape) >= shape.hot_requesters
-    return Demand(shape, bits & ~pack_bits(hot), hot)
+    bits = bits & ~pack_bits(hot)
+    return Demand(shape, bits, count_bits(bits), hot, wanted)
 
 
 def popularity(bits: Tensor, shape: ExchangeShape) -> Tensor:
@@ -127,16 +134,19 @@ def popularity(bits: Tensor, shape: ExchangeShape) -> Tensor:
 
 
 def count_bits(bits: Tensor) -> Tensor:
-    """Set bits of each bitmap: [..., W] uint8 -> [...] int64."""
-    total = torch.zeros(bits.shape[:-1], dtype=torch.int64, device=bits.device)
-    for bit in range(8):
-        total += ((bits >> bit) & 1).sum(-1)
-    return total
+    """Set bits of each bitmap: [..., W] uint8 -> [...] int64.
+
+    Example: [[5, 1], [0, 255]] -> [3, 8].
+    """
+    # Sums of neighbouring bits, then of pairs of bits, then of both halves of a byte.
+    x = bits - ((bits >> 1) & 0x55)
+    x = (x & 0x33) + ((x >> 2) & 0x33)
+    return ((x + (x >> 4)) & 0x0F).sum(-1, dtype=torch.int64)
 
 
 @dataclass(slots=True)
 class Loads:
-    """Pairs that every rank sends and receives, [P] int64 each; one entry per hop (flat: one, else outer, inner).
+    """Pairs that every rank sends and receives, [P] int64 each, by hop (flat: one; hierarchical: outer, inner).
 
     hot: scalar int64, hot pairs of all owners.
     """
@@ -151,8 +161,7 @@ def find_loads(demand: Demand) -> Loads:
     shape, bits = demand.shape, demand.bits
     hot = demand.hot.sum()
     if not shape.hierarchical:
-        counts = count_bits(bits)
-        return Loads([counts.sum(0)], [counts.sum(1)], hot)
+        return Loads([demand.counts.sum(0)], [demand.counts.sum(1)], hot)
     L, N = shape.node_size, shape.num_nodes
     by_node = bits.view(N, L, shape.cp_size, -1)
     union = by_node[:, 0]
@@ -163,7 +172,7 @@ def find_loads(demand: Demand) -> Loads:
     own_node = torch.arange(N, device=bits.device)
     crossing[own_node, own_node] = 0
     # [requesting node, requester's place, owner's place]: what the rank in the owner's place hands on
-    handed = count_bits(bits).view(N, L, N, L).sum(2)
+    handed = demand.counts.view(N, L, N, L).sum(2)
     # Pairs that a rank fetched from another node for itself do not travel again.
     for place in range(L):
         handed[:, place, place] = 0
@@ -190,13 +199,13 @@ class Hop:
 class RankPlan:
     """One rank's part of an exchange.
 
-    hops: flat: over all ranks, from own pairs to fetched rows. Hierarchical: over the ranks in the same place of
-        all nodes, from own pairs to rows in transit; then over the node's ranks, from own pairs followed by rows
-        in transit to fetched rows.
-    group, block_of_owner, owner: [R] int64 each, KV group, local block and owner of every fetched row, in order of
-        arrival.
-    hot_rows: hot pairs of each owner. hot_pairs: [hot_rows[rank]] own ones. hot_group, hot_block_of_owner, hot_owner:
-        [sum(hot_rows)] of all, by owner.
+    hops: flat: over all ranks, from own pairs to fetched rows. Hierarchical: over the ranks in the same place
+        of all nodes, from own pairs to rows in transit; then over the node's ranks, from own pairs followed by
+        rows in transit to fetched rows.
+    group, block_of_owner, owner: [R] int64 each, KV group, local block and owner of every fetched row, in order
+        of arrival.
+    hot_rows: hot pairs of each owner. hot_pairs: [hot_rows[rank]] own ones. hot_group, hot_block_of_owner,
+        hot_owner: [sum(hot_rows)] of all, by owner.
     """
 
     hops: list[Hop]
@@ -221,15 +230,14 @@ class RankPlan:
 
 
 def count_rows(demand: Demand, rank: int) -> Tensor:
-    """Sizes that the host needs for `plan_rank`, in its order: [2 P + P] int64, hierarchical [2 N + 2 L + P]."""
-    shape, NP = demand.shape, demand.shape.num_pairs
-    hot = demand.hot.sum(1)
+    """Sizes that the host needs for `plan_rank`, in its order: [3 P] int64, hierarchical [2 N + 2 L + P]."""
+    shape, hot = demand.shape, demand.hot.sum(1)
     if not shape.hierarchical:
-        return torch.cat((count_bits(demand.bits[:, rank]), count_bits(demand.bits[rank]), hot))
+        return torch.cat((demand.counts[:, rank], demand.counts[rank], hot))
     view = _NodeView(demand, rank)
     outer_send, outer_receive = view.asked_by_node.sum(1), view.transit.sum(1)
     inner_send = view.mates.sum((1, 2))
-    inner_receive = unpack_bits(demand.bits[rank], NP).view(shape.num_nodes, shape.node_size, NP).sum((0, 2))
+    inner_receive = demand.counts[rank].view(shape.num_nodes, shape.node_size).sum(0)
     return torch.cat((outer_send, outer_receive, inner_send, inner_receive, hot))
 
 

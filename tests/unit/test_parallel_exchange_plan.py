@@ -36,7 +36,7 @@ def plans_of(demand: Demand) -> list[RankPlan]:
 
 
 def travel(rows: list[Tensor], plans: list[RankPlan], hop: int, groups: list[list[int]]) -> list[Tensor]:
-    """What each rank gets by an uneven all-to-all within each group; checks that both sides agree on sizes."""
+    """What each rank gets by an uneven all-to-all within each group; both sides must agree on sizes."""
     received: list[Tensor] = [torch.empty(0)] * len(rows)
     for group in groups:
         sent = {r: rows[r][plans[r].hops[hop].take].split(plans[r].hops[hop].send) for r in group}

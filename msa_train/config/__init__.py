@@ -20,6 +20,7 @@ from msa_train.config.rules import check_rules, resolve_engine
 from msa_train.config.run import (
     CheckpointConfig,
     DataConfig,
+    ExchangeConfig,
     LauncherConfig,
     LoggingConfig,
     OptimConfig,
@@ -44,6 +45,7 @@ __all__ = [
     "DataConfig",
     "Device",
     "Engine",
+    "ExchangeConfig",
     "KlTarget",
     "KvExchange",
     "LauncherConfig",

@@ -25,6 +25,7 @@ class KvExchange(Enum):
     selected = "selected"  # only the (block, group) pairs that a local query sees
     all_gather = "all_gather"  # all keys and values, gathered; gradients reduce-scattered
     ring = "ring"  # one neighbour's shard at a time, partial results merged by log-sum-exp
+    auto = "auto"  # selected or all_gather, for each call of a layer what measured rates say
 
 
 class Precision(Enum):

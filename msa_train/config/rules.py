@@ -6,7 +6,7 @@ Each violation is a ValueError of one line: name=value, the rule, the fix.
 import math
 from collections.abc import Callable
 
-from msa_train.config.options import Engine, OptimizerKind, Precision, QkNorm
+from msa_train.config.options import Engine, KvExchange, OptimizerKind, Precision, QkNorm
 from msa_train.config.run import RunConfig
 from msa_train.config.stage_rules import check_stages
 
@@ -37,6 +37,7 @@ def check_rules(config: RunConfig, *, world_size: int, has_gpu: bool) -> None:
         _index_heads,
         _tensor_parallel,
         _experts,
+        _exchange,
         _training,
     )
     for rule in rules:
@@ -171,6 +172,34 @@ def _experts(config: RunConfig) -> None:
         raise ValueError(
             f"parallel.ep_size={ep_size}: must divide model.num_experts={num_experts}; "
             f"use one of {', '.join(str(n) for n in range(1, num_experts + 1) if num_experts % n == 0)}"
+        )
+
+
+def _exchange(config: RunConfig) -> None:
+    exchange, kind, cp_size = config.exchange, config.parallel.kv_exchange, config.parallel.cp_size
+    if not 0 <= exchange.hot_share <= 1:
+        raise ValueError(
+            f"exchange.hot_share={exchange.hot_share}: must be from 0 (none is broadcast) to 1 (what all want)"
+        )
+    nodes = exchange.ranks_per_node
+    if nodes < -1:
+        raise ValueError(
+            f"exchange.ranks_per_node={nodes}: must be a number of ranks; use 0 for none, -1 for a machine's"
+        )
+    if nodes > 0 and cp_size % nodes:
+        fitting = ", ".join(str(n) for n in range(1, cp_size + 1) if cp_size % n == 0)
+        raise ValueError(
+            f"exchange.ranks_per_node={nodes}: must divide parallel.cp_size={cp_size}; use one of 0, {fitting}"
+        )
+    if nodes and kind in (KvExchange.all_gather, KvExchange.ring):
+        raise ValueError(
+            f"exchange.ranks_per_node={nodes}: is for parallel.kv_exchange=selected or auto; "
+            "use exchange.ranks_per_node=0"
+        )
+    if not exchange.keep_for_backward and kind in (KvExchange.all_gather, KvExchange.ring):
+        raise ValueError(
+            f"exchange.keep_for_backward=false: parallel.kv_exchange={kind.value} keeps nothing anyway; "
+            "use exchange.keep_for_backward=true"
         )
 
 

@@ -36,6 +36,20 @@ class ParallelConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class ExchangeConfig:
+    """How keys and values travel between context-parallel ranks; see also parallel.kv_exchange."""
+
+    overlap: bool = True
+    "compute while they travel; false only changes when a rank waits, never a result"
+    keep_for_backward: bool = True
+    "keep fetched pairs for the backward pass; false: fetch them again (selected, auto)"
+    ranks_per_node: int = 0
+    "ranks of a node: what several of them want crosses the network once; 0: no nodes, -1: as started"
+    hot_share: float = 0.75
+    "pairs that this share of the other ranks wants (at least 3) are broadcast; 0: none (selected, auto)"
+
+
+@dataclass(kw_only=True, slots=True)
 class DataConfig:
     """Where text comes from and how it becomes sequences."""
 
@@ -152,6 +166,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -10,7 +10,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from msa_train.config import StageAttention
+from msa_train.config import KvExchange, StageAttention
 from msa_train.model.local_pack import LocalPack
 from msa_train.parallel.attention_probe import ProbeQueries
 from msa_train.parallel.block_requests import BlockRequests
@@ -40,13 +40,15 @@ class LayerStats:
 
     kl: fp64 scalar, divergences summed over queries and groups. selected: [M] int64 remote (block, group)
     pairs selected. tokens_per_expert: [num_experts] int64. attention: [M, ...] fp64, `ProbeSums.flat` of
-    the sampled queries, in steps that sample some.
+    the sampled queries, in steps that sample some. exchange: [2] int64, calls that sent selected pairs, and
+    all calls, of layers that exchange blocks.
     """
 
     kl: dict[int, Tensor] = field(default_factory=dict)
     selected: dict[int, Tensor] = field(default_factory=dict)
     tokens_per_expert: dict[int, Tensor] = field(default_factory=dict)
     attention: dict[int, Tensor] = field(default_factory=dict)
+    exchange: dict[int, Tensor] = field(default_factory=dict)
 
     @staticmethod
     def add(sums: dict[int, Tensor], layer_number: int, value: Tensor) -> None:
@@ -63,6 +65,7 @@ class PackParams(PackedSeqParams):
     attention: what MSA layers attend to in this stage of the run.
     padding_mask: [1, tokens of this tensor-parallel rank] bool, True for padding.
     probe: queries of which MSA layers compare the selection with full attention; None: of none.
+    full_exchange: what `kv_exchange=auto` means for dense attention over this pack; None: as configured.
     """
 
     pack: LocalPack | None = None
@@ -74,6 +77,7 @@ class PackParams(PackedSeqParams):
     record: SelectionRecord = field(default_factory=SelectionRecord)
     padding_mask: Tensor | None = None
     probe: ProbeQueries | None = None
+    full_exchange: KvExchange | None = None
 
 
 def tensor_parallel_padding(valid: Tensor, tp_rank: int, tp_size: int) -> Tensor:

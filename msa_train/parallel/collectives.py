@@ -1,7 +1,7 @@
 """Collectives of the context-parallel ranks: bytes counted, waits measured, failures named.
 
-Every one can be started and waited for later, so that work runs meanwhile; with `overlap=False` starting waits at
-once, which changes no result.
+Every one can be started and waited for later, so that work runs meanwhile; with `overlap=False` starting
+waits at once, which changes no result.
 """
 
 import math
@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from msa_train.parallel.exchange_cost import ExchangeRates
 from msa_train.parallel.faults import FaultWatch
 
 # torch 2.13 renamed these two and warns about the old names; 2.11 has only the old ones.
@@ -77,8 +78,8 @@ class ExposedTime:
 class Pending(Generic[_Result]):
     """What a started collective will bring.
 
-    It holds the buffers until it has been waited for: on a GPU the collective runs on another stream, and memory
-    that was given back earlier could be used for something else while it still reads or writes.
+    It holds the buffers until it has been waited for: on a GPU the collective runs on another stream, and
+    memory that was given back earlier could be used for something else while it still reads or writes.
     """
 
     def __init__(
@@ -106,7 +107,8 @@ class CpComm:
 
     overlap: False waits where a collective is started. layer: whose calls these are, for messages (0: none).
     timeout_s: longest wait on a CPU, 0 for the group's own. watch: finds out who is missing after a failure.
-    inner, outer: the same for the ranks of this node, and for those in the same place of every node.
+    inner, outer: the same for the ranks of this node, and for those in the same place of every node; None
+    without nodes. rates: measured, for `kv_exchange=auto`.
     """
 
     group: dist.ProcessGroup | None
@@ -121,6 +123,7 @@ class CpComm:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     inner: "CpComm | None" = None
     outer: "CpComm | None" = None
+    rates: ExchangeRates | None = None
 
     def of_layer(self, layer: int) -> "CpComm":
         """The same collectives, whose messages name this layer."""

@@ -1,18 +1,18 @@
 """Who sends which (block, group) pairs to whom, given what every rank wants. No process group needed.
 
-Every rank learns the wants of all ranks: each contributes a bitmap with one bit per pair of every owner, and all
-bitmaps are gathered. That costs P * M * NB / 8 bytes per rank and layer: 12 KB for 192K tokens on 16 ranks,
-41 MB for 10M tokens on 1,024 ranks (block 128, M = 4), where the index keys that travel anyway are 2.6 GB. In
-return one message serves everything: the same choice of scheme on all ranks, the union over a node's ranks, the
-pairs that nearly all want, and the same verdict everywhere on a request that does not fit. Bitmaps sent to the
-owner alone (an all-to-all, 41 KB) would need a second message for each of these.
+Every rank learns the wants of all ranks: each contributes a bitmap with one bit per pair of every owner, and
+all bitmaps are gathered. That costs P * M * NB / 8 bytes per rank and layer: 12 KB for 192K tokens on 16
+ranks, 41 MB for 10M tokens on 1,024 ranks (block 128, M = 4), where the index keys that travel anyway are 2.6
+GB. In return one message serves everything: the same choice of scheme on all ranks, the union over a node's
+ranks, the pairs that nearly all want, and the same verdict everywhere on a request that does not fit. Bitmaps
+sent to the owner alone (an all-to-all, 41 KB) would need a second message for each of these.
 
-Schemes: *flat*, an owner sends to each rank that asks; *hierarchical*, over the network to one rank per node and
-from there to the node's others. *Hot* pairs, wanted by nearly all ranks, are cut in P slices that all ranks
-gather, so that their owners send them once.
+Schemes: *flat*, an owner sends to each rank that asks; *hierarchical*, over the network to one rank per node
+and from there to the node's others. *Hot* pairs, wanted by nearly all ranks, are cut in P slices that all
+ranks gather, so that their owners send them once.
 
-Shapes: P ranks, M KV groups, NL blocks per rank, NP = M * NL pairs of a rank, numbered group * NL + local block,
-W = ceil(NP / 8) bytes of a bitmap, L ranks of a node, N = P / L nodes; rank = node * L + place.
+Shapes: P ranks, M KV groups, NL blocks per rank, NP = M * NL pairs of a rank, numbered group * NL + local
+block, W = ceil(NP / 8) bytes of a bitmap, L ranks of a node, N = P / L nodes; rank = node * L + place.
 """
 
 from dataclasses import dataclass
@@ -28,8 +28,8 @@ _MIN_HOT_REQUESTERS = 3
 class ExchangeShape:
     """What all ranks know before any request.
 
-    ranks_per_node: L, 0 or all ranks for a flat exchange. hot_share: share of the other ranks that make a pair
-    hot when they want it, 0 for none.
+    ranks_per_node: L, 0 or all ranks for a flat exchange. hot_share: share of the other ranks that make a
+    pair hot when they want it, 0 for none.
     """
 
     cp_size: int
@@ -146,7 +146,8 @@ def count_bits(bits: Tensor) -> Tensor:
 
 @dataclass(slots=True)
 class Loads:
-    """Pairs that every rank sends and receives, [P] int64 each, by hop (flat: one; hierarchical: outer, inner).
+    """Pairs that every rank sends and receives, [P] int64 each, by hop (flat: one; hierarchical: outer,
+    inner).
 
     hot: scalar int64, hot pairs of all owners.
     """
@@ -200,9 +201,10 @@ class RankPlan:
     """One rank's part of an exchange.
 
     hops: flat: over all ranks, from own pairs to fetched rows. Hierarchical: over the ranks in the same place
-        of all nodes, from own pairs to rows in transit; then over the node's ranks, from own pairs followed by
-        rows in transit to fetched rows.
-    group, block_of_owner, owner: [R] int64 each, KV group, local block and owner of every fetched row, in order
+        of all nodes, from own pairs to rows in transit; then over the node's ranks, from own pairs followed
+        by rows in transit to fetched rows.
+    group, block_of_owner, owner: [R] int64 each, KV group, local block and owner of every fetched row, in
+    order
         of arrival.
     hot_rows: hot pairs of each owner. hot_pairs: [hot_rows[rank]] own ones. hot_group, hot_block_of_owner,
         hot_owner: [sum(hot_rows)] of all, by owner.

@@ -1,8 +1,8 @@
 """Who is missing when an exchange between ranks breaks.
 
 A rank whose collective fails says so in the job's store. A thread of every rank looks there now and then and
-answers where its rank stands, even while the rank itself is blocked in a collective. Who does not answer within a
-short grace is dead or stalled, and is named in the error of all others.
+answers where its rank stands, even while the rank itself is blocked in a collective. Who does not answer
+within a short grace is dead or stalled, and is named in the error of all others.
 """
 
 import atexit
@@ -44,7 +44,7 @@ class ExchangeError(RuntimeError):
 
 @dataclass(slots=True)
 class Site:
-    """Where a rank stands: layer from 1 (0: none), purpose of its last collective, whether it waits for it."""
+    """Where a rank stands: layer (0: none), purpose of its last collective, whether it waits for it."""
 
     layer: int = 0
     purpose: str = ""
@@ -67,7 +67,7 @@ class FaultWatch:
     """One rank's part: remembers where it stands, answers when another rank failed, names the missing."""
 
     def __init__(self, store: dist.Store, ranks: Sequence[int], rank: int) -> None:
-        """store: shared by the job. ranks: of the job, those of the context-parallel group. rank: own, in it."""
+        """store: of the job. ranks: of the job, those of the context-parallel group. rank: own, in it."""
         self.ranks, self.rank = list(ranks), rank
         self._store = dist.PrefixStore(
             f"msa_train_faults_{'_'.join(map(str, ranks[:1]))}_{len(ranks)}", store

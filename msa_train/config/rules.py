@@ -179,7 +179,7 @@ def _exchange(config: RunConfig) -> None:
     exchange, kind, cp_size = config.exchange, config.parallel.kv_exchange, config.parallel.cp_size
     if not 0 <= exchange.hot_share <= 1:
         raise ValueError(
-            f"exchange.hot_share={exchange.hot_share}: must be from 0 (none is broadcast) to 1 (what all want)"
+            f"exchange.hot_share={exchange.hot_share}: must be from 0 (none) to 1 (what all others want)"
         )
     nodes = exchange.ranks_per_node
     if nodes < -1:
@@ -189,7 +189,8 @@ def _exchange(config: RunConfig) -> None:
     if nodes > 0 and cp_size % nodes:
         fitting = ", ".join(str(n) for n in range(1, cp_size + 1) if cp_size % n == 0)
         raise ValueError(
-            f"exchange.ranks_per_node={nodes}: must divide parallel.cp_size={cp_size}; use one of 0, {fitting}"
+            f"exchange.ranks_per_node={nodes}: must divide parallel.cp_size={cp_size}; use one of 0, "
+            f"{fitting}"
         )
     if nodes and kind in (KvExchange.all_gather, KvExchange.ring):
         raise ValueError(

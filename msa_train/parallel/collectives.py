@@ -125,6 +125,13 @@ class CpComm:
     outer: "CpComm | None" = None
     rates: ExchangeRates | None = None
 
+    def fresh(self) -> "CpComm":
+        """The same collectives with counters of their own."""
+        counters = {"traffic": Traffic(), "exposed": ExposedTime()}
+        inner = None if self.inner is None else replace(self.inner, **counters)
+        outer = None if self.outer is None else replace(self.outer, **counters)
+        return replace(self, inner=inner, outer=outer, **counters)
+
     def of_layer(self, layer: int) -> "CpComm":
         """The same collectives, whose messages name this layer."""
         inner = None if self.inner is None else replace(self.inner, layer=layer)

@@ -5,10 +5,10 @@ answers where its rank stands, even while the rank itself is blocked in a collec
 within a short grace is dead or stalled, and is named in the error of all others.
 """
 
-import atexit
 import json
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -73,22 +73,24 @@ class FaultWatch:
             f"msa_train_faults_{'_'.join(map(str, ranks[:1]))}_{len(ranks)}", store
         )
         self._site, self._answered = Site(), False
-        self._lock, self._stop = threading.Lock(), threading.Event()
-        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._finalizer: weakref.finalize | None = None
 
     def start(self) -> None:
         """Begin to look for failures of other ranks."""
-        self._thread = threading.Thread(target=self._look, name="exchange-faults", daemon=True)
-        self._thread.start()
-        # A thread inside the store while the interpreter ends would end the process by a signal.
-        atexit.register(self.close)
+        stop = threading.Event()
+        # The thread must not keep the watch alive.
+        look = threading.Thread(
+            target=_look, args=(weakref.ref(self), stop), name="exchange-faults", daemon=True
+        )
+        look.start()
+        # Also at the end of the interpreter: a thread inside the store then would end it by a signal.
+        self._finalizer = weakref.finalize(self, _end, stop, look)
 
     def close(self) -> None:
         """Stop looking."""
-        self._stop.set()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(timeout=2 * POLL_S)
-        atexit.unregister(self.close)
+        if self._finalizer is not None:
+            self._finalizer()
 
     def at(self, layer: int, purpose: str) -> None:
         """This rank starts a collective."""
@@ -159,13 +161,28 @@ class FaultWatch:
             self._store.set(f"site_{self.rank}", json.dumps(asdict(self._site)))
             self._answered = True
 
-    def _look(self) -> None:
-        while not self._stop.wait(POLL_S):
-            try:
-                with self._lock:
-                    if self._store.check(["failed"]):
-                        self._answer()
-                        return
-            except Exception:
-                # The store ends with the process that hosts it: nobody is left to ask.
+    def answer_if_asked(self) -> bool:
+        """One look at the store; returns whether there is nothing more to look for."""
+        with self._lock:
+            if not self._store.check(["failed"]):
+                return False
+            self._answer()
+            return True
+
+
+def _look(watch: "weakref.ref[FaultWatch]", stop: threading.Event) -> None:
+    while not stop.wait(POLL_S):
+        alive = watch()
+        try:
+            if alive is None or alive.answer_if_asked():
                 return
+        except Exception:
+            # The store ends with the process that hosts it: nobody is left to ask.
+            return
+        del alive
+
+
+def _end(stop: threading.Event, look: threading.Thread) -> None:
+    stop.set()
+    if look is not threading.current_thread():
+        look.join(timeout=2 * POLL_S)

@@ -31,11 +31,11 @@ class HotSlices:
     num_nodes: int
 
     def slice_of(self, rank: int) -> int:
-        """Number of a rank's slice: those of a place in all nodes are neighbours, for gathering in two steps."""
+        """Number of a rank's slice: those of a place in all nodes are neighbours, to gather in two steps."""
         return rank % self.node_size * self.num_nodes + rank // self.node_size
 
     def span(self, owner: int, rank: int) -> tuple[int, int]:
-        """Elements that `owner` owns in `rank`'s slice, from the start of the buffer; empty: start == stop."""
+        """Elements of the buffer that `owner` owns in `rank`'s slice; empty: start == stop."""
         first = self.slice_of(rank) * self.slice_size
         start = max(first, self.owners[owner])
         return start, max(start, min(first + self.slice_size, self.owners[owner + 1]))

@@ -9,6 +9,7 @@ from msa_train.config import (
     AttentionConfig,
     DataConfig,
     Engine,
+    ExchangeConfig,
     KvExchange,
     ModelConfig,
     OptimConfig,
@@ -43,8 +44,12 @@ def small_config(
     topk: int = 3,
     stage: StageConfig | None = None,
     temperature: float = 1.0,
+    settings: ExchangeConfig | None = None,
 ) -> RunConfig:
-    """Four layers: full attention + dense FFN, then MSA, a window, MSA + experts; 3 KV groups of 2 heads."""
+    """Four layers: full attention + dense FFN, then MSA, a window, MSA + experts; 3 KV groups of 2 heads.
+
+    settings: of the exchange; none: no nodes, nothing broadcast.
+    """
     return RunConfig(
         engine=Engine.torch,
         model=ModelConfig(
@@ -78,6 +83,7 @@ def small_config(
             window_sink=1,
         ),
         parallel=ParallelConfig(cp_size=cp_size, ep_size=ep_size, kv_exchange=exchange),
+        exchange=settings or ExchangeConfig(hot_share=0.0),
         data=DataConfig(seq_len=SEQ_LEN),
         optim=OptimConfig(lr=1e-2, warmup_steps=0, clip_grad=0.0),
         train=TrainConfig(global_batch_size=2, precision=precision, recompute=recompute),
@@ -108,7 +114,7 @@ def run_steps(config: RunConfig) -> dict[str, Any]:
     (pack, layer) for this rank's tokens, `expert_bias` by layer, `traffic`, `attention`: sums over the
     sampled queries of the first packs by layer.
     """
-    groups = build_groups(config.parallel, device=torch.device("cpu"))
+    groups = build_groups(config.parallel, device=torch.device("cpu"), exchange=config.exchange)
     engine = TorchEngine(config, groups)
     selections: dict[tuple[int, int], torch.Tensor] = {}
     packs_of_step: list[int] = []

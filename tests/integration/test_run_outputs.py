@@ -53,6 +53,7 @@ TAGS = {
     "attention/entropy": "attention_entropy",
     "exchange/f": "kv_selected_fraction",
     "exchange/kv_bytes": "kv_bytes",
+    "exchange/exposed_s": "exposed_s",
     "exchange/kv_bytes_all_gather": "kv_bytes_all_gather",
     "memory/memory_gib": "memory_gib",
 }

@@ -169,7 +169,8 @@ def check_requests(headers: list[list[int]], marked: list[int], own: list[int], 
                 raise ExchangeError(f"{where} asks with {name} {value}, the others with {expected}")
         if pairs != header[6] or own_marks:
             raise ExchangeError(
-                f"{where} announces {header[6]} pairs and marks {pairs}, {'its own' if own_marks else 'none of its own'}"
+                f"{where} announces {header[6]} pairs and marks {pairs}"
+                + (", some of them its own" if own_marks else "")
             )
         bad = [
             name

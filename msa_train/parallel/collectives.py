@@ -23,6 +23,8 @@ _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tenso
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 _Result = TypeVar("_Result")
+# Purpose of a collective, and bytes that it brings.
+Point = tuple[str, int]
 
 
 @dataclass(slots=True)
@@ -83,9 +85,9 @@ class Pending(Generic[_Result]):
     """
 
     def __init__(
-        self, comm: "CpComm", purpose: str, works: list[dist.Work], result: _Result, keep: Any
+        self, comm: "CpComm", point: Point, works: list[dist.Work], result: _Result, keep: Any
     ) -> None:
-        self.comm, self.purpose, self.works = comm, purpose, works
+        self.comm, self.point, self.works = comm, point, works
         self._result, self._keep = result, keep
 
     def wait(self) -> _Result:
@@ -95,7 +97,7 @@ class Pending(Generic[_Result]):
             ExchangeError: the collective failed or took longer than allowed.
         """
         if self.works:
-            self.comm.wait_for(self.works, self.purpose)
+            self.comm.wait_for(self.works, self.point)
             self.works = []
         self._keep = None
         return self._result
@@ -207,31 +209,31 @@ class CpComm:
         )
 
     def _done(self, result: _Result, purpose: str) -> Pending[_Result]:
-        return Pending(self, purpose, [], result, None)
+        return Pending(self, (purpose, 0), [], result, None)
 
     def _start(
         self, launch: Callable[[], Any], purpose: str, num_bytes: int, result: _Result, keep: Any
     ) -> Pending[_Result]:
         """Launch, count, and wait at once where nothing is to run meanwhile."""
-        self.before(purpose)
+        point = (purpose, num_bytes)
+        self.before(purpose, num_bytes)
         try:
             works = launch()
         except RuntimeError as error:
-            raise self._failure(purpose, error) from error
+            raise self._failure(point, error) from error
         self.traffic.add(purpose, num_bytes)
-        works = works if isinstance(works, list) else [works]
-        pending = Pending(self, purpose, works, result, keep)
+        pending = Pending(self, point, works if isinstance(works, list) else [works], result, keep)
         if not self.overlap:
             pending.wait()
         return pending
 
-    def before(self, purpose: str) -> None:
+    def before(self, purpose: str, num_bytes: int) -> None:
         """Called before every collective is launched."""
         if self.watch is not None:
-            self.watch.at(self.layer, purpose)
+            self.watch.at(self.layer, purpose, num_bytes)
 
-    def wait_for(self, works: Sequence[dist.Work], purpose: str) -> None:
-        """Wait for works of this purpose, count the time; a failure becomes an ExchangeError."""
+    def wait_for(self, works: Sequence[dist.Work], point: Point) -> None:
+        """Wait for works, count the time; a failure becomes an ExchangeError."""
         # On a GPU a time limit would make the host wait too; there the group's own limit holds.
         limited = self.timeout_s > 0 and self.device.type == "cpu"
         limit = {"timeout": timedelta(seconds=self.timeout_s)} if limited else {}
@@ -241,18 +243,16 @@ class CpComm:
                 work.wait(**limit)
 
         if self.watch is not None:
-            self.watch.waits(self.layer, purpose)
+            self.watch.waits(self.layer, *point)
         try:
-            self.exposed.run(purpose, self.device, wait)
+            self.exposed.run(point[0], self.device, wait)
         except RuntimeError as error:
-            raise self._failure(purpose, error) from error
+            raise self._failure(point, error) from error
         if self.watch is not None:
             self.watch.goes_on()
 
-    def _failure(self, purpose: str, error: RuntimeError) -> RuntimeError:
-        if self.watch is None:
-            return error
-        return self.watch.failure(self.layer, purpose, error)
+    def _failure(self, point: Point, error: RuntimeError) -> RuntimeError:
+        return error if self.watch is None else self.watch.failure(self.layer, *point, error)
 
 
 def _rows(x: Tensor) -> Tensor:

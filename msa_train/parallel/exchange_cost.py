@@ -9,7 +9,9 @@ Shapes: P ranks, NP pairs of a rank.
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
+from msa_train.config import KvExchange
 from msa_train.parallel.exchange_plan import ExchangeShape
+from msa_train.parallel.layout import ShardLayout, local_segments, prefix_range
 
 
 @dataclass(slots=True, frozen=True)
@@ -101,3 +103,43 @@ def all_gather_cost(shape: ExchangeShape, size: PairBytes, rates: ExchangeRates)
     return fetches * rates.all_gather.seconds(pairs * size.forward) + rates.reduce_scatter.seconds(
         pairs * size.backward
     )
+
+
+def choose_full_exchange(
+    cu_seqlens: Sequence[int],
+    doc_lengths: Sequence[int],
+    layout: ShardLayout,
+    token_bytes: int,
+    rates: ExchangeRates | None,
+) -> KvExchange:
+    """What `auto` means for full attention over a pack: its documents decide, so all ranks find the same.
+
+    Args:
+        cu_seqlens, doc_lengths: of the pack.
+        layout: of the shards.
+        token_bytes: keys and values of a token.
+        rates: measured; None on a single rank.
+    """
+    if rates is None:
+        return KvExchange.selected
+    tokens = busiest_prefix(cu_seqlens, doc_lengths, layout)
+    selected = 2 * rates.all_to_all.seconds(tokens * token_bytes)
+    num_bytes = (layout.cp_size - 1) * layout.local_seq_len * token_bytes
+    gathered = 2 * rates.all_gather.seconds(num_bytes) + rates.reduce_scatter.seconds(num_bytes)
+    return KvExchange.selected if selected <= gathered else KvExchange.all_gather
+
+
+def busiest_prefix(cu_seqlens: Sequence[int], doc_lengths: Sequence[int], layout: ShardLayout) -> int:
+    """Most tokens that a rank sends or receives when every rank fetches its documents' earlier parts.
+
+    Example: one document of 12 tokens on 3 ranks: rank 0 sends 4 tokens twice, rank 2 receives 8 -> 8.
+    """
+    length, most = layout.local_seq_len, 0
+    sent = [0] * layout.cp_size
+    for rank in range(layout.cp_size):
+        start = rank * length
+        first, last = prefix_range(local_segments(cu_seqlens, doc_lengths, start, start + length), start)
+        most = max(most, last - first)
+        for owner in range(first // length, rank):
+            sent[owner] += min(last, (owner + 1) * length) - max(first, owner * length)
+    return max(most, *sent)

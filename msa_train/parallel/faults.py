@@ -10,9 +10,9 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
-import torch.distributed as dist
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 # Seconds between looks at the store, and until a rank that does not answer counts as missing.
 POLL_S = 0.5
@@ -36,6 +36,8 @@ _POINTS = {
     "full_kv_again": "fetching keys and values of a full-attention layer again",
     "full_kv_grad": "returning gradients of keys and values of a full-attention layer",
 }
+# Of these every rank expects the same number of bytes.
+_SAME_SIZE = ("index_key", "request")
 
 
 class ExchangeError(RuntimeError):
@@ -44,17 +46,28 @@ class ExchangeError(RuntimeError):
 
 @dataclass(slots=True)
 class Site:
-    """Where a rank stands: layer (0: none), purpose of its last collective, whether it waits for it."""
+    """Where a rank stands: layer (0: none), purpose of its last collective, whether it waits for it.
+
+    num_bytes: that it expects in all.
+    """
 
     layer: int = 0
     purpose: str = ""
     waits: bool = False
+    num_bytes: int = 0
+
+    def fits(self, other: "Site") -> bool:
+        """Whether both ranks are at the same point and, where all must be alike, expect as many bytes."""
+        if (self.layer, self.purpose) != (other.layer, other.purpose):
+            return False
+        return self.purpose not in _SAME_SIZE or self.num_bytes == other.num_bytes
 
     def __str__(self) -> str:
         if not self.purpose:
             return "before the first exchange"
-        point = f"{describe(self.layer, self.purpose)}"
-        return point if self.waits else f"computing after {point}"
+        point = describe(self.layer, self.purpose)
+        size = f", {self.num_bytes} bytes" if self.purpose in _SAME_SIZE else ""
+        return f"{point}{size}" if self.waits else f"computing after {point}"
 
 
 def describe(layer: int, purpose: str) -> str:
@@ -66,12 +79,10 @@ def describe(layer: int, purpose: str) -> str:
 class FaultWatch:
     """One rank's part: remembers where it stands, answers when another rank failed, names the missing."""
 
-    def __init__(self, store: dist.Store, ranks: Sequence[int], rank: int) -> None:
+    def __init__(self, store: Store, ranks: Sequence[int], rank: int) -> None:
         """store: of the job. ranks: of the job, those of the context-parallel group. rank: own, in it."""
         self.ranks, self.rank = list(ranks), rank
-        self._store = dist.PrefixStore(
-            f"msa_train_faults_{'_'.join(map(str, ranks[:1]))}_{len(ranks)}", store
-        )
+        self._store = PrefixStore(f"msa_train_faults_{'_'.join(map(str, ranks[:1]))}_{len(ranks)}", store)
         self._site, self._answered = Site(), False
         self._lock = threading.Lock()
         self._finalizer: weakref.finalize | None = None
@@ -92,21 +103,21 @@ class FaultWatch:
         if self._finalizer is not None:
             self._finalizer()
 
-    def at(self, layer: int, purpose: str) -> None:
+    def at(self, layer: int, purpose: str, num_bytes: int) -> None:
         """This rank starts a collective."""
-        self._site = Site(layer, purpose)
+        self._site = Site(layer, purpose, False, num_bytes)
 
-    def waits(self, layer: int, purpose: str) -> None:
+    def waits(self, layer: int, purpose: str, num_bytes: int) -> None:
         """This rank waits for a collective."""
-        self._site = Site(layer, purpose, True)
+        self._site = Site(layer, purpose, True, num_bytes)
 
     def goes_on(self) -> None:
         """This rank has what it waited for."""
-        self._site = Site(self._site.layer, self._site.purpose)
+        self._site = replace(self._site, waits=False)
 
-    def failure(self, layer: int, purpose: str, error: BaseException) -> ExchangeError:
+    def failure(self, layer: int, purpose: str, num_bytes: int, error: BaseException) -> ExchangeError:
         """The error to raise after a collective failed here; takes up to the grace."""
-        self._site = Site(layer, purpose, True)
+        self._site = Site(layer, purpose, True, num_bytes)
         reason = " ".join(str(error).split())
         here = f"{describe(layer, purpose)}: {self.name(self.rank)} lost the others ({reason[:200]})"
         try:
@@ -118,8 +129,7 @@ class FaultWatch:
         if missing:
             verb = "do not answer and are" if len(missing) > 1 else "does not answer and is"
             return ExchangeError(f"{here}; {self._names(missing)} {verb} dead or stalled")
-        mine = (layer, purpose)
-        apart = {r: site for r, site in sites.items() if (site.layer, site.purpose) != mine}
+        apart = {r: site for r, site in sites.items() if not site.fits(self._site)}
         found = "; ".join(f"{self.name(rank)} is at: {site}" for rank, site in sorted(apart.items()))
         return ExchangeError(f"{here}; all ranks answer; {found or 'all are at the same point'}")
 

@@ -7,14 +7,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from msa_train.config import KlTarget, Precision, RunConfig, Stage, plan_stages
+from msa_train.config import KlTarget, KvExchange, Precision, RunConfig, Stage, plan_stages
 from msa_train.data import IGNORE_LABEL, Pack
 from msa_train.model.gpt import MsaGptModel, forward_arguments
 from msa_train.model.local_pack import LocalPack, make_local_pack
 from msa_train.model.pack_params import LayerStats, PackParams, tensor_parallel_padding
 from msa_train.model.rotary import rotary_table
+from msa_train.model.transformer_config import DTYPES
 from msa_train.parallel.attention_probe import ProbeQueries, sample_queries
 from msa_train.parallel.collectives import CpComm
+from msa_train.parallel.exchange_cost import choose_full_exchange
 from msa_train.parallel.groups import Groups
 from msa_train.parallel.layout import ShardLayout
 
@@ -106,8 +108,19 @@ class PackForward:
             stats=stats,
             padding_mask=tensor_parallel_padding(local.valid, groups.tp_rank, groups.tp_size),
             probe=None if probe_seed is None else self._sample(pack, probe_seed),
+            full_exchange=self._full_exchange(pack),
         )
         return local, params
+
+    def _full_exchange(self, pack: Pack) -> KvExchange | None:
+        """What `auto` means for this pack's full attention."""
+        config = self.config
+        if config.parallel.kv_exchange is not KvExchange.auto:
+            return None
+        element = DTYPES[config.train.precision].itemsize
+        token = 2 * config.model.num_kv_heads // config.parallel.tp_size * config.model.head_dim * element
+        lengths = pack.cu_seqlens.tolist(), pack.doc_lengths.tolist()
+        return choose_full_exchange(*lengths, self.layout(len(pack.tokens)), token, self.groups.comm.rates)
 
     def _sample(self, pack: Pack, seed: int) -> ProbeQueries | None:
         return sample_queries(

@@ -1,8 +1,8 @@
 """The whole step, context and expert parallel, equals one process in fp64: guards every change.
 
 Layers with full attention, MSA and a sliding window. Loss, KL, every gradient, the block selection and the
-expert bias of two training steps, for every exchange and layout. Packs: one long document; many short ones;
-one shorter than a block; one with nothing remote.
+expert bias of two training steps, for every exchange and layout, and every setting of the exchange. Packs:
+one long document; many short ones; one shorter than a block; one with nothing remote.
 """
 
 from typing import Any
@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from msa_train.config import KvExchange, Recompute, StageAttention, StageConfig
+from msa_train.config import ExchangeConfig, KvExchange, Recompute, StageAttention, StageConfig
 from msa_train.training.step_metrics import kv_bytes_all_gather
 from tests.helpers.compare import assert_rows_close
 from tests.helpers.model_runs import SEQ_LEN, run_steps, small_config, step_packs
 from tests.helpers.spawn import run_ranks
 
 TOLERANCE = 1e-8
-EXCHANGES = list(KvExchange)
+EXCHANGES = [KvExchange.selected, KvExchange.all_gather, KvExchange.ring]
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     f"cp{cp}-{exchange.value}-ep{ep}": (
         # Expert parallelism of 2 needs an even number of ranks.
@@ -53,6 +53,32 @@ CASES["cp2-selected-ep2-recompute-warm"] = (
     2,
     {"cp_size": 2, "ep_size": 2, "recompute": Recompute.full, **WARM},
 )
+# Settings of the exchange, in the place of none.
+HOT, NODES = ExchangeConfig(), ExchangeConfig(ranks_per_node=2)
+AGAIN = ExchangeConfig(keep_for_backward=False, hot_share=0.0)
+WAITING = ExchangeConfig(ranks_per_node=2, overlap=False)
+for name, settings in (
+    ("cp4-selected-ep2", HOT),
+    ("cp4-selected-ep4", NODES),
+    ("cp2-selected-recompute", AGAIN),
+    ("cp3-selected-soft", AGAIN),
+):
+    CASES[name][1]["settings"] = settings
+AUTO = {"exchange": KvExchange.auto}
+CASES |= {
+    "cp4-selected-ep4-again": (4, {"cp_size": 4, "ep_size": 4, "settings": NODES}),
+    "cp4-selected-ep4-waiting": (4, {"cp_size": 4, "ep_size": 4, "settings": WAITING}),
+    "cp4-hot-again-recompute": (
+        4,
+        {
+            "cp_size": 4,
+            "recompute": Recompute.full,
+            "settings": ExchangeConfig(keep_for_backward=False, ranks_per_node=2),
+        },
+    ),
+    "cp4-auto-nodes": (4, {"cp_size": 4, **AUTO, "settings": NODES}),
+    "cp2-auto-recompute-warm": (2, {"cp_size": 2, **AUTO, "recompute": Recompute.full, **WARM}),
+}
 
 
 def worker(rank: int, world_size: int, cases: dict[str, dict[str, Any]], folder: str) -> None:
@@ -123,6 +149,35 @@ def test_equals_one_process(name: str, results: dict[str, list[dict[str, Any]]])
     assert experts_seen == reference[0]["gradients"].keys()
     whole = sum(x.shape[0] for step in reference for x in step["selections"].values())
     assert tokens_seen == whole
+
+
+@pytest.mark.parametrize("name", ["cp4-selected-ep4-again", "cp4-selected-ep4-waiting"])
+def test_two_runs_are_equal_bit_for_bit(name: str, results: dict[str, list[dict[str, Any]]]) -> None:
+    """Once more the same, and without computing under the wire: order of arrival decides nothing."""
+    for got, want in zip(results[name], results["cp4-selected-ep4"], strict=True):
+        for ours, theirs in zip(got["steps"], want["steps"], strict=True):
+            assert (ours["loss"], ours["kl"]) == (theirs["loss"], theirs["kl"])
+            assert ours["traffic"] == theirs["traffic"]
+            for parameter, gradient in ours["gradients"].items():
+                assert torch.equal(gradient, theirs["gradients"][parameter]), parameter
+
+
+def test_hot_pairs_and_nodes_send_less(results: dict[str, list[dict[str, Any]]]) -> None:
+    """Received in the first step by all ranks; the plan's own tests count pairs."""
+
+    def received(name: str, purpose: str) -> int:
+        return sum(rank["steps"][0]["traffic"].get(purpose, 0) for rank in results[name])
+
+    plain, hot, nodes = "cp4-selected-ep1", "cp4-selected-ep2", "cp4-selected-ep4"
+    assert received(hot, "kv_hot") > 0
+    assert 0 < received(hot, "kv") < received(plain, "kv")
+    assert received(nodes, "kv_hot") > 0
+    # Pairs from the other node arrive once per node, then go on to whoever wants them.
+    assert 0 < received(nodes, "kv_outer") < received(nodes, "kv")
+    assert received(plain, "kv_again") == received(hot, "kv_again") == 0
+    # Fetched again as it was fetched: nothing but own pairs was kept.
+    again = "cp3-selected-soft"
+    assert received(again, "kv_again") == received(again, "kv") > 0
 
 
 def remote_window_blocks(step: int, own: range) -> int:

@@ -101,15 +101,18 @@ def exchange_requests(
         ranks_per_node=0 if comm.inner is None else comm.inner.size,
         hot_share=terms.settings.hot_share,
     )
+    if shape not in comm.met:
+        # Bitmaps of unequal length would end a process inside the collective; headers are of one length.
+        _introduce(shape, needed.device, comm)
     wanted = pairs_by_owner(needed, layout)
     header = _header(wanted, shape, comm.layer, terms.checked)
     message = torch.cat((header.view(torch.uint8), pack_bits(wanted).flatten()))
     received = comm.all_gather(message, "request")
-    headers = received[:, : 8 * _HEADER].contiguous().view(torch.int64)
+    headers = received[:, : 8 * _HEADER].flatten().view(torch.int64)
     demand = find_demand(received[:, 8 * _HEADER :].view(shape.cp_size, shape.cp_size, -1), shape)
     rows = count_rows(demand, layout.cp_rank)
     busiest = _busiest(demand) if terms.kind is KvExchange.auto else rows[:0]
-    parts = [headers.flatten(), demand.wanted, _asks_itself(received, shape), rows, busiest]
+    parts = [headers, demand.wanted, _asks_itself(received, shape), rows, busiest]
     # The one host copy of an exchange.
     numbers = torch.cat(parts).tolist()
     flat, marked, own, counts, most = _split(numbers, [part.numel() for part in parts])
@@ -120,6 +123,19 @@ def exchange_requests(
     return BlockRequests(KvExchange.selected, plan_rank(demand, layout.cp_rank, counts))
 
 
+def _introduce(shape: ExchangeShape, device: torch.device, comm: CpComm) -> None:
+    """Compare shapes with the other ranks, once for each shape."""
+    header = torch.tensor(_known(shape, comm.layer), dtype=torch.int64).to(device)
+    headers = comm.all_gather(header, "request").tolist()
+    check_requests(headers, [0] * comm.size, [0] * comm.size, comm.layer)
+    comm.met.add(shape)
+
+
+def _known(shape: ExchangeShape, layer: int) -> list[int]:
+    """[8] magic number, layer, ranks, groups, local blocks, node size, pairs wanted, bad values."""
+    return [_MAGIC, layer, shape.cp_size, shape.num_groups, shape.num_local_blocks, shape.node_size, 0, 0]
+
+
 def _split(numbers: list[int], sizes: list[int]) -> list[list[int]]:
     ends = list(accumulate(sizes))
     return [numbers[end - size : end] for size, end in zip(sizes, ends, strict=True)]
@@ -128,9 +144,8 @@ def _split(numbers: list[int], sizes: list[int]) -> list[list[int]]:
 def _header(
     wanted: Tensor, shape: ExchangeShape, layer: int, checked: tuple[Tensor | None, Tensor]
 ) -> Tensor:
-    """[8] int64: magic number, layer, ranks, groups, local blocks, node size, pairs wanted, what is bad."""
-    known = [_MAGIC, layer, shape.cp_size, shape.num_groups, shape.num_local_blocks, shape.node_size, 0, 0]
-    header = torch.tensor(known, dtype=torch.int64).to(wanted.device, non_blocking=True)
+    """[8] int64: `_known` with the last two filled in, on the device of `wanted`."""
+    header = torch.tensor(_known(shape, layer), dtype=torch.int64).to(wanted.device, non_blocking=True)
     header[6] = wanted.sum()
     for tensor, bit in zip(checked, (_BAD_INDEX_KEYS, _BAD_KEY_VALUES), strict=True):
         if tensor is not None:
@@ -150,7 +165,7 @@ def check_requests(headers: list[list[int]], marked: list[int], own: list[int], 
     """Refuse requests that do not fit; all ranks see all of them and refuse alike.
 
     Args:
-        headers: by rank, see `_header`. marked: by rank, pairs marked in the bitmap. own: by rank, not 0
+        headers: by rank, see `_known`. marked: by rank, pairs marked in the bitmap. own: by rank, not 0
         where
             own pairs are marked. layer: this rank's.
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from msa_train.parallel.exchange_cost import ExchangeRates
+from msa_train.parallel.exchange_plan import ExchangeShape
 from msa_train.parallel.faults import FaultWatch
 
 # torch 2.13 renamed these two and warns about the old names; 2.11 has only the old ones.
@@ -110,7 +111,7 @@ class CpComm:
     overlap: False waits where a collective is started. layer: whose calls these are, for messages (0: none).
     timeout_s: longest wait on a CPU, 0 for the group's own. watch: finds out who is missing after a failure.
     inner, outer: the same for the ranks of this node, and for those in the same place of every node; None
-    without nodes. rates: measured, for `kv_exchange=auto`.
+    without nodes. rates: measured, for `kv_exchange=auto`. met: shapes of requests that all ranks compared.
     """
 
     group: dist.ProcessGroup | None
@@ -126,6 +127,7 @@ class CpComm:
     inner: "CpComm | None" = None
     outer: "CpComm | None" = None
     rates: ExchangeRates | None = None
+    met: set[ExchangeShape] = field(default_factory=set)
 
     def fresh(self) -> "CpComm":
         """The same collectives with counters of their own."""

@@ -20,8 +20,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from msa_train.config import ExchangeConfig, KvExchange
+from msa_train.parallel.block_requests import RequestTerms, exchange_requests
 from msa_train.parallel.collectives import CpComm
 from msa_train.parallel.cp_sparse_attention import SparseCall, cp_sparse_attention
+from msa_train.parallel.exchange_cost import PairBytes
 from msa_train.parallel.exchange_groups import build_comm
 from msa_train.parallel.faults import ExchangeError
 from msa_train.parallel.layout import ShardLayout
@@ -206,6 +208,12 @@ def refused(rank: int, world_size: int) -> list[str]:
     comm = build_comm(dist.group.WORLD, KvExchange.selected, settings, torch.device("cpu"), 20.0)
     odd = rank == VICTIM
     texts = []
+    layout = ShardLayout(seq_len=12 + 300 * odd, block_size=2, cp_rank=rank, cp_size=world_size)
+    needed = torch.zeros(M, layout.num_blocks, dtype=torch.bool)
+    terms = RequestTerms(KvExchange.selected, settings, PairBytes(1, 1), (None, torch.zeros(1)))
+    with pytest.raises(ExchangeError) as caught:
+        exchange_requests(needed, layout, comm.of_layer(LAYER), terms)
+    texts.append(str(caught.value))
     for poison in ("k", "v", "k_index"):
         with pytest.raises(ExchangeError) as caught:
             run_layer(comm.of_layer(LAYER), settings, poison=poison if odd else "")
@@ -221,9 +229,8 @@ def test_requests_that_do_not_fit_are_refused_by_all() -> None:
     point = "exchanging block requests (request): cp rank 1"
     values = f"layer {LAYER}, {point} has NaN or infinity in its keys or values"
     for rank, texts in enumerate(told):
-        assert texts[:2] == [values, values]
-        assert texts[2] == values.replace("keys or values", "index keys")
+        assert texts[1:3] == [values, values]
+        assert texts[3] == values.replace("keys or values", "index keys")
         at = LAYER + (rank == VICTIM)
-        assert texts[3].startswith(
-            f"layer {at}, exchanging block requests (request): cp rank 1 asks with layer 8"
-        )
+        assert texts[4] == f"layer {at}, {point} asks with layer {LAYER + 1}, the others with {LAYER}"
+        assert texts[0] == f"layer {LAYER}, {point} asks with blocks per rank 52, the others with 2"

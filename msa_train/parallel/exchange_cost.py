@@ -6,12 +6,12 @@ wait for it. Costs are of the wire alone: both schemes compute the same, and hid
 Shapes: P ranks, NP pairs of a rank.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
 from msa_train.config import KvExchange
 from msa_train.parallel.exchange_plan import ExchangeShape
-from msa_train.parallel.layout import ShardLayout, local_segments, prefix_range
 
 
 @dataclass(slots=True, frozen=True)
@@ -106,40 +106,40 @@ def all_gather_cost(shape: ExchangeShape, size: PairBytes, rates: ExchangeRates)
 
 
 def choose_full_exchange(
-    cu_seqlens: Sequence[int],
-    doc_lengths: Sequence[int],
-    layout: ShardLayout,
-    token_bytes: int,
-    rates: ExchangeRates | None,
+    busiest_tokens: int, others_tokens: int, token_bytes: int, rates: ExchangeRates | None
 ) -> KvExchange:
     """What `auto` means for full attention over a pack: its documents decide, so all ranks find the same.
 
     Args:
-        cu_seqlens, doc_lengths: of the pack.
-        layout: of the shards.
+        busiest_tokens: most tokens that a rank sends or receives if each fetches what its queries see.
+        others_tokens: tokens that all other ranks hold together.
         token_bytes: keys and values of a token.
         rates: measured; None on a single rank.
     """
     if rates is None:
         return KvExchange.selected
-    tokens = busiest_prefix(cu_seqlens, doc_lengths, layout)
-    selected = 2 * rates.all_to_all.seconds(tokens * token_bytes)
-    num_bytes = (layout.cp_size - 1) * layout.local_seq_len * token_bytes
+    selected = 2 * rates.all_to_all.seconds(busiest_tokens * token_bytes)
+    num_bytes = others_tokens * token_bytes
     gathered = 2 * rates.all_gather.seconds(num_bytes) + rates.reduce_scatter.seconds(num_bytes)
     return KvExchange.selected if selected <= gathered else KvExchange.all_gather
 
 
-def busiest_prefix(cu_seqlens: Sequence[int], doc_lengths: Sequence[int], layout: ShardLayout) -> int:
-    """Most tokens that a rank sends or receives when every rank fetches its documents' earlier parts.
+def busiest_prefix(cu_seqlens: Sequence[int], doc_lengths: Sequence[int], seq_len: int, cp_size: int) -> int:
+    """Most tokens that a rank sends or receives when each fetches the earlier part of its first document.
+
+    Rank r holds tokens [r * T, (r + 1) * T), T = seq_len / cp_size.
 
     Example: one document of 12 tokens on 3 ranks: rank 0 sends 4 tokens twice, rank 2 receives 8 -> 8.
     """
-    length, most = layout.local_seq_len, 0
-    sent = [0] * layout.cp_size
-    for rank in range(layout.cp_size):
+    length = seq_len // cp_size
+    sent, most = [0] * cp_size, 0
+    for rank in range(1, cp_size):
         start = rank * length
-        first, last = prefix_range(local_segments(cu_seqlens, doc_lengths, start, start + length), start)
-        most = max(most, last - first)
+        document = bisect_right(cu_seqlens, start) - 1
+        first = cu_seqlens[document]
+        if first == start or first + doc_lengths[document] <= start:
+            continue
+        most = max(most, start - first)
         for owner in range(first // length, rank):
-            sent[owner] += min(last, (owner + 1) * length) - max(first, owner * length)
+            sent[owner] += (owner + 1) * length - max(first, owner * length)
     return max(most, *sent)

@@ -16,7 +16,7 @@ from msa_train.model.rotary import rotary_table
 from msa_train.model.transformer_config import DTYPES
 from msa_train.parallel.attention_probe import ProbeQueries, sample_queries
 from msa_train.parallel.collectives import CpComm
-from msa_train.parallel.exchange_cost import choose_full_exchange
+from msa_train.parallel.exchange_cost import busiest_prefix, choose_full_exchange
 from msa_train.parallel.groups import Groups
 from msa_train.parallel.layout import ShardLayout
 
@@ -119,8 +119,10 @@ class PackForward:
             return None
         element = DTYPES[config.train.precision].itemsize
         token = 2 * config.model.num_kv_heads // config.parallel.tp_size * config.model.head_dim * element
-        lengths = pack.cu_seqlens.tolist(), pack.doc_lengths.tolist()
-        return choose_full_exchange(*lengths, self.layout(len(pack.tokens)), token, self.groups.comm.rates)
+        seq_len, cp_size = len(pack.tokens), self.groups.cp_size
+        busiest = busiest_prefix(pack.cu_seqlens.tolist(), pack.doc_lengths.tolist(), seq_len, cp_size)
+        others = seq_len // cp_size * (cp_size - 1)
+        return choose_full_exchange(busiest, others, token, self.groups.comm.rates)
 
     def _sample(self, pack: Pack, seed: int) -> ProbeQueries | None:
         return sample_queries(

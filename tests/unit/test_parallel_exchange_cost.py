@@ -1,7 +1,6 @@
 """The choice of `auto`, and what a request must look like."""
 
 import pytest
-import torch
 
 from msa_train.config import KvExchange
 from msa_train.parallel.block_requests import check_requests
@@ -17,7 +16,7 @@ from msa_train.parallel.exchange_cost import (
 )
 from msa_train.parallel.exchange_plan import ExchangeShape
 from msa_train.parallel.faults import ExchangeError
-from msa_train.parallel.layout import ShardLayout, prefix_splits
+from msa_train.parallel.layout import prefix_splits
 
 EVEN = Line(1e-3, 1e-9)
 RATES = ExchangeRates(EVEN, EVEN, EVEN, Line(1e-4, 1e-10), Line(2e-3, 4e-9))
@@ -66,21 +65,15 @@ def test_busiest_prefix_is_that_of_the_splits(lengths: list[int], cp_size: int) 
     starts[-1] = 96
     splits = [prefix_splits(starts, lengths, 96, rank, cp_size) for rank in range(cp_size)]
     want = max(max(sum(send), sum(receive)) for send, receive in splits)
-    layout = ShardLayout(seq_len=96, block_size=block_size, cp_rank=0, cp_size=cp_size)
-    assert busiest_prefix(starts, lengths, layout) == want
+    assert busiest_prefix(starts, lengths, 96, cp_size) == want
 
 
 def test_full_attention_gathers_where_that_is_faster() -> None:
-    layout = ShardLayout(seq_len=4096, block_size=16, cp_rank=0, cp_size=4)
-    slow = ExchangeRates(Line(1e-3, 2e-9), EVEN, EVEN, EVEN, EVEN)
-    for lengths, rates, want in (
-        ([4096], RATES, KvExchange.selected),
-        ([4096], slow, KvExchange.all_gather),
-        ([1024] * 4, slow, KvExchange.selected),
-        ([4096], None, KvExchange.selected),
-    ):
-        starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
-        assert choose_full_exchange(starts, lengths, layout, 1000, rates) is want
+    slow = ExchangeRates(Line(1e-3, 3e-9), EVEN, EVEN, EVEN, EVEN)
+    assert choose_full_exchange(3072, 3072, 1000, RATES) is KvExchange.selected
+    assert choose_full_exchange(3072, 3072, 1000, slow) is KvExchange.all_gather
+    assert choose_full_exchange(1024, 3072, 1000, slow) is KvExchange.selected
+    assert choose_full_exchange(3072, 3072, 1000, None) is KvExchange.selected
 
 
 @pytest.mark.parametrize(

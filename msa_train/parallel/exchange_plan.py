@@ -78,7 +78,9 @@ def pack_bits(wanted: Tensor) -> Tensor:
     Example: [True, False, True, False, False, False, False, False, True] -> [5, 1].
     """
     padded = torch.nn.functional.pad(wanted, (0, -wanted.shape[-1] % 8))
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=wanted.device)
+    # Made on the device: a tensor from a list would make the host wait for it.
+    shifts = torch.arange(8, dtype=torch.uint8, device=wanted.device)
+    weights = torch.ones_like(shifts) << shifts
     return (padded.view(*wanted.shape[:-1], -1, 8) * weights).sum(-1, dtype=torch.uint8)
 
 
@@ -304,7 +306,9 @@ def _hierarchical_hops(demand: Demand, rank: int, counts: list[int]) -> tuple[li
     outer_send, outer_receive = counts[:N], counts[N : 2 * N]
     inner_send, inner_receive = counts[2 * N : 2 * N + L], counts[2 * N + L : 2 * N + 2 * L]
     device = demand.bits.device
-    nodes = torch.tensor([view.node, *(n for n in range(N) if n != view.node)], device=device)
+    n = torch.arange(N, device=device)
+    # The own node, then the others ascending.
+    nodes = torch.where(n == 0, view.node, n - (n <= view.node).long())
     # Row of the source where each pair stands: own pairs, then rows in transit.
     row = NP - 1 + view.transit.flatten().cumsum(0).view(N, NP)
     row[view.node] = torch.arange(NP, device=device)

@@ -78,7 +78,7 @@ def _summary(
     ]
     if waits:
         summary["exposed_s_total"] = sum(row.get("exposed_s", 0.0) for row in history)
-        summary["exposed_s_by_purpose_last"] = last["exposed_s_by_purpose"]
+        summary["exposed_s_by_purpose_last"] = last.get("exposed_s_by_purpose", {})
         summary["exposed_share_median"] = sorted(waits)[len(waits) // 2]
     if "auto_selected" in last:
         summary["auto_selected_by_layer_last"] = last["auto_selected_by_layer"]

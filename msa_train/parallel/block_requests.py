@@ -114,7 +114,7 @@ def exchange_requests(
     busiest = _busiest(demand) if terms.kind is KvExchange.auto else rows[:0]
     parts = [headers, demand.wanted, _asks_itself(received, shape), rows, busiest]
     # The one host copy of an exchange.
-    numbers = torch.cat(parts).tolist()
+    numbers = comm.to_host(torch.cat(parts), "request")
     flat, marked, own, counts, most = _split(numbers, [part.numel() for part in parts])
     by_rank = [flat[i : i + _HEADER] for i in range(0, len(flat), _HEADER)]
     check_requests(by_rank, marked, own, comm.layer)

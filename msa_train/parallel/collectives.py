@@ -253,6 +253,24 @@ class CpComm:
         if self.watch is not None:
             self.watch.goes_on()
 
+    def to_host(self, x: Tensor, purpose: str) -> list[int]:
+        """Numbers of a device tensor [n]; does not wait for ever for a collective that it comes from.
+
+        Raises:
+            ExchangeError: it took longer than `timeout_s`.
+        """
+        if x.device.type != "cuda":
+            return x.tolist()
+        copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        begin_s = time.monotonic()
+        while not done.query():
+            if 0 < self.timeout_s < time.monotonic() - begin_s:
+                raise self._failure((purpose, 0), RuntimeError(f"waited {self.timeout_s:.0f} s"))
+            time.sleep(0)
+        return copy.tolist()
+
     def _failure(self, point: Point, error: RuntimeError) -> RuntimeError:
         return error if self.watch is None else self.watch.failure(self.layer, *point, error)
 

@@ -121,9 +121,8 @@ class StepMetrics:
         by_purpose = dict(zip(_PURPOSES, map(int, traffic.tolist()), strict=True))
         values = {key: by_purpose[name] for name, key in _TRAFFIC.items()}
         for name, key in _BY_WAY.items():
-            whole, _, way = name.rpartition("_")
-            values[_TRAFFIC[whole]] += by_purpose[name]
-            if self.groups.comm.outer is not None if way == "outer" else by_purpose[name]:
+            values[_TRAFFIC[name.rpartition("_")[0]]] += by_purpose[name]
+            if by_purpose[name]:
                 values[key] = by_purpose[name]
         gathered = kv_bytes_all_gather(self.config, batch.num_packs, stage.seq_len, stage.attention)
         if gathered or stage.attention is StageAttention.sparse:

@@ -4,6 +4,7 @@ from msa_train.config.model import AttentionConfig, ModelConfig
 from msa_train.config.options import (
     Activation,
     AttentionKind,
+    CpLayout,
     Device,
     Engine,
     KlTarget,
@@ -41,6 +42,7 @@ __all__ = [
     "AttentionConfig",
     "AttentionKind",
     "CheckpointConfig",
+    "CpLayout",
     "DataConfig",
     "Device",
     "Engine",

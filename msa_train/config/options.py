@@ -27,6 +27,14 @@ class KvExchange(Enum):
     ring = "ring"  # one neighbour's shard at a time, partial results merged by log-sum-exp
 
 
+class CpLayout(Enum):
+    """Which tokens of a sequence a context-parallel rank holds."""
+
+    contiguous = "contiguous"  # one run of tokens: few remote blocks are selected
+    zigzag = "zigzag"  # two of 2 * cp_size chunks, r and 2 * cp_size - 1 - r
+    dealt = "dealt"  # chunks of 1,024 tokens, dealt so that causal work is equal
+
+
 class Precision(Enum):
     """dtype of the model's parameters and activations; optimizer state is at least fp32."""
 

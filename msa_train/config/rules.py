@@ -6,7 +6,7 @@ Each violation is a ValueError of one line: name=value, the rule, the fix.
 import math
 from collections.abc import Callable
 
-from msa_train.config.options import Engine, OptimizerKind, Precision, QkNorm
+from msa_train.config.options import CpLayout, Engine, OptimizerKind, Precision, QkNorm
 from msa_train.config.run import RunConfig
 from msa_train.config.stage_rules import check_stages
 
@@ -100,15 +100,18 @@ def _positive_sizes(config: RunConfig) -> None:
 
 
 def _sequence(config: RunConfig) -> None:
-    block_size = config.attention.block_size
-    unit = config.parallel.cp_size * block_size
+    block_size, cp_size = config.attention.block_size, config.parallel.cp_size
+    factors = f"parallel.cp_size * attention.block_size = {cp_size} * {block_size}"
+    unit, fix = cp_size * block_size, ""
+    if config.parallel.cp_layout is CpLayout.zigzag:
+        factors = f"2 * parallel.cp_size * attention.block_size = 2 * {cp_size} * {block_size}"
+        unit, fix = 2 * unit, ", or parallel.cp_layout=contiguous"
     for name, seq_len in _seq_lens(config):
         if seq_len % unit:
             lower = seq_len // unit * unit
             choices = f"{lower} or {lower + unit}" if lower else f"{unit}"
             raise ValueError(
-                f"{name}={seq_len}: must be a multiple of parallel.cp_size * attention.block_size = "
-                f"{config.parallel.cp_size} * {block_size} = {unit}; use {choices}"
+                f"{name}={seq_len}: must be a multiple of {factors} = {unit}; use {choices}{fix}"
             )
     if not 0 <= config.data.validation_fraction < 1:
         raise ValueError(

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from msa_train.config.model import AttentionConfig, ModelConfig
 from msa_train.config.options import (
+    CpLayout,
     Device,
     Engine,
     KvExchange,
@@ -28,7 +29,12 @@ class ParallelConfig:
     "tensor parallelism (with sequence parallelism); engine=megatron only"
     pp_size: int = 1
     "pipeline parallelism; engine=megatron only"
+    cp_layout: CpLayout = CpLayout.contiguous
     kv_exchange: KvExchange = KvExchange.selected
+    balance_index: bool = True
+    "queries of the block selection move to ranks with less of it"
+    balance_full_attention: bool = True
+    "queries of full attention move to ranks with less of it; with a ring, keys and values may too"
     overlap_grad_reduce: bool = False
     "reduce gradients while the backward pass still runs; engine=megatron only"
     overlap_param_gather: bool = False

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from msa_train.config import QkNorm, StageAttention
 from msa_train.model.index_branch import IndexBranch
+from msa_train.model.local_pack import LocalPack
 from msa_train.model.norm import RMSNorm
 from msa_train.model.pack_params import LayerStats, PackParams
 from msa_train.model.rotary import apply_rotary
@@ -26,6 +27,7 @@ from msa_train.parallel.block_requests import needed_pairs
 from msa_train.parallel.cp_dense_kl import IndexKl
 from msa_train.parallel.cp_full_attention import FullCall, cp_full_attention
 from msa_train.parallel.cp_sparse_attention import SparseCall, cp_sparse_attention
+from msa_train.parallel.relayout import move_rows
 
 
 @dataclass
@@ -134,9 +136,7 @@ class GroupedQueryAttention(MegatronModule, ABC):
         assert pack is not None, "the step fills in the pack"
         assert comm is not None, "the step fills in the collectives"
         return FullCall(
-            segments=pack.segments,
-            send=pack.send,
-            receive=pack.receive,
+            plan=pack.full,
             layout=pack.layout,
             comm=comm,
             exchange=self.config.kv_exchange,
@@ -210,7 +210,7 @@ class MsaSelfAttention(GroupedQueryAttention):
             # Zero gradients for the index branch, and not none: gradient hooks wait for every parameter.
             return cp_full_attention(q, k, v, self.full_call(params), q_index, k_index)
         with torch.no_grad():
-            all_keys = comm.all_gather(k_index.detach(), "index_key").flatten(0, 1)
+            all_keys = pack.layout.in_order(comm.all_gather(k_index.detach(), "index_key"))
         if params.attention is StageAttention.dense:
             return self._attend_densely(q, k, v, q_index, k_index, all_keys, params)
         if record.block_indices is None:
@@ -251,7 +251,12 @@ class MsaSelfAttention(GroupedQueryAttention):
     ) -> Tensor:
         """Full attention, under which the index branch learns from all causal tokens."""
         if params.probe is not None and not params.record.replaying:
-            self._probe(q, k, self._select(q_index, all_keys, params, params.probe.rows), params)
+            assert params.pack is not None, "checked by the caller"
+            rows = params.probe.rows
+            selected = self._select_some(
+                q_index.detach()[rows], all_keys, params.pack, position=params.pack.position[rows]
+            )
+            self._probe(q, k, selected, params)
         kl = IndexKl(
             all_keys=all_keys,
             weight=params.kl_weight,
@@ -261,22 +266,48 @@ class MsaSelfAttention(GroupedQueryAttention):
         )
         return cp_full_attention(q, k, v, self.full_call(params, kl), q_index, k_index)
 
-    def _select(
-        self, q_index: Tensor, all_keys: Tensor, params: PackParams, rows: Tensor | None = None
-    ) -> Tensor:
-        """Selection of all local queries, or of some rows."""
-        pack, attention = params.pack, self.config.attention
+    def _select(self, q_index: Tensor, all_keys: Tensor, params: PackParams) -> Tensor:
+        """Selection [T, M, topk] of all local queries, some of which other ranks may compute."""
+        pack, comm = params.pack, params.comm
         assert pack is not None, "checked by the caller"
+        assert comm is not None, "checked by the caller"
+        q_index, moves = q_index.detach(), pack.index.moves
+        if moves is not None:
+            q_index = move_rows(q_index, moves.there, comm, "index_query")
+        parts, row = [], 0
+        for start, stop in pack.index.ranges:
+            rows = slice(row, row + stop - start)
+            valid = pack.valid[rows] if moves is None else None
+            parts.append(self._select_some(q_index[rows], all_keys, pack, start, valid=valid))
+            row = rows.stop
+        selected = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if moves is not None:
+            selected = move_rows(selected, moves.back, comm, "index_query")
+            selected.masked_fill_(~pack.valid[:, None, None], -1)
+        return selected
+
+    def _select_some(
+        self,
+        q_index: Tensor,
+        all_keys: Tensor,
+        pack: LocalPack,
+        start: int = 0,
+        *,
+        valid: Tensor | None = None,
+        position: Tensor | None = None,
+    ) -> Tensor:
+        """Selection of queries at positions from `start` on, or at those in `position`."""
+        attention = self.config.attention
         return select_blocks(
-            q_index.detach() if rows is None else q_index.detach()[rows],
+            q_index,
             all_keys,
             pack.cu_seqlens,
             block_size=attention.block_size,
             topk=attention.topk,
             local_blocks=attention.local_blocks,
-            query_offset=pack.layout.start,
-            query_valid=pack.valid if rows is None else None,
-            position=None if rows is None else pack.position[rows],
+            query_offset=start,
+            query_valid=valid,
+            position=position,
         )
 
     def _probe(self, q: Tensor, k: Tensor, selected: Tensor, params: PackParams) -> None:
@@ -300,5 +331,5 @@ class MsaSelfAttention(GroupedQueryAttention):
         assert params.pack is not None, "checked by the caller"
         layout = params.pack.layout
         needed = needed_pairs(block_indices, layout.num_blocks)
-        needed[:, layout.first_block : layout.first_block + layout.num_local_blocks] = False
+        needed[:, layout.own_blocks(needed.device)] = False
         LayerStats.add(params.stats.selected, self.layer_number, self._of_all_groups(needed.sum(1)))

@@ -49,8 +49,8 @@ def exchange_requests(needed: Tensor, layout: ShardLayout, comm: CpComm) -> Bloc
         layout: this rank's shard.
         comm: collectives of the context-parallel group.
     """
-    num_groups, local = needed.shape[0], layout.num_local_blocks
-    wanted = needed.view(num_groups, layout.cp_size, local).transpose(0, 1).clone()
+    local = layout.num_local_blocks
+    wanted = layout.blocks_by_owner(needed).clone()
     wanted[layout.cp_rank] = False
     rows = [1] * layout.cp_size
     asked = comm.all_to_all(wanted.to(torch.uint8), rows, rows, "request").bool()
@@ -62,7 +62,7 @@ def exchange_requests(needed: Tensor, layout: ShardLayout, comm: CpComm) -> Bloc
     return BlockRequests(
         send_pairs=send[:, 1],
         receive_group=pair // local,
-        receive_block=owner * local + pair % local,
+        receive_block=layout.blocks(needed.device)[owner, pair % local],
         send=counts[0],
         receive=counts[1],
     )

@@ -60,12 +60,11 @@ class ExchangeSession(ABC):
     def shard_source(self, kv: Tensor, owners: range) -> KvSource:
         """Pool of whole shards: kv [len(owners) * M * NL, 2, B, D], shard after shard."""
         local, device = self.layout.num_local_blocks, kv.device
-        block = torch.cat(
-            [torch.arange(o * local, (o + 1) * local, device=device).repeat(self.num_groups) for o in owners]
-        )
+        ids = self.layout.blocks(device)[owners.start : owners.stop]
+        block = ids[:, None].expand(-1, self.num_groups, -1).flatten()
         entry_of = torch.full((self.num_groups, self.layout.num_blocks), -1, dtype=torch.int64, device=device)
         entries = torch.arange(kv.shape[0], device=device).view(len(owners), self.num_groups, local)
-        entry_of[:, owners.start * local : owners.stop * local] = entries.transpose(0, 1).flatten(1)
+        entry_of[:, ids.flatten()] = entries.transpose(0, 1).flatten(1)
         return KvSource(pool=BlockPool(kv=kv, block=block), entry_of=entry_of)
 
 

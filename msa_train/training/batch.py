@@ -17,6 +17,7 @@ from msa_train.parallel.attention_probe import ProbeQueries, sample_queries
 from msa_train.parallel.collectives import CpComm
 from msa_train.parallel.groups import Groups
 from msa_train.parallel.layout import ShardLayout
+from msa_train.parallel.sequence_plan import make_plan
 
 
 @dataclass(slots=True)
@@ -65,13 +66,15 @@ class PackForward:
         self.config, self.groups = config, groups
         self.stage: Stage = plan_stages(config)[0]
 
-    def layout(self, seq_len: int) -> ShardLayout:
-        """This rank's shard of packs of `seq_len` tokens."""
+    def layout(self, pack: Pack) -> ShardLayout:
+        """This rank's shard of a pack."""
+        block_size, cp_size = self.config.attention.block_size, self.groups.cp_size
         return ShardLayout(
-            seq_len=seq_len,
-            block_size=self.config.attention.block_size,
+            seq_len=len(pack.tokens),
+            block_size=block_size,
             cp_rank=self.groups.cp_rank,
-            cp_size=self.groups.cp_size,
+            cp_size=cp_size,
+            split=make_plan(self.config.parallel.cp_layout, cp_size, pack.cu_seqlens.tolist(), block_size),
         )
 
     def prepare(
@@ -88,7 +91,8 @@ class PackForward:
         With a `probe_seed` MSA layers compare the selection of sampled queries with full attention.
         """
         config, groups = self.config, self.groups
-        local = make_local_pack(pack, self.layout(len(pack.tokens)), groups.device)
+        layout = self.layout(pack)
+        local = make_local_pack(pack, layout, config.parallel, groups.device)
         double = config.train.precision is Precision.fp64
         table = rotary_table(
             local.doc_position,
@@ -105,15 +109,15 @@ class PackForward:
             attention=self.stage.attention,
             stats=stats,
             padding_mask=tensor_parallel_padding(local.valid, groups.tp_rank, groups.tp_size),
-            probe=None if probe_seed is None else self._sample(pack, probe_seed),
+            probe=None if probe_seed is None else self._sample(pack, layout, probe_seed),
         )
         return local, params
 
-    def _sample(self, pack: Pack, seed: int) -> ProbeQueries | None:
+    def _sample(self, pack: Pack, layout: ShardLayout, seed: int) -> ProbeQueries | None:
         return sample_queries(
             pack.cu_seqlens.tolist(),
             pack.doc_lengths.tolist(),
-            self.layout(len(pack.tokens)),
+            layout,
             topk=self.config.attention.topk,
             count=self.config.logging.attention_queries,
             seed=seed,

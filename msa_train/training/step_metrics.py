@@ -32,10 +32,13 @@ _TRAFFIC = {
     "kv_grad": "kv_grad_bytes",
     "index_key": "index_key_bytes",
     "index_key_grad": "index_key_grad_bytes",
+    "index_query": "index_query_bytes",
     "request": "request_bytes",
     "full_kv": "full_kv_bytes",
     "full_kv_again": "full_kv_again_bytes",
     "full_kv_grad": "full_kv_grad_bytes",
+    "full_query": "full_query_bytes",
+    "full_query_grad": "full_query_grad_bytes",
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from msa_train.config import KvExchange, Recompute, StageAttention, StageConfig
+from msa_train.config import CpLayout, KvExchange, Recompute, StageAttention, StageConfig
 from msa_train.training.step_metrics import kv_bytes_all_gather
 from tests.helpers.compare import assert_rows_close
 from tests.helpers.model_runs import SEQ_LEN, run_steps, small_config, step_packs
@@ -18,11 +18,14 @@ from tests.helpers.spawn import run_ranks
 
 TOLERANCE = 1e-8
 EXCHANGES = list(KvExchange)
+# The layout goes with the other settings, which it does not depend on: each meets each exchange and stage.
+WITH_EXPERTS = {1: CpLayout.contiguous, 2: CpLayout.zigzag, 3: CpLayout.dealt, 4: CpLayout.zigzag}
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     f"cp{cp}-{exchange.value}-ep{ep}": (
         # Expert parallelism of 2 needs an even number of ranks.
         cp * (2 if cp * 1 % ep else 1),
-        {"cp_size": cp, "ep_size": ep, "exchange": exchange},
+        {"cp_size": cp, "ep_size": ep, "exchange": exchange}
+        | ({"layout": WITH_EXPERTS[cp]} if ep > 1 else {}),
     )
     for cp in (1, 2, 3, 4)
     for exchange in EXCHANGES
@@ -31,7 +34,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
 CASES |= {
     f"cp2-{exchange.value}-recompute": (
         2,
-        {"cp_size": 2, "exchange": exchange, "recompute": Recompute.full},
+        {"cp_size": 2, "exchange": exchange, "recompute": Recompute.full, "balance": (False, False)},
     )
     for exchange in EXCHANGES
 }
@@ -42,17 +45,28 @@ WARM = {"stage": DENSE, "temperature": 1.5}
 # What each case is compared with: one process in the same kind of stage.
 REFERENCES = {"": "cp1-selected-ep1", "-dense": "cp1-dense", "-warm": "cp1-warm", "-soft": "cp1-soft"}
 CASES |= {
-    f"cp{cp}-{exchange.value}-{kind}": (cp, {"cp_size": cp, "exchange": exchange, **arguments})
-    for kind, arguments in (("dense", {"stage": DENSE}), ("warm", WARM), ("soft", {"temperature": 1.5}))
-    for cp in (2, 3)
+    f"cp{cp}-{exchange.value}-{kind}": (
+        cp,
+        {"cp_size": cp, "exchange": exchange, **arguments, "layout": layout},
+    )
+    for kind, arguments, layouts in (
+        ("dense", {"stage": DENSE}, (CpLayout.contiguous, CpLayout.zigzag)),
+        ("warm", WARM, (CpLayout.dealt, CpLayout.contiguous)),
+        ("soft", {"temperature": 1.5}, (CpLayout.zigzag, CpLayout.dealt)),
+    )
+    for cp, layout in zip((2, 3), layouts, strict=True)
     for exchange in EXCHANGES
 }
 CASES["cp1-dense"], CASES["cp1-warm"] = (1, {"stage": DENSE}), (1, WARM)
 CASES["cp1-soft"] = (1, {"temperature": 1.5})
 CASES["cp2-selected-ep2-recompute-warm"] = (
     2,
-    {"cp_size": 2, "ep_size": 2, "recompute": Recompute.full, **WARM},
+    {"cp_size": 2, "ep_size": 2, "recompute": Recompute.full, "layout": CpLayout.zigzag, **WARM},
 )
+# Compared bit by bit too: a second run, and one whose queries select their blocks at home.
+CASES["cp3-selected-ep1-again"] = CASES["cp3-selected-ep1"]
+CASES["cp3-selected-ep1-unmoved"] = (3, {"cp_size": 3, "balance": (False, True)})
+CASES["cp3-ring-warm-again"] = CASES["cp3-ring-warm"]
 
 
 def worker(rank: int, world_size: int, cases: dict[str, dict[str, Any]], folder: str) -> None:
@@ -80,7 +94,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
 
 def reference_of(name: str) -> str:
     """The single process that a case must equal."""
-    return REFERENCES[next(kind for kind in ("-dense", "-warm", "-soft", "") if name.endswith(kind))]
+    return REFERENCES[next(kind for kind in ("-dense", "-warm", "-soft", "") if kind in name)]
 
 
 def is_data_parallel(name: str) -> bool:
@@ -106,7 +120,7 @@ def test_equals_one_process(name: str, results: dict[str, list[dict[str, Any]]])
                 assert_rows_close(gradient, want["gradients"][parameter], TOLERANCE)
             experts_seen |= got["gradients"].keys()
             for key, block_indices in got["selections"].items():
-                rows = slice(got["start"], got["start"] + block_indices.shape[0])
+                rows = got["positions"][key[0]]
                 assert torch.equal(block_indices, want["selections"][key][rows]), f"{where}, {key}"
                 tokens_seen += block_indices.shape[0]
             assert got["attention"].keys() == want["attention"].keys() == {2, 4}
@@ -123,6 +137,27 @@ def test_equals_one_process(name: str, results: dict[str, list[dict[str, Any]]])
     assert experts_seen == reference[0]["gradients"].keys()
     whole = sum(x.shape[0] for step in reference for x in step["selections"].values())
     assert tokens_seen == whole
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("cp3-selected-ep1", "cp3-selected-ep1-again"),
+        ("cp3-selected-ep1", "cp3-selected-ep1-unmoved"),
+        ("cp3-ring-warm", "cp3-ring-warm-again"),
+    ],
+)
+def test_equal_bit_by_bit(name: str, other: str, results: dict[str, list[dict[str, Any]]]) -> None:
+    """Runs again; and queries of the selection moved or not, where only the bytes on the wire may differ."""
+    for ours, theirs in zip(results[name], results[other], strict=True):
+        for first, second in zip(ours["steps"], theirs["steps"], strict=True):
+            assert (first["loss"], first["kl"]) == (second["loss"], second["kl"])
+            for parameter, gradient in first["gradients"].items():
+                assert torch.equal(gradient, second["gradients"][parameter]), parameter
+            for key, block_indices in first["selections"].items():
+                assert torch.equal(block_indices, second["selections"][key])
+    moved = [sum(step["traffic"].get("index_query", 0) for step in rank["steps"]) for rank in results[other]]
+    assert any(moved) == (other == "cp3-selected-ep1-again")
 
 
 def remote_window_blocks(step: int, own: range) -> int:
@@ -151,7 +186,8 @@ def test_exchange_sends_only_what_was_selected(results: dict[str, list[dict[str,
         local_blocks = 96 // cp_size // block_size
         for rank in results[name]:
             for number, step in enumerate(rank["steps"]):
-                own = range(step["start"] // block_size, step["start"] // block_size + local_blocks)
+                start = int(step["positions"][0][0])
+                own = range(start // block_size, start // block_size + local_blocks)
                 pairs = 0
                 for block_indices in step["selections"].values():
                     for group in range(block_indices.shape[1]):

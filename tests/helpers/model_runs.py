@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from msa_train.config import (
     AttentionConfig,
+    CpLayout,
     DataConfig,
     Engine,
     KvExchange,
@@ -25,6 +26,7 @@ from msa_train.model.init_weights import global_names
 from msa_train.model.moe import SigmoidRouter
 from msa_train.parallel.attention_probe import ProbeSums
 from msa_train.parallel.groups import build_groups
+from msa_train.parallel.layout import ShardLayout
 from msa_train.training.batch import make_batch
 from msa_train.training.lr_schedule import Rates
 from msa_train.training.torch_engine import TorchEngine
@@ -43,6 +45,8 @@ def small_config(
     topk: int = 3,
     stage: StageConfig | None = None,
     temperature: float = 1.0,
+    layout: CpLayout = CpLayout.contiguous,
+    balance: tuple[bool, bool] = (True, True),
 ) -> RunConfig:
     """Four layers: full attention + dense FFN, then MSA, a window, MSA + experts; 3 KV groups of 2 heads."""
     return RunConfig(
@@ -77,7 +81,14 @@ def small_config(
             window=10,
             window_sink=1,
         ),
-        parallel=ParallelConfig(cp_size=cp_size, ep_size=ep_size, kv_exchange=exchange),
+        parallel=ParallelConfig(
+            cp_size=cp_size,
+            ep_size=ep_size,
+            cp_layout=layout,
+            kv_exchange=exchange,
+            balance_index=balance[0],
+            balance_full_attention=balance[1],
+        ),
         data=DataConfig(seq_len=SEQ_LEN),
         optim=OptimConfig(lr=1e-2, warmup_steps=0, clip_grad=0.0),
         train=TrainConfig(global_batch_size=2, precision=precision, recompute=recompute),
@@ -105,8 +116,8 @@ def run_steps(config: RunConfig) -> dict[str, Any]:
 
     Returns the rank's observations with sums over ranks where a quantity is cut over them: per step
     `loss` and `kl` (global sums), `gradients` by global name (experts of this rank only), `selections` by
-    (pack, layer) for this rank's tokens, `expert_bias` by layer, `traffic`, `attention`: sums over the
-    sampled queries of the first packs by layer.
+    (pack, layer) for this rank's tokens, whose `positions` stand by pack, `expert_bias` by layer, `traffic`,
+    `attention`: sums over the sampled queries of the first packs by layer.
     """
     groups = build_groups(config.parallel, device=torch.device("cpu"))
     engine = TorchEngine(config, groups)
@@ -141,7 +152,7 @@ def run_steps(config: RunConfig) -> dict[str, Any]:
                 ],
                 "attention": {n: _sum_all(result.stats.attention.get(n, nothing)) for n in msa_layers},
                 "traffic": dict(result.traffic.received),
-                "start": engine.forward.layout(SEQ_LEN).start,
+                "positions": {i: _positions(engine.forward.layout(packs[i])) for i in packs_of_step},
             }
         )
     return {"rank": groups.rank, "steps": observed}
@@ -157,6 +168,11 @@ def _recorder(selections: dict[tuple[int, int], torch.Tensor], packs: list[int],
             selections[packs[seen], layer] = record.block_indices.clone()
 
     return hook
+
+
+def _positions(layout: ShardLayout) -> torch.Tensor:
+    """Of this rank's tokens in the pack."""
+    return torch.cat([torch.arange(start, stop) for start, stop in layout.ranges])
 
 
 def _sum(value: float) -> float:

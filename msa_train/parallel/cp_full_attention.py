@@ -87,7 +87,7 @@ class _CpFullAttention(torch.autograd.Function):
                 begun.add(segment)
                 teacher.add(rows, keys, causal=visible.causal)
         ctx.save_for_backward(q, out, lse, q_index, teacher.lse)
-        ctx.session, ctx.call, ctx.num_local = session, call, None if k_index is None else k_index.shape
+        ctx.session, ctx.call, ctx.k_index_shape = session, call, None if k_index is None else k_index.shape
         return out.permute(2, 0, 1, 3)
 
     @staticmethod
@@ -124,7 +124,7 @@ class _CpFullAttention(torch.autograd.Function):
         if kl is not None:
             dq_index, dk_index = kl.finish(call.comm)
         elif q_index is not None:
-            dq_index, dk_index = torch.zeros_like(q_index), q_index.new_zeros(ctx.num_local)
+            dq_index, dk_index = torch.zeros_like(q_index), q_index.new_zeros(ctx.k_index_shape)
         return dq.permute(2, 0, 1, 3), dkv, dq_index, dk_index, None
 
 

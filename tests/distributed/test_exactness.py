@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from msa_train.config import CpLayout, KvExchange, Recompute, StageAttention, StageConfig
+from msa_train.parallel.balance import balance, causal_work, index_work
+from msa_train.parallel.sequence_plan import SequencePlan, common, contiguous_plan, count
 from msa_train.training.step_metrics import kv_bytes_all_gather
 from tests.helpers.compare import assert_rows_close
 from tests.helpers.model_runs import SEQ_LEN, run_steps, small_config, step_packs
@@ -216,3 +218,32 @@ def test_gathering_exchanges_move_everything(results: dict[str, list[dict[str, A
     moved = sum(rank["steps"][0]["traffic"]["kv"] for rank in results["cp3-ring-warm"])
     config = small_config(cp_size=3)
     assert moved == kv_bytes_all_gather(config, 2, SEQ_LEN, StageAttention.dense) > 0
+
+
+def test_moved_queries_are_counted(results: dict[str, list[dict[str, Any]]]) -> None:
+    """Two MSA layers move index queries (fp64) and ids (int32), one full layer queries and outputs."""
+    config = small_config().attention
+    for name in ("cp2-selected-ep1", "cp3-all_gather-ep1", "cp2-ring-recompute"):
+        cp_size = CASES[name][1]["cp_size"]
+        for number, packs in enumerate(step_packs()):
+            index, full = 0, 0
+            for pack in packs:
+                starts, lengths = pack.cu_seqlens.tolist(), pack.doc_lengths.tolist()
+                home = contiguous_plan(SEQ_LEN, cp_size)
+                index += moved(home, balance(home, *index_work(starts, config.block_size)))
+                full += moved(home, balance(home, *causal_work(starts, lengths, config.block_size)))
+            if "balance" in CASES[name][1]:
+                index = full = 0
+            traffic = [rank["steps"][number]["traffic"] for rank in results[name]]
+            assert _total(traffic, "index_query") == 2 * index * 3 * (6 * 8 + config.topk * 4)
+            assert _total(traffic, "full_query") == full * 2 * 6 * 8 * 8
+            assert _total(traffic, "full_query_grad") == _total(traffic, "full_query")
+
+
+def moved(home: SequencePlan, away: SequencePlan) -> int:
+    """Tokens of other ranks than before."""
+    return SEQ_LEN - sum(count(common(a, b)) for a, b in zip(home.ranges, away.ranges, strict=True))
+
+
+def _total(traffic: list[dict[str, int]], purpose: str) -> int:
+    return sum(of_rank.get(purpose, 0) for of_rank in traffic)

@@ -57,6 +57,12 @@ MISTAKES = [
     (["run=demo", "attention.window_sink=-1"], "attention.window_sink=-1", "use 0 for none"),
     (["run=demo", "logging.attention_queries=0"], "logging.attention_queries=0", "must be at least 1"),
     (["run=demo", "logging.attention_every=-1"], "logging.attention_every=-1", "must not be negative"),
+    (["run=demo", "parallel.cp_layout=zigzg"], "parallel.cp_layout=zigzg", "did you mean zigzag?"),
+    (
+        ["run=demo", "parallel.cp_layout=zigzag", "data.seq_len=8208"],
+        "data.seq_len=8208",
+        "use 8192 or 8224, or parallel.cp_layout=contiguous",
+    ),
     (["run=demo", "data.seq_len=8010"], "data.seq_len=8010", "use 8000 or 8016"),
     (["run=demo", "launcher.num_processes=3"], "launcher.num_processes=3", "use launcher.num_processes=2"),
     (["run=demo", "parallel.cp_size=4"], "launcher.num_processes=2", "use launcher.num_processes=4"),

@@ -1,7 +1,6 @@
 """Starts ranks, joins them by links, sends them requests; ends them whatever happens."""
 
 import multiprocessing
-import os
 import tempfile
 import time
 from multiprocessing.connection import Connection, wait
@@ -10,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from benchmarks.exchange import namespaces
+from benchmarks.exchange.counters import read_counters
 from benchmarks.exchange.rank import RankFailure, RankPlace, run_rank
 
 # Answers of ranks that lost a peer are waited for, since the first cause tells more than what follows.
@@ -24,7 +24,8 @@ class Cluster:
     """Ranks of one benchmark part; use as a context manager."""
 
     def __init__(self, size: int, *, num_nodes: int, shaped: bool, timeout_s: float) -> None:
-        """size: ranks. num_nodes: 1 or 2. shaped: namespaces and links, else loopback. timeout_s: of any request."""
+        """size: ranks. num_nodes: 1 or 2. shaped: namespaces and links, else loopback. timeout_s: of any
+        request."""
         self.size, self.num_nodes, self.shaped, self.timeout_s = size, num_nodes, shaped, timeout_s
         self._folder = tempfile.TemporaryDirectory(prefix="exchange_")
         self._processes: list[BaseProcess] = []
@@ -34,9 +35,7 @@ class Cluster:
         # Forked: torch is imported once, by this process, which runs none of it.
         context = multiprocessing.get_context("fork")
         for rank in range(self.size):
-            place = RankPlace(
-                rank, self.size, self.num_nodes, self.shaped, self._folder.name, self.timeout_s
-            )
+            place = RankPlace(rank, self.size, self.num_nodes, self.shaped, self._folder.name, self.timeout_s)
             ours, theirs = context.Pipe()
             process = context.Process(target=run_rank, args=(place, theirs), daemon=True)
             process.start()
@@ -76,6 +75,15 @@ class Cluster:
             namespaces.shape_hub(self.size, self.num_nodes, rates)
             self.call("shape_link", rates)
 
+    def between_nodes(self) -> int:
+        """Bytes that have passed between the nodes so far, both ways together."""
+        ends = [f"{namespaces.NODE_LINK}{node}" for node in range(2)] if self._linked else []
+        return sum(read_counters(end).received_bytes for end in ends)
+
+    @property
+    def _linked(self) -> bool:
+        return self.shaped and self.num_nodes == 2
+
     def close(self) -> None:
         """Kill the ranks; their namespaces and links go with them, the bridges follow."""
         for process in self._processes:
@@ -93,9 +101,7 @@ class Cluster:
         deadline = time.monotonic() + self.timeout_s
         while len(answers) + len(failures) < self.size:
             left = deadline - time.monotonic()
-            waiting = {
-                self._pipes[r]: r for r in range(self.size) if r not in answers and r not in failures
-            }
+            waiting = {self._pipes[r]: r for r in range(self.size) if r not in answers and r not in failures}
             ready = wait(list(waiting), timeout=max(0.0, left)) if left > 0 else []
             if not ready:
                 break
@@ -117,9 +123,3 @@ class Cluster:
             missing = sorted(set(range(self.size)) - set(answers))
             raise TimeoutError(f"{name}: ranks {missing} did not answer within {self.timeout_s:.0f} s")
         return [answers[rank] for rank in range(self.size)]
-
-
-def use_one_thread() -> None:
-    """Before torch is imported: one thread per rank, and none that a fork would lose."""
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ[name] = "1"

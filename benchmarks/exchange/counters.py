@@ -1,10 +1,11 @@
-"""Bytes and packets of a network interface, from the kernel's counters of this process's network namespace."""
+"""Bytes and packets of a network interface, from the kernel's counters of a network namespace."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-# Counters of the calling thread's namespace; /sys/class/net would show those of the namespace it was mounted in.
+# Of the calling thread's namespace; /sys/class/net shows those of the namespace in which it was mounted.
 _COUNTERS = Path("/proc/thread-self/net/dev")
+_PROTOCOLS = Path("/proc/thread-self/net/snmp")
 
 
 @dataclass(slots=True, frozen=True)
@@ -39,6 +40,12 @@ def parse_counters(text: str, interface: str) -> Counters:
             numbers = [int(x) for x in values.split()]
             return Counters(numbers[0], numbers[1], numbers[8], numbers[9])
     raise ValueError(f"interface={interface}: is not in {_COUNTERS}")
+
+
+def read_retransmits() -> int:
+    """TCP segments that this process's network namespace has sent again."""
+    names, values = [x.split() for x in _PROTOCOLS.read_text().splitlines() if x.startswith("Tcp:")]
+    return int(values[names.index("RetransSegs")])
 
 
 def read_counters(interface: str) -> Counters:

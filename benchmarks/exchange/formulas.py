@@ -1,14 +1,14 @@
 """Bytes that a rank receives per layer, forward and backward, in closed form.
 
-Symbols: S tokens of the pack, P ranks, T = S / P, M KV groups, D head dim, Di index head dim, B block size, e bytes
-per element, U remote (block, group) pairs that this rank fetches, V pairs that the others fetch from it.
+Symbols: S tokens of the pack, P ranks, T = S / P, M KV groups, D head dim, Di index head dim, B block size,
+e bytes per element, U remote (block, group) pairs that this rank fetches, V pairs that others fetch from it.
 
 | | index keys | K/V forward | K/V again | gradients |
 |---|---|---|---|---|
 | all_gather | Di e T (P-1) | 2 M D e T (P-1) | the same | (2 M D + M Di) e T (P-1), a reduce-scatter |
 | all_gather_all_reduce | same | same | 0, they are kept | twice that, an all-reduce |
 | ring | same | same | same | (2 M D + M Di) e T P: sums also travel home |
-| selected | same | 2 B D e U, and a byte per pair of the others in requests | 0, they are kept | (2 B D + B Di) e V |
+| selected | same | 2 B D e U, requests: a byte per pair | 0, they are kept | (2 B D + B Di) e V |
 
 The gradients of index keys (the terms with M Di and B Di) travel with the KL loss alone.
 """

@@ -27,8 +27,8 @@ INPUTS = ("q", "k", "v", "q_index", "k_index")
 
 @dataclass(slots=True)
 class LayerData:
-    """One rank's tensors: q [T, M, G, D], k and v [T, M, D], q_index [T, M, Di], k_index [T, Di], dout like q,
-    block_indices [T, M, K]."""
+    """One rank's tensors: q [T, M, G, D], k and v [T, M, D], q_index [T, M, Di], k_index [T, Di], dout like
+    q, block_indices [T, M, K]."""
 
     shape: LayerShape
     layout: ShardLayout
@@ -41,9 +41,7 @@ class LayerData:
 def make_layer(selection: str, shape: LayerShape, cp_rank: int, cp_size: int) -> LayerData:
     """The same numbers for the same rank, whatever the scheme; selection: see `select`."""
     shape = shape_for(selection, shape)
-    layout = ShardLayout(
-        seq_len=shape.seq_len, block_size=shape.block_size, cp_rank=cp_rank, cp_size=cp_size
-    )
+    layout = ShardLayout(seq_len=shape.seq_len, block_size=shape.block_size, cp_rank=cp_rank, cp_size=cp_size)
     T, M, D, Di = layout.local_seq_len, shape.num_kv_heads, shape.head_dim, shape.index_head_dim
     heads = (T, M, shape.heads_per_group, D)
     sizes = dict(zip(INPUTS, (heads, (T, M, D), (T, M, D), (T, M, Di), (T, Di)), strict=True))

@@ -1,8 +1,8 @@
 """Network namespaces for ranks, joined by links of a chosen rate. Needs Linux and root, or user namespaces.
 
-The calling process moves into a namespace of its own, which holds the bridges: the machine's network is not touched.
-Every rank makes a namespace for itself; the caller hands it one end of a veth pair. No namespace has a name, so all of
-them and their links vanish with the processes, however these end.
+The calling process moves into a namespace of its own, which holds the bridges: the machine's network is not
+touched. Every rank makes a namespace for itself; the caller hands it one end of a veth pair. No namespace has
+a name, so all of them and their links vanish with the processes, however these end.
 
     rank 0 [eth0 10.77.0.1]---veth---+                    +---veth---[eth0 10.77.0.5] rank 4
     rank 1 [eth0 10.77.0.2]---veth---+ bridge 0 --- bridge 1 ...        (one bridge per node)
@@ -36,7 +36,7 @@ class Rates:
     nodes: int = 0
 
 
-class NoNamespaces(ValueError):
+class NoNamespacesError(ValueError):
     """Namespaces are not to be had here; the text says why."""
 
 
@@ -44,11 +44,13 @@ def enter_own_network() -> None:
     """Move this process into a new, empty network namespace.
 
     Raises:
-        NoNamespaces: one line, if a program or a permission is missing.
+        NoNamespacesError: one line, if a program or a permission is missing.
     """
     missing = [name for name in ("ip", "tc") if _program(name) is None]
     if missing:
-        raise NoNamespaces(f"{' and '.join(missing)} (iproute2) not found; install it, or use --unshaped")
+        raise NoNamespacesError(
+            f"{' and '.join(missing)} (iproute2) not found; install it, or use --unshaped"
+        )
     if os.geteuid() == 0:
         _unshare(_NEWNET)
         return
@@ -141,7 +143,7 @@ def _unshare(flags: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(flags) != 0:
         reason = os.strerror(ctypes.get_errno())
-        raise NoNamespaces(
+        raise NoNamespacesError(
             f"no network namespace can be made here ({reason}); run as root, or use --unshaped over loopback"
         )
 
@@ -154,5 +156,7 @@ def _run(command: str) -> str:
     name, *arguments = command.split()
     done = subprocess.run([_program(name) or name, *arguments], capture_output=True, text=True, timeout=20)
     if done.returncode != 0:
-        raise NoNamespaces(f"`{command}` failed: {' '.join(done.stderr.split())}; use --unshaped over loopback")
+        raise NoNamespacesError(
+            f"`{command}` failed: {' '.join(done.stderr.split())}; use --unshaped over loopback"
+        )
     return done.stdout

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.exchange import namespaces
-from benchmarks.exchange.counters import read_counters
+from benchmarks.exchange.counters import read_counters, read_retransmits
 from benchmarks.exchange.formulas import LayerShape
 from benchmarks.exchange.layer import LayerData, layer_step, make_layer, pairs_by_owner, worst_row_error
 from benchmarks.exchange.schemes import SCHEMES, make_comm
@@ -27,7 +27,8 @@ _PORT = 29500
 
 @dataclass(slots=True)
 class RankPlace:
-    """Where a rank runs. shaped: in a namespace of its own, else over loopback. folder: for the unshaped rendezvous."""
+    """Where a rank runs. shaped: in a namespace of its own, else over loopback. folder: where unshaped ranks
+    meet."""
 
     rank: int
     size: int
@@ -41,9 +42,10 @@ class RankPlace:
 class StepReport:
     """One step of one rank.
 
-    wall_s: from a barrier to this rank's end. compute_s: CPU time of the thread that computes; process_cpu_s: of all
-    threads. counters: bytes and packets (received, then sent) of the interface. traffic: bytes received from other ranks
-    as counted by the collectives, by purpose. error: worst row against the reference scheme, if asked for.
+    wall_s: from a barrier to this rank's end. compute_s: CPU time of the thread that computes; process_cpu_s:
+    of all threads. counters: bytes and packets (received, then sent) of the interface. traffic: bytes that
+    arrived from other ranks as counted by the collectives, by purpose. retransmits: TCP segments that this
+    rank sent again. error: worst row against the reference scheme, if asked for.
     """
 
     wall_s: float
@@ -51,6 +53,7 @@ class StepReport:
     process_cpu_s: float
     counters: tuple[int, int, int, int]
     traffic: dict[str, int]
+    retransmits: int
     error: float | None = None
 
 
@@ -78,7 +81,7 @@ class RankWorker:
         """One step. check: compare with the first checked step's numbers, which are the reference."""
         data, comm = self.layers[selection], make_comm(SCHEMES[scheme], self.place.num_nodes)
         dist.barrier()
-        counters = read_counters(self.interface)
+        counters, retransmits = read_counters(self.interface), read_retransmits()
         wall, compute, cpu = time.perf_counter(), time.thread_time(), time.process_time()
         result = layer_step(data, SCHEMES[scheme], comm)
         wall, compute = time.perf_counter() - wall, time.thread_time() - compute
@@ -91,6 +94,7 @@ class RankWorker:
             process_cpu_s=cpu,
             counters=(moved.received_bytes, moved.received_packets, moved.sent_bytes, moved.sent_packets),
             traffic=dict(comm.traffic.received),
+            retransmits=read_retransmits() - retransmits,
         )
         if check:
             if self.reference is None:

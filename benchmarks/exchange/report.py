@@ -45,18 +45,20 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         "# The exchange on the wire",
         "",
-        f"`{result['command']}`, {result['seconds'] / 60:.1f} minutes, commit {where['commit']}, {where['cores']} "
-        f"cores of {where['cpu']}, Linux {where['kernel']}, Python {where['python']}.",
+        f"`{result['command']}`, {result['seconds'] / 60:.1f} minutes, commit {where['commit']}, "
+        f"{where['cores']} cores of {where['cpu']}, Linux {where['kernel']}, Python {where['python']}.",
         "",
-        f"Forward and backward of one MSA layer's exchange and attention: {shape['seq_len']} tokens, blocks of "
-        f"{shape['block_size']}, top-{shape['topk']}, {shape['num_kv_heads']} KV groups of "
-        f"{shape['heads_per_group']} query head(s), head and index dim {shape['head_dim']}, fp32, {kl} KL loss. "
-        f"{result['rounds']} rounds with the schemes in turns; a step lasts until its last rank is done.",
+        f"Forward and backward of one MSA layer's exchange and attention: {shape['seq_len']} tokens, blocks "
+        f"of {shape['block_size']}, top-{shape['topk']}, {shape['num_kv_heads']} KV groups of "
+        f"{shape['heads_per_group']} query head(s), head and index dim {shape['head_dim']}, fp32, {kl} KL "
+        f"loss. {result['rounds']} rounds with the schemes in turns; a step lasts until its last rank is "
+        "done.",
         "",
     ]
     for group in _grouped(result["rows"]):
         lines += [*_time_table(group), ""]
     lines += [*_byte_table(result["rows"], shaped=result["shaped"]), ""]
+    lines += _node_table([row for row in result["rows"] if row["node_rate_mbit"]])
     if result["memory"]:
         lines += [*_memory_table(result["memory"]), ""]
     lines += goals(result)
@@ -64,26 +66,30 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def goals(result: dict[str, Any]) -> list[str]:
-    """What was to be reached, from the figures of the slowest limited wire (of any, where none is limited)."""
+    """What was to be reached, and what the figures say."""
     rows: list[Row] = result["rows"]
     lines = ["## Goals", ""]
     if result["shaped"]:
         worst = max(rows, key=lambda row: abs(byte_ratio(row) - 1))
         text = _where(worst)
         lines.append(
-            f"- Bytes of the interfaces against the formula: within 5 % everywhere is wanted; the farthest is "
-            f"{byte_ratio(worst):.3f} ({worst['scheme']}, f {worst['f']:.3f}, {text})."
+            f"- Bytes of the interfaces against the formula: within 5 % everywhere is wanted; the farthest "
+            f"is {byte_ratio(worst):.3f} ({worst['scheme']}, f {worst['f']:.3f}, {text})."
         )
     few = [row for row in rows if row["scheme"] == "selected" and 0 < row["f"] <= 0.205]
     if few:
-        share = max(total(row, "formula_bytes") / total(reference_of(row, rows), "formula_bytes") for row in few)
-        lines.append(f"- `selected` at f <= 0.2: at most {share:.3f} of the all-gather's bytes; 0.25 is wanted.")
+        share = max(
+            total(row, "formula_bytes") / total(reference_of(row, rows), "formula_bytes") for row in few
+        )
+        lines.append(
+            f"- `selected` at f <= 0.2: at most {share:.3f} of the all-gather's bytes; 0.25 is wanted."
+        )
     slow = [row for row in few if row["rate_mbit"] == _slowest(rows) and not row["node_rate_mbit"]]
     if slow and _slowest(rows):
         gain = min(reference_of(row, rows)["step_s_median"] / row["step_s_median"] for row in slow)
         lines.append(
-            f"- `selected` at f <= 0.2 and {_slowest(rows)} Mbit/s: at least {gain:.1f} times as fast as all-gather; "
-            "2 is wanted."
+            f"- `selected` at f <= 0.2 and {_slowest(rows)} Mbit/s: at least {gain:.1f} times as fast as "
+            "all-gather; 2 is wanted."
         )
     full = [row for row in rows if row["scheme"] == "auto" and row["f"] > 0.999]
     if full:
@@ -138,10 +144,8 @@ def _time_table(rows: list[Row]) -> list[str]:
     for selection in dict.fromkeys(row["selection"] for row in rows):
         here = {row["scheme"]: row for row in rows if row["selection"] == selection}
         base = here[REFERENCE]["step_s_median"]
-        cells = [
-            f"{here[s]['step_s_median']:.3f} ({here[s]['step_s_min']:.3f}) {base / here[s]['step_s_median']:.2f}x"
-            for s in schemes
-        ]
+        figures = [(here[s]["step_s_median"], here[s]["step_s_min"]) for s in schemes]
+        cells = [f"{median:.3f} ({least:.3f}) {base / median:.2f}x" for median, least in figures]
         lines.append(f"| {_f(here[REFERENCE])} | " + " | ".join(cells) + " |")
     return lines
 
@@ -154,7 +158,11 @@ def _f(row: Row) -> str:
 
 def _byte_table(rows: list[Row], *, shaped: bool) -> list[str]:
     """Bytes do not depend on the rate; the ratio is the farthest from 1 of all rates."""
-    lines = ["## Bytes", "", "Received per rank and step, mean over ranks, by the closed formula; in brackets:"]
+    lines = [
+        "## Bytes",
+        "",
+        "Received per rank and step, mean over ranks, by the closed formula; in brackets:",
+    ]
     if shaped:
         lines += ["what the interfaces counted over the formula, the farthest from 1 of all rates.", ""]
     else:
@@ -172,6 +180,19 @@ def _byte_table(rows: list[Row], *, shaped: bool) -> list[str]:
         first = next(r for r in rows if (r["part"], r["selection"]) == (part, selection))
         lines.append(f"| {part} | {first['f']:.3f} | " + " | ".join(cells) + " |")
     return lines
+
+
+def _node_table(rows: list[Row]) -> list[str]:
+    if not rows:
+        return []
+    schemes = list(dict.fromkeys(row["scheme"] for row in rows))
+    lines = ["Between the two nodes, both ways together, as the interfaces counted, MB per step:", ""]
+    lines += ["| f | " + " | ".join(schemes) + " |", "|---|" + "---|" * len(schemes)]
+    for selection in dict.fromkeys(row["selection"] for row in rows):
+        here = [row for row in rows if row["selection"] == selection]
+        cells = [f"{row['between_nodes_bytes'] / 1e6:.2f}" for row in here]
+        lines.append(f"| {here[0]['f']:.3f} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
 
 
 def _counted_ratio(row: Row) -> float:

@@ -1,8 +1,8 @@
 """What is compared: a name, the exchange of msa_train behind it, and the collectives it runs on.
 
-The collectives differ in two places from those of training. On gloo torch's reduce_scatter is an all-reduce that
-throws most of its result away, so that it moves twice the bytes; here `all_gather` gets a true one, as on a GPU.
-And the nearest rival's scheme is the same session on other collectives.
+The collectives differ in two places from those of training. On gloo torch's reduce_scatter is an all-reduce
+that throws most of its result away, so that it moves twice the bytes; here `all_gather` gets a true one, as
+on a GPU. And the nearest rival's scheme is the same session on other collectives.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from msa_train.parallel.collectives import CpComm
 
 
 class RingReduceScatter(CpComm):
-    """Collectives whose reduce_scatter passes partial sums around a ring: (P - 1) / P of the tensor per rank."""
+    """Collectives whose reduce_scatter passes partial sums around a ring: P - 1 slices per rank, no more."""
 
     def reduce_scatter(self, x: Tensor, purpose: str) -> Tensor:
         """Sum over ranks of slice `rank`: [size, ...] -> [...].
@@ -31,8 +31,8 @@ class RingReduceScatter(CpComm):
 
 
 class KeepAndAllReduce(CpComm):
-    """Turns the all_gather session into the scheme of NeMo Automodel's MiniMax-M3: keys and values are gathered once
-    and kept for the backward pass, where gradients of the whole sequence are all-reduced and cut.
+    """Turns the all_gather session into what NeMo Automodel does for MiniMax-M3: keys and values are gathered
+    once and kept for the backward pass, where gradients of the whole sequence are all-reduced and cut.
 
     Here and not in msa_train, since nobody should train with it. One layer call per object.
     """

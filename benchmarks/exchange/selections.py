@@ -28,7 +28,7 @@ def select(name: str, shape: LayerShape, layout: ShardLayout) -> Tensor:
 
 
 def shape_for(name: str, shape: LayerShape) -> LayerShape:
-    """The shape with the block size, slots and length of what was recorded; constructed ones fit any shape."""
+    """With the block size, slots and length of what was recorded; constructed ones fit any shape."""
     if name != TRAINED:
         return shape
     with np.load(RECORDED) as recorded:

@@ -109,7 +109,8 @@ def worst_row_error(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> floa
     """Largest |found - wanted| / |wanted| over the rows (last dimension) of all tensors; 0 / 0 is 0."""
     worst = 0.0
     for name, reference in wanted.items():
-        difference, size = (found[name] - reference).norm(dim=-1), reference.norm(dim=-1)
+        reference = reference.double()
+        difference, size = (found[name].double() - reference).norm(dim=-1), reference.norm(dim=-1)
         error = torch.where(difference > 0, difference / size, 0.0).max()
         # A row that should be zero and is not, or NaN, must not pass as small.
         worst = max(worst, float(error.nan_to_num(nan=float("inf"))))

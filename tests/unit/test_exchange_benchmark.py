@@ -19,10 +19,10 @@ from benchmarks.exchange.selections import TRAINED, construct, remote_pairs, sel
 from msa_train.parallel.layout import ShardLayout
 
 M3 = LayerShape(seq_len=131_072, block_size=128, bytes_per_element=2, with_kl=False)
-DEV = """Inter-|   Receive                                                |  Transmit
- face |bytes    packets errs drop fifo frame compressed multicast|bytes    packets errs drop fifo colls carrier compressed
-    lo:       5       1    0    0    0     0          0         0        5       1    0    0    0     0       0          0
-  eth0: 1000900      30    2    0    0     0          0         0   200070      11    0    0    0     0       0          0
+DEV = """Inter-|   Receive                 |  Transmit
+ face |bytes packets errs drop fifo frame compressed multicast|bytes packets errs drop fifo colls carrier
+    lo:       5       1    0    0    0     0          0         0        5       1    0    0    0     0   0 0
+  eth0: 1000900      30    2    0    0     0          0         0   200070      11    0    0    0     0   0 0
 """
 
 

@@ -72,8 +72,8 @@ class Cluster:
     def limit(self, rates: namespaces.Rates) -> None:
         """Set the rates of all links."""
         if self.shaped:
-            namespaces.shape_hub(self.size, self.num_nodes, rates)
-            self.call("shape_link", rates)
+            namespaces.limit_hub(self.size, self.num_nodes, rates)
+            self.call("limit_link", rates)
 
     def between_nodes(self) -> int:
         """Bytes that have passed between the nodes so far, both ways together."""

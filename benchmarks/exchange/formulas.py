@@ -8,12 +8,16 @@ e bytes per element, U remote (block, group) pairs that this rank fetches, V pai
 | all_gather | Di e T (P-1) | 2 M D e T (P-1) | the same | (2 M D + M Di) e T (P-1), a reduce-scatter |
 | all_gather_all_reduce | same | same | 0, they are kept | twice that, an all-reduce |
 | ring | same | same | same | (2 M D + M Di) e T P: sums also travel home |
-| selected | same | 2 B D e U, requests: a byte per pair | 0, they are kept | (2 B D + B Di) e V |
+| selected | same | 2 B D e U | 0, they are kept | (2 B D + B Di) e V |
 
-The gradients of index keys (the terms with M Di and B Di) travel with the KL loss alone.
+`selected` also gathers its requests, a bit per pair of the pack and 64 bytes from each rank. demand.py has
+what changes where hot pairs are broadcast and nodes are known. The gradients of index keys (the terms with
+M Di and B Di) travel with the KL loss alone.
 """
 
 from dataclasses import dataclass
+
+_REQUEST_HEADER_BYTES = 64
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -55,6 +59,12 @@ def index_key_bytes(shape: LayerShape, cp_size: int) -> int:
     return shape.index_token_bytes * (shape.seq_len // cp_size) * (cp_size - 1)
 
 
+def request_bytes(shape: LayerShape, cp_size: int) -> int:
+    """The gather of requests: a bitmap of every owner's pairs and a header from each rank."""
+    pairs = shape.seq_len // cp_size // shape.block_size * shape.num_kv_heads
+    return (cp_size - 1) * (cp_size * -(-pairs // 8) + _REQUEST_HEADER_BYTES)
+
+
 def all_gather_bytes(shape: LayerShape, cp_size: int) -> dict[str, int]:
     """Gather, gather again, reduce-scatter."""
     remote = shape.seq_len // cp_size * (cp_size - 1)
@@ -78,17 +88,16 @@ def ring_bytes(shape: LayerShape, cp_size: int) -> dict[str, int]:
 
 
 def selected_bytes(shape: LayerShape, cp_size: int, *, fetched: int, served: int) -> dict[str, int]:
-    """Only the pairs that are needed.
+    """Only the pairs that are needed, one by one.
 
     Args:
         shape, cp_size: see the head of the file.
         fetched: remote pairs that this rank's queries selected.
         served: pairs that it sends to others, whose gradients it gets back.
     """
-    local_pairs = shape.seq_len // cp_size // shape.block_size * shape.num_kv_heads
     return {
         "index_key": index_key_bytes(shape, cp_size),
-        "request": local_pairs * (cp_size - 1),
+        "request": request_bytes(shape, cp_size),
         "kv": shape.pair_bytes(shape.kv_token_bytes) * fetched,
         "kv_grad": shape.pair_bytes(shape.grad_token_bytes) * served,
     }

@@ -4,20 +4,23 @@ Projections, selection and everything outside the attention are left out; they a
 Shapes: T local tokens, M KV groups, G query heads per group, D head dim, Di index head dim, K top-k slots.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from benchmarks.exchange.demand import Wants, demand_bytes
 from benchmarks.exchange.formulas import (
     LayerShape,
     all_gather_bytes,
     all_reduce_bytes,
+    request_bytes,
     ring_bytes,
-    selected_bytes,
 )
-from benchmarks.exchange.schemes import Scheme
-from benchmarks.exchange.selections import remote_pairs, select, shape_for
+from benchmarks.exchange.schemes import KeepAndAllReduce, Scheme
+from benchmarks.exchange.selections import select, shape_for
+from msa_train.config import KvExchange
 from msa_train.parallel.collectives import CpComm
 from msa_train.parallel.cp_sparse_attention import SparseCall, cp_sparse_attention
 from msa_train.parallel.layout import ShardLayout
@@ -56,8 +59,16 @@ def make_layer(selection: str, shape: LayerShape, cp_rank: int, cp_size: int) ->
     )
 
 
-def layer_step(data: LayerData, scheme: Scheme, comm: CpComm) -> dict[str, Tensor]:
-    """Forward and backward once; the output and the gradients of all inputs by name."""
+@dataclass(slots=True)
+class StepResult:
+    """Output and gradients of all inputs by name; used: the exchange that the layer took."""
+
+    tensors: dict[str, Tensor]
+    used: KvExchange
+
+
+def layer_step(data: LayerData, scheme: Scheme, comm: CpComm) -> StepResult:
+    """Forward and backward once."""
     inputs = {name: x.detach().requires_grad_() for name, x in data.tensors.items()}
     shape = data.shape
     all_keys = comm.all_gather(data.tensors["k_index"], "index_key").flatten(0, 1)
@@ -71,38 +82,41 @@ def layer_step(data: LayerData, scheme: Scheme, comm: CpComm) -> dict[str, Tenso
         index_scale=shape.index_head_dim**-0.5,
         k_index=all_keys.view(-1, shape.block_size, shape.index_head_dim) if shape.with_kl else None,
         kl_weight=float(shape.with_kl),
+        settings=scheme.settings,
     )
+    del all_keys
     out = cp_sparse_attention(*(inputs[name] for name in INPUTS), call)
+    assert call.requests is not None, "the forward pass agreed on an exchange"
+    used = call.requests.kind
     out.backward(data.dout)
     grads = {f"d{name}": x.grad for name, x in inputs.items() if x.grad is not None}
-    return {"out": out.detach(), **grads}
+    return StepResult({"out": out.detach(), **grads}, used)
 
 
 def expected_bytes(
-    data: LayerData, scheme: Scheme, *, fetched: list[int], served: list[int]
+    shape: LayerShape, scheme: Scheme, used: KvExchange, wanted: Tensor, ranks_per_node: int
 ) -> list[dict[str, int]]:
     """What every rank should receive, by purpose.
 
     Args:
-        data: of any rank.
-        scheme: names the formula.
-        fetched, served: pairs that each rank gets and gives with `selected`.
+        shape: of the layer.
+        scheme, used: the scheme and the exchange that it took.
+        wanted: [P, P, NP] bool, pairs by requester and owner.
+        ranks_per_node: that the scheme knows of; 0: none.
     """
-    shape, size = data.shape, data.layout.cp_size
-    if scheme.formula == "selected":
-        counts = zip(fetched, served, strict=True)
-        return [selected_bytes(shape, size, fetched=f, served=s) for f, s in counts]
-    formulas = {
-        "all_gather": all_gather_bytes,
-        "all_gather_all_reduce": all_reduce_bytes,
-        "ring": ring_bytes,
-    }
-    return [formulas[scheme.formula](shape, size)] * size
-
-
-def pairs_by_owner(data: LayerData) -> list[int]:
-    """Pairs that this rank's queries select of each rank."""
-    return remote_pairs(data.block_indices, data.layout).sum(0).tolist()
+    size = wanted.shape[0]
+    if used is KvExchange.selected:
+        wants = Wants(wanted, ranks_per_node, scheme.settings.hot_share)
+        rows = demand_bytes(shape, wants)
+        if not scheme.settings.keep_for_backward:
+            rows = [{**row, "kv_again": row["kv"]} for row in rows]
+        return rows
+    if used is KvExchange.ring:
+        return [ring_bytes(shape, size)] * size
+    if scheme.comm is KeepAndAllReduce:
+        return [all_reduce_bytes(shape, size)] * size
+    asked = {"request": request_bytes(shape, size)} if scheme.exchange is KvExchange.auto else {}
+    return [{**all_gather_bytes(shape, size), **asked}] * size
 
 
 def worst_row_error(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
@@ -111,7 +125,7 @@ def worst_row_error(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> floa
     for name, reference in wanted.items():
         reference = reference.double()
         difference, size = (found[name].double() - reference).norm(dim=-1), reference.norm(dim=-1)
-        error = torch.where(difference > 0, difference / size, 0.0).max()
-        # A row that should be zero and is not, or NaN, must not pass as small.
-        worst = max(worst, float(error.nan_to_num(nan=float("inf"))))
+        error = torch.where(difference == 0, 0.0, difference / size).max()
+        # A row that should be zero and is not, or is NaN, must not pass as small.
+        worst = max(worst, float(error.nan_to_num(nan=math.inf, posinf=math.inf)))
     return worst

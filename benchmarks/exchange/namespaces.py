@@ -114,12 +114,12 @@ def set_up_rank(rank: int) -> None:
             break
 
 
-def shape_rank(rates: Rates) -> None:
+def limit_rank(rates: Rates) -> None:
     """Called by a rank: limit what it sends."""
     _limit(INTERFACE, rates.rank)
 
 
-def shape_hub(num_ranks: int, num_nodes: int, rates: Rates) -> None:
+def limit_hub(num_ranks: int, num_nodes: int, rates: Rates) -> None:
     """Limit what ranks receive, and the link between nodes both ways."""
     for rank in range(num_ranks):
         _limit(f"rank{rank}", rates.rank)

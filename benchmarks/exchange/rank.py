@@ -5,12 +5,13 @@ import os
 import signal
 import time
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -18,8 +19,12 @@ from torch import Tensor
 from benchmarks.exchange import namespaces
 from benchmarks.exchange.counters import read_counters, read_retransmits
 from benchmarks.exchange.formulas import LayerShape
-from benchmarks.exchange.layer import LayerData, layer_step, make_layer, pairs_by_owner, worst_row_error
+from benchmarks.exchange.layer import LayerData, layer_step, make_layer, worst_row_error
 from benchmarks.exchange.schemes import SCHEMES, make_comm
+from benchmarks.exchange.selections import remote_pairs
+from msa_train.config import KvExchange
+from msa_train.parallel.collectives import CpComm
+from msa_train.parallel.exchange_groups import measure_rates
 
 _MMAP_THRESHOLD = -3
 _PORT = 29500
@@ -45,7 +50,8 @@ class StepReport:
     wall_s: from a barrier to this rank's end. compute_s: CPU time of the thread that computes; process_cpu_s:
     of all threads. counters: bytes and packets (received, then sent) of the interface. traffic: bytes that
     arrived from other ranks as counted by the collectives, by purpose. retransmits: TCP segments that this
-    rank sent again. error: worst row against the reference scheme, if asked for.
+    rank sent again. exposed_s: time spent waiting for collectives, by purpose. used: the exchange that was
+    taken. error: worst row against the reference scheme, if asked for.
     """
 
     wall_s: float
@@ -54,6 +60,8 @@ class StepReport:
     counters: tuple[int, int, int, int]
     traffic: dict[str, int]
     retransmits: int
+    exposed_s: dict[str, float]
+    used: KvExchange
     error: float | None = None
 
 
@@ -64,22 +72,34 @@ class RankWorker:
     place: RankPlace
     interface: str
     layers: dict[str, LayerData] = field(default_factory=dict)
-    reference: dict[str, Tensor] | None = None
-    comms: dict[str, Any] = field(default_factory=dict)
+    reference: dict[str, Tensor] = field(default_factory=dict)
+    comms: dict[str, CpComm] = field(default_factory=dict)
 
-    def prepare(self, selection: str, shape: LayerShape) -> list[int]:
-        """Build the layer's data; returns the pairs that this rank fetches from each rank."""
-        self.layers = {selection: make_layer(selection, shape, self.place.rank, self.place.size)}
-        self.reference = None
-        return pairs_by_owner(self.layers[selection])
+    def connect(self, schemes: list[str]) -> None:
+        """Build the collectives of all schemes."""
+        for name in schemes:
+            self.comms[name] = make_comm(SCHEMES[name], self.place.num_nodes, self.place.timeout_s)
 
-    def shape_link(self, rates: namespaces.Rates) -> None:
+    def prepare(self, selection: str, shape: LayerShape) -> np.ndarray:
+        """Build a layer's data; returns the pairs that this rank wants, [P, NP] bool by owner."""
+        data = make_layer(selection, shape, self.place.rank, self.place.size)
+        self.layers[selection], self.reference = data, {}
+        return remote_pairs(data.block_indices, data.layout).flatten(1).numpy()
+
+    def limit_link(self, rates: namespaces.Rates) -> None:
         """Limit what this rank sends."""
-        namespaces.shape_rank(rates)
+        namespaces.limit_rank(rates)
+
+    def calibrate(self) -> dict[str, dict[str, Any]]:
+        """Measure the rates that `auto` decides by; returns them by scheme."""
+        for comm in self.comms.values():
+            if comm.rates is not None:
+                comm.rates = measure_rates(comm)
+        return {name: asdict(comm.rates) for name, comm in self.comms.items() if comm.rates is not None}
 
     def step(self, selection: str, scheme: str, check: bool) -> StepReport:
         """One step. check: compare with the first checked step's numbers, which are the reference."""
-        data, comm = self.layers[selection], make_comm(SCHEMES[scheme], self.place.num_nodes)
+        data, comm = self.layers[selection], self.comms[scheme].fresh()
         dist.barrier()
         counters, retransmits = read_counters(self.interface), read_retransmits()
         wall, compute, cpu = time.perf_counter(), time.thread_time(), time.process_time()
@@ -95,19 +115,21 @@ class RankWorker:
             counters=(moved.received_bytes, moved.received_packets, moved.sent_bytes, moved.sent_packets),
             traffic=dict(comm.traffic.received),
             retransmits=read_retransmits() - retransmits,
+            exposed_s=dict(comm.exposed.seconds()),
+            used=result.used,
         )
         if check:
-            if self.reference is None:
-                self.reference = result
-            report.error = worst_row_error(result, self.reference)
+            if not self.reference:
+                self.reference = result.tensors
+            report.error = worst_row_error(result.tensors, self.reference)
         return report
 
     def memory(self, selection: str, scheme: str) -> int:
         """Peak bytes of one step above what was resident before, after a step that warms up."""
         data = self.layers[selection]
-        self.reference = None
+        self.reference, peak = {}, 0
         for _ in range(2):
-            comm = make_comm(SCHEMES[scheme], self.place.num_nodes)
+            comm = self.comms[scheme].fresh()
             dist.barrier()
             before = _reset_peak()
             layer_step(data, SCHEMES[scheme], comm)

@@ -91,7 +91,8 @@ def goals(result: dict[str, Any]) -> list[str]:
             f"- `selected` at f <= 0.2 and {_slowest(rows)} Mbit/s: at least {gain:.1f} times as fast as "
             "all-gather; 2 is wanted."
         )
-    full = [row for row in rows if row["scheme"] == "auto" and row["f"] > 0.999]
+    limited = [row for row in rows if row["rate_mbit"]] or rows
+    full = [row for row in limited if row["scheme"] == "auto" and row["f"] > 0.999]
     if full:
         cost = max(row["step_s_median"] / reference_of(row, rows)["step_s_median"] for row in full)
         lines.append(f"- `auto` at f = 1: at most {cost:.2f} of the all-gather's time; 1.05 is wanted.")
@@ -173,6 +174,9 @@ def _byte_table(rows: list[Row], *, shaped: bool) -> list[str]:
         cells: list[str] = []
         for scheme in schemes:
             same = [r for r in rows if (r["part"], r["selection"], r["scheme"]) == (part, selection, scheme)]
+            if not same:
+                cells.append("")
+                continue
             ratios = [byte_ratio(r) if shaped else _counted_ratio(r) for r in same]
             worst = max(ratios, key=lambda ratio: abs(ratio - 1))
             mean = total(same[0], "formula_bytes") / len(same[0]["formula_bytes"])
@@ -190,7 +194,8 @@ def _node_table(rows: list[Row]) -> list[str]:
     lines += ["| f | " + " | ".join(schemes) + " |", "|---|" + "---|" * len(schemes)]
     for selection in dict.fromkeys(row["selection"] for row in rows):
         here = [row for row in rows if row["selection"] == selection]
-        cells = [f"{row['between_nodes_bytes'] / 1e6:.2f}" for row in here]
+        found = {row["scheme"]: row["between_nodes_bytes"] for row in here}
+        cells = [f"{found[scheme] / 1e6:.2f}" for scheme in schemes]
         lines.append(f"| {here[0]['f']:.3f} | " + " | ".join(cells) + " |")
     return [*lines, ""]
 

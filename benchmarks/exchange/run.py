@@ -29,7 +29,7 @@ from benchmarks.exchange.cluster import RankError
 from benchmarks.exchange.formulas import LayerShape
 from benchmarks.exchange.measure import Measurement, make_part
 from benchmarks.exchange.report import machine, markdown
-from benchmarks.exchange.schemes import SCHEMES
+from benchmarks.exchange.schemes import DEFAULT_SCHEMES, SCHEMES
 from benchmarks.exchange.selections import TRAINED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,7 +60,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--selections", nargs="+", default=list(SELECTIONS), help="values of f, and `trained`"
     )
-    parser.add_argument("--schemes", nargs="+", choices=list(SCHEMES), default=list(SCHEMES))
+    parser.add_argument("--schemes", nargs="+", choices=list(SCHEMES), default=list(DEFAULT_SCHEMES))
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of each scheme")
     parser.add_argument(
         "--seq-len", type=int, default=LayerShape().seq_len, help="tokens of constructed packs"
@@ -110,8 +110,7 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
     measurement = Measurement(arguments, _say)
     parts = [make_part(name, arguments.rates, arguments.node_rates) for name in arguments.parts]
     if not measurement.shaped:
-        # Loopback knows no nodes.
-        parts = [replace(part, nodes=1, rates=()) for part in parts]
+        parts = [replace(part, rates=()) for part in parts]
     for part in parts:
         measurement.run(part)
     if arguments.memory:
@@ -123,6 +122,8 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
         "shape": asdict(measurement.shape),
         "shaped": measurement.shaped,
         "rounds": arguments.rounds,
+        "selections": measurement.pairs,
+        "rates": measurement.rates,
         "rows": measurement.rows,
         "memory": measurement.memory,
     }

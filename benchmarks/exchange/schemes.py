@@ -5,19 +5,21 @@ that throws most of its result away, so that it moves twice the bytes; here `all
 on a GPU. And the nearest rival's scheme is the same session on other collectives.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from msa_train.config import KvExchange
-from msa_train.parallel.collectives import CpComm
+from msa_train.config import ExchangeConfig, KvExchange
+from msa_train.parallel.collectives import CpComm, Pending
+from msa_train.parallel.exchange_groups import build_comm
 
 
 class RingReduceScatter(CpComm):
     """Collectives whose reduce_scatter passes partial sums around a ring: P - 1 slices per rank, no more."""
 
-    def reduce_scatter(self, x: Tensor, purpose: str) -> Tensor:
+    def start_reduce_scatter(self, x: Tensor, purpose: str) -> Pending[Tensor]:
         """Sum over ranks of slice `rank`: [size, ...] -> [...].
 
         Example: rank r starts with slice r - 1; what it gets is slice r - 2, summed over rank r - 1, and so
@@ -27,7 +29,7 @@ class RingReduceScatter(CpComm):
         for step in range(2, self.size + 1):
             (arrived,) = self.shift([held], purpose).wait()
             held = arrived.add_(x[(self.rank - step) % self.size])
-        return held
+        return self._done(held, purpose)
 
 
 class KeepAndAllReduce(CpComm):
@@ -39,43 +41,60 @@ class KeepAndAllReduce(CpComm):
 
     kept: Tensor | None = None
 
-    def all_gather(self, x: Tensor, purpose: str) -> Tensor:
-        """See CpComm.all_gather; the second gather of keys and values brings what the first one kept."""
+    def start_all_gather(self, x: Tensor, purpose: str, out: Tensor | None = None) -> Pending[Tensor]:
+        """See CpComm.start_all_gather; the second gather of keys and values brings what the first kept."""
         if purpose == "kv_again" and self.kept is not None:
             kept, self.kept = self.kept, None
-            return kept
-        out = super().all_gather(x, purpose)
+            return self._done(kept, purpose)
+        pending = super().start_all_gather(x, purpose, out)
         if purpose == "kv":
-            self.kept = out
-        return out
+            self.kept = pending.wait()
+        return pending
 
-    def reduce_scatter(self, x: Tensor, purpose: str) -> Tensor:
+    def start_reduce_scatter(self, x: Tensor, purpose: str) -> Pending[Tensor]:
         """Sum over ranks of everything, then slice `rank`."""
         total = x.contiguous()
         dist.all_reduce(total, group=self.group)
         self.traffic.add(purpose, 2 * (self.size - 1) * x[0].numel() * x.element_size())
-        return total[self.rank].clone()
+        return self._done(total[self.rank].clone(), purpose)
 
 
 @dataclass(slots=True, frozen=True)
 class Scheme:
-    """exchange: of msa_train. comm: the collectives. formula: name of its byte formula."""
+    """exchange: of msa_train. comm: the collectives. settings: of the exchange. by_node: only for ranks on
+    several nodes, which the exchange then knows of."""
 
     exchange: KvExchange
-    comm: type[CpComm]
-    formula: str
+    comm: type[CpComm] = CpComm
+    settings: ExchangeConfig = field(default_factory=ExchangeConfig)
+    by_node: bool = False
 
 
 SCHEMES = {
-    "all_gather": Scheme(KvExchange.all_gather, RingReduceScatter, "all_gather"),
-    "all_gather_all_reduce": Scheme(KvExchange.all_gather, KeepAndAllReduce, "all_gather_all_reduce"),
-    "ring": Scheme(KvExchange.ring, CpComm, "ring"),
-    "selected": Scheme(KvExchange.selected, CpComm, "selected"),
+    "all_gather": Scheme(KvExchange.all_gather, RingReduceScatter),
+    "all_gather_all_reduce": Scheme(KvExchange.all_gather, KeepAndAllReduce),
+    "ring": Scheme(KvExchange.ring),
+    "selected": Scheme(KvExchange.selected),
+    "selected_no_hot": Scheme(KvExchange.selected, settings=ExchangeConfig(hot_share=0.0)),
+    "selected_again": Scheme(KvExchange.selected, settings=ExchangeConfig(keep_for_backward=False)),
+    "selected_by_node": Scheme(KvExchange.selected, by_node=True),
+    "auto": Scheme(KvExchange.auto, RingReduceScatter),
 }
+DEFAULT_SCHEMES = ("all_gather", "all_gather_all_reduce", "ring", "selected", "selected_by_node", "auto")
 REFERENCE = "all_gather"
 "the scheme that the others are compared with"
 
 
-def make_comm(scheme: Scheme, num_nodes: int) -> CpComm:
-    """Collectives of all ranks with counters of their own."""
-    return scheme.comm(group=dist.group.WORLD, rank=dist.get_rank(), size=dist.get_world_size())
+def settings_of(scheme: Scheme, size: int, num_nodes: int) -> ExchangeConfig:
+    """The scheme's settings for `size` ranks; `auto` is told of nodes too."""
+    knows_nodes = num_nodes > 1 and (scheme.by_node or scheme.exchange is KvExchange.auto)
+    return replace(scheme.settings, ranks_per_node=size // num_nodes if knows_nodes else 0)
+
+
+def make_comm(scheme: Scheme, num_nodes: int, timeout_s: float) -> CpComm:
+    """Collectives over all ranks; called by all of them."""
+    size, group = dist.get_world_size(), dist.group.WORLD
+    assert group is not None, "the job was joined first"
+    settings = settings_of(scheme, size, num_nodes)
+    comm = build_comm(group, scheme.exchange, settings, torch.device("cpu"), timeout_s)
+    return scheme.comm(**{item.name: getattr(comm, item.name) for item in fields(CpComm)})

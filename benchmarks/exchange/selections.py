@@ -86,8 +86,8 @@ def _spread(drawn: Tensor, num_queries: int, slots: int) -> Tensor:
 
 
 def remote_pairs(block_indices: Tensor, layout: ShardLayout) -> Tensor:
-    """[M, P] int64: pairs of each owner that the rank's queries selected; its own count as none."""
+    """[P, M, NL] bool: pairs of each owner that the rank's queries selected; its own are left out."""
     needed = needed_pairs(block_indices, layout.num_blocks)
-    by_owner = needed.view(needed.shape[0], layout.cp_size, -1).sum(2)
-    by_owner[:, layout.cp_rank] = 0
+    by_owner = needed.view(needed.shape[0], layout.cp_size, -1).transpose(0, 1).clone()
+    by_owner[layout.cp_rank] = False
     return by_owner

@@ -51,8 +51,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"Forward and backward of one MSA layer's exchange and attention: {shape['seq_len']} tokens, blocks "
         f"of {shape['block_size']}, top-{shape['topk']}, {shape['num_kv_heads']} KV groups of "
         f"{shape['heads_per_group']} query head(s), head and index dim {shape['head_dim']}, fp32, {kl} KL "
-        f"loss. {result['rounds']} rounds with the schemes in turns; a step lasts until its last rank is "
-        "done.",
+        f"loss. {result['rounds']} rounds (without a limit one less) with the schemes in turns; a step lasts "
+        "until its last rank is done.",
         "",
     ]
     for group in _grouped(result["rows"]):

@@ -179,7 +179,8 @@ def _byte_table(rows: list[Row], *, shaped: bool) -> list[str]:
                 continue
             ratios = [byte_ratio(r) if shaped else _counted_ratio(r) for r in same]
             worst = max(ratios, key=lambda ratio: abs(ratio - 1))
-            mean = total(same[0], "formula_bytes") / len(same[0]["formula_bytes"])
+            # `auto` may choose differently at each rate; shown is the last one.
+            mean = total(same[-1], "formula_bytes") / len(same[-1]["formula_bytes"])
             cells.append(f"{mean / 1e6:.2f} MB ({worst:.3f})")
         first = next(r for r in rows if (r["part"], r["selection"]) == (part, selection))
         lines.append(f"| {part} | {first['f']:.3f} | " + " | ".join(cells) + " |")

@@ -35,6 +35,12 @@ class Cluster:
     "gathers and scatters cross the network once per node, spread over its ranks' network cards (NCCL does)"
     reduce_scatter_as_all_reduce: bool = False
     "whether a reduce-scatter moves an all-reduce's bytes, as some CPU backends have it"
+    node_uplink_bytes: float = 0.0
+    "bytes per second between a node and the others, shared by its ranks; 0: no limit of its own"
+    one_link: bool = False
+    "whether node_rate_bytes is one link that near and far messages share (Ethernet), not two kinds of links"
+    host_s_per_byte: float = 0.0
+    "processor time of a received byte, where processors and not adapters move the data"
     compute_share: float = 1.0
     "share of a device that a rank computes on; below 1 where processes share processor cores"
     source: str = ""
@@ -44,7 +50,7 @@ class Cluster:
         for name in ("gpus_per_node", "node_rate_bytes", "network_rate_bytes"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be positive")
-        for name in ("node_latency_s", "network_latency_s", "host_sync_s"):
+        for name in ("node_latency_s", "network_latency_s", "host_sync_s", "node_uplink_bytes", "host_s_per_byte"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
         for name in ("link_efficiency", "compute_share"):

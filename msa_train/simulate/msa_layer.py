@@ -56,8 +56,9 @@ class MsaWork:
 class MsaLayer:
     """Times and bytes of one layer call."""
 
-    def __init__(self, setup: Setup, work: MsaWork) -> None:
-        self.setup, self.work = setup, work
+    def __init__(self, setup: Setup, work: MsaWork, *, with_projections: bool = True) -> None:
+        """with_projections: False leaves the attention alone, as the wire benchmark measures it."""
+        self.setup, self.work, self.with_projections = setup, work, with_projections
         self.head_size, self.outer_size = setup.options.head_size, setup.outer.cp_size
         self.cluster = setup.outer_cluster
         shape, rates = setup.shape, setup.rates
@@ -144,7 +145,7 @@ class MsaLayer:
         started = clocks.start()
         if not setup.options.overlap:
             clocks.finish("index_key", started, keys)
-        clocks.compute(setup.projections_s() + self.index_projection_s)
+        clocks.compute(self._projections_s())
         self._switch_heads(clocks, self._inner_bytes_in())
         if setup.options.overlap:
             clocks.finish("index_key", started, keys)
@@ -155,18 +156,24 @@ class MsaLayer:
             clocks.compute(self.index_s)
         exchange.forward(clocks, again=again)
         self._switch_heads(clocks, self._inner_bytes_out())
-        clocks.compute(setup.output_s())
+        clocks.compute(self._output_s())
         return clocks.result()
 
     def _backward(self, exchange: Exchange) -> LayerTime:
-        setup, clocks = self.setup, self._clocks()
+        clocks = self._clocks()
         exchange.before_backward(clocks)
-        clocks.compute(2 * setup.output_s())
+        clocks.compute(2 * self._output_s())
         self._switch_heads(clocks, self._inner_bytes_out())
         exchange.backward(clocks)
         self._switch_heads(clocks, self._inner_bytes_in())
-        clocks.compute(2 * (setup.projections_s() + self.index_projection_s))
+        clocks.compute(2 * self._projections_s())
         return clocks.result()
+
+    def _projections_s(self) -> float:
+        return (self.setup.projections_s() + self.index_projection_s) * self.with_projections
+
+    def _output_s(self) -> float:
+        return self.setup.output_s() * self.with_projections
 
     def _clocks(self) -> Timeline:
         return Timeline(self.outer_size, self.outer_size // self.cluster.num_nodes(self.outer_size))

@@ -79,6 +79,10 @@ class Question:
                 f"cp_head_size={head_size}: must divide num_kv_heads={self.shape.num_kv_heads} and "
                 f"cp_size={self.cp_size}"
             )
+        if head_size > 1 and self.cluster.node_uplink_bytes:
+            raise ValueError(
+                f"cp_head_size={head_size}: a shared uplink of {self.cluster.name} is not modelled for it; use 1"
+            )
         self.cluster.num_nodes(self.cp_size)
 
     def placement(self, cp_size: int, layout: str | None = None) -> Placement:

@@ -1,7 +1,7 @@
 """Bytes of collectives per rank, by link, and the time they take.
 
-A rank's four links (to and from its node, to and from other nodes) work at once; a collective ends when the
-fullest link of any rank is done. Latency is paid per message in a row: P - 1 in rings, one in an all-to-all.
+A rank's links (to and from its node, to and from other nodes) work at once; a collective ends when the fullest
+link of any rank is done. Latency is paid per message in a row: P - 1 in rings, one in an all-to-all.
 """
 
 from dataclasses import dataclass
@@ -56,11 +56,20 @@ class Wire:
         )
 
     def time_s(self, cluster: Cluster) -> float:
-        """Seconds until the last rank is done."""
-        near = max(self.near_sent.max(), self.near_received.max()) / cluster.node_rate
-        far = max(self.far_sent.max(), self.far_received.max()) / cluster.network_rate
+        """Seconds until the last rank is done: the slowest of its links, its node's uplink, its processor."""
+        shared = cluster.one_link
+        near = max((self.near_sent + shared * self.far_sent).max(), self._near_in(shared).max())
+        far = max(self.far_sent.max(), self.far_received.max())
+        times = [near / cluster.node_rate, far / cluster.network_rate]
+        if cluster.node_uplink_bytes and self.far_sent.shape[0] > cluster.gpus_per_node:
+            both = [x.reshape(-1, cluster.gpus_per_node).sum(1).max() for x in (self.far_sent, self.far_received)]
+            times.append(max(both) / (cluster.node_uplink_bytes * cluster.link_efficiency))
+        times.append(self.received.max() * cluster.host_s_per_byte / cluster.compute_share)
         latency = self.near_steps * cluster.node_latency_s + self.far_steps * cluster.network_latency_s
-        return float(max(near, far)) + latency
+        return float(max(times)) + latency
+
+    def _near_in(self, shared: bool) -> FloatArray:
+        return self.near_received + shared * self.far_received
 
 
 def node_of(cluster: Cluster, cp_size: int) -> NDArray[np.int64]:

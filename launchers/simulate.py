@@ -29,7 +29,7 @@ SCHEMES = (
     *("ring", "all_gather", "all_gather_early", "all_gather_all_reduce"),
     *("selected", "selected_hierarchical", "auto"),
 )
-LAYOUTS = ("contiguous", "zigzag")
+LAYOUTS = ("contiguous", "zigzag", "dealt")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,6 +13,7 @@ from launchers.groups import config_dir, group_options
 from msa_train.config import AttentionConfig, ModelConfig
 
 if TYPE_CHECKING:
+    from msa_train.simulate.placement import Placement
     from msa_train.simulate.question import Question
     from msa_train.simulate.selections import RecordedSelections, Selections
     from msa_train.simulate.shape import LayerShape
@@ -31,7 +32,7 @@ def read_question(arguments: argparse.Namespace) -> "tuple[Question, Callable[[Q
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given) or "none"
         raise ValueError(f"selections={names}: give exactly one of --f, --alike-tokens, --selections")
     from msa_train.simulate.cluster import load_cluster
-    from msa_train.simulate.question import FullScheme, Options, Question, Scheme, equal_documents
+    from msa_train.simulate.question import Options, Question, Scheme, equal_documents
     from msa_train.simulate.rates import load_rates
 
     shape = read_shape(
@@ -55,7 +56,6 @@ def read_question(arguments: argparse.Namespace) -> "tuple[Question, Callable[[Q
         layout=arguments.layout,
         cu_seqlens=cu_seqlens,
         schemes=[Scheme(name) for name in arguments.schemes],
-        full_schemes=[scheme for scheme in FullScheme if scheme.value != "ring_zigzag" or _halves(arguments)],
         index_balance=not arguments.no_index_balance,
         options=Options(
             keep_for_backward=not arguments.refetch,
@@ -65,11 +65,11 @@ def read_question(arguments: argparse.Namespace) -> "tuple[Question, Callable[[Q
             head_size=arguments.cp_head_size,
         ),
     )
-    question.check()
+    placement = question.placement()
     if recorded is not None:
-        _check_fit(recorded, question)
+        _check_fit(recorded, question, placement)
         return question, lambda _: recorded
-    return question, _synthetic(arguments, question)
+    return question, _synthetic(arguments, question, placement)
 
 
 def read_shape(model: str, attention: str, *, element_bytes: int, trains_index: bool) -> "LayerShape":
@@ -82,15 +82,6 @@ def read_shape(model: str, attention: str, *, element_bytes: int, trains_index: 
         element_bytes=element_bytes,
         trains_index=trains_index,
     )
-
-
-def _halves(arguments: argparse.Namespace) -> bool:
-    """Whether every shard can be cut in two runs of whole blocks; the layer's table leaves zigzag out else."""
-    options = group_options("attention")
-    if arguments.attention not in options:
-        return True
-    block_size = _read_config(AttentionConfig, "attention", arguments.attention).block_size
-    return arguments.seq_len % (2 * max(arguments.cp_size, 1) * block_size) == 0
 
 
 def _read_config(kind: type[Config], group: str, name: str) -> Config:
@@ -119,15 +110,17 @@ def _recorded(arguments: argparse.Namespace) -> "RecordedSelections":
     raise ValueError(f"--layer={arguments.layer}: {path} has layers {known}; name one of them")
 
 
-def _check_fit(recorded: "RecordedSelections", question: "Question") -> None:
+def _check_fit(recorded: "RecordedSelections", question: "Question", placement: "Placement") -> None:
     for name, expected in (("num_kv_heads", question.shape.num_kv_heads), ("topk", question.shape.topk)):
         value = getattr(recorded, name)
         if value != expected:
             raise ValueError(f"{name}={value} in the recording: must be the model's {expected}; use its --model")
-    recorded.needed(question.placement(question.cp_size // question.options.head_size), 0)
+    recorded.needed(placement, 0)
 
 
-def _synthetic(arguments: argparse.Namespace, question: "Question") -> "Callable[[Question], Selections]":
+def _synthetic(
+    arguments: argparse.Namespace, question: "Question", placement: "Placement"
+) -> "Callable[[Question], Selections]":
     from msa_train.simulate.synthetic import SyntheticSelections
 
     def make(asked: "Question") -> SyntheticSelections:
@@ -144,5 +137,5 @@ def _synthetic(arguments: argparse.Namespace, question: "Question") -> "Callable
             seed=arguments.seed,
         )
 
-    make(question).check(question.placement(question.cp_size // question.options.head_size))
+    make(question).check(placement)
     return make

@@ -172,8 +172,8 @@ def predict(row: Row, free: Row, result: dict[str, Any], rates: KernelRates | No
     work = MsaWork(
         wants=collect_wants(given, placement, shape.num_kv_heads, 1),
         local_share=given.local_share(placement),
-        index_pairs=np.zeros(size, dtype=np.int64),
-        index_moves=[],
+        index_scores=np.zeros(size, dtype=np.int64),
+        index_moved=np.zeros((size, size), dtype=np.int64),
     )
     return MsaLayer(setup, work, with_projections=False).report(Scheme(_scheme_name(row)))
 

@@ -36,6 +36,7 @@ from msa_train.simulate.timeline import LayerTime, Timeline
 from msa_train.simulate.wire import Wire
 
 FloatArray = NDArray[np.float64]
+BLOCK_ID_BYTES = 4
 
 
 @dataclass(slots=True)
@@ -43,14 +44,14 @@ class MsaWork:
     """What a layer's queries ask for, [P'] each.
 
     wants: requests of all ranks. local_share: share of the (query, block) pairs whose block is local.
-    index_pairs: (query, key) pairs that each rank scores. index_moves: index queries that change ranks for
-    that, and the block ids that come back; empty without.
+    index_scores: (query, block) pairs that each rank scores. index_moved: [P', P'] tokens whose index queries
+    change ranks for that, by receiving and holding rank.
     """
 
     wants: Wants
     local_share: FloatArray
-    index_pairs: NDArray[np.int64]
-    index_moves: list[Wire]
+    index_scores: NDArray[np.int64]
+    index_moved: NDArray[np.int64]
 
 
 class MsaLayer:
@@ -71,7 +72,7 @@ class MsaLayer:
             backward_s = backward_s + setup.seconds(kl, rates.kl_flops)
         forward_s = setup.seconds(flops, rates.sparse_forward_flops)
         self.attention = AttentionWork(np.asarray(forward_s), np.asarray(backward_s), work.local_share)
-        index = shape.index_flops(work.index_pairs) / self.head_size
+        index = shape.index_flops(work.index_scores * shape.block_size) / self.head_size
         self.index_s = np.asarray(setup.seconds(index, rates.index_flops))
         projection = shape.index_projection_flops(setup.tokens)
         self.index_projection_s = float(setup.seconds(projection, rates.projection_flops))
@@ -83,15 +84,15 @@ class MsaLayer:
         exchange = self._exchange(scheme)
         forward, backward = self._forward(exchange, again=False), self._backward(exchange)
         traffic = {"index_key": [self._index_keys()], **exchange.traffic}
-        if self.work.index_moves:
-            traffic["index_query"] = self.work.index_moves
+        if self.work.index_moved.any():
+            traffic |= dict(zip(("index_query", "block_ids"), ([wire] for wire in self._index_moves()), strict=True))
         if self.setup.options.recompute:
             backward = self._forward(exchange, again=True) + backward
             for name in ("index_key", "kv", "kv_outer", "kv_hot"):
                 if name in traffic:
                     traffic[name] = traffic[name] * 2
         return SchemeReport(
-            scheme, forward, backward, self._with_inner(traffic), exchange.memory_bytes + self._index_bytes()
+            scheme.value, forward, backward, self._with_inner(traffic), exchange.memory_bytes + self._index_bytes()
         )
 
     def _exchange(self, scheme: Scheme) -> Exchange:
@@ -123,7 +124,7 @@ class MsaLayer:
             clocks.collective("request", asked.seconds("request") + self.cluster.host_sync_s)
             report.forward = report.forward + clocks.result()
             report.traffic["request"] = asked.traffic["request"]
-        report.scheme, report.chosen = Scheme.auto, chosen
+        report.scheme, report.chosen = Scheme.auto.value, chosen
         return report
 
     def _selected_pays(self, *, hierarchical: bool) -> bool:
@@ -151,9 +152,10 @@ class MsaLayer:
             clocks.finish("index_key", started, keys)
         exchange.before_selection(clocks)
         if not again:
-            for move in self.work.index_moves:
-                clocks.collective("index_query", move.time_s(self.cluster))
+            there, back = (wire.time_s(self.cluster) for wire in self._index_moves())
+            clocks.collective("index_query", there)
             clocks.compute(self.index_s)
+            clocks.collective("block_ids", back)
         exchange.forward(clocks, again=again)
         self._switch_heads(clocks, self._inner_bytes_out())
         clocks.compute(self._output_s())
@@ -182,6 +184,15 @@ class MsaLayer:
         """Every rank gets all index keys, head-parallel or not."""
         shard = self.setup.tokens * self.setup.shape.index_token_bytes
         return wires.all_gather(shard, self.setup.cp_size, self.setup.cluster)
+
+    def _index_moves(self) -> tuple[Wire, Wire]:
+        """Index queries to the ranks that score them, block ids back."""
+        shape = self.setup.shape
+        query = shape.num_kv_heads * shape.index_head_dim * shape.element_bytes / self.head_size
+        ids = shape.num_kv_heads * shape.topk * BLOCK_ID_BYTES / self.head_size
+        there = wires.all_to_all(self.work.index_moved, query, self.cluster)
+        back = wires.all_to_all(self.work.index_moved.T, ids, self.cluster)
+        return tuple(wires.side_by_side([wire] * self.head_size) for wire in (there, back))  # type: ignore[return-value]
 
     def _index_bytes(self) -> float:
         return float(self.setup.outer.seq_len * self.setup.shape.index_token_bytes)
@@ -222,7 +233,7 @@ class MsaLayer:
 def measured_rates(cluster: Cluster, cp_size: int) -> ExchangeRates:
     """What timing equal collectives on this cluster gives, a short one and a long one of each kind."""
     nodes = cluster.num_nodes(cp_size)
-    node_size, sizes = cp_size // nodes, (1.0, 2.0**28)
+    node_size, sizes = cp_size // nodes, (2.0**12, 2.0**22)
 
     def line(move: Callable[[float], Wire]) -> Line:
         """move: a collective in which each rank sends so many bytes."""

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from msa_train.parallel.sequence_plan import SequencePlan
+
 IntArray = NDArray[np.int64]
 
 
@@ -13,7 +15,8 @@ class Placement:
     """Owner of every block, the same number of blocks on each rank.
 
     owner: [NB] rank per block. order: [P, NL] blocks of each rank, ascending. doc_start: [NB] first block of
-    the document that a block belongs to.
+    the document that a block belongs to. plan: the same as ranges of positions. cu_seqlens: document starts and
+    the pack's length.
     """
 
     seq_len: int
@@ -22,6 +25,8 @@ class Placement:
     owner: IntArray
     order: IntArray
     doc_start: IntArray
+    plan: SequencePlan
+    cu_seqlens: list[int]
 
     @property
     def num_blocks(self) -> int:
@@ -32,28 +37,6 @@ class Placement:
     def local_seq_len(self) -> int:
         """Tokens of each rank."""
         return self.seq_len // self.cp_size
-
-    def visible_by_owner(self) -> IntArray:
-        """[P, P] (query block, key block) pairs with the key's block before the query's, by their owners.
-
-        Example: 4 blocks of one document on 2 ranks -> [[1, 0], [4, 1]].
-        """
-        counts = np.empty((self.cp_size, self.cp_size), dtype=np.int64)
-        for rank in range(self.cp_size):
-            below = np.concatenate(([0], np.cumsum(self.owner == rank)))
-            seen = below[:-1] - below[self.doc_start]
-            counts[:, rank] = seen[self.order].sum(axis=1)
-        return counts
-
-    def causal_pairs(self) -> IntArray:
-        """[P] (query, key) pairs of the same document with the key not after the query, by owner of the query.
-
-        Example: one document of 4 tokens in blocks of 2, 2 ranks -> [1 + 2, 3 + 4].
-        """
-        block, size = np.arange(self.num_blocks, dtype=np.int64), self.block_size
-        before = (block - self.doc_start) * size
-        pairs = before * size + size * (size + 1) // 2
-        return pairs[self.order].sum(axis=1)
 
     def tiles(self, topk: int) -> IntArray:
         """[P] (query, block) pairs that one group's queries of a rank select: topk each, fewer at the start.

@@ -27,10 +27,10 @@ class Scheme(Enum):
 
 
 class FullScheme(Enum):
-    """How a full-attention layer gets keys and values."""
+    """How a full-attention layer gets keys and values; queries move for equal work, but for `ring_unbalanced`."""
 
-    ring = "ring"  # shards pass by, tokens stay where they are
-    ring_zigzag = "ring_zigzag"  # tokens move to zigzag chunks and back, a ring in between
+    ring = "ring"  # shards pass by
+    ring_unbalanced = "ring_unbalanced"  # the same, every rank computes the queries that it holds
     all_gather = "all_gather"  # all of them, in the backward pass again; gradients reduce-scattered
     all_gather_all_reduce = "all_gather_all_reduce"  # all of them, kept; gradients all-reduced
     selected = "selected"  # only the earlier part of the documents that a rank holds a piece of
@@ -85,27 +85,16 @@ class Question:
             )
         self.cluster.num_nodes(self.cp_size)
 
-    def placement(self, cp_size: int, layout: str | None = None) -> Placement:
-        """The pack on so many ranks."""
+    def placement(self, head_size: int | None = None) -> Placement:
+        """The pack on its ranks, those of a head-parallel group as one. head_size: default, that of the options."""
         return place(
-            layout or self.layout,
+            self.layout,
             seq_len=self.seq_len,
             block_size=self.shape.block_size,
-            cp_size=cp_size,
+            cp_size=self.cp_size,
             cu_seqlens=self.cu_seqlens,
+            head_size=head_size or self.options.head_size,
         )
-
-    def check(self) -> None:
-        """Whether the pack can be split so.
-
-        Raises:
-            ValueError: naming the size that does not fit.
-        """
-        self.placement(self.cp_size // self.options.head_size)
-        if self.full_schemes:
-            self.placement(self.cp_size)
-        if FullScheme.ring_zigzag in self.full_schemes:
-            self.placement(self.cp_size, "zigzag")
 
 
 def equal_documents(num_docs: int, seq_len: int, block_size: int) -> list[int]:

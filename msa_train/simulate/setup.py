@@ -71,7 +71,7 @@ class SchemeReport:
     backward, [P] ranks. memory_bytes: largest buffers of the exchange beside a rank's own shard.
     """
 
-    scheme: Scheme
+    scheme: str
     forward: LayerTime
     backward: LayerTime
     traffic: dict[str, list[Wire]]

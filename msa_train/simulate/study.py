@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from msa_train.simulate.full_layer import FullLayer
+from msa_train.simulate.layouts import share_index
 from msa_train.simulate.msa_layer import MsaLayer, MsaWork
-from msa_train.simulate.question import FullScheme, Question
+from msa_train.simulate.question import Question
 from msa_train.simulate.replay import collect_wants
 from msa_train.simulate.selections import Selections
 from msa_train.simulate.setup import SchemeReport, Setup
@@ -32,7 +33,7 @@ class Answer:
 
 def answer(question: Question, selections: Selections) -> Answer:
     """Replay the selections and time every scheme."""
-    outer = question.placement(question.cp_size // question.options.head_size)
+    outer = question.placement()
     setup = Setup(
         shape=question.shape,
         cluster=question.cluster,
@@ -42,16 +43,15 @@ def answer(question: Question, selections: Selections) -> Answer:
         outer=outer,
     )
     wants = collect_wants(selections, outer, question.shape.num_kv_heads, question.options.head_size)
-    index_pairs, moves = _index_work(question, setup)
-    local = selections.local_share(outer)
-    work = MsaWork(wants=wants, local_share=local, index_pairs=index_pairs, index_moves=moves)
+    index, local = share_index(outer, balanced=question.index_balance), selections.local_share(outer)
+    work = MsaWork(wants=wants, local_share=local, index_scores=index.work, index_moved=index.moved)
     layer = MsaLayer(setup, work)
     return Answer(
         question=question,
         selections=selections.describe(),
         f=wants.f,
         local_share=float(local.mean()),
-        index_balance=float(index_pairs.max() / index_pairs.mean()),
+        index_balance=index.balance,
         msa={scheme.value: layer.report(scheme) for scheme in question.schemes},
         full=_full(question),
     )
@@ -67,12 +67,9 @@ def _full(question: Question) -> dict[str, SchemeReport]:
         rates=question.rates,
         cp_size=question.cp_size,
         options=replace(question.options, head_size=1),
-        outer=question.placement(question.cp_size),
+        outer=question.placement(head_size=1),
     )
-    zigzag = None
-    if FullScheme.ring_zigzag in question.full_schemes:
-        zigzag = question.placement(question.cp_size, "zigzag")
-    layer = FullLayer(setup, zigzag)
+    layer = FullLayer(setup)
     return {scheme.value: layer.report(scheme) for scheme in question.full_schemes}
 
 
@@ -127,8 +124,3 @@ def scaling(
             )
         )
     return points
-
-
-def _index_work(question: Question, setup: Setup) -> tuple:
-    """Pairs that each rank scores, and what moves for it."""
-    return setup.outer.causal_pairs(), []

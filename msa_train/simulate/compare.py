@@ -19,7 +19,7 @@ from msa_train.simulate.layouts import place
 from msa_train.simulate.msa_layer import MsaLayer, MsaWork
 from msa_train.simulate.placement import Placement
 from msa_train.simulate.question import Options, Scheme
-from msa_train.simulate.rates import KernelRates
+from msa_train.simulate.rates import KernelRates, load_rates
 from msa_train.simulate.replay import collect_wants
 from msa_train.simulate.report import table
 from msa_train.simulate.selections import Bits
@@ -35,6 +35,25 @@ LATENCY_S = 2e-4
 # Slots of a query in the benchmark's constructed selections that its own rank serves
 LOCAL_SLOTS = 2
 _NEVER = 1e30
+
+
+@dataclass(slots=True, frozen=True)
+class _Known:
+    scheme: Scheme
+    options: Options
+
+
+SCHEMES = {
+    "all_gather": _Known(Scheme.all_gather, Options()),
+    "all_gather_all_reduce": _Known(Scheme.all_gather_all_reduce, Options()),
+    "ring": _Known(Scheme.ring, Options()),
+    "selected": _Known(Scheme.selected, Options()),
+    "selected_no_hot": _Known(Scheme.selected, Options(hot_share=0.0)),
+    "selected_again": _Known(Scheme.selected, Options(keep_for_backward=False)),
+    "selected_by_node": _Known(Scheme.selected_hierarchical, Options()),
+    "auto": _Known(Scheme.auto, Options()),
+}
+"the benchmark's names"
 Row = dict[str, Any]
 
 
@@ -57,34 +76,28 @@ class Comparison:
 
 @dataclass(slots=True)
 class GivenPairs:
-    """Selections of which only the number of fetched pairs per rank is known; which ones is drawn evenly.
+    """Selections of which only the numbers of pairs are known; which ones is drawn evenly.
 
-    fetched: [P]. earlier: only blocks before the rank's, as a trained model selects; else all remote ones.
+    pairs: [P, P] by requester and owner. share: of the (query, block) pairs that a rank with remote ones serves itself.
     """
 
-    fetched: list[int]
+    pairs: NDArray[np.int64]
     num_kv_heads: int
     share: float
-    earlier: bool
 
     def needed(self, placement: Placement, rank: int) -> Bits:
         """See Selections.needed."""
         rng = np.random.default_rng(rank)
-        own = placement.order[rank]
-        candidates = np.flatnonzero(placement.owner != rank)
-        if self.earlier:
-            candidates = candidates[candidates < own[-1]]
         needed = np.zeros((self.num_kv_heads, placement.num_blocks), dtype=bool)
-        for group in range(self.num_kv_heads):
-            count = self.fetched[rank] // self.num_kv_heads + (
-                group < self.fetched[rank] % self.num_kv_heads
-            )
-            needed[group, rng.permutation(candidates)[:count]] = True
+        local = placement.order.shape[1]
+        for owner, count in enumerate(self.pairs[rank]):
+            drawn = rng.permutation(self.num_kv_heads * local)[:count]
+            needed[drawn // local, placement.order[owner][drawn % local]] = True
         return needed
 
     def local_share(self, placement: Placement) -> NDArray[np.float64]:
         """See Selections.local_share."""
-        return np.where(np.asarray(self.fetched) > 0, self.share, 1.0)
+        return np.where(self.pairs.sum(axis=1) > 0, self.share, 1.0)
 
     def describe(self) -> str:
         """See Selections.describe."""
@@ -101,35 +114,30 @@ def compare_file(path: Path, rates_name: str | None = None) -> list[Comparison]:
     Raises:
         ValueError: if the file is no result of the benchmark, or lacks steps without a limit.
     """
-    from msa_train.simulate.rates import load_rates
-
     result = read_mapping(path)
-    missing = [name for name in ("shape", "machine", "rows") if name not in result]
+    missing = [name for name in ("shape", "machine", "selections", "rows") if name not in result]
     if missing:
         raise ValueError(f"{path}: {missing[0]} is missing; name a result of benchmarks/exchange")
     rates = None if rates_name is None else load_rates(rates_name)
-    known = {scheme.value for scheme in Scheme}
-    rows = [row for row in result["rows"] if row["rate_mbit"] and _scheme_name(row) in known]
+    rows = [row for row in result["rows"] if row["rate_mbit"] and row["scheme"] in SCHEMES]
     if not rows:
         raise ValueError(f"{path}: has no row with a limited rate; run the benchmark without --unshaped")
-    return [_compare(row, result, rates, path) for row in rows]
+    try:
+        return [_compare(row, result, rates, path) for row in rows]
+    except KeyError as error:
+        raise ValueError(f"{path}: {error} is missing; name a result of benchmarks/exchange") from error
 
 
 def _compare(row: Row, result: dict[str, Any], rates: KernelRates | None, path: Path) -> Comparison:
-    free = [
-        other
-        for other in result["rows"]
-        if other["part"] == row["part"]
-        and other["selection"] == row["selection"]
-        and not other["rate_mbit"]
-        and other["scheme"] == REFERENCE
-    ]
-    if not free:
+    same = [r for r in result["rows"] if r["part"] == row["part"] and r["selection"] == row["selection"]]
+    free = [r for r in same if not r["rate_mbit"] and r["scheme"] == REFERENCE]
+    case = [c for c in result["selections"] if (c["part"], c["selection"]) == (row["part"], row["selection"])]
+    if not free or not case:
         raise ValueError(
             f"{path}: part {row['part']}, selection {row['selection']} has no {REFERENCE} without a limit; run "
             "the benchmark with its default schemes"
         )
-    report = predict(row, free[0], result, rates)
+    report = predict(row, free[0], case[0], int(result["machine"]["cores"]), rates)
     predicted_s = report.total.total
     return Comparison(
         part=row["part"],
@@ -146,48 +154,43 @@ def _compare(row: Row, result: dict[str, Any], rates: KernelRates | None, path: 
     )
 
 
-def predict(row: Row, free: Row, result: dict[str, Any], rates: KernelRates | None) -> SchemeReport:
+def predict(row: Row, free: Row, case: Row, cores: int, rates: KernelRates | None = None) -> SchemeReport:
     """The modelled step of a row.
 
     Args:
         row: a measured row with limited rates.
         free: the reference scheme without a limit, same ranks and selection.
-        result: the whole file.
+        case: the selection: sizes and who fetched how many pairs from whom.
+        cores: of the machine, shared by all ranks.
         rates: kernel rates; None: from `free`.
     """
-    size = len(row["fetched"])
-    shape = _shape(result["shape"], row)
-    placement = place("contiguous", seq_len=_seq_len(result, row), block_size=shape.block_size, cp_size=size)
-    cluster = _cluster(row, free, result, size)
+    pairs, shape = np.asarray(case["pairs"], dtype=np.int64), _shape(case)
+    size, known = pairs.shape[0], SCHEMES[row["scheme"]]
+    placement = place("contiguous", seq_len=case["seq_len"], block_size=shape.block_size, cp_size=size)
     setup = Setup(
         shape=shape,
-        cluster=cluster,
+        cluster=_cluster(row, free, cores, size),
         rates=rates or _rates(shape, placement, free),
         cp_size=size,
-        options=Options(hot_share=float(row.get("hot_share", Options().hot_share))),
+        options=known.options,
         outer=placement,
     )
-    share = min(1.0, LOCAL_SLOTS / shape.topk)
-    given = GivenPairs(row["fetched"], shape.num_kv_heads, share, earlier=row["selection"] == "trained")
+    given = GivenPairs(pairs, shape.num_kv_heads, min(1.0, LOCAL_SLOTS / shape.topk))
     work = MsaWork(
+        tiles=np.full(size, placement.local_seq_len * shape.topk, dtype=np.int64),
         wants=collect_wants(given, placement, shape.num_kv_heads, 1),
         local_share=given.local_share(placement),
         index_scores=np.zeros(size, dtype=np.int64),
         index_moved=np.zeros((size, size), dtype=np.int64),
     )
-    return MsaLayer(setup, work, with_projections=False).report(Scheme(_scheme_name(row)))
+    layer = MsaLayer(setup, work, with_projections=False)
+    if known.scheme is not Scheme.auto:
+        return layer.report(known.scheme)
+    # which way auto went is data of the measurement: its rates were measured there and then
+    return layer.report_auto(selected=row["used"] == Scheme.selected.value)
 
 
-def _scheme_name(row: Row) -> str:
-    return str(row["scheme"])
-
-
-def _seq_len(result: dict[str, Any], row: Row) -> int:
-    return int(row.get("seq_len", result["shape"]["seq_len"]))
-
-
-def _shape(values: dict[str, Any], row: Row) -> LayerShape:
-    """The benchmark's shape; a row of a recorded selection has its own block size and slots."""
+def _shape(values: Row) -> LayerShape:
     groups = int(values["num_kv_heads"])
     return LayerShape(
         hidden_size=1,
@@ -195,20 +198,20 @@ def _shape(values: dict[str, Any], row: Row) -> LayerShape:
         num_kv_heads=groups,
         head_dim=int(values["head_dim"]),
         index_head_dim=int(values["index_head_dim"]),
-        block_size=int(row.get("block_size", values["block_size"])),
-        topk=int(row.get("topk", values["topk"])),
+        block_size=int(values["block_size"]),
+        topk=int(values["topk"]),
         element_bytes=int(values["bytes_per_element"]),
         trains_index=bool(values["with_kl"]),
     )
 
 
-def _cluster(row: Row, free: Row, result: dict[str, Any], size: int) -> Cluster:
+def _cluster(row: Row, free: Row, cores: int, size: int) -> Cluster:
     """The namespaces of the benchmark: one link per rank, nodes joined by a link that they share."""
     nodes = 2 if row["node_rate_mbit"] else 1
     received = float(np.sum(free["interface_received_bytes"]))
     counted = float(np.sum(free["counted_bytes"]))
     moving = np.sum(free["process_cpu_s"]) - np.sum(free["compute_cpu_s"])
-    share = min(1.0, float(result["machine"]["cores"]) / size)
+    share = min(1.0, cores / size)
     return Cluster(
         name="namespaces",
         gpus_per_node=size // nodes,
@@ -230,7 +233,7 @@ def _cluster(row: Row, free: Row, result: dict[str, Any], size: int) -> Cluster:
 
 def _rates(shape: LayerShape, placement: Placement, free: Row) -> KernelRates:
     """Rates with which the attention takes the measured processor time, split by FLOPs; nothing else takes any."""
-    tiles = float(placement.tiles(shape.topk).mean())
+    tiles = float(placement.local_seq_len * shape.topk)
     forward = shape.sparse_flops(tiles)
     backward = BACKWARD_FACTOR * forward + (shape.kl_flops(tiles) if shape.trains_index else 0.0)
     rate = (forward + backward) / max(float(np.mean(free["compute_cpu_s"])), 1e-9)

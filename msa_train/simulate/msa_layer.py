@@ -43,11 +43,12 @@ BLOCK_ID_BYTES = 4
 class MsaWork:
     """What a layer's queries ask for, [P'] each.
 
-    wants: requests of all ranks. local_share: share of the (query, block) pairs whose block is local.
+    tiles: (query, block) pairs that one group's queries of a rank select. wants: requests of all ranks. local_share: share of the (query, block) pairs whose block is local.
     index_scores: (query, block) pairs that each rank scores. index_moved: [P', P'] tokens whose index queries
     change ranks for that, by receiving and holding rank.
     """
 
+    tiles: NDArray[np.int64]
     wants: Wants
     local_share: FloatArray
     index_scores: NDArray[np.int64]
@@ -63,7 +64,7 @@ class MsaLayer:
         self.head_size, self.outer_size = setup.options.head_size, setup.outer.cp_size
         self.cluster = setup.outer_cluster
         shape, rates = setup.shape, setup.rates
-        tiles = setup.outer.tiles(shape.topk)
+        tiles = work.tiles
         # a head-parallel rank has 1 / u of the heads and u times the queries
         flops = shape.sparse_flops(tiles) / self.head_size
         backward_s = setup.seconds(BACKWARD_FACTOR * flops, rates.sparse_backward_flops)
@@ -80,7 +81,7 @@ class MsaLayer:
     def report(self, scheme: Scheme) -> SchemeReport:
         """One scheme's layer."""
         if scheme is Scheme.auto:
-            return self._auto()
+            return self.report_auto(selected=self._selected_pays())
         exchange = self._exchange(scheme)
         forward, backward = self._forward(exchange, again=False), self._backward(exchange)
         traffic = {"index_key": [self._index_keys()], **exchange.traffic}
@@ -111,13 +112,11 @@ class MsaLayer:
         exchange.plan()
         return exchange
 
-    def _auto(self) -> SchemeReport:
-        """What the exchange itself would choose, from rates as it would measure them on this cluster."""
-        chosen = Scheme.selected_hierarchical
-        if not self._selected_pays(hierarchical=1 < self.cluster.num_nodes(self.outer_size) < self.outer_size):
-            chosen = Scheme.all_gather
+    def report_auto(self, *, selected: bool) -> SchemeReport:
+        """`auto` that found selected pairs cheaper, or an all-gather."""
+        chosen = Scheme.selected_hierarchical if selected else Scheme.all_gather
         report = self.report(chosen)
-        if chosen is Scheme.all_gather:
+        if not selected:
             # the request that decided is paid for all the same
             asked = self._exchange(Scheme.selected_hierarchical)
             clocks = self._clocks()
@@ -127,8 +126,9 @@ class MsaLayer:
         report.scheme, report.chosen = Scheme.auto.value, chosen
         return report
 
-    def _selected_pays(self, *, hierarchical: bool) -> bool:
-        """The exchange's own rule."""
+    def _selected_pays(self) -> bool:
+        """The exchange's own rule, from rates as it would measure them on this cluster."""
+        hierarchical = 1 < self.cluster.num_nodes(self.outer_size) < self.outer_size
         setup, wants, rates = self.setup, self.work.wants, measured_rates(self.cluster, self.outer_size)
         size = PairBytes(setup.shape.pair_bytes, setup.shape.pair_grad_bytes)
         rows = exchange_rows(wants, self.cluster, hierarchical=hierarchical, hot_share=setup.options.hot_share)

@@ -51,6 +51,10 @@ class Options:
     hot_share: float = 0.75
     head_size: int = 1
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.hot_share <= 1:
+            raise ValueError(f"hot_share={self.hot_share}: must be from 0 (none is broadcast) to 1")
+
 
 @dataclass(kw_only=True, slots=True)
 class Question:

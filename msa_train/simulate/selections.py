@@ -241,6 +241,8 @@ def read_selections(path: Path) -> list[RecordedSelections]:
 
 
 def _read_part(path: Path) -> dict[str, NDArray]:
+    if not path.is_file():
+        raise ValueError(f"{path}: cannot be read (no such file); name a recording, a file or a folder of parts")
     try:
         with np.load(path, allow_pickle=False) as part:
             fields = {name: part[name] for name in part.files}

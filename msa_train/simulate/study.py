@@ -44,7 +44,13 @@ def answer(question: Question, selections: Selections) -> Answer:
     )
     wants = collect_wants(selections, outer, question.shape.num_kv_heads, question.options.head_size)
     index, local = share_index(outer, balanced=question.index_balance), selections.local_share(outer)
-    work = MsaWork(wants=wants, local_share=local, index_scores=index.work, index_moved=index.moved)
+    work = MsaWork(
+        tiles=outer.tiles(question.shape.topk),
+        wants=wants,
+        local_share=local,
+        index_scores=index.work,
+        index_moved=index.moved,
+    )
     layer = MsaLayer(setup, work)
     return Answer(
         question=question,

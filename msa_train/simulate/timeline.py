@@ -71,20 +71,27 @@ class Timeline:
     copied: FloatArray = field(init=False)
     exposed: dict[str, float] = field(default_factory=dict)
     wire: dict[str, float] = field(default_factory=dict)
+    _last_name: str = ""
 
     def __post_init__(self) -> None:
         self.busy, self.free, self.computed, self.copied = (np.zeros(self.cp_size) for _ in range(4))
 
     def compute(self, seconds: FloatArray | float) -> None:
         """Every rank computes for so long: [P] or the same for all."""
-        self.busy = self.busy + seconds
-        self.free = self.free + seconds
+        self._pass(seconds)
         self.computed = self.computed + seconds
 
     def copy(self, seconds: FloatArray | float) -> None:
         """The same for what only the exchange needs: packing, unpacking, adding rows."""
-        self.busy, self.free = self.busy + seconds, self.free + seconds
+        self._pass(seconds)
         self.copied = self.copied + seconds
+
+    def _pass(self, seconds: FloatArray | float) -> None:
+        """Time goes by. Which rank is the last one may change: that is owed to the collective before."""
+        before = self._lag()
+        self.busy, self.free = self.busy + seconds, self.free + seconds
+        if self._last_name:
+            self._note(self._last_name, 0.0, before)
 
     def start(self) -> Mark:
         """A collective that runs beside what follows, until `finish`."""
@@ -135,5 +142,6 @@ class Timeline:
         return float(self.busy.max() - self.free.max())
 
     def _note(self, name: str, seconds: float, before: float) -> None:
+        self._last_name = name
         self.exposed[name] = self.exposed.get(name, 0.0) + self._lag() - before
         self.wire[name] = self.wire.get(name, 0.0) + seconds

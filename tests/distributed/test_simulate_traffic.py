@@ -1,5 +1,7 @@
 """The simulator's bytes are those that training's collectives count, purpose by purpose and rank by rank."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -38,7 +40,7 @@ CASES: dict[str, tuple[KvExchange, dict[str, object], Scheme]] = {
 
 
 def selection() -> Tensor:
-    """[S, M, TOPK] of index keys that one key of the document's start attracts, so that there are hot pairs."""
+    """[S, M, TOPK] by random scores."""
     generator = torch.Generator().manual_seed(3)
     q_index = torch.randn(S, M, DI, generator=generator)
     k_index = torch.randn(S, DI, generator=generator)
@@ -46,13 +48,16 @@ def selection() -> Tensor:
 
 
 def constructed(f: float) -> Tensor:
-    """[S, M, TOPK]: own block, block 0 of the pack, and some that lie before or after."""
+    """[S, M, TOPK]: own block, block 0 of the pack, which is hot thereby, and some that lie before or after."""
     rng = np.random.default_rng(7)
     own = np.arange(S) // BLOCK_SIZE
     blocks = rng.integers(1, max(2, int(f * S // BLOCK_SIZE)), (S, M))
     picks = np.stack((np.broadcast_to(own[:, None], (S, M)), np.zeros((S, M)), blocks), axis=-1).astype(np.int32)
     picks[..., 1:][picks[..., 1:] == picks[..., :1]] = -1
     return torch.from_numpy(picks)
+
+
+SELECTIONS = {"scored": selection, "constructed": lambda: constructed(0.6)}
 
 
 def count_traffic(rank: int, size: int, block_indices: Tensor) -> dict[str, dict[str, int]]:
@@ -86,7 +91,12 @@ def count_traffic(rank: int, size: int, block_indices: Tensor) -> dict[str, dict
     return counted
 
 
-def recorded(block_indices: Tensor, tmp_path: object) -> RecordedSelections:
+def count_all(rank: int, size: int) -> dict[str, dict[str, dict[str, int]]]:
+    """`count_traffic` of every selection."""
+    return {name: count_traffic(rank, size, make()) for name, make in SELECTIONS.items()}
+
+
+def recorded(block_indices: Tensor, tmp_path: Path) -> RecordedSelections:
     """The selection as each rank would record it, read back."""
     for rank in range(P):
         T = S // P
@@ -95,8 +105,8 @@ def recorded(block_indices: Tensor, tmp_path: object) -> RecordedSelections:
             chunk_tokens=BLOCK_SIZE, cu_seqlens=CU_SEQLENS,
         )  # fmt: skip
         recorder.add(1, block_indices[rank * T : (rank + 1) * T].numpy())
-        recorder.save(tmp_path / f"rank{rank}.npz", "test")  # type: ignore[operator]
-    (layer,) = read_selections(tmp_path)  # type: ignore[arg-type]
+        recorder.save(tmp_path / f"rank{rank}.npz", "test")
+    (layer,) = read_selections(tmp_path)
     return layer
 
 
@@ -113,20 +123,18 @@ def cluster(node_size: int) -> Cluster:
     )
 
 
-@pytest.fixture(scope="module", params=["selected by scores", "constructed"])
-def block_indices(request: pytest.FixtureRequest) -> Tensor:
-    return selection() if request.param == "selected by scores" else constructed(0.6)
-
-
 @pytest.fixture(scope="module")
-def counted(block_indices: Tensor) -> list[dict[str, dict[str, int]]]:
-    return run_ranks(P, count_traffic, block_indices)
+def counted() -> list[dict[str, dict[str, dict[str, int]]]]:
+    """By rank, selection and case."""
+    return run_ranks(P, count_all)
 
 
 @pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("name", list(SELECTIONS))
 def test_bytes_equal_the_counters_of_training(
-    case: str, block_indices: Tensor, counted: list[dict[str, dict[str, int]]], tmp_path: object
+    name: str, case: str, counted: list[dict[str, dict[str, dict[str, int]]]], tmp_path: Path
 ) -> None:
+    block_indices = SELECTIONS[name]()
     _, settings, scheme = CASES[case]
     question = Question(
         shape=LayerShape(
@@ -152,6 +160,6 @@ def test_bytes_equal_the_counters_of_training(
         for rank in range(P)
     ]
     assert any(rank["kv"] for rank in predicted)
-    if "hot" in case and len(torch.unique(block_indices[..., 1])) <= 2:
+    if "hot" in case and name == "constructed":
         assert any(rank["kv_hot"] for rank in predicted), "block 0 is wanted by all"
-    assert predicted == [by_case[case] for by_case in counted]
+    assert predicted == [of_rank[name][case] for of_rank in counted]

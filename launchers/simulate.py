@@ -12,9 +12,9 @@ from launchers.groups import group_options
 from launchers.simulate_question import read_question, read_shape
 
 DESCRIPTION = """\
-A model of the time of one attention layer, forward and backward, per scheme of bringing keys and values to queries.
-The bytes are exact: selections, recorded or made up, go through the planner that training uses. The times are
-bytes over link rates and FLOPs over kernel rates, which come from files and say where they are from."""
+A model of the time of one attention layer, forward and backward, in every way of bringing keys and values to
+queries. The bytes are exact: selections, recorded or made up, go through the planner that training uses. The
+times are bytes over link rates and FLOPs over kernel rates, from files that name their sources."""
 EPILOG = """\
 examples:
   msa-simulate run --seq-len 1M --cp-size 64 --f 0.2
@@ -65,7 +65,9 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = _Parser(prog="msa-simulate", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="run|scale|tables|measure|compare")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="run|scale|tables|measure|compare"
+    )
     one = commands.add_parser("run", help="one size: bytes, times and memory of every scheme")
     one.set_defaults(run=_run)
     scale = commands.add_parser("scale", help="several sizes: speed kept from 8 ranks on")
@@ -103,31 +105,53 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 def _add_question(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     parser.add_argument("--seq-len", type=_tokens, required=True, metavar="N", help="tokens, e.g. 192K or 1M")
-    parser.add_argument("--cp-size", type=int, required=True, metavar="N", help="ranks that share the sequence")
-    parser.add_argument("--cp-head-size", type=int, default=1, metavar="N", help="inner head-parallel ranks (1)")
+    parser.add_argument(
+        "--cp-size", type=int, required=True, metavar="N", help="ranks that share the sequence"
+    )
+    parser.add_argument(
+        "--cp-head-size", type=int, default=1, metavar="N", help="inner head-parallel ranks (1)"
+    )
     parser.add_argument("--layout", choices=LAYOUTS, default="contiguous", help="of the sequence")
     parser.add_argument("--num-docs", type=int, default=1, metavar="N", help="documents of equal length (1)")
-    parser.add_argument("--cluster", default="h100", metavar="NAME", help="a preset or a .yaml or .json file (h100)")
-    parser.add_argument("--rates", default="h100_assumed", metavar="NAME", help="shipped kernel rates or a file")
+    parser.add_argument(
+        "--cluster", default="h100", metavar="NAME", help="a preset or a .yaml or .json file (h100)"
+    )
+    parser.add_argument(
+        "--rates", default="h100_assumed", metavar="NAME", help="shipped kernel rates or a file"
+    )
     parser.add_argument("--schemes", type=_schemes, default=list(SCHEMES), metavar="A,B", help="default: all")
     parser.add_argument(
         "--refetch", action="store_true", help="fetch selected pairs again in the backward pass, keep nothing"
     )
     parser.add_argument("--no-overlap", action="store_true", help="no collective runs under computing")
-    parser.add_argument("--recompute", action="store_true", help="the forward pass runs again in the backward")
+    parser.add_argument(
+        "--recompute", action="store_true", help="the forward pass runs again in the backward"
+    )
     parser.add_argument("--no-index-balance", action="store_true", help="every rank scores its own queries")
-    parser.add_argument("--hot-share", type=float, default=0.75, metavar="X", help="see exchange.hot_share (0.75)")
+    parser.add_argument(
+        "--hot-share", type=float, default=0.75, metavar="X", help="see exchange.hot_share (0.75)"
+    )
     parser.add_argument("--fp32", action="store_true", help="4 bytes per number on the wire instead of 2")
     parser.add_argument("--no-kl", action="store_true", help="the index branch is frozen")
     what = parser.add_argument_group("selections: one of --f, --alike-tokens, --selections")
-    what.add_argument("--f", type=float, metavar="X", help="share of the remote (block, group) pairs selected")
+    what.add_argument(
+        "--f", type=float, metavar="X", help="share of the remote (block, group) pairs selected"
+    )
     what.add_argument("--alike-tokens", type=int, metavar="N", help="neighbouring queries that choose alike")
-    what.add_argument("--selections", type=Path, metavar="PATH", help="a recording (msa_train/simulate/selections.py)")
+    what.add_argument(
+        "--selections", type=Path, metavar="PATH", help="a recording (msa_train/simulate/selections.py)"
+    )
     what.add_argument("--layer", type=int, metavar="N", help="of the recording; default: its first")
     what.add_argument("--sink-blocks", type=int, default=1, metavar="N", help="first blocks all select (1)")
-    what.add_argument("--popular-share", type=float, default=0.5, metavar="X", help="picks of popular blocks (0.5)")
-    what.add_argument("--popular-exponent", type=float, default=1.0, metavar="X", help="of their Zipf law (1)")
-    what.add_argument("--distance-exponent", type=float, default=1.0, metavar="X", help="of the other picks (1)")
+    what.add_argument(
+        "--popular-share", type=float, default=0.5, metavar="X", help="picks of popular blocks (0.5)"
+    )
+    what.add_argument(
+        "--popular-exponent", type=float, default=1.0, metavar="X", help="of their Zipf law (1)"
+    )
+    what.add_argument(
+        "--distance-exponent", type=float, default=1.0, metavar="X", help="of the other picks (1)"
+    )
     what.add_argument("--seed", type=int, default=0, metavar="N")
 
 
@@ -136,7 +160,9 @@ def _tokens(text: str) -> int:
     unit = UNITS.get(text[-1:].upper(), 1)
     digits = text[:-1] if unit > 1 else text
     if not digits.isdecimal() or int(digits) == 0:
-        raise argparse.ArgumentTypeError(f"{text}: must be a positive number of tokens such as 196608, 192K or 1M")
+        raise argparse.ArgumentTypeError(
+            f"{text}: must be a positive number of tokens such as 196608, 192K or 1M"
+        )
     return int(digits) * unit
 
 

@@ -1,4 +1,4 @@
-"""From the arguments of msa-simulate to its question and selections. Mistakes are found before torch is imported."""
+"""From the arguments of msa-simulate to its question; mistakes are found before torch is imported."""
 
 import argparse
 from collections.abc import Callable
@@ -45,7 +45,9 @@ def read_question(arguments: argparse.Namespace) -> "tuple[Question, Callable[[Q
     cu_seqlens = None if recorded is None else recorded.cu_seqlens
     if arguments.num_docs != 1:
         if recorded is not None:
-            raise ValueError(f"--num-docs={arguments.num_docs}: a recording has its own documents; leave it out")
+            raise ValueError(
+                f"--num-docs={arguments.num_docs}: a recording has its own documents; leave it out"
+            )
         cu_seqlens = equal_documents(arguments.num_docs, arguments.seq_len, shape.block_size)
     question = Question(
         shape=shape,
@@ -114,7 +116,9 @@ def _check_fit(recorded: "RecordedSelections", question: "Question", placement: 
     for name, expected in (("num_kv_heads", question.shape.num_kv_heads), ("topk", question.shape.topk)):
         value = getattr(recorded, name)
         if value != expected:
-            raise ValueError(f"{name}={value} in the recording: must be the model's {expected}; use its --model")
+            raise ValueError(
+                f"{name}={value} in the recording: must be the model's {expected}; use its --model"
+            )
     recorded.needed(placement, 0)
 
 

@@ -50,7 +50,13 @@ class Cluster:
         for name in ("gpus_per_node", "node_rate_bytes", "network_rate_bytes"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be positive")
-        for name in ("node_latency_s", "network_latency_s", "host_sync_s", "node_uplink_bytes", "host_s_per_byte"):
+        for name in (
+            "node_latency_s",
+            "network_latency_s",
+            "host_sync_s",
+            "node_uplink_bytes",
+            "host_s_per_byte",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
         for name in ("link_efficiency", "compute_share"):
@@ -107,7 +113,7 @@ PRESETS: dict[str, Cluster] = {
             network_latency_s=20e-6,
             host_sync_s=20e-6,
             link_efficiency=0.8,
-            source="nodes as in h100 behind 100 Gbit/s per GPU (8 x 100 Gbit/s, cloud machines with Ethernet); "
+            source="nodes as in h100 with 100 Gbit/s per GPU, as cloud machines on Ethernet have it; "
             + _ASSUMED,
         ),
         Cluster(
@@ -119,7 +125,8 @@ PRESETS: dict[str, Cluster] = {
             network_latency_s=10e-6,
             host_sync_s=20e-6,
             link_efficiency=0.8,
-            source=_DGX.format("A100", "NVLink 600 GB/s both ways, one 200 Gbit/s ConnectX-6 per GPU; ") + _ASSUMED,
+            source=_DGX.format("A100", "NVLink 600 GB/s both ways, one 200 Gbit/s ConnectX-6 per GPU; ")
+            + _ASSUMED,
         ),
         Cluster(
             name="b200",
@@ -130,7 +137,8 @@ PRESETS: dict[str, Cluster] = {
             network_latency_s=10e-6,
             host_sync_s=20e-6,
             link_efficiency=0.8,
-            source=_DGX.format("B200", "NVLink 1.8 TB/s both ways, one 400 Gbit/s ConnectX-7 per GPU; ") + _ASSUMED,
+            source=_DGX.format("B200", "NVLink 1.8 TB/s both ways, one 400 Gbit/s ConnectX-7 per GPU; ")
+            + _ASSUMED,
         ),
         Cluster(
             name="gb200_nvl72",
@@ -145,7 +153,7 @@ PRESETS: dict[str, Cluster] = {
             + _ASSUMED,
         ),
     )
-}  # fmt: skip
+}
 
 
 def load_cluster(name_or_path: str) -> Cluster:

@@ -1,9 +1,9 @@
 """Predicted against measured times of the wire benchmark (benchmarks/exchange).
 
-A step there is the attention of one MSA layer, forward and backward, without projections and selection. What
-the prediction takes from the measurement are figures of the machine, all from steps without a rate limit: the
-processor time that computing took (`compute_cpu_s`), and the processor time of moving a byte, and the share of
-headers. Limited rates come from the benchmark's settings, bytes from the planner.
+A step there is the attention of one MSA layer, forward and backward, without projections and selection.
+What the prediction takes from the measurement are figures of the machine, all from steps without a rate
+limit: the processor time that computing took (`compute_cpu_s`), and the processor time of moving a byte,
+and the share of headers. Limited rates come from the benchmark's settings, bytes from the planner.
 """
 
 from dataclasses import asdict, dataclass
@@ -78,7 +78,8 @@ class Comparison:
 class GivenPairs:
     """Selections of which only the numbers of pairs are known; which ones is drawn evenly.
 
-    pairs: [P, P] by requester and owner. share: of the (query, block) pairs that a rank with remote ones serves itself.
+    pairs: [P, P] by requester and owner. share: of the (query, block) pairs that a rank with remote ones
+    serves itself.
     """
 
     pairs: NDArray[np.int64]
@@ -134,8 +135,8 @@ def _compare(row: Row, result: dict[str, Any], rates: KernelRates | None, path: 
     case = [c for c in result["selections"] if (c["part"], c["selection"]) == (row["part"], row["selection"])]
     if not free or not case:
         raise ValueError(
-            f"{path}: part {row['part']}, selection {row['selection']} has no {REFERENCE} without a limit; run "
-            "the benchmark with its default schemes"
+            f"{path}: part {row['part']}, selection {row['selection']} has no {REFERENCE} without a limit; "
+            "run the benchmark with its default schemes"
         )
     report = predict(row, free[0], case[0], int(result["machine"]["cores"]), rates)
     predicted_s = report.total.total
@@ -232,7 +233,7 @@ def _cluster(row: Row, free: Row, cores: int, size: int) -> Cluster:
 
 
 def _rates(shape: LayerShape, placement: Placement, free: Row) -> KernelRates:
-    """Rates with which the attention takes the measured processor time, split by FLOPs; nothing else takes any."""
+    """Rates with which attention takes the measured processor time, by FLOPs; nothing else takes any."""
     tiles = float(placement.local_seq_len * shape.topk)
     forward = shape.sparse_flops(tiles)
     backward = BACKWARD_FACTOR * forward + (shape.kl_flops(tiles) if shape.trains_index else 0.0)
@@ -280,8 +281,9 @@ def comparison_text(rows: list[Comparison]) -> str:
         [
             *table([head, *cells]),
             "",
-            f"{within} of {len(rows)} within {100 * GOAL:.0f}%; the farthest is {100 * worst.error:+.0f}% ({worst.scheme}, "
-            f"{worst.part} ranks, {worst.rate_mbit} Mbit/s, f {worst.f:.3f}). bytes: predicted / counted by the collectives.",
+            f"{within} of {len(rows)} within {100 * GOAL:.0f}%; the farthest is {100 * worst.error:+.0f}% "
+            f"({worst.scheme}, {worst.part} ranks, {worst.rate_mbit} Mbit/s, f {worst.f:.3f}). bytes: "
+            "predicted / counted by the collectives.",
         ]
     )
 

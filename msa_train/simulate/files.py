@@ -30,7 +30,9 @@ def read_mapping(path: Path) -> dict[str, Any]:
         line = " ".join(str(error).split())
         raise ValueError(f"{path}: is not valid YAML or JSON ({line}); repair it") from error
     if not isinstance(data, dict):
-        raise ValueError(f"{path}: must hold names with values, holds {type(data).__name__}; see the shipped files")
+        raise ValueError(
+            f"{path}: must hold names with values, holds {type(data).__name__}; see the shipped files"
+        )
     return data
 
 

@@ -1,4 +1,4 @@
-"""One full-attention layer: keys and values come by ring, gather or on demand; queries may move for equal work."""
+"""One full-attention layer: keys and values by ring, gather or on demand; queries may move."""
 
 from dataclasses import dataclass
 
@@ -101,7 +101,9 @@ class FullLayer:
         there = wires.all_to_all(both, 1.0, self.cluster)
         return [there, queries.reversed(), queries, there.reversed()]
 
-    def _ring(self, clocks: Timeline, seconds: FloatArray, traffic: dict[str, list[Wire]], *, back: bool) -> None:
+    def _ring(
+        self, clocks: Timeline, seconds: FloatArray, traffic: dict[str, list[Wire]], *, back: bool
+    ) -> None:
         size, rank = self.cp_size, np.arange(self.cp_size)
         step = wires.shift(self.shard_bytes, size, self.cluster)
         if size > 1:

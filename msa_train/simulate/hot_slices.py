@@ -58,7 +58,8 @@ def spans(hot: NDArray[np.int64], elements: int, node_size: int) -> tuple[NDArra
     Returns:
         [P', P'] by rank of the slice and owner; see `HotSlices.span`.
 
-    Example: 3 ranks, hot pairs [3, 0, 2] of 2 elements: slices of 4 elements -> [[4, 0, 0], [2, 0, 2], [0, 0, 2]].
+    Example: 3 ranks, hot pairs [3, 0, 2] of 2 elements: slices of 4 elements -> [[4, 0, 0], [2, 0, 2], [0,
+    0, 2]].
     """
     size = hot.shape[0]
     ends = hot.cumsum() * elements
@@ -87,8 +88,9 @@ def _one(hot: NDArray[np.int64], shape: LayerShape, cluster: Cluster, node_size:
         Wire(none, none, rail, rail, far_steps=nodes - 1),
         Wire(inside, inside, none, none, near_steps=node_size - 1),
     ]
+    inner, outer = (ones * grad_slice * item * count for count in (nodes * (node_size - 1), nodes - 1))
     sums = [
-        Wire(*(2 * [ones * grad_slice * item * nodes * (node_size - 1)]), none, none, near_steps=1),
-        Wire(none, none, *(2 * [ones * grad_slice * item * (nodes - 1)]), far_steps=1),
+        Wire(inner, inner, none, none, near_steps=1),
+        Wire(none, none, outer, outer, far_steps=1),
     ]
     return HotWires([out, *gathers], [*sums, home])

@@ -1,7 +1,7 @@
 """Kernel rates of this machine's device, with this project's own kernels: what `--rates` wants.
 
-On a CPU one thread works and its processor time counts, so that other processes disturb little; on a GPU its own
-clock counts. The fastest of several rounds is taken.
+On a CPU one thread works and its processor time counts, so that other processes disturb little; on a GPU
+its own clock counts. The fastest of several rounds is taken.
 """
 
 import os
@@ -58,7 +58,9 @@ def measure_rates(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        bench = _Bench(shape, num_tokens, seq_len, device, {"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+        bench = _Bench(
+            shape, num_tokens, seq_len, device, {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+        )
         rates = bench.run(rounds)
     finally:
         torch.set_num_threads(threads)
@@ -98,7 +100,10 @@ class _Bench:
         def random(*sizes: int) -> Tensor:
             return torch.randn(*sizes, generator=generator).to(device, dtype)
 
-        self.x, self.weight = random(self.T, shape.hidden_size), random(shape.hidden_size, (M * G + 2 * M) * D)
+        self.x, self.weight = (
+            random(self.T, shape.hidden_size),
+            random(shape.hidden_size, (M * G + 2 * M) * D),
+        )
         self.q, self.k, self.v = random(self.T, M, G, D), random(self.S, M, D), random(self.S, M, D)
         self.q_index = random(self.T, M, shape.index_head_dim)
         self.k_index = random(self.S, shape.index_head_dim)
@@ -135,7 +140,8 @@ class _Bench:
 
     def _select(self) -> Tensor:
         return select_blocks(
-            self.q_index, self.k_index, self.cu_seqlens, block_size=self.shape.block_size, topk=self.shape.topk,
+            self.q_index, self.k_index, self.cu_seqlens, block_size=self.shape.block_size,
+            topk=self.shape.topk,
             local_blocks=self.shape.local_blocks, query_offset=self.S - self.T,
         )  # fmt: skip
 
@@ -148,7 +154,7 @@ class _Bench:
         )  # fmt: skip
 
     def _sparse(self, rounds: int) -> tuple[float, float, float]:
-        """Seconds of forward (with the KL loss's normaliser), backward without the KL loss, and what it adds."""
+        """Seconds of forward (with the KL normaliser), backward without the KL loss, and what it adds."""
         num_blocks = self.S // self.shape.block_size
         group = torch.arange(self.shape.num_kv_heads, device=self.device)[:, None]
         ids = self._select().long()
@@ -184,7 +190,7 @@ class _Bench:
         return self._seconds(forward, rounds), self._seconds(backward, rounds)
 
     def _overhead(self, rounds: int) -> float:
-        """Seconds of a layer's forward kernels on a single block, where there is next to nothing to compute."""
+        """Seconds of a layer's forward kernels on one query, where there is next to nothing to compute."""
         size = self.shape.block_size
         small = _Bench(self.shape, size, size, self.device, self.dtype)
         small.x, small.weight = small.x[:1, :1], small.weight[:1, :1]

@@ -114,7 +114,7 @@ class Exchange(ABC):
 
 @dataclass(slots=True)
 class Selected(Exchange):
-    """Requested pairs from their owners, flat or by node; the first hop runs under attention over own pairs."""
+    """Requested pairs from their owners, flat or by node; the first hop runs under local attention."""
 
     hierarchical: bool = False
     hot: HotWires = field(init=False)
@@ -146,7 +146,7 @@ class Selected(Exchange):
         self._count_memory(rows.hops, request)
 
     def _count_memory(self, hops: list[Wire], request: float) -> None:
-        """Forward: requests, rows to send, in transit, fetched; backward: gradients in fp32 and on the wire."""
+        """Forward: requests, rows to send, in transit, fetched; backward: gradients, fp32 and on the wire."""
         shape = self.setup.shape
         transit = self.fullest(hops[0].received) if len(hops) == 2 else np.zeros(self.size)
         forward = (self.sent + transit + self.fetched) * shape.pair_bytes
@@ -251,7 +251,7 @@ class AllGather(Exchange):
 
 @dataclass(slots=True)
 class AllGatherAllReduce(Exchange):
-    """As the nearest rival has it: a plain gather that is kept, all gradients summed on all ranks, no overlap."""
+    """As the nearest rival has it: one gather, kept; gradients summed on all ranks; no overlap."""
 
     def plan(self) -> None:
         """See Exchange.plan."""
@@ -274,7 +274,7 @@ class AllGatherAllReduce(Exchange):
 
 @dataclass(slots=True)
 class Ring(Exchange):
-    """Shards go round; a rank works on one while the next arrives. In the backward pass gradients go along."""
+    """Shards go round, one arrives while a rank works on another; in the backward gradients go along."""
 
     step: Wire = field(init=False)
     grad_step: Wire = field(init=False)

@@ -43,9 +43,10 @@ BLOCK_ID_BYTES = 4
 class MsaWork:
     """What a layer's queries ask for, [P'] each.
 
-    tiles: (query, block) pairs that one group's queries of a rank select. wants: requests of all ranks. local_share: share of the (query, block) pairs whose block is local.
-    index_scores: (query, block) pairs that each rank scores. index_moved: [P', P'] tokens whose index queries
-    change ranks for that, by receiving and holding rank.
+    tiles: (query, block) pairs that one group's queries of a rank select. wants: requests of all ranks.
+    local_share: share of the (query, block) pairs whose block is local. index_scores: (query, block) pairs
+    that each rank scores. index_moved: [P', P'] tokens whose index queries change ranks for that, by
+    receiving and holding rank.
     """
 
     tiles: NDArray[np.int64]
@@ -64,7 +65,7 @@ class MsaLayer:
         self.head_size, self.outer_size = setup.options.head_size, setup.outer.cp_size
         self.cluster = setup.outer_cluster
         shape, rates = setup.shape, setup.rates
-        tiles = work.tiles
+        tiles = work.tiles.astype(np.float64)
         # a head-parallel rank has 1 / u of the heads and u times the queries
         flops = shape.sparse_flops(tiles) / self.head_size
         backward_s = setup.seconds(BACKWARD_FACTOR * flops, rates.sparse_backward_flops)
@@ -73,7 +74,7 @@ class MsaLayer:
             backward_s = backward_s + setup.seconds(kl, rates.kl_flops)
         forward_s = setup.seconds(flops, rates.sparse_forward_flops)
         self.attention = AttentionWork(np.asarray(forward_s), np.asarray(backward_s), work.local_share)
-        index = shape.index_flops(work.index_scores * shape.block_size) / self.head_size
+        index = shape.index_flops(work.index_scores.astype(np.float64) * shape.block_size) / self.head_size
         self.index_s = np.asarray(setup.seconds(index, rates.index_flops))
         projection = shape.index_projection_flops(setup.tokens)
         self.index_projection_s = float(setup.seconds(projection, rates.projection_flops))
@@ -86,14 +87,18 @@ class MsaLayer:
         forward, backward = self._forward(exchange, again=False), self._backward(exchange)
         traffic = {"index_key": [self._index_keys()], **exchange.traffic}
         if self.work.index_moved.any():
-            traffic |= dict(zip(("index_query", "block_ids"), ([wire] for wire in self._index_moves()), strict=True))
+            traffic["index_query"] = list(self._index_moves())
         if self.setup.options.recompute:
             backward = self._forward(exchange, again=True) + backward
             for name in ("index_key", "kv", "kv_outer", "kv_hot"):
                 if name in traffic:
                     traffic[name] = traffic[name] * 2
         return SchemeReport(
-            scheme.value, forward, backward, self._with_inner(traffic), exchange.memory_bytes + self._index_bytes()
+            scheme.value,
+            forward,
+            backward,
+            self._with_inner(traffic),
+            exchange.memory_bytes + self._index_bytes(),
         )
 
     def _exchange(self, scheme: Scheme) -> Exchange:
@@ -131,7 +136,9 @@ class MsaLayer:
         hierarchical = 1 < self.cluster.num_nodes(self.outer_size) < self.outer_size
         setup, wants, rates = self.setup, self.work.wants, measured_rates(self.cluster, self.outer_size)
         size = PairBytes(setup.shape.pair_bytes, setup.shape.pair_grad_bytes)
-        rows = exchange_rows(wants, self.cluster, hierarchical=hierarchical, hot_share=setup.options.hot_share)
+        rows = exchange_rows(
+            wants, self.cluster, hierarchical=hierarchical, hot_share=setup.options.hot_share
+        )
         shape = exchange_shape(wants, self.cluster, hierarchical=hierarchical, hot_share=0.0)
         busiest = [int(max(hop.sent.max(), hop.received.max())) for hop in rows.hops]
         fetches = 1 if setup.options.keep_for_backward else 2
@@ -155,7 +162,7 @@ class MsaLayer:
             there, back = (wire.time_s(self.cluster) for wire in self._index_moves())
             clocks.collective("index_query", there)
             clocks.compute(self.index_s)
-            clocks.collective("block_ids", back)
+            clocks.collective("index_query", back)
         exchange.forward(clocks, again=again)
         self._switch_heads(clocks, self._inner_bytes_out())
         clocks.compute(self._output_s())

@@ -14,9 +14,9 @@ IntArray = NDArray[np.int64]
 class Placement:
     """Owner of every block, the same number of blocks on each rank.
 
-    owner: [NB] rank per block. order: [P, NL] blocks of each rank, ascending. doc_start: [NB] first block of
-    the document that a block belongs to. plan: the same as ranges of positions. cu_seqlens: document starts and
-    the pack's length.
+    owner: [NB] rank per block. order: [P, NL] blocks of each rank, ascending. doc_start: [NB] first block
+    of the document that a block belongs to. plan: the same as ranges of positions. cu_seqlens: document
+    starts and the pack's length.
     """
 
     seq_len: int

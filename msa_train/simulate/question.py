@@ -1,4 +1,4 @@
-"""What is asked of the model: a layer, a cluster, a size, schemes. Light: checked before anything is computed."""
+"""What is asked of the model: a layer, a cluster, a size, schemes. Checked before anything is computed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,7 +19,9 @@ class Scheme(Enum):
 
     ring = "ring"  # shards pass by
     all_gather = "all_gather"  # all of them, twice; gradients reduce-scattered
-    all_gather_early = "all_gather_early"  # the same, started before index scoring, which training does not do
+    all_gather_early = (
+        "all_gather_early"  # the same, started before index scoring, which training does not do
+    )
     all_gather_all_reduce = "all_gather_all_reduce"  # all of them, kept; gradients all-reduced, then cut
     selected = "selected"  # the pairs a local query selected, from their owners
     selected_hierarchical = "selected_hierarchical"  # the same, over the network once per node
@@ -27,7 +29,7 @@ class Scheme(Enum):
 
 
 class FullScheme(Enum):
-    """How a full-attention layer gets keys and values; queries move for equal work, but for `ring_unbalanced`."""
+    """How a full-attention layer gets keys and values; queries move for equal work unless it is said."""
 
     ring = "ring"  # shards pass by
     ring_unbalanced = "ring_unbalanced"  # the same, every rank computes the queries that it holds
@@ -41,8 +43,8 @@ class Options:
     """Switches of the exchange.
 
     keep_for_backward: fetched keys and values stay until the backward pass; else they are fetched again.
-    overlap: collectives run under computing where the model has it so. recompute: the layer's forward pass runs
-    again in the backward pass (selection and requests replayed). hot_share: see ExchangeShape.
+    overlap: collectives run under computing where the model has it so. recompute: the layer's forward pass
+    runs again in the backward pass (selection and requests replayed). hot_share: see ExchangeShape.
     """
 
     keep_for_backward: bool = True
@@ -58,7 +60,7 @@ class Options:
 
 @dataclass(kw_only=True, slots=True)
 class Question:
-    """What is asked. cu_seqlens None: one document. index_balance: share index scoring between mirror ranks."""
+    """What is asked. cu_seqlens None: one document. index_balance: queries move for equal scoring work."""
 
     shape: LayerShape
     cluster: Cluster
@@ -85,12 +87,13 @@ class Question:
             )
         if head_size > 1 and self.cluster.node_uplink_bytes:
             raise ValueError(
-                f"cp_head_size={head_size}: a shared uplink of {self.cluster.name} is not modelled for it; use 1"
+                f"cp_head_size={head_size}: a shared uplink of {self.cluster.name} is not modelled for "
+                "it; use 1"
             )
         self.cluster.num_nodes(self.cp_size)
 
     def placement(self, head_size: int | None = None) -> Placement:
-        """The pack on its ranks, those of a head-parallel group as one. head_size: default, that of the options."""
+        """The pack on its ranks, head-parallel groups as one. head_size: that of the options by default."""
         return place(
             self.layout,
             seq_len=self.seq_len,

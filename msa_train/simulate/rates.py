@@ -1,4 +1,4 @@
-"""Kernel rates: how fast a device does the parts of a layer. Measured or assumed, every figure with its source."""
+"""Kernel rates: how fast a device does the parts of a layer, measured or assumed, with sources."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,7 +74,8 @@ def load_rates(name_or_path: str) -> KernelRates:
     path = shipped_rates().get(name_or_path) or Path(name_or_path)
     if path.suffix not in (".yaml", ".yml", ".json"):
         raise ValueError(
-            f"rates={name_or_path}: is neither shipped ({', '.join(shipped_rates())}) nor a .yaml or .json file"
+            f"rates={name_or_path}: is neither shipped ({', '.join(shipped_rates())}) nor a .yaml or "
+            ".json file"
         )
     values = read_mapping(path)
     rates = values.get("rates")
@@ -89,7 +90,9 @@ def load_rates(name_or_path: str) -> KernelRates:
             name=str(values.get("name", path.stem)),
             kind=str(values.get("kind", "")),
             device=str(values.get("device", "")),
-            sources={name: str(rates[name]["source"]) for name in RATE_NAMES if _has_source(name, rates[name])},
+            sources={
+                name: str(rates[name]["source"]) for name in RATE_NAMES if _has_source(name, rates[name])
+            },
             **{name: _number(name, rates[name]["value"]) for name in RATE_NAMES},
         )
     except ValueError as error:

@@ -1,7 +1,7 @@
 """Selections through the exchange's own planner: what all ranks want, and what therefore travels.
 
-Head-parallel ranks: with head_size u the innermost u ranks hold u shards as one sequence shard and M / u KV groups
-each; the exchange runs among P' = P / u such ranks, once per place in the inner group.
+Head-parallel ranks: with head_size u the innermost u ranks hold u shards as one sequence shard and M / u KV
+groups each; the exchange runs among P' = P / u such ranks, once per place in the inner group.
 """
 
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ IntArray = NDArray[np.int64]
 class Wants:
     """Requests of all ranks of a layer.
 
-    bits: [u] of [P', P', W] uint8, by requester and owner, as the planner takes them. pairs: [P'] remote pairs
-    that each rank selected, all groups. num_groups: of one place, M / u.
+    bits: [u] of [P', P', W] uint8, by requester and owner, as the planner takes them. pairs: [P'] remote
+    pairs that each rank selected, all groups. num_groups: of one place, M / u.
     """
 
     placement: Placement
@@ -74,10 +74,10 @@ def collect_wants(selections: Selections, placement: Placement, num_kv_heads: in
 
 @dataclass(slots=True)
 class Hops:
-    """What an exchange of pairs moves, in rows (pairs): collectives one after the other, and the broadcast ones.
+    """What an exchange of pairs moves, in rows (pairs).
 
-    hops: [u] lists of Wire in rows. fetched: [u * P'] pairs that each rank holds afterwards, hot ones left out.
-    hot: [u, P'] hot pairs by owner.
+    hops: [u] lists of Wire in rows. fetched: [u * P'] pairs that each rank holds afterwards, hot ones left
+    out. hot: [u, P'] hot pairs by owner.
     """
 
     hops: list[Wire]
@@ -125,7 +125,8 @@ def _place_rows(demand: Demand, cluster: Cluster) -> tuple[list[Wire], IntArray,
         near = counts * (node[:, None] == node[None, :])
         far = counts - near
         wire = Wire(
-            near.sum(0).astype(float), near.sum(1).astype(float), far.sum(0).astype(float), far.sum(1).astype(float),
+            near.sum(0).astype(float), near.sum(1).astype(float), far.sum(0).astype(float),
+            far.sum(1).astype(float),
             near_steps=int(near.any()), far_steps=int(far.any()),
         )  # fmt: skip
         return [wire], counts.sum(1), hot

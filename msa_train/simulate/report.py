@@ -14,6 +14,7 @@ LEFT_OUT = (
     "congestion inside the network: every rank's links are its own, nothing else uses them",
     "computing that slows down while a collective runs beside it (its share of cores and memory)",
     "variation: ranks are equally fast, collectives take the same time every time",
+    "early ends: a collective ends on all its ranks at once, an uneven all-to-all too",
     "kernel rates that depend on sizes: one rate per kernel, whatever the number of blocks or tokens",
 )
 "what the model does not have"
@@ -36,7 +37,11 @@ def answer_data(answer: Answer) -> dict[str, Any]:
             "index_balance": question.index_balance,
             "shape": asdict(question.shape),
             "cluster": asdict(question.cluster),
-            "rates": {"name": question.rates.name, "kind": question.rates.kind, "device": question.rates.device},
+            "rates": {
+                "name": question.rates.name,
+                "kind": question.rates.kind,
+                "device": question.rates.device,
+            },
             "options": asdict(question.options),
         },
         "selections": answer.selections,
@@ -80,7 +85,8 @@ def answer_text(answer: Answer) -> str:
     docs = 1 if question.cu_seqlens is None else len(question.cu_seqlens) - 1
     head_size = question.options.head_size
     lines = [
-        f"{tokens_text(question.seq_len)} tokens in {docs} document{'s' * (docs > 1)}, cp_size {question.cp_size}"
+        f"{tokens_text(question.seq_len)} tokens in {docs} document{'s' * (docs > 1)}, cp_size "
+        f"{question.cp_size}"
         + (f" (cp_head_size {head_size})" if head_size > 1 else "")
         + f", layout {question.layout}, cluster {question.cluster.name}, rates {question.rates.name} "
         f"({question.rates.kind})",
@@ -100,7 +106,10 @@ def _row(name: str, report: SchemeReport) -> tuple[str, ...]:
     label = f"{name} = {report.chosen.value}" if report.chosen else name
     return (
         label,
-        *(_mega(x) for x in (report.received.mean(), report.received.max(), report.sent.max(), report.far.max())),
+        *(
+            _mega(x)
+            for x in (report.received.mean(), report.received.max(), report.sent.max(), report.far.max())
+        ),
         *(
             _milli(x)
             for x in (
@@ -122,14 +131,19 @@ def scaling_data(points: Sequence[ScalePoint]) -> list[dict[str, Any]]:
 
 
 def scaling_text(points: Sequence[ScalePoint], *, weak: bool) -> str:
-    """A curve as a table: speed kept per scheme."""
+    """A curve with a title."""
+    title = "weak scaling, tokens per rank fixed" if weak else "strong scaling, sequence fixed"
+    return "\n".join([f"speed kept from {points[0].cp_size} ranks on ({title})", *scaling_table(points), ""])
+
+
+def scaling_table(points: Sequence[ScalePoint]) -> list[str]:
+    """Speed kept per scheme."""
     names = list(points[0].kept)
     rows = [("cp_size", "tokens", "f", *names)]
     for point in points:
         kept = (f"{100 * point.kept[name]:.0f}%" for name in names)
         rows.append((str(point.cp_size), tokens_text(point.seq_len), f"{point.f:.3f}", *kept))
-    title = "weak scaling, tokens per rank fixed" if weak else "strong scaling, sequence fixed"
-    return "\n".join([f"speed kept from {points[0].cp_size} ranks on ({title})", *table(rows), ""])
+    return table(rows)
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -137,7 +151,10 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
 
     def line(row: Sequence[str]) -> str:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        cells = [
+            row[0].ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
+        ]
         return f"| {' | '.join(cells)} |"
 
     rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]

@@ -54,7 +54,7 @@ class Selections(Protocol):
 
 @dataclass(slots=True)
 class SelectionRecorder:
-    """Collects the selections of some layers over consecutive tokens, e.g. those of one rank, and writes them.
+    """Collects the selections of some layers over consecutive tokens, e.g. of one rank, and writes them.
 
     Args:
         seq_len, block_size, num_kv_heads, topk: of the pack and the model.
@@ -97,8 +97,9 @@ class SelectionRecorder:
         """Record a layer.
 
         Args:
-            layer: its number; a layer recorded twice keeps the union (several microbatches, one selection each).
-            block_indices: [num_tokens, num_kv_heads, topk] global block ids, -1 for none, on the host.
+            layer: its number; a layer recorded twice keeps the union (several microbatches, one selection
+            each). block_indices: [num_tokens, num_kv_heads, topk] global block ids, -1 for none, on the
+            host.
         """
         shape = (self.num_tokens, self.num_kv_heads, self.topk)
         if block_indices.shape != shape:
@@ -212,7 +213,9 @@ def read_selections(path: Path) -> list[RecordedSelections]:
     first = parts[0]
     for name in ("seq_len", "block_size", "num_kv_heads", "topk", "chunk_tokens", "cu_seqlens", "layers"):
         if any(not np.array_equal(part[name], first[name]) for part in parts):
-            raise ValueError(f"{path}: its parts differ in {name}; keep the parts of one recording in a folder")
+            raise ValueError(
+                f"{path}: its parts differ in {name}; keep the parts of one recording in a folder"
+            )
     position = 0
     for part in parts:
         if int(part["first_token"]) != position:
@@ -242,15 +245,21 @@ def read_selections(path: Path) -> list[RecordedSelections]:
 
 def _read_part(path: Path) -> dict[str, NDArray]:
     if not path.is_file():
-        raise ValueError(f"{path}: cannot be read (no such file); name a recording, a file or a folder of parts")
+        raise ValueError(
+            f"{path}: cannot be read (no such file); name a recording, a file or a folder of parts"
+        )
     try:
         with np.load(path, allow_pickle=False) as part:
             fields = {name: part[name] for name in part.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: is not an .npz file ({' '.join(str(error).split())}); record again") from error
+        raise ValueError(
+            f"{path}: is not an .npz file ({' '.join(str(error).split())}); record again"
+        ) from error
     missing = [name for name in _FIELDS if name not in fields]
     if missing or str(fields["format"]) != FORMAT:
-        raise ValueError(f"{path}: is not a recording of selections ({FORMAT}); record it with SelectionRecorder")
+        raise ValueError(
+            f"{path}: is not a recording of selections ({FORMAT}); record it with SelectionRecorder"
+        )
     shape = fields["needed_bits"].shape
     num_blocks = int(fields["seq_len"]) // int(fields["block_size"])
     chunks = int(fields["num_tokens"]) // int(fields["chunk_tokens"])

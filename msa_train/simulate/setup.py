@@ -37,7 +37,7 @@ class Setup:
 
     @property
     def outer_cluster(self) -> Cluster:
-        """The cluster as the ranks of one place see it: a node holds fewer of them, with links of their own."""
+        """The cluster as the ranks of one place see it: fewer of them in a node, each with its own links."""
         return replace(
             self.cluster, gpus_per_node=max(1, self.cluster.gpus_per_node // self.options.head_size)
         )

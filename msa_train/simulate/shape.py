@@ -1,12 +1,19 @@
 """FLOPs and bytes of one attention layer.
 
-Symbols: T tokens of a rank, H hidden size, Hq query heads, M KV groups, D head dim, Di index head dim, B block
-size, K top-k; E = (query, selected block) pairs of one group, counted as whole tiles; C causal (query, key) pairs.
+Symbols: T tokens of a rank, H hidden size, Hq query heads, M KV groups, D head dim, Di index head dim, B
+block size, K top-k; E = (query, selected block) pairs of one group, counted as whole tiles; C causal
+(query, key) pairs.
 """
 
 from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from msa_train.config import AttentionConfig, ModelConfig
+
+Amount = TypeVar("Amount", float, NDArray[np.float64])
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -77,11 +84,11 @@ class LayerShape:
         """Output projection."""
         return 2 * tokens * self.hidden_size * self.num_heads * self.head_dim
 
-    def index_flops(self, causal_pairs: float) -> float:
+    def index_flops(self, causal_pairs: Amount) -> Amount:
         """Index scores of all groups."""
         return 2 * self.index_head_dim * self.num_kv_heads * causal_pairs
 
-    def sparse_flops(self, tiles: float) -> float:
+    def sparse_flops(self, tiles: Amount) -> Amount:
         """Forward attention over `tiles` (query, block) pairs per group."""
         return 4 * self.head_dim * self.num_heads * self.block_size * tiles
 
@@ -89,7 +96,7 @@ class LayerShape:
         """Forward attention over causal (query, key) pairs; the backward pass has 2.5 times as many."""
         return 4 * self.head_dim * self.num_heads * causal_pairs
 
-    def kl_flops(self, tiles: float) -> float:
+    def kl_flops(self, tiles: Amount) -> Amount:
         """KL loss of the index branch in the backward pass: teacher logits, student logits, two gradients."""
         per_token = self.head_dim * self.num_heads + 3 * self.index_head_dim * self.num_kv_heads
         return 2 * per_token * self.block_size * tiles

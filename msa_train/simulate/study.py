@@ -19,7 +19,8 @@ BASE_RANKS = 8
 class Answer:
     """Reports of all schemes, by layer kind.
 
-    f: share of remote pairs selected, mean over ranks. index_balance: largest rank's scoring work over the mean.
+    f: share of remote pairs selected, mean over ranks. index_balance: largest rank's scoring work over the
+    mean.
     """
 
     question: Question
@@ -83,8 +84,8 @@ def _full(question: Question) -> dict[str, SchemeReport]:
 class ScalePoint:
     """One size of a scaling curve.
 
-    efficiency: computing's share of the layer's time, mean over ranks; kept: efficiency over that at the base.
-    tokens_per_s: of one rank, through one layer, forward and backward.
+    efficiency: computing's share of the layer's time, mean over ranks; kept: efficiency over that at the
+    base. tokens_per_s: of one rank, through one layer, forward and backward.
     """
 
     cp_size: int

@@ -8,10 +8,10 @@ Two ways to state how much a rank's queries agree:
 - `alike_tokens`: neighbouring queries that choose alike; every run of so many draws its own blocks, and f
   is what comes out.
 
-Every query takes its `local_blocks` last blocks and the document's first `sink_blocks`. A further block is, with
-probability `popular_share`, one of the group's popular ones (Zipf with exponent `popular_exponent` over a random
-order of all blocks, the same for all queries), else at a distance drawn with density distance ** -distance_exponent
-(0: anywhere before, 1: every octave alike, 2: mostly near).
+Every query takes its `local_blocks` last blocks and the document's first `sink_blocks`. A further block is,
+with probability `popular_share`, one of the group's popular ones (Zipf with exponent `popular_exponent`
+over a random order of all blocks, the same for all queries), else at a distance drawn with density distance
+** -distance_exponent (0: anywhere before, 1: every octave alike, 2: mostly near).
 """
 
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ _DRAWS = 2**22
 
 @dataclass(kw_only=True, slots=True)
 class SyntheticSelections:
-    """See the module. num_kv_heads, topk, local_blocks: of the model; exactly one of f and alike_tokens is set.
+    """See the module. num_kv_heads, topk, local_blocks: of the model; one of f and alike_tokens is set.
 
     f: share of all remote blocks, 0 to 1. alike_tokens: a multiple or a divisor of block_size.
     """
@@ -103,10 +103,14 @@ class SyntheticSelections:
 
     def describe(self) -> str:
         """See Selections.describe."""
-        how = f"f={self.f:g}" if self.f is not None else f"{self.alike_tokens} neighbouring queries choose alike"
+        how = (
+            f"f={self.f:g}"
+            if self.f is not None
+            else f"{self.alike_tokens} neighbouring queries choose alike"
+        )
         return (
-            f"synthetic: {how}, {self.local_blocks} local and {self.sink_blocks} sink blocks, popular_share="
-            f"{self.popular_share:g} (exponent {self.popular_exponent:g}), distance exponent "
+            f"synthetic: {how}, {self.local_blocks} local and {self.sink_blocks} sink blocks, "
+            f"popular_share={self.popular_share:g} (exponent {self.popular_exponent:g}), distance exponent "
             f"{self.distance_exponent:g}, seed {self.seed}"
         )
 
@@ -120,8 +124,8 @@ class SyntheticSelections:
         visible = float(placement.visible_remote().mean()) / max(remote, 1)
         if self.f > visible * (1 + 1e-9):
             raise ValueError(
-                f"f={self.f}: with this layout and these documents a rank may see {visible:.3f} of the remote "
-                "blocks on average, the others lie in the future; use at most that"
+                f"f={self.f}: with this layout and these documents a rank may see {visible:.3f} of the "
+                "remote blocks on average, the others lie in the future; use at most that"
             )
         self._kept[key] = self.f / visible if visible else 0.0
         return self._kept[key]
@@ -214,7 +218,9 @@ class SyntheticSelections:
 
     def _draw_slots(self, placement: Placement, blocks: IntArray, runs: IntArray, slots: int) -> IntArray:
         before = (blocks - placement.doc_start[blocks]).astype(np.float64)[:, None, None]
-        key = (runs[:, None, None] * self.num_kv_heads + np.arange(self.num_kv_heads)[:, None]) * max(slots, 1)
+        key = (runs[:, None, None] * self.num_kv_heads + np.arange(self.num_kv_heads)[:, None]) * max(
+            slots, 1
+        )
         key = key + np.arange(slots)
         distance = _power_law(_uniform(key, self.seed, 0), np.maximum(before, 1), self.distance_exponent)
         picks = blocks[:, None, None] - np.minimum(distance, before).astype(np.int64)

@@ -15,7 +15,7 @@ from msa_train.simulate.report import (
     LEFT_OUT,
     answer_data,
     scaling_data,
-    scaling_text,
+    scaling_table,
     table,
     tokens_text,
 )
@@ -135,43 +135,49 @@ def _markdown(
     lines = [
         "# One attention layer of M3 on clusters that were not at hand",
         "",
-        f"`{data['command']}`, commit {data['commit']}, {data['seconds']:.0f} s on one core. **No time here was "
-        "measured.** Bytes are exact counts of the exchange's own planner for made-up selections; times are bytes over "
-        f"link rates and FLOPs over kernel rates. All kernel rates are assumptions (`{rates.name}.yaml` names each "
-        "source).",
+        f"`{data['command']}`, commit {data['commit']}, {data['seconds']:.0f} s on one core. **No time "
+        "here was measured.** Bytes are exact counts of the exchange's own planner for made-up "
+        "selections; times are bytes over link rates and FLOPs over kernel rates. All kernel rates are "
+        f"assumptions (`{rates.name}.yaml` names each source).",
         "",
-        "Assumed: one document, contiguous shards, bf16, KL loss on, fetched pairs kept for the backward pass, index "
-        "scoring shared between mirror ranks. f, the share of remote (block, group) pairs that a rank selects, is "
-        "**stated**, the mean over ranks; 0.5 is every block before the rank's own: the others lie in the future. "
-        f"Selections: {answers[0].selections.partition(', ')[2]}.",
+        "Assumed: one document, contiguous shards, bf16, KL loss on, fetched pairs kept for the backward "
+        "pass, index scoring shared between mirror ranks. f, the share of remote (block, group) pairs "
+        "that a rank selects, is **stated**, the mean over ranks; 0.5 is every block before the rank's "
+        f"own: the others lie in the future. Selections: {answers[0].selections.partition(', ')[2]}.",
         "",
         *(f"- `{name}`: {source}" for name, source in data["clusters"].items()),
         "",
         "Left out:",
         *(f"- {text};" for text in LEFT_OUT),
         "",
-        "recv: bytes received per layer, forward and backward, mean over ranks; far: the most that a rank receives "
-        "from other nodes; exposed: time of the wire that computing does not hide; layer: forward and backward; "
-        "memory: largest buffers of the exchange, index keys included. `all_gather_early` starts its gather before "
-        "index scoring, which training does not do and could.",
+        "recv: bytes received per layer, forward and backward, mean over ranks; far: the most that a rank "
+        "receives from other nodes; exposed: time of the wire that computing does not hide; layer: "
+        "forward and backward; memory: largest buffers of the exchange, index keys included. "
+        "`all_gather_early` starts its gather before index scoring, which training does not do and could.",
         "",
     ]
     for one, inner in zip(answers, head_answers, strict=True):
         lines += _answer_lines(one, inner)
     lines += ["## Full-attention layers", "", "They do not depend on f.", ""]
     for name in CLUSTERS:
-        lines += [f"`{name}`, ms per layer:", "", *_full_table([a for a in answers if a.question.cluster.name == name]), ""]
+        lines += [
+            f"`{name}`, ms per layer:",
+            "",
+            *_full_table([a for a in answers if a.question.cluster.name == name]),
+            "",
+        ]
     lines += [
         "## Speed kept from 8 ranks on",
         "",
-        "Speed: work per rank and second, that is computing's share of the layer's time (kernel rates being fixed), "
-        f"relative to 8 ranks of the same scheme. {ALIKE_TOKENS} neighbouring queries choose alike, so f follows from the "
-        f"length: {WEAK_TOKENS} tokens per rank (weak), {tokens_text(STRONG_TOKENS)} tokens in all (strong).",
+        "Speed: work per rank and second, that is computing's share of the layer's time (kernel rates "
+        f"being fixed), relative to 8 ranks of the same scheme. {ALIKE_TOKENS} neighbouring queries choose "
+        f"alike, so f follows from the length: {WEAK_TOKENS} tokens per rank (weak), "
+        f"{tokens_text(STRONG_TOKENS)} tokens in all (strong).",
         "",
     ]
     for name, both in curves.items():
         for way, points in both.items():
-            lines += [f"`{name}`: " + scaling_text(points, weak=way == "weak")]
+            lines += [f"### `{name}`, {way} scaling", "", *scaling_table(points), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -185,7 +191,8 @@ def _answer_lines(one: Answer, inner: Answer) -> list[str]:
     rows = [_row(name, report, base) for name, report in one.msa.items()]
     rows += [_row(f"{name}, heads {HEAD_SIZE}", report, base) for name, report in inner.msa.items()]
     return [
-        f"## {tokens_text(question.seq_len)} tokens, CP {question.cp_size}, f = {one.f:.2f}, `{question.cluster.name}`",
+        f"## {tokens_text(question.seq_len)} tokens, CP {question.cp_size}, f = {one.f:.2f}, "
+        f"`{question.cluster.name}`",
         "",
         *table([head, *rows]),
         "",

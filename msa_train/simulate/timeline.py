@@ -1,4 +1,4 @@
-"""Clocks of all ranks through one layer: computing, waiting for collectives, and what of the wire stays visible."""
+"""Clocks of all ranks through one layer: computing, waiting, and what of the wire stays visible."""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -56,10 +56,10 @@ class LayerTime:
 
 @dataclass(slots=True)
 class Timeline:
-    """Two sets of clocks, [P] each: `busy` with the wire, `free` with the same steps and a wire that takes no time.
+    """Two sets of clocks, [P] each: `busy` with the wire, `free` with one that takes no time.
 
-    A collective ends on all its ranks at once: after the last one has started it and the wire has been used. The
-    free clocks wait for each other as well, so the difference of the two is the wire's alone.
+    A collective ends on all its ranks at once: after the last one has started it and the wire has been
+    used. The free clocks wait for each other as well, so the difference of the two is the wire's alone.
     """
 
     cp_size: int

@@ -1,7 +1,8 @@
 """Bytes of collectives per rank, by link, and the time they take.
 
-A rank's links (to and from its node, to and from other nodes) work at once; a collective ends when the fullest
-link of any rank is done. Latency is paid per message in a row: P - 1 in rings, one in an all-to-all.
+A rank's links (to and from its node, to and from other nodes) work at once; a collective ends when the
+fullest link of any rank is done. Latency is paid per message in a row: P - 1 in rings, one in an all-to-
+all.
 """
 
 from dataclasses import dataclass
@@ -41,7 +42,12 @@ class Wire:
     def reversed(self) -> "Wire":
         """The way back: who received sends."""
         return Wire(
-            self.near_received, self.near_sent, self.far_received, self.far_sent, self.near_steps, self.far_steps
+            self.near_received,
+            self.near_sent,
+            self.far_received,
+            self.far_sent,
+            self.near_steps,
+            self.far_steps,
         )
 
     def scaled(self, factor: float) -> "Wire":
@@ -62,7 +68,9 @@ class Wire:
         far = max(self.far_sent.max(), self.far_received.max())
         times = [near / cluster.node_rate, far / cluster.network_rate]
         if cluster.node_uplink_bytes and self.far_sent.shape[0] > cluster.gpus_per_node:
-            both = [x.reshape(-1, cluster.gpus_per_node).sum(1).max() for x in (self.far_sent, self.far_received)]
+            both = [
+                x.reshape(-1, cluster.gpus_per_node).sum(1).max() for x in (self.far_sent, self.far_received)
+            ]
             times.append(max(both) / (cluster.node_uplink_bytes * cluster.link_efficiency))
         times.append(self.received.max() * cluster.host_s_per_byte / cluster.compute_share)
         latency = self.near_steps * cluster.node_latency_s + self.far_steps * cluster.network_latency_s
@@ -79,11 +87,12 @@ def node_of(cluster: Cluster, cp_size: int) -> NDArray[np.int64]:
 
 def nothing(cp_size: int) -> Wire:
     """A collective that moves nothing."""
-    return Wire(*(np.zeros(cp_size) for _ in range(4)))
+    none = np.zeros(cp_size)
+    return Wire(none, none, none, none)
 
 
 def all_to_all(rows: NDArray[np.number], row_bytes: float, cluster: Cluster) -> Wire:
-    """Everyone to everyone at once; rows: [P, P] by receiving and sending rank, the diagonal does not travel."""
+    """Everyone to everyone at once; rows: [P, P] by receiver and sender, the diagonal does not travel."""
     cp_size = rows.shape[0]
     node = node_of(cluster, cp_size)
     rows = rows * (1 - np.eye(cp_size, dtype=np.int64))
@@ -102,9 +111,9 @@ def all_to_all(rows: NDArray[np.number], row_bytes: float, cluster: Cluster) -> 
 def all_gather(shard_bytes: float, cp_size: int, cluster: Cluster) -> Wire:
     """Every rank gets every shard.
 
-    With `multi_rail_collectives` a byte crosses the network once per node, through the cards of all its ranks in
-    equal parts, and is handed on inside; else one ring runs through all ranks, and the ranks at a node's borders
-    carry everything.
+    With `multi_rail_collectives` a byte crosses the network once per node, through the cards of all its
+    ranks in equal parts, and is handed on inside; else one ring runs through all ranks, and the ranks at a
+    node's borders carry everything.
     """
     if cp_size == 1:
         return nothing(1)
@@ -155,7 +164,12 @@ def shift(num_bytes: float, cp_size: int, cluster: Cluster) -> Wire:
     each = np.full(cp_size, float(num_bytes))
     far = bool(to_far.any())
     return Wire(
-        each * ~to_far, each * ~from_far, each * to_far, each * from_far, near_steps=int(not far), far_steps=int(far)
+        each * ~to_far,
+        each * ~from_far,
+        each * to_far,
+        each * from_far,
+        near_steps=int(not far),
+        far_steps=int(far),
     )
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from msa_kernels import select_blocks
+from msa_train.parallel.exchange_groups import build_comm
 from torch import Tensor
 
 from msa_train.config import ExchangeConfig, KvExchange
 from msa_train.parallel.cp_sparse_attention import SparseCall, cp_sparse_attention
-from msa_train.parallel.exchange_groups import build_comm
 from msa_train.parallel.layout import ShardLayout
 from msa_train.simulate.cluster import PRESETS, Cluster
 from msa_train.simulate.question import Options, Question, Scheme
@@ -48,11 +48,13 @@ def selection() -> Tensor:
 
 
 def constructed(f: float) -> Tensor:
-    """[S, M, TOPK]: own block, block 0 of the pack, which is hot thereby, and some that lie before or after."""
+    """[S, M, TOPK]: own block, block 0 of the pack, which is hot thereby, and some others."""
     rng = np.random.default_rng(7)
     own = np.arange(S) // BLOCK_SIZE
     blocks = rng.integers(1, max(2, int(f * S // BLOCK_SIZE)), (S, M))
-    picks = np.stack((np.broadcast_to(own[:, None], (S, M)), np.zeros((S, M)), blocks), axis=-1).astype(np.int32)
+    picks = np.stack((np.broadcast_to(own[:, None], (S, M)), np.zeros((S, M)), blocks), axis=-1).astype(
+        np.int32
+    )
     picks[..., 1:][picks[..., 1:] == picks[..., :1]] = -1
     return torch.from_numpy(picks)
 
@@ -138,7 +140,8 @@ def test_bytes_equal_the_counters_of_training(
     _, settings, scheme = CASES[case]
     question = Question(
         shape=LayerShape(
-            hidden_size=16, num_heads=M * G, num_kv_heads=M, head_dim=D, index_head_dim=DI, block_size=BLOCK_SIZE,
+            hidden_size=16, num_heads=M * G, num_kv_heads=M, head_dim=D, index_head_dim=DI,
+            block_size=BLOCK_SIZE,
             topk=TOPK, element_bytes=4,
         ),
         cluster=cluster(NODE if settings.get("ranks_per_node") else P),

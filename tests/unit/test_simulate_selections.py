@@ -26,16 +26,21 @@ def some_selection() -> NDArray[np.int32]:
     return select_blocks(q_index, k_index, cu_seqlens, block_size=BLOCK_SIZE, topk=TOPK).numpy()
 
 
-def record(folder: Path, blocks: NDArray[np.int32], parts: int, chunk_tokens: int = 4, **changes: int) -> None:
+def record(
+    folder: Path, blocks: NDArray[np.int32], parts: int, chunk_tokens: int = 4, **changes: int
+) -> None:
     T = S // parts
     for part in range(parts):
         values = {"first_token": part * T, "num_tokens": T, "seq_len": S, **changes}
         recorder = SelectionRecorder(
-            block_size=BLOCK_SIZE, num_kv_heads=M, topk=TOPK, chunk_tokens=chunk_tokens, cu_seqlens=CU_SEQLENS,
+            block_size=BLOCK_SIZE, num_kv_heads=M, topk=TOPK, chunk_tokens=chunk_tokens,
+            cu_seqlens=CU_SEQLENS,
             num_samples=T, **values,
         )  # fmt: skip
         recorder.add(3, blocks[part * T : (part + 1) * T])
-        recorder.add(5, np.where(blocks[part * T : (part + 1) * T] > 2, -1, blocks[part * T : (part + 1) * T]))
+        recorder.add(
+            5, np.where(blocks[part * T : (part + 1) * T] > 2, -1, blocks[part * T : (part + 1) * T])
+        )
         recorder.save(folder / f"{part}.npz", "run x, step 7")
 
 
@@ -50,7 +55,9 @@ def test_a_recording_gives_back_what_was_needed(tmp_path: Path, parts: int, layo
     placement = place(layout, seq_len=S, block_size=BLOCK_SIZE, cp_size=4, cu_seqlens=CU_SEQLENS)
     share = layers[0].local_share(placement)
     for rank in range(4):
-        rows = np.concatenate([np.arange(b * BLOCK_SIZE, (b + 1) * BLOCK_SIZE) for b in placement.order[rank]])
+        rows = np.concatenate(
+            [np.arange(b * BLOCK_SIZE, (b + 1) * BLOCK_SIZE) for b in placement.order[rank]]
+        )
         mine = torch.from_numpy(blocks[rows])
         assert np.array_equal(layers[0].needed(placement, rank), needed_pairs(mine, S // BLOCK_SIZE).numpy())
         valid = blocks[rows] >= 0
@@ -114,7 +121,9 @@ def test_the_recorder_refuses_what_does_not_fit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "dealt"])
 @pytest.mark.parametrize("num_docs", [1, 3])
-@pytest.mark.parametrize("selections", [stated(0.1), alike(128), alike(32), alike(512)], ids=lambda s: s.describe())
+@pytest.mark.parametrize(
+    "selections", [stated(0.1), alike(128), alike(32), alike(512)], ids=lambda s: s.describe()
+)
 def test_nothing_of_the_future_or_of_other_documents_is_selected(
     layout: str, num_docs: int, selections: SyntheticSelections
 ) -> None:
@@ -182,5 +191,7 @@ def test_bad_parameters() -> None:
         stated(0.1, sink_blocks=16)
     with pytest.raises(ValueError, match=r"popular_share=1.5: must be from 0 to 1"):
         stated(0.1, popular_share=1.5)
-    with pytest.raises(ValueError, match="alike_tokens=96: must be a multiple or a divisor of block_size=128"):
+    with pytest.raises(
+        ValueError, match="alike_tokens=96: must be a multiple or a divisor of block_size=128"
+    ):
         alike(96).check(place("contiguous", seq_len=65536, block_size=128, cp_size=2))

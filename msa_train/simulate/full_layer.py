@@ -33,6 +33,7 @@ class FullLayer:
     def __init__(self, setup: Setup) -> None:
         self.setup, self.cluster, self.cp_size = setup, setup.cluster, setup.cp_size
         self.shard_bytes = float(setup.tokens * setup.shape.kv_token_bytes)
+        self._known: dict[tuple[bool, bool], _Parts] = {}
 
     def report(self, scheme: FullScheme) -> SchemeReport:
         """One scheme's layer."""
@@ -74,9 +75,15 @@ class FullLayer:
         return SchemeReport(scheme.value, *passes, traffic, rows)
 
     def _parts(self, scheme: FullScheme) -> _Parts:
+        key = (scheme is not FullScheme.ring_unbalanced, scheme in _RINGS)
+        if key not in self._known:
+            self._known[key] = self._divide(*key)
+        return self._known[key]
+
+    def _divide(self, balanced: bool, ring: bool) -> _Parts:
+        """Who computes and holds what."""
         placement = self.setup.outer
-        balanced = scheme is not FullScheme.ring_unbalanced
-        share, key_owner = share_full(placement, balanced=balanced, ring=scheme in _RINGS)
+        share, key_owner = share_full(placement, balanced=balanced, ring=ring)
         unit = share.unit
         per_block = placement.block_size // unit
         # units of the query's document that lie before it

@@ -4,7 +4,7 @@ Head-parallel ranks: with head_size u the innermost u ranks hold u shards as one
 groups each; the exchange runs among P' = P / u such ranks, once per place in the inner group.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ class Wants:
     num_groups: int
     bits: list[torch.Tensor]
     pairs: IntArray
+    planned: "dict[tuple[int, bool, float], Hops]" = field(default_factory=dict, repr=False)
+    "plans made so far, by node size, hierarchical and hot_share"
 
     @property
     def f(self) -> float:
@@ -106,6 +108,13 @@ def exchange_rows(wants: Wants, cluster: Cluster, *, hierarchical: bool, hot_sha
         hierarchical: over the network to one rank per node and from there to the node's others.
         hot_share: share of the other ranks that make a pair hot, 0 for none.
     """
+    key = (cluster.gpus_per_node, hierarchical, hot_share)
+    if key not in wants.planned:
+        wants.planned[key] = _plan_rows(wants, cluster, hierarchical=hierarchical, hot_share=hot_share)
+    return wants.planned[key]
+
+
+def _plan_rows(wants: Wants, cluster: Cluster, *, hierarchical: bool, hot_share: float) -> Hops:
     shape = exchange_shape(wants, cluster, hierarchical=hierarchical, hot_share=hot_share)
     plans = [_place_rows(find_demand(bits, shape), cluster) for bits in wants.bits]
     hops = [side_by_side([plan[0][hop] for plan in plans]) for hop in range(len(plans[0][0]))]

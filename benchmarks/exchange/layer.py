@@ -55,7 +55,7 @@ def make_layer(selection: str, shape: LayerShape, cp_rank: int, cp_size: int) ->
         tensors={name: torch.randn(size, generator=generator) for name, size in sizes.items()},
         dout=torch.randn(heads, generator=generator),
         block_indices=select(selection, shape, layout),
-        position=torch.arange(layout.start, layout.start + T),
+        position=torch.arange(*layout.ranges[0]),
     )
 
 

@@ -24,7 +24,7 @@ def select(name: str, shape: LayerShape, layout: ShardLayout) -> Tensor:
     if name != TRAINED:
         return construct(float(name), shape, layout)
     recorded = torch.from_numpy(np.load(RECORDED)["block_indices"].astype(np.int32))
-    return recorded[layout.start : layout.start + layout.local_seq_len].contiguous()
+    return recorded[slice(*layout.ranges[0])].contiguous()
 
 
 def shape_for(name: str, shape: LayerShape) -> LayerShape:
@@ -49,15 +49,12 @@ def construct(f: float, shape: LayerShape, layout: ShardLayout, seed: int = 0) -
     """
     T, slots, M = layout.local_seq_len, shape.topk - 2, shape.num_kv_heads
     generator = torch.Generator().manual_seed(seed * 1000 + layout.cp_rank)
-    remote = torch.cat(
-        (
-            torch.arange(layout.first_block),
-            torch.arange(layout.first_block + layout.num_local_blocks, layout.num_blocks),
-        )
-    )
+    mine = layout.own_blocks(torch.device("cpu"))
+    blocks = torch.arange(layout.num_blocks)
+    remote = blocks[~torch.isin(blocks, mine)]
     pairs = round(f * remote.numel() * M)
-    own = torch.arange(layout.start, layout.start + T) // layout.block_size
-    before = torch.where(own > layout.first_block, own - 1, -1)
+    own = torch.arange(*layout.ranges[0]) // layout.block_size
+    before = torch.where(own > mine[0], own - 1, -1)
     groups: list[Tensor] = []
     for group in range(M):
         count = pairs // M + (group < pairs % M)

@@ -33,7 +33,7 @@ def kept_storages(comm: CpComm, settings: ExchangeConfig, recompute: bool) -> tu
     others = torch.stack([torch.where(own < NL, -1, own % 4), own], 1)
     call = SparseCall(
         block_indices=others[:, None].expand(-1, M, -1),
-        position=torch.arange(T) + layout.start,
+        position=torch.arange(T) + layout.ranges[0][0],
         layout=layout,
         comm=comm,
         exchange=KvExchange.selected,

@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from msa_kernels import select_blocks
-from msa_train.parallel.exchange_groups import build_comm
 from torch import Tensor
 
 from msa_train.config import ExchangeConfig, KvExchange
 from msa_train.parallel import exchange_plan
 from msa_train.parallel.cp_sparse_attention import SparseCall, cp_sparse_attention
+from msa_train.parallel.exchange_groups import build_comm
 from msa_train.parallel.layout import ShardLayout
 from msa_train.simulate.cluster import PRESETS, Cluster
 from msa_train.simulate.question import Options, Question, Scheme

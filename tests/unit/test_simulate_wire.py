@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from msa_train.parallel.hot_pairs import HotSlices
 
+from msa_train.parallel.hot_pairs import HotSlices
 from msa_train.simulate import wire as wires
 from msa_train.simulate.cluster import PRESETS
 from msa_train.simulate.hot_slices import hot_wires, spans

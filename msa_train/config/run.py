@@ -46,7 +46,7 @@ class ExchangeConfig:
     ranks_per_node: int = 0
     "ranks of a node: what several of them want crosses the network once; 0: no nodes, -1: as started"
     hot_share: float = 0.75
-    "pairs that this share of the other ranks wants (at least 3) are broadcast; 0: none (selected, auto)"
+    "pairs that this share of the others (at least 3) wants are broadcast if that spares the busiest; 0: none"
 
 
 @dataclass(kw_only=True, slots=True)

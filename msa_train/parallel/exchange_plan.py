@@ -22,6 +22,8 @@ from torch import Tensor
 
 # Below this number of requesters a broadcast has nothing to win.
 _MIN_HOT_REQUESTERS = 3
+# Weight of the broadcast in the decision for it; tests lower it to have one in any case.
+HOT_COST = 1.0
 
 
 @dataclass(slots=True, frozen=True)
@@ -118,15 +120,39 @@ class Demand:
 
 
 def find_demand(bits: Tensor, shape: ExchangeShape) -> Demand:
-    """Separate hot pairs from the others; bits: [P, P, W] uint8 of all requests, by requester and owner."""
+    """Separate hot pairs from the others where that spares the busiest rank.
+
+    A broadcast brings every rank all H hot pairs in two steps, H / P and H pairs. So it pays where an owner
+    sends much more than ranks receive, and is left out where what they receive is the bound anyway.
+
+    Args:
+        bits: [P, P, W] uint8, all requests by requester and owner.
+        shape: of the exchange.
+    """
     counts = count_bits(bits)
     wanted = counts.sum(1)
     if shape.hot_requesters >= shape.cp_size:
         none = torch.zeros(shape.cp_size, shape.num_pairs, dtype=torch.bool, device=bits.device)
         return Demand(shape, bits, counts, none, wanted)
-    hot = popularity(bits, shape) >= shape.hot_requesters
-    bits = bits & ~pack_bits(hot)
-    return Demand(shape, bits, count_bits(bits), hot, wanted)
+    plain = Demand(shape, bits, counts, popularity(bits, shape) >= shape.hot_requesters, wanted)
+    others = bits & ~pack_bits(plain.hot)
+    split = Demand(shape, others, count_bits(others), plain.hot, wanted)
+    # Decided where the numbers are, so that the host need not wait for them.
+    broadcast = split.hot.sum() * (HOT_COST * (1 + 1 / shape.cp_size))
+    pays = _busiest_rows(split) + broadcast < _busiest_rows(plain)
+    return Demand(
+        shape,
+        torch.where(pays, split.bits, plain.bits),
+        torch.where(pays, split.counts, plain.counts),
+        plain.hot & pays,
+        wanted,
+    )
+
+
+def _busiest_rows(demand: Demand) -> Tensor:
+    """Most pairs that a rank sends or receives, hot ones apart; with nodes: over the network."""
+    loads = find_loads(demand)
+    return torch.maximum(loads.send[0].max(), loads.receive[0].max())
 
 
 def popularity(bits: Tensor, shape: ExchangeShape) -> Tensor:

@@ -3,6 +3,7 @@
 Each scene is a small job of its own; all of them run at once, as each must lose a rank.
 """
 
+import math
 import multiprocessing
 import os
 import re
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from msa_train.config import ExchangeConfig, KvExchange
+from msa_train.parallel import exchange_plan
 from msa_train.parallel.block_requests import RequestTerms, exchange_requests
 from msa_train.parallel.collectives import CpComm
 from msa_train.parallel.cp_sparse_attention import SparseCall, cp_sparse_attention
@@ -131,6 +133,7 @@ def scene_rank(rank: int, scene: Scene, folder: str) -> None:
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=scene.size,
         timeout=timedelta(seconds=10 * TIMEOUT_S),
     )  # fmt: skip
+    exchange_plan.HOT_COST = -math.inf
     comm, settings = losing_comm(scene)
     comm.all_gather(torch.zeros(1), "calibration")
     LosingComm.scene = scene

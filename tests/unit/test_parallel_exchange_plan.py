@@ -1,9 +1,12 @@
 """Exchange plans of all ranks together: every wanted pair arrives once, by the way that was asked for."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
+from msa_train.parallel import exchange_plan
 from msa_train.parallel.exchange_plan import (
     Demand,
     ExchangeShape,
@@ -57,6 +60,13 @@ CASES = [
     (6, 3, 0.0),
     (8, 4, 0.5),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _broadcast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In tests of plans there is a broadcast wherever a pair is wanted by enough ranks."""
+    if request.node.name.startswith(("test_every_wanted", "test_loads")):
+        monkeypatch.setattr(exchange_plan, "HOT_COST", -math.inf)
 
 
 @pytest.mark.parametrize(("cp_size", "ranks_per_node", "hot_share"), CASES)
@@ -123,6 +133,18 @@ def test_hot_pairs_are_those_that_enough_others_want() -> None:
     assert not find_demand(pack_bits(wanted), ExchangeShape(5, M, NL)).hot.any()
     # A broadcast to two ranks is no gain.
     assert ExchangeShape(3, M, NL, 0, 0.5).hot_requesters == 3
+
+
+def test_a_broadcast_must_spare_the_busiest_rank() -> None:
+    """Rank 0 sends 2 pairs to 4 ranks, 8; broadcast 2 + 2 / 5. Not where a rank receives 8 anyway."""
+    wanted = torch.zeros(5, 5, M * NL, dtype=torch.bool)
+    wanted[1:, 0, :2] = True
+    shape = ExchangeShape(5, M, NL, 0, 0.75)
+    assert find_demand(pack_bits(wanted), shape).hot.sum() == 2
+    wanted[4, 3, :6] = True
+    demand = find_demand(pack_bits(wanted), shape)
+    assert not demand.hot.any()
+    assert demand.counts[4].tolist() == [2, 0, 0, 6, 0]
 
 
 def test_bits_and_positions() -> None:

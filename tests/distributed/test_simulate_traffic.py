@@ -66,7 +66,7 @@ SELECTIONS = {"scored": selection, "constructed": lambda: constructed(0.6)}
 def count_traffic(rank: int, size: int, block_indices: Tensor) -> dict[str, dict[str, int]]:
     """Bytes that this rank received in one layer call of every case, by purpose."""
     layout = ShardLayout(seq_len=S, block_size=BLOCK_SIZE, cp_rank=rank, cp_size=size)
-    rows = slice(layout.start, layout.start + layout.local_seq_len)
+    rows = slice(*layout.ranges[0])
     # a broadcast wherever it spares the busiest rank anything, here as in the test below
     exchange_plan.HOT_COST = 0.0
     generator = torch.Generator().manual_seed(rank)
@@ -86,7 +86,7 @@ def count_traffic(rank: int, size: int, block_indices: Tensor) -> dict[str, dict
             keys = comm.all_gather(k_index.detach(), "index_key").flatten(0, 1)
             call = SparseCall(
                 block_indices=block_indices[rows],
-                position=torch.arange(layout.start, layout.start + T),
+                position=torch.arange(*layout.ranges[0]),
                 layout=layout,
                 comm=comm,
                 exchange=exchange,

@@ -126,7 +126,8 @@ def exchange_requests(
 def _introduce(shape: ExchangeShape, device: torch.device, comm: CpComm) -> None:
     """Compare shapes with the other ranks, once for each shape."""
     header = torch.tensor(_known(shape, comm.layer), dtype=torch.int64).to(device)
-    headers = comm.all_gather(header, "request").tolist()
+    # A purpose of its own: a resumed run meets again, and must log the bytes of requests that the first did.
+    headers = comm.all_gather(header, "request_shape").tolist()
     check_requests(headers, [0] * comm.size, [0] * comm.size, comm.layer)
     comm.met.add(shape)
 

@@ -22,6 +22,7 @@ GRACE_S = 3.0
 _POINTS = {
     "index_key": "gathering index keys",
     "index_key_grad": "returning gradients of index keys",
+    "request_shape": "comparing shapes of block requests",
     "request": "exchanging block requests",
     "kv": "fetching keys and values",
     "kv_outer": "fetching keys and values from other nodes",
@@ -37,7 +38,7 @@ _POINTS = {
     "full_kv_grad": "returning gradients of keys and values of a full-attention layer",
 }
 # Of these every rank expects the same number of bytes.
-_SAME_SIZE = ("index_key", "request")
+_SAME_SIZE = ("index_key", "request_shape", "request")
 
 
 class ExchangeError(RuntimeError):

@@ -8,6 +8,7 @@ GROUPS = (
     "model",
     "attention",
     "parallel",
+    "exchange",
     "data",
     "optim",
     "train",

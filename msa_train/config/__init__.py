@@ -4,6 +4,7 @@ from msa_train.config.model import AttentionConfig, ModelConfig
 from msa_train.config.options import (
     Activation,
     AttentionKind,
+    CpLayout,
     Device,
     Engine,
     KlTarget,
@@ -20,6 +21,7 @@ from msa_train.config.rules import check_rules, resolve_engine
 from msa_train.config.run import (
     CheckpointConfig,
     DataConfig,
+    ExchangeConfig,
     LauncherConfig,
     LoggingConfig,
     OptimConfig,
@@ -41,9 +43,11 @@ __all__ = [
     "AttentionConfig",
     "AttentionKind",
     "CheckpointConfig",
+    "CpLayout",
     "DataConfig",
     "Device",
     "Engine",
+    "ExchangeConfig",
     "KlTarget",
     "KvExchange",
     "LauncherConfig",

@@ -25,6 +25,15 @@ class KvExchange(Enum):
     selected = "selected"  # only the (block, group) pairs that a local query sees
     all_gather = "all_gather"  # all keys and values, gathered; gradients reduce-scattered
     ring = "ring"  # one neighbour's shard at a time, partial results merged by log-sum-exp
+    auto = "auto"  # selected or all_gather, for each call of a layer what measured rates say
+
+
+class CpLayout(Enum):
+    """Which tokens of a sequence a context-parallel rank holds."""
+
+    contiguous = "contiguous"  # one run of tokens: few remote blocks are selected
+    zigzag = "zigzag"  # two of 2 * cp_size chunks, r and 2 * cp_size - 1 - r
+    dealt = "dealt"  # chunks of 1,024 tokens, dealt so that causal work is equal
 
 
 class Precision(Enum):

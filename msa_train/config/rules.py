@@ -6,7 +6,7 @@ Each violation is a ValueError of one line: name=value, the rule, the fix.
 import math
 from collections.abc import Callable
 
-from msa_train.config.options import Engine, OptimizerKind, Precision, QkNorm
+from msa_train.config.options import CpLayout, Engine, KvExchange, OptimizerKind, Precision, QkNorm
 from msa_train.config.run import RunConfig
 from msa_train.config.stage_rules import check_stages
 
@@ -36,7 +36,9 @@ def check_rules(config: RunConfig, *, world_size: int, has_gpu: bool) -> None:
         _sequence,
         _index_heads,
         _tensor_parallel,
+        _head_parallel,
         _experts,
+        _exchange,
         _training,
     )
     for rule in rules:
@@ -58,7 +60,7 @@ def _names(config: RunConfig) -> None:
 
 def _positive_sizes(config: RunConfig) -> None:
     parallel, train = config.parallel, config.train
-    for name in ("cp_size", "ep_size", "tp_size", "pp_size"):
+    for name in ("cp_size", "cp_head_size", "ep_size", "tp_size", "pp_size"):
         if getattr(parallel, name) < 1:
             raise ValueError(f"parallel.{name}={getattr(parallel, name)}: must be at least 1")
     at_least_one = ["global_batch_size", "validation_packs"]
@@ -100,15 +102,18 @@ def _positive_sizes(config: RunConfig) -> None:
 
 
 def _sequence(config: RunConfig) -> None:
-    block_size = config.attention.block_size
-    unit = config.parallel.cp_size * block_size
+    block_size, cp_size = config.attention.block_size, config.parallel.cp_size
+    factors = f"parallel.cp_size * attention.block_size = {cp_size} * {block_size}"
+    unit, fix = cp_size * block_size, ""
+    if config.parallel.cp_layout is CpLayout.zigzag:
+        factors = f"2 * parallel.cp_size * attention.block_size = 2 * {cp_size} * {block_size}"
+        unit, fix = 2 * unit, ", or parallel.cp_layout=contiguous"
     for name, seq_len in _seq_lens(config):
         if seq_len % unit:
             lower = seq_len // unit * unit
             choices = f"{lower} or {lower + unit}" if lower else f"{unit}"
             raise ValueError(
-                f"{name}={seq_len}: must be a multiple of parallel.cp_size * attention.block_size = "
-                f"{config.parallel.cp_size} * {block_size} = {unit}; use {choices}"
+                f"{name}={seq_len}: must be a multiple of {factors} = {unit}; use {choices}{fix}"
             )
     if not 0 <= config.data.validation_fraction < 1:
         raise ValueError(
@@ -133,6 +138,28 @@ def _index_heads(config: RunConfig) -> None:
         raise ValueError(
             f"attention.index_head_dim={index_head_dim}: must be at least model.rotary_dim={rotary_dim}, "
             f"as index heads are rotated too; use attention.index_head_dim={rotary_dim}"
+        )
+
+
+def _head_parallel(config: RunConfig) -> None:
+    parallel, groups = config.parallel, config.model.num_kv_heads // config.parallel.tp_size
+    size = parallel.cp_head_size
+    if parallel.cp_size % size:
+        raise ValueError(
+            f"parallel.cp_head_size={size}: must divide parallel.cp_size={parallel.cp_size}, of whose ranks "
+            "it takes neighbours together; use parallel.cp_head_size=1"
+        )
+    if groups % size:
+        raise ValueError(
+            f"parallel.cp_head_size={size}: must divide the KV groups of a rank, model.num_kv_heads / "
+            f"parallel.tp_size = {groups}; use parallel.cp_head_size={math.gcd(size, groups)}"
+        )
+    nodes = config.exchange.ranks_per_node
+    if nodes > 0 and nodes % size:
+        raise ValueError(
+            f"exchange.ranks_per_node={nodes}: must be a multiple of parallel.cp_head_size={size}, as "
+            "ranks that trade tokens for heads belong on one node; use "
+            f"exchange.ranks_per_node={nodes + -nodes % size}"
         )
 
 
@@ -171,6 +198,35 @@ def _experts(config: RunConfig) -> None:
         raise ValueError(
             f"parallel.ep_size={ep_size}: must divide model.num_experts={num_experts}; "
             f"use one of {', '.join(str(n) for n in range(1, num_experts + 1) if num_experts % n == 0)}"
+        )
+
+
+def _exchange(config: RunConfig) -> None:
+    exchange, kind, cp_size = config.exchange, config.parallel.kv_exchange, config.parallel.cp_size
+    if not 0 <= exchange.hot_share <= 1:
+        raise ValueError(
+            f"exchange.hot_share={exchange.hot_share}: must be from 0 (none) to 1 (what all others want)"
+        )
+    nodes = exchange.ranks_per_node
+    if nodes < -1:
+        raise ValueError(
+            f"exchange.ranks_per_node={nodes}: must be a number of ranks; use 0 for none, -1 for a machine's"
+        )
+    if nodes > 0 and cp_size % nodes:
+        fitting = ", ".join(str(n) for n in range(1, cp_size + 1) if cp_size % n == 0)
+        raise ValueError(
+            f"exchange.ranks_per_node={nodes}: must divide parallel.cp_size={cp_size}; use one of 0, "
+            f"{fitting}"
+        )
+    if nodes and kind in (KvExchange.all_gather, KvExchange.ring):
+        raise ValueError(
+            f"exchange.ranks_per_node={nodes}: is for parallel.kv_exchange=selected or auto; "
+            "use exchange.ranks_per_node=0"
+        )
+    if not exchange.keep_for_backward and kind in (KvExchange.all_gather, KvExchange.ring):
+        raise ValueError(
+            f"exchange.keep_for_backward=false: parallel.kv_exchange={kind.value} keeps nothing anyway; "
+            "use exchange.keep_for_backward=true"
         )
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from msa_train.config.model import AttentionConfig, ModelConfig
 from msa_train.config.options import (
+    CpLayout,
     Device,
     Engine,
     KvExchange,
@@ -22,17 +23,38 @@ class ParallelConfig:
 
     cp_size: int = 1
     "context parallelism: ranks that share one sequence"
+    cp_head_size: int = 1
+    "of these, neighbours that trade tokens for KV groups before attention; divides cp_size and num_kv_heads"
     ep_size: int = 1
     "expert parallelism: ranks that share the experts; may span context and data parallel ranks"
     tp_size: int = 1
     "tensor parallelism (with sequence parallelism); engine=megatron only"
     pp_size: int = 1
     "pipeline parallelism; engine=megatron only"
+    cp_layout: CpLayout = CpLayout.contiguous
     kv_exchange: KvExchange = KvExchange.selected
+    balance_index: bool = True
+    "queries of the block selection move to ranks with less of it"
+    balance_full_attention: bool = True
+    "queries of full attention move to ranks with less of it; with a ring, keys and values may too"
     overlap_grad_reduce: bool = False
     "reduce gradients while the backward pass still runs; engine=megatron only"
     overlap_param_gather: bool = False
     "gather updated parameters under the next forward pass; needs overlap_grad_reduce; engine=megatron only"
+
+
+@dataclass(kw_only=True, slots=True)
+class ExchangeConfig:
+    """How keys and values travel between context-parallel ranks; see also parallel.kv_exchange."""
+
+    overlap: bool = True
+    "compute while they travel; false only changes when a rank waits, never a result"
+    keep_for_backward: bool = True
+    "keep fetched pairs for the backward pass; false: fetch them again (selected, auto)"
+    ranks_per_node: int = 0
+    "ranks of a node: what several of them want crosses the network once; 0: no nodes, -1: as started"
+    hot_share: float = 0.75
+    "pairs that this share of the others (at least 3) wants are broadcast if that spares the busiest; 0: none"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -152,6 +174,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

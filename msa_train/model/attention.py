@@ -5,7 +5,7 @@ H hidden size, NB blocks of the pack, B block size.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,17 +15,32 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from msa_kernels import select_blocks, window_blocks
 from torch import Tensor
 
-from msa_train.config import QkNorm, StageAttention
+from msa_train.config import KvExchange, QkNorm, StageAttention
 from msa_train.model.index_branch import IndexBranch
+from msa_train.model.local_pack import LocalPack
 from msa_train.model.norm import RMSNorm
 from msa_train.model.pack_params import LayerStats, PackParams
 from msa_train.model.rotary import apply_rotary
 from msa_train.model.transformer_config import MsaTransformerConfig
 from msa_train.parallel.attention_probe import probe_attention
-from msa_train.parallel.block_requests import needed_pairs
+from msa_train.parallel.block_requests import needed_pairs, pairs_by_owner
+from msa_train.parallel.collectives import CpComm, Pending
 from msa_train.parallel.cp_dense_kl import IndexKl
 from msa_train.parallel.cp_full_attention import FullCall, cp_full_attention
 from msa_train.parallel.cp_sparse_attention import SparseCall, cp_sparse_attention
+from msa_train.parallel.head_exchange import gather_tokens, to_heads, to_tokens
+from msa_train.parallel.layout import ShardLayout
+from msa_train.parallel.relayout import move_rows
+
+
+@dataclass(slots=True)
+class StartedIndex:
+    """Index queries [T, M, Di] and keys [T, Di]; all_keys [P, T, Di] by `layout` on their way, or None."""
+
+    q: Tensor
+    k: Tensor
+    all_keys: Pending[Tensor] | None
+    layout: ShardLayout
 
 
 @dataclass
@@ -109,9 +124,17 @@ class GroupedQueryAttention(MegatronModule, ABC):
         **_unused: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [T, 1, H] -> (output [T, 1, H], None), Megatron's contract of an attention module."""
+        started = self.start(hidden_states, packed_seq_params)
         q, k, v = self._project(hidden_states, packed_seq_params)
-        out = self.attend(hidden_states, q, k, v, packed_seq_params)
+        if packed_seq_params.heads is None:
+            out = self.attend(started, q, k, v, packed_seq_params)
+        else:
+            out = self._attend_by_heads(started, q, k, v, packed_seq_params)
         return self.linear_proj(out.reshape(out.shape[0], 1, -1))
+
+    def start(self, hidden_states: Tensor, params: PackParams) -> StartedIndex | None:
+        """Begin what can travel while queries, keys and values are projected."""
+        return None
 
     def _project(self, hidden_states: Tensor, params: PackParams) -> tuple[Tensor, Tensor, Tensor]:
         """q [T, M, G, D], k and v [T, M, D], normalised and rotated."""
@@ -124,22 +147,50 @@ class GroupedQueryAttention(MegatronModule, ABC):
             q, k = _normalise(self.q_layernorm, q), _normalise(self.k_layernorm, k)
         return apply_rotary(q, params.rotary), apply_rotary(k, params.rotary), v
 
+    def _attend_by_heads(
+        self, started: StartedIndex | None, q: Tensor, k: Tensor, v: Tensor, params: PackParams
+    ) -> Tensor:
+        """`attend` on the tokens of all ranks of the head group and this rank's share of the KV groups."""
+        comm, heads = self.comm_of(params).heads, params.heads
+        assert comm is not None, "head groups come with their collectives"
+        assert heads is not None, "called where there are head groups"
+        parts = [q.flatten(2), k, v] if started is None else [q.flatten(2), k, v, started.q]
+        mixed = to_heads(torch.cat(parts, dim=-1), comm, heads.order)
+        # What is sent on must lie in one piece.
+        q, k, v, *index = (x.contiguous() for x in mixed.split([part.shape[-1] for part in parts], dim=-1))
+        if started is not None:
+            k_index = gather_tokens(started.k, comm, heads.order)
+            started = replace(started, q=index[0], k=k_index)
+        q = q.unflatten(-1, (self.heads_per_group, self.head_dim))
+        return to_tokens(self.attend(started, q, k, v, params.of_head_group()), comm, heads.order)
+
     @abstractmethod
-    def attend(self, hidden_states: Tensor, q: Tensor, k: Tensor, v: Tensor, params: PackParams) -> Tensor:
-        """Attention proper: shapes as `_project` returns them -> [T, M, G, D]."""
+    def attend(
+        self, started: StartedIndex | None, q: Tensor, k: Tensor, v: Tensor, params: PackParams
+    ) -> Tensor:
+        """Attention proper: what `start` returned, shapes as `_project` returns them -> [T, M, G, D]."""
+
+    def comm_of(self, params: PackParams) -> CpComm:
+        """Collectives whose messages name this layer."""
+        assert params.comm is not None, "the step fills in the collectives"
+        return params.comm.of_layer(self.layer_number)
+
+    def _record(self, call: SparseCall, params: PackParams) -> None:
+        """Keep what was agreed for a recomputation; count which way was taken."""
+        if not params.record.replaying and call.requests is not None:
+            selected = torch.tensor([call.requests.kind is KvExchange.selected, 1], dtype=torch.int64)
+            LayerStats.add(params.stats.exchange, self.layer_number, selected)
+        params.record.requests = call.requests
 
     def full_call(self, params: PackParams, kl: IndexKl | None = None) -> FullCall:
         """Dense attention over this pack."""
-        pack, comm = params.pack, params.comm
+        pack = params.pack
         assert pack is not None, "the step fills in the pack"
-        assert comm is not None, "the step fills in the collectives"
         return FullCall(
-            segments=pack.segments,
-            send=pack.send,
-            receive=pack.receive,
+            plan=pack.full,
             layout=pack.layout,
-            comm=comm,
-            exchange=self.config.kv_exchange,
+            comm=self.comm_of(params),
+            exchange=params.full_exchange or self.config.kv_exchange,
             softmax_scale=self.head_dim**-0.5,
             kl=kl,
         )
@@ -155,7 +206,9 @@ def _normalise(norm: RMSNorm, x: Tensor) -> Tensor:
 class FullSelfAttention(GroupedQueryAttention):
     """Dense causal attention within documents."""
 
-    def attend(self, hidden_states: Tensor, q: Tensor, k: Tensor, v: Tensor, params: PackParams) -> Tensor:
+    def attend(
+        self, started: StartedIndex | None, q: Tensor, k: Tensor, v: Tensor, params: PackParams
+    ) -> Tensor:
         """See GroupedQueryAttention.attend."""
         return cp_full_attention(q, k, v, self.full_call(params))
 
@@ -163,11 +216,12 @@ class FullSelfAttention(GroupedQueryAttention):
 class WindowSelfAttention(GroupedQueryAttention):
     """Causal sliding window within documents, with a sink: position decides which blocks are exchanged."""
 
-    def attend(self, hidden_states: Tensor, q: Tensor, k: Tensor, v: Tensor, params: PackParams) -> Tensor:
+    def attend(
+        self, started: StartedIndex | None, q: Tensor, k: Tensor, v: Tensor, params: PackParams
+    ) -> Tensor:
         """See GroupedQueryAttention.attend."""
-        pack, comm, attention = params.pack, params.comm, self.config.attention
+        pack, attention = params.pack, self.config.attention
         assert pack is not None, "the step fills in the pack"
-        assert comm is not None, "the step fills in the collectives"
         block_indices, window = window_blocks(
             pack.position,
             pack.position - pack.doc_position,
@@ -178,17 +232,18 @@ class WindowSelfAttention(GroupedQueryAttention):
             query_valid=pack.valid,
         )
         call = SparseCall(
-            block_indices=block_indices[:, None].expand(-1, self.num_groups, -1),
+            block_indices=block_indices[:, None].expand(-1, k.shape[1], -1),
             position=pack.position,
             layout=pack.layout,
-            comm=comm,
+            comm=self.comm_of(params),
             exchange=self.config.kv_exchange,
             softmax_scale=self.head_dim**-0.5,
+            settings=self.config.exchange,
             requests=params.record.requests,
             window=window,
         )
         out = cp_sparse_attention(q, k, v, None, None, call)
-        params.record.requests = call.requests
+        self._record(call, params)
         return out
 
 
@@ -199,18 +254,18 @@ class MsaSelfAttention(GroupedQueryAttention):
         super().__init__(config, *args, **kwargs)
         self.index_branch = IndexBranch(config, kwargs["pg_collection"])
 
-    def attend(self, hidden_states: Tensor, q: Tensor, k: Tensor, v: Tensor, params: PackParams) -> Tensor:
+    def attend(
+        self, started: StartedIndex | None, q: Tensor, k: Tensor, v: Tensor, params: PackParams
+    ) -> Tensor:
         """See GroupedQueryAttention.attend."""
-        pack, comm, record = params.pack, params.comm, params.record
+        pack, record = params.pack, params.record
         assert pack is not None, "the step fills in the pack"
-        assert comm is not None, "the step fills in the collectives"
-        assert params.rotary is not None, "a pack comes with its rotary table"
-        q_index, k_index = self.index_branch(hidden_states, params.rotary)
-        if params.attention is StageAttention.dense and params.kl_weight == 0:
+        assert started is not None, "index queries and keys were projected first"
+        q_index, k_index = started.q, started.k
+        if started.all_keys is None:
             # Zero gradients for the index branch, and not none: gradient hooks wait for every parameter.
             return cp_full_attention(q, k, v, self.full_call(params), q_index, k_index)
-        with torch.no_grad():
-            all_keys = comm.all_gather(k_index.detach(), "index_key").flatten(0, 1)
+        all_keys = started.layout.in_order(started.all_keys.wait())
         if params.attention is StageAttention.dense:
             return self._attend_densely(q, k, v, q_index, k_index, all_keys, params)
         if record.block_indices is None:
@@ -223,7 +278,7 @@ class MsaSelfAttention(GroupedQueryAttention):
             block_indices=record.block_indices,
             position=pack.position,
             layout=pack.layout,
-            comm=comm,
+            comm=self.comm_of(params),
             exchange=self.config.kv_exchange,
             softmax_scale=self.head_dim**-0.5,
             index_scale=q_index.shape[-1] ** -0.5,
@@ -231,13 +286,25 @@ class MsaSelfAttention(GroupedQueryAttention):
             kl_weight=params.kl_weight,
             kl_temperature=self.config.attention.kl_temperature,
             on_kl=lambda kl: LayerStats.add(params.stats.kl, self.layer_number, kl),
+            settings=self.config.exchange,
+            needed=None if record.replaying else needed_pairs(record.block_indices, pack.layout.num_blocks),
             requests=record.requests,
         )
         out = cp_sparse_attention(q, k, v, q_index, k_index, call)
-        record.requests = call.requests
-        if not record.replaying:
-            self._count_selected(record.block_indices, params)
+        if call.needed is not None:
+            self._count_selected(call.needed, params)
+        self._record(call, params)
         return out
+
+    def start(self, hidden_states: Tensor, params: PackParams) -> StartedIndex:
+        """Project index queries and keys; the keys travel from here on."""
+        assert params.pack is not None, "the step fills in the pack"
+        assert params.rotary is not None, "a pack comes with its rotary table"
+        q, k = self.index_branch(hidden_states, params.rotary)
+        if params.attention is StageAttention.dense and params.kl_weight == 0:
+            return StartedIndex(q, k, None, params.pack.layout)
+        pending = self.comm_of(params).start_all_gather(k.detach(), "index_key")
+        return StartedIndex(q, k, pending, params.pack.layout)
 
     def _attend_densely(
         self,
@@ -251,7 +318,12 @@ class MsaSelfAttention(GroupedQueryAttention):
     ) -> Tensor:
         """Full attention, under which the index branch learns from all causal tokens."""
         if params.probe is not None and not params.record.replaying:
-            self._probe(q, k, self._select(q_index, all_keys, params, params.probe.rows), params)
+            assert params.pack is not None, "checked by the caller"
+            rows = params.probe.rows
+            selected = self._select_some(
+                q_index.detach()[rows], all_keys, params.pack, position=params.pack.position[rows]
+            )
+            self._probe(q, k, selected, params)
         kl = IndexKl(
             all_keys=all_keys,
             weight=params.kl_weight,
@@ -261,44 +333,67 @@ class MsaSelfAttention(GroupedQueryAttention):
         )
         return cp_full_attention(q, k, v, self.full_call(params, kl), q_index, k_index)
 
-    def _select(
-        self, q_index: Tensor, all_keys: Tensor, params: PackParams, rows: Tensor | None = None
-    ) -> Tensor:
-        """Selection of all local queries, or of some rows."""
-        pack, attention = params.pack, self.config.attention
+    def _select(self, q_index: Tensor, all_keys: Tensor, params: PackParams) -> Tensor:
+        """Selection [T, M, topk] of all local queries, some of which other ranks may compute."""
+        pack, comm = params.pack, self.comm_of(params)
         assert pack is not None, "checked by the caller"
+        q_index, moves = q_index.detach(), pack.index.moves
+        if moves is not None:
+            q_index = move_rows(q_index, moves.there, comm, "index_query")
+        parts, row = [], 0
+        for start, stop in pack.index.ranges:
+            rows = slice(row, row + stop - start)
+            valid = pack.valid[rows] if moves is None else None
+            parts.append(self._select_some(q_index[rows], all_keys, pack, start, valid=valid))
+            row = rows.stop
+        selected = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if moves is not None:
+            selected = move_rows(selected, moves.back, comm, "index_query")
+            selected.masked_fill_(~pack.valid[:, None, None], -1)
+        return selected
+
+    def _select_some(
+        self,
+        q_index: Tensor,
+        all_keys: Tensor,
+        pack: LocalPack,
+        start: int = 0,
+        *,
+        valid: Tensor | None = None,
+        position: Tensor | None = None,
+    ) -> Tensor:
+        """Selection of queries at positions from `start` on, or at those in `position`."""
+        attention = self.config.attention
         return select_blocks(
-            q_index.detach() if rows is None else q_index.detach()[rows],
+            q_index,
             all_keys,
             pack.cu_seqlens,
             block_size=attention.block_size,
             topk=attention.topk,
             local_blocks=attention.local_blocks,
-            query_offset=pack.layout.start,
-            query_valid=pack.valid if rows is None else None,
-            position=None if rows is None else pack.position[rows],
+            query_offset=start,
+            query_valid=valid,
+            position=position,
         )
 
     def _probe(self, q: Tensor, k: Tensor, selected: Tensor, params: PackParams) -> None:
         """Compare the sampled queries' selection with full attention; selected: [sampled, M, topk]."""
-        probe, comm = params.probe, params.comm
+        probe, comm = params.probe, self.comm_of(params)
         assert probe is not None, "called where queries are sampled"
-        assert comm is not None, "checked by the caller"
         q, k = q.detach()[probe.rows], k.detach()
         sums = probe_attention(q, k, selected, probe, comm, softmax_scale=self.head_dim**-0.5).flat()
-        LayerStats.add(params.stats.attention, self.layer_number, self._of_all_groups(sums))
+        LayerStats.add(params.stats.attention, self.layer_number, self._of_all_groups(sums, params))
 
-    def _of_all_groups(self, values: Tensor) -> Tensor:
-        """[M, ...] of this tensor-parallel rank's groups -> [num_kv_heads, ...], zero for the others."""
+    def _of_all_groups(self, values: Tensor, params: PackParams) -> Tensor:
+        """[M, ...] of the groups that this rank attends for -> [num_kv_heads, ...], zero for the others."""
         whole = values.new_zeros(self.config.model.num_kv_heads, *values.shape[1:])
-        first = self.tp_rank * self.num_groups
-        whole[first : first + self.num_groups] = values
+        first = self.tp_rank * self.num_groups + params.head_rank * len(values)
+        whole[first : first + len(values)] = values
         return whole
 
-    def _count_selected(self, block_indices: Tensor, params: PackParams) -> None:
-        """Remote pairs per group, before any exchange: what `selected` would send."""
+    def _count_selected(self, needed: Tensor, params: PackParams) -> None:
+        """Remote pairs per group: what `selected` sends, whatever is used. needed: [M, NB] bool."""
         assert params.pack is not None, "checked by the caller"
         layout = params.pack.layout
-        needed = needed_pairs(block_indices, layout.num_blocks)
-        needed[:, layout.first_block : layout.first_block + layout.num_local_blocks] = False
-        LayerStats.add(params.stats.selected, self.layer_number, self._of_all_groups(needed.sum(1)))
+        pairs = pairs_by_owner(needed, layout).view(layout.cp_size, needed.shape[0], -1).sum((0, 2))
+        LayerStats.add(params.stats.selected, self.layer_number, self._of_all_groups(pairs, params))

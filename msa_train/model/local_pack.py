@@ -1,12 +1,28 @@
 """One rank's share of a pack, as tensors the layers read."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from msa_train.config import ParallelConfig
 from msa_train.data import Pack
-from msa_train.parallel.layout import Segment, ShardLayout, local_segments, prefix_splits
+from msa_train.parallel.balance import balance, index_work
+from msa_train.parallel.full_kv_exchange import FullPlan, make_full_plan
+from msa_train.parallel.layout import ShardLayout
+from msa_train.parallel.relayout import Relayout, make_relayout
+from msa_train.parallel.sequence_plan import Range
+
+
+@dataclass(slots=True)
+class IndexPlan:
+    """Which queries this rank selects blocks for: positions, and the moves there and back (None: its own)."""
+
+    ranges: tuple[Range, ...]
+    moves: Relayout | None
 
 
 @dataclass(slots=True)
@@ -14,10 +30,10 @@ class LocalPack:
     """The tokens of one rank and where they lie. T local tokens, all int64 unless said.
 
     tokens, labels: [T]; labels are IGNORE_LABEL where there is no next token.
-    position: [T] in the pack; doc_position: [T] in the token's document.
+    position: [T] in the pack, ascending; doc_position: [T] in the token's document.
     valid: [T] bool, False for padding.
     cu_seqlens: [num_docs + 1] document starts of the whole pack.
-    segments: document parts on this rank; send, receive: see `layout.prefix_splits`.
+    index, full: how the ranks share the block selection and full attention.
     """
 
     layout: ShardLayout
@@ -27,30 +43,50 @@ class LocalPack:
     doc_position: Tensor
     valid: Tensor
     cu_seqlens: Tensor
-    segments: list[Segment]
-    send: list[int]
-    receive: list[int]
+    index: IndexPlan
+    full: FullPlan
 
 
-def make_local_pack(pack: Pack, layout: ShardLayout, device: torch.device) -> LocalPack:
+def make_local_pack(
+    pack: Pack, layout: ShardLayout, parallel: ParallelConfig, device: torch.device
+) -> LocalPack:
     """Cut this rank's shard out of a pack that every rank of the context-parallel group holds."""
-    start, stop = layout.start, layout.start + layout.local_seq_len
     cu_seqlens, doc_lengths = pack.cu_seqlens.tolist(), pack.doc_lengths.tolist()
-    position = torch.arange(start, stop)
+    position = torch.cat([torch.arange(start, stop) for start, stop in layout.ranges])
     starts = torch.tensor(cu_seqlens)
     document = torch.searchsorted(starts, position, right=True) - 1
     doc_position = position - starts[document]
     valid = doc_position < torch.tensor(doc_lengths)[document]
-    send, receive = prefix_splits(cu_seqlens, doc_lengths, layout.seq_len, layout.cp_rank, layout.cp_size)
     return LocalPack(
         layout=layout,
-        tokens=torch.from_numpy(pack.tokens[start:stop]).to(device),
-        labels=torch.from_numpy(pack.labels[start:stop]).to(device),
+        tokens=_cut(pack.tokens, layout).to(device),
+        labels=_cut(pack.labels, layout).to(device),
         position=position.to(device),
         doc_position=doc_position.to(device),
         valid=valid.to(device),
         cu_seqlens=starts.to(device),
-        segments=local_segments(cu_seqlens, doc_lengths, start, stop),
-        send=send,
-        receive=receive,
+        index=_index_plan(layout, cu_seqlens, parallel, device),
+        full=make_full_plan(
+            layout,
+            cu_seqlens,
+            doc_lengths,
+            exchange=parallel.kv_exchange,
+            balanced=parallel.balance_full_attention,
+            device=device,
+        ),
     )
+
+
+def _cut(values: npt.NDArray[np.int64], layout: ShardLayout) -> Tensor:
+    parts = [torch.from_numpy(values[start:stop]) for start, stop in layout.ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _index_plan(
+    layout: ShardLayout, cu_seqlens: Sequence[int], parallel: ParallelConfig, device: torch.device
+) -> IndexPlan:
+    away = layout.plan
+    if parallel.balance_index and layout.cp_size > 1:
+        away = balance(layout.plan, *index_work(cu_seqlens, layout.block_size))
+    moves = make_relayout(layout.plan, away, layout.cp_rank, device)
+    return IndexPlan(ranges=away.ranges[layout.cp_rank], moves=moves)

@@ -4,17 +4,19 @@ Layers keep no state between calls: pipeline schedules and recomputation run the
 layer needs to know about its input comes with the input.
 """
 
+import copy
 from dataclasses import dataclass, field
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from msa_train.config import StageAttention
+from msa_train.config import KvExchange, StageAttention
 from msa_train.model.local_pack import LocalPack
 from msa_train.parallel.attention_probe import ProbeQueries
 from msa_train.parallel.block_requests import BlockRequests
 from msa_train.parallel.collectives import CpComm
+from msa_train.parallel.head_exchange import Order
 
 
 @dataclass(slots=True)
@@ -40,18 +42,33 @@ class LayerStats:
 
     kl: fp64 scalar, divergences summed over queries and groups. selected: [M] int64 remote (block, group)
     pairs selected. tokens_per_expert: [num_experts] int64. attention: [M, ...] fp64, `ProbeSums.flat` of
-    the sampled queries, in steps that sample some.
+    the sampled queries, in steps that sample some. exchange: [2] int64, calls that sent selected pairs, and
+    all calls, of layers that exchange blocks.
     """
 
     kl: dict[int, Tensor] = field(default_factory=dict)
     selected: dict[int, Tensor] = field(default_factory=dict)
     tokens_per_expert: dict[int, Tensor] = field(default_factory=dict)
     attention: dict[int, Tensor] = field(default_factory=dict)
+    exchange: dict[int, Tensor] = field(default_factory=dict)
 
     @staticmethod
     def add(sums: dict[int, Tensor], layer_number: int, value: Tensor) -> None:
         """sums[layer_number] += value."""
         sums[layer_number] = sums[layer_number] + value if layer_number in sums else value
+
+
+@dataclass(slots=True)
+class HeadShare:
+    """What attention runs on where neighbouring ranks trade tokens for KV groups (`cp_head_size` > 1).
+
+    pack: the tokens of all ranks of the head group; probe: its sampled queries; order: see
+    `head_exchange.token_order`.
+    """
+
+    pack: LocalPack
+    probe: ProbeQueries | None
+    order: Order
 
 
 @dataclass
@@ -63,6 +80,9 @@ class PackParams(PackedSeqParams):
     attention: what MSA layers attend to in this stage of the run.
     padding_mask: [1, tokens of this tensor-parallel rank] bool, True for padding.
     probe: queries of which MSA layers compare the selection with full attention; None: of none.
+    full_exchange: what `kv_exchange=auto` means for dense attention over this pack; None: as configured.
+    heads: what attention runs on instead of pack, comm and probe; None where cp_head_size is 1.
+    head_rank: which share of the KV groups this is, where the pack is the head group's.
     """
 
     pack: LocalPack | None = None
@@ -74,6 +94,19 @@ class PackParams(PackedSeqParams):
     record: SelectionRecord = field(default_factory=SelectionRecord)
     padding_mask: Tensor | None = None
     probe: ProbeQueries | None = None
+    full_exchange: KvExchange | None = None
+    heads: HeadShare | None = None
+    head_rank: int = 0
+
+    def of_head_group(self) -> "PackParams":
+        """The same with pack, comm and probe of the head group; records and sums are shared."""
+        assert self.heads is not None, "called where there are head groups"
+        assert self.comm is not None, "the step fills in the collectives"
+        shared = copy.copy(self)
+        shared.pack, shared.comm = self.heads.pack, self.comm.sequence
+        shared.probe, shared.heads = self.heads.probe, None
+        shared.head_rank = 0 if self.comm.heads is None else self.comm.heads.rank
+        return shared
 
 
 def tensor_parallel_padding(valid: Tensor, tp_rank: int, tp_size: int) -> Tensor:

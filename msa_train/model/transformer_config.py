@@ -12,6 +12,7 @@ from msa_train.config import (
     Activation,
     AttentionConfig,
     AttentionKind,
+    ExchangeConfig,
     KvExchange,
     ModelConfig,
     Precision,
@@ -33,6 +34,7 @@ class MsaTransformerConfig(TransformerConfig):
     model: ModelConfig = field(default_factory=ModelConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     kv_exchange: KvExchange = KvExchange.selected
+    exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
     recompute: Recompute = Recompute.none
 
 
@@ -45,6 +47,7 @@ def build_transformer_config(config: RunConfig) -> MsaTransformerConfig:
         model=model,
         attention=config.attention,
         kv_exchange=parallel.kv_exchange,
+        exchange=config.exchange,
         recompute=config.train.recompute,
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,

@@ -28,21 +28,24 @@ class ProbeQueries:
     """Sampled queries of a pack, the same on all ranks that share it.
 
     position, doc_start: [Q] int64 in the pack, ascending. rows: [C] int64, this rank's, as rows of its local
-    tokens. counts: sampled queries of each rank; ranks hold ascending parts of the pack.
+    tokens. by_owner: [Q] int64, the queries of rank 0, then of rank 1, ..., ascending for each. counts:
+    sampled queries of each rank.
+
+    Example: queries 0, 1, 2, of which rank 0 holds 0 and 2 -> by_owner [0, 2, 1], counts [2, 1].
     """
 
     position: Tensor
     doc_start: Tensor
     rows: Tensor
+    by_owner: Tensor
     counts: list[int]
     layout: ShardLayout
     topk: int
 
     @property
-    def own(self) -> slice:
-        """This rank's queries among all."""
-        first = sum(self.counts[: self.layout.cp_rank])
-        return slice(first, first + self.counts[self.layout.cp_rank])
+    def own(self) -> Tensor:
+        """[C] int64, this rank's queries among all."""
+        return self.by_owner.split(self.counts)[self.layout.cp_rank]
 
 
 def sample_queries(
@@ -85,11 +88,16 @@ def sample_queries(
     ends = sizes.cumsum(0)
     document = torch.searchsorted(ends, chosen, right=True)
     position = torch.tensor(firsts)[document] + chosen - (ends - sizes)[document]
-    owner = position // layout.local_seq_len
+    blocks = layout.blocks(torch.device("cpu"))
+    # Of each block of the pack: its number among all blocks in rank order.
+    place = blocks.flatten().argsort()[position // layout.block_size]
+    owner, local_block = place // layout.num_local_blocks, place % layout.num_local_blocks
+    row = local_block * layout.block_size + position % layout.block_size
     return ProbeQueries(
         position=position.to(device),
         doc_start=torch.tensor(cu_seqlens)[document].to(device),
-        rows=(position[owner == layout.cp_rank] - layout.start).to(device),
+        rows=row[owner == layout.cp_rank].to(device),
+        by_owner=owner.argsort(stable=True).to(device),
         counts=torch.bincount(owner, minlength=layout.cp_size).tolist(),
         layout=layout,
         topk=topk,
@@ -165,7 +173,7 @@ def probe_attention(
 
     Source: arXiv 2606.13392 appendix A (block recall and score recall).
     """
-    every = _gather_rows(q, queries.counts, comm)
+    every = _gather_rows(q, queries, comm)
     part = _score_own_keys(every, k, queries, softmax_scale)
     total, entropy = _merge(part, comm)
     mass = part.block_lse.sub_(total[:, None]).exp_().mean(2)
@@ -193,12 +201,13 @@ def _score_own_keys(q: Tensor, k: Tensor, queries: ProbeQueries, softmax_scale: 
     q = (q.to(dtype) * softmax_scale).permute(1, 2, 3, 0)
     block_lse = q.new_full((M, layout.num_local_blocks, G, Q), float("-inf"))
     lse, score = block_lse.new_full((M, G, Q), float("-inf")), block_lse.new_zeros(M, G, Q)
+    own_blocks, offset = layout.own_blocks(q.device), torch.arange(layout.block_size, device=q.device)
     for seeing, blocks in _tiles(queries, M * G):
-        begin, end = blocks.start * layout.block_size, blocks.stop * layout.block_size
-        keys = k[begin:end].to(dtype).transpose(0, 1)
+        keys = k[blocks.start * layout.block_size : blocks.stop * layout.block_size]
+        keys = keys.to(dtype).transpose(0, 1)
         columns = q[..., seeing].transpose(1, 2).reshape(M, D, -1)
         scores = (keys @ columns).view(M, -1, layout.block_size, G, seeing.stop - seeing.start)
-        token = torch.arange(layout.start + begin, layout.start + end, device=q.device)[:, None]
+        token = (own_blocks[blocks, None] * layout.block_size + offset).view(-1, 1)
         hidden = (token > queries.position[seeing]) | (token < queries.doc_start[seeing])
         scores.masked_fill_(hidden.view(1, -1, layout.block_size, 1, hidden.shape[1]), _HIDDEN)
         peak = scores.amax(2)
@@ -219,9 +228,11 @@ def _tiles(queries: ProbeQueries, num_heads: int) -> Iterator[tuple[slice, slice
     position, doc_start = queries.position.tolist(), queries.doc_start.tolist()
     elements = _GPU_TILE if queries.position.is_cuda else _CPU_TILE
     step = max(1, elements // (len(position) * num_heads * layout.block_size))
+    own_blocks = layout.own_blocks(torch.device("cpu")).tolist()
     for first in range(0, layout.num_local_blocks, step):
         stop = min(first + step, layout.num_local_blocks)
-        begin, end = layout.start + first * layout.block_size, layout.start + stop * layout.block_size
+        # Blocks between those of a tile may lie elsewhere: then a few queries see none of the tile.
+        begin, end = own_blocks[first] * layout.block_size, (own_blocks[stop - 1] + 1) * layout.block_size
         seeing = [i for i in range(len(position)) if position[i] >= begin and doc_start[i] < end]
         if seeing:
             yield slice(seeing[0], seeing[-1] + 1), slice(first, stop)
@@ -243,23 +254,26 @@ def _merge(part: _OwnKeys, comm: CpComm) -> tuple[Tensor, Tensor]:
     return lse, (lse - score).mean(1).T
 
 
-def _gather_rows(x: Tensor, counts: list[int], comm: CpComm) -> Tensor:
-    """x [counts[rank], ...] of every rank, one after the other: [sum(counts), ...]."""
+def _gather_rows(x: Tensor, queries: ProbeQueries, comm: CpComm) -> Tensor:
+    """x [C, ...] of every rank, in the order of the pack: [Q, ...]."""
+    counts = queries.counts
     padded = x.new_zeros(max(counts), *x.shape[1:])
     padded[: x.shape[0]] = x
     gathered = comm.all_gather(padded, "probe")
-    return torch.cat([rows[:count] for rows, count in zip(gathered, counts, strict=True)])
+    by_owner = torch.cat([rows[:count] for rows, count in zip(gathered, counts, strict=True)])
+    return by_owner[queries.by_owner.argsort()]
 
 
 def _send_home(mass: Tensor, queries: ProbeQueries, comm: CpComm) -> Tensor:
     """Mass of this rank's blocks [Q, M, NL] -> mass of all blocks for this rank's queries [C, M, NB].
 
-    Example: counts [2, 1]; rank 0 sends its first two rows to itself and the third to rank 1, which gets one
-    row from each rank and lays their blocks side by side.
+    Example: counts [2, 1]; rank 0 sends the first two rows by owner to itself and the third to rank 1, which
+    gets one row from each rank and puts their blocks where they belong.
     """
-    size, own = queries.layout.cp_size, queries.counts[queries.layout.cp_rank]
-    received = comm.all_to_all(mass, queries.counts, [own] * size, "probe")
-    return received.view(size, own, *mass.shape[1:]).permute(1, 2, 0, 3).flatten(2)
+    layout, own = queries.layout, queries.counts[queries.layout.cp_rank]
+    received = comm.all_to_all(mass[queries.by_owner], queries.counts, [own] * layout.cp_size, "probe")
+    received = received.view(layout.cp_size, own, *mass.shape[1:]).permute(1, 2, 0, 3).flatten(2)
+    return received[..., layout.blocks(mass.device).flatten().argsort()]
 
 
 def _sums(mass: Tensor, selected: Tensor, entropy: Tensor, queries: ProbeQueries) -> ProbeSums:

@@ -2,8 +2,8 @@
 
 Used by the backward pass of `cp_full_attention`, which brings the keys piece by piece.
 
-Shapes: T local tokens, S tokens of the pack, M KV groups, G query heads per group, D head dim, Di index head
-dim.
+Shapes: T local tokens, U queries computed here, S tokens of the pack, M KV groups, G query heads per group,
+D head dim, Di index head dim.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from msa_kernels.dense_kl.op import dense_kl_part, lse_part
 from torch import Tensor
 
 from msa_train.parallel.collectives import CpComm
-from msa_train.parallel.layout import Segment, ShardLayout, prefix_range
+from msa_train.parallel.layout import Segment, ShardLayout, visible_parts
 
 
 @dataclass(slots=True)
@@ -37,7 +37,7 @@ class IndexKl:
 class TeacherLse:
     """Log-sum-exp of the main branch's scores at the teacher's temperature, collected in the forward pass.
 
-    lse: [M, G, T]; the attention's own, without further work, where the temperature is 1 or there is no loss.
+    lse: [M, G, U]; the attention's own, without further work, where the temperature is 1 or there is no loss.
     """
 
     def __init__(self, settings: IndexKl | None, q_heads: Tensor, lse: Tensor, softmax_scale: float) -> None:
@@ -48,7 +48,7 @@ class TeacherLse:
             self.softmax_scale = softmax_scale / settings.temperature
 
     def add(self, rows: slice, k_heads: Tensor, *, causal: bool) -> None:
-        """Keys [M, n, D] that the local queries `rows` see."""
+        """Keys [M, n, D] that the queries `rows` see."""
         if not self.own:
             return
         part = lse_part(self.q_heads[:, :, rows], k_heads, causal=causal, softmax_scale=self.softmax_scale)
@@ -68,7 +68,10 @@ class DenseKl:
         lse: Tensor,
         softmax_scale: float,
     ) -> None:
-        """q_heads: [M, G, T, D]; q_index: [T, M, Di]; lse: [M, G, T] of the teacher, see TeacherLse."""
+        """segments: of the U queries.
+
+        q_heads: [M, G, U, D]; q_index: [U, M, Di]; lse: [M, G, U] of the teacher, see TeacherLse.
+        """
         self.settings, self.layout, self.segments = settings, layout, segments
         self.q_heads, self.index_dtype = q_heads, q_index.dtype
         self.q_index = q_index.transpose(0, 1)
@@ -80,31 +83,23 @@ class DenseKl:
         self.kl = torch.zeros((), dtype=torch.float64, device=q_index.device)
 
     def _index_lse(self) -> Tensor:
-        """[M, T] normalisers of the student; the index keys are all here, so no piece is waited for."""
+        """[M, U] normalisers of the student; the index keys are all here, so no piece is waited for."""
         shape = self.q_index.shape[:2]
         dtype = torch.float64 if self.q_index.dtype == torch.float64 else torch.float32
         result = torch.full(shape, float("-inf"), dtype=dtype, device=self.q_index.device)
-        for rows, keys, causal in self._visible_keys():
+        num_keys = self.settings.all_keys.shape[0]
+        for visible in (part for s in self.segments for part in visible_parts(s, 0, num_keys)):
             part = lse_part(
-                self.q_index[:, None, rows], self.settings.all_keys[None, keys],
-                causal=causal, softmax_scale=self.index_scale,
-            )  # fmt: skip
-            result[:, rows] = torch.logaddexp(result[:, rows], part.squeeze(1))
+                self.q_index[:, None, visible.rows],
+                self.settings.all_keys[None, visible.start : visible.stop],
+                causal=visible.causal,
+                softmax_scale=self.index_scale,
+            )
+            result[:, visible.rows] = torch.logaddexp(result[:, visible.rows], part.squeeze(1))
         return result
 
-    def _visible_keys(self) -> list[tuple[slice, slice, bool]]:
-        """(local rows, key positions, causal): own documents, then the first one's earlier part."""
-        start = self.layout.start
-        found = [
-            (slice(s.start - start, s.stop - start), slice(s.start, s.stop), True) for s in self.segments
-        ]
-        first, last = prefix_range(self.segments, start)
-        if first < last:
-            found.append((slice(0, self.segments[0].stop - start), slice(first, last), False))
-        return found
-
     def add(self, rows: slice, position: int, k_heads: Tensor, *, causal: bool) -> None:
-        """Keys [M, n, D] at positions [position, position + n), seen by the local queries `rows`."""
+        """Keys [M, n, D] at positions [position, position + n), seen by the queries `rows`."""
         keys = slice(position, position + k_heads.shape[1])
         grads = dense_kl_part(
             self.q_heads[:, :, rows], k_heads, self.lse[:, :, rows],
@@ -116,9 +111,9 @@ class DenseKl:
         self.kl += grads.kl
 
     def finish(self, comm: CpComm) -> tuple[Tensor, Tensor]:
-        """Weighted gradients of this rank's index queries [T, M, Di] and keys [T, Di]; reports the value."""
+        """Weighted gradients of index queries [U, M, Di] and own keys [T, Di]; reports the value."""
         self.settings.on_kl(self.kl)
-        shards = self.dk_index.view(self.layout.cp_size, self.layout.local_seq_len, -1)
+        shards = self.layout.by_owner(self.dk_index)
         dk_index = comm.reduce_scatter(shards, "index_key_grad") * self.settings.weight
         dq_index = self.dq_index.transpose(0, 1) * self.settings.weight
         return dq_index.to(self.index_dtype), dk_index.to(self.index_dtype)

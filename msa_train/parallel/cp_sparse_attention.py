@@ -5,7 +5,7 @@ pack, B block size.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,10 +21,11 @@ from msa_kernels.block_sparse_attention.window import TokenWindow
 from msa_kernels.full_attention.op import merge_parts
 from torch import Tensor
 
-from msa_train.config import KvExchange
+from msa_train.config import ExchangeConfig, KvExchange
 from msa_train.parallel.block_requests import BlockRequests, needed_pairs
 from msa_train.parallel.collectives import CpComm
-from msa_train.parallel.kv_exchange import KvSource, PairGrads, SelectedSession, open_session
+from msa_train.parallel.exchange_session import KvSource, PairGrads
+from msa_train.parallel.kv_exchange import agree, open_session
 from msa_train.parallel.layout import ShardLayout
 
 
@@ -38,6 +39,8 @@ class SparseCall:
     kl_weight: factor of sum over queries and groups of the divergence.
     kl_temperature: divides the logits of teacher and student in the divergence.
     on_kl: receives this rank's unweighted sum of divergences (fp64 scalar) in the backward pass.
+    settings: how the exchange goes about it.
+    needed: [M, NB] bool, `needed_pairs` of block_indices; None: computed where it is asked for.
     requests: agreed block requests; filled by the first call and reused when the layer is recomputed.
     window: which tokens of their blocks the local queries see, for sliding windows; None: all but the future.
     """
@@ -53,6 +56,8 @@ class SparseCall:
     kl_weight: float = 0.0
     kl_temperature: float = 1.0
     on_kl: Callable[[Tensor], None] | None = None
+    settings: ExchangeConfig = field(default_factory=ExchangeConfig)
+    needed: Tensor | None = None
     requests: BlockRequests | None = None
     window: TokenWindow | None = None
 
@@ -88,26 +93,39 @@ class _CpSparseAttention(torch.autograd.Function):
         call: SparseCall,
     ) -> Tensor:
         local = pack_blocks(k, v, call.layout.block_size)
-        needed = needed_pairs(call.block_indices, call.layout.num_blocks)
-        session = open_session(call.exchange, local, needed, call.layout, call.comm, call.requests)
-        if isinstance(session, SelectedSession):
-            call.requests = session.requests
-        queries = _queries(q, q_index, call)
+        num_groups, all_keys = k.shape[1], call.k_index
+        if call.requests is None:
+            call.requests = _agree(local, k_index, ctx.needs_input_grad[0], call)
+        session = open_session(
+            call.requests,
+            local,
+            num_groups,
+            call.layout,
+            call.comm,
+            call.settings,
+            index_elements=0 if all_keys is None else all_keys[0].numel(),
+        )
+        del local
+        queries = _queries(q, q_index, all_keys, call)
         total: PoolOutput | None = None
         for source in session.sources():
             part = pool_forward(queries, source.pool, source.entries(call.block_indices))
             total = part if total is None else _merge(total, part)
         assert total is not None, "an exchange has at least one source"
         out = total.out.to(q.dtype)
-        ctx.save_for_backward(q, q_index, out, total.lse, total.lse_index, total.lse_teacher)
-        ctx.session, ctx.call = session, call
+        kept = session.hand_over()
+        ctx.save_for_backward(q, q_index, all_keys, out, total.lse, total.lse_index, total.lse_teacher, *kept)
+        # All tensors are kept by autograd alone, which drops them where the layer is recomputed.
+        ctx.session, ctx.call = session, replace(call, k_index=None, needed=None)
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, q_index, out, lse, lse_index, lse_teacher = ctx.saved_tensors
+        q, q_index, all_keys, out, lse, lse_index, lse_teacher, *kept = ctx.saved_tensors
         call: SparseCall = ctx.call
-        queries = _queries(q, q_index, call)
+        ctx.session.take_back(kept)
+        del kept
+        queries = _queries(q, q_index, all_keys, call)
         dout = dout.to(queries.compute_dtype)
         delta = (dout * out).sum(-1)
         term = None
@@ -168,13 +186,30 @@ class _QuerySums:
             self.kl = kl if self.kl is None else self.kl.add_(kl)
 
 
-def _queries(q: Tensor, q_index: Tensor | None, call: SparseCall) -> SparseQueries:
+def _agree(local: Tensor, k_index: Tensor | None, with_backward: bool, call: SparseCall) -> BlockRequests:
+    """Ask the other ranks, or take the scheme that needs no asking."""
+    needed = call.needed
+    if needed is None:
+        needed = needed_pairs(call.block_indices, call.layout.num_blocks)
+    return agree(
+        call.exchange,
+        local,
+        needed,
+        call.layout,
+        call.comm,
+        call.settings,
+        k_index=k_index,
+        with_backward=with_backward,
+    )
+
+
+def _queries(q: Tensor, q_index: Tensor | None, all_keys: Tensor | None, call: SparseCall) -> SparseQueries:
     return SparseQueries(
         q=q,
         position=call.position,
         softmax_scale=call.softmax_scale,
-        q_index=None if call.k_index is None else q_index,
-        k_index=call.k_index,
+        q_index=None if all_keys is None else q_index,
+        k_index=all_keys,
         index_scale=call.index_scale / call.kl_temperature,
         temperature=call.kl_temperature,
         window=call.window,

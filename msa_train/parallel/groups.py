@@ -10,8 +10,9 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from msa_train.config import ParallelConfig
+from msa_train.config import ExchangeConfig, ParallelConfig
 from msa_train.parallel.collectives import CpComm
+from msa_train.parallel.exchange_groups import build_comm
 
 
 @dataclass(slots=True)
@@ -19,7 +20,7 @@ class Groups:
     """This rank's place in the world.
 
     dp_cp: ranks that hold the same dense parameters; expert_dp: the same experts. model_parallel: ranks
-    that hold the parts of one model (tensor and pipeline). cpu: all ranks, for small host-side messages.
+    that hold the parts of one model (tensor and pipeline). comm: context-parallel collectives, to be copied.
     """
 
     collection: ProcessGroupCollection
@@ -42,6 +43,7 @@ class Groups:
     ep: dist.ProcessGroup
     expert_dp: dist.ProcessGroup
     model_parallel: dist.ProcessGroup
+    comm: CpComm
 
     @property
     def is_first_stage(self) -> bool:
@@ -54,8 +56,8 @@ class Groups:
         return self.pp_rank == self.pp_size - 1
 
     def cp_comm(self) -> CpComm:
-        """Fresh context-parallel collectives with their own byte counter."""
-        return CpComm(group=self.cp, rank=self.cp_rank, size=self.cp_size)
+        """Fresh context-parallel collectives with their own counters of bytes and time."""
+        return self.comm.fresh()
 
 
 def init_distributed(*, device: torch.device, timeout_s: int) -> None:
@@ -73,7 +75,13 @@ def init_distributed(*, device: torch.device, timeout_s: int) -> None:
     )
 
 
-def build_groups(parallel: ParallelConfig, *, device: torch.device, timeout_s: int = 600) -> Groups:
+def build_groups(
+    parallel: ParallelConfig,
+    *,
+    device: torch.device,
+    timeout_s: int = 600,
+    exchange: ExchangeConfig | None = None,
+) -> Groups:
     """Create Megatron's groups over the initialised world.
 
     Expert parallelism spans tensor, context and data parallel ranks of a pipeline stage (Megatron's order
@@ -89,6 +97,7 @@ def build_groups(parallel: ParallelConfig, *, device: torch.device, timeout_s: i
     )
     # No dropout anywhere, so the tracker that does nothing is enough and works without a GPU.
     model_parallel_cuda_manual_seed(1, inference_rng_tracker=True, force_reset_rng=True)
+    cp = _group(parallel_state.get_context_parallel_group())
     return Groups(
         collection=ProcessGroupCollection.use_mpu_process_groups(),
         device=device,
@@ -104,12 +113,20 @@ def build_groups(parallel: ParallelConfig, *, device: torch.device, timeout_s: i
         dp_size=parallel_state.get_data_parallel_world_size(),
         ep_rank=parallel_state.get_expert_model_parallel_rank(),
         ep_size=parallel.ep_size,
-        cp=_group(parallel_state.get_context_parallel_group()),
+        cp=cp,
         dp=_group(parallel_state.get_data_parallel_group()),
         dp_cp=_group(parallel_state.get_data_parallel_group(with_context_parallel=True)),
         ep=_group(parallel_state.get_expert_model_parallel_group()),
         expert_dp=_group(parallel_state.get_expert_data_parallel_group()),
         model_parallel=_group(parallel_state.get_model_parallel_group()),
+        comm=build_comm(
+            cp,
+            parallel.kv_exchange,
+            exchange or ExchangeConfig(),
+            device,
+            timeout_s,
+            head_size=parallel.cp_head_size,
+        ),
     )
 
 
@@ -119,8 +136,10 @@ def _group(group: object) -> dist.ProcessGroup:
     return group
 
 
-def destroy_groups() -> None:
+def destroy_groups(groups: Groups | None = None) -> None:
     """Undo build_groups and init_distributed."""
+    if groups is not None and groups.comm.watch is not None:
+        groups.comm.watch.close()
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,28 +1,47 @@
-"""Which tokens of a pack a rank holds, and what it may see. Plain integers; no process group needed."""
+"""Which tokens of a pack a rank holds, as the layers ask for it. No process group needed.
 
+Shapes: S tokens of the pack, T = S / P of them per rank, P ranks, NB blocks of the pack, NL = NB / P per
+rank.
+"""
+
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass, field
+
+import torch
+from torch import Tensor
+
+from msa_train.parallel.sequence_plan import Range, SequencePlan, contiguous_plan
 
 
 @dataclass(slots=True, frozen=True)
 class ShardLayout:
-    """Contiguous split of a pack: rank r holds tokens [r * T, (r + 1) * T), a whole number of blocks.
+    """One rank's share of a pack: whole blocks, as many on every rank, in ascending order.
 
-    Neighbouring queries select neighbouring blocks, so contiguous shards keep the share of remote blocks
-    small.
+    split: who holds what; None: rank r holds tokens [r * T, (r + 1) * T). Neighbouring queries select
+    neighbouring blocks, so contiguous shards keep the share of remote blocks small.
     """
 
     seq_len: int
     block_size: int
     cp_rank: int
     cp_size: int
+    split: InitVar[SequencePlan | None] = None
+    plan: SequencePlan = field(init=False)
+    _blocks: dict[torch.device, Tensor] = field(init=False, default_factory=dict, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, split: SequencePlan | None) -> None:
         if self.seq_len % (self.cp_size * self.block_size):
             raise ValueError(
                 f"seq_len={self.seq_len}: must be a multiple of cp_size * block_size = "
                 f"{self.cp_size} * {self.block_size}"
             )
+        plan = contiguous_plan(self.seq_len, self.cp_size) if split is None else split
+        assert plan.size == self.cp_size, "a plan has as many ranks as the group"
+        for rank, ranges in enumerate(plan.ranges):
+            assert plan.num_tokens(rank) == self.local_seq_len, "all ranks hold equally many tokens"
+            assert not any(edge % self.block_size for part in ranges for edge in part), "blocks are whole"
+        object.__setattr__(self, "plan", plan)
 
     @property
     def local_seq_len(self) -> int:
@@ -30,9 +49,9 @@ class ShardLayout:
         return self.seq_len // self.cp_size
 
     @property
-    def start(self) -> int:
-        """Position of this rank's first token."""
-        return self.cp_rank * self.local_seq_len
+    def ranges(self) -> tuple[Range, ...]:
+        """Positions of this rank."""
+        return self.plan.ranges[self.cp_rank]
 
     @property
     def num_blocks(self) -> int:
@@ -44,77 +63,118 @@ class ShardLayout:
         """Blocks of each rank."""
         return self.num_blocks // self.cp_size
 
-    @property
-    def first_block(self) -> int:
-        """Id of this rank's first block."""
-        return self.cp_rank * self.num_local_blocks
+    def blocks(self, device: torch.device) -> Tensor:
+        """[P, NL] int64: ids of each rank's blocks in the order it holds them.
+
+        Example: 8 tokens in blocks of 2, zigzag over 2 ranks -> [[0, 3], [1, 2]].
+        """
+        if device not in self._blocks:
+            edges = [
+                torch.arange(start // self.block_size, stop // self.block_size)
+                for ranges in self.plan.ranges
+                for start, stop in ranges
+            ]
+            self._blocks[device] = torch.cat(edges).view(self.cp_size, -1).to(device)
+        return self._blocks[device]
+
+    def own_blocks(self, device: torch.device) -> Tensor:
+        """[NL] int64 ids of this rank's blocks, ascending."""
+        return self.blocks(device)[self.cp_rank]
+
+    def blocks_by_owner(self, x: Tensor) -> Tensor:
+        """[M, NB] of all blocks -> [P, M, NL], each rank's blocks in the order it holds them."""
+        num_groups = x.shape[0]
+        if not self.plan.is_contiguous:
+            x = x[:, self.blocks(x.device).flatten()]
+        return x.view(num_groups, self.cp_size, -1).transpose(0, 1)
+
+    def in_order(self, x: Tensor) -> Tensor:
+        """Gathered rows of all ranks in the order of the pack: [P, T, ...] -> [S, ...]."""
+        flat = x.flatten(0, 1)
+        if self.plan.is_contiguous:
+            return flat
+        return self._by_block(flat, self.blocks(x.device).flatten().argsort())
+
+    def by_owner(self, x: Tensor) -> Tensor:
+        """The inverse of `in_order`, for a reduce-scatter: [S, ...] -> [P, T, ...]."""
+        if not self.plan.is_contiguous:
+            x = self._by_block(x, self.blocks(x.device).flatten())
+        return x.view(self.cp_size, -1, *x.shape[1:])
+
+    def _by_block(self, x: Tensor, order: Tensor) -> Tensor:
+        return x.view(-1, self.block_size, *x.shape[1:])[order].flatten(0, 1)
 
 
 @dataclass(slots=True, frozen=True)
 class Segment:
-    """The part of one document that lies on a rank.
+    """Neighbouring queries of one document among the rows of a rank.
 
     start, stop: positions in the pack, real tokens only; doc_start: where the document begins, on this or
-    an earlier rank.
+    another rank; row: of the first query.
     """
 
     start: int
     stop: int
     doc_start: int
+    row: int
+
+    def rows(self, first: int, last: int) -> slice:
+        """Rows of positions [first, last)."""
+        return slice(self.row + first - self.start, self.row + last - self.start)
 
 
 def local_segments(
-    cu_seqlens: Sequence[int], doc_lengths: Sequence[int], start: int, stop: int
+    cu_seqlens: Sequence[int], doc_lengths: Sequence[int], ranges: Sequence[Range]
 ) -> list[Segment]:
-    """Document parts among positions [start, stop), padding left out.
+    """Document parts among the positions of a rank, padding left out.
 
-    Example: documents of 5 and 8 tokens in slots [0, 8) and [8, 16), positions [4, 12) ->
-    [Segment(4, 5, 0), Segment(8, 12, 8)].
+    Example: documents of 5 and 8 tokens in slots [0, 8) and [8, 16), ranges [(4, 12)] ->
+    [Segment(4, 5, 0, 0), Segment(8, 12, 8, 4)].
     """
-    segments = []
-    for doc_start, length in zip(cu_seqlens[:-1], doc_lengths, strict=True):
-        first, last = max(doc_start, start), min(doc_start + length, stop)
-        if first < last:
-            segments.append(Segment(first, last, doc_start))
+    segments, row = [], 0
+    for start, stop in ranges:
+        i = bisect_right(cu_seqlens, start) - 1
+        while i < len(doc_lengths) and cu_seqlens[i] < stop:
+            doc_start = cu_seqlens[i]
+            first, last = max(doc_start, start), min(doc_start + doc_lengths[i], stop)
+            if first < last:
+                segments.append(Segment(first, last, doc_start, row + first - start))
+            i += 1
+        row += stop - start
     return segments
 
 
-def prefix_range(segments: Sequence[Segment], shard_start: int) -> tuple[int, int]:
-    """Positions before the shard that its queries may see: (doc_start, shard_start), or an empty range.
+@dataclass(slots=True, frozen=True)
+class VisiblePart:
+    """Queries and keys of which every query sees every key, or, if causal, those up to its own position.
 
-    Only the shard's first document can have begun on an earlier rank.
+    rows: of the queries; start, stop: positions of the keys; whole: whether these are all rows of a segment.
     """
-    if segments and segments[0].doc_start < shard_start:
-        return segments[0].doc_start, shard_start
-    return shard_start, shard_start
+
+    rows: slice
+    start: int
+    stop: int
+    causal: bool
+    whole: bool
 
 
-def prefix_splits(
-    cu_seqlens: Sequence[int], doc_lengths: Sequence[int], seq_len: int, cp_rank: int, cp_size: int
-) -> tuple[list[int], list[int]]:
-    """Tokens that each rank sends to and receives from each other so that all hold their prefixes.
+def visible_parts(segment: Segment, start: int, stop: int) -> list[VisiblePart]:
+    """What the queries of a segment see among keys [start, stop): at most a square and two rectangles.
 
-    Every rank needs a range that ends where its shard begins, so what a rank sends is always a suffix of
-    its own shard.
-
-    Example: one document of 12 tokens, cp_size 3, cp_rank 1 -> send [0, 0, 4], receive [4, 0, 0].
-
-    Returns:
-        send[r]: tokens at the end of this shard that rank r needs; receive[r]: tokens that this rank needs
-        from the end of rank r's shard.
+    Example: queries 4..8 of a document from 0 on, keys 2..6 -> keys 4, 5 causally by queries 4, 5; the same
+    keys by queries 6, 7; keys 2, 3 by all queries.
     """
-    length = seq_len // cp_size
-    ranges = []
-    for rank in range(cp_size):
-        start = rank * length
-        segments = local_segments(cu_seqlens, doc_lengths, start, start + length)
-        ranges.append(prefix_range(segments, start))
-
-    def tokens(needing: int, owner: int) -> int:
-        first, last = ranges[needing]
-        return max(0, min(last, (owner + 1) * length) - max(first, owner * length))
-
-    return (
-        [tokens(rank, cp_rank) for rank in range(cp_size)],
-        [tokens(cp_rank, rank) for rank in range(cp_size)],
-    )
+    start, stop = max(start, segment.doc_start), min(stop, segment.stop)
+    parts = []
+    first = max(start, segment.start)
+    if first < stop:
+        whole = (first, stop) == (segment.start, segment.stop)
+        parts.append(VisiblePart(segment.rows(first, stop), first, stop, causal=True, whole=whole))
+        if stop < segment.stop:
+            later = segment.rows(stop, segment.stop)
+            parts.append(VisiblePart(later, first, stop, causal=False, whole=False))
+    stop = min(stop, segment.start)
+    if start < stop:
+        rows = segment.rows(segment.start, segment.stop)
+        parts.append(VisiblePart(rows, start, stop, causal=False, whole=True))
+    return parts

@@ -7,16 +7,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from msa_train.config import KlTarget, Precision, RunConfig, Stage, plan_stages
+from msa_train.config import KlTarget, KvExchange, Precision, RunConfig, Stage, plan_stages
 from msa_train.data import IGNORE_LABEL, Pack
 from msa_train.model.gpt import MsaGptModel, forward_arguments
 from msa_train.model.local_pack import LocalPack, make_local_pack
-from msa_train.model.pack_params import LayerStats, PackParams, tensor_parallel_padding
+from msa_train.model.pack_params import HeadShare, LayerStats, PackParams, tensor_parallel_padding
 from msa_train.model.rotary import rotary_table
+from msa_train.model.transformer_config import DTYPES
 from msa_train.parallel.attention_probe import ProbeQueries, sample_queries
 from msa_train.parallel.collectives import CpComm
+from msa_train.parallel.exchange_cost import choose_full_exchange
 from msa_train.parallel.groups import Groups
+from msa_train.parallel.head_exchange import token_order
 from msa_train.parallel.layout import ShardLayout
+from msa_train.parallel.sequence_plan import make_plan, merge_ranks
 
 
 @dataclass(slots=True)
@@ -65,13 +69,16 @@ class PackForward:
         self.config, self.groups = config, groups
         self.stage: Stage = plan_stages(config)[0]
 
-    def layout(self, seq_len: int) -> ShardLayout:
-        """This rank's shard of packs of `seq_len` tokens."""
+    def layout(self, pack: Pack, head_size: int = 1) -> ShardLayout:
+        """This rank's shard of a pack; with `head_size`, that of its head group."""
+        block_size, cp_size = self.config.attention.block_size, self.groups.cp_size
+        plan = make_plan(self.config.parallel.cp_layout, cp_size, pack.cu_seqlens.tolist(), block_size)
         return ShardLayout(
-            seq_len=seq_len,
-            block_size=self.config.attention.block_size,
-            cp_rank=self.groups.cp_rank,
-            cp_size=self.groups.cp_size,
+            seq_len=len(pack.tokens),
+            block_size=block_size,
+            cp_rank=self.groups.cp_rank // head_size,
+            cp_size=cp_size // head_size,
+            split=plan if head_size == 1 else merge_ranks(plan, head_size),
         )
 
     def prepare(
@@ -88,7 +95,8 @@ class PackForward:
         With a `probe_seed` MSA layers compare the selection of sampled queries with full attention.
         """
         config, groups = self.config, self.groups
-        local = make_local_pack(pack, self.layout(len(pack.tokens)), groups.device)
+        layout = self.layout(pack)
+        local = make_local_pack(pack, layout, config.parallel, groups.device)
         double = config.train.precision is Precision.fp64
         table = rotary_table(
             local.doc_position,
@@ -96,6 +104,7 @@ class PackForward:
             theta=config.model.rope_theta,
             dtype=torch.float64 if double else torch.float32,
         )
+        heads = self._share_heads(pack, layout, probe_seed)
         kl_weight = 0.0 if self.stage.kl is KlTarget.none else config.attention.kl_weight
         params = PackParams(
             pack=local,
@@ -105,15 +114,42 @@ class PackForward:
             attention=self.stage.attention,
             stats=stats,
             padding_mask=tensor_parallel_padding(local.valid, groups.tp_rank, groups.tp_size),
-            probe=None if probe_seed is None else self._sample(pack, probe_seed),
+            probe=self._sample(pack, layout, probe_seed),
+            full_exchange=self._full_exchange(local if heads is None else heads.pack),
+            heads=heads,
         )
         return local, params
 
-    def _sample(self, pack: Pack, seed: int) -> ProbeQueries | None:
+    def _share_heads(self, pack: Pack, layout: ShardLayout, probe_seed: int | None) -> HeadShare | None:
+        """What attention runs on where neighbours trade tokens for KV groups; layout: of this rank."""
+        size = self.config.parallel.cp_head_size
+        if size == 1:
+            return None
+        merged = self.layout(pack, size)
+        return HeadShare(
+            pack=make_local_pack(pack, merged, self.config.parallel, self.groups.device),
+            probe=self._sample(pack, merged, probe_seed),
+            order=token_order(layout.plan, merged.cp_rank * size, size, self.groups.device),
+        )
+
+    def _full_exchange(self, local: LocalPack) -> KvExchange | None:
+        """What `auto` means for this pack's full attention; local: what attention runs on."""
+        config, parallel, comm = self.config, self.config.parallel, self.groups.comm
+        if parallel.kv_exchange is not KvExchange.auto:
+            return None
+        element = DTYPES[config.train.precision].itemsize
+        num_groups = config.model.num_kv_heads // (parallel.tp_size * parallel.cp_head_size)
+        others = local.layout.seq_len - local.layout.local_seq_len
+        token = 2 * num_groups * config.model.head_dim * element
+        return choose_full_exchange(local.full.busiest, others, token, (comm.sequence or comm).rates)
+
+    def _sample(self, pack: Pack, layout: ShardLayout, seed: int | None) -> ProbeQueries | None:
+        if seed is None:
+            return None
         return sample_queries(
             pack.cu_seqlens.tolist(),
             pack.doc_lengths.tolist(),
-            self.layout(len(pack.tokens)),
+            layout,
             topk=self.config.attention.topk,
             count=self.config.logging.attention_queries,
             seed=seed,

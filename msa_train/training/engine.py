@@ -12,7 +12,7 @@ from msa_train.data import Pack
 from msa_train.model.gpt import MsaGptModel, build_model
 from msa_train.model.init_weights import init_weights
 from msa_train.model.pack_params import LayerStats
-from msa_train.parallel.collectives import Traffic
+from msa_train.parallel.collectives import ExposedTime, Traffic
 from msa_train.parallel.groups import Groups
 from msa_train.training.batch import PackForward, StepBatch
 from msa_train.training.lr_schedule import Rates
@@ -30,6 +30,7 @@ class StepResult:
     grad_norm: float
     stats: LayerStats
     traffic: Traffic
+    exposed: ExposedTime
 
 
 class Engine(ABC):

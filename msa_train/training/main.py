@@ -36,7 +36,12 @@ def run_worker(config: RunConfig) -> None:
     torch.set_num_threads(config.launcher.threads_per_process)
     device = choose_device(config)
     init_distributed(device=device, timeout_s=config.launcher.timeout_s)
-    groups = build_groups(config.parallel, device=device, timeout_s=config.launcher.timeout_s)
+    groups = build_groups(
+        config.parallel,
+        device=device,
+        timeout_s=config.launcher.timeout_s,
+        exchange=config.exchange,
+    )
     start = time.perf_counter()
     data = load_data(config)
     engine = build_engine(config, groups)
@@ -55,7 +60,7 @@ def run_worker(config: RunConfig) -> None:
         steps = max(total_steps(config), first_step)
         report(config, groups, last, steps=steps, seconds=seconds, stream=sys.stdout)
     dist.barrier()
-    destroy_groups()
+    destroy_groups(groups)
 
 
 def load_data(config: RunConfig) -> Data:

@@ -98,7 +98,11 @@ class MegatronEngine(Engine):
         _, grad_norm, _ = self.optimizer.step()
         self._keep_bias_fp32()
         return StepResult(
-            lm_loss_sum=losses, grad_norm=float(grad_norm or 0.0), stats=stats, traffic=comm.traffic
+            lm_loss_sum=losses,
+            grad_norm=float(grad_norm or 0.0),
+            stats=stats,
+            traffic=comm.traffic,
+            exposed=comm.exposed,
         )
 
     def _zero_frozen_gradients(self) -> None:

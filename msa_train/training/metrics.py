@@ -27,6 +27,8 @@ TAGS = {
     "step_time_s": "speed/step_time_s",
     "kv_selected_fraction": "exchange/f_@",
     "f": "exchange/f_@",
+    "exposed_s": "exchange/exposed_s_@",
+    "auto_selected": "exchange/auto_selected_@",
     "tokens_per_expert_min": "moe/@_tokens_per_expert_min",
     "tokens_per_expert_mean": "moe/@_tokens_per_expert_mean",
     "tokens_per_expert_max": "moe/@_tokens_per_expert_max",
@@ -45,7 +47,9 @@ _GROUPS = {
     "val_": "loss",
     "kv_": "exchange",
     "full_kv_": "exchange",
+    "full_query_": "exchange",
     "index_key_": "exchange",
+    "index_query_": "exchange",
     "request_": "exchange",
     "router": "moe",
     "tokens_per_expert": "moe",
@@ -66,6 +70,7 @@ CHARTS = {
     "key/value exchange": {
         "f: share of remote blocks selected, per layer and group": ["Multiline", ["exchange/f(_|$)"]],
         "bytes moved, and what an all-gather would move": ["Multiline", ["exchange/kv_bytes"]],
+        "seconds that a rank waits, by purpose": ["Multiline", ["exchange/exposed_s"]],
     },
     "selection against full attention": {
         "block recall": ["Multiline", ["attention/block_recall(_layer|$)"]],
@@ -185,7 +190,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def _tag(key: str, index: str) -> str:
-    key = key.removesuffix("_by_layer")
+    key = key.removesuffix("_by_layer").removesuffix("_by_purpose")
     tag = TAGS.get(key)
     if tag is None:
         group = next((group for start, group in _GROUPS.items() if key.startswith(start)), _OTHER)

@@ -71,6 +71,17 @@ def _summary(
     totals = [name for name in last if name.endswith("_bytes") or name == "kv_bytes_all_gather"]
     for name in totals:
         summary[f"{name}_total"] = sum(row.get(name, 0) for row in history)
+    waits = [
+        row["exposed_s"] / row["step_time_s"]
+        for row in history
+        if row.get("step_time_s") and "exposed_s" in row
+    ]
+    if waits:
+        summary["exposed_s_total"] = sum(row.get("exposed_s", 0.0) for row in history)
+        summary["exposed_s_by_purpose_last"] = last.get("exposed_s_by_purpose", {})
+        summary["exposed_share_median"] = sorted(waits)[len(waits) // 2]
+    if "auto_selected" in last:
+        summary["auto_selected_by_layer_last"] = last["auto_selected_by_layer"]
     if "kv_selected_fraction" in last:
         summary["kv_selected_fraction_last"] = last["kv_selected_fraction"]
         summary["f_last"] = last["f"]
@@ -105,7 +116,7 @@ def _exchange_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         return []
     way = summary["kv_exchange"]
     rows = [(f"K/V moved forward, {way}", _size(sent))]
-    if way == KvExchange.selected.value:
+    if way in (KvExchange.selected.value, KvExchange.auto.value):
         share = f"{_size(gathered)} ({sent / gathered:.0%} of it moved)"
         rows.append(("  all-gather or ring would move", share))
     back = sum(summary.get(f"{name}_bytes_total", 0) for name in ("kv_grad", "kv_again"))
@@ -114,6 +125,10 @@ def _exchange_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     if "kv_selected_fraction_last" in summary:
         rows.append(
             ("f, share of remote blocks selected", f"{summary['kv_selected_fraction_last']:.3f} at the end")
+        )
+    if "exposed_share_median" in summary:
+        rows.append(
+            ("time that a rank waits for them", f"{summary['exposed_share_median']:.1%} of a step (median)")
         )
     return rows
 

@@ -32,11 +32,20 @@ _TRAFFIC = {
     "kv_grad": "kv_grad_bytes",
     "index_key": "index_key_bytes",
     "index_key_grad": "index_key_grad_bytes",
+    "index_query": "index_query_bytes",
     "request": "request_bytes",
     "full_kv": "full_kv_bytes",
     "full_kv_again": "full_kv_again_bytes",
     "full_kv_grad": "full_kv_grad_bytes",
+    "full_query": "full_query_bytes",
+    "full_query_grad": "full_query_grad_bytes",
+    "heads": "heads_bytes",
+    "heads_grad": "heads_grad_bytes",
 }
+# Parts of the first three that go another way: between nodes, and of hot pairs.
+_WAYS = ("outer", "hot")
+_BY_WAY = {f"{name}_{way}": f"{name}_{way}_bytes" for way in _WAYS for name in list(_TRAFFIC)[:3]}
+_PURPOSES = [*_TRAFFIC, *_BY_WAY]
 
 
 def kv_bytes_all_gather(
@@ -50,7 +59,7 @@ def kv_bytes_all_gather(
     A ring moves the same. With full recomputation the forward runs, and fetches, twice. In a dense stage msa
     layers exchange as full ones do, and do not count.
     """
-    model, cp_size = config.model, config.parallel.cp_size
+    model, cp_size = config.model, config.parallel.cp_size // config.parallel.cp_head_size
     kinds = {AttentionKind.swa}
     if attention is StageAttention.sparse:
         kinds.add(AttentionKind.msa)
@@ -68,6 +77,7 @@ class StepMetrics:
         self.config, self.groups = config, groups
         kinds = config.model.attention_kinds()
         self.msa_layers = [i + 1 for i, kind in enumerate(kinds) if kind is AttentionKind.msa]
+        self.block_layers = [i + 1 for i, kind in enumerate(kinds) if kind is not AttentionKind.full]
         self.moe_layers = list(range(config.model.num_dense_ffn_layers + 1, config.model.num_layers + 1))
 
     def gather(
@@ -81,14 +91,16 @@ class StepMetrics:
             result: what the engine returned on this rank.
             counts_loss: whether this rank's loss sum is to be added.
         """
-        model, stats = self.config.model, result.stats
+        model, stats, exposed = self.config.model, result.stats, result.exposed.seconds()
         parts = {
             "loss": torch.tensor([result.lm_loss_sum if counts_loss else 0.0], dtype=torch.float64),
             "kl": _by_layer(stats.kl, self.msa_layers, ()),
             "selected": _by_layer(stats.selected, self.msa_layers, (model.num_kv_heads,)),
             "experts": _by_layer(stats.tokens_per_expert, self.moe_layers, (model.num_experts,)),
             "attention": _by_layer(stats.attention, self.msa_layers, self._probe_shape(batch, stage)),
-            "traffic": torch.tensor([result.traffic[name] for name in _TRAFFIC], dtype=torch.float64),
+            "exchange": _by_layer(stats.exchange, self.block_layers, (2,)),
+            "traffic": torch.tensor([result.traffic[name] for name in _PURPOSES], dtype=torch.float64),
+            "exposed": torch.tensor([exposed.get(name, 0.0) for name in _PURPOSES], dtype=torch.float64),
         }
         flat = torch.cat([part.flatten() for part in parts.values()]).to(self.groups.device)
         dist.all_reduce(flat)
@@ -105,13 +117,42 @@ class StepMetrics:
             values |= attention_metrics(sums["attention"], self.msa_layers)
         values |= self._experts(sums["experts"])
         if self.groups.cp_size > 1:
-            values |= dict(zip(_TRAFFIC.values(), map(int, sums["traffic"].tolist()), strict=True))
-            gathered = kv_bytes_all_gather(self.config, batch.num_packs, stage.seq_len, stage.attention)
-            if gathered or stage.attention is StageAttention.sparse:
-                values["kv_bytes_all_gather"] = gathered
-            if self.config.parallel.kv_exchange is not KvExchange.selected:
-                del values["request_bytes"]
+            values |= self._traffic(sums["traffic"], batch, stage)
+            values |= self._exposed(sums["exposed"])
+            values |= self._choices(sums["exchange"])
         return values | self._memory()
+
+    def _traffic(self, traffic: Tensor, batch: StepBatch, stage: Stage) -> dict[str, int]:
+        by_purpose = dict(zip(_PURPOSES, map(int, traffic.tolist()), strict=True))
+        values = {key: by_purpose[name] for name, key in _TRAFFIC.items()}
+        for name, key in _BY_WAY.items():
+            values[_TRAFFIC[name.rpartition("_")[0]]] += by_purpose[name]
+            if by_purpose[name]:
+                values[key] = by_purpose[name]
+        gathered = kv_bytes_all_gather(self.config, batch.num_packs, stage.seq_len, stage.attention)
+        if gathered or stage.attention is StageAttention.sparse:
+            values["kv_bytes_all_gather"] = gathered
+        if self.config.parallel.kv_exchange not in (KvExchange.selected, KvExchange.auto):
+            del values["request_bytes"]
+        if self.config.parallel.cp_head_size == 1:
+            del values["heads_bytes"], values["heads_grad_bytes"]
+        return values
+
+    def _exposed(self, seconds: Tensor) -> dict[str, Any]:
+        """Time that a rank waits for the exchange, mean over ranks."""
+        mean = (seconds / self.groups.world_size).tolist()
+        by_purpose = {name: value for name, value in zip(_PURPOSES, mean, strict=True) if value}
+        return {"exposed_s": sum(mean), "exposed_s_by_purpose": by_purpose}
+
+    def _choices(self, calls: Tensor) -> dict[str, Any]:
+        """Share of calls for which `auto` sent selected pairs; calls: [layers, 2]."""
+        if self.config.parallel.kv_exchange is not KvExchange.auto or not calls[:, 1].any():
+            return {}
+        share = calls[:, 0] / calls[:, 1].clamp(min=1)
+        return {
+            "auto_selected": float(calls[:, 0].sum() / calls[:, 1].sum()),
+            "auto_selected_by_layer": _named(self.block_layers, share.tolist()),
+        }
 
     def _probe_shape(self, batch: StepBatch, stage: Stage) -> tuple[int, int]:
         """Groups and sums of a layer's sampled queries; nothing in a step without."""
@@ -131,7 +172,7 @@ class StepMetrics:
 
     def _selected(self, batch: StepBatch, selected: Tensor, stage: Stage) -> dict[str, Any]:
         """f, where something is selected and something is remote."""
-        cp_size = self.groups.cp_size
+        cp_size = self.groups.cp_size // self.config.parallel.cp_head_size
         if not self.msa_layers or stage.attention is not StageAttention.sparse or cp_size == 1:
             return {}
         num_blocks = stage.seq_len // self.config.attention.block_size

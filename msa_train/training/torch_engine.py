@@ -72,7 +72,13 @@ class TorchEngine(Engine):
         self.gradients.reduce()
         grad_norm = self._update(rates)
         self._update_expert_bias()
-        return StepResult(lm_loss_sum=float(loss_sum), grad_norm=grad_norm, stats=stats, traffic=comm.traffic)
+        return StepResult(
+            lm_loss_sum=float(loss_sum),
+            grad_norm=grad_norm,
+            stats=stats,
+            traffic=comm.traffic,
+            exposed=comm.exposed,
+        )
 
     def _update(self, rates: Rates) -> float:
         """Clip and step; returns the norm before clipping."""

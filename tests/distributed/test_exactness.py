@@ -1,28 +1,35 @@
 """The whole step, context and expert parallel, equals one process in fp64: guards every change.
 
 Layers with full attention, MSA and a sliding window. Loss, KL, every gradient, the block selection and the
-expert bias of two training steps, for every exchange and layout. Packs: one long document; many short ones;
-one shorter than a block; one with nothing remote.
+expert bias of two training steps, for every exchange and layout, and every setting of the exchange. Packs:
+one long document; many short ones; one shorter than a block; one with nothing remote.
 """
 
+import math
 from typing import Any
 
 import pytest
 import torch
 
-from msa_train.config import KvExchange, Recompute, StageAttention, StageConfig
+from msa_train.config import CpLayout, ExchangeConfig, KvExchange, Recompute, StageAttention, StageConfig
+from msa_train.parallel import exchange_plan
+from msa_train.parallel.balance import balance, causal_work, index_work
+from msa_train.parallel.sequence_plan import SequencePlan, common, contiguous_plan, count
 from msa_train.training.step_metrics import kv_bytes_all_gather
 from tests.helpers.compare import assert_rows_close
 from tests.helpers.model_runs import SEQ_LEN, run_steps, small_config, step_packs
 from tests.helpers.spawn import run_ranks
 
 TOLERANCE = 1e-8
-EXCHANGES = list(KvExchange)
+EXCHANGES = [KvExchange.selected, KvExchange.all_gather, KvExchange.ring]
+# The layout goes with the other settings, which it does not depend on: each meets each exchange and stage.
+WITH_EXPERTS = {1: CpLayout.contiguous, 2: CpLayout.zigzag, 3: CpLayout.dealt, 4: CpLayout.zigzag}
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     f"cp{cp}-{exchange.value}-ep{ep}": (
         # Expert parallelism of 2 needs an even number of ranks.
         cp * (2 if cp * 1 % ep else 1),
-        {"cp_size": cp, "ep_size": ep, "exchange": exchange},
+        {"cp_size": cp, "ep_size": ep, "exchange": exchange}
+        | ({"layout": WITH_EXPERTS[cp]} if ep > 1 else {}),
     )
     for cp in (1, 2, 3, 4)
     for exchange in EXCHANGES
@@ -31,34 +38,86 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
 CASES |= {
     f"cp2-{exchange.value}-recompute": (
         2,
-        {"cp_size": 2, "exchange": exchange, "recompute": Recompute.full},
+        {"cp_size": 2, "exchange": exchange, "recompute": Recompute.full, "balance": (False, False)},
     )
     for exchange in EXCHANGES
 }
 CASES["cp4-selected-ep4"] = (4, {"cp_size": 4, "ep_size": 4})
 CASES["cp2-selected-ep4-dp2"] = (4, {"cp_size": 2, "ep_size": 4})
+# Three KV groups: each rank of a head group has one.
+CASES["cp3-selected-heads3"] = (3, {"cp_size": 3, "head_size": 3})
+CASES |= {
+    f"cp6-{exchange.value}-heads3": (
+        6,
+        {"cp_size": 6, "head_size": 3, "exchange": exchange, "layout": layout},
+    )
+    for exchange, layout in zip(EXCHANGES, CpLayout, strict=True)
+}
 DENSE = StageConfig(attention=StageAttention.dense)
 WARM = {"stage": DENSE, "temperature": 1.5}
+CASES["cp6-selected-heads3-recompute-warm"] = (
+    6,
+    {"cp_size": 6, "head_size": 3, "recompute": Recompute.full, **WARM},
+)
 # What each case is compared with: one process in the same kind of stage.
 REFERENCES = {"": "cp1-selected-ep1", "-dense": "cp1-dense", "-warm": "cp1-warm", "-soft": "cp1-soft"}
 CASES |= {
-    f"cp{cp}-{exchange.value}-{kind}": (cp, {"cp_size": cp, "exchange": exchange, **arguments})
-    for kind, arguments in (("dense", {"stage": DENSE}), ("warm", WARM), ("soft", {"temperature": 1.5}))
-    for cp in (2, 3)
+    f"cp{cp}-{exchange.value}-{kind}": (
+        cp,
+        {"cp_size": cp, "exchange": exchange, **arguments, "layout": layout},
+    )
+    for kind, arguments, layouts in (
+        ("dense", {"stage": DENSE}, (CpLayout.contiguous, CpLayout.zigzag)),
+        ("warm", WARM, (CpLayout.dealt, CpLayout.contiguous)),
+        ("soft", {"temperature": 1.5}, (CpLayout.zigzag, CpLayout.dealt)),
+    )
+    for cp, layout in zip((2, 3), layouts, strict=True)
     for exchange in EXCHANGES
 }
 CASES["cp1-dense"], CASES["cp1-warm"] = (1, {"stage": DENSE}), (1, WARM)
 CASES["cp1-soft"] = (1, {"temperature": 1.5})
 CASES["cp2-selected-ep2-recompute-warm"] = (
     2,
-    {"cp_size": 2, "ep_size": 2, "recompute": Recompute.full, **WARM},
+    {"cp_size": 2, "ep_size": 2, "recompute": Recompute.full, "layout": CpLayout.zigzag, **WARM},
 )
+# Settings of the exchange, in the place of none.
+HOT, NODES = ExchangeConfig(), ExchangeConfig(ranks_per_node=2)
+AGAIN = ExchangeConfig(keep_for_backward=False, hot_share=0.0)
+WAITING = ExchangeConfig(ranks_per_node=2, overlap=False)
+for name, settings in (
+    ("cp4-selected-ep2", HOT),
+    ("cp4-selected-ep4", NODES),
+    ("cp2-selected-recompute", AGAIN),
+    ("cp3-selected-soft", AGAIN),
+):
+    CASES[name][1]["settings"] = settings
+AUTO = {"exchange": KvExchange.auto}
+CASES |= {
+    "cp4-selected-ep4-again": (4, {"cp_size": 4, "ep_size": 4, "settings": NODES}),
+    "cp4-selected-ep4-waiting": (4, {"cp_size": 4, "ep_size": 4, "settings": WAITING}),
+    "cp4-hot-again-recompute": (
+        4,
+        {
+            "cp_size": 4,
+            "recompute": Recompute.full,
+            "settings": ExchangeConfig(keep_for_backward=False, ranks_per_node=2),
+        },
+    ),
+    "cp4-auto-nodes": (4, {"cp_size": 4, **AUTO, "settings": NODES}),
+    "cp2-auto-recompute-warm": (2, {"cp_size": 2, **AUTO, "recompute": Recompute.full, **WARM}),
+}
+# Compared bit by bit too: a second run, and one whose queries select their blocks at home.
+CASES["cp3-selected-ep1-again"] = CASES["cp3-selected-ep1"]
+CASES["cp3-selected-ep1-unmoved"] = (3, {"cp_size": 3, "balance": (False, True)})
+CASES["cp3-ring-warm-again"] = CASES["cp3-ring-warm"]
 
 
 def worker(rank: int, world_size: int, cases: dict[str, dict[str, Any]], folder: str) -> None:
     """All cases of one world size, one process group start for all of them."""
     from megatron.core import parallel_state
 
+    # Nodes of two ranks are too few for a broadcast to pay.
+    exchange_plan.HOT_COST = -math.inf
     for name, arguments in cases.items():
         torch.save(run_steps(small_config(**arguments)), f"{folder}/{name}.{rank}")
         parallel_state.destroy_model_parallel()
@@ -80,7 +139,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
 
 def reference_of(name: str) -> str:
     """The single process that a case must equal."""
-    return REFERENCES[next(kind for kind in ("-dense", "-warm", "-soft", "") if name.endswith(kind))]
+    return REFERENCES[next(kind for kind in ("-dense", "-warm", "-soft", "") if kind in name)]
 
 
 def is_data_parallel(name: str) -> bool:
@@ -106,9 +165,10 @@ def test_equals_one_process(name: str, results: dict[str, list[dict[str, Any]]])
                 assert_rows_close(gradient, want["gradients"][parameter], TOLERANCE)
             experts_seen |= got["gradients"].keys()
             for key, block_indices in got["selections"].items():
-                rows = slice(got["start"], got["start"] + block_indices.shape[0])
-                assert torch.equal(block_indices, want["selections"][key][rows]), f"{where}, {key}"
-                tokens_seen += block_indices.shape[0]
+                rows = got["positions"][key[0]]
+                groups = slice(got["first_group"], got["first_group"] + block_indices.shape[1])
+                assert torch.equal(block_indices, want["selections"][key][rows, groups]), f"{where}, {key}"
+                tokens_seen += block_indices.shape[:2].numel()
             assert got["attention"].keys() == want["attention"].keys() == {2, 4}
             for layer, sums in want["attention"].items():
                 assert (sums[:, 0] > 0).all()
@@ -121,8 +181,58 @@ def test_equals_one_process(name: str, results: dict[str, list[dict[str, Any]]])
                 assert torch.equal(ours, theirs), where
     # The ranks together must have shown every parameter and every token's selection.
     assert experts_seen == reference[0]["gradients"].keys()
-    whole = sum(x.shape[0] for step in reference for x in step["selections"].values())
+    whole = sum(x.shape[:2].numel() for step in reference for x in step["selections"].values())
     assert tokens_seen == whole
+
+
+@pytest.mark.parametrize("name", ["cp4-selected-ep4-again", "cp4-selected-ep4-waiting"])
+def test_two_runs_are_equal_bit_for_bit(name: str, results: dict[str, list[dict[str, Any]]]) -> None:
+    """Once more the same, and without computing under the wire: order of arrival decides nothing."""
+    for got, want in zip(results[name], results["cp4-selected-ep4"], strict=True):
+        for ours, theirs in zip(got["steps"], want["steps"], strict=True):
+            assert (ours["loss"], ours["kl"]) == (theirs["loss"], theirs["kl"])
+            assert ours["traffic"] == theirs["traffic"]
+            for parameter, gradient in ours["gradients"].items():
+                assert torch.equal(gradient, theirs["gradients"][parameter]), parameter
+
+
+def test_hot_pairs_and_nodes_send_less(results: dict[str, list[dict[str, Any]]]) -> None:
+    """Received in the first step by all ranks; the plan's own tests count pairs."""
+
+    def received(name: str, purpose: str) -> int:
+        return sum(rank["steps"][0]["traffic"].get(purpose, 0) for rank in results[name])
+
+    plain, hot, nodes = "cp4-selected-ep1", "cp4-selected-ep2", "cp4-selected-ep4"
+    assert received(hot, "kv_hot") > 0
+    assert 0 < received(hot, "kv") < received(plain, "kv")
+    assert received(nodes, "kv_hot") > 0
+    # Pairs from the other node arrive once per node, then go on to whoever wants them.
+    assert 0 < received(nodes, "kv_outer") < received(nodes, "kv")
+    assert received(plain, "kv_again") == received(hot, "kv_again") == 0
+    # Fetched again as it was fetched: nothing but own pairs was kept.
+    again = "cp3-selected-soft"
+    assert received(again, "kv_again") == received(again, "kv") > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("cp3-selected-ep1", "cp3-selected-ep1-again"),
+        ("cp3-selected-ep1", "cp3-selected-ep1-unmoved"),
+        ("cp3-ring-warm", "cp3-ring-warm-again"),
+    ],
+)
+def test_equal_bit_by_bit(name: str, other: str, results: dict[str, list[dict[str, Any]]]) -> None:
+    """Runs again; and queries of the selection moved or not, where only the bytes on the wire may differ."""
+    for ours, theirs in zip(results[name], results[other], strict=True):
+        for first, second in zip(ours["steps"], theirs["steps"], strict=True):
+            assert (first["loss"], first["kl"]) == (second["loss"], second["kl"])
+            for parameter, gradient in first["gradients"].items():
+                assert torch.equal(gradient, second["gradients"][parameter]), parameter
+            for key, block_indices in first["selections"].items():
+                assert torch.equal(block_indices, second["selections"][key])
+    moved = [sum(step["traffic"].get("index_query", 0) for step in rank["steps"]) for rank in results[other]]
+    assert any(moved) == (other == "cp3-selected-ep1-again")
 
 
 def remote_window_blocks(step: int, own: range) -> int:
@@ -151,7 +261,8 @@ def test_exchange_sends_only_what_was_selected(results: dict[str, list[dict[str,
         local_blocks = 96 // cp_size // block_size
         for rank in results[name]:
             for number, step in enumerate(rank["steps"]):
-                own = range(step["start"] // block_size, step["start"] // block_size + local_blocks)
+                start = int(step["positions"][0][0])
+                own = range(start // block_size, start // block_size + local_blocks)
                 pairs = 0
                 for block_indices in step["selections"].values():
                     for group in range(block_indices.shape[1]):
@@ -166,17 +277,51 @@ def test_exchange_sends_only_what_was_selected(results: dict[str, list[dict[str,
 
 
 def test_gathering_exchanges_move_everything(results: dict[str, list[dict[str, Any]]]) -> None:
-    """All-gather and ring: (P - 1) shards per msa or swa layer and pack, whatever was selected."""
-    for name in ("cp2-all_gather-ep1", "cp4-ring-ep1"):
-        cp_size = CASES[name][1]["cp_size"]
-        shard = 96 // cp_size * 2 * 3 * 8 * 8
+    """All-gather and ring: (P - 1) shards per msa or swa layer and pack, whatever was selected.
+
+    With head groups of 3, P is 3 times smaller and a shard 3 times longer, of a third of the groups.
+    """
+    for name in ("cp2-all_gather-ep1", "cp4-ring-ep1", "cp6-all_gather-heads3"):
+        head_size = CASES[name][1].get("head_size", 1)
+        cp_size = CASES[name][1]["cp_size"] // head_size
+        shard = 96 // cp_size * 2 * 3 // head_size * 8 * 8
         layers_and_packs = 3 * 2
         for rank in results[name]:
             for step in rank["steps"]:
                 assert step["traffic"]["kv"] == (cp_size - 1) * shard * layers_and_packs
         moved = sum(rank["steps"][0]["traffic"]["kv"] for rank in results[name])
-        assert moved == kv_bytes_all_gather(small_config(cp_size=cp_size), num_packs=2, seq_len=SEQ_LEN)
+        config = small_config(cp_size=CASES[name][1]["cp_size"], head_size=head_size)
+        assert moved == kv_bytes_all_gather(config, num_packs=2, seq_len=SEQ_LEN)
     # In a dense stage only the window layer exchanges blocks.
     moved = sum(rank["steps"][0]["traffic"]["kv"] for rank in results["cp3-ring-warm"])
     config = small_config(cp_size=3)
     assert moved == kv_bytes_all_gather(config, 2, SEQ_LEN, StageAttention.dense) > 0
+
+
+def test_moved_queries_are_counted(results: dict[str, list[dict[str, Any]]]) -> None:
+    """Two MSA layers move index queries (fp64) and ids (int32), one full layer queries and outputs."""
+    config = small_config().attention
+    for name in ("cp2-selected-ep1", "cp3-all_gather-ep1", "cp2-ring-recompute"):
+        cp_size = CASES[name][1]["cp_size"]
+        for number, packs in enumerate(step_packs()):
+            index, full = 0, 0
+            for pack in packs:
+                starts, lengths = pack.cu_seqlens.tolist(), pack.doc_lengths.tolist()
+                home = contiguous_plan(SEQ_LEN, cp_size)
+                index += moved(home, balance(home, *index_work(starts, config.block_size)))
+                full += moved(home, balance(home, *causal_work(starts, lengths, config.block_size)))
+            if "balance" in CASES[name][1]:
+                index = full = 0
+            traffic = [rank["steps"][number]["traffic"] for rank in results[name]]
+            assert _total(traffic, "index_query") == 2 * index * 3 * (6 * 8 + config.topk * 4)
+            assert _total(traffic, "full_query") == full * 2 * 6 * 8 * 8
+            assert _total(traffic, "full_query_grad") == _total(traffic, "full_query")
+
+
+def moved(home: SequencePlan, away: SequencePlan) -> int:
+    """Tokens of other ranks than before."""
+    return SEQ_LEN - sum(count(common(a, b)) for a, b in zip(home.ranges, away.ranges, strict=True))
+
+
+def _total(traffic: list[dict[str, int]], purpose: str) -> int:
+    return sum(of_rank.get(purpose, 0) for of_rank in traffic)

@@ -7,8 +7,10 @@ import torch.distributed as dist
 
 from msa_train.config import (
     AttentionConfig,
+    CpLayout,
     DataConfig,
     Engine,
+    ExchangeConfig,
     KvExchange,
     ModelConfig,
     OptimConfig,
@@ -25,6 +27,7 @@ from msa_train.model.init_weights import global_names
 from msa_train.model.moe import SigmoidRouter
 from msa_train.parallel.attention_probe import ProbeSums
 from msa_train.parallel.groups import build_groups
+from msa_train.parallel.layout import ShardLayout
 from msa_train.training.batch import make_batch
 from msa_train.training.lr_schedule import Rates
 from msa_train.training.torch_engine import TorchEngine
@@ -37,14 +40,21 @@ def small_config(
     *,
     cp_size: int = 1,
     ep_size: int = 1,
+    head_size: int = 1,
     exchange: KvExchange = KvExchange.selected,
     recompute: Recompute = Recompute.none,
     precision: Precision = Precision.fp64,
     topk: int = 3,
     stage: StageConfig | None = None,
     temperature: float = 1.0,
+    settings: ExchangeConfig | None = None,
+    layout: CpLayout = CpLayout.contiguous,
+    balance: tuple[bool, bool] = (True, True),
 ) -> RunConfig:
-    """Four layers: full attention + dense FFN, then MSA, a window, MSA + experts; 3 KV groups of 2 heads."""
+    """Four layers: full attention + dense FFN, then MSA, a window, MSA + experts; 3 KV groups of 2 heads.
+
+    settings: of the exchange; none: no nodes, nothing broadcast.
+    """
     return RunConfig(
         engine=Engine.torch,
         model=ModelConfig(
@@ -77,7 +87,16 @@ def small_config(
             window=10,
             window_sink=1,
         ),
-        parallel=ParallelConfig(cp_size=cp_size, ep_size=ep_size, kv_exchange=exchange),
+        parallel=ParallelConfig(
+            cp_size=cp_size,
+            cp_head_size=head_size,
+            ep_size=ep_size,
+            cp_layout=layout,
+            kv_exchange=exchange,
+            balance_index=balance[0],
+            balance_full_attention=balance[1],
+        ),
+        exchange=settings or ExchangeConfig(hot_share=0.0),
         data=DataConfig(seq_len=SEQ_LEN),
         optim=OptimConfig(lr=1e-2, warmup_steps=0, clip_grad=0.0),
         train=TrainConfig(global_batch_size=2, precision=precision, recompute=recompute),
@@ -105,10 +124,11 @@ def run_steps(config: RunConfig) -> dict[str, Any]:
 
     Returns the rank's observations with sums over ranks where a quantity is cut over them: per step
     `loss` and `kl` (global sums), `gradients` by global name (experts of this rank only), `selections` by
-    (pack, layer) for this rank's tokens, `expert_bias` by layer, `traffic`, `attention`: sums over the
-    sampled queries of the first packs by layer.
+    (pack, layer) for this rank's tokens, whose `positions` stand by pack, `expert_bias` by layer, `traffic`,
+    `attention`: sums over the sampled queries of the first packs by layer.
     """
-    groups = build_groups(config.parallel, device=torch.device("cpu"))
+    head_size = config.parallel.cp_head_size
+    groups = build_groups(config.parallel, device=torch.device("cpu"), exchange=config.exchange)
     engine = TorchEngine(config, groups)
     selections: dict[tuple[int, int], torch.Tensor] = {}
     packs_of_step: list[int] = []
@@ -141,10 +161,19 @@ def run_steps(config: RunConfig) -> dict[str, Any]:
                 ],
                 "attention": {n: _sum_all(result.stats.attention.get(n, nothing)) for n in msa_layers},
                 "traffic": dict(result.traffic.received),
-                "start": engine.forward.layout(SEQ_LEN).start,
+                "positions": {
+                    i: _positions(engine.forward.layout(packs[i], head_size)) for i in packs_of_step
+                },
+                "first_group": _first_group(config, groups.cp_rank),
             }
         )
     return {"rank": groups.rank, "steps": observed}
+
+
+def _first_group(config: RunConfig, cp_rank: int) -> int:
+    """KV group of the first column of this rank's selections."""
+    size = config.parallel.cp_head_size
+    return cp_rank % size * (config.model.num_kv_heads // size)
 
 
 def _recorder(selections: dict[tuple[int, int], torch.Tensor], packs: list[int], layer: int) -> Any:
@@ -157,6 +186,11 @@ def _recorder(selections: dict[tuple[int, int], torch.Tensor], packs: list[int],
             selections[packs[seen], layer] = record.block_indices.clone()
 
     return hook
+
+
+def _positions(layout: ShardLayout) -> torch.Tensor:
+    """Of this rank's tokens in the pack."""
+    return torch.cat([torch.arange(start, stop) for start, stop in layout.ranges])
 
 
 def _sum(value: float) -> float:

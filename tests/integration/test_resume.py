@@ -17,7 +17,7 @@ from msa_train.training.metrics import read_metrics
 from tests.helpers.training_command import DOWN_WITHIN_S, Training, last_step, train, wait_gone
 from tests.integration.conftest import STEPS, FinishedRun
 
-TIMES = {"tokens_per_s", "step_time_s", "memory_gib"}
+TIMES = {"tokens_per_s", "step_time_s", "memory_gib", "exposed_s", "exposed_s_by_purpose"}
 LOSSES = ("lm_loss", "kl_loss", "grad_norm", "val_loss")
 TO_THE_END = f"train.steps={STEPS}"
 

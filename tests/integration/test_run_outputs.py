@@ -53,7 +53,10 @@ TAGS = {
     "attention/entropy": "attention_entropy",
     "exchange/f": "kv_selected_fraction",
     "exchange/kv_bytes": "kv_bytes",
+    "exchange/exposed_s": "exposed_s",
     "exchange/kv_bytes_all_gather": "kv_bytes_all_gather",
+    "exchange/index_query_bytes": "index_query_bytes",
+    "exchange/full_query_bytes": "full_query_bytes",
     "memory/memory_gib": "memory_gib",
 }
 ALWAYS = {"step", "step_time_s", "f", "kl_loss_by_layer", "kv_grad_bytes", *TAGS.values()} - {"val_loss"}
@@ -170,7 +173,7 @@ def test_summary_sums_up(finished: FinishedRun, rows: list[dict[str, Any]]) -> N
     for name in ("lm_loss", "kl_loss", "val_loss", "val_bits_per_byte"):
         values = [row[name] for row in rows if name in row]
         assert (summary[f"{name}_first"], summary[f"{name}_last"]) == (values[0], values[-1])
-    for name in ("kv_bytes", "kv_grad_bytes", "kv_bytes_all_gather", "index_key_bytes"):
+    for name in ("kv_bytes", "kv_grad_bytes", "kv_bytes_all_gather", "index_key_bytes", "full_query_bytes"):
         assert summary[f"{name}_total"] == sum(row[name] for row in rows)
     assert summary["f_last"] == rows[-1]["f"]
     assert summary["tokens_per_s_median"] == np.median([row["tokens_per_s"] for row in rows])

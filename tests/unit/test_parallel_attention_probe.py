@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from msa_train.config import CpLayout
 from msa_train.parallel.attention_probe import ProbeQueries, ProbeSums, num_buckets, sample_queries
 from msa_train.parallel.layout import ShardLayout
+from msa_train.parallel.sequence_plan import make_plan
 from msa_train.training.attention_metrics import attention_metrics
 
 CU_SEQLENS, DOC_LENGTHS = [0, 32, 40, 96], [29, 5, 50]
@@ -12,8 +14,11 @@ CU_SEQLENS, DOC_LENGTHS = [0, 32, 40, 96], [29, 5, 50]
 ELIGIBLE = [*range(12, 29), *range(52, 90)]
 
 
-def sample(count: int, *, cp_rank: int = 0, cp_size: int = 1, seed: int = 1) -> ProbeQueries:
-    layout = ShardLayout(seq_len=96, block_size=4, cp_rank=cp_rank, cp_size=cp_size)
+def sample(
+    count: int, *, cp_rank: int = 0, cp_size: int = 1, seed: int = 1, kind: CpLayout = CpLayout.contiguous
+) -> ProbeQueries:
+    plan = make_plan(kind, cp_size, CU_SEQLENS, 4)
+    layout = ShardLayout(seq_len=96, block_size=4, cp_rank=cp_rank, cp_size=cp_size, split=plan)
     queries = sample_queries(
         CU_SEQLENS, DOC_LENGTHS, layout, topk=3, count=count, seed=seed, device=torch.device("cpu")
     )
@@ -40,18 +45,22 @@ def test_distinct_spread_and_repeatable(count: int) -> None:
     assert any(position != sample(count, seed=seed).position.tolist() for seed in range(2, 6))
 
 
+@pytest.mark.parametrize("kind", CpLayout)
 @pytest.mark.parametrize("cp_size", [2, 3, 4])
-def test_ranks_share_one_sample(cp_size: int) -> None:
+def test_ranks_share_one_sample(cp_size: int, kind: CpLayout) -> None:
     whole = sample(20)
     found: list[int] = []
     for rank in range(cp_size):
-        part = sample(20, cp_rank=rank, cp_size=cp_size)
+        part = sample(20, cp_rank=rank, cp_size=cp_size, kind=kind)
         assert torch.equal(part.position, whole.position)
         assert part.counts[rank] == part.rows.numel()
         assert ((part.rows >= 0) & (part.rows < 96 // cp_size)).all()
-        assert torch.equal(part.position[part.own], part.rows + part.layout.start)
+        positions = torch.cat([torch.arange(*edges) for edges in part.layout.ranges])
+        assert torch.equal(part.position[part.own], positions[part.rows])
         found += part.position[part.own].tolist()
-    assert found == whole.position.tolist()
+    assert sorted(found) == whole.position.tolist()
+    if kind is CpLayout.contiguous:
+        assert found == whole.position.tolist()
 
 
 def test_no_query_sees_more_blocks_than_are_selected() -> None:

@@ -3,9 +3,16 @@
 import torch
 from msa_kernels.block_sparse_attention.pool import BlockPool
 
-from msa_train.parallel.block_requests import exchange_requests, needed_pairs
+from msa_train.config import ExchangeConfig, KvExchange
+from msa_train.parallel.block_requests import (
+    RequestTerms,
+    exchange_requests,
+    needed_pairs,
+    pairs_by_owner,
+)
 from msa_train.parallel.collectives import CpComm
-from msa_train.parallel.kv_exchange import KvSource
+from msa_train.parallel.exchange_cost import PairBytes
+from msa_train.parallel.exchange_session import KvSource
 from msa_train.parallel.layout import ShardLayout
 
 
@@ -25,8 +32,16 @@ def test_entries_of_the_docstring() -> None:
     assert source.entries(torch.tensor([[[2, 1, -1]]])).tolist() == [[[7, -1, -1]]]
 
 
+def test_pairs_by_owner_leave_out_own_ones() -> None:
+    layout = ShardLayout(seq_len=8, block_size=2, cp_rank=1, cp_size=2)
+    needed = torch.tensor([[True, False, True, True], [False, True, False, True]])
+    assert pairs_by_owner(needed, layout).tolist() == [[True, False, False, True], [False] * 4]
+
+
 def test_one_rank_asks_nobody() -> None:
     layout = ShardLayout(seq_len=8, block_size=2, cp_rank=0, cp_size=1)
-    requests = exchange_requests(torch.ones(2, 4, dtype=torch.bool), layout, CpComm(None, 0, 1))
-    assert requests.send == requests.receive == [0]
-    assert requests.send_pairs.numel() == requests.receive_block.numel() == 0
+    terms = RequestTerms(KvExchange.selected, ExchangeConfig(), PairBytes(1, 1), (None, torch.zeros(1)))
+    requests = exchange_requests(torch.ones(2, 4, dtype=torch.bool), layout, CpComm(None, 0, 1), terms)
+    assert requests.plan is not None
+    assert requests.plan.hops[0].send == requests.plan.hops[0].receive == [0]
+    assert requests.plan.num_rows == requests.plan.num_hot == 0

@@ -211,7 +211,7 @@ class _Chunk:
         """About as many rows as read an entry, so that few places stay empty, within what is efficient."""
         most = max(8, 128 // self.G)
         block_size = self.pool.kv.shape[2]
-        typical = block_size if masked else keep.numel() // num_entries
+        typical = block_size if masked else int(keep.sum()) // num_entries
         return min(most, max(8, 1 << max(typical - 1, 1).bit_length()))
 
     def scores(self, work: WorkList, row: Tensor, masked: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

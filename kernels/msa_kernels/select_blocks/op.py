@@ -44,7 +44,7 @@ def select_blocks(
         block_size: tokens per key block.
         topk: blocks per query and group.
         local_blocks: forced blocks, the query's own included; at most topk.
-        query_offset: position of the first query in the pack, a multiple of block_size.
+        query_offset: position of the first query in the pack.
         query_valid: [T] bool, False for padding queries, which select nothing. None: all valid.
         position: [T] int64, ascending positions of the queries in the pack, for some queries out of many;
             takes the place of query_offset. None: consecutive ones.
@@ -149,13 +149,12 @@ def _check(
             "must be [T, num_kv_heads, D] and [S, D]"
         )
     seq_len = k_index.shape[0]
-    if seq_len % block_size or query_offset % block_size:
+    if seq_len % block_size:
+        raise ValueError(f"S={seq_len}: must be a multiple of block_size={block_size}")
+    if query_offset < 0 or query_offset + q_index.shape[0] > seq_len:
         raise ValueError(
-            f"S={seq_len}, query_offset={query_offset}: must be multiples of block_size={block_size}"
-        )
-    if query_offset + q_index.shape[0] > seq_len:
-        raise ValueError(
-            f"query_offset={query_offset}: with T={q_index.shape[0]} queries it must not exceed S={seq_len}"
+            f"query_offset={query_offset}: must not be negative, and with T={q_index.shape[0]} queries "
+            f"it must not exceed S={seq_len}"
         )
     if not 1 <= local_blocks <= topk:
         raise ValueError(f"local_blocks={local_blocks}: must be from 1 to topk={topk}")

@@ -1,0 +1,122 @@
+"""Bytes of `selected` by rank where hot pairs are broadcast and nodes are known: from what every rank wants.
+
+Counted from the sets themselves, not with the planner that the exchange uses.
+Shapes: P ranks, NP pairs of each owner, L ranks of a node, N nodes; rank = node * L + place. Pairs that a
+given share of the other ranks (at least 3) wants are hot.
+
+- flat: a rank fetches its pairs from their owners, and gets back the gradients of what it served;
+- nodes: a pair crosses the network once per node, to the rank in its owner's place, and goes on inside the
+  node; gradients go the same way back, summed where they meet;
+- hot pairs of all owners: cut in P slices. A rank gets its slice from the owners and gathers the P - 1
+  others; backward it gets P - 1 parts of its slice (with nodes L - 1 of a place's, then N - 1), and owners
+  get their sums.
+"""
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from benchmarks.exchange.formulas import LayerShape, index_key_bytes, request_bytes
+
+_MIN_REQUESTERS = 3
+
+
+@dataclass(slots=True, frozen=True)
+class Wants:
+    """wanted: [P, P, NP] bool, by requester and owner, own pairs False. ranks_per_node: L, 0: no nodes.
+    hot_share: 0: no hot pairs."""
+
+    wanted: Tensor
+    ranks_per_node: int = 0
+    hot_share: float = 0.0
+
+    @property
+    def size(self) -> int:
+        """P."""
+        return self.wanted.shape[0]
+
+    @property
+    def hot(self) -> Tensor:
+        """[P, NP] bool, by owner."""
+        requesters = max(_MIN_REQUESTERS, math.ceil(self.hot_share * (self.size - 1)))
+        return (self.wanted.sum(0) >= requesters) & (self.hot_share > 0)
+
+
+def demand_bytes(shape: LayerShape, wants: Wants) -> list[dict[str, int]]:
+    """What every rank receives, by part of the exchange.
+
+    Args:
+        shape: of the layer; kept for the backward pass.
+        wants: what all ranks want.
+    """
+    kv, grad = shape.pair_bytes(shape.kv_token_bytes), shape.pair_bytes(shape.grad_token_bytes)
+    rows = _by_node(wants) if wants.ranks_per_node else _flat(wants)
+    forward, backward = _hot_forward(wants, kv), _hot_backward(wants, grad)
+    shared = {
+        "index_key": index_key_bytes(shape, wants.size),
+        "request": request_bytes(shape, wants.size),
+    }
+    return [
+        {**shared, "kv": fetched * kv + hot, "kv_grad": returned * grad + hot_back}
+        for (fetched, returned), hot, hot_back in zip(rows, forward, backward, strict=True)
+    ]
+
+
+def _flat(wants: Wants) -> list[tuple[int, int]]:
+    """Pairs that each rank fetches, and whose gradients it gets back."""
+    counts = (wants.wanted & ~wants.hot).sum(2)
+    return list(zip(counts.sum(1).tolist(), counts.sum(0).tolist(), strict=True))
+
+
+def _by_node(wants: Wants) -> list[tuple[int, int]]:
+    """The same over both hops; what is handed on counts where it arrives."""
+    L, P = wants.ranks_per_node, wants.size
+    cold = (wants.wanted & ~wants.hot).view(P // L, L, P // L, L, -1)
+    crosses = cold.any(1)
+    rows: list[tuple[int, int]] = []
+    for node in range(P // L):
+        for place in range(L):
+            others = [n for n in range(P // L) if n != node]
+            mates = [p for p in range(L) if p != place]
+            fetched = crosses[node, others, place].sum() + cold[node, place, :, mates].sum()
+            returned = crosses[others, node, place].sum() + cold[node, mates, :, place].sum()
+            rows.append((int(fetched), int(returned)))
+    return rows
+
+
+def _hot_forward(wants: Wants, pair_bytes: int) -> list[int]:
+    """Bytes of hot pairs that each rank receives: its slice from the owners, then the other slices."""
+    slices, ranks = _Slices.of(wants, pair_bytes), range(wants.size)
+    others = (wants.size - 1) * slices.size
+    return [others + sum(slices.overlap(o, rank) for o in ranks if o != rank) for rank in ranks]
+
+
+def _hot_backward(wants: Wants, pair_bytes: int) -> list[int]:
+    """Bytes of their gradients: parts of its slice to be summed, then the sums of its own pairs."""
+    slices, ranks = _Slices.of(wants, pair_bytes), range(wants.size)
+    L, N = slices.ranks_per_node, wants.size // slices.ranks_per_node
+    parts = ((L - 1) * N + N - 1) * slices.size
+    return [parts + sum(slices.overlap(rank, o) for o in ranks if o != rank) for rank in ranks]
+
+
+@dataclass(slots=True, frozen=True)
+class _Slices:
+    """All hot pairs one after the other, cut in equal slices. ends: where each owner's begin, and the end."""
+
+    ends: list[int]
+    size: int
+    ranks_per_node: int
+
+    @staticmethod
+    def of(wants: Wants, pair_bytes: int) -> "_Slices":
+        ends = [0, *(wants.hot.sum(1).cumsum(0) * pair_bytes).tolist()]
+        # Whole elements of 4 bytes.
+        size = -(-ends[-1] // 4 // wants.size) * 4
+        return _Slices(ends, size, wants.ranks_per_node or wants.size)
+
+    def overlap(self, owner: int, rank: int) -> int:
+        """Bytes of the owner's pairs in the rank's slice; slices of a place in all nodes are neighbours."""
+        L, N = self.ranks_per_node, (len(self.ends) - 1) // self.ranks_per_node
+        first = (rank % L * N + rank // L) * self.size
+        return max(0, min(self.ends[owner + 1], first + self.size) - max(self.ends[owner], first))

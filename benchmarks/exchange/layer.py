@@ -1,0 +1,131 @@
+"""One MSA layer's exchange and attention, forward and backward, on one rank: the work that is measured.
+
+Projections, selection and everything outside the attention are left out; they are the same in every scheme.
+Shapes: T local tokens, M KV groups, G query heads per group, D head dim, Di index head dim, K top-k slots.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.exchange.demand import Wants, demand_bytes
+from benchmarks.exchange.formulas import (
+    LayerShape,
+    all_gather_bytes,
+    all_reduce_bytes,
+    request_bytes,
+    ring_bytes,
+)
+from benchmarks.exchange.schemes import KeepAndAllReduce, Scheme
+from benchmarks.exchange.selections import select, shape_for
+from msa_train.config import KvExchange
+from msa_train.parallel.collectives import CpComm
+from msa_train.parallel.cp_sparse_attention import SparseCall, cp_sparse_attention
+from msa_train.parallel.layout import ShardLayout
+
+INPUTS = ("q", "k", "v", "q_index", "k_index")
+
+
+@dataclass(slots=True)
+class LayerData:
+    """One rank's tensors: q [T, M, G, D], k and v [T, M, D], q_index [T, M, Di], k_index [T, Di], dout like
+    q, block_indices [T, M, K]."""
+
+    shape: LayerShape
+    layout: ShardLayout
+    tensors: dict[str, Tensor]
+    dout: Tensor
+    block_indices: Tensor
+    position: Tensor
+
+
+def make_layer(selection: str, shape: LayerShape, cp_rank: int, cp_size: int) -> LayerData:
+    """The same numbers for the same rank, whatever the scheme; selection: see `select`."""
+    shape = shape_for(selection, shape)
+    layout = ShardLayout(seq_len=shape.seq_len, block_size=shape.block_size, cp_rank=cp_rank, cp_size=cp_size)
+    T, M, D, Di = layout.local_seq_len, shape.num_kv_heads, shape.head_dim, shape.index_head_dim
+    heads = (T, M, shape.heads_per_group, D)
+    sizes = dict(zip(INPUTS, (heads, (T, M, D), (T, M, D), (T, M, Di), (T, Di)), strict=True))
+    generator = torch.Generator().manual_seed(cp_rank)
+    return LayerData(
+        shape=shape,
+        layout=layout,
+        tensors={name: torch.randn(size, generator=generator) for name, size in sizes.items()},
+        dout=torch.randn(heads, generator=generator),
+        block_indices=select(selection, shape, layout),
+        position=torch.arange(*layout.ranges[0]),
+    )
+
+
+@dataclass(slots=True)
+class StepResult:
+    """Output and gradients of all inputs by name; used: the exchange that the layer took."""
+
+    tensors: dict[str, Tensor]
+    used: KvExchange
+
+
+def layer_step(data: LayerData, scheme: Scheme, comm: CpComm) -> StepResult:
+    """Forward and backward once."""
+    inputs = {name: x.detach().requires_grad_() for name, x in data.tensors.items()}
+    shape = data.shape
+    all_keys = comm.all_gather(data.tensors["k_index"], "index_key").flatten(0, 1)
+    call = SparseCall(
+        block_indices=data.block_indices,
+        position=data.position,
+        layout=data.layout,
+        comm=comm,
+        exchange=scheme.exchange,
+        softmax_scale=shape.head_dim**-0.5,
+        index_scale=shape.index_head_dim**-0.5,
+        k_index=all_keys.view(-1, shape.block_size, shape.index_head_dim) if shape.with_kl else None,
+        kl_weight=float(shape.with_kl),
+        settings=scheme.settings,
+    )
+    del all_keys
+    out = cp_sparse_attention(*(inputs[name] for name in INPUTS), call)
+    assert call.requests is not None, "the forward pass agreed on an exchange"
+    used = call.requests.kind
+    out.backward(data.dout)
+    grads = {f"d{name}": x.grad for name, x in inputs.items() if x.grad is not None}
+    return StepResult({"out": out.detach(), **grads}, used)
+
+
+def expected_bytes(
+    shape: LayerShape, scheme: Scheme, used: KvExchange, wanted: Tensor, ranks_per_node: int
+) -> list[dict[str, int]]:
+    """What every rank should receive, by purpose.
+
+    Args:
+        shape: of the layer.
+        scheme, used: the scheme and the exchange that it took.
+        wanted: [P, P, NP] bool, pairs by requester and owner.
+        ranks_per_node: that the scheme knows of; 0: none.
+    """
+    size = wanted.shape[0]
+    if used is KvExchange.selected:
+        wants = Wants(wanted, ranks_per_node, scheme.settings.hot_share)
+        rows = demand_bytes(shape, wants)
+        if not scheme.settings.keep_for_backward:
+            rows = [{**row, "kv_again": row["kv"]} for row in rows]
+        return rows
+    if used is KvExchange.ring:
+        return [ring_bytes(shape, size)] * size
+    if scheme.comm is KeepAndAllReduce:
+        return [all_reduce_bytes(shape, size)] * size
+    asked = {"request": request_bytes(shape, size)} if scheme.exchange is KvExchange.auto else {}
+    return [{**all_gather_bytes(shape, size), **asked}] * size
+
+
+def worst_row_error(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    """Largest |found - wanted| / |wanted| over the rows (last dimension) of all tensors; 0 / 0 is 0."""
+    worst = 0.0
+    for name, reference in wanted.items():
+        reference = reference.double()
+        difference, size = (found[name].double() - reference).norm(dim=-1), reference.norm(dim=-1)
+        error = torch.where(difference == 0, 0.0, difference / size).max()
+        # A row that should be zero and is not, or is NaN, must not pass as small.
+        worst = max(worst, float(error.nan_to_num(nan=math.inf, posinf=math.inf)))
+    return worst

@@ -1,0 +1,202 @@
+"""One rank of the benchmark: a process that makes steps as it is told, and reports time, bytes and memory."""
+
+import ctypes
+import os
+import signal
+import time
+import traceback
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from benchmarks.exchange import namespaces
+from benchmarks.exchange.counters import read_counters, read_retransmits
+from benchmarks.exchange.formulas import LayerShape
+from benchmarks.exchange.layer import LayerData, layer_step, make_layer, worst_row_error
+from benchmarks.exchange.schemes import SCHEMES, make_comm
+from benchmarks.exchange.selections import remote_pairs
+from msa_train.config import KvExchange
+from msa_train.parallel.collectives import CpComm
+from msa_train.parallel.exchange_groups import measure_rates
+
+_MMAP_THRESHOLD = -3
+_PORT = 29500
+
+
+@dataclass(slots=True)
+class RankPlace:
+    """Where a rank runs. shaped: in a namespace of its own, else over loopback. folder: where unshaped ranks
+    meet."""
+
+    rank: int
+    size: int
+    num_nodes: int
+    shaped: bool
+    folder: str
+    timeout_s: float
+
+
+@dataclass(slots=True)
+class StepReport:
+    """One step of one rank.
+
+    wall_s: from a barrier to this rank's end. compute_s: CPU time of the thread that computes; process_cpu_s:
+    of all threads. counters: bytes and packets (received, then sent) of the interface. traffic: bytes that
+    arrived from other ranks as counted by the collectives, by purpose. retransmits: TCP segments that this
+    rank sent again. exposed_s: time spent waiting for collectives, by purpose. used: the exchange that was
+    taken. error: worst row against the reference scheme, if asked for.
+    """
+
+    wall_s: float
+    compute_s: float
+    process_cpu_s: float
+    counters: tuple[int, int, int, int]
+    traffic: dict[str, int]
+    retransmits: int
+    exposed_s: dict[str, float]
+    used: KvExchange
+    error: float | None = None
+
+
+@dataclass(slots=True)
+class RankWorker:
+    """Answers requests; every rank gets the same ones in the same order."""
+
+    place: RankPlace
+    interface: str
+    layers: dict[str, LayerData] = field(default_factory=dict)
+    reference: dict[str, Tensor] = field(default_factory=dict)
+    comms: dict[str, CpComm] = field(default_factory=dict)
+
+    def connect(self, schemes: list[str]) -> None:
+        """Build the collectives of all schemes."""
+        for name in schemes:
+            self.comms[name] = make_comm(SCHEMES[name], self.place.num_nodes, self.place.timeout_s)
+
+    def prepare(self, selection: str, shape: LayerShape) -> np.ndarray:
+        """Build a layer's data; returns the pairs that this rank wants, [P, NP] bool by owner."""
+        data = make_layer(selection, shape, self.place.rank, self.place.size)
+        self.layers[selection], self.reference = data, {}
+        return remote_pairs(data.block_indices, data.layout).flatten(1).numpy()
+
+    def limit_link(self, rates: namespaces.Rates) -> None:
+        """Limit what this rank sends."""
+        namespaces.limit_rank(rates)
+
+    def calibrate(self) -> dict[str, dict[str, Any]]:
+        """Measure the rates that `auto` decides by; returns them by scheme."""
+        for comm in self.comms.values():
+            if comm.rates is not None:
+                comm.rates = measure_rates(comm)
+        return {name: asdict(comm.rates) for name, comm in self.comms.items() if comm.rates is not None}
+
+    def step(self, selection: str, scheme: str, check: bool) -> StepReport:
+        """One step. check: compare with the first checked step's numbers, which are the reference."""
+        data, comm = self.layers[selection], self.comms[scheme].fresh()
+        dist.barrier()
+        counters, retransmits = read_counters(self.interface), read_retransmits()
+        wall, compute, cpu = time.perf_counter(), time.thread_time(), time.process_time()
+        result = layer_step(data, SCHEMES[scheme], comm)
+        wall, compute = time.perf_counter() - wall, time.thread_time() - compute
+        cpu = time.process_time() - cpu
+        dist.barrier()
+        moved = read_counters(self.interface) - counters
+        report = StepReport(
+            wall_s=wall,
+            compute_s=compute,
+            process_cpu_s=cpu,
+            counters=(moved.received_bytes, moved.received_packets, moved.sent_bytes, moved.sent_packets),
+            traffic=dict(comm.traffic.received),
+            retransmits=read_retransmits() - retransmits,
+            exposed_s=dict(comm.exposed.seconds()),
+            used=result.used,
+        )
+        if check:
+            if not self.reference:
+                self.reference = result.tensors
+            report.error = worst_row_error(result.tensors, self.reference)
+        return report
+
+    def memory(self, selection: str, scheme: str) -> int:
+        """Peak bytes of one step above what was resident before, after a step that warms up."""
+        data = self.layers[selection]
+        self.reference, peak = {}, 0
+        for _ in range(2):
+            comm = self.comms[scheme].fresh()
+            dist.barrier()
+            before = _reset_peak()
+            layer_step(data, SCHEMES[scheme], comm)
+            peak = _status_bytes("VmHWM") - before
+        return peak
+
+
+def run_rank(place: RankPlace, pipe: Connection) -> None:
+    """Main function of a rank's process."""
+    namespaces.die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)
+    try:
+        worker = RankWorker(place, _join(place, pipe))
+        pipe.send(None)
+        while (request := pipe.recv()) is not None:
+            name, arguments = request
+            pipe.send(getattr(worker, name)(*arguments))
+    except EOFError:
+        pass
+    except BaseException:
+        pipe.send(RankFailure(traceback.format_exc()))
+    # A normal exit would wait for peers in the destructors of process groups.
+    os._exit(0)
+
+
+@dataclass(slots=True)
+class RankFailure:
+    """What a rank sends in place of an answer when it raised."""
+
+    text: str
+
+
+def _join(place: RankPlace, pipe: Connection) -> str:
+    """Enter the namespace, wait for the links, meet the others; returns the interface."""
+    interface = "lo"
+    if place.shaped:
+        namespaces.enter_rank_network()
+        pipe.send(os.getpid())
+        pipe.recv()
+        namespaces.set_up_rank(place.rank)
+        interface = namespaces.INTERFACE
+    os.environ["GLOO_SOCKET_IFNAME"] = interface
+    store = f"tcp://{namespaces.address(0)}:{_PORT}" if place.shaped else f"file://{place.folder}/store"
+    dist.init_process_group(
+        "gloo",
+        init_method=store,
+        rank=place.rank,
+        world_size=place.size,
+        timeout=timedelta(seconds=place.timeout_s),
+    )
+    return interface
+
+
+def _reset_peak() -> int:
+    """Give freed memory back, start the peak anew; returns resident bytes."""
+    libc = ctypes.CDLL(None)
+    # Large buffers get pages of their own and give them back, so that the peak is that of live buffers.
+    libc.mallopt(_MMAP_THRESHOLD, 65536)
+    libc.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status_bytes("VmRSS")
+
+
+def _status_bytes(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise ValueError(f"{key}: is not in /proc/self/status; the memory measurement needs Linux")

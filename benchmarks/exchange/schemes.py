@@ -1,0 +1,100 @@
+"""What is compared: a name, the exchange of msa_train behind it, and the collectives it runs on.
+
+The collectives differ in two places from those of training. On gloo torch's reduce_scatter is an all-reduce
+that throws most of its result away, so that it moves twice the bytes; here `all_gather` gets a true one, as
+on a GPU. And the nearest rival's scheme is the same session on other collectives.
+"""
+
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from msa_train.config import ExchangeConfig, KvExchange
+from msa_train.parallel.collectives import CpComm, Pending
+from msa_train.parallel.exchange_groups import build_comm
+
+
+class RingReduceScatter(CpComm):
+    """Collectives whose reduce_scatter passes partial sums around a ring: P - 1 slices per rank, no more."""
+
+    def start_reduce_scatter(self, x: Tensor, purpose: str) -> Pending[Tensor]:
+        """Sum over ranks of slice `rank`: [size, ...] -> [...].
+
+        Example: rank r starts with slice r - 1; what it gets is slice r - 2, summed over rank r - 1, and so
+        on until its own arrives, which lacks its own part only.
+        """
+        held = x[(self.rank - 1) % self.size]
+        for step in range(2, self.size + 1):
+            (arrived,) = self.shift([held], purpose).wait()
+            held = arrived.add_(x[(self.rank - step) % self.size])
+        return self._done(held, purpose)
+
+
+class KeepAndAllReduce(CpComm):
+    """Turns the all_gather session into what NeMo Automodel does for MiniMax-M3: keys and values are gathered
+    once and kept for the backward pass, where gradients of the whole sequence are all-reduced and cut.
+
+    Here and not in msa_train, since nobody should train with it. One layer call per object.
+    """
+
+    kept: Tensor | None = None
+
+    def start_all_gather(self, x: Tensor, purpose: str, out: Tensor | None = None) -> Pending[Tensor]:
+        """See CpComm.start_all_gather; the second gather of keys and values brings what the first kept."""
+        if purpose == "kv_again" and self.kept is not None:
+            kept, self.kept = self.kept, None
+            return self._done(kept, purpose)
+        pending = super().start_all_gather(x, purpose, out)
+        if purpose == "kv":
+            self.kept = pending.wait()
+        return pending
+
+    def start_reduce_scatter(self, x: Tensor, purpose: str) -> Pending[Tensor]:
+        """Sum over ranks of everything, then slice `rank`."""
+        total = x.contiguous()
+        dist.all_reduce(total, group=self.group)
+        self.traffic.add(purpose, 2 * (self.size - 1) * x[0].numel() * x.element_size())
+        return self._done(total[self.rank].clone(), purpose)
+
+
+@dataclass(slots=True, frozen=True)
+class Scheme:
+    """exchange: of msa_train. comm: the collectives. settings: of the exchange. by_node: only for ranks on
+    several nodes, which the exchange then knows of."""
+
+    exchange: KvExchange
+    comm: type[CpComm] = CpComm
+    settings: ExchangeConfig = field(default_factory=ExchangeConfig)
+    by_node: bool = False
+
+
+SCHEMES = {
+    "all_gather": Scheme(KvExchange.all_gather, RingReduceScatter),
+    "all_gather_all_reduce": Scheme(KvExchange.all_gather, KeepAndAllReduce),
+    "ring": Scheme(KvExchange.ring),
+    "selected": Scheme(KvExchange.selected),
+    "selected_no_hot": Scheme(KvExchange.selected, settings=ExchangeConfig(hot_share=0.0)),
+    "selected_again": Scheme(KvExchange.selected, settings=ExchangeConfig(keep_for_backward=False)),
+    "selected_by_node": Scheme(KvExchange.selected, by_node=True),
+    "auto": Scheme(KvExchange.auto, RingReduceScatter),
+}
+DEFAULT_SCHEMES = ("all_gather", "all_gather_all_reduce", "ring", "selected", "selected_by_node", "auto")
+REFERENCE = "all_gather"
+"the scheme that the others are compared with"
+
+
+def settings_of(scheme: Scheme, size: int, num_nodes: int) -> ExchangeConfig:
+    """The scheme's settings for `size` ranks; `auto` is told of nodes too."""
+    knows_nodes = num_nodes > 1 and (scheme.by_node or scheme.exchange is KvExchange.auto)
+    return replace(scheme.settings, ranks_per_node=size // num_nodes if knows_nodes else 0)
+
+
+def make_comm(scheme: Scheme, num_nodes: int, timeout_s: float) -> CpComm:
+    """Collectives over all ranks; called by all of them."""
+    size, group = dist.get_world_size(), dist.group.WORLD
+    assert group is not None, "the job was joined first"
+    settings = settings_of(scheme, size, num_nodes)
+    comm = build_comm(group, scheme.exchange, settings, torch.device("cpu"), timeout_s)
+    return scheme.comm(**{item.name: getattr(comm, item.name) for item in fields(CpComm)})

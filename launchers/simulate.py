@@ -1,0 +1,254 @@
+"""The msa-simulate command: what a layer costs on a cluster that is not at hand."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from launchers.groups import group_options
+from launchers.simulate_question import read_question, read_shape
+
+DESCRIPTION = """\
+A model of the time of one attention layer, forward and backward, in every way of bringing keys and values to
+queries. The bytes are exact: selections, recorded or made up, go through the planner that training uses. The
+times are bytes over link rates and FLOPs over kernel rates, from files that name their sources."""
+EPILOG = """\
+examples:
+  msa-simulate run --seq-len 1M --cp-size 64 --f 0.2
+  msa-simulate run --seq-len 192K --cp-size 16 --selections runs/m3/selections --cluster mine.yaml --json
+  msa-simulate scale --seq-len 1M --cp-size 64 --alike-tokens 128 --sizes 16,64,256,1024
+  msa-simulate measure --out h100.yaml                # on the device: kernel rates for --rates
+  msa-simulate compare benchmarks/results/exchange.json
+  msa-simulate tables --out benchmarks/results        # simulate.md, simulate.json"""
+USER_ERROR = 2
+UNITS = {"K": 2**10, "M": 2**20}
+SCHEMES = (
+    *("ring", "all_gather", "all_gather_early", "all_gather_all_reduce"),
+    *("selected", "selected_hierarchical", "auto"),
+)
+LAYOUTS = ("contiguous", "zigzag", "dealt")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: arguments, those of the process by default.
+
+    Returns:
+        Exit code: 0, 2 for bad input or files, 130 if interrupted.
+    """
+    try:
+        arguments = _parser().parse_args(argv)
+        arguments.run(arguments)
+        return 0
+    except BrokenPipeError:
+        # `msa-simulate ... | head`; the interpreter must not try to flush again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as error:
+        print(f"msa-simulate: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("msa-simulate: stopped by SIGINT", file=sys.stderr)
+        return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see msa-simulate --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(prog="msa-simulate", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="run|scale|tables|measure|compare"
+    )
+    one = commands.add_parser("run", help="one size: bytes, times and memory of every scheme")
+    one.set_defaults(run=_run)
+    scale = commands.add_parser("scale", help="several sizes: speed kept from 8 ranks on")
+    scale.add_argument("--sizes", type=_sizes, default=[16, 32, 64], metavar="N,N", help="numbers of ranks")
+    scale.add_argument(
+        "--strong", action="store_true", help="keep the sequence; default: keep the tokens of each rank"
+    )
+    scale.set_defaults(run=_scale)
+    for command in (one, scale):
+        _add_question(command)
+        command.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    tables = commands.add_parser("tables", help="the tables of benchmarks/results")
+    tables.add_argument("--out", type=Path, required=True, metavar="DIR")
+    tables.set_defaults(run=_tables)
+    measure = commands.add_parser("measure", help="kernel rates of this machine's device")
+    _add_model(measure)
+    measure.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .yaml file for --rates")
+    measure.add_argument("--tokens", type=_tokens, default=2048, metavar="N", help="queries of a rank (2048)")
+    measure.add_argument("--seq-len", type=_tokens, default=8192, metavar="N", help="keys (8192)")
+    measure.add_argument("--precision", choices=["fp32", "bf16"], default=None, help="default: bf16 on a GPU")
+    measure.set_defaults(run=_measure)
+    compare = commands.add_parser("compare", help="predicted against measured times of the wire benchmark")
+    compare.add_argument("file", type=Path, metavar="FILE", help="JSON of benchmarks/exchange")
+    compare.add_argument("--rates", metavar="NAME", help="kernel rates; default: those in the file")
+    compare.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    compare.set_defaults(run=_compare)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="m3", help=f"{', '.join(group_options('model'))} (m3)")
+    parser.add_argument("--attention", default="msa", help=f"{', '.join(group_options('attention'))} (msa)")
+
+
+def _add_question(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    parser.add_argument("--seq-len", type=_tokens, required=True, metavar="N", help="tokens, e.g. 192K or 1M")
+    parser.add_argument(
+        "--cp-size", type=int, required=True, metavar="N", help="ranks that share the sequence"
+    )
+    parser.add_argument(
+        "--cp-head-size", type=int, default=1, metavar="N", help="inner head-parallel ranks (1)"
+    )
+    parser.add_argument("--layout", choices=LAYOUTS, default="contiguous", help="of the sequence")
+    parser.add_argument("--num-docs", type=int, default=1, metavar="N", help="documents of equal length (1)")
+    parser.add_argument(
+        "--cluster", default="h100", metavar="NAME", help="a preset or a .yaml or .json file (h100)"
+    )
+    parser.add_argument(
+        "--rates", default="h100_assumed", metavar="NAME", help="shipped kernel rates or a file"
+    )
+    parser.add_argument("--schemes", type=_schemes, default=list(SCHEMES), metavar="A,B", help="default: all")
+    parser.add_argument(
+        "--refetch", action="store_true", help="fetch selected pairs again in the backward pass, keep nothing"
+    )
+    parser.add_argument("--no-overlap", action="store_true", help="no collective runs under computing")
+    parser.add_argument(
+        "--recompute", action="store_true", help="the forward pass runs again in the backward"
+    )
+    parser.add_argument("--no-index-balance", action="store_true", help="every rank scores its own queries")
+    parser.add_argument(
+        "--hot-share", type=float, default=0.75, metavar="X", help="see exchange.hot_share (0.75)"
+    )
+    parser.add_argument("--fp32", action="store_true", help="4 bytes per number on the wire instead of 2")
+    parser.add_argument("--no-kl", action="store_true", help="the index branch is frozen")
+    what = parser.add_argument_group("selections: one of --f, --alike-tokens, --selections")
+    what.add_argument(
+        "--f", type=float, metavar="X", help="share of the remote (block, group) pairs selected"
+    )
+    what.add_argument("--alike-tokens", type=int, metavar="N", help="neighbouring queries that choose alike")
+    what.add_argument(
+        "--selections", type=Path, metavar="PATH", help="a recording (msa_train/simulate/selections.py)"
+    )
+    what.add_argument("--layer", type=int, metavar="N", help="of the recording; default: its first")
+    what.add_argument("--sink-blocks", type=int, default=1, metavar="N", help="first blocks all select (1)")
+    what.add_argument(
+        "--popular-share", type=float, default=0.5, metavar="X", help="picks of popular blocks (0.5)"
+    )
+    what.add_argument(
+        "--popular-exponent", type=float, default=1.0, metavar="X", help="of their Zipf law (1)"
+    )
+    what.add_argument(
+        "--distance-exponent", type=float, default=1.0, metavar="X", help="of the other picks (1)"
+    )
+    what.add_argument("--seed", type=int, default=0, metavar="N")
+
+
+def _tokens(text: str) -> int:
+    """196608, 192K or 1M."""
+    unit = UNITS.get(text[-1:].upper(), 1)
+    digits = text[:-1] if unit > 1 else text
+    if not digits.isdecimal() or int(digits) == 0:
+        raise argparse.ArgumentTypeError(
+            f"{text}: must be a positive number of tokens such as 196608, 192K or 1M"
+        )
+    return int(digits) * unit
+
+
+def _sizes(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"{text}: must be numbers of ranks such as 16,64,256")
+    return sorted({int(part) for part in parts})
+
+
+def _schemes(text: str) -> list[str]:
+    names = text.split(",")
+    unknown = [name for name in names if name not in SCHEMES]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]}: must be of {', '.join(SCHEMES)}")
+    return names
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    question, selections = read_question(arguments)
+    from msa_train.simulate.report import answer_data, answer_text
+    from msa_train.simulate.study import answer
+
+    result = answer(question, selections(question))
+    if arguments.json:
+        _print_json(answer_data(result))
+    else:
+        print(answer_text(result))
+
+
+def _scale(arguments: argparse.Namespace) -> None:
+    if arguments.selections is not None and not arguments.strong:
+        raise ValueError("--selections: a recording has one length, weak scaling has many; add --strong")
+    question, selections = read_question(arguments)
+    from msa_train.simulate.report import scaling_data, scaling_text
+    from msa_train.simulate.study import scaling
+
+    points = scaling(question, selections, arguments.sizes, weak=not arguments.strong)
+    if arguments.json:
+        _print_json(scaling_data(points))
+    else:
+        print(scaling_text(points, weak=not arguments.strong))
+
+
+def _tables(arguments: argparse.Namespace) -> None:
+    from msa_train.simulate.tables import write_tables
+
+    shape = read_shape("m3", "msa", element_bytes=2, trains_index=True)
+    for path in write_tables(arguments.out, shape):
+        print(path)
+
+
+def _measure(arguments: argparse.Namespace) -> None:
+    if arguments.out.suffix not in (".yaml", ".yml"):
+        raise ValueError(f"--out={arguments.out}: must end in .yaml")
+    shape = read_shape(arguments.model, arguments.attention, element_bytes=2, trains_index=True)
+    for name in ("tokens", "seq_len"):
+        value = getattr(arguments, name)
+        if value % shape.block_size:
+            raise ValueError(f"--{name.replace('_', '-')}={value}: must be a multiple of {shape.block_size}")
+    if arguments.tokens > arguments.seq_len:
+        raise ValueError(f"--tokens={arguments.tokens}: must be at most --seq-len={arguments.seq_len}")
+    from msa_train.simulate.measure import measure_rates, write_rates
+
+    command = f"msa-simulate measure --model {arguments.model} --attention {arguments.attention} "
+    command += f"--tokens {arguments.tokens} --seq-len {arguments.seq_len}"
+    rates = measure_rates(
+        shape, num_tokens=arguments.tokens, seq_len=arguments.seq_len, precision=arguments.precision
+    )
+    write_rates(arguments.out, rates, command)
+    print(f"{arguments.out}: use it with --rates {arguments.out}")
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from msa_train.simulate.compare import compare_file, comparison_data, comparison_text
+
+    rows = compare_file(arguments.file, arguments.rates)
+    if arguments.json:
+        _print_json(comparison_data(rows))
+    else:
+        print(comparison_text(rows))
+
+
+def _print_json(data: object) -> None:
+    print(json.dumps(data, indent=1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,203 @@
+"""Which positions of a pack each rank holds, for every layout. Plain integers; no process group needed."""
+
+import heapq
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from msa_train.config import CpLayout
+
+# [start, stop) in the pack
+Range = tuple[int, int]
+
+# Tokens of a chunk of the dealt layout, and the fewest chunks that a rank should get of a short pack.
+_DEALT_TOKENS = 1024
+_DEALT_CHUNKS = 8
+
+
+@dataclass(slots=True, frozen=True)
+class SequencePlan:
+    """A partition of the positions of a pack.
+
+    ranges: per rank, ascending and never touching one another. A rank's rows are its positions in ascending
+    order.
+
+    Example: 8 tokens, zigzag over 2 ranks -> ranges (((0, 2), (6, 8)), ((2, 6),)).
+    """
+
+    seq_len: int
+    ranges: tuple[tuple[Range, ...], ...]
+
+    @property
+    def size(self) -> int:
+        """Ranks."""
+        return len(self.ranges)
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether rank after rank, row after row is the order of the pack."""
+        position = 0
+        for ranges in self.ranges:
+            for start, stop in ranges:
+                if start != position:
+                    return False
+                position = stop
+        return True
+
+    def num_tokens(self, rank: int) -> int:
+        """Tokens that a rank holds."""
+        return count(self.ranges[rank])
+
+
+def make_plan(kind: CpLayout, size: int, cu_seqlens: Sequence[int], block_size: int) -> SequencePlan:
+    """Ranges of all ranks: whole blocks, as many tokens on every rank.
+
+    Args:
+        kind: see CpLayout.
+        size: ranks.
+        cu_seqlens: block-aligned document starts of the pack, with its length at the end.
+        block_size: tokens of a block.
+
+    Raises:
+        ValueError: if the pack cannot be cut so.
+    """
+    seq_len = cu_seqlens[-1]
+    parts = 2 * size if kind is CpLayout.zigzag else size
+    if seq_len % (parts * block_size):
+        raise ValueError(
+            f"seq_len={seq_len}: must be a multiple of {parts * block_size}, blocks of {block_size} tokens "
+            f"in {parts} equal parts (layout {kind.value}, {size} ranks)"
+        )
+    if kind is CpLayout.contiguous:
+        return contiguous_plan(seq_len, size)
+    if kind is CpLayout.zigzag:
+        return zigzag_plan(seq_len, size)
+    return _dealt_plan(seq_len, size, cu_seqlens, block_size)
+
+
+def plan(
+    rank: int,
+    size: int,
+    cu_seqlens: Sequence[int],
+    *,
+    kind: CpLayout = CpLayout.contiguous,
+    block_size: int = 1,
+) -> tuple[Range, ...]:
+    """Positions of one rank, see `make_plan`.
+
+    Example: plan(0, 2, [0, 8], kind=CpLayout.zigzag) -> ((0, 2), (6, 8)).
+    """
+    return make_plan(kind, size, cu_seqlens, block_size).ranges[rank]
+
+
+def contiguous_plan(seq_len: int, size: int) -> SequencePlan:
+    """Rank r holds the r-th of `size` equal parts."""
+    length = seq_len // size
+    return SequencePlan(seq_len, tuple(((r * length, (r + 1) * length),) for r in range(size)))
+
+
+def zigzag_plan(seq_len: int, size: int) -> SequencePlan:
+    """Of 2 * size equal chunks rank r holds r and 2 * size - 1 - r: equal causal work for one document."""
+    length = seq_len // (2 * size)
+    chunks = [(i * length, (i + 1) * length) for i in range(2 * size)]
+    return SequencePlan(seq_len, tuple(joined((chunks[r], chunks[-1 - r])) for r in range(size)))
+
+
+def _dealt_plan(seq_len: int, size: int, cu_seqlens: Sequence[int], block_size: int) -> SequencePlan:
+    """Chunks, the costliest first, to the rank with the least causal work that may still take one.
+
+    Source: MagiAttention (github.com/SandAI-org/MagiAttention) deals equal chunks by a heap in this way.
+    """
+    length = _dealt_chunk(seq_len // (size * block_size), block_size) * block_size
+    num_chunks = seq_len // length
+    areas = _causal_areas(cu_seqlens, length, num_chunks)
+    heap, dealt = [(0, rank) for rank in range(size)], [[] for _ in range(size)]
+    for chunk in sorted(range(num_chunks), key=lambda i: (-areas[i], i)):
+        area, rank = heapq.heappop(heap)
+        dealt[rank].append(chunk)
+        if len(dealt[rank]) < num_chunks // size:
+            heapq.heappush(heap, (area + areas[chunk], rank))
+    return SequencePlan(
+        seq_len, tuple(joined((i * length, (i + 1) * length) for i in sorted(chunks)) for chunks in dealt)
+    )
+
+
+def _dealt_chunk(rank_blocks: int, block_size: int) -> int:
+    """Blocks of a chunk: up to 1,024 tokens, fewer where a rank would get only a few chunks."""
+    most = max(1, min(_DEALT_TOKENS // block_size, rank_blocks // _DEALT_CHUNKS))
+    return next(n for n in range(most, 0, -1) if rank_blocks % n == 0)
+
+
+def _causal_areas(cu_seqlens: Sequence[int], length: int, num_chunks: int) -> list[int]:
+    """(query, key) pairs of each chunk's queries within their documents, padding included."""
+    areas = [0] * num_chunks
+    for doc_start, doc_stop in pairwise(cu_seqlens):
+        for chunk in range(doc_start // length, -(-doc_stop // length)):
+            first = max(doc_start, chunk * length) - doc_start
+            last = min(doc_stop, (chunk + 1) * length) - doc_start
+            areas[chunk] += (last * (last + 1) - first * (first + 1)) // 2
+    return areas
+
+
+def merge_ranks(plan: SequencePlan, group_size: int) -> SequencePlan:
+    """Every `group_size` neighbouring ranks become one that holds what they held together.
+
+    Raises:
+        ValueError: if they do not come out even.
+    """
+    if plan.size % group_size:
+        raise ValueError(f"group_size={group_size}: must divide the {plan.size} ranks of the plan")
+    groups = (plan.ranges[i : i + group_size] for i in range(0, plan.size, group_size))
+    return SequencePlan(
+        plan.seq_len, tuple(joined(sorted(r for ranges in group for r in ranges)) for group in groups)
+    )
+
+
+def joined(ranges: Iterable[Range]) -> tuple[Range, ...]:
+    """Ascending ranges with those that touch or overlap made one: [(0, 2), (2, 5)] -> ((0, 5),)."""
+    result: list[Range] = []
+    for start, stop in ranges:
+        if start >= stop:
+            continue
+        if result and start <= result[-1][1]:
+            result[-1] = (result[-1][0], max(stop, result[-1][1]))
+        else:
+            result.append((start, stop))
+    return tuple(result)
+
+
+def count(ranges: Sequence[Range]) -> int:
+    """Positions in ranges that do not overlap."""
+    return sum(stop - start for start, stop in ranges)
+
+
+def common(first: Sequence[Range], second: Sequence[Range]) -> list[Range]:
+    """Positions in both: [(0, 4), (6, 9)] and [(2, 7)] -> [(2, 4), (6, 7)]. Both ascending."""
+    result, i, j = [], 0, 0
+    while i < len(first) and j < len(second):
+        start, stop = max(first[i][0], second[j][0]), min(first[i][1], second[j][1])
+        if start < stop:
+            result.append((start, stop))
+        if first[i][1] <= second[j][1]:
+            i += 1
+        else:
+            j += 1
+    return result
+
+
+def rows_in(part: Sequence[Range], whole: Sequence[Range]) -> list[Range]:
+    """Row ranges of positions `part` among the rows of `whole`, which holds them all. Both ascending.
+
+    Example: part [(7, 8)] of whole [(0, 2), (6, 8)] -> [(3, 4)].
+    """
+    result: list[Range] = []
+    row, i = 0, 0
+    for start, stop in whole:
+        while i < len(part) and part[i][1] <= stop:
+            first, last = part[i]
+            assert first >= start, f"positions {part[i]} are not among {whole}"
+            result.append((row + first - start, row + last - start))
+            i += 1
+        row += stop - start
+    assert i == len(part), f"positions {part[i:]} are not among {whole}"
+    return result

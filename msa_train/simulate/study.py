@@ -1,0 +1,133 @@
+"""Every scheme's layers for one question, and how their speed scales."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from msa_train.simulate.full_layer import FullLayer
+from msa_train.simulate.layouts import share_index
+from msa_train.simulate.msa_layer import MsaLayer, MsaWork
+from msa_train.simulate.question import Question
+from msa_train.simulate.replay import collect_wants
+from msa_train.simulate.selections import Selections
+from msa_train.simulate.setup import SchemeReport, Setup
+
+BASE_RANKS = 8
+"scaling is told relative to this many ranks"
+
+
+@dataclass(slots=True)
+class Answer:
+    """Reports of all schemes, by layer kind.
+
+    f: share of remote pairs selected, mean over ranks. index_balance: largest rank's scoring work over the
+    mean.
+    """
+
+    question: Question
+    selections: str
+    f: float
+    local_share: float
+    index_balance: float
+    msa: dict[str, SchemeReport]
+    full: dict[str, SchemeReport]
+
+
+def answer(question: Question, selections: Selections) -> Answer:
+    """Replay the selections and time every scheme."""
+    outer = question.placement()
+    setup = Setup(
+        shape=question.shape,
+        cluster=question.cluster,
+        rates=question.rates,
+        cp_size=question.cp_size,
+        options=question.options,
+        outer=outer,
+    )
+    wants = collect_wants(selections, outer, question.shape.num_kv_heads, question.options.head_size)
+    index, local = share_index(outer, balanced=question.index_balance), selections.local_share(outer)
+    work = MsaWork(
+        tiles=outer.tiles(question.shape.topk),
+        wants=wants,
+        local_share=local,
+        index_scores=index.work,
+        index_moved=index.moved,
+    )
+    layer = MsaLayer(setup, work)
+    return Answer(
+        question=question,
+        selections=selections.describe(),
+        f=wants.f,
+        local_share=float(local.mean()),
+        index_balance=index.balance,
+        msa={scheme.value: layer.report(scheme) for scheme in question.schemes},
+        full=_full(question),
+    )
+
+
+def _full(question: Question) -> dict[str, SchemeReport]:
+    """Full-attention layers know no inner head groups: they use all ranks as one ring or gather."""
+    if not question.full_schemes:
+        return {}
+    setup = Setup(
+        shape=question.shape,
+        cluster=question.cluster,
+        rates=question.rates,
+        cp_size=question.cp_size,
+        options=replace(question.options, head_size=1),
+        outer=question.placement(head_size=1),
+    )
+    layer = FullLayer(setup)
+    return {scheme.value: layer.report(scheme) for scheme in question.full_schemes}
+
+
+@dataclass(slots=True)
+class ScalePoint:
+    """One size of a scaling curve.
+
+    efficiency: computing's share of the layer's time, mean over ranks; kept: efficiency over that at the
+    base. tokens_per_s: of one rank, through one layer, forward and backward.
+    """
+
+    cp_size: int
+    seq_len: int
+    f: float
+    efficiency: dict[str, float]
+    kept: dict[str, float]
+    tokens_per_s: dict[str, float]
+
+
+def scaling(
+    question: Question, selections: Callable[[Question], Selections], sizes: Sequence[int], *, weak: bool
+) -> list[ScalePoint]:
+    """Speed from BASE_RANKS ranks on.
+
+    Weak: each rank keeps its number of tokens, the sequence grows with the ranks. Strong: the sequence stays.
+    Speed is work done per rank and second, so that more work per token at longer sequences does not count as
+    loss: with fixed kernel rates that is the efficiency above.
+
+    Args:
+        question: its seq_len and cp_size give the tokens per rank (weak) or the sequence (strong).
+        selections: makes the selections of a question.
+        sizes: numbers of ranks, ascending; BASE_RANKS is put first.
+        weak: which of the two.
+    """
+    points: list[ScalePoint] = []
+    tokens = question.seq_len // question.cp_size
+    for size in [BASE_RANKS, *(s for s in sizes if s > BASE_RANKS)]:
+        at = replace(
+            question, cp_size=size, seq_len=tokens * size if weak else question.seq_len, full_schemes=[]
+        )
+        result = answer(at, selections(at))
+        efficiency = {name: r.total.compute / r.total.total for name, r in result.msa.items()}
+        base = points[0].efficiency if points else efficiency
+        points.append(
+            ScalePoint(
+                cp_size=size,
+                seq_len=at.seq_len,
+                f=result.f,
+                efficiency=efficiency,
+                kept={name: value / base[name] for name, value in efficiency.items()},
+                tokens_per_s={name: at.seq_len / size / r.total.total for name, r in result.msa.items()},
+            )
+        )
+    return points

@@ -2,7 +2,7 @@
 
 Counted from the sets themselves, not with the planner that the exchange uses.
 Shapes: P ranks, NP pairs of each owner, L ranks of a node, N nodes; rank = node * L + place. Pairs that a
-given share of the other ranks (at least 3) wants are hot.
+given share of the other ranks (at least 3) wants are hot, if broadcasting them spares the busiest rank.
 
 - flat: a rank fetches its pairs from their owners, and gets back the gradients of what it served;
 - nodes: a pair crosses the network once per node, to the rank in its owner's place, and goes on inside the
@@ -15,6 +15,7 @@ given share of the other ranks (at least 3) wants are hot.
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from benchmarks.exchange.formulas import LayerShape, index_key_bytes, request_bytes
@@ -38,9 +39,23 @@ class Wants:
 
     @property
     def hot(self) -> Tensor:
-        """[P, NP] bool, by owner."""
+        """[P, NP] bool, by owner: none where H (1 + 1 / P) broadcast pairs cost more than they spare."""
         requesters = max(_MIN_REQUESTERS, math.ceil(self.hot_share * (self.size - 1)))
-        return (self.wanted.sum(0) >= requesters) & (self.hot_share > 0)
+        asked = (self.wanted.sum(0) >= requesters) & (self.hot_share > 0)
+        broadcast = int(asked.sum()) * (1 + 1 / self.size)
+        pays = self._busiest(self.wanted & ~asked) + broadcast < self._busiest(self.wanted)
+        return asked & pays
+
+    def _busiest(self, wanted: Tensor) -> int:
+        """Most pairs that a rank sends or receives; with nodes: over the network."""
+        if L := self.ranks_per_node:
+            N = self.size // L
+            # [requesting node, owner's node, owner's place, NP], its own node's left out.
+            crosses = wanted.view(N, L, N, L, -1).any(1)
+            crosses = crosses & ~torch.eye(N, dtype=torch.bool)[:, :, None, None]
+            # Those of a place come to the rank in that place.
+            return max(int(crosses.sum((0, 3)).max()), int(crosses.sum((1, 3)).max()))
+        return max(int(wanted.sum((0, 2)).max()), int(wanted.sum((1, 2)).max()))
 
 
 def demand_bytes(shape: LayerShape, wants: Wants) -> list[dict[str, int]]:

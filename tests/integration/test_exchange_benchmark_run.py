@@ -29,7 +29,6 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
 
 
 def test_over_loopback(tmp_path: Path) -> None:
-    # With half of the pairs wanted some are wanted by all others: hot.
     done = run(tmp_path, "--unshaped", "--parts", "2x2", "--selections", "0.5", "--schemes", *SCHEMES)
     assert done.returncode == 0, done.stderr
     rows = rows_of(tmp_path)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from benchmarks.exchange.counters import Counters, parse_counters
+from benchmarks.exchange.demand import Wants
 from benchmarks.exchange.formulas import (
     LayerShape,
     all_gather_bytes,
@@ -16,6 +17,7 @@ from benchmarks.exchange.measure import make_part
 from benchmarks.exchange.namespaces import Rates
 from benchmarks.exchange.report import goals
 from benchmarks.exchange.selections import TRAINED, construct, remote_pairs, select, shape_for
+from msa_train.parallel.exchange_plan import ExchangeShape, find_demand, pack_bits
 from msa_train.parallel.layout import ShardLayout
 
 M3 = LayerShape(seq_len=131_072, block_size=128, bytes_per_element=2, with_kl=False)
@@ -114,6 +116,24 @@ def _check_rows(blocks: torch.Tensor, layout: ShardLayout) -> None:
     assert int(blocks.min()) >= -1
     ordered = blocks.sort(-1).values
     assert not bool(((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any())
+
+
+@pytest.mark.parametrize(
+    ("popular", "ranks_per_node", "broadcast"),
+    # To the one other node a pair goes once anyway.
+    [(0.9, 0, True), (0.9, 2, True), (0.9, 4, False), (0.1, 0, False), (0.1, 2, False)],
+)
+def test_hot_pairs_are_those_of_the_planner(popular: float, ranks_per_node: int, broadcast: bool) -> None:
+    # Nearly all ranks want what rank 0 owns, or nothing much.
+    generator = torch.Generator().manual_seed(0)
+    share = torch.full((8, 8, 40), 0.3)
+    share[:, 0] = popular
+    wanted = torch.rand(share.shape, generator=generator) < share
+    wanted[range(8), range(8)] = False
+    wants = Wants(wanted, ranks_per_node, hot_share=0.75)
+    shape = ExchangeShape(8, 4, 10, ranks_per_node, 0.75)
+    assert wants.hot.equal(find_demand(pack_bits(wanted), shape).hot)
+    assert wants.hot.any() == broadcast
 
 
 def test_counters_of_an_interface() -> None:

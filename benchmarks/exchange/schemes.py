@@ -1,8 +1,6 @@
 """What is compared: a name, the exchange of msa_train behind it, and the collectives it runs on.
 
-The collectives differ in two places from those of training. On gloo torch's reduce_scatter is an all-reduce
-that throws most of its result away, so that it moves twice the bytes; here `all_gather` gets a true one, as
-on a GPU. And the nearest rival's scheme is the same session on other collectives.
+All use the collectives of training, but for the nearest rival's scheme: the same session on others.
 """
 
 from dataclasses import dataclass, field, fields, replace
@@ -14,22 +12,6 @@ from torch import Tensor
 from msa_train.config import ExchangeConfig, KvExchange
 from msa_train.parallel.collectives import CpComm, Pending
 from msa_train.parallel.exchange_groups import build_comm
-
-
-class RingReduceScatter(CpComm):
-    """Collectives whose reduce_scatter passes partial sums around a ring: P - 1 slices per rank, no more."""
-
-    def start_reduce_scatter(self, x: Tensor, purpose: str) -> Pending[Tensor]:
-        """Sum over ranks of slice `rank`: [size, ...] -> [...].
-
-        Example: rank r starts with slice r - 1; what it gets is slice r - 2, summed over rank r - 1, and so
-        on until its own arrives, which lacks its own part only.
-        """
-        held = x[(self.rank - 1) % self.size]
-        for step in range(2, self.size + 1):
-            (arrived,) = self.shift([held], purpose).wait()
-            held = arrived.add_(x[(self.rank - step) % self.size])
-        return self._done(held, purpose)
 
 
 class KeepAndAllReduce(CpComm):
@@ -71,14 +53,14 @@ class Scheme:
 
 
 SCHEMES = {
-    "all_gather": Scheme(KvExchange.all_gather, RingReduceScatter),
+    "all_gather": Scheme(KvExchange.all_gather),
     "all_gather_all_reduce": Scheme(KvExchange.all_gather, KeepAndAllReduce),
     "ring": Scheme(KvExchange.ring),
     "selected": Scheme(KvExchange.selected),
     "selected_no_hot": Scheme(KvExchange.selected, settings=ExchangeConfig(hot_share=0.0)),
     "selected_again": Scheme(KvExchange.selected, settings=ExchangeConfig(keep_for_backward=False)),
     "selected_by_node": Scheme(KvExchange.selected, by_node=True),
-    "auto": Scheme(KvExchange.auto, RingReduceScatter),
+    "auto": Scheme(KvExchange.auto),
 }
 DEFAULT_SCHEMES = ("all_gather", "all_gather_all_reduce", "ring", "selected", "selected_by_node", "auto")
 REFERENCE = "all_gather"

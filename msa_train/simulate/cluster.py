@@ -33,8 +33,6 @@ class Cluster:
     "share of a rate that large transfers reach"
     multi_rail_collectives: bool = True
     "gathers and scatters cross the network once per node, spread over its ranks' network cards (NCCL does)"
-    reduce_scatter_as_all_reduce: bool = False
-    "whether a reduce-scatter moves an all-reduce's bytes, as some CPU backends have it"
     node_uplink_bytes: float = 0.0
     "bytes per second between a node and the others, shared by its ranks; 0: no limit of its own"
     one_link: bool = False

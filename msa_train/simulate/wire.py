@@ -137,8 +137,6 @@ def all_gather(shard_bytes: float, cp_size: int, cluster: Cluster) -> Wire:
 
 def reduce_scatter(shard_bytes: float, cp_size: int, cluster: Cluster) -> Wire:
     """Sum of everyone's P shards, one to each rank: an all-gather's way back."""
-    if cluster.reduce_scatter_as_all_reduce:
-        return all_reduce(shard_bytes, cp_size, cluster)
     return all_gather(shard_bytes, cp_size, cluster).reversed()
 
 

@@ -111,7 +111,12 @@ run_tests() {
     run_check pyright -m pyright --pythonpath "$venv/bin/python"
     run_check importlinter -c 'import sys; from importlinter.cli import lint_imports_command; \
 sys.argv = ["lint-imports"]; lint_imports_command()'
-    "$venv/bin/python" -m pytest "$@"
+    local parallel=()
+    # much of a test's time is one process waiting for others to start
+    if "$venv/bin/python" -c 'import xdist' 2>/dev/null; then
+        parallel=(-n 2 --dist loadfile --no-loadscope-reorder)
+    fi
+    "$venv/bin/python" -m pytest "${parallel[@]}" "$@"
 }
 
 run_demo() {

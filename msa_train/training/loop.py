@@ -1,5 +1,6 @@
 """The training loop: steps, validation, checkpoints, metrics."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from msa_train.parallel.groups import Groups
 from msa_train.training.batch import make_batch
 from msa_train.training.checkpoint import save_checkpoint
 from msa_train.training.checkpoint_store import CheckpointStore, fingerprint
+from msa_train.training.divergence import check_finite
 from msa_train.training.engine import Engine
 from msa_train.training.lr_schedule import stage_rates
 from msa_train.training.metrics import MetricsWriter
@@ -54,6 +56,7 @@ class Trainer:
         self.store, self.reporting = store, reporting
         self.stages, self.total_steps = plan_stages(config), total_steps(config)
         self.metrics = StepMetrics(config, groups)
+        self.saved_step: int | None = None
 
     def run(self, first_step: int, after_step: Callable[[int], None] | None = None) -> dict[str, Any]:
         """Train to the end; returns the last metrics seen of every kind.
@@ -63,6 +66,7 @@ class Trainer:
             after_step: called with the step number after each step, for tests.
         """
         last: dict[str, Any] = {}
+        self.saved_step = first_step or None
         for stage in self.stages:
             begin, end = max(first_step, stage.first_step), min(stage.last_step, self.total_steps)
             if begin >= end:
@@ -73,6 +77,7 @@ class Trainer:
                     values = self._step(step, stage, stream)
                     last |= values
                     self._report(step, values)
+                    check_finite(step, values, self.saved_step)
                     if self._due(step, self.config.checkpoint.every):
                         self.save(step)
                     if after_step is not None:
@@ -101,7 +106,10 @@ class Trainer:
         batch = make_batch(packs, groups, probe_seed=config.train.seed + step if probed else None)
         result = engine.train_step(batch, rates)
         values: dict[str, Any] = {"lr": rates.backbone, "index_lr": rates.index, "stage": stage.index}
-        if step % config.logging.every == 0 or probed or self._due(step, config.train.validate_every):
+        values["grad_norm"] = result.grad_norm
+        shown = step % config.logging.every == 0 or self._due(step, config.train.validate_every)
+        # The norm is the same on all ranks: all of them gather what led to it.
+        if shown or probed or not math.isfinite(result.grad_norm):
             values |= self.metrics.gather(batch, result, stage, counts_loss=engine.counts_loss())
             values |= router_bias_range(engine.model)
         seconds = time.perf_counter() - start
@@ -167,6 +175,7 @@ class Trainer:
         )
         if groups.rank == 0 and config.checkpoint.keep_last:
             self.store.prune(config.checkpoint.keep_last)
+        self.saved_step = step
         if self.reporting is not None:
             seconds = time.perf_counter() - start
             self.reporting.progress.note(f"checkpoint step {step} written in {seconds:.1f} s")

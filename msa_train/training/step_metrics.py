@@ -109,7 +109,6 @@ class StepMetrics:
         values: dict[str, Any] = {
             "lm_loss": float(sums["loss"]) / batch.num_labels,
             "padding_share": 1 - batch.num_tokens / (batch.num_packs * stage.seq_len),
-            "grad_norm": result.grad_norm,
         }
         values |= self._kl(batch, sums["kl"], stage)
         values |= self._selected(batch, sums["selected"], stage)

@@ -18,7 +18,7 @@ times are bytes over link rates and FLOPs over kernel rates, from files that nam
 EPILOG = """\
 examples:
   msa-simulate run --seq-len 1M --cp-size 64 --f 0.2
-  msa-simulate run --seq-len 192K --cp-size 16 --selections runs/m3/selections --cluster mine.yaml --json
+  msa-simulate run --cp-size 16 --cluster mine.yaml --selections runs/m3/selections/step_00001000
   msa-simulate scale --seq-len 1M --cp-size 64 --alike-tokens 128 --sizes 16,64,256,1024
   msa-simulate measure --out h100.yaml                # on the device: kernel rates for --rates
   msa-simulate compare benchmarks/results/exchange.json

@@ -38,6 +38,7 @@ def check_rules(config: RunConfig, *, world_size: int, has_gpu: bool) -> None:
         _tensor_parallel,
         _head_parallel,
         _experts,
+        _recording,
         _exchange,
         _training,
     )
@@ -75,6 +76,7 @@ def _positive_sizes(config: RunConfig) -> None:
         "optim.index_weight_decay": config.optim.index_weight_decay,
         "train.validate_every": train.validate_every,
         "logging.attention_every": config.logging.attention_every,
+        "logging.selections_every": config.logging.selections_every,
         "checkpoint.every": config.checkpoint.every,
         "checkpoint.keep_last": config.checkpoint.keep_last,
         "optim.warmup_steps": config.optim.warmup_steps,
@@ -199,6 +201,16 @@ def _experts(config: RunConfig) -> None:
             f"parallel.ep_size={ep_size}: must divide model.num_experts={num_experts}; "
             f"use one of {', '.join(str(n) for n in range(1, num_experts + 1) if num_experts % n == 0)}"
         )
+
+
+def _recording(config: RunConfig) -> None:
+    every, parallel = config.logging.selections_every, config.parallel
+    for name in ("tp_size", "cp_head_size"):
+        if every > 0 and getattr(parallel, name) > 1:
+            raise ValueError(
+                f"logging.selections_every={every}: needs ranks that select for all KV groups; use "
+                f"parallel.{name}=1 or logging.selections_every=0"
+            )
 
 
 def _exchange(config: RunConfig) -> None:

@@ -146,6 +146,8 @@ class LoggingConfig:
     "steps between comparisons of the selection of MSA layers with full attention; 0 for none"
     attention_queries: int = 64
     "queries of the compared step's first pack that are looked at"
+    selections_every: int = 0
+    "steps between recordings of what the first pack selects, in run_dir/selections; 0 for none"
     tensorboard: bool = True
     progress: Progress = Progress.auto
 

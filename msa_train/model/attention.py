@@ -272,6 +272,8 @@ class MsaSelfAttention(GroupedQueryAttention):
             record.block_indices = self._select(q_index, all_keys, params)
         if params.probe is not None and not record.replaying:
             self._probe(q, k, record.block_indices[params.probe.rows], params)
+        if params.on_selection is not None and not record.replaying:
+            params.on_selection(self.layer_number, record.block_indices)
         trains_index = params.kl_weight > 0 and torch.is_grad_enabled()
         block_size = self.config.attention.block_size
         call = SparseCall(

@@ -5,6 +5,7 @@ layer needs to know about its input comes with the input.
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -81,6 +82,7 @@ class PackParams(PackedSeqParams):
     padding_mask: [1, tokens of this tensor-parallel rank] bool, True for padding.
     probe: queries of which MSA layers compare the selection with full attention; None: of none.
     full_exchange: what `kv_exchange=auto` means for dense attention over this pack; None: as configured.
+    on_selection: is told every MSA layer's number and block ids [T, M, topk]; None: nobody asks.
     heads: what attention runs on instead of pack, comm and probe; None where cp_head_size is 1.
     head_rank: which share of the KV groups this is, where the pack is the head group's.
     """
@@ -95,6 +97,7 @@ class PackParams(PackedSeqParams):
     padding_mask: Tensor | None = None
     probe: ProbeQueries | None = None
     full_exchange: KvExchange | None = None
+    on_selection: Callable[[int, Tensor], None] | None = None
     heads: HeadShare | None = None
     head_rank: int = 0
 

@@ -93,6 +93,11 @@ class SelectionRecorder:
         count = min(self.num_samples, self.num_tokens)
         return np.arange(count, dtype=np.int64) * self.num_tokens // count
 
+    @property
+    def has_layers(self) -> bool:
+        """Whether anything was added."""
+        return bool(self._bits)
+
     def add(self, layer: int, block_indices: NDArray[np.integer]) -> None:
         """Record a layer.
 

@@ -21,6 +21,7 @@ from msa_train.parallel.groups import Groups
 from msa_train.parallel.head_exchange import token_order
 from msa_train.parallel.layout import ShardLayout
 from msa_train.parallel.sequence_plan import make_plan, merge_ranks
+from msa_train.training.selection_log import SelectionLog
 
 
 @dataclass(slots=True)
@@ -63,11 +64,13 @@ class PackForward:
     """Runs the model on a pack: cuts this rank's shard, builds what the layers need beside it.
 
     stage: of the run; decides what MSA layers attend to and learn from. The first one until it is set.
+    selection_log: where the step's selections go; None: nowhere.
     """
 
     def __init__(self, config: RunConfig, groups: Groups) -> None:
         self.config, self.groups = config, groups
         self.stage: Stage = plan_stages(config)[0]
+        self.selection_log: SelectionLog | None = None
 
     def layout(self, pack: Pack, head_size: int = 1) -> ShardLayout:
         """This rank's shard of a pack; with `head_size`, that of its head group."""
@@ -116,6 +119,7 @@ class PackForward:
             padding_mask=tensor_parallel_padding(local.valid, groups.tp_rank, groups.tp_size),
             probe=self._sample(pack, layout, probe_seed),
             full_exchange=self._full_exchange(local if heads is None else heads.pack),
+            on_selection=None if self.selection_log is None else self.selection_log.open(pack, layout),
             heads=heads,
         )
         return local, params

@@ -9,17 +9,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from msa_train.config import RunConfig, Stage, plan_stages, stage_at, total_steps
+from msa_train.config import RunConfig, Stage, StageAttention, plan_stages, stage_at, total_steps
 from msa_train.data import BatchStream, Corpus, PackedDataset
 from msa_train.parallel.groups import Groups
-from msa_train.training.batch import make_batch
+from msa_train.training.batch import StepBatch, make_batch
 from msa_train.training.checkpoint import save_checkpoint
 from msa_train.training.checkpoint_store import CheckpointStore, fingerprint
 from msa_train.training.divergence import check_finite
-from msa_train.training.engine import Engine
-from msa_train.training.lr_schedule import stage_rates
+from msa_train.training.engine import Engine, StepResult
+from msa_train.training.lr_schedule import Rates, stage_rates
 from msa_train.training.metrics import MetricsWriter
 from msa_train.training.progress import Progress
+from msa_train.training.selection_log import SelectionLog
 from msa_train.training.step_metrics import StepMetrics, router_bias_range
 
 
@@ -104,7 +105,7 @@ class Trainer:
         packs = stream.packs(first_pack, groups.dp_rank, groups.dp_size, batch_size)
         probed = config.logging.attention_every > 0 and step % config.logging.attention_every == 0
         batch = make_batch(packs, groups, probe_seed=config.train.seed + step if probed else None)
-        result = engine.train_step(batch, rates)
+        result = self._train(step, stage, batch, rates)
         values: dict[str, Any] = {"lr": rates.backbone, "index_lr": rates.index, "stage": stage.index}
         values["grad_norm"] = result.grad_norm
         shown = step % config.logging.every == 0 or self._due(step, config.train.validate_every)
@@ -119,6 +120,17 @@ class Trainer:
         if self.data.validation[stage.seq_len] is not None and self._due(step, config.train.validate_every):
             values |= self.validate()
         return values
+
+    def _train(self, step: int, stage: Stage, batch: StepBatch, rates: Rates) -> StepResult:
+        """The step, its selections recorded where they are due."""
+        every, sparse = self.config.logging.selections_every, stage.attention is StageAttention.sparse
+        if not (sparse and every > 0 and step % every == 0):
+            return self.engine.train_step(batch, rates)
+        log = self.engine.forward.selection_log = SelectionLog(self.config, self.groups, step)
+        result = self.engine.train_step(batch, rates)
+        self.engine.forward.selection_log = None
+        log.save()
+        return result
 
     def validate(self) -> dict[str, float]:
         """Mean loss of the held-out packs, the same ones each time, attending as the stage does."""

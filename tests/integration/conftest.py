@@ -7,7 +7,7 @@ import pytest
 
 from tests.helpers.training_command import TINY, train, write_corpus
 
-STEPS = 19
+STEPS, SELECTIONS_EVERY = 19, 9
 
 
 @dataclass(slots=True)
@@ -36,6 +36,7 @@ def finished(tiny: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) ->
         f"run_dir={run_dir}",
         f"train.steps={STEPS}",
         "checkpoint.keep_last=0",
+        f"logging.selections_every={SELECTIONS_EVERY}",
         "logging.tensorboard=true",
     )
     return FinishedRun(run_dir, output, tiny)

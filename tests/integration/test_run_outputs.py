@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from msa_train.simulate.layouts import place
+from msa_train.simulate.selections import read_selections
 from msa_train.training.metrics import CHARTS, read_metrics
 from tests.helpers.training_command import (
     BLOCK_SIZE,
@@ -24,7 +26,7 @@ from tests.helpers.training_command import (
     WARMUP_STEPS,
     train,
 )
-from tests.integration.conftest import STEPS, FinishedRun
+from tests.integration.conftest import SELECTIONS_EVERY, STEPS, FinishedRun
 
 CP_SIZE, FP32_BYTES = 2, 4
 BIAS_UPDATE_RATE = 1e-3
@@ -201,3 +203,26 @@ def _same(events: EventAccumulator, tag: str, want: list[tuple[int, float]]) -> 
     assert [(event.step, event.value) for event in events.Scalars(tag)] == [
         (step, np.float32(value)) for step, value in want
     ], tag
+
+
+def test_selections_are_recorded(finished: FinishedRun) -> None:
+    """Of the step's first pack, by both ranks: f of a step lies between nothing and all of the other pack."""
+    folder = finished.run_dir / "selections"
+    assert [path.name for path in sorted(folder.iterdir())] == ["step_00000009", "step_00000018"]
+    rows = read_metrics(finished.run_dir)
+    for step in (SELECTIONS_EVERY, 2 * SELECTIONS_EVERY):
+        layers = read_selections(folder / f"step_{step:08d}")
+        assert [f"layer{layer.layer:02d}" for layer in layers] == list(SPARSE_LAYERS)
+        for layer in layers:
+            placement = place(
+                "contiguous",
+                seq_len=SEQ_LEN,
+                block_size=BLOCK_SIZE,
+                cp_size=CP_SIZE,
+                cu_seqlens=layer.cu_seqlens,
+            )
+            remote = sum(
+                layer.needed(placement, rank) & (placement.owner != rank) for rank in range(CP_SIZE)
+            ).sum(axis=1)
+            both_packs = np.array(rows[step - 1]["f"][f"layer{layer.layer:02d}"]) * BLOCKS * GLOBAL_BATCH_SIZE
+            assert ((remote <= both_packs + 1e-6) & (both_packs <= remote + BLOCKS)).all()

@@ -70,6 +70,12 @@ MISTAKES = [
     (["run=demo", "attention.window_sink=-1"], "attention.window_sink=-1", "use 0 for none"),
     (["run=demo", "logging.attention_queries=0"], "logging.attention_queries=0", "must be at least 1"),
     (["run=demo", "logging.attention_every=-1"], "logging.attention_every=-1", "must not be negative"),
+    (["run=demo", "logging.selections_every=-1"], "logging.selections_every=-1", "must not be negative"),
+    (
+        ["run=demo", "logging.selections_every=5", "parallel.cp_head_size=2"],
+        "logging.selections_every=5",
+        "use parallel.cp_head_size=1",
+    ),
     (["run=demo", "parallel.cp_layout=zigzg"], "parallel.cp_layout=zigzg", "did you mean zigzag?"),
     (
         ["run=demo", "parallel.cp_layout=zigzag", "data.seq_len=8208"],

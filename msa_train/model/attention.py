@@ -186,6 +186,7 @@ class GroupedQueryAttention(MegatronModule, ABC):
         """Dense attention over this pack."""
         pack = params.pack
         assert pack is not None, "the step fills in the pack"
+        assert pack.full is not None, "planned where a layer attends to everything"
         return FullCall(
             plan=pack.full,
             layout=pack.layout,

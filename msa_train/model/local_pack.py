@@ -33,7 +33,7 @@ class LocalPack:
     position: [T] in the pack, ascending; doc_position: [T] in the token's document.
     valid: [T] bool, False for padding.
     cu_seqlens: [num_docs + 1] document starts of the whole pack.
-    index, full: how the ranks share the block selection and full attention.
+    index, full: how the ranks share the block selection and full attention; full None: no layer has it.
     """
 
     layout: ShardLayout
@@ -44,19 +44,32 @@ class LocalPack:
     valid: Tensor
     cu_seqlens: Tensor
     index: IndexPlan
-    full: FullPlan
+    full: FullPlan | None
 
 
 def make_local_pack(
-    pack: Pack, layout: ShardLayout, parallel: ParallelConfig, device: torch.device
+    pack: Pack, layout: ShardLayout, parallel: ParallelConfig, device: torch.device, *, with_full: bool
 ) -> LocalPack:
-    """Cut this rank's shard out of a pack that every rank of the context-parallel group holds."""
+    """Cut this rank's shard out of a pack that every rank of the context-parallel group holds.
+
+    with_full: whether any layer attends to everything: the plan for it takes time with many ranks.
+    """
     cu_seqlens, doc_lengths = pack.cu_seqlens.tolist(), pack.doc_lengths.tolist()
     position = torch.cat([torch.arange(start, stop) for start, stop in layout.ranges])
     starts = torch.tensor(cu_seqlens)
     document = torch.searchsorted(starts, position, right=True) - 1
     doc_position = position - starts[document]
     valid = doc_position < torch.tensor(doc_lengths)[document]
+    full = None
+    if with_full:
+        full = make_full_plan(
+            layout,
+            cu_seqlens,
+            doc_lengths,
+            exchange=parallel.kv_exchange,
+            balanced=parallel.balance_full_attention,
+            device=device,
+        )
     return LocalPack(
         layout=layout,
         tokens=_cut(pack.tokens, layout).to(device),
@@ -66,14 +79,7 @@ def make_local_pack(
         valid=valid.to(device),
         cu_seqlens=starts.to(device),
         index=_index_plan(layout, cu_seqlens, parallel, device),
-        full=make_full_plan(
-            layout,
-            cu_seqlens,
-            doc_lengths,
-            exchange=parallel.kv_exchange,
-            balanced=parallel.balance_full_attention,
-            device=device,
-        ),
+        full=full,
     )
 
 

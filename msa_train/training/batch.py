@@ -7,7 +7,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from msa_train.config import KlTarget, KvExchange, Precision, RunConfig, Stage, plan_stages
+from msa_train.config import (
+    AttentionKind,
+    KlTarget,
+    KvExchange,
+    Precision,
+    RunConfig,
+    Stage,
+    StageAttention,
+    plan_stages,
+)
 from msa_train.data import IGNORE_LABEL, Pack
 from msa_train.model.gpt import MsaGptModel, forward_arguments
 from msa_train.model.local_pack import LocalPack, make_local_pack
@@ -99,7 +108,10 @@ class PackForward:
         """
         config, groups = self.config, self.groups
         layout = self.layout(pack)
-        local = make_local_pack(pack, layout, config.parallel, groups.device)
+        heads = self._share_heads(pack, layout, probe_seed)
+        # Head groups attend instead: they have the plan.
+        with_full = heads is None and self._attends_fully()
+        local = make_local_pack(pack, layout, config.parallel, groups.device, with_full=with_full)
         double = config.train.precision is Precision.fp64
         table = rotary_table(
             local.doc_position,
@@ -107,7 +119,6 @@ class PackForward:
             theta=config.model.rope_theta,
             dtype=torch.float64 if double else torch.float32,
         )
-        heads = self._share_heads(pack, layout, probe_seed)
         kl_weight = 0.0 if self.stage.kl is KlTarget.none else config.attention.kl_weight
         params = PackParams(
             pack=local,
@@ -124,6 +135,11 @@ class PackForward:
         )
         return local, params
 
+    def _attends_fully(self) -> bool:
+        """Whether some layer attends to everything in this stage."""
+        dense = self.stage.attention is StageAttention.dense
+        return dense or AttentionKind.full in self.config.model.attention_kinds()
+
     def _share_heads(self, pack: Pack, layout: ShardLayout, probe_seed: int | None) -> HeadShare | None:
         """What attention runs on where neighbours trade tokens for KV groups; layout: of this rank."""
         size = self.config.parallel.cp_head_size
@@ -131,7 +147,9 @@ class PackForward:
             return None
         merged = self.layout(pack, size)
         return HeadShare(
-            pack=make_local_pack(pack, merged, self.config.parallel, self.groups.device),
+            pack=make_local_pack(
+                pack, merged, self.config.parallel, self.groups.device, with_full=self._attends_fully()
+            ),
             probe=self._sample(pack, merged, probe_seed),
             order=token_order(layout.plan, merged.cp_rank * size, size, self.groups.device),
         )
@@ -139,7 +157,7 @@ class PackForward:
     def _full_exchange(self, local: LocalPack) -> KvExchange | None:
         """What `auto` means for this pack's full attention; local: what attention runs on."""
         config, parallel, comm = self.config, self.config.parallel, self.groups.comm
-        if parallel.kv_exchange is not KvExchange.auto:
+        if parallel.kv_exchange is not KvExchange.auto or local.full is None:
             return None
         element = DTYPES[config.train.precision].itemsize
         num_groups = config.model.num_kv_heads // (parallel.tp_size * parallel.cp_head_size)

@@ -194,6 +194,7 @@ class GroupedQueryAttention(MegatronModule, ABC):
             exchange=params.full_exchange or self.config.kv_exchange,
             softmax_scale=self.head_dim**-0.5,
             kl=kl,
+            keep=self.config.exchange.keep_for_backward,
         )
 
 

@@ -28,7 +28,8 @@ from msa_train.parallel.relayout import relayout, restore
 class FullCall:
     """One call of a dense layer: everything but the differentiable tensors.
 
-    plan: how the pack's attention is shared. kl: the KL loss of an index branch, None without.
+    plan: how the pack's attention is shared. kl: the KL loss of an index branch, None without. keep: fetched
+    keys and values until the backward pass.
     """
 
     plan: FullPlan
@@ -37,6 +38,7 @@ class FullCall:
     exchange: KvExchange
     softmax_scale: float
     kl: IndexKl | None = None
+    keep: bool = True
 
 
 def cp_full_attention(
@@ -72,7 +74,7 @@ class _CpFullAttention(torch.autograd.Function):
         lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         lse = torch.full(out.shape[:-1], float("-inf"), dtype=lse_dtype, device=q.device)
         teacher = TeacherLse(call.kl, q_heads, lse, call.softmax_scale)
-        session = open_full_session(call.exchange, kv, call.plan, call.layout, call.comm)
+        session = open_full_session(call.exchange, kv, call.plan, call.layout, call.comm, keep=call.keep)
         begun: set[Segment] = set()
         for source in session.sources():
             for segment, visible, (keys, values), _ in _parts(call.plan.segments, source):
@@ -86,14 +88,15 @@ class _CpFullAttention(torch.autograd.Function):
                 out[:, :, rows], lse[:, :, rows] = part
                 begun.add(segment)
                 teacher.add(rows, keys, causal=visible.causal)
-        ctx.save_for_backward(q, out, lse, q_index, teacher.lse)
+        ctx.save_for_backward(q, out, lse, q_index, teacher.lse, *session.hand_over())
         ctx.session, ctx.call, ctx.k_index_shape = session, call, None if k_index is None else k_index.shape
         return out.permute(2, 0, 1, 3)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, out, lse, q_index, teacher_lse = ctx.saved_tensors
+        q, out, lse, q_index, teacher_lse, *kept = ctx.saved_tensors
         call: FullCall = ctx.call
+        ctx.session.take_back(tuple(kept))
         q_heads, dout = q.permute(1, 2, 0, 3), dout.permute(1, 2, 0, 3)
         dq = torch.zeros_like(q_heads)
         kl = None

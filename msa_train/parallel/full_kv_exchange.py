@@ -1,6 +1,7 @@
 """Three ways to bring keys and values to the queries of a dense layer, and their gradients back.
 
-Each gives the same numbers. A session lives from the forward to the backward pass of one layer call.
+Each gives the same numbers. A session lives from the forward to the backward pass of one layer call; in
+between autograd has its tensors.
 
 Shapes: K keys that this rank holds, M KV groups, D head dim, S tokens of the pack.
 """
@@ -14,18 +15,16 @@ from torch import Tensor
 
 from msa_train.config import KvExchange
 from msa_train.parallel.balance import balance, balance_ring, causal_work
-from msa_train.parallel.collectives import CpComm
+from msa_train.parallel.collectives import CpComm, Pending
 from msa_train.parallel.layout import Segment, ShardLayout, local_segments
 from msa_train.parallel.relayout import (
     Relayout,
     RowMoves,
-    add_back,
     busiest_rank,
     make_moves,
     make_relayout,
-    move_rows,
 )
-from msa_train.parallel.sequence_plan import Range, SequencePlan, joined
+from msa_train.parallel.sequence_plan import Range, SequencePlan, joined, without
 
 
 @dataclass(slots=True)
@@ -33,8 +32,8 @@ class FullPlan:
     """How the dense attention over one pack is shared, for one rank.
 
     segments: of the queries that this rank computes. queries, keys: how queries, and keys with values, move
-    from the layout; None: they stay. key_plan: where keys lie then. needed: positions of the keys that this
-    rank's queries see; fetch: how they come together, for `selected`; busiest: most tokens that a rank sends
+    from the layout; None: they stay. key_plan: where keys lie then. needed: positions of other ranks' keys
+    that this rank's queries see; fetch: how they come, for `selected`; busiest: most tokens that a rank sends
     or receives then, known where `auto` asks for it, else 0.
     """
 
@@ -74,7 +73,10 @@ def make_full_plan(
         else:
             query_plan = balance(home, work, document)
     segments = [local_segments(cu_seqlens, doc_lengths, ranges) for ranges in query_plan.ranges]
-    needed = [joined((s.doc_start, s.stop) for s in parts) for parts in segments]
+    needed = [
+        without(joined((s.doc_start, s.stop) for s in parts), own)
+        for parts, own in zip(segments, key_plan.ranges, strict=True)
+    ]
     return FullPlan(
         segments=segments[rank],
         queries=make_relayout(home, query_plan, rank, device),
@@ -102,10 +104,32 @@ class KeySource:
 
 
 class FullSession(ABC):
-    """One layer call. kv: [K, 2, M, D] of this rank, by its key plan."""
+    """One layer call. kv: [K, 2, M, D] of this rank, by its key plan. keep: fetched rows until the backward
+    pass, where they would else be fetched again."""
 
-    def __init__(self, kv: Tensor, plan: FullPlan, layout: ShardLayout, comm: CpComm) -> None:
-        self.kv, self.plan, self.layout, self.comm = kv, plan, layout, comm
+    def __init__(
+        self, kv: Tensor, plan: FullPlan, layout: ShardLayout, comm: CpComm, *, keep: bool = True
+    ) -> None:
+        self._kv: Tensor | None = kv
+        self.plan, self.layout, self.comm, self.keep = plan, layout, comm, keep
+
+    @property
+    def kv(self) -> Tensor:
+        """This rank's keys and values."""
+        assert self._kv is not None, "the tensors were handed to autograd and not given back"
+        return self._kv
+
+    def hand_over(self) -> tuple[Tensor, ...]:
+        """Tensors that the backward needs, for autograd, which drops them where a layer is recomputed.
+
+        The session forgets them.
+        """
+        kv, self._kv = self.kv, None
+        return (kv,)
+
+    def take_back(self, kept: tuple[Tensor, ...]) -> None:
+        """The same tensors, or those of the recomputation, for the backward."""
+        self._kv = kept[0]
 
     @abstractmethod
     def sources(self) -> Iterator[KeySource]:
@@ -117,20 +141,67 @@ class FullSession(ABC):
 
 
 class FetchSession(FullSession):
-    """Only what the queries of a rank see travels: documents up to its last query in them."""
+    """Only what the queries of a rank see travels: documents up to its last query in them.
 
-    def __init__(self, kv: Tensor, plan: FullPlan, layout: ShardLayout, comm: CpComm) -> None:
-        super().__init__(kv, plan, layout, comm)
-        self._source: KeySource | None = None
+    Attention over own keys runs meanwhile; in the backward pass gradients return under it.
+    """
+
+    _fetched: Tensor | None = None
 
     def sources(self) -> Iterator[KeySource]:
-        fetched = move_rows(self.kv, self.plan.fetch, self.comm, "full_kv")
-        self._source = KeySource(fetched, self.plan.needed)
-        yield self._source
+        """See FullSession.sources."""
+        pending = self._start("full_kv")
+        yield self._own()
+        fetched = self._arrived(pending)
+        if self.keep:
+            self._fetched = fetched
+        if self.plan.needed:
+            yield KeySource(fetched, self.plan.needed)
+
+    def hand_over(self) -> tuple[Tensor, ...]:
+        """See FullSession.hand_over."""
+        kept = super().hand_over()
+        fetched, self._fetched = self._fetched, None
+        return kept if fetched is None else (*kept, fetched)
+
+    def take_back(self, kept: tuple[Tensor, ...]) -> None:
+        """See FullSession.take_back."""
+        super().take_back(kept)
+        self._fetched = kept[1] if len(kept) > 1 else None
 
     def backward(self, compute: Callable[[KeySource], Tensor]) -> Tensor:
-        assert self._source is not None, "the backward follows the forward"
-        return add_back(compute(self._source), self.plan.fetch, self.comm, "full_kv_grad")
+        """See FullSession.backward; added in rank order after the own share, whatever arrives first."""
+        if self._fetched is not None:
+            returning = self._return(compute, self._fetched)
+            self._fetched = None
+            own = compute(self._own())
+        else:
+            pending = self._start("full_kv_again")
+            own = compute(self._own())
+            returning = self._return(compute, self._arrived(pending))
+        moves, returned = self.plan.fetch, returning.wait()
+        for rows, share in zip(moves.sent.split(moves.send), returned.split(moves.send), strict=True):
+            own.index_add_(0, rows, share)
+        return own
+
+    def _own(self) -> KeySource:
+        return KeySource(self.kv, self.plan.key_plan.ranges[self.comm.rank])
+
+    def _start(self, purpose: str) -> Pending[Tensor]:
+        moves = self.plan.fetch
+        return self.comm.start_all_to_all(self.kv[moves.sent], moves.send, moves.receive, purpose)
+
+    def _arrived(self, pending: Pending[Tensor]) -> Tensor:
+        """In the order of the pack: [needed, 2, M, D]."""
+        rows = pending.wait()
+        return rows if self.plan.fetch.in_order else rows[self.plan.fetch.received.argsort()]
+
+    def _return(self, compute: Callable[[KeySource], Tensor], fetched: Tensor) -> Pending[Tensor]:
+        grad, moves = fetched, self.plan.fetch
+        if self.plan.needed:
+            grad = compute(KeySource(fetched, self.plan.needed))
+        grad = grad if moves.in_order else grad[moves.received]
+        return self.comm.start_all_to_all(grad, moves.receive, moves.send, "full_kv_grad")
 
 
 class GatherSession(FullSession):
@@ -181,9 +252,9 @@ class RingSession(FullSession):
 
 
 def open_full_session(
-    kind: KvExchange, kv: Tensor, plan: FullPlan, layout: ShardLayout, comm: CpComm
+    kind: KvExchange, kv: Tensor, plan: FullPlan, layout: ShardLayout, comm: CpComm, *, keep: bool
 ) -> FullSession:
     """Start the exchange of one layer call; a single rank looks at its keys where they are."""
     if kind is KvExchange.ring or comm.size == 1:
         return RingSession(kv, plan, layout, comm)
-    return (FetchSession if kind is KvExchange.selected else GatherSession)(kv, plan, layout, comm)
+    return (FetchSession if kind is KvExchange.selected else GatherSession)(kv, plan, layout, comm, keep=keep)

@@ -22,7 +22,8 @@ class RowMoves:
     """What one rank keeps, sends and receives.
 
     num_before, num_after: its rows. kept: [K] int64 rows before, and the rows after that they become. sent:
-    rows before by destination; received: rows after by source; send, receive: how many per rank.
+    rows before by destination; received: rows after by source; send, receive: how many per rank. in_order:
+    whether what is received is all there is after, row after row.
     """
 
     num_before: int
@@ -32,6 +33,7 @@ class RowMoves:
     send: list[int]
     received: Tensor
     receive: list[int]
+    in_order: bool
 
 
 @dataclass(slots=True)
@@ -61,14 +63,16 @@ def make_moves(before: Ranges, after: Ranges, rank: int, device: torch.device) -
     leaving = [nothing if r == rank else common(mine, after[r]) for r in ranks]
     coming = [nothing if r == rank else common(before[r], next_mine) for r in ranks]
     staying = common(mine, next_mine)
+    arriving = [rows for parts in coming for rows in rows_in(parts, next_mine)]
     return RowMoves(
         num_before=count(mine),
         num_after=count(next_mine),
         kept=(_indices(rows_in(staying, mine), device), _indices(rows_in(staying, next_mine), device)),
         sent=_indices([rows for parts in leaving for rows in rows_in(parts, mine)], device),
         send=[count(parts) for parts in leaving],
-        received=_indices([rows for parts in coming for rows in rows_in(parts, next_mine)], device),
+        received=_indices(arriving, device),
         receive=[count(parts) for parts in coming],
+        in_order=not staying and arriving == sorted(arriving),
     )
 
 
@@ -96,20 +100,6 @@ def move_rows(x: Tensor, moves: RowMoves, comm: CpComm, purpose: str) -> Tensor:
     result[after] = x[before]
     result[moves.received] = arrived
     return result
-
-
-def add_back(grad: Tensor, moves: RowMoves, comm: CpComm, purpose: str) -> Tensor:
-    """Gradient of `move_rows` where rows may have gone to several ranks: [U, ...] -> [T, ...].
-
-    Added in rank order after the own share, so the sum does not depend on arrival.
-    """
-    returned = comm.all_to_all(grad[moves.received], moves.receive, moves.send, purpose)
-    total = grad.new_zeros(moves.num_before, *grad.shape[1:])
-    before, after = moves.kept
-    total[before] = grad[after]
-    for rows, share in zip(moves.sent.split(moves.send), returned.split(moves.send), strict=True):
-        total.index_add_(0, rows, share)
-    return total
 
 
 def relayout(x: Tensor, moves: Relayout | None, comm: CpComm, purpose: str) -> Tensor:

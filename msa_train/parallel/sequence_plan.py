@@ -185,6 +185,20 @@ def common(first: Sequence[Range], second: Sequence[Range]) -> list[Range]:
     return result
 
 
+def without(first: Sequence[Range], second: Sequence[Range]) -> tuple[Range, ...]:
+    """Positions of the first that are not in the second: [(0, 9)] and [(2, 4)] -> ((0, 2), (4, 9)).
+
+    Both ascending.
+    """
+    result: list[Range] = []
+    for start, stop in first:
+        for taken_start, taken_stop in common([(start, stop)], second):
+            result.append((start, taken_start))
+            start = taken_stop
+        result.append((start, stop))
+    return joined(result)
+
+
 def rows_in(part: Sequence[Range], whole: Sequence[Range]) -> list[Range]:
     """Row ranges of positions `part` among the rows of `whole`, which holds them all. Both ascending.
 

@@ -212,6 +212,8 @@ def test_hot_pairs_and_nodes_send_less(results: dict[str, list[dict[str, Any]]])
     # Fetched again as it was fetched: nothing but own pairs was kept.
     again = "cp3-selected-soft"
     assert received(again, "kv_again") == received(again, "kv") > 0
+    assert received(again, "full_kv_again") == received(again, "full_kv") > 0
+    assert received(plain, "full_kv_again") == 0 < received(plain, "full_kv")
 
 
 @pytest.mark.parametrize(

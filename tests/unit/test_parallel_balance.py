@@ -26,6 +26,7 @@ from msa_train.parallel.sequence_plan import (
     merge_ranks,
     plan,
     rows_in,
+    without,
     zigzag_plan,
 )
 
@@ -62,6 +63,7 @@ def test_documented_examples() -> None:
     assert joined([(0, 2), (2, 5)]) == ((0, 5),)
     assert common([(0, 4), (6, 9)], [(2, 7)]) == [(2, 4), (6, 7)]
     assert rows_in([(7, 8)], [(0, 2), (6, 8)]) == [(3, 4)]
+    assert without([(0, 9), (12, 14)], [(2, 4), (8, 13)]) == ((0, 2), (4, 8), (13, 14))
     assert index_work([0, 6], 2)[0].tolist() == [2, 4, 6]
     assert causal_work([0, 6], [3], 2)[0].tolist() == [1 + 2, 3, 0]
     assert [unit_tokens(size) for size in (128, 16, 24, 3)] == [32, 16, 8, 1]

@@ -52,8 +52,10 @@ class FullLayer:
         if scheme in _RINGS:
             self._ring(forward, forward_s, traffic, back=False)
             self._ring(backward, backward_s, traffic, back=True)
+        elif scheme is FullScheme.selected:
+            self._on_demand(forward, backward, (forward_s, backward_s), parts, traffic)
         else:
-            self._whole(forward, backward, (forward_s.sum(1), backward_s.sum(1)), (scheme, parts), traffic)
+            self._whole(forward, backward, (forward_s, backward_s), (scheme, parts), traffic)
         forward.collective("full_query", move_s[1])
         forward.compute(setup.output_s())
         backward.collective("full_query", move_s[3])
@@ -134,6 +136,40 @@ class FullLayer:
             clocks.neighbours("full_kv", np.zeros_like(seconds), wire_s)
             clocks.compute(seconds)
 
+    def _on_demand(
+        self,
+        forward: Timeline,
+        backward: Timeline,
+        seconds: tuple[FloatArray, FloatArray],
+        parts: _Parts,
+        traffic: dict[str, list[Wire]],
+    ) -> None:
+        """What a rank needs comes under attention over own keys; gradients return under its backward."""
+        fetch, give = self._fetch(FullScheme.selected, parts)
+        traffic["full_kv"], traffic["full_kv_grad"] = [fetch], [give]
+        own = [np.diagonal(part) for part in seconds]
+        remote = [part.sum(1) - mine for part, mine in zip(seconds, own, strict=True)]
+        fetch_s, give_s = fetch.time_s(self.cluster), give.time_s(self.cluster)
+        self._under(forward, "full_kv", fetch_s, own[0])
+        forward.compute(remote[0])
+        if self.setup.options.keep_for_backward:
+            backward.compute(remote[1])
+            self._under(backward, "full_kv_grad", give_s, own[1])
+            return
+        traffic["full_kv_again"] = [fetch]
+        self._under(backward, "full_kv_again", fetch_s, own[1])
+        backward.compute(remote[1])
+        backward.collective("full_kv_grad", give_s)
+
+    def _under(self, clocks: Timeline, name: str, wire_s: float, computing: FloatArray) -> None:
+        """A collective that runs under computing, or before it where nothing overlaps."""
+        started = clocks.start()
+        if not self.setup.options.overlap:
+            clocks.finish(name, started, wire_s)
+        clocks.compute(computing)
+        if self.setup.options.overlap:
+            clocks.finish(name, started, wire_s)
+
     def _whole(
         self,
         forward: Timeline,
@@ -142,16 +178,16 @@ class FullLayer:
         asked: tuple[FullScheme, _Parts],
         traffic: dict[str, list[Wire]],
     ) -> None:
-        """Everything a rank needs, then attention: nothing overlaps; all_gather alone gathers again."""
+        """All keys, then attention: nothing overlaps; all_gather gathers again."""
         scheme, parts = asked
         fetch, give = self._fetch(scheme, parts)
         traffic["full_kv"], traffic["full_kv_grad"] = [fetch], [give]
         forward.collective("full_kv", fetch.time_s(self.cluster))
-        forward.compute(seconds[0])
+        forward.compute(seconds[0].sum(1))
         if scheme is FullScheme.all_gather:
             traffic["full_kv_again"] = [fetch]
             backward.collective("full_kv_again", fetch.time_s(self.cluster))
-        backward.compute(seconds[1])
+        backward.compute(seconds[1].sum(1))
         backward.collective("full_kv_grad", give.time_s(self.cluster))
 
     def _fetch(self, scheme: FullScheme, parts: _Parts) -> tuple[Wire, Wire]:

@@ -1,15 +1,14 @@
 """The msa-convert command: Hugging Face checkpoints of MiniMax-M2 and M3 to ours and back."""
 
 import argparse
-import os
 import re
 import shlex
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from launchers.command_line import Parser, run_command
 from launchers.imported_conf import copy_rest, copy_tokenizer, write_conf
 from launchers.worker import accept_fallbacks
 
@@ -23,7 +22,6 @@ examples:
   msa-convert export runs/imported M3-tuned --like MiniMax-M3   # same names and files, vision tower copied
   msa-convert export runs/demo demo-hf                     # a bare text model for AutoModelForCausalLM"""
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-USER_ERROR = 2
 PROGRESS_S = 5.0
 
 
@@ -36,30 +34,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit code: 0, 2 for bad input or files, 130 if interrupted.
     """
-    try:
+
+    def run() -> None:
         arguments = _parser().parse_args(argv)
         (_import if arguments.command == "import" else _export)(arguments)
-        return 0
-    except BrokenPipeError:
-        # `msa-convert ... --dry-run | head`; the interpreter must not try to flush again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (ValueError, OSError) as error:
-        print(f"msa-convert: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return USER_ERROR
-    except KeyboardInterrupt:
-        print("msa-convert: stopped by SIGINT; nothing was left behind", file=sys.stderr)
-        return 130
 
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see msa-convert --help")
+    return run_command("msa-convert", run, when_interrupted="; nothing was left behind")
 
 
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(prog="msa-convert", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
+    parser = Parser(prog="msa-convert", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True, metavar="import|export")
     into = commands.add_parser("import", help="a Hugging Face checkpoint to ours", formatter_class=raw)
     into.add_argument(

@@ -2,12 +2,11 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from launchers.command_line import Parser, run_command
 from launchers.groups import group_options
 from launchers.simulate_question import read_question, read_shape
 
@@ -23,7 +22,6 @@ examples:
   msa-simulate measure --out h100.yaml                # on the device: kernel rates for --rates
   msa-simulate compare benchmarks/results/exchange.json
   msa-simulate tables --out benchmarks/results        # simulate.md, simulate.json"""
-USER_ERROR = 2
 UNITS = {"K": 2**10, "M": 2**20}
 SCHEMES = (
     *("ring", "all_gather", "all_gather_early", "all_gather_all_reduce"),
@@ -41,30 +39,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit code: 0, 2 for bad input or files, 130 if interrupted.
     """
-    try:
+
+    def run() -> None:
         arguments = _parser().parse_args(argv)
         arguments.run(arguments)
-        return 0
-    except BrokenPipeError:
-        # `msa-simulate ... | head`; the interpreter must not try to flush again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (ValueError, OSError) as error:
-        print(f"msa-simulate: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return USER_ERROR
-    except KeyboardInterrupt:
-        print("msa-simulate: stopped by SIGINT", file=sys.stderr)
-        return 130
 
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see msa-simulate --help")
+    return run_command("msa-simulate", run)
 
 
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(prog="msa-simulate", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
+    parser = Parser(prog="msa-simulate", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="run|scale|tables|measure|compare"
     )

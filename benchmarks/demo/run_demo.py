@@ -1,6 +1,6 @@
 """The demo, measured: losses and bytes of a whole run, then step times of the three exchanges, paired.
 
-    python benchmarks/demo/run_demo.py --out benchmarks/results
+    python -m benchmarks.demo.run_demo --out benchmarks/results
 
 Trains run=demo with `selected` to its end, then a few steps of each exchange in turn, several rounds, so that
 noise of the machine hits all alike. Writes demo.json and demo.md: command, commit, hardware, shapes, figures.
@@ -9,7 +9,6 @@ noise of the machine hits all alike. Writes demo.json and demo.md: command, comm
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -18,7 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks.machine import ROOT, machine
+
 EXCHANGES = ("selected", "all_gather", "ring")
 WARM_UP_STEPS = 2
 
@@ -35,31 +35,6 @@ def train(run_dir: Path, *overrides: str) -> float:
 def rows_of(run_dir: Path) -> list[dict[str, Any]]:
     """metrics.jsonl of a run."""
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def machine() -> dict[str, Any]:
-    """What it ran on, and which code."""
-    model = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return {
-        "commit": git.stdout.strip() or "unknown",
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-    }
 
 
 def whole_run(folder: Path, trained: Path | None) -> dict[str, Any]:
@@ -178,7 +153,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         result = {
-            "command": " ".join(["python benchmarks/demo/run_demo.py", *sys.argv[1:]]),
+            "command": " ".join(["python -m benchmarks.demo.run_demo", *sys.argv[1:]]),
             "machine": machine(),
             "run": whole_run(folder, arguments.trained),
             "exchanges": paired_steps(folder, rounds=arguments.rounds, steps=arguments.steps),

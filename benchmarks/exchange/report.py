@@ -1,41 +1,10 @@
-"""The measurement as Markdown, and what it ran on."""
+"""The measurement as Markdown."""
 
-import os
-import platform
-import subprocess
-from pathlib import Path
 from typing import Any
 
 from benchmarks.exchange.schemes import REFERENCE
 
-ROOT = Path(__file__).resolve().parents[2]
 Row = dict[str, Any]
-
-
-def machine() -> dict[str, Any]:
-    """What it ran on, and which code."""
-    model = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return {
-        "commit": git.stdout.strip() or "unknown",
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-    }
 
 
 def markdown(result: dict[str, Any]) -> str:

@@ -28,11 +28,11 @@ from benchmarks.exchange import namespaces
 from benchmarks.exchange.cluster import RankError
 from benchmarks.exchange.formulas import LayerShape
 from benchmarks.exchange.measure import Measurement, make_part
-from benchmarks.exchange.report import machine, markdown
+from benchmarks.exchange.report import markdown
 from benchmarks.exchange.schemes import DEFAULT_SCHEMES, SCHEMES
 from benchmarks.exchange.selections import TRAINED
+from benchmarks.machine import ROOT, machine
 
-ROOT = Path(__file__).resolve().parents[2]
 SELECTIONS = ("0.05", "0.2", "0.5", "1.0", TRAINED)
 
 

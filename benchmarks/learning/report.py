@@ -5,17 +5,13 @@ python -m benchmarks.learning.report --runs runs/learning --results benchmarks/r
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from benchmarks.learning.plots import Runs, plot
 from benchmarks.learning.recipe import BLOCK_SIZE, SEQ_LEN, TOPK, Variant
-
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks.machine import ROOT, machine
 
 
 def read_runs(folder: Path) -> Runs:
@@ -124,18 +120,7 @@ def write_report(runs_folder: Path, results: Path) -> str:
     runs = read_runs(runs_folder)
     if not runs:
         raise ValueError(f"--runs={runs_folder}: holds no finished run; use run_all first")
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    where: dict[str, Any] = {
-        "commit": git.stdout.strip() or "unknown",
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-    }
+    where = machine()
     found = summary(runs)
     results.mkdir(parents=True, exist_ok=True)
     content = {

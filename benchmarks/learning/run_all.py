@@ -17,8 +17,8 @@ from pathlib import Path
 
 from benchmarks.learning.recipe import STEPS, Variant
 from benchmarks.learning.report import write_report
+from benchmarks.machine import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SEEDS = (1, 2, 3)
 
 

@@ -1,6 +1,6 @@
 """Clusters: who is near whom, and what their links carry."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from msa_train.simulate.files import build, read_mapping
@@ -87,66 +87,49 @@ class Cluster:
 _DGX = "NVIDIA DGX {0} user guide and data sheet: {1}"
 _ASSUMED = "latencies, host_sync_s and link_efficiency are assumptions"
 
+_H100 = Cluster(
+    name="h100",
+    gpus_per_node=8,
+    node_rate_bytes=450 * GIGA,
+    network_rate_bytes=50 * GIGA,
+    node_latency_s=5e-6,
+    network_latency_s=10e-6,
+    host_sync_s=20e-6,
+    link_efficiency=0.8,
+    source=_DGX.format("H100", "NVLink 900 GB/s both ways, one 400 Gbit/s ConnectX-7 per GPU; ") + _ASSUMED,
+)
 PRESETS: dict[str, Cluster] = {
     cluster.name: cluster
     for cluster in (
-        Cluster(
-            name="h100",
-            gpus_per_node=8,
-            node_rate_bytes=450 * GIGA,
-            network_rate_bytes=50 * GIGA,
-            node_latency_s=5e-6,
-            network_latency_s=10e-6,
-            host_sync_s=20e-6,
-            link_efficiency=0.8,
-            source=_DGX.format("H100", "NVLink 900 GB/s both ways, one 400 Gbit/s ConnectX-7 per GPU; ")
-            + _ASSUMED,
-        ),
-        Cluster(
+        _H100,
+        replace(
+            _H100,
             name="h100_100g",
-            gpus_per_node=8,
-            node_rate_bytes=450 * GIGA,
             network_rate_bytes=12.5 * GIGA,
-            node_latency_s=5e-6,
             network_latency_s=20e-6,
-            host_sync_s=20e-6,
-            link_efficiency=0.8,
             source="nodes as in h100 with 100 Gbit/s per GPU, as cloud machines on Ethernet have it; "
             + _ASSUMED,
         ),
-        Cluster(
+        replace(
+            _H100,
             name="a100",
-            gpus_per_node=8,
             node_rate_bytes=300 * GIGA,
             network_rate_bytes=25 * GIGA,
-            node_latency_s=5e-6,
-            network_latency_s=10e-6,
-            host_sync_s=20e-6,
-            link_efficiency=0.8,
             source=_DGX.format("A100", "NVLink 600 GB/s both ways, one 200 Gbit/s ConnectX-6 per GPU; ")
             + _ASSUMED,
         ),
-        Cluster(
+        replace(
+            _H100,
             name="b200",
-            gpus_per_node=8,
             node_rate_bytes=900 * GIGA,
-            network_rate_bytes=50 * GIGA,
-            node_latency_s=5e-6,
-            network_latency_s=10e-6,
-            host_sync_s=20e-6,
-            link_efficiency=0.8,
             source=_DGX.format("B200", "NVLink 1.8 TB/s both ways, one 400 Gbit/s ConnectX-7 per GPU; ")
             + _ASSUMED,
         ),
-        Cluster(
+        replace(
+            _H100,
             name="gb200_nvl72",
             gpus_per_node=72,
             node_rate_bytes=900 * GIGA,
-            network_rate_bytes=50 * GIGA,
-            node_latency_s=5e-6,
-            network_latency_s=10e-6,
-            host_sync_s=20e-6,
-            link_efficiency=0.8,
             source="NVIDIA GB200 NVL72 data sheet: 72 GPUs on NVLink 1.8 TB/s both ways, 400 Gbit/s per GPU; "
             + _ASSUMED,
         ),

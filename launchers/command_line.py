@@ -1,0 +1,44 @@
+"""What the commands beside msa-train share: parsing, and how a failure is told."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+# exit codes, as of msa-train
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+class Parser(argparse.ArgumentParser):
+    """Bad arguments raise ValueError, so that `run_command` tells them like all other bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        """See argparse."""
+        raise ValueError(f"{message}; see {self.prog.split()[0]} --help")
+
+
+def run_command(name: str, run: Callable[[], None], *, when_interrupted: str = "") -> int:
+    """Run a command; bad input or files become one line on stderr.
+
+    Args:
+        name: the command's.
+        run: does the work.
+        when_interrupted: what to add after Ctrl-C.
+
+    Returns:
+        Exit code: 0, 2 for bad input or files, 130 if interrupted.
+    """
+    try:
+        run()
+        return 0
+    except BrokenPipeError:
+        # `... | head`; the interpreter must not try to flush again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as error:
+        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print(f"{name}: stopped by SIGINT{when_interrupted}", file=sys.stderr)
+        return INTERRUPTED

@@ -25,6 +25,12 @@ def read_runs(folder: Path) -> Runs:
     return runs
 
 
+def commits(folder: Path) -> list[str]:
+    """Of the code that the runs in a folder were made with."""
+    heads = [json.loads(path.open().readline()) for path in sorted(folder.glob("*_[0-9]*.jsonl"))]
+    return sorted({head.get("commit", "unknown") for head in heads})
+
+
 def summary(runs: Runs) -> dict[str, Any]:
     """Last measurement of every run, and each variant against full attention with the same seed."""
     result: dict[str, Any] = {}
@@ -120,7 +126,7 @@ def write_report(runs_folder: Path, results: Path) -> str:
     runs = read_runs(runs_folder)
     if not runs:
         raise ValueError(f"--runs={runs_folder}: holds no finished run; use run_all first")
-    where = machine()
+    where = machine() | {"commit": ", ".join(commits(runs_folder))}
     found = summary(runs)
     results.mkdir(parents=True, exist_ok=True)
     content = {

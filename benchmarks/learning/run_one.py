@@ -24,6 +24,7 @@ import torch.distributed as dist
 from benchmarks.learning.measure import Meter
 from benchmarks.learning.recipe import EVAL_STAGE, SEQ_LEN, STEPS, SYMBOLS, Variant, run_config, task_stages
 from benchmarks.learning.retrieval_task import RetrievalTask
+from benchmarks.machine import machine
 from msa_train.config import RunConfig, plan_stages, stage_at
 from msa_train.data import load_datasets
 from msa_train.parallel.groups import build_groups, destroy_groups
@@ -163,7 +164,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as folder, (args.out / f"{args.variant}_{args.seed}.jsonl").open("w") as out:
         dist.init_process_group("gloo", init_method=f"file://{folder}/world", rank=0, world_size=1)
-        print(json.dumps({"variant": args.variant, "seed": args.seed, "steps": args.steps}), file=out)
+        head = {"variant": args.variant, "seed": args.seed, "steps": args.steps, **machine()}
+        print(json.dumps(head), file=out)
         measuring = Measuring(every=args.every, packs=args.packs, final_packs=args.final_packs)
         train(config, args.seed, stop=args.stop or args.steps, measuring=measuring, out=out)
         destroy_groups()

@@ -18,7 +18,8 @@ def test_a_short_run_writes_its_measurements(tmp_path: Path, variant: str) -> No
     environ = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
     subprocess.run(command, check=True, cwd=ROOT, env=environ, stdout=subprocess.DEVNULL)
     lines = [json.loads(line) for line in (tmp_path / f"{variant}_1.jsonl").read_text().splitlines()]
-    assert lines[0] == {"variant": variant, "seed": 1, "steps": 20}
+    assert lines[0] | {"variant": variant, "seed": 1, "steps": 20} == lines[0]
+    assert lines[0]["commit"]
     rows = lines[1:]
     assert [row["step"] for row in rows] == [2, 4, 5]
     assert rows[-1]["train_loss"] < rows[0]["train_loss"]

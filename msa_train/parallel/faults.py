@@ -16,7 +16,7 @@ from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 # Seconds between looks at the store, and until a rank that does not answer counts as missing.
 POLL_S = 0.5
-GRACE_S = 3.0
+GRACE_S = 10.0
 
 # What a purpose of `CpComm` is called in messages.
 _POINTS = {

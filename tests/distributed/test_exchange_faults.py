@@ -32,8 +32,9 @@ from msa_train.parallel.layout import ShardLayout
 from tests.helpers.spawn import PRELOADED, run_ranks
 
 LAYER, VICTIM = 7, 1
-# Stalled ranks are noticed after this time; all scenes must be over well before the second one.
-TIMEOUT_S, DEADLINE_S = 4.0, 60.0
+# Stalled ranks are noticed after the first time, on cores that all scenes share; all must be over well before the
+# second one.
+TIMEOUT_S, DEADLINE_S = 20.0, 150.0
 M, G, D, DI, BLOCK_SIZE, NL = 2, 2, 4, 3, 2, 2
 
 

@@ -107,7 +107,6 @@ class Trainer:
         batch = make_batch(packs, groups, probe_seed=config.train.seed + step if probed else None)
         result = self._train(step, stage, batch, rates)
         values: dict[str, Any] = {"lr": rates.backbone, "index_lr": rates.index, "stage": stage.index}
-        values["grad_norm"] = result.grad_norm
         shown = step % config.logging.every == 0 or self._due(step, config.train.validate_every)
         # The norm is the same on all ranks: all of them gather what led to it.
         if shown or probed or not math.isfinite(result.grad_norm):

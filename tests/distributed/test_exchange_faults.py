@@ -32,8 +32,8 @@ from msa_train.parallel.layout import ShardLayout
 from tests.helpers.spawn import PRELOADED, run_ranks
 
 LAYER, VICTIM = 7, 1
-# Stalled ranks are noticed after the first time, on cores that all scenes share; all must be over well before the
-# second one.
+# Stalled ranks are noticed after the first time, on cores that all scenes share; all scenes must be over well
+# before the second one.
 TIMEOUT_S, DEADLINE_S = 10.0, 120.0
 M, G, D, DI, BLOCK_SIZE, NL = 2, 2, 4, 3, 2, 2
 

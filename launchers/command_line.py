@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-# exit codes, as of msa-train
+# exit codes of all commands
 USER_ERROR, INTERRUPTED = 2, 130
 
 

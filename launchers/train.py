@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from launchers.command_line import INTERRUPTED, USER_ERROR
 from launchers.compose import compose_run, config_to_yaml
 from launchers.help import help_text
 from launchers.join import joined_environment
@@ -25,7 +26,6 @@ OPTIONS = {
     "--dry-run": "check",
 }
 CONFIG_DIR = "--config-dir"
-USER_ERROR = 2
 # Under torchrun the first rank to leave ends the others: time for rank 0 to say why
 OTHER_RANKS_WAIT_S = 3.0
 
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(error)
     except KeyboardInterrupt:
         print("msa-train: stopped by SIGINT", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:
         # `msa-train --help | head`; the interpreter must not try to flush again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

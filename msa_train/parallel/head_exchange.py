@@ -7,6 +7,7 @@ sequence exchange runs between the ranks that hold the same groups. `to_tokens` 
 Shapes: T tokens of one rank, M KV groups, h ranks of a head group (`cp_head_size`).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from msa_train.parallel.sequence_plan import SequencePlan
 
 # See `token_order`.
 Order = tuple[Tensor, Tensor] | None
+_Spread = Callable[[Tensor, CpComm, str], Tensor]
 
 
 def token_order(
@@ -41,12 +43,12 @@ def to_heads(x: Tensor, comm: CpComm, order: Order = None) -> Tensor:
 
     Example: h = 2, groups a to d: rank 0 ends with all tokens of a and b, rank 1 with all of c and d.
     """
-    return _reordered(_ToHeads.apply(x, comm), order, 0)
+    return _reordered(_Trade.apply(x, comm, _spread_groups, _spread_tokens), order, 0)
 
 
 def to_tokens(x: Tensor, comm: CpComm, order: Order = None) -> Tensor:
     """[h * T, M / h, ...] -> [T, M, ...], the inverse of `to_heads`."""
-    return _ToTokens.apply(_reordered(x, order, 1), comm)
+    return _Trade.apply(_reordered(x, order, 1), comm, _spread_tokens, _spread_groups)
 
 
 def gather_tokens(x: Tensor, comm: CpComm, order: Order = None) -> Tensor:
@@ -58,26 +60,15 @@ def _reordered(x: Tensor, order: Order, way: int) -> Tensor:
     return x if order is None else x[order[way]]
 
 
-class _ToHeads(torch.autograd.Function):
+class _Trade(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, comm: CpComm) -> Tensor:
-        ctx.comm = comm
-        return _spread_groups(x, comm, "heads")
+    def forward(ctx: Any, x: Tensor, comm: CpComm, there: _Spread, back: _Spread) -> Tensor:
+        ctx.comm, ctx.back = comm, back
+        return there(x, comm, "heads")
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _spread_tokens(grad, ctx.comm, "heads_grad"), None
-
-
-class _ToTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, comm: CpComm) -> Tensor:
-        ctx.comm = comm
-        return _spread_tokens(x, comm, "heads")
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _spread_groups(grad, ctx.comm, "heads_grad"), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.back(grad, ctx.comm, "heads_grad"), None, None, None
 
 
 class _GatherTokens(torch.autograd.Function):

@@ -150,25 +150,17 @@ class FullLayer:
         own = [np.diagonal(part) for part in seconds]
         remote = [part.sum(1) - mine for part, mine in zip(seconds, own, strict=True)]
         fetch_s, give_s = fetch.time_s(self.cluster), give.time_s(self.cluster)
-        self._under(forward, "full_kv", fetch_s, own[0])
+        overlap = self.setup.options.overlap
+        forward.under("full_kv", fetch_s, own[0], overlap=overlap)
         forward.compute(remote[0])
         if self.setup.options.keep_for_backward:
             backward.compute(remote[1])
-            self._under(backward, "full_kv_grad", give_s, own[1])
+            backward.under("full_kv_grad", give_s, own[1], overlap=overlap)
             return
         traffic["full_kv_again"] = [fetch]
-        self._under(backward, "full_kv_again", fetch_s, own[1])
+        backward.under("full_kv_again", fetch_s, own[1], overlap=overlap)
         backward.compute(remote[1])
         backward.collective("full_kv_grad", give_s)
-
-    def _under(self, clocks: Timeline, name: str, wire_s: float, computing: FloatArray) -> None:
-        """A collective that runs under computing, or before it where nothing overlaps."""
-        started = clocks.start()
-        if not self.setup.options.overlap:
-            clocks.finish(name, started, wire_s)
-        clocks.compute(computing)
-        if self.setup.options.overlap:
-            clocks.finish(name, started, wire_s)
 
     def _whole(
         self,

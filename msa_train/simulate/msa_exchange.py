@@ -95,22 +95,6 @@ class Exchange(ABC):
         """Time of all collectives of a purpose."""
         return sum(wire.time_s(self.cluster) for wire in self.traffic.get(name, []))
 
-    def under(
-        self,
-        clocks: Timeline,
-        name: str,
-        wire_s: float,
-        computing: FloatArray,
-        among: Among = Among.everyone,
-    ) -> None:
-        """A collective that runs under computing, or before it where nothing overlaps."""
-        started = clocks.start()
-        if not self.overlap:
-            clocks.finish(name, started, wire_s, among)
-        clocks.compute(computing)
-        if self.overlap:
-            clocks.finish(name, started, wire_s, among)
-
 
 @dataclass(slots=True)
 class Selected(Exchange):
@@ -172,7 +156,9 @@ class Selected(Exchange):
         scatter_s, gather_s = self.hot.seconds(self.hot.forward, self.cluster)
         clocks.copy(self.setup.copy_s(self.sent * self.setup.shape.pair_bytes))
         first = f"{purpose}_outer" if self.hierarchical else purpose
-        self.under(clocks, first, self.seconds(first) + scatter_s, computing, self._first_among)
+        clocks.under(
+            first, self.seconds(first) + scatter_s, computing, self._first_among, overlap=self.overlap
+        )
         if self.hierarchical:
             clocks.collective(purpose, self.seconds(purpose), Among.node)
         if self.hot.forward:
@@ -193,7 +179,9 @@ class Selected(Exchange):
             first = "kv_grad_outer"
         scatter_s, home_s = self.hot.seconds(self.hot.backward, self.cluster)
         computing = own if keep else 0 * own
-        self.under(clocks, first, self.seconds(first) + scatter_s, computing, self._first_among)
+        clocks.under(
+            first, self.seconds(first) + scatter_s, computing, self._first_among, overlap=self.overlap
+        )
         if self.hot.backward:
             clocks.collective("kv_grad_hot", home_s)
         clocks.copy(self.setup.copy_s(self.sent * shape.pair_grad_bytes))
@@ -243,7 +231,7 @@ class AllGather(Exchange):
     def _gather(self, clocks: Timeline, name: str, seconds: FloatArray) -> None:
         own = seconds * self.work.local
         if not self.early:
-            self.under(clocks, name, self.seconds(name), own)
+            clocks.under(name, self.seconds(name), own, overlap=self.overlap)
             return
         clocks.compute(own)
         clocks.finish(name, self._started, self.seconds(name))

@@ -108,6 +108,23 @@ class Timeline:
         """A collective under which nothing is computed."""
         self.finish(name, self.start(), seconds, among)
 
+    def under(
+        self,
+        name: str,
+        seconds: float,
+        computing: FloatArray,
+        among: Among = Among.everyone,
+        *,
+        overlap: bool,
+    ) -> None:
+        """A collective that runs under computing, or before it where nothing overlaps."""
+        started = self.start()
+        if not overlap:
+            self.finish(name, started, seconds, among)
+        self.compute(computing)
+        if overlap:
+            self.finish(name, started, seconds, among)
+
     def _last(self, clocks: FloatArray, among: Among) -> FloatArray:
         """[P] the latest clock of those that take part with a rank."""
         if among is Among.everyone:

@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from msa_train.training.checkpoint_store import CheckpointStore
+
 # Equal on all ranks, so that all of them stop.
 _WATCHED = ("lm_loss", "kl_loss", "grad_norm", "val_loss")
 
@@ -12,13 +14,13 @@ class DivergedError(RuntimeError):
     """A loss or the gradient is not finite."""
 
 
-def check_finite(step: int, values: Mapping[str, Any], saved_step: int | None) -> None:
+def check_finite(step: int, values: Mapping[str, Any], store: CheckpointStore) -> None:
     """Refuse to go on from a step that has spoilt the weights.
 
     Args:
         step: that was made.
         values: its metrics.
-        saved_step: of the newest checkpoint, None without one.
+        store: of the run's checkpoints.
 
     Raises:
         DivergedError: in one line, what is not finite and where to go on from.
@@ -26,11 +28,8 @@ def check_finite(step: int, values: Mapping[str, Any], saved_step: int | None) -
     bad = [f"{name}={values[name]}" for name in _WATCHED if not math.isfinite(values.get(name, 0.0))]
     if not bad:
         return
-    kept = (
-        "there is no checkpoint yet"
-        if saved_step is None
-        else f"the newest checkpoint is of step {saved_step}"
-    )
+    saved = store.steps()
+    kept = f"the newest checkpoint is of step {max(saved)}" if saved else "there is no checkpoint yet"
     raise DivergedError(
         f"step {step}: {', '.join(bad)}: not finite; the step is not saved, {kept}; the same command "
         "would come here again: use a lower optim.lr or optim.clip_grad, or more optim.warmup_steps"

@@ -57,7 +57,6 @@ class Trainer:
         self.store, self.reporting = store, reporting
         self.stages, self.total_steps = plan_stages(config), total_steps(config)
         self.metrics = StepMetrics(config, groups)
-        self.saved_step: int | None = None
 
     def run(self, first_step: int, after_step: Callable[[int], None] | None = None) -> dict[str, Any]:
         """Train to the end; returns the last metrics seen of every kind.
@@ -67,7 +66,6 @@ class Trainer:
             after_step: called with the step number after each step, for tests.
         """
         last: dict[str, Any] = {}
-        self.saved_step = first_step or None
         for stage in self.stages:
             begin, end = max(first_step, stage.first_step), min(stage.last_step, self.total_steps)
             if begin >= end:
@@ -78,7 +76,7 @@ class Trainer:
                     values = self._step(step, stage, stream)
                     last |= values
                     self._report(step, values)
-                    check_finite(step, values, self.saved_step)
+                    check_finite(step, values, self.store)
                     if self._due(step, self.config.checkpoint.every):
                         self.save(step)
                     if after_step is not None:
@@ -186,7 +184,6 @@ class Trainer:
         )
         if groups.rank == 0 and config.checkpoint.keep_last:
             self.store.prune(config.checkpoint.keep_last)
-        self.saved_step = step
         if self.reporting is not None:
             seconds = time.perf_counter() - start
             self.reporting.progress.note(f"checkpoint step {step} written in {seconds:.1f} s")

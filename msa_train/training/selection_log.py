@@ -35,6 +35,7 @@ class SelectionLog:
         if self._opened or self.groups.dp_rank != 0:
             return None
         self._opened = True
+        chunk, cu_seqlens = chunk_tokens(layout), pack.cu_seqlens.tolist()
         self._recorders = [
             SelectionRecorder(
                 seq_len=layout.seq_len,
@@ -43,8 +44,8 @@ class SelectionLog:
                 topk=self.config.attention.topk,
                 first_token=start,
                 num_tokens=stop - start,
-                chunk_tokens=chunk_tokens(layout),
-                cu_seqlens=pack.cu_seqlens.tolist(),
+                chunk_tokens=chunk,
+                cu_seqlens=cu_seqlens,
             )
             for start, stop in layout.ranges
         ]

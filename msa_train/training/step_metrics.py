@@ -108,8 +108,8 @@ class StepMetrics:
         sums = {name: total.view(parts[name].shape) for name, total in sums.items()}
         values: dict[str, Any] = {
             "lm_loss": float(sums["loss"]) / batch.num_labels,
-            "grad_norm": result.grad_norm,
             "padding_share": 1 - batch.num_tokens / (batch.num_packs * stage.seq_len),
+            "grad_norm": result.grad_norm,
         }
         values |= self._kl(batch, sums["kl"], stage)
         values |= self._selected(batch, sums["selected"], stage)

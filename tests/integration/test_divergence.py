@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from msa_train.training.checkpoint_store import CheckpointStore
 from msa_train.training.divergence import DivergedError, check_finite
 from tests.helpers.training_command import Training
 from tests.integration.test_resume import ONE_PROCESS
@@ -26,7 +27,8 @@ def test_a_diverging_run_ends(tiny: tuple[str, ...], tmp_path: Path) -> None:
     assert names[-1] == f"step_{bad - 1:08d}"
 
 
-def test_what_is_watched() -> None:
-    check_finite(3, {"lm_loss": 1.0, "grad_norm": 2.0}, None)
+def test_what_is_watched(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    check_finite(3, {"lm_loss": 1.0, "grad_norm": 2.0}, store)
     with pytest.raises(DivergedError, match=r"^step 3: val_loss=inf: not finite; .*no checkpoint yet; "):
-        check_finite(3, {"lm_loss": 1.0, "val_loss": float("inf")}, None)
+        check_finite(3, {"lm_loss": 1.0, "val_loss": float("inf")}, store)

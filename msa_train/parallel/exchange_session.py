@@ -16,6 +16,7 @@ from torch import Tensor
 
 from msa_train.parallel.block_requests import global_block
 from msa_train.parallel.collectives import CpComm
+from msa_train.parallel.kept_tensors import KeptTensors
 from msa_train.parallel.layout import ShardLayout
 
 # Gradients of a pool: dkv [N, 2, B, D] and dk_index [N, B, Di] (None without the KL loss).
@@ -41,19 +42,13 @@ class KvSource:
         return found.permute(1, 0, 2)
 
 
-class ExchangeSession(ABC):
+class ExchangeSession(KeptTensors, ABC):
     """One layer call: sources for the forward, gradients of all sources in the backward."""
 
     def __init__(self, local: Tensor, num_groups: int, layout: ShardLayout, comm: CpComm) -> None:
         """local: [M * NL, 2, B, D], this rank's keys and values by pair."""
-        self._local: Tensor | None = local
+        super().__init__(local)
         self.num_groups, self.layout, self.comm = num_groups, layout, comm
-
-    @property
-    def local(self) -> Tensor:
-        """This rank's keys and values."""
-        assert self._local is not None, "the tensors were handed to autograd and not given back"
-        return self._local
 
     @abstractmethod
     def sources(self) -> Iterator[KvSource]:
@@ -62,18 +57,6 @@ class ExchangeSession(ABC):
     @abstractmethod
     def backward(self, compute: Callable[[KvSource], PairGrads]) -> PairGrads:
         """Call `compute` on every source and return the summed gradients of this rank's own pairs."""
-
-    def hand_over(self) -> tuple[Tensor, ...]:
-        """Tensors that the backward needs, to be kept by autograd: it drops them where a layer is recomputed.
-
-        The session forgets them.
-        """
-        local, self._local = self.local, None
-        return (local,)
-
-    def take_back(self, kept: tuple[Tensor, ...]) -> None:
-        """The same tensors, or those of the recomputation, for the backward."""
-        self._local = kept[0]
 
     def own_source(self) -> KvSource:
         """This rank's own pairs."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from msa_train.config import KvExchange
 from msa_train.parallel.balance import balance, balance_ring, causal_work
 from msa_train.parallel.collectives import CpComm, Pending
+from msa_train.parallel.kept_tensors import KeptTensors
 from msa_train.parallel.layout import Segment, ShardLayout, local_segments
 from msa_train.parallel.relayout import (
     Relayout,
@@ -103,33 +104,15 @@ class KeySource:
             row += stop - start
 
 
-class FullSession(ABC):
-    """One layer call. kv: [K, 2, M, D] of this rank, by its key plan. keep: fetched rows until the backward
-    pass, where they would else be fetched again."""
+class FullSession(KeptTensors, ABC):
+    """One layer call. local: [K, 2, M, D] keys and values of this rank, by its key plan. keep: fetched rows
+    until the backward pass, where they would else be fetched again."""
 
     def __init__(
-        self, kv: Tensor, plan: FullPlan, layout: ShardLayout, comm: CpComm, *, keep: bool = True
+        self, local: Tensor, plan: FullPlan, layout: ShardLayout, comm: CpComm, *, keep: bool = True
     ) -> None:
-        self._kv: Tensor | None = kv
+        super().__init__(local)
         self.plan, self.layout, self.comm, self.keep = plan, layout, comm, keep
-
-    @property
-    def kv(self) -> Tensor:
-        """This rank's keys and values."""
-        assert self._kv is not None, "the tensors were handed to autograd and not given back"
-        return self._kv
-
-    def hand_over(self) -> tuple[Tensor, ...]:
-        """Tensors that the backward needs, for autograd, which drops them where a layer is recomputed.
-
-        The session forgets them.
-        """
-        kv, self._kv = self.kv, None
-        return (kv,)
-
-    def take_back(self, kept: tuple[Tensor, ...]) -> None:
-        """The same tensors, or those of the recomputation, for the backward."""
-        self._kv = kept[0]
 
     @abstractmethod
     def sources(self) -> Iterator[KeySource]:
@@ -137,7 +120,7 @@ class FullSession(ABC):
 
     @abstractmethod
     def backward(self, compute: Callable[[KeySource], Tensor]) -> Tensor:
-        """Call `compute` on every source; returns the summed gradient of this rank's kv [K, 2, M, D]."""
+        """Call `compute` on every source; returns the summed gradient of `local`."""
 
 
 class FetchSession(FullSession):
@@ -145,8 +128,6 @@ class FetchSession(FullSession):
 
     Attention over own keys runs meanwhile; in the backward pass gradients return under it.
     """
-
-    _fetched: Tensor | None = None
 
     def sources(self) -> Iterator[KeySource]:
         """See FullSession.sources."""
@@ -157,17 +138,6 @@ class FetchSession(FullSession):
             self._fetched = fetched
         if self.plan.needed:
             yield KeySource(fetched, self.plan.needed)
-
-    def hand_over(self) -> tuple[Tensor, ...]:
-        """See FullSession.hand_over."""
-        kept = super().hand_over()
-        fetched, self._fetched = self._fetched, None
-        return kept if fetched is None else (*kept, fetched)
-
-    def take_back(self, kept: tuple[Tensor, ...]) -> None:
-        """See FullSession.take_back."""
-        super().take_back(kept)
-        self._fetched = kept[1] if len(kept) > 1 else None
 
     def backward(self, compute: Callable[[KeySource], Tensor]) -> Tensor:
         """See FullSession.backward; added in rank order after the own share, whatever arrives first."""
@@ -185,11 +155,11 @@ class FetchSession(FullSession):
         return own
 
     def _own(self) -> KeySource:
-        return KeySource(self.kv, self.plan.key_plan.ranges[self.comm.rank])
+        return KeySource(self.local, self.plan.key_plan.ranges[self.comm.rank])
 
     def _start(self, purpose: str) -> Pending[Tensor]:
         moves = self.plan.fetch
-        return self.comm.start_all_to_all(self.kv[moves.sent], moves.send, moves.receive, purpose)
+        return self.comm.start_all_to_all(self.local[moves.sent], moves.send, moves.receive, purpose)
 
     def _arrived(self, pending: Pending[Tensor]) -> Tensor:
         """In the order of the pack: [needed, 2, M, D]."""
@@ -215,7 +185,7 @@ class GatherSession(FullSession):
         return self.comm.reduce_scatter(grad, "full_kv_grad")
 
     def _gathered(self, purpose: str) -> KeySource:
-        gathered = self.layout.in_order(self.comm.all_gather(self.kv, purpose))
+        gathered = self.layout.in_order(self.comm.all_gather(self.local, purpose))
         return KeySource(gathered, ((0, self.layout.seq_len),))
 
 
@@ -223,7 +193,7 @@ class RingSession(FullSession):
     """Shards move around a ring, each under the work on the one before; so do their gradients."""
 
     def sources(self) -> Iterator[KeySource]:
-        held, size = self.kv, self.comm.size
+        held, size = self.local, self.comm.size
         for step in range(size):
             pending = None if step == size - 1 else self.comm.shift([held], "full_kv")
             yield self._source(held, step)
@@ -231,7 +201,7 @@ class RingSession(FullSession):
                 (held,) = pending.wait()
 
     def backward(self, compute: Callable[[KeySource], Tensor]) -> Tensor:
-        held, size, returning = self.kv, self.comm.size, None
+        held, size, returning = self.local, self.comm.size, None
         for step in range(size):
             pending = None if step == size - 1 else self.comm.shift([held], "full_kv_again")
             grad = compute(self._source(held, step))

@@ -43,7 +43,6 @@ class SelectedSession(ExchangeSession):
         B * Di, gradients of a block's index keys that come back with it, 0 without the KL loss."""
         super().__init__(local, num_groups, layout, comm)
         self.plan, self.keep, self.index_elements = plan, keep_for_backward, index_elements
-        self._fetched: Tensor | None = None
 
     @property
     def _has_remote(self) -> bool:
@@ -59,17 +58,6 @@ class SelectedSession(ExchangeSession):
             self._fetched = fetched
         if self._has_remote:
             yield self._remote(fetched)
-
-    def hand_over(self) -> tuple[Tensor, ...]:
-        """See ExchangeSession.hand_over."""
-        kept = super().hand_over()
-        fetched, self._fetched = self._fetched, None
-        return kept if fetched is None else (*kept, fetched)
-
-    def take_back(self, kept: tuple[Tensor, ...]) -> None:
-        """See ExchangeSession.take_back."""
-        super().take_back(kept)
-        self._fetched = kept[1] if len(kept) > 1 else None
 
     def backward(self, compute: Callable[[KvSource], PairGrads]) -> PairGrads:
         """See ExchangeSession.backward."""

@@ -26,6 +26,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from torch import Tensor
 
 from msa_train.model.transformer_config import MsaTransformerConfig
+from msa_train.parallel.messages import start_row_exchange
 
 _ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
@@ -164,8 +165,12 @@ class _AllToAll(torch.autograd.Function):
         ctx.arguments = (group, receive, send)
         if group.size() == 1:
             return x.clone()
-        out = x.new_empty(sum(receive), *x.shape[1:])
-        dist.all_to_all_single(out, x.contiguous(), receive, send, group=group)
+        out, x = x.new_empty(sum(receive), *x.shape[1:]), x.contiguous()
+        if x.is_cuda:
+            dist.all_to_all_single(out, x, receive, send, group=group)
+        else:
+            for work in start_row_exchange(group, out, x, receive, send):
+                work.wait()
         return out
 
     @staticmethod

@@ -18,6 +18,7 @@ from torch import Tensor
 from msa_train.parallel.exchange_cost import ExchangeRates
 from msa_train.parallel.exchange_plan import ExchangeShape
 from msa_train.parallel.faults import FaultWatch
+from msa_train.parallel.messages import start_messages, start_row_exchange
 
 # torch 2.13 renamed these two and warns about the old names; 2.11 has only the old ones.
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -209,6 +210,10 @@ class CpComm:
         row_bytes = math.prod(x.shape[1:]) * x.element_size()
         num_bytes = (sum(receive) - receive[self.rank]) * row_bytes
         sizes = list(receive), list(send)
+        if x.device.type == "cpu":
+            return self._start(
+                lambda: start_row_exchange(self._several, out, x, *sizes), purpose, num_bytes, out, x
+            )
         return self._start(
             lambda: dist.all_to_all_single(out, x, *sizes, group=self.group, async_op=True),
             purpose, num_bytes, out, x,
@@ -219,18 +224,17 @@ class CpComm:
         incoming = [x.new_empty(x.shape) for x in tensors]
         if self.size == 1:
             return self._done(list(tensors), purpose)
-        group = self.group
-        assert group is not None, "a ring of several ranks has a group"
-        after = dist.get_global_rank(group, (self.rank + 1) % self.size)
-        before = dist.get_global_rank(group, (self.rank - 1) % self.size)
-        operations: list[dist.P2POp] = []
-        for out, x in zip(incoming, tensors, strict=True):
-            operations.append(dist.P2POp(dist.isend, x.contiguous(), after, group))
-            operations.append(dist.P2POp(dist.irecv, out, before, group))
+        arriving = [((self.rank - 1) % self.size, x) for x in incoming]
+        leaving = [((self.rank + 1) % self.size, x.contiguous()) for x in tensors]
         num_bytes = sum(x.numel() * x.element_size() for x in tensors)
         return self._start(
-            lambda: dist.batch_isend_irecv(operations), purpose, num_bytes, incoming, operations
+            lambda: start_messages(self._several, arriving, leaving), purpose, num_bytes, incoming, leaving
         )
+
+    @property
+    def _several(self) -> dist.ProcessGroup:
+        assert self.group is not None, "several ranks have a group"
+        return self.group
 
     def _done(self, result: _Result, purpose: str) -> Pending[_Result]:
         return Pending(self, (purpose, 0), [], result, None)

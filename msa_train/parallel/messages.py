@@ -1,0 +1,48 @@
+"""Messages between pairs of ranks on a CPU, from which an all-to-all and a ring are made there.
+
+gloo's own all-to-all posts what a rank sends before what it receives. A sender may only start when its
+receiver has told it so, over the one connection that both directions share: behind data that already left,
+that word waits until these are through, and what could flow both ways at once flows one way after the other.
+Receives first, an all-to-all of 4 ranks takes .6 to .8 of the time (links of 200 and of 1000 Mbit/s).
+"""
+
+from collections.abc import Sequence
+
+import torch.distributed as dist
+from torch import Tensor
+
+# Rank within the group, and what goes there or comes from there.
+Message = tuple[int, Tensor]
+
+
+def start_messages(
+    group: dist.ProcessGroup, arriving: Sequence[Message], leaving: Sequence[Message]
+) -> list[dist.Work]:
+    """Begin to receive and to send contiguous tensors; between two ranks they keep their order."""
+    ranks = dist.get_process_group_ranks(group)
+    operations = [dist.P2POp(dist.irecv, x, ranks[rank], group) for rank, x in arriving]
+    operations += [dist.P2POp(dist.isend, x, ranks[rank], group) for rank, x in leaving]
+    return dist.batch_isend_irecv(operations) if operations else []
+
+
+def start_row_exchange(
+    group: dist.ProcessGroup, out: Tensor, x: Tensor, receive: Sequence[int], send: Sequence[int]
+) -> list[dist.Work]:
+    """Begin an all-to-all of rows; nothing travels where there are none.
+
+    Args:
+        group: whose ranks trade.
+        out: [sum(receive), ...] contiguous, `receive[r]` rows from each rank r in order.
+        x: [sum(send), ...] contiguous, `send[r]` rows to each rank r in order.
+        receive: as every rank's `send` says.
+        send: see x.
+    """
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    arriving, leaving = out.split(list(receive)), x.split(list(send))
+    arriving[rank].copy_(leaving[rank])
+    after = [(rank + step) % size for step in range(1, size)]
+    return start_messages(
+        group,
+        [(other, arriving[other]) for other in reversed(after) if receive[other]],
+        [(other, leaving[other]) for other in after if send[other]],
+    )

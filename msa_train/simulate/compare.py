@@ -2,8 +2,9 @@
 
 A step there is the attention of one MSA layer, forward and backward, without projections and selection.
 What the prediction takes from the measurement are figures of the machine, all from steps without a rate
-limit: the processor time that computing took (`compute_cpu_s`), and the processor time of moving a byte,
-and the share of headers. Limited rates come from the benchmark's settings, bytes from the planner.
+limit: the processor time that the scheme's computing took (`compute_cpu_s`), and of the reference scheme the
+processor time of moving a byte and the share of headers. Limited rates come from the benchmark's settings,
+bytes from the planner.
 """
 
 from dataclasses import asdict, dataclass
@@ -131,14 +132,17 @@ def compare_file(path: Path, rates_name: str | None = None) -> list[Comparison]:
 
 def _compare(row: Row, result: dict[str, Any], rates: KernelRates | None, path: Path) -> Comparison:
     same = [r for r in result["rows"] if r["part"] == row["part"] and r["selection"] == row["selection"]]
-    free = [r for r in same if not r["rate_mbit"] and r["scheme"] == REFERENCE]
+    free = {r["scheme"]: r for r in same if not r["rate_mbit"]}
     case = [c for c in result["selections"] if (c["part"], c["selection"]) == (row["part"], row["selection"])]
-    if not free or not case:
+    # auto computes as the scheme does that it took
+    own = row["used"] if row["scheme"] == "auto" else row["scheme"]
+    if REFERENCE not in free or own not in free or not case:
         raise ValueError(
-            f"{path}: part {row['part']}, selection {row['selection']} has no {REFERENCE} without a limit; "
-            "run the benchmark with its default schemes"
+            f"{path}: part {row['part']}, selection {row['selection']} has no {REFERENCE} or no {own} "
+            "without a limit; run the benchmark with its default schemes"
         )
-    report = predict(row, free[0], case[0], int(result["machine"]["cores"]), rates)
+    free_rows = free[REFERENCE], free[own]
+    report = predict(row, free_rows, case[0], int(result["machine"]["cores"]), rates)
     predicted_s = report.total.total
     return Comparison(
         part=row["part"],
@@ -155,23 +159,25 @@ def _compare(row: Row, result: dict[str, Any], rates: KernelRates | None, path: 
     )
 
 
-def predict(row: Row, free: Row, case: Row, cores: int, rates: KernelRates | None = None) -> SchemeReport:
+def predict(
+    row: Row, free: tuple[Row, Row], case: Row, cores: int, rates: KernelRates | None = None
+) -> SchemeReport:
     """The modelled step of a row.
 
     Args:
         row: a measured row with limited rates.
-        free: the reference scheme without a limit, same ranks and selection.
+        free: the reference scheme and this one without a limit, same ranks and selection.
         case: the selection: sizes and who fetched how many pairs from whom.
         cores: of the machine, shared by all ranks.
-        rates: kernel rates; None: from `free`.
+        rates: kernel rates; None: from this scheme's `free`.
     """
     pairs, shape = np.asarray(case["pairs"], dtype=np.int64), _shape(case)
     size, known = pairs.shape[0], SCHEMES[row["scheme"]]
     placement = place("contiguous", seq_len=case["seq_len"], block_size=shape.block_size, cp_size=size)
     setup = Setup(
         shape=shape,
-        cluster=_cluster(row, free, cores, size),
-        rates=rates or _rates(shape, placement, free),
+        cluster=_cluster(row, free[0], cores, size),
+        rates=rates or _rates(shape, placement, free[1]),
         cp_size=size,
         options=known.options,
         outer=placement,

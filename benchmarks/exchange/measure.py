@@ -183,6 +183,7 @@ def summary(steps: list[list[StepReport]]) -> dict[str, Any]:
         "step_s_min": min(walls),
         "compute_cpu_s": mean_by_rank("compute_s"),
         "process_cpu_s": mean_by_rank("process_cpu_s"),
+        "sources_cpu_s_mean": _mean_by_purpose([report.sources_s for step in steps for report in step]),
         "exposed_s_mean": _mean_by_purpose([report.exposed_s for report in last]),
         "counted_bytes": [sum(report.traffic.values()) for report in last],
         "counted_by_purpose_mean": _mean_by_purpose([report.traffic for report in last]),

@@ -22,6 +22,7 @@ from benchmarks.exchange.formulas import LayerShape
 from benchmarks.exchange.layer import LayerData, layer_step, make_layer, worst_row_error
 from benchmarks.exchange.schemes import SCHEMES, make_comm
 from benchmarks.exchange.selections import remote_pairs
+from benchmarks.exchange.source_times import timed_sources
 from msa_train.config import KvExchange
 from msa_train.parallel.collectives import CpComm
 from msa_train.parallel.exchange_groups import measure_rates
@@ -48,15 +49,16 @@ class StepReport:
     """One step of one rank.
 
     wall_s: from a barrier to this rank's end. compute_s: CPU time of the thread that computes; process_cpu_s:
-    of all threads. counters: bytes and packets (received, then sent) of the interface. traffic: bytes that
-    arrived from other ranks as counted by the collectives, by purpose. retransmits: TCP segments that this
-    rank sent again. exposed_s: time spent waiting for collectives, by purpose. used: the exchange that was
-    taken. error: worst row against the reference scheme, if asked for.
+    of all threads. sources_s: see `timed_sources`. counters: bytes and packets (received, then sent) of the
+    interface. traffic: bytes that arrived from other ranks as counted by the collectives, by purpose.
+    retransmits: TCP segments that this rank sent again. exposed_s: time spent waiting for collectives, by
+    purpose. used: the exchange that was taken. error: worst row against the reference scheme, if asked for.
     """
 
     wall_s: float
     compute_s: float
     process_cpu_s: float
+    sources_s: dict[str, float]
     counters: tuple[int, int, int, int]
     traffic: dict[str, int]
     retransmits: int
@@ -103,7 +105,8 @@ class RankWorker:
         dist.barrier()
         counters, retransmits = read_counters(self.interface), read_retransmits()
         wall, compute, cpu = time.perf_counter(), time.thread_time(), time.process_time()
-        result = layer_step(data, SCHEMES[scheme], comm)
+        with timed_sources(data.layout) as sources:
+            result = layer_step(data, SCHEMES[scheme], comm)
         wall, compute = time.perf_counter() - wall, time.thread_time() - compute
         cpu = time.process_time() - cpu
         dist.barrier()
@@ -112,6 +115,7 @@ class RankWorker:
             wall_s=wall,
             compute_s=compute,
             process_cpu_s=cpu,
+            sources_s=sources,
             counters=(moved.received_bytes, moved.received_packets, moved.sent_bytes, moved.sent_packets),
             traffic=dict(comm.traffic.received),
             retransmits=read_retransmits() - retransmits,

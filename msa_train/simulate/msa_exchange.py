@@ -23,12 +23,30 @@ REQUEST_HEADER_BYTES = 64
 
 
 @dataclass(slots=True)
-class AttentionWork:
-    """Seconds of each rank, [P'] each. local: share of them that needs only own blocks."""
+class PassWork:
+    """Seconds of each rank over its own blocks, under which others travel, and over the others, [P'] each."""
 
-    forward_s: FloatArray
-    backward_s: FloatArray
-    local: FloatArray
+    own: FloatArray
+    others: FloatArray
+
+    @property
+    def total(self) -> FloatArray:
+        """Over all blocks."""
+        return self.own + self.others
+
+
+@dataclass(slots=True)
+class AttentionWork:
+    """What every rank computes."""
+
+    forward: PassWork
+    backward: PassWork
+
+    @classmethod
+    def divided(cls, forward_s: FloatArray, backward_s: FloatArray, own: FloatArray) -> "AttentionWork":
+        """[P'] seconds each, of which the share `own` [P'] needs own blocks only."""
+        forward, backward = (PassWork(x * own, x * (1 - own)) for x in (forward_s, backward_s))
+        return cls(forward, backward)
 
 
 @dataclass(slots=True)
@@ -148,8 +166,8 @@ class Selected(Exchange):
         """See Exchange.forward."""
         if not again:
             clocks.collective("request", self.seconds("request") + self.cluster.host_sync_s)
-        self._fetch(clocks, "kv", self.work.forward_s * self.work.local)
-        clocks.compute(self.work.forward_s * (1 - self.work.local))
+        self._fetch(clocks, "kv", self.work.forward.own)
+        clocks.compute(self.work.forward.others)
 
     def _fetch(self, clocks: Timeline, purpose: str, computing: FloatArray) -> None:
         """Both hops and the hot pairs; only what starts at once is hidden."""
@@ -166,12 +184,11 @@ class Selected(Exchange):
 
     def backward(self, clocks: Timeline) -> None:
         """See Exchange.backward."""
-        own, shape = self.work.backward_s * self.work.local, self.setup.shape
-        remote = self.work.backward_s * (1 - self.work.local)
+        own, shape = self.work.backward.own, self.setup.shape
         keep = self.setup.options.keep_for_backward
         if not keep:
             self._fetch(clocks, "kv_again", own)
-        clocks.compute(remote)
+        clocks.compute(self.work.backward.others)
         clocks.copy(self.setup.copy_s(self.fetched * shape.pair_grad_bytes))
         first = "kv_grad"
         if self.hierarchical:
@@ -215,8 +232,8 @@ class AllGather(Exchange):
 
     def forward(self, clocks: Timeline, *, again: bool) -> None:
         """See Exchange.forward."""
-        self._gather(clocks, "kv", self.work.forward_s)
-        clocks.compute(self.work.forward_s * (1 - self.work.local))
+        self._gather(clocks, "kv", self.work.forward.own)
+        clocks.compute(self.work.forward.others)
 
     def before_backward(self, clocks: Timeline) -> None:
         """See Exchange.before_backward."""
@@ -224,12 +241,11 @@ class AllGather(Exchange):
 
     def backward(self, clocks: Timeline) -> None:
         """See Exchange.backward."""
-        self._gather(clocks, "kv_again", self.work.backward_s)
-        clocks.compute(self.work.backward_s * (1 - self.work.local))
+        self._gather(clocks, "kv_again", self.work.backward.own)
+        clocks.compute(self.work.backward.others)
         clocks.collective("kv_grad", self.seconds("kv_grad"))
 
-    def _gather(self, clocks: Timeline, name: str, seconds: FloatArray) -> None:
-        own = seconds * self.work.local
+    def _gather(self, clocks: Timeline, name: str, own: FloatArray) -> None:
         if not self.early:
             clocks.under(name, self.seconds(name), own, overlap=self.overlap)
             return
@@ -252,11 +268,11 @@ class AllGatherAllReduce(Exchange):
     def forward(self, clocks: Timeline, *, again: bool) -> None:
         """See Exchange.forward."""
         clocks.collective("kv", self.seconds("kv"))
-        clocks.compute(self.work.forward_s)
+        clocks.compute(self.work.forward.total)
 
     def backward(self, clocks: Timeline) -> None:
         """See Exchange.backward."""
-        clocks.compute(self.work.backward_s)
+        clocks.compute(self.work.backward.total)
         clocks.collective("kv_grad", self.seconds("kv_grad"))
 
 
@@ -281,23 +297,23 @@ class Ring(Exchange):
             self.took("kv_grad", self.grad_step.scaled(self.size))
         self.memory_bytes = shard + 3 * grads
 
-    def _steps(self, seconds: FloatArray) -> list[FloatArray]:
+    def _steps(self, work: PassWork) -> list[FloatArray]:
         """[P'] work at each step: own shard first, then in proportion to the pairs wanted from each."""
         rows = requested_by_owner(self.wants).astype(float)
         rows /= np.maximum(rows.sum(axis=1, keepdims=True), 1)
-        rank, remote = np.arange(self.size), seconds * (1 - self.work.local)
-        own = seconds * self.work.local
-        return [own, *(remote * rows[rank, (rank - step) % self.size] for step in range(1, self.size))]
+        rank, numbers = np.arange(self.size), range(1, self.size)
+        others = (work.others * rows[rank, (rank - number) % self.size] for number in numbers)
+        return [self.setup.evened(seconds) for seconds in (work.own, *others)]
 
     def forward(self, clocks: Timeline, *, again: bool) -> None:
         """See Exchange.forward."""
-        for number, seconds in enumerate(self._steps(self.work.forward_s)):
+        for number, seconds in enumerate(self._steps(self.work.forward)):
             self._step(clocks, "kv", seconds, self.step.time_s(self.cluster) * (number < self.size - 1))
 
     def backward(self, clocks: Timeline) -> None:
         """See Exchange.backward."""
         step_s, grad_s = self.step.time_s(self.cluster), self.grad_step.time_s(self.cluster)
-        for number, seconds in enumerate(self._steps(self.work.backward_s)):
+        for number, seconds in enumerate(self._steps(self.work.backward)):
             # gradients of the piece before travel beside the next piece
             self._step(clocks, "kv_again", seconds, step_s * (number < self.size - 1) + grad_s * (number > 0))
         if self.size > 1:

@@ -59,25 +59,36 @@ class MsaWork:
 class MsaLayer:
     """Times and bytes of one layer call."""
 
-    def __init__(self, setup: Setup, work: MsaWork, *, with_projections: bool = True) -> None:
-        """with_projections: False leaves the attention alone, as the wire benchmark measures it."""
+    def __init__(
+        self,
+        setup: Setup,
+        work: MsaWork,
+        *,
+        attention: AttentionWork | None = None,
+        with_projections: bool = True,
+    ) -> None:
+        """attention: what attention took where it was measured; None: by the kernels' rates.
+        with_projections: False leaves the attention alone, as the wire benchmark measures it."""
         self.setup, self.work, self.with_projections = setup, work, with_projections
         self.head_size, self.outer_size = setup.options.head_size, setup.outer.cp_size
         self.cluster = setup.outer_cluster
         shape, rates = setup.shape, setup.rates
-        tiles = work.tiles.astype(np.float64)
-        # a head-parallel rank has 1 / u of the heads and u times the queries
-        flops = shape.sparse_flops(tiles) / self.head_size
-        backward_s = setup.seconds(BACKWARD_FACTOR * flops, rates.sparse_backward_flops)
-        if shape.trains_index:
-            kl = shape.kl_flops(tiles) / self.head_size
-            backward_s = backward_s + setup.seconds(kl, rates.kl_flops)
-        forward_s = setup.seconds(flops, rates.sparse_forward_flops)
-        self.attention = AttentionWork(np.asarray(forward_s), np.asarray(backward_s), work.local_share)
+        self.attention = attention or self._by_rates()
         index = shape.index_flops(work.index_scores.astype(np.float64) * shape.block_size) / self.head_size
         self.index_s = np.asarray(setup.seconds(index, rates.index_flops))
         projection = shape.index_projection_flops(setup.tokens)
         self.index_projection_s = float(setup.seconds(projection, rates.projection_flops))
+
+    def _by_rates(self) -> AttentionWork:
+        setup, shape, rates = self.setup, self.setup.shape, self.setup.rates
+        tiles = self.work.tiles.astype(np.float64)
+        # a head-parallel rank has 1 / u of the heads and u times the queries
+        flops = shape.sparse_flops(tiles) / self.head_size
+        backward_s = setup.seconds(BACKWARD_FACTOR * flops, rates.sparse_backward_flops)
+        if shape.trains_index:
+            backward_s = backward_s + setup.seconds(shape.kl_flops(tiles) / self.head_size, rates.kl_flops)
+        forward_s = setup.seconds(flops, rates.sparse_forward_flops)
+        return AttentionWork.divided(np.asarray(forward_s), np.asarray(backward_s), self.work.local_share)
 
     def report(self, scheme: Scheme) -> SchemeReport:
         """One scheme's layer."""

@@ -46,6 +46,10 @@ class Setup:
         """Time of so many FLOPs (or bytes) at a rate."""
         return flops / (rate * self.cluster.compute_share)
 
+    def evened(self, seconds: FloatArray) -> FloatArray:
+        """[P'] what ranks that compute side by side take: sharing cores, one leaves its to the others."""
+        return np.full_like(seconds, seconds.mean()) if self.cluster.compute_share < 1 else seconds
+
     def projections_s(self) -> float:
         """Query, key and value projections, forward."""
         return float(self.seconds(self.shape.qkv_flops(self.tokens), self.rates.projection_flops))

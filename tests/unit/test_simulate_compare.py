@@ -14,6 +14,8 @@ P, T, COMPUTE_S, HEADERS, CORES = 4, 1024, 0.2, 1.02, 2
 # 4 KV groups of 128 channels in fp32; 32 pairs of a rank, blocks of 128 tokens
 KV_TOKEN, INDEX_TOKEN, GRAD_TOKEN = 4096, 512, 4096 + 4 * 512
 RATE = 100
+# the rest of the computing time is beside attention
+SOURCES = {"forward_own": 0.03, "forward_others": 0.03, "backward_own": 0.05, "backward_others": 0.07}
 SELECTION = {
     "part": "4", "selection": "0.5", "seq_len": P * T, "block_size": 128, "topk": 4, "num_kv_heads": 4,
     "heads_per_group": 1, "head_dim": 128, "index_head_dim": 128, "bytes_per_element": 4, "with_kl": True,
@@ -26,7 +28,8 @@ def row(scheme: str, rate_mbit: int, step_s: float, bytes_each: float) -> dict[s
         "part": "4", "selection": "0.5", "rate_mbit": rate_mbit, "node_rate_mbit": 0, "scheme": scheme,
         "f": 0.5,
         "step_s_median": step_s, "compute_cpu_s": [COMPUTE_S] * P, "process_cpu_s": [COMPUTE_S] * P,
-        "counted_bytes": [bytes_each] * P, "interface_received_bytes": [HEADERS * bytes_each] * P,
+        "sources_cpu_s_mean": SOURCES, "counted_bytes": [bytes_each] * P,
+        "interface_received_bytes": [HEADERS * bytes_each] * P,
     }  # fmt: skip
 
 
@@ -119,6 +122,14 @@ def test_the_link_between_nodes_limits_what_crosses_it(tmp_path: Path) -> None:
     crossing = HEADERS * T * (3 * KV_TOKEN * 2 + 4 * GRAD_TOKEN + 3 * INDEX_TOKEN)
     assert found.predicted_s > crossing / (10 * MBIT)
     assert found.predicted_s < 1.2 * crossing / (10 * MBIT) + COMPUTE_S * P / CORES
+
+
+def test_no_step_is_shorter_than_what_its_processors_do(tmp_path: Path) -> None:
+    data, busy = measured(), [1.5 * COMPUTE_S] * P
+    quick = row("selected", 100_000, 1.0, 1e9) | {"process_cpu_s": busy}
+    data["rows"] = [data["rows"][0], quick]
+    (found,) = compare_file(write(tmp_path, data))
+    assert found.predicted_s == pytest.approx(sum(busy) / CORES)
 
 
 @pytest.mark.parametrize(

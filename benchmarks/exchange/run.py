@@ -103,6 +103,15 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+def without_out(argv: list[str]) -> list[str]:
+    """The arguments that matter for the figures: where they are written does not."""
+    kept: list[str] = []
+    for position, text in enumerate(argv):
+        if not text.startswith("--out") and argv[max(0, position - 1)] != "--out":
+            kept.append(text)
+    return kept
+
+
 def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
     # A request to end goes the same way as an interrupt: ranks are killed on the way out.
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
@@ -116,7 +125,7 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
     if arguments.memory:
         measurement.measure_memory(max(parts, key=lambda part: (part.nodes == 1, part.ranks)), "0.2")
     result = {
-        "command": " ".join(["python -m benchmarks.exchange.run", *argv]),
+        "command": " ".join(["python -m benchmarks.exchange.run", *without_out(argv)]),
         "seconds": time.monotonic() - start,
         "machine": machine(),
         "shape": asdict(measurement.shape),

@@ -1,8 +1,8 @@
 """Run Triton kernels where there is no GPU, and see what they compile to.
 
-Triton decides when a kernel is decorated whether it is interpreted. So that this does not depend on which test
-imported what, kernels run in worker processes with the environment they need; on a machine with a GPU they
-run on it, in the process of the test.
+Triton decides when a kernel is decorated whether it is interpreted. So that this does not depend on what was
+imported before, kernels run in worker processes with the environment they need; with a GPU they run on it, in
+the process of the test.
 """
 
 import atexit
@@ -80,7 +80,7 @@ def run_triton(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def compiled_kernels(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[CompiledKernel]:
     """Compile for sm_90 every kernel that fn launches, with the arguments and options it launches it with.
 
-    Kernels do not run: fn finds their outputs as it allocated them, so its own control flow must not depend on
+    Kernels do not run: fn finds their outputs as it allocated them, so its control flow must not depend on
     them. fn and the arguments as in `run_triton`; tensors stay on the CPU, bf16 allowed. No GPU is used.
     """
     return _call_in("compile", _record_compiled, (fn, args, kwargs), {})

@@ -14,12 +14,14 @@ class SelectConfig:
     num_warps: int
     num_stages: int
     """Key tiles in shared memory."""
+    chunk: int = 256
+    """Channels of the index head dim per product: the whole of it, but where that would not fit."""
     test_first: bool = False
     """Look whether any row takes the block before the slots are searched; saves work where few do."""
 
 
-# Hopper, 16-bit inputs, D 128, blocks of 128: two programs share a multiprocessor, so that one reduces and inserts
-# while the other multiplies. The first is used; the benchmark compares them.
+# Hopper, 16-bit inputs, D 128, blocks of 128: two programs share a multiprocessor, so that one reduces and
+# inserts while the other multiplies. The first is used; the others are there to be compared with it.
 MAIN = (
     SelectConfig(block_m=128, tile_n=128, num_warps=4, num_stages=2),
     SelectConfig(block_m=128, tile_n=128, num_warps=4, num_stages=2, test_first=True),
@@ -28,9 +30,9 @@ MAIN = (
 # up to 64 slots per row: half the rows, so that the slots still fit into registers
 MANY_SLOTS = SelectConfig(block_m=64, tile_n=128, num_warps=4, num_stages=2, test_first=True)
 # D over 128, or blocks of more than 128 keys
-LARGE_TILES = SelectConfig(block_m=64, tile_n=128, num_warps=8, num_stages=2, test_first=True)
-# fp32 multiplies without tensor cores: for checks, not for speed
-FLOAT32 = SelectConfig(block_m=32, tile_n=64, num_warps=4, num_stages=1)
+LARGE_TILES = SelectConfig(block_m=64, tile_n=128, num_warps=8, num_stages=2, chunk=128, test_first=True)
+# fp32 is multiplied without tensor cores, whose tf32 would drop half the digits: for checks, not for speed
+FLOAT32 = SelectConfig(block_m=32, tile_n=64, num_warps=8, num_stages=1, chunk=16)
 
 
 def select_config(*, element_bytes: int, dim: int, block_size: int, slots: int) -> SelectConfig:

@@ -1,9 +1,9 @@
 """Triton kernels of block selection: scores stay in registers, only block ids leave.
 
-Rows are (query, group) pairs: row r of the [T, M, D] queries seen as [T * M, D]. A program owns BLOCK_M rows and
-walks the keys in tiles of whole blocks. The best blocks of its rows lie in registers as [SLOTS, BLOCK_M]: with the
-slots along the first dim and as many threads as rows, each thread holds all slots of one row, and a reduction
-over slots costs no exchange.
+Rows are (query, group) pairs: row r of the [T, M, D] queries seen as [T * M, D]. A program owns BLOCK_M rows
+and walks the keys in tiles of whole blocks. The best blocks of its rows lie in registers as [SLOTS, BLOCK_M]:
+with the slots along the first dim and as many threads as rows, each thread holds all slots of one row, and a
+reduction over slots costs no exchange.
 """
 
 import triton
@@ -16,14 +16,16 @@ NO_BLOCK = tl.constexpr(2**31 - 1)
 def _insert(best, ids, score, block):
     """Put `block` with `score` [BLOCK_M] in the place of each row's worst slot, if it beats that.
 
-    best [SLOTS, BLOCK_M] fp32, ids [SLOTS, BLOCK_M] int32, no id twice in a row. Blocks come in ascending order:
-    a later one must be strictly better, and of equally bad slots the one with the highest id goes. So ties go to
-    the lower id. Example (2 slots): scores 3, 5, 5, 5 of blocks 0 1 2 3 leave blocks 1 and 2.
+    best [SLOTS, BLOCK_M] fp32, ids [SLOTS, BLOCK_M] int32, no id twice in a row. Blocks come in ascending
+    order: a later one must be strictly better, and of equally bad slots the one with the highest id goes. So
+    ties go to the lower id. Example (2 slots): scores 3, 5, 5, 5 of blocks 0 1 2 3 leave blocks 1 and 2.
     """
     worst = tl.min(best, axis=0)
     last = tl.max(tl.where(best == worst[None, :], ids, -NO_BLOCK), axis=0)
-    taken = (ids == last[None, :]) & (score > worst)[None, :]
-    return tl.where(taken, score[None, :], best), tl.where(taken, block, ids)
+    # compared in two dims: a one-dim comparison would move to the slots' threads on its own
+    score = score[None, :]
+    taken = (ids == last[None, :]) & (score > best)
+    return tl.where(taken, score, best), tl.where(taken, block, ids)
 
 
 @triton.jit
@@ -108,7 +110,8 @@ def select_blocks_kernel(
     HAS_VALID: tl.constexpr,
     SPLIT: tl.constexpr,
     TEST_FIRST: tl.constexpr,
-    PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr,
+    NUM_CHUNKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_BLOCKS: tl.constexpr,
@@ -157,8 +160,15 @@ def select_blocks_kernel(
             start = tl.min(ahead, axis=0)
             stop = tl.minimum(tl.max(tl.where(first <= start, limit + 1, 0), axis=0), end)
             for block in tl.range(start, stop, TILE_BLOCKS, num_stages=NUM_STAGES):
-                k = k_desc.load([block * BLOCK_SIZE, 0])
-                scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                if NUM_CHUNKS == 1:
+                    k = k_desc.load([block * BLOCK_SIZE, 0])
+                    scores = tl.dot(q, tl.trans(k))
+                else:
+                    scores = tl.zeros([BLOCK_M, TILE_N], tl.float32)
+                    for chunk in tl.range(0, NUM_CHUNKS, num_stages=NUM_STAGES):
+                        q = q_desc.load([tile * BLOCK_M, chunk * CHUNK])
+                        k = k_desc.load([block * BLOCK_SIZE, chunk * CHUNK])
+                        scores = tl.dot(q, tl.trans(k), scores, input_precision="ieee")
                 if TILE_BLOCKS == 1:
                     if TILE_N > BLOCK_SIZE:
                         scores = tl.where((tl.arange(0, TILE_N) < BLOCK_SIZE)[None, :], scores, float("-inf"))

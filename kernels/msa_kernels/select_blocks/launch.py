@@ -50,6 +50,7 @@ def select_blocks_triton(
         config = select_config(
             element_bytes=q_index.element_size(), dim=dim, block_size=block_size, slots=slots
         )
+    chunk = min(dim, config.chunk)
     tile_blocks = max(1, config.tile_n // block_size) if block_size & (block_size - 1) == 0 else 1
     tile_n = max(16, triton.next_power_of_2(tile_blocks * block_size))
     num_tiles = triton.cdiv(num_rows, config.block_m)
@@ -78,8 +79,8 @@ def select_blocks_triton(
         partial_score = torch.empty(num_rows, num_splits * slots, dtype=torch.float32, device=out.device)
         partial_id = torch.empty_like(partial_score, dtype=torch.int32)
     select_blocks_kernel[(num_tiles * num_splits,)](
-        TensorDescriptor.from_tensor(q_rows, [config.block_m, dim]),
-        TensorDescriptor.from_tensor(keys, [tile_n, dim]),
+        TensorDescriptor.from_tensor(q_rows, [config.block_m, chunk]),
+        TensorDescriptor.from_tensor(keys, [tile_n, chunk]),
         *queries,
         partial_score,
         partial_id,
@@ -91,7 +92,8 @@ def select_blocks_triton(
         **shared,
         SPLIT=num_splits > 1,
         TEST_FIRST=config.test_first,
-        PRECISION="ieee" if q_index.dtype == torch.float32 else "tf32",
+        CHUNK=chunk,
+        NUM_CHUNKS=triton.cdiv(dim, chunk),
         BLOCK_M=config.block_m,
         TILE_N=tile_n,
         TILE_BLOCKS=tile_blocks,

@@ -1,4 +1,6 @@
-"""Block selection in query and key tiles: no query-by-sequence score matrix is ever held.
+"""Block selection: choice of the implementation, and the tiled one in torch.
+
+No query-by-sequence score matrix is ever held.
 
 Shapes: T queries of this call, M KV groups, D index head dim, S keys of the whole pack, NB = S / block_size.
 """
@@ -7,6 +9,9 @@ from bisect import bisect_right
 
 import torch
 from torch import Tensor
+
+from msa_kernels.dispatch import choose_kernel
+from msa_kernels.select_blocks.reference import select_blocks_reference
 
 # Elements of one score tile: 1 MiB in fp32, inside a CPU core's own cache.
 _TILE_ELEMENTS = 2**18
@@ -25,6 +30,7 @@ def select_blocks(
     query_offset: int = 0,
     query_valid: Tensor | None = None,
     position: Tensor | None = None,
+    kernel: str = "auto",
 ) -> Tensor:
     """Select, for every query and KV group, the key blocks it attends to.
 
@@ -48,6 +54,8 @@ def select_blocks(
         query_valid: [T] bool, False for padding queries, which select nothing. None: all valid.
         position: [T] int64, ascending positions of the queries in the pack, for some queries out of many;
             takes the place of query_offset. None: consecutive ones.
+        kernel: "triton" (GPUs; fp32, fp16, bf16), "cpu" (tiled, in torch, any device), "reference" (the
+            definition, slow), or "auto": Triton where it is installed and the tensors are on a GPU, else "cpu".
 
     Returns:
         block_indices: [T, M, topk] int32, global block ids ascending, -1 on the right for empty slots.
@@ -60,6 +68,40 @@ def select_blocks(
     _check(q_index, k_index, cu_seqlens, block_size, topk, local_blocks, query_offset)
     if position is not None and position.shape != q_index.shape[:1]:
         raise ValueError(f"position.shape={tuple(position.shape)}: must be [T] = [{q_index.shape[0]}]")
+    if query_valid is not None and query_valid.shape != q_index.shape[:1]:
+        raise ValueError(f"query_valid.shape={tuple(query_valid.shape)}: must be [T] = [{q_index.shape[0]}]")
+    unsupported = _not_in_triton(q_index, k_index, block_size, topk)
+    chosen = choose_kernel(kernel, q_index.device, unsupported)
+    if chosen == "triton":
+        # triton is not installed everywhere
+        from msa_kernels.select_blocks.launch import select_blocks_triton as implementation
+    else:
+        implementation = select_blocks_reference if chosen == "reference" else _select_blocks_tiled
+    return implementation(
+        q_index,
+        k_index,
+        cu_seqlens,
+        block_size=block_size,
+        topk=topk,
+        local_blocks=local_blocks,
+        query_offset=query_offset,
+        query_valid=query_valid,
+        position=position,
+    )
+
+
+def _select_blocks_tiled(
+    q_index: Tensor,
+    k_index: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    block_size: int,
+    topk: int,
+    local_blocks: int,
+    query_offset: int,
+    query_valid: Tensor | None,
+    position: Tensor | None,
+) -> Tensor:
     num_queries, num_groups, _ = q_index.shape
     device = q_index.device
     compute_dtype = torch.float64 if q_index.dtype == torch.float64 else torch.float32
@@ -132,6 +174,19 @@ def topk_lowest_id(scores: Tensor, topk: int) -> Tensor:
     ids = ids[:, :width].masked_fill(values[:, :width] == float("-inf"), num_blocks)
     ids = ids.sort(dim=-1).values
     return ids.masked_fill_(ids == num_blocks, -1)
+
+
+def _not_in_triton(q_index: Tensor, k_index: Tensor, block_size: int, topk: int) -> str | None:
+    """Why there is no Triton kernel for these arguments, None if there is one."""
+    if q_index.dtype not in (torch.float32, torch.float16, torch.bfloat16) or q_index.dtype != k_index.dtype:
+        return (
+            f"q_index.dtype={q_index.dtype}, k_index.dtype={k_index.dtype}: must be one of fp32, fp16, bf16"
+        )
+    if not 1 <= q_index.shape[-1] <= 256:
+        return f"D={q_index.shape[-1]}: must be from 1 to 256"
+    if not 1 <= block_size <= 256:
+        return f"block_size={block_size}: must be from 1 to 256"
+    return None if topk <= 64 else f"topk={topk}: must be from 1 to 64"
 
 
 def _check(

@@ -58,13 +58,17 @@ def _visible_blocks(
     HAS_POSITION: tl.constexpr,
     HAS_VALID: tl.constexpr,
 ):
-    """First block of each row's document, and its own block; (0, -1) for a row that selects nothing."""
+    """First block of each row's document, and its own block; (0, -1) for a row that selects nothing.
+
+    Positions are query_offset + query, or query_offset + position[query].
+    """
     query = rows // NUM_GROUPS
     is_query = rows < num_rows
+    position = query.to(tl.int64)
     if HAS_POSITION:
-        position = tl.load(position_ptr + query, is_query, 0)
-    else:
-        position = query.to(tl.int64) + query_offset
+        position = tl.load(position_ptr + query, is_query, 0).to(tl.int64)
+    position += query_offset
+    is_query &= position >= 0
     # the last document that starts at or before the position
     low = tl.zeros_like(position)
     high = low + num_docs
@@ -74,7 +78,8 @@ def _visible_blocks(
         low, high = tl.where(starts_before, middle, low), tl.where(starts_before, high, middle)
     if HAS_VALID:
         is_query &= tl.load(valid_ptr + query, is_query, 0) != 0
-    first = (tl.load(cu_seqlens_ptr + low, is_query, 0) // BLOCK_SIZE).to(tl.int32)
+    # the first document starts at 0: with one document nothing is read
+    first = (tl.load(cu_seqlens_ptr + low, is_query & (low > 0), 0) // BLOCK_SIZE).to(tl.int32)
     own = (position // BLOCK_SIZE).to(tl.int32)
     return tl.where(is_query, first, 0), tl.where(is_query, own, -1)
 
@@ -220,10 +225,12 @@ def merge_kernel(
     HAS_VALID: tl.constexpr,
     BLOCK_M: tl.constexpr,
     CANDIDATES: tl.constexpr,
+    ID_IS_COLUMN: tl.constexpr,
 ):
     """Best of each row's candidates, beside its forced blocks: partials [num_rows, num_candidates] -> out.
 
     Takes the best candidate TOPK times, of equal ones that with the lowest id; no order is asked of them.
+    ID_IS_COLUMN: a candidate's id is its column, and partial_id is not read.
     """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     first, own = _visible_blocks(
@@ -234,7 +241,10 @@ def merge_kernel(
     source = rows.to(tl.int64)[:, None] * num_candidates + candidate
     inside = (rows < num_rows)[:, None] & (candidate < num_candidates)
     scores = tl.load(partial_score_ptr + source, inside, float("-inf"))
-    ids = tl.load(partial_id_ptr + source, inside, NO_BLOCK)
+    if ID_IS_COLUMN:
+        ids = tl.broadcast_to(candidate, [BLOCK_M, CANDIDATES])
+    else:
+        ids = tl.load(partial_id_ptr + source, inside, NO_BLOCK)
     slot = tl.arange(0, SLOTS)[None, :]
     chosen = _forced(first[:, None], own[:, None], slot, LOCAL_BLOCKS)
     filled = tl.sum((chosen != NO_BLOCK).to(tl.int32), axis=1)

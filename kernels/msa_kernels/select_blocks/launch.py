@@ -58,6 +58,7 @@ def select_blocks_triton(
         num_splits = _num_splits(q_index.device, num_tiles, k_index.shape[0] // block_size, slots)
     starts = cu_seqlens.to(q_index.device, non_blocking=True)
     num_docs = starts.numel() - 1
+    offset = query_offset if position is None else 0
     shared = {
         "NUM_GROUPS": num_groups,
         "BLOCK_SIZE": block_size,
@@ -87,7 +88,7 @@ def select_blocks_triton(
         num_rows,
         num_docs,
         (num_docs - 1).bit_length(),
-        query_offset,
+        offset,
         num_splits,
         **shared,
         SPLIT=num_splits > 1,
@@ -110,11 +111,12 @@ def select_blocks_triton(
             num_rows,
             num_docs,
             (num_docs - 1).bit_length(),
-            query_offset,
+            offset,
             num_splits * slots,
             **shared,
             BLOCK_M=merge_rows,
             CANDIDATES=candidates,
+            ID_IS_COLUMN=False,
             num_warps=4,
         )
     return out

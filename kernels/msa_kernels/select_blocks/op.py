@@ -55,7 +55,7 @@ def select_blocks(
         position: [T] int64, ascending positions of the queries in the pack, for some queries out of many;
             takes the place of query_offset. None: consecutive ones.
         kernel: "triton" (GPUs; fp32, fp16, bf16), "cpu" (tiled, in torch, any device), "reference" (the
-            definition, slow), or "auto": Triton where it is installed and the tensors are on a GPU, else "cpu".
+            definition, slow), or "auto": Triton where it is installed, for tensors on a GPU, else "cpu".
 
     Returns:
         block_indices: [T, M, topk] int32, global block ids ascending, -1 on the right for empty slots.

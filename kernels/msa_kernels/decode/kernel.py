@@ -44,7 +44,7 @@ def decode_scores_kernel(
 ):
     """Grid [cdiv(num_blocks, blocks_per_program), B]. score [B, M, num_blocks] fp32, all of it written.
 
-    q [B, M, DIM], index keys [pages, page_size, DIM]. Blocks that are not there, and the forced ones, get -inf.
+    q [B, M, DIM], index keys [pages, page_size, DIM]. Forced blocks, and those not there, get -inf.
     """
     sequence = tl.program_id(1)
     # forced blocks need no score, and all others are whole

@@ -41,7 +41,7 @@ def decode_attention_triton(
 
     Args:
         config: tile shapes; None: by shape.
-        num_parts: programs that share the selected blocks of a sequence and group; None: what fills the device.
+        num_parts: programs that share the blocks of a sequence and group; None: what fills the device.
     """
     seq_lens = seq_lens.to(q.device, non_blocking=True)
     dim = _padded(max(q.shape[-1], q_index.shape[-1]))

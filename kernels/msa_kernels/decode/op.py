@@ -30,8 +30,8 @@ def decode_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of the newest token of each sequence over the cached tokens of its selected blocks.
 
-    A sequence is one document. The selection is that of `select_blocks` for its last token, the softmax that of
-    `block_sparse_attention`.
+    A sequence is one document. The selection is that of `select_blocks` for its last token, the softmax that
+    of `block_sparse_attention`.
 
     Args:
         q: [B, H, D] queries of the newest tokens, any float dtype.

@@ -1,6 +1,7 @@
 """Triton kernels of decoding: block scores, best blocks, attention over parts of them, merge of the parts.
 
 A tile is one block, or a part of one. Tokens of one block lie in one page, so a tile needs one page number.
+USE_DOT: products on tensor cores. Without it (fp32, whose digits they would drop): sums over elements.
 """
 
 import triton
@@ -40,6 +41,7 @@ def decode_scores_kernel(
     TILE_N: tl.constexpr,
     LOCAL_BLOCKS: tl.constexpr,
     HAS_TABLE: tl.constexpr,
+    USE_DOT: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
     """Grid [cdiv(num_blocks, blocks_per_program), B]. score [B, M, num_blocks] fp32, all of it written.
@@ -65,10 +67,18 @@ def decode_scores_kernel(
         )
         source = k_ptr + page * k_page_stride + (token + row).to(tl.int64)[:, None] * k_token_stride
         k = tl.load(source + dim[None, :], is_key, 0.0)
-        scores = tl.dot(k, tl.trans(q), input_precision="ieee")
-        if TILE_N > BLOCK_SIZE:
-            scores = tl.where((row < BLOCK_SIZE)[:, None], scores, float("-inf"))
-        tl.store(target + block, tl.max(scores, axis=0), group < NUM_GROUPS)
+        if USE_DOT:
+            scores = tl.dot(k, tl.trans(q))
+            if TILE_N > BLOCK_SIZE:
+                scores = tl.where((row < BLOCK_SIZE)[:, None], scores, float("-inf"))
+            tl.store(target + block, tl.max(scores, axis=0), group < NUM_GROUPS)
+        else:
+            for g in range(NUM_GROUPS):
+                own = (sequence * NUM_GROUPS + g) * DIM + dim
+                products = k * tl.load(q_ptr + own, dim < DIM, 0.0)[None, :]
+                score = tl.where(row < BLOCK_SIZE, tl.sum(products, axis=1), float("-inf"))
+                group_target = score_ptr + (sequence.to(tl.int64) * NUM_GROUPS + g) * num_blocks
+                tl.store(group_target + block, tl.max(score, axis=0))
     for block in range(scored_end, end):
         tl.store(target + block, tl.full([GROUP_ROWS], float("-inf"), tl.float32), group < NUM_GROUPS)
 
@@ -134,6 +144,7 @@ def decode_attention_kernel(
     part_slots,
     NUM_GROUPS: tl.constexpr,
     GROUP_HEADS: tl.constexpr,
+    HEADS: tl.constexpr,
     HEAD_ROWS: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
@@ -142,22 +153,24 @@ def decode_attention_kernel(
     TILES_PER_BLOCK: tl.constexpr,
     TOPK: tl.constexpr,
     HAS_TABLE: tl.constexpr,
+    USE_DOT: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """Grid [num_parts, B * M]: one KV group's heads over part_slots of its selected blocks.
+    """Grid [num_parts, B * H / HEADS]: HEADS heads of a KV group over part_slots of its selected blocks.
 
     q [B, H, DIM], blocks [B, M, TOPK] -> out [B, M, num_parts, GROUP_HEADS, DIM], lse [B, M, num_parts,
     GROUP_HEADS], natural log. A part without a token gets 0 and -inf.
     """
     part = tl.program_id(0)
-    pair = tl.program_id(1)
+    first_head = tl.program_id(1) * HEADS
+    pair = first_head // GROUP_HEADS
     sequence, kv_group = pair // NUM_GROUPS, (pair % NUM_GROUPS).to(tl.int64)
     length = tl.load(seq_lens_ptr + sequence).to(tl.int32)
     head = tl.arange(0, HEAD_ROWS)
     dim = tl.arange(0, DIM_PAD)
     row = tl.arange(0, TILE_N)
-    is_head = (head < GROUP_HEADS)[:, None] & (dim < DIM)[None, :]
-    q = tl.load(q_ptr + (pair * GROUP_HEADS + head)[:, None] * DIM + dim[None, :], is_head, 0.0)
+    is_head = (head < HEADS)[:, None] & (dim < DIM)[None, :]
+    q = tl.load(q_ptr + (first_head + head)[:, None] * DIM + dim[None, :], is_head, 0.0)
     acc = tl.zeros([HEAD_ROWS, DIM_PAD], tl.float32)
     peak = tl.full([HEAD_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([HEAD_ROWS], tl.float32)
@@ -174,21 +187,28 @@ def decode_attention_kernel(
         v_source = v_ptr + page * v_page_stride + kv_group * v_group_stride + token * v_token_stride
         k = tl.load(k_source + dim[None, :], is_token, 0.0)
         v = tl.load(v_source + dim[None, :], is_token, 0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
-        scores = tl.where(seen[None, :], scores, float("-inf"))
+        if USE_DOT:
+            scores = tl.dot(q, tl.trans(k))
+        else:
+            scores = tl.sum(k * q, axis=1)[None, :]
+        scores = tl.where(seen[None, :], scores * scale_log2, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, axis=1))
         # nothing seen so far: -inf - -inf would not be 0
         base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         shrink = tl.exp2(peak - base)
         weight = tl.exp2(scores - base[:, None])
         total = total * shrink + tl.sum(weight, axis=1)
-        acc = acc * shrink[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
+        acc = acc * shrink[:, None]
+        if USE_DOT:
+            acc += tl.dot(weight.to(v.dtype), v)
+        else:
+            acc += tl.sum(v * tl.trans(weight), axis=0)[None, :]
         peak = new_peak
     result = acc / tl.where(total > 0, total, 1.0)[:, None]
     lse = (tl.where(total > 0, peak, 0.0) + tl.log2(total)) * 0.6931471805599453
-    target = (pair.to(tl.int64) * num_parts + part) * GROUP_HEADS + head
+    target = (pair.to(tl.int64) * num_parts + part) * GROUP_HEADS + first_head % GROUP_HEADS + head
     tl.store(out_ptr + target[:, None] * DIM + dim[None, :], result.to(out_ptr.dtype.element_ty), is_head)
-    tl.store(lse_ptr + target, lse, head < GROUP_HEADS)
+    tl.store(lse_ptr + target, lse, head < HEADS)
 
 
 @triton.jit

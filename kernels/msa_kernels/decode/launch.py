@@ -112,6 +112,7 @@ def _block_scores(
         TILE_N=_padded(block_size),
         LOCAL_BLOCKS=local_blocks,
         HAS_TABLE=cache.page_table is not None,
+        USE_DOT=keys.dtype != torch.float32,
         NUM_STAGES=config.num_stages,
         num_warps=config.num_warps,
     )
@@ -204,7 +205,10 @@ def _attend(
     k, v = (rows if rows.stride(3) == 1 else rows.contiguous() for rows in (cache.k, cache.v))
     tile_n = min(config.tile_n, _padded(block_size))
     table, page_size, pages_per_sequence = _pages(cache, seq_lens)
-    decode_attention_kernel[(num_parts, pairs)](
+    use_dot = q.dtype != torch.float32
+    # one head at a time where there is no matrix product whose rows they could be
+    heads = group_heads if use_dot else 1
+    decode_attention_kernel[(num_parts, batch * num_heads // heads)](
         q.contiguous(),
         k,
         v,
@@ -222,7 +226,8 @@ def _attend(
         part_slots,
         NUM_GROUPS=num_groups,
         GROUP_HEADS=group_heads,
-        HEAD_ROWS=_padded(group_heads),
+        HEADS=heads,
+        HEAD_ROWS=_padded(heads) if use_dot else 1,
         DIM=dim,
         DIM_PAD=_padded(dim),
         BLOCK_SIZE=block_size,
@@ -230,6 +235,7 @@ def _attend(
         TILES_PER_BLOCK=triton.cdiv(block_size, tile_n),
         TOPK=topk,
         HAS_TABLE=cache.page_table is not None,
+        USE_DOT=use_dot,
         NUM_STAGES=config.num_stages,
         num_warps=config.num_warps,
     )

@@ -158,7 +158,7 @@ def _launch_shipped(shapes: list[tuple[int, int, int, str]]) -> None:
 def test_compiles_for_hopper() -> None:
     kernels = compiled_kernels(
         _launch_shipped,
-        [(128, 128, 16, "bfloat16"), (256, 256, 64, "float16"), (256, 256, 16, "float32")],
+        [(128, 128, 16, "bfloat16"), (256, 256, 64, "float16"), (128, 128, 16, "float32")],
     )
     assert_fits_hopper(kernels)
     names = {kernel.name for kernel in kernels}

@@ -19,14 +19,13 @@ class DecodeConfig:
 # 16-bit inputs: tiles of 32 KB, three in flight, two programs per multiprocessor
 MAIN = DecodeConfig(blocks_per_program=16, tile_n=64, num_warps=4, num_stages=3)
 LARGE_TILES = DecodeConfig(blocks_per_program=16, tile_n=64, num_warps=8, num_stages=1)
-# fp32 is multiplied without tensor cores; whole tiles are in registers then
+# fp32 is multiplied without tensor cores; a whole block of index keys is in registers then
 FLOAT32 = DecodeConfig(blocks_per_program=8, tile_n=32, num_warps=8, num_stages=1)
-FLOAT32_LARGE_TILES = DecodeConfig(blocks_per_program=8, tile_n=32, num_warps=16, num_stages=1)
+MAX_FLOAT32_BLOCK_ELEMENTS = 128 * 128
 
 
 def decode_config(*, element_bytes: int, dim: int, block_size: int) -> DecodeConfig:
     """Configuration for inputs of `element_bytes`, the larger of the padded dims, and the block size."""
-    large = dim > 128 or block_size > 128
     if element_bytes > 2:
-        return FLOAT32_LARGE_TILES if large else FLOAT32
-    return LARGE_TILES if large else MAIN
+        return FLOAT32
+    return LARGE_TILES if dim > 128 or block_size > 128 else MAIN

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from msa_kernels.decode.cache import DecodeCache
+from msa_kernels.decode.configs import MAX_FLOAT32_BLOCK_ELEMENTS
 from msa_kernels.decode.reference import decode_attention_reference
 from msa_kernels.dispatch import choose_kernel
 from msa_kernels.select_blocks.op import topk_lowest_id
@@ -142,6 +143,11 @@ def _not_in_triton(q: Tensor, q_index: Tensor, cache: DecodeCache, block_size: i
         return f"D={q.shape[-1]}, Di={q_index.shape[-1]}: must be at most 256"
     if block_size > 256:
         return f"block_size={block_size}: must be at most 256"
+    if q.dtype == torch.float32 and block_size * q_index.shape[-1] > MAX_FLOAT32_BLOCK_ELEMENTS:
+        return (
+            f"block_size={block_size}, Di={q_index.shape[-1]}: their product must be at most "
+            f"{MAX_FLOAT32_BLOCK_ELEMENTS} in fp32"
+        )
     return None if topk <= 64 else f"topk={topk}: must be at most 64"
 
 

@@ -1,7 +1,7 @@
 """Operators of MiniMax Sparse Attention: block selection, block-sparse attention, the index branch's KL loss,
 decoding.
 
-Depends on torch only. Every operator has a plain `reference` and an `op` that never holds a
+Depends on torch only; Triton is imported where one of its kernels runs. Every operator has a plain `reference` and an `op` that never holds a
 query-by-sequence matrix.
 """
 

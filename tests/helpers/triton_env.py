@@ -35,10 +35,13 @@ def _why_not() -> str:
         triton_version = version("triton")
     except PackageNotFoundError:
         return "triton is not installed"
-    numpy_version = tuple(map(int, version("numpy").split(".")[:2]))
-    if not HAS_GPU and triton_version < "3.7" and numpy_version >= (2, 4):
+    if not HAS_GPU and _release(triton_version) < (3, 7) and _release(version("numpy")) >= (2, 4):
         return f"the interpreter of triton {triton_version} cannot loop with numpy {version('numpy')}"
     return ""
+
+
+def _release(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(".")[:2]))
 
 
 needs_triton = pytest.mark.skipif(bool(_why_not()), reason=_why_not() or "triton is there")

@@ -3,7 +3,7 @@
 import math
 
 import torch
-import triton
+import triton  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 from msa_kernels.decode.cache import DecodeCache

@@ -38,8 +38,8 @@ def decode_attention(
         q: [B, H, D] queries of the newest tokens, any float dtype.
         q_index: [B, M, Di] their index queries.
         cache: keys, values, index keys of all tokens, the newest included; M divides H.
-        seq_lens: [B] int, tokens per sequence, the newest included; 0 for a sequence that is not there. Must not
-            exceed the cache's capacity, which is checked only for a tensor on the CPU.
+        seq_lens: [B] int, tokens per sequence, the newest included; 0 for a sequence that is not there. At
+            most the cache's capacity, which is checked only for a tensor on the CPU.
         block_size: tokens per block; divides the page size of a paged cache.
         topk: blocks per sequence and group.
         local_blocks: forced blocks that end at the newest token's, at most topk.

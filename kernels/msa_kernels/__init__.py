@@ -1,8 +1,8 @@
 """Operators of MiniMax Sparse Attention: block selection, block-sparse attention, the index branch's KL loss,
 decoding.
 
-Depends on torch only; Triton is imported where one of its kernels runs. Every operator has a plain `reference`
-and an `op` that never holds a query-by-sequence matrix.
+Depends on torch only; Triton is imported where one of its kernels runs. Every operator has a plain
+`reference` and an `op` that never holds a query-by-sequence matrix.
 """
 
 from msa_kernels.block_sparse_attention.op import block_sparse_attention

@@ -66,8 +66,9 @@ def test_some_queries_select_as_among_all(monkeypatch: pytest.MonkeyPatch) -> No
     starts = torch.tensor([0, 40, 96])
     every = select_blocks(q, k, starts, block_size=8, topk=2)
     position = torch.tensor([0, 7, 9, 38, 39, 40, 41, 70, 95])
-    some = select_blocks(q[position], k, starts, block_size=8, topk=2, position=position)
-    assert torch.equal(some, every[position])
+    for kernel in ("cpu", "reference"):
+        some = select_blocks(q[position], k, starts, block_size=8, topk=2, position=position, kernel=kernel)
+        assert torch.equal(some, every[position]), kernel
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,10 @@ def test_some_queries_select_as_among_all(monkeypatch: pytest.MonkeyPatch) -> No
         ({"query_offset": -1}, "query_offset=-1"),
         ({"query_offset": 8}, "must not exceed"),
         ({"position": torch.zeros(3, dtype=torch.int64)}, "position.shape"),
+        ({"query_valid": torch.ones(3, dtype=torch.bool)}, "query_valid.shape"),
         ({"local_blocks": 3}, "local_blocks=3"),
+        ({"kernel": "fast"}, "kernel=fast"),
+        ({"kernel": "triton"}, "kernel=triton"),
         ({"k_index": torch.zeros(10, 4)}, "S=10"),
         ({"q_index": torch.zeros(16, 4)}, "q_index.shape"),
     ],

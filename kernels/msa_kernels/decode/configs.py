@@ -8,7 +8,7 @@ class DecodeConfig:
     """Tiles and resources of the scoring and the attention programs."""
 
     blocks_per_program: int
-    """Blocks that one scoring program reads at most."""
+    """Blocks that one scoring program reads at most: few, so that all end at nearly the same time."""
     tile_n: int
     """Keys per step of the attention at most."""
     num_warps: int
@@ -16,11 +16,11 @@ class DecodeConfig:
     """Tiles in flight per program."""
 
 
-# 16-bit inputs: tiles of 32 KB, three in flight, two programs per multiprocessor
-MAIN = DecodeConfig(blocks_per_program=16, tile_n=64, num_warps=4, num_stages=3)
-LARGE_TILES = DecodeConfig(blocks_per_program=16, tile_n=64, num_warps=8, num_stages=1)
+# 16-bit inputs: index key tiles of 32 KB, 69 KB of shared memory, three programs per multiprocessor
+MAIN = DecodeConfig(blocks_per_program=4, tile_n=64, num_warps=4, num_stages=3)
+LARGE_TILES = DecodeConfig(blocks_per_program=4, tile_n=64, num_warps=8, num_stages=1)
 # fp32 is multiplied without tensor cores; a whole block of index keys is in registers then
-FLOAT32 = DecodeConfig(blocks_per_program=8, tile_n=32, num_warps=8, num_stages=1)
+FLOAT32 = DecodeConfig(blocks_per_program=4, tile_n=32, num_warps=8, num_stages=1)
 MAX_FLOAT32_BLOCK_ELEMENTS = 128 * 128
 
 

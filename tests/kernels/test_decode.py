@@ -111,6 +111,11 @@ def test_long_pages_are_scored_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None
             "v.shape",
         ),
         ({"kernel": "triton"}, "kernel=triton"),
+        ({"topk": 0, "local_blocks": 0}, "topk=0"),
+        ({"block_size": 0}, "block_size=0"),
+        ({"seq_lens": torch.tensor([64.0])}, "seq_lens.dtype=torch.float32"),
+        ({"q": torch.zeros(1, 6, 8, dtype=torch.int32)}, "q.dtype=torch.int32"),
+        ({"q": torch.zeros(1, 6, 8, device="meta")}, "q.device=meta: must be that of k, cpu"),
     ],
 )
 def test_bad_arguments(change: dict[str, Any], words: str) -> None:
@@ -131,3 +136,16 @@ def test_pages_hold_whole_blocks() -> None:
     cache = _paged(_flat_cache([64]), 16)
     with pytest.raises(ValueError, match="page_size=16"):
         decode_attention(*_queries(1), cache, torch.tensor([64]), block_size=12, topk=3)
+
+
+def test_pages_that_are_not_there() -> None:
+    """Only pages that hold tokens are looked at: the rest of a table may hold anything."""
+    cache = _paged(_flat_cache([64]), 16)
+    assert cache.page_table is not None
+    cache.page_table[0, 2:] = 99
+    decode_attention(*_queries(1), cache, torch.tensor([32]), block_size=BLOCK, topk=3)
+    with pytest.raises(ValueError, match="page_table=99: must be from 0 to the last page, 3"):
+        decode_attention(*_queries(1), cache, torch.tensor([33]), block_size=BLOCK, topk=3)
+    floats = DecodeCache(cache.k, cache.v, cache.k_index, page_table=cache.page_table.float())
+    with pytest.raises(ValueError, match=r"page_table.dtype=torch.float32"):
+        decode_attention(*_queries(1), floats, torch.tensor([32]), block_size=BLOCK, topk=3)

@@ -141,7 +141,15 @@ def test_no_queries() -> None:
         ({"kernel": "fast"}, "kernel=fast"),
         ({"kernel": "triton", "topk": 65}, "topk=65"),
         ({"kernel": "triton", "q_index": torch.zeros(16, 2, 4, dtype=torch.float64)}, "float64"),
-        ({"kernel": "triton", "block_size": 320, "k_index": torch.zeros(640, 4)}, "block_size=320"),
+        (
+            {
+                "kernel": "triton",
+                "block_size": 320,
+                "k_index": torch.zeros(640, 4),
+                "cu_seqlens": torch.tensor([0, 640]),
+            },
+            "block_size=320",
+        ),
     ],
 )
 def test_bad_arguments(change: dict[str, Any], words: str) -> None:

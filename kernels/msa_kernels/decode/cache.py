@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from msa_kernels.arguments import check_floating, check_integer, check_same_device, check_values, readable
+
 
 @dataclass(frozen=True, slots=True)
 class DecodeCache:
@@ -45,7 +47,7 @@ class DecodeCache:
         return self.page_table[sequence, : -(-length // self.page_size)].tolist()
 
     def check(self, block_size: int) -> None:
-        """Raise ValueError where shapes, dtypes or sizes do not fit together."""
+        """Raise ValueError where shapes, dtypes, devices or sizes do not fit together."""
         shapes = f"k.shape={tuple(self.k.shape)}, k_index.shape={tuple(self.k_index.shape)}"
         if self.k.dim() != 4 or self.k_index.dim() != 3 or self.k.shape[:2] != self.k_index.shape[:2]:
             raise ValueError(f"{shapes}: must be [num_pages, page_size, M, D] and [num_pages, page_size, Di]")
@@ -54,12 +56,31 @@ class DecodeCache:
                 f"v.shape={tuple(self.v.shape)}, v.dtype={self.v.dtype}: must be those of k, "
                 f"{tuple(self.k.shape)}, {self.k.dtype}"
             )
+        if 0 in self.k.shape[1:] or self.k_index.shape[2] == 0:
+            raise ValueError(f"{shapes}: all sizes but the first must be at least 1")
+        check_floating(k=self.k, v=self.v, k_index=self.k_index)
+        check_same_device(k=self.k, v=self.v, k_index=self.k_index, page_table=self.page_table)
         if self.page_table is None:
             return
-        if self.page_table.dim() != 2 or self.page_table.dtype not in (torch.int32, torch.int64):
+        if self.page_table.dim() != 2:
             raise ValueError(
-                f"page_table.shape={tuple(self.page_table.shape)}, dtype={self.page_table.dtype}: "
-                "must be [B, pages per sequence], int32 or int64"
+                f"page_table.shape={tuple(self.page_table.shape)}: must be [B, pages per sequence]"
             )
+        check_integer(page_table=self.page_table)
         if self.page_size % block_size:
             raise ValueError(f"page_size={self.page_size}: must be a multiple of block_size={block_size}")
+
+    def check_lengths(self, seq_lens: Tensor) -> None:
+        """Raise ValueError on a length past the capacity, or a page that is read and not there.
+
+        Tensors on a device are looked at only where MSA_KERNELS_CHECK=1: one has to wait for their values.
+        """
+        rule = f"from 0 to the cache's capacity of {self.capacity} tokens"
+        check_values("seq_lens", seq_lens, 0, self.capacity, rule)
+        if self.page_table is None or not (readable(seq_lens) and readable(self.page_table)):
+            return
+        number = torch.arange(self.page_table.shape[1], device=self.page_table.device)
+        stop = seq_lens.to(self.page_table.device)[:, None]
+        pages = self.page_table[number * self.page_size < stop]
+        last = self.k.shape[0] - 1
+        check_values("page_table", pages, 0, last, f"from 0 to the last page, {last}, where tokens are")

@@ -180,7 +180,9 @@ def decode_attention_kernel(
         first = (i % TILES_PER_BLOCK) * TILE_N
         start = tl.maximum(block, 0) * BLOCK_SIZE
         page, token = _place(table_ptr, sequence, start, page_size, pages_per_sequence, HAS_TABLE)
-        seen = (block >= 0) & (first + row < BLOCK_SIZE) & (start + first + row < length)
+        # an empty slot ends before its first token
+        stop = tl.where(block >= 0, length, 0)
+        seen = (first + row < BLOCK_SIZE) & (start + first + row < stop)
         token = (token + first + row).to(tl.int64)[:, None]
         is_token = seen[:, None] & (dim < DIM)[None, :]
         k_source = k_ptr + page * k_page_stride + kv_group * k_group_stride + token * k_token_stride

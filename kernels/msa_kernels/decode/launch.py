@@ -3,7 +3,7 @@
 import math
 
 import torch
-import triton  # pyright: ignore[reportMissingImports]
+import triton
 from torch import Tensor
 
 from msa_kernels.decode.cache import DecodeCache
@@ -190,10 +190,9 @@ def _attend(
     batch, num_heads, dim = q.shape
     num_groups, topk = block_indices.shape[1:]
     pairs, group_heads = batch * num_groups, num_heads // num_groups
-    if num_parts is None:
-        num_parts = max(1, min(topk, triton.cdiv(_WANTED_PROGRAMS, max(1, pairs))))
-    part_slots = triton.cdiv(topk, num_parts)
-    num_parts = triton.cdiv(topk, part_slots)
+    wanted = triton.cdiv(_WANTED_PROGRAMS, max(1, pairs)) if num_parts is None else num_parts
+    part_slots: int = triton.cdiv(topk, max(1, min(topk, wanted)))
+    num_parts = math.ceil(topk / part_slots)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(batch, num_heads, dtype=torch.float32)
     if pairs == 0:

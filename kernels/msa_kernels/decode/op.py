@@ -6,6 +6,7 @@ Shapes: B sequences, H query heads, M KV groups, D head dim, Di index head dim, 
 import torch
 from torch import Tensor
 
+from msa_kernels.arguments import check_floating, check_integer, check_same_device
 from msa_kernels.decode.cache import DecodeCache
 from msa_kernels.decode.configs import MAX_FLOAT32_BLOCK_ELEMENTS
 from msa_kernels.decode.reference import decode_attention_reference
@@ -39,7 +40,7 @@ def decode_attention(
         q_index: [B, M, Di] their index queries.
         cache: keys, values, index keys of all tokens, the newest included; M divides H.
         seq_lens: [B] int, tokens per sequence, the newest included; 0 for a sequence that is not there. At
-            most the cache's capacity, which is checked only for a tensor on the CPU.
+            most the cache's capacity.
         block_size: tokens per block; divides the page size of a paged cache.
         topk: blocks per sequence and group.
         local_blocks: forced blocks that end at the newest token's, at most topk.
@@ -51,7 +52,8 @@ def decode_attention(
         [B, M, topk] int32, ascending, -1 on the right. A sequence of length 0 gets 0, -inf and -1.
 
     Raises:
-        ValueError: on shapes, dtypes or sizes that do not fit.
+        ValueError: on shapes, dtypes, devices or sizes that do not fit, and on lengths and pages out of range
+            (tensors on a device: only where MSA_KERNELS_CHECK=1, since looking means waiting).
 
     Source: arXiv 2606.13392 sections 2 and 3.
     """
@@ -177,13 +179,11 @@ def _check(
         )
     if seq_lens.shape != (batch,):
         raise ValueError(f"seq_lens.shape={tuple(seq_lens.shape)}: must be [B] = [{batch}]")
-    # values on a device would have to be waited for
-    if seq_lens.device.type == "cpu" and batch:
-        low, high = int(seq_lens.min()), int(seq_lens.max())
-        if low < 0 or high > cache.capacity:
-            raise ValueError(
-                f"seq_lens={low if low < 0 else high}: must be from 0 to the cache's capacity of "
-                f"{cache.capacity} tokens"
-            )
+    check_floating(q=q, q_index=q_index)
+    check_same_device(k=cache.k, q=q, q_index=q_index)
+    check_integer(seq_lens=seq_lens)
+    cache.check_lengths(seq_lens)
+    if topk < 1:
+        raise ValueError(f"topk={topk}: must be at least 1")
     if not 1 <= local_blocks <= topk:
         raise ValueError(f"local_blocks={local_blocks}: must be from 1 to topk={topk}")

@@ -1,9 +1,9 @@
 """Launch of the scoring kernel: descriptors, grid, buffers. Torch in, torch out; needs triton."""
 
 import torch
-import triton  # pyright: ignore[reportMissingImports]
+import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor  # pyright: ignore[reportMissingImports]
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from msa_kernels.select_blocks.configs import SelectConfig, select_config
 from msa_kernels.select_blocks.kernel import merge_kernel, select_blocks_kernel

@@ -1,0 +1,51 @@
+"""Tile sizes of the Triton kernels, by head dim, block size and bytes of an element.
+
+A tile of the forward holds ROWS x block_size scores and ROWS x head_dim outputs in registers, K and V of a block
+and STAGES tiles of queries in shared memory.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class TileConfig:
+    """rows: (query, head) rows per step; num_warps; num_stages: tiles on their way at a time; max_dim, max_block,
+    max_bytes: the largest padded head dim, padded block size and element size it serves."""
+
+    max_dim: int
+    max_block: int
+    max_bytes: int
+    rows: int
+    num_warps: int
+    num_stages: int
+
+
+# The first that serves is taken.
+ATTEND = (
+    TileConfig(max_dim=128, max_block=128, max_bytes=2, rows=64, num_warps=4, num_stages=2),
+    TileConfig(max_dim=128, max_block=256, max_bytes=2, rows=64, num_warps=8, num_stages=2),
+    TileConfig(max_dim=256, max_block=128, max_bytes=2, rows=64, num_warps=8, num_stages=2),
+    TileConfig(max_dim=128, max_block=128, max_bytes=4, rows=32, num_warps=8, num_stages=2),
+)
+
+INDEX_LSE = (
+    TileConfig(max_dim=128, max_block=128, max_bytes=2, rows=64, num_warps=4, num_stages=2),
+    TileConfig(max_dim=256, max_block=256, max_bytes=2, rows=64, num_warps=8, num_stages=2),
+    TileConfig(max_dim=128, max_block=128, max_bytes=4, rows=32, num_warps=8, num_stages=2),
+)
+COMBINE_STAGES = 4
+
+
+def require(configs: tuple[TileConfig, ...], dim: int, block: int, element_bytes: int) -> TileConfig:
+    """The first configuration that serves these padded sizes.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    for config in configs:
+        if dim <= config.max_dim and block <= config.max_block and element_bytes <= config.max_bytes:
+            return config
+    raise ValueError(
+        f"head_dim={dim}, block_size={block}, {element_bytes} bytes per element (sizes rounded up): no Triton "
+        "configuration; use kernel='cpu'"
+    )

@@ -1,0 +1,231 @@
+"""Launches the Triton kernels of the forward pass: torch tensors in, torch tensors out.
+
+Imports Triton. Shapes: T queries, M KV groups, G query heads per group, K top-k slots, N pool entries, B block
+size, D head dim, Di index head dim.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from msa_kernels.block_sparse_attention import configs, kernel
+from msa_kernels.block_sparse_attention.pool import BlockPool, PoolOutput, SparseQueries
+from msa_kernels.block_sparse_attention.schedule import Items, Schedule, build_schedule
+from msa_kernels.block_sparse_attention.window import TokenWindow
+
+# Partial results of one portion of the queries. 2 GiB hold 8,192 queries of the M3 shape in bf16: their q of one
+# group, 32 MiB, still fits the L2 cache, where it is read once per slot.
+FORWARD_PART_BYTES = 2**31
+# An item of the forward reads its block once; longer lists are split so that all processors have work.
+FORWARD_PAIRS_PER_ITEM = 64
+INDEX_PAIRS_PER_ITEM = 256
+
+
+@dataclass(slots=True)
+class Sizes:
+    """Sizes of a call, and the powers of two that hold them."""
+
+    M: int
+    K: int
+    G: int
+    D: int
+    B: int
+    index_dim: int
+    element_bytes: int
+
+    @property
+    def pair_bytes(self) -> int:
+        """Partial output of one pair (row, slot)."""
+        return self.G * self.D * self.element_bytes
+
+    def padded(self, name: str) -> int:
+        """Power of two for `name`, at least 16 where it is a side of a matrix product."""
+        size = triton.next_power_of_2(getattr(self, name))
+        return size if name in ("G", "K") else max(16, size)
+
+
+def sizes_of(queries: SparseQueries, pool: BlockPool, entries: Tensor) -> Sizes:
+    """Sizes of a call."""
+    _, M, G, D = queries.q.shape
+    return Sizes(
+        M=M,
+        K=entries.shape[2],
+        G=G,
+        D=D,
+        B=pool.kv.shape[2],
+        index_dim=0 if queries.q_index is None else queries.q_index.shape[-1],
+        element_bytes=queries.q.element_size(),
+    )
+
+
+@dataclass(slots=True)
+class Portion:
+    """Consecutive queries, contiguous, with their schedule over the pool."""
+
+    queries: SparseQueries
+    pool: BlockPool
+    entries: Tensor
+    sizes: Sizes
+    schedule: Schedule
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs (row, slot), used or not."""
+        return self.entries.numel()
+
+    @property
+    def visibility(self) -> tuple[Tensor, Tensor, Tensor]:
+        """position, window start, sink stop; the last two are placeholders where there is no window."""
+        position, window = self.queries.position, self.queries.window
+        return (position, position, position) if window is None else (position, window.start, window.sink_stop)
+
+    def work(self, items: Items) -> tuple[Tensor, ...]:
+        """Arguments that describe items to a kernel."""
+        return self.schedule.order, items.entry, items.begin, items.stop, items.num_items
+
+    def constants(self, *, masked: bool) -> dict[str, Any]:
+        """Constants that all kernels over items share."""
+        windowed = self.queries.window is not None
+        sizes = self.sizes
+        return {"M": sizes.M, "K": sizes.K, "B": sizes.B, "MASKED": masked, "WINDOWED": masked and windowed}
+
+
+def portions(
+    queries: SparseQueries, pool: BlockPool, entries: Tensor, part_bytes: int
+) -> Iterator[tuple[slice, Portion]]:
+    """Queries in portions whose partial results take at most `part_bytes`."""
+    sizes = sizes_of(queries, pool, entries)
+    kv, per_query = pool.kv.contiguous(), sizes.M * sizes.K
+    # Pair ids are 32-bit in the kernels.
+    step = max(1, min(part_bytes // (per_query * sizes.pair_bytes), 2**30 // per_query))
+    for begin in range(0, entries.shape[0], step):
+        chunk = slice(begin, begin + step)
+        window = queries.window
+        if window is not None:
+            window = TokenWindow(window.start[chunk].contiguous(), window.sink_stop[chunk].contiguous())
+        part = replace(
+            queries,
+            q=queries.q[chunk].contiguous(),
+            position=queries.position[chunk].contiguous(),
+            q_index=None if queries.q_index is None else queries.q_index[chunk].contiguous(),
+            k_index=None if queries.k_index is None else queries.k_index.contiguous(),
+            window=window,
+        )
+        ids = entries[chunk].contiguous()
+        schedule = build_schedule(ids, pool.block, part.position, window, block_size=sizes.B)
+        yield chunk, Portion(part, replace(pool, kv=kv), ids, sizes, schedule)
+
+
+def forward(queries: SparseQueries, pool: BlockPool, entries: Tensor) -> PoolOutput:
+    """`pool_forward` by Triton kernels; q, kv, q_index and k_index of one dtype, fp32, fp16 or bf16."""
+    T, M, G, D = queries.q.shape
+    device, indexed = queries.q.device, queries.q_index is not None
+    out = torch.zeros(T, M, G, D, device=device)
+    lse = torch.full((T, M, G), float("-inf"), device=device)
+    lse_index = torch.full((T, M), float("-inf"), device=device) if indexed else None
+    softened = indexed and queries.temperature != 1.0
+    lse_teacher = torch.full_like(lse, float("-inf")) if softened else None
+    result = PoolOutput(out=out, lse=lse, lse_index=lse_index, lse_teacher=lse_teacher)
+    if pool.kv.shape[0] == 0 or entries.numel() == 0:
+        return result
+    for chunk, portion in portions(queries, pool, entries, FORWARD_PART_BYTES):
+        _forward_portion(portion, result, chunk)
+    return result
+
+
+def _forward_portion(portion: Portion, result: PoolOutput, chunk: slice) -> None:
+    """Fills in the rows of `chunk`."""
+    sizes, queries = portion.sizes, portion.queries
+    softened, indexed = result.lse_teacher is not None, result.lse_index is not None
+    pairs = portion.num_pairs
+    out_part = queries.q.new_empty(pairs, sizes.G, sizes.D)
+    lse_part = result.lse.new_empty(pairs, sizes.G)
+    teacher_part = torch.empty_like(lse_part) if softened else lse_part
+    index_part = result.lse.new_empty(pairs) if indexed else lse_part
+    for masked in (False, True):
+        _attend(portion, masked, out_part, lse_part, teacher_part, softened)
+        if indexed:
+            _index_lse(portion, masked, index_part)
+    out, lse = result.out[chunk], result.lse[chunk]
+    kernel.combine_kernel[(out.shape[0] * sizes.M,)](
+        portion.entries,
+        out_part,
+        lse_part,
+        teacher_part,
+        index_part,
+        out,
+        lse,
+        lse if result.lse_teacher is None else result.lse_teacher[chunk],
+        lse if result.lse_index is None else result.lse_index[chunk],
+        K=sizes.K,
+        G=sizes.G,
+        D=sizes.D,
+        KP=sizes.padded("K"),
+        GP=sizes.padded("G"),
+        DP=sizes.padded("D"),
+        SOFTENED=softened,
+        INDEXED=indexed,
+        STAGES=configs.COMBINE_STAGES,
+        num_warps=4,
+    )
+
+
+def _attend(
+    portion: Portion, masked: bool, out_part: Tensor, lse_part: Tensor, teacher_part: Tensor, softened: bool
+) -> None:
+    """Partial outputs and log-sum-exps of all pairs of one kind."""
+    sizes, queries = portion.sizes, portion.queries
+    config = configs.require(configs.ATTEND, sizes.padded("D"), sizes.padded("B"), sizes.element_bytes)
+    items = portion.schedule.items(masked=masked, pairs_per_item=FORWARD_PAIRS_PER_ITEM)
+    kernel.attend_kernel[(items.entry.numel(),)](
+        queries.q,
+        portion.pool.kv,
+        portion.pool.block,
+        *portion.visibility,
+        *portion.work(items),
+        out_part,
+        lse_part,
+        teacher_part,
+        queries.softmax_scale * kernel.LOG2E.value,
+        1.0 / queries.temperature,
+        **portion.constants(masked=masked),
+        G=sizes.G,
+        D=sizes.D,
+        GP=sizes.padded("G"),
+        DP=sizes.padded("D"),
+        BP=sizes.padded("B"),
+        ROWS=max(config.rows, sizes.padded("G")),
+        SOFTENED=softened,
+        STAGES=config.num_stages,
+        num_warps=config.num_warps,
+    )
+
+
+def _index_lse(portion: Portion, masked: bool, index_part: Tensor) -> None:
+    """Log-sum-exp of the index scores of all pairs of one kind."""
+    sizes, queries = portion.sizes, portion.queries
+    assert queries.q_index is not None, "called with an index branch only"
+    assert queries.k_index is not None, "index queries come with index keys"
+    dim = max(16, triton.next_power_of_2(sizes.index_dim))
+    config = configs.require(configs.INDEX_LSE, dim, sizes.padded("B"), sizes.element_bytes)
+    items = portion.schedule.items(masked=masked, pairs_per_item=INDEX_PAIRS_PER_ITEM)
+    kernel.index_lse_kernel[(items.entry.numel(),)](
+        queries.q_index,
+        queries.k_index,
+        portion.pool.block,
+        *portion.visibility,
+        *portion.work(items),
+        index_part,
+        queries.index_scale * kernel.LOG2E.value,
+        **portion.constants(masked=masked),
+        D=sizes.index_dim,
+        DP=dim,
+        BP=sizes.padded("B"),
+        ROWS=config.rows,
+        STAGES=config.num_stages,
+        num_warps=config.num_warps,
+    )

@@ -33,19 +33,30 @@ INDEX_LSE = (
     TileConfig(max_dim=256, max_block=256, max_bytes=2, rows=64, num_warps=8, num_stages=2),
     TileConfig(max_dim=128, max_block=128, max_bytes=4, rows=32, num_warps=8, num_stages=2),
 )
+# Sums over slots: (row, head) rows per program, tiles on their way at a time.
+COMBINE_ROWS = 16
 COMBINE_STAGES = 4
 
 
-def require(configs: tuple[TileConfig, ...], dim: int, block: int, element_bytes: int) -> TileConfig:
-    """The first configuration that serves these padded sizes.
+def why_not(dim: int, block: int, index_dim: int, element_bytes: int) -> str:
+    """Why no configuration serves these sizes; empty where there are some. index_dim 0: no index branch."""
+    tables = [(ATTEND, dim)] + ([(INDEX_LSE, index_dim)] if index_dim else [])
+    for table, width in tables:
+        if pick(table, padded(width), padded(block), element_bytes) is None:
+            return (
+                f"head_dim={width}, block_size={block}, {element_bytes} bytes per element: tiles do not fit"
+            )
+    return ""
 
-    Raises:
-        ValueError: where there is none.
-    """
+
+def padded(size: int) -> int:
+    """Power of two that holds `size` as a side of a matrix product."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def pick(configs: tuple[TileConfig, ...], dim: int, block: int, element_bytes: int) -> TileConfig | None:
+    """The first configuration that serves these padded sizes; None where there is none."""
     for config in configs:
         if dim <= config.max_dim and block <= config.max_block and element_bytes <= config.max_bytes:
             return config
-    raise ValueError(
-        f"head_dim={dim}, block_size={block}, {element_bytes} bytes per element (sizes rounded up): no Triton "
-        "configuration; use kernel='cpu'"
-    )
+    return None

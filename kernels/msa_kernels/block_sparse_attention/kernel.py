@@ -175,7 +175,7 @@ def index_lse_kernel(
 
 @triton.jit
 def combine_kernel(
-    entries,  # [R, K] int64
+    used,  # [P] uint8
     out_part,  # [P, G, D]
     lse_part,  # [P, G] fp32
     teacher_part,  # [P, G] fp32
@@ -184,53 +184,56 @@ def combine_kernel(
     lse,  # [R, G] fp32
     lse_teacher,  # [R, G] fp32
     lse_index,  # [R] fp32
+    num_rows,
     K: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
     KP: tl.constexpr,
     GP: tl.constexpr,
     DP: tl.constexpr,
+    ROWS: tl.constexpr,
     SOFTENED: tl.constexpr,
     INDEXED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One row (query, group): its partial results weighted by their share of the sum of exponentials.
+    """ROWS (row, head) pairs: partial results weighted by their share of the sum of exponentials.
 
-    Parts of slots without an entry were never written and are not read.
+    Parts of unused pairs were never written and are not read.
     """
-    row = tl.program_id(0).to(tl.int64)
-    o_k = tl.arange(0, KP)
-    o_g = tl.arange(0, GP)
+    o_row = tl.arange(0, ROWS)
+    head = o_row % GP
+    row = tl.program_id(0).to(tl.int64) * (ROWS // GP) + o_row // GP
     o_d = tl.arange(0, DP)
-    m_k = tl.load(entries + row * K + o_k, mask=o_k < K, other=-1) >= 0
-    m_part = m_k[:, None] & (o_g < G)[None, :]
-    o_part = (row * K + o_k)[:, None] * G + o_g[None, :]
-    total = log_sum_exp(tl.load(lse_part + o_part, mask=m_part, other=float("-inf")))
-    tl.store(lse + row * G + o_g, total, mask=o_g < G)
+    o_k = tl.arange(0, KP)[:, None]
+    m_row = (row < num_rows) & (head < G)
+    m_d = (o_d < D)[None, :]
+    # [KP, ROWS]
+    pair = row[None, :] * K + o_k
+    m_part = m_row[None, :] & (o_k < K)
+    m_part = m_part & (tl.load(used + pair, mask=m_part, other=0) > 0)
+    part_lse = tl.load(lse_part + pair * G + head[None, :], mask=m_part, other=float("-inf"))
+    peak = tl.max(part_lse, 0)
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    total = peak + tl.log(tl.sum(tl.exp(part_lse - peak[None, :]), 0))
+    tl.store(lse + row * G + head, total, mask=m_row)
     if SOFTENED:
-        softened = log_sum_exp(tl.load(teacher_part + o_part, mask=m_part, other=float("-inf")))
-        tl.store(lse_teacher + row * G + o_g, softened, mask=o_g < G)
+        softened = tl.load(teacher_part + pair * G + head[None, :], mask=m_part, other=float("-inf"))
+        peak = tl.max(softened, 0)
+        peak = tl.where(peak == float("-inf"), 0.0, peak)
+        softened_lse = peak + tl.log(tl.sum(tl.exp(softened - peak[None, :]), 0))
+        tl.store(lse_teacher + row * G + head, softened_lse, mask=m_row)
     if INDEXED:
-        scores = tl.load(index_part + row * K + o_k, mask=m_k, other=float("-inf"))
+        scores = tl.load(index_part + pair, mask=m_part, other=float("-inf"))
         peak = tl.max(scores, 0)
         peak = tl.where(peak == float("-inf"), 0.0, peak)
-        tl.store(lse_index + row, peak + tl.log(tl.sum(tl.exp(scores - peak), 0)))
+        index_total = peak + tl.log(tl.sum(tl.exp(scores - peak[None, :]), 0))
+        tl.store(lse_index + row, index_total, mask=m_row & (head == 0))
     finite = tl.where(total == float("-inf"), 0.0, total)
-    m_gd = (o_g < G)[:, None] & (o_d < D)[None, :]
-    o_gd = o_g[:, None] * D + o_d[None, :]
-    b_o = tl.zeros([GP, DP], dtype=tl.float32)
+    b_o = tl.zeros([ROWS, DP], dtype=tl.float32)
     for slot in tl.range(0, K, num_stages=STAGES):
-        pair = row * K + slot
-        used = tl.load(entries + pair) >= 0
-        part_lse = tl.load(lse_part + pair * G + o_g, mask=(o_g < G) & used, other=float("-inf"))
-        part = tl.load(out_part + pair * (G * D) + o_gd, mask=m_gd & used, other=0.0)
-        b_o += part.to(tl.float32) * tl.exp(part_lse - finite)[:, None]
-    tl.store(out + row * (G * D) + o_gd, b_o, mask=m_gd)
-
-
-@triton.jit
-def log_sum_exp(values):
-    """[K, G] -> [G]; -inf where all are."""
-    peak = tl.max(values, 0)
-    peak = tl.where(peak == float("-inf"), 0.0, peak)
-    return peak + tl.log(tl.sum(tl.exp(values - peak[None, :]), 0))
+        one = row * K + slot
+        there = m_row & (tl.load(used + one, mask=m_row, other=0) > 0)
+        weight = tl.exp(tl.load(lse_part + one * G + head, mask=there, other=float("-inf")) - finite)
+        p_part = out_part + (one * G + head)[:, None] * D + o_d[None, :]
+        b_o += tl.load(p_part, mask=there[:, None] & m_d, other=0.0).to(tl.float32) * weight[:, None]
+    tl.store(out + (row * G + head)[:, None] * D + o_d[None, :], b_o, mask=m_row[:, None] & m_d)

@@ -42,10 +42,22 @@ class Sizes:
         """Partial output of one pair (row, slot)."""
         return self.G * self.D * self.element_bytes
 
-    def padded(self, name: str) -> int:
-        """Power of two for `name`, at least 16 where it is a side of a matrix product."""
-        size = triton.next_power_of_2(getattr(self, name))
-        return size if name in ("G", "K") else max(16, size)
+    @property
+    def shape(self) -> dict[str, int]:
+        """Constants of the kernels that say how large tiles are, and how much of them is used."""
+        return {
+            "G": self.G,
+            "D": self.D,
+            "GP": triton.next_power_of_2(self.G),
+            "DP": configs.padded(self.D),
+        }
+
+    def config(self, table: tuple[configs.TileConfig, ...], *, index: bool = False) -> configs.TileConfig:
+        """Tile sizes for this call, which `configs.why_not` has found to exist."""
+        dim = self.index_dim if index else self.D
+        config = configs.pick(table, configs.padded(dim), configs.padded(self.B), self.element_bytes)
+        assert config is not None, f"no configuration for {self}"
+        return config
 
 
 def sizes_of(queries: SparseQueries, pool: BlockPool, entries: Tensor) -> Sizes:
@@ -68,20 +80,21 @@ class Portion:
 
     queries: SparseQueries
     pool: BlockPool
-    entries: Tensor
     sizes: Sizes
     schedule: Schedule
 
     @property
     def num_pairs(self) -> int:
         """Pairs (row, slot), used or not."""
-        return self.entries.numel()
+        return self.schedule.order.numel()
 
     @property
     def visibility(self) -> tuple[Tensor, Tensor, Tensor]:
         """position, window start, sink stop; the last two are placeholders where there is no window."""
         position, window = self.queries.position, self.queries.window
-        return (position, position, position) if window is None else (position, window.start, window.sink_stop)
+        return (
+            (position, position, position) if window is None else (position, window.start, window.sink_stop)
+        )
 
     def work(self, items: Items) -> tuple[Tensor, ...]:
         """Arguments that describe items to a kernel."""
@@ -91,7 +104,14 @@ class Portion:
         """Constants that all kernels over items share."""
         windowed = self.queries.window is not None
         sizes = self.sizes
-        return {"M": sizes.M, "K": sizes.K, "B": sizes.B, "MASKED": masked, "WINDOWED": masked and windowed}
+        return {
+            "M": sizes.M,
+            "K": sizes.K,
+            "B": sizes.B,
+            "BP": configs.padded(sizes.B),
+            "MASKED": masked,
+            "WINDOWED": masked and windowed,
+        }
 
 
 def portions(
@@ -117,7 +137,7 @@ def portions(
         )
         ids = entries[chunk].contiguous()
         schedule = build_schedule(ids, pool.block, part.position, window, block_size=sizes.B)
-        yield chunk, Portion(part, replace(pool, kv=kv), ids, sizes, schedule)
+        yield chunk, Portion(part, replace(pool, kv=kv), sizes, schedule)
 
 
 def forward(queries: SparseQueries, pool: BlockPool, entries: Tensor) -> PoolOutput:
@@ -151,8 +171,11 @@ def _forward_portion(portion: Portion, result: PoolOutput, chunk: slice) -> None
         if indexed:
             _index_lse(portion, masked, index_part)
     out, lse = result.out[chunk], result.lse[chunk]
-    kernel.combine_kernel[(out.shape[0] * sizes.M,)](
-        portion.entries,
+    rows = max(configs.COMBINE_ROWS, triton.next_power_of_2(sizes.G))
+    num_rows = out.shape[0] * sizes.M
+    per_program = rows // triton.next_power_of_2(sizes.G)
+    kernel.combine_kernel[(triton.cdiv(num_rows, per_program),)](
+        portion.schedule.used,
         out_part,
         lse_part,
         teacher_part,
@@ -161,12 +184,11 @@ def _forward_portion(portion: Portion, result: PoolOutput, chunk: slice) -> None
         lse,
         lse if result.lse_teacher is None else result.lse_teacher[chunk],
         lse if result.lse_index is None else result.lse_index[chunk],
+        num_rows,
         K=sizes.K,
-        G=sizes.G,
-        D=sizes.D,
-        KP=sizes.padded("K"),
-        GP=sizes.padded("G"),
-        DP=sizes.padded("D"),
+        KP=triton.next_power_of_2(sizes.K),
+        **sizes.shape,
+        ROWS=rows,
         SOFTENED=softened,
         INDEXED=indexed,
         STAGES=configs.COMBINE_STAGES,
@@ -179,7 +201,7 @@ def _attend(
 ) -> None:
     """Partial outputs and log-sum-exps of all pairs of one kind."""
     sizes, queries = portion.sizes, portion.queries
-    config = configs.require(configs.ATTEND, sizes.padded("D"), sizes.padded("B"), sizes.element_bytes)
+    config = sizes.config(configs.ATTEND)
     items = portion.schedule.items(masked=masked, pairs_per_item=FORWARD_PAIRS_PER_ITEM)
     kernel.attend_kernel[(items.entry.numel(),)](
         queries.q,
@@ -193,12 +215,8 @@ def _attend(
         queries.softmax_scale * kernel.LOG2E.value,
         1.0 / queries.temperature,
         **portion.constants(masked=masked),
-        G=sizes.G,
-        D=sizes.D,
-        GP=sizes.padded("G"),
-        DP=sizes.padded("D"),
-        BP=sizes.padded("B"),
-        ROWS=max(config.rows, sizes.padded("G")),
+        **sizes.shape,
+        ROWS=max(config.rows, triton.next_power_of_2(sizes.G)),
         SOFTENED=softened,
         STAGES=config.num_stages,
         num_warps=config.num_warps,
@@ -210,8 +228,7 @@ def _index_lse(portion: Portion, masked: bool, index_part: Tensor) -> None:
     sizes, queries = portion.sizes, portion.queries
     assert queries.q_index is not None, "called with an index branch only"
     assert queries.k_index is not None, "index queries come with index keys"
-    dim = max(16, triton.next_power_of_2(sizes.index_dim))
-    config = configs.require(configs.INDEX_LSE, dim, sizes.padded("B"), sizes.element_bytes)
+    config = sizes.config(configs.INDEX_LSE, index=True)
     items = portion.schedule.items(masked=masked, pairs_per_item=INDEX_PAIRS_PER_ITEM)
     kernel.index_lse_kernel[(items.entry.numel(),)](
         queries.q_index,
@@ -223,8 +240,7 @@ def _index_lse(portion: Portion, masked: bool, index_part: Tensor) -> None:
         queries.index_scale * kernel.LOG2E.value,
         **portion.constants(masked=masked),
         D=sizes.index_dim,
-        DP=dim,
-        BP=sizes.padded("B"),
+        DP=configs.padded(sizes.index_dim),
         ROWS=config.rows,
         STAGES=config.num_stages,
         num_warps=config.num_warps,

@@ -32,11 +32,13 @@ class Schedule:
     """Pairs (row * K + slot) sorted by the entry they read: first those that see the whole block, by entry, then
     those that see a part of it, by entry, then the unused.
 
-    order: [P] int64; offsets: [2N + 1] int64, where each entry's pairs begin in `order`.
+    order: [P] int64; offsets: [2N + 1] int64, where each entry's pairs begin in `order`. used: [P] uint8, 1 where
+    the pair is on a list.
     """
 
     order: Tensor
     offsets: Tensor
+    used: Tensor
 
     @property
     def num_entries(self) -> int:
@@ -104,4 +106,6 @@ def build_schedule(
     key = torch.where(used, entries + num_entries * partial, 2 * num_entries).to(torch.int32).flatten()
     key, order = torch.sort(key, stable=True)
     borders = torch.arange(2 * num_entries + 1, dtype=torch.int32, device=key.device)
-    return Schedule(order=order, offsets=torch.searchsorted(key, borders))
+    return Schedule(
+        order=order, offsets=torch.searchsorted(key, borders), used=used.flatten().to(torch.uint8)
+    )

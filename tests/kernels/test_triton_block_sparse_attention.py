@@ -1,0 +1,163 @@
+"""Block-sparse attention by Triton kernels against the plain definition in fp64."""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from msa_kernels.block_sparse_attention.pool import PoolOutput, pool_forward
+from msa_kernels.block_sparse_attention.schedule import build_schedule
+from msa_kernels.block_sparse_attention.work_list import build_work_list
+from torch import Tensor
+
+from tests.helpers.compare import assert_rows_close
+from tests.helpers.pool_problems import PoolProblem, Shape, attend, make_problem, to_dtype
+from tests.helpers.triton_env import (
+    DTYPES,
+    HAS_GPU,
+    assert_fits_hopper,
+    compiled_kernels,
+    needs_triton,
+    run_triton,
+)
+
+# Relative to the largest value; the output of the 16-bit runs is rounded per block before the sum.
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+SHAPES = {
+    "plain": Shape(),
+    "pools_temperature": Shape(num_pools=3, temperature=2.0, seed=1),
+    "odd_sizes": Shape(heads=3, dim=20, index_dim=24, block_size=24, seq_len=72, starts=(0, 72)),
+    "window_portions": Shape(window=21, topk=4, part_bytes=2**12, pairs_per_item=8),
+    "no_index": Shape(with_index=False, heads=16, groups=1, dim=64, block_size=32, starts=(0, 64)),
+}
+
+
+@contextmanager
+def nan_filled_buffers() -> Iterator[None]:
+    """Every uninitialised tensor is full of NaN, so that a result nobody wrote is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def run_pools(problem: PoolProblem, shape: Shape) -> PoolOutput:
+    """In the place where kernels run."""
+    from msa_kernels.block_sparse_attention import launch
+
+    before = launch.FORWARD_PART_BYTES, launch.FORWARD_PAIRS_PER_ITEM
+    if shape.part_bytes:
+        launch.FORWARD_PART_BYTES = shape.part_bytes
+    if shape.pairs_per_item:
+        launch.FORWARD_PAIRS_PER_ITEM = shape.pairs_per_item
+    try:
+        with nan_filled_buffers():
+            return attend(problem, "triton")
+    finally:
+        launch.FORWARD_PART_BYTES, launch.FORWARD_PAIRS_PER_ITEM = before
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("name", SHAPES)
+def test_equals_the_definition(name: str, dtype: torch.dtype) -> None:
+    shape = SHAPES[name]
+    problem = make_problem(shape, dtype)
+    got = run_triton(run_pools, problem, shape)
+    want = attend(to_dtype(problem, torch.float64), "reference")
+    for field in dataclasses.fields(PoolOutput):
+        a, b = getattr(got, field.name), getattr(want, field.name)
+        assert (a is None) == (b is None), field.name
+        if a is None:
+            continue
+        seen = torch.isfinite(b)
+        # Padding queries select nothing.
+        assert not seen.all() or field.name == "out"
+        assert torch.equal(a[~seen], b[~seen].to(a.dtype)), field.name
+        tolerance = TOLERANCE[dtype] if field.name == "out" else 1e-6
+        assert_rows_close(a.masked_fill(~seen, 0.0), b.masked_fill(~seen, 0.0), tolerance)
+
+
+def test_schedule_equals_the_work_list() -> None:
+    """The same lists of pairs per entry as the tiled path works through."""
+    problem = make_problem(Shape(groups=3), torch.float32)
+    pool, entries, position = problem.pools[0], problem.entries[0], problem.queries.position
+    schedule = build_schedule(entries, pool.block, position, None, block_size=16)
+    partial = pool.block[entries.clamp(min=0)] * 16 + 15 > position[:, None, None]
+    for masked in (False, True):
+        keep = (entries >= 0) & (partial == masked)
+        want = build_work_list(
+            entries.flatten(0, 1), keep.flatten(0, 1), num_entries=pool.block.numel(), rows_per_item=4
+        )
+        items = schedule.items(masked=masked, pairs_per_item=4)
+        count = int(items.num_items)
+        assert items.entry[:count].tolist() == want.entry.tolist()
+        pairs = [
+            schedule.order[begin:stop].tolist()
+            for begin, stop in zip(items.begin[:count], items.stop[:count], strict=True)
+        ]
+        assert pairs == [[pair for pair in row if pair >= 0] for row in want.pair.tolist()]
+
+
+def test_items_example() -> None:
+    """The example of the docstring."""
+    entries = torch.tensor([0, 0, 1, 0]).view(4, 1, 1)
+    schedule = build_schedule(entries, torch.tensor([0, 1]), torch.full((4,), 7), None, block_size=4)
+    items = schedule.items(masked=False, pairs_per_item=2)
+    assert schedule.order.tolist() == [0, 1, 3, 2]
+    assert int(items.num_items) == 3
+    assert items.entry[:3].tolist() == [0, 0, 1]
+    assert items.begin[:3].tolist() == [0, 2, 3]
+    assert items.stop[:3].tolist() == [2, 3, 4]
+
+
+def run_cases(cases: list[tuple[Shape, torch.dtype]]) -> None:
+    """Launches every kernel for these problems; nothing is looked at."""
+    from msa_kernels.block_sparse_attention import triton_path
+
+    for shape, dtype in cases:
+        problem = make_problem(shape, dtype)
+        triton_path.forward(problem.queries, problem.pools[0], problem.entries[0])
+
+
+@needs_triton
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_shipped_configurations_fit_hopper(temperature: float) -> None:
+    m3 = Shape(heads=16, dim=128, index_dim=128, block_size=128, seq_len=256, starts=(0, 256), num_queries=8)
+    shapes = [
+        dataclasses.replace(m3, temperature=temperature, dim=dim, index_dim=dim, block_size=block)
+        for dim, block in [(128, 128), (64, 64), (256, 128), (128, 256)]
+    ]
+    kernels = compiled_kernels(run_cases, [(shape, torch.bfloat16) for shape in shapes])
+    assert_fits_hopper(kernels)
+    assert all("wgmma" in kernel.ptx for kernel in kernels if kernel.name == "attend_kernel")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "words"),
+    [("cuda", torch.float32, "kernel='cuda'"), ("triton", torch.float64, "dtype=float64")],
+)
+def test_bad_kernel(kernel: str, dtype: torch.dtype, words: str) -> None:
+    pytest.importorskip("triton")
+    problem = make_problem(Shape(), dtype)
+    with pytest.raises(ValueError, match=words):
+        pool_forward(problem.queries, problem.pools[0], problem.entries[0], kernel=kernel)
+
+
+@pytest.mark.skipif(HAS_GPU, reason="checks what a machine without a GPU answers")
+def test_triton_needs_a_device() -> None:
+    pytest.importorskip("triton")
+    problem = make_problem(Shape(), torch.float32)
+    with pytest.raises(ValueError, match="device=cpu"):
+        pool_forward(problem.queries, problem.pools[0], problem.entries[0], kernel="triton")
+
+
+def test_auto_on_the_cpu_is_the_tiled_path() -> None:
+    problem = make_problem(Shape(), torch.float32)
+    outputs: list[Tensor] = [
+        pool_forward(problem.queries, problem.pools[0], problem.entries[0], kernel=kernel).out
+        for kernel in ("auto", "cpu")
+    ]
+    assert torch.equal(*outputs)

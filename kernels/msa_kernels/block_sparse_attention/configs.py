@@ -33,6 +33,17 @@ INDEX_LSE = (
     TileConfig(max_dim=256, max_block=256, max_bytes=2, rows=64, num_warps=8, num_stages=2),
     TileConfig(max_dim=128, max_block=128, max_bytes=4, rows=32, num_warps=8, num_stages=2),
 )
+ATTEND_BACKWARD = (
+    TileConfig(max_dim=128, max_block=128, max_bytes=2, rows=64, num_warps=8, num_stages=1),
+    TileConfig(max_dim=128, max_block=128, max_bytes=4, rows=16, num_warps=8, num_stages=1),
+)
+KL_BACKWARD = (
+    TileConfig(max_dim=128, max_block=128, max_bytes=2, rows=64, num_warps=8, num_stages=1),
+    TileConfig(max_dim=128, max_block=128, max_bytes=4, rows=32, num_warps=8, num_stages=1),
+)
+ADD_SPLITS_CHUNK = 4096
+ADD_SLOTS_CHUNK = 1024
+ADD_SLOTS_TILE = 4096
 # Sums over slots: (row, head) rows per program, tiles on their way at a time.
 COMBINE_ROWS = 16
 COMBINE_STAGES = 4
@@ -40,7 +51,9 @@ COMBINE_STAGES = 4
 
 def why_not(dim: int, block: int, index_dim: int, element_bytes: int) -> str:
     """Why no configuration serves these sizes; empty where there are some. index_dim 0: no index branch."""
-    tables = [(ATTEND, dim)] + ([(INDEX_LSE, index_dim)] if index_dim else [])
+    tables = [(ATTEND, dim), (ATTEND_BACKWARD, dim)]
+    if index_dim:
+        tables += [(INDEX_LSE, index_dim), (KL_BACKWARD, index_dim)]
     for table, width in tables:
         if pick(table, padded(width), padded(block), element_bytes) is None:
             return (

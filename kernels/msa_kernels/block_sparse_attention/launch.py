@@ -115,13 +115,13 @@ class Portion:
 
 
 def portions(
-    queries: SparseQueries, pool: BlockPool, entries: Tensor, part_bytes: int
+    queries: SparseQueries, pool: BlockPool, entries: Tensor, max_pairs: int
 ) -> Iterator[tuple[slice, Portion]]:
-    """Queries in portions whose partial results take at most `part_bytes`."""
+    """Queries in portions of at most `max_pairs` pairs (row, slot), or of one query."""
     sizes = sizes_of(queries, pool, entries)
     kv, per_query = pool.kv.contiguous(), sizes.M * sizes.K
     # Pair ids are 32-bit in the kernels.
-    step = max(1, min(part_bytes // (per_query * sizes.pair_bytes), 2**30 // per_query))
+    step = max(1, min(max_pairs, 2**30) // per_query)
     for begin in range(0, entries.shape[0], step):
         chunk = slice(begin, begin + step)
         window = queries.window
@@ -152,7 +152,8 @@ def forward(queries: SparseQueries, pool: BlockPool, entries: Tensor) -> PoolOut
     result = PoolOutput(out=out, lse=lse, lse_index=lse_index, lse_teacher=lse_teacher)
     if pool.kv.shape[0] == 0 or entries.numel() == 0:
         return result
-    for chunk, portion in portions(queries, pool, entries, FORWARD_PART_BYTES):
+    max_pairs = FORWARD_PART_BYTES // sizes_of(queries, pool, entries).pair_bytes
+    for chunk, portion in portions(queries, pool, entries, max_pairs):
         _forward_portion(portion, result, chunk)
     return result
 

@@ -26,6 +26,31 @@ class Items:
     num_items: Tensor
     first_item: Tensor
 
+    def splits(self) -> "Splits":
+        """The items of entries that have more than one."""
+        items = self.first_item.diff()
+        count = torch.where(items > 1, items, 0)
+        first = count.cumsum(0) - count
+        entry = self.entry.long()
+        place = torch.arange(entry.numel(), device=entry.device) - self.first_item[entry]
+        return Splits(
+            of_item=torch.where(count[entry] > 0, first[entry] + place, -1), first=first, count=count
+        )
+
+
+@dataclass(slots=True)
+class Splits:
+    """Places for what items of one entry, of several, must leave to be added up.
+
+    Example: entries with 1, 3 and 2 items get of_item = [-1, 0, 1, 2, 3, 4], first = [0, 0, 3], count = [0, 3, 2].
+
+    of_item: [I] int64, -1 for items that are alone; first, count: [N] int64, the places of an entry.
+    """
+
+    of_item: Tensor
+    first: Tensor
+    count: Tensor
+
 
 @dataclass(slots=True)
 class Schedule:

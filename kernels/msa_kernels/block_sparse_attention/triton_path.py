@@ -6,8 +6,9 @@ from torch import Tensor
 
 from msa_kernels.block_sparse_attention import configs
 from msa_kernels.block_sparse_attention.launch import forward
+from msa_kernels.block_sparse_attention.launch_backward import backward
 
-__all__ = ["forward", "why_not"]
+__all__ = ["backward", "forward", "why_not"]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -1,0 +1,279 @@
+"""Triton kernels of the backward pass: gradients of the queries that read a block and of the block itself.
+
+Shapes and names as in kernel.py. Gradients of K and V belong to the program that holds the block; where a long
+list is split, its parts are kept apart and added in order. Gradients of queries are kept per pair and added by
+slot. So every sum has one order, and nothing is added atomically.
+"""
+
+import triton
+import triton.language as tl
+
+from msa_kernels.block_sparse_attention.kernel import LOG2E, visible_tokens
+
+
+@triton.jit
+def attend_backward_kernel(
+    q,  # [R, G, D]
+    dout,  # [R, G, D], dtype of q
+    lse,  # [R, G] fp32
+    delta,  # [R, G] fp32
+    lse_teacher,  # [R, G] fp32
+    kv,  # [N, 2, B, D]
+    block,  # [N] int64
+    position,  # [T] int64
+    window_start,  # [T] int64
+    sink_stop,  # [T] int64
+    order,  # [P] int64
+    item_entry,  # [I] int32
+    item_begin,  # [I] int64
+    item_stop,  # [I] int64
+    num_items,  # [1] int64
+    item_split,  # [I] int64, place among the parts of split lists, or -1
+    dq_part,  # [P, G, D], dtype of q
+    teacher_part,  # [P, B] fp32
+    dkv,  # [N, 2, B, D] fp32
+    dkv_part,  # [splits, 2, B, D] fp32
+    scale,
+    scale_log2,
+    inverse_temperature,
+    M: tl.constexpr,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    B: tl.constexpr,
+    GP: tl.constexpr,
+    DP: tl.constexpr,
+    BP: tl.constexpr,
+    ROWS: tl.constexpr,
+    MASKED: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    WITH_TEACHER: tl.constexpr,
+    SOFTENED: tl.constexpr,
+    ADD: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One item: K, V and their gradients stay while the queries that read the block pass by.
+
+    Scores are kept as [block, rows], so that they are the left operand of the products with dout and q.
+    With WITH_TEACHER, the mean over heads of the probabilities is kept for the KL loss.
+    """
+    item = tl.program_id(0)
+    if item >= tl.load(num_items):
+        return
+    entry = tl.load(item_entry + item).to(tl.int64)
+    begin = tl.load(item_begin + item).to(tl.int32)
+    stop = tl.load(item_stop + item).to(tl.int32)
+    first_token = tl.load(block + entry) * B
+    o_b = tl.arange(0, BP)
+    o_d = tl.arange(0, DP)
+    o_row = tl.arange(0, ROWS)
+    head = o_row % GP
+    o_kv = o_b[:, None] * D + o_d[None, :]
+    m_kv = (o_b < B)[:, None] & (o_d < D)[None, :]
+    b_k = tl.load(kv + entry * (2 * B * D) + o_kv, mask=m_kv, other=0.0)
+    b_v = tl.load(kv + entry * (2 * B * D) + B * D + o_kv, mask=m_kv, other=0.0)
+    b_dk = tl.zeros([BP, DP], dtype=tl.float32)
+    b_dv = tl.zeros([BP, DP], dtype=tl.float32)
+    for first in tl.range(begin, stop, ROWS // GP, num_stages=STAGES):
+        place = first + o_row // GP
+        m_row = (place < stop) & (head < G)
+        pair = tl.load(order + place, mask=place < stop, other=0).to(tl.int32)
+        row = pair // K
+        o_rg = row.to(tl.int64) * G + head
+        m_q = m_row[:, None] & (o_d < D)[None, :]
+        b_q = tl.load(q + o_rg[:, None] * D + o_d[None, :], mask=m_q, other=0.0)
+        b_do = tl.load(dout + o_rg[:, None] * D + o_d[None, :], mask=m_q, other=0.0)
+        # Rows that are not there, and queries that see nothing, get probability 0 from lse = inf.
+        b_lse = tl.load(lse + o_rg, mask=m_row, other=float("inf"))
+        b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
+        b_delta = tl.load(delta + o_rg, mask=m_row, other=0.0)
+        # [BP, ROWS]
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale_log2
+        if MASKED:
+            query = row // M
+            m_s = visible_tokens(
+                position, window_start, sink_stop, query[None, :], first_token, o_b[:, None], WINDOWED
+            )
+            b_s = tl.where(m_s, b_s, float("-inf"))
+        if BP != B:
+            b_s = tl.where((o_b < B)[:, None], b_s, float("-inf"))
+        b_p = tl.exp2(b_s - (b_lse * LOG2E)[None, :])
+        if WITH_TEACHER:
+            o_query = first + tl.arange(0, ROWS // GP)
+            m_query = o_query < stop
+            query_pair = tl.load(order + o_query, mask=m_query, other=0)
+            b_t = b_p
+            if SOFTENED:
+                norm = tl.load(lse_teacher + o_rg, mask=m_row, other=float("inf"))
+                norm = tl.where(norm == float("-inf"), float("inf"), norm)
+                b_t = tl.exp2(b_s * inverse_temperature - (norm * LOG2E)[None, :])
+            # [BP, ROWS // GP]
+            b_t = tl.sum(tl.reshape(b_t, [BP, ROWS // GP, GP]), 2) * (1.0 / G)
+            p_t = teacher_part + query_pair[None, :] * B + o_b[:, None]
+            tl.store(p_t, b_t, mask=m_query[None, :] & (o_b < B)[:, None])
+        b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
+        b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
+        b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_k.dtype)
+        b_dk = tl.dot(b_ds, b_q, b_dk, input_precision="ieee")
+        b_dq = tl.dot(tl.trans(b_ds), b_k, input_precision="ieee")
+        p_dq = dq_part + (pair.to(tl.int64) * G + head)[:, None] * D + o_d[None, :]
+        tl.store(p_dq, b_dq.to(dq_part.dtype.element_ty), mask=m_q)
+    split = tl.load(item_split + item)
+    b_dk *= scale
+    if split >= 0:
+        p_dk = dkv_part + split * (2 * B * D) + o_kv
+        tl.store(p_dk, b_dk, mask=m_kv)
+        tl.store(p_dk + B * D, b_dv, mask=m_kv)
+    else:
+        p_dk = dkv + entry * (2 * B * D) + o_kv
+        if ADD:
+            b_dk += tl.load(p_dk, mask=m_kv, other=0.0)
+            b_dv += tl.load(p_dk + B * D, mask=m_kv, other=0.0)
+        tl.store(p_dk, b_dk, mask=m_kv)
+        tl.store(p_dk + B * D, b_dv, mask=m_kv)
+
+
+@triton.jit
+def kl_backward_kernel(
+    q_index,  # [R, Di]
+    k_index,  # [NB, B, Di]
+    lse_index,  # [R] fp32
+    teacher_part,  # [P, B] fp32
+    block,
+    position,
+    window_start,
+    sink_stop,
+    order,
+    item_entry,
+    item_begin,
+    item_stop,
+    num_items,
+    item_split,
+    dq_part,  # [P, Di], dtype of q_index
+    kl_part,  # [P] fp32
+    dk_index,  # [N, B, Di] fp32
+    dk_part,  # [splits, B, Di] fp32
+    scale,  # factor of the gradients: weight * index_scale
+    scale_log2,
+    M: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    B: tl.constexpr,
+    DP: tl.constexpr,
+    BP: tl.constexpr,
+    ROWS: tl.constexpr,
+    MASKED: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    ADD: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One item: student - teacher, its products with index keys and index queries, and the divergence."""
+    LN2: tl.constexpr = 0.6931471805599453
+    item = tl.program_id(0)
+    if item >= tl.load(num_items):
+        return
+    entry = tl.load(item_entry + item).to(tl.int64)
+    begin = tl.load(item_begin + item).to(tl.int32)
+    stop = tl.load(item_stop + item).to(tl.int32)
+    block_id = tl.load(block + entry)
+    o_b = tl.arange(0, BP)
+    o_d = tl.arange(0, DP)
+    o_row = tl.arange(0, ROWS)
+    o_bd = o_b[:, None] * D + o_d[None, :]
+    m_bd = (o_b < B)[:, None] & (o_d < D)[None, :]
+    b_k = tl.load(k_index + block_id * (B * D) + o_bd, mask=m_bd, other=0.0)
+    b_dk = tl.zeros([BP, DP], dtype=tl.float32)
+    for first in tl.range(begin, stop, ROWS, num_stages=STAGES):
+        place = first + o_row
+        m_row = place < stop
+        pair = tl.load(order + place, mask=m_row, other=0)
+        row = (pair // K).to(tl.int32)
+        m_q = m_row[:, None] & (o_d < D)[None, :]
+        b_q = tl.load(q_index + row.to(tl.int64)[:, None] * D + o_d[None, :], mask=m_q, other=0.0)
+        b_lse = tl.load(lse_index + row, mask=m_row, other=float("inf"))
+        b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
+        m_t = m_row[:, None] & (o_b < B)[None, :]
+        b_t = tl.load(teacher_part + pair[:, None] * B + o_b[None, :], mask=m_t, other=0.0)
+        # [BP, ROWS], log2 of the student
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale_log2
+        if MASKED:
+            query = row // M
+            m_s = visible_tokens(
+                position, window_start, sink_stop, query[None, :], block_id * B, o_b[:, None], WINDOWED
+            )
+            b_s = tl.where(m_s, b_s, float("-inf"))
+        if BP != B:
+            b_s = tl.where((o_b < B)[:, None], b_s, float("-inf"))
+        b_s = b_s - (b_lse * LOG2E)[None, :]
+        b_t = tl.trans(b_t)
+        # Where the teacher is 0 the term is 0, whatever the logarithms are.
+        ratio = tl.log2(tl.where(b_t > 0.0, b_t, 1.0)) - b_s
+        b_kl = tl.sum(tl.where(b_t > 0.0, b_t * ratio, 0.0), 0) * LN2
+        tl.store(kl_part + pair, b_kl, mask=m_row)
+        b_ds = (tl.exp2(b_s) - b_t).to(b_k.dtype)
+        b_dk = tl.dot(b_ds, b_q, b_dk, input_precision="ieee")
+        b_dq = tl.dot(tl.trans(b_ds), b_k, input_precision="ieee")
+        p_dq = dq_part + pair[:, None] * D + o_d[None, :]
+        tl.store(p_dq, b_dq.to(dq_part.dtype.element_ty), mask=m_q)
+    split = tl.load(item_split + item)
+    b_dk *= scale
+    if split >= 0:
+        tl.store(dk_part + split * (B * D) + o_bd, b_dk, mask=m_bd)
+    else:
+        p_dk = dk_index + entry * (B * D) + o_bd
+        if ADD:
+            b_dk += tl.load(p_dk, mask=m_bd, other=0.0)
+        tl.store(p_dk, b_dk, mask=m_bd)
+
+
+@triton.jit
+def add_splits_kernel(
+    part,  # [splits, size] fp32
+    first_split,  # [N] int64, where the parts of an entry begin
+    num_splits,  # [N] int64, 0 for entries whose list was not split
+    total,  # [N, size] fp32
+    size,
+    ADD: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Parts of one entry's gradient added in the order of its list."""
+    entry = tl.program_id(0).to(tl.int64)
+    count = tl.load(num_splits + entry).to(tl.int32)
+    if count == 0:
+        return
+    first = tl.load(first_split + entry)
+    o = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    m = o < size
+    b_sum = tl.zeros([CHUNK], dtype=tl.float32)
+    for i in tl.range(0, count):
+        b_sum += tl.load(part + (first + i) * size + o, mask=m, other=0.0)
+    if ADD:
+        b_sum += tl.load(total + entry * size + o, mask=m, other=0.0)
+    tl.store(total + entry * size + o, b_sum, mask=m)
+
+
+@triton.jit
+def add_slots_kernel(
+    used,  # [P] uint8
+    part,  # [P, size]
+    total,  # [R, size] fp32
+    num_rows,
+    scale,
+    size,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Gradients of a row's used pairs added by slot, times scale."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    o = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    m_row = row < num_rows
+    m = m_row[:, None] & (o < size)[None, :]
+    b_sum = tl.zeros([ROWS, CHUNK], dtype=tl.float32)
+    for slot in tl.range(0, K, num_stages=STAGES):
+        pair = row * K + slot
+        there = tl.load(used + pair, mask=m_row, other=0) > 0
+        p_part = part + pair[:, None] * size + o[None, :]
+        b_sum += tl.load(p_part, mask=m & there[:, None], other=0.0).to(tl.float32)
+    tl.store(total + row[:, None] * size + o[None, :], b_sum * scale, mask=m)

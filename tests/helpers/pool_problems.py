@@ -37,7 +37,7 @@ class PoolProblem:
 class Shape:
     """Sizes of a problem; queries are the last `num_queries` tokens of the pack, the very last are padding.
 
-    part_bytes, pairs_per_item: of the launch, 0 for its own.
+    part_bytes, pairs_per_item, split_bytes: of the launch, 0 for its own.
     """
 
     seq_len: int = 64
@@ -55,6 +55,7 @@ class Shape:
     with_index: bool = True
     part_bytes: int = 0
     pairs_per_item: int = 0
+    split_bytes: int = 0
     seed: int = 0
 
 
@@ -101,7 +102,7 @@ def _select(shape: Shape, position: Tensor, q: Tensor, k: Tensor) -> tuple[Tenso
     S, T = shape.seq_len, shape.num_queries
     borders = torch.tensor(shape.starts)
     valid = torch.ones(S, dtype=torch.bool)
-    valid[-_PADDING:] = False
+    valid[S - _PADDING :] = False
     if not shape.window:
         ids = select_blocks(q, k, borders, block_size=shape.block_size, topk=shape.topk, query_valid=valid)
         return ids[S - T :], None

@@ -6,13 +6,13 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from msa_kernels.block_sparse_attention.pool import PoolOutput, pool_forward
+from msa_kernels.block_sparse_attention.pool import BlockPool, KlTerm, PoolGrads, PoolOutput, pool_forward
 from msa_kernels.block_sparse_attention.schedule import build_schedule
 from msa_kernels.block_sparse_attention.work_list import build_work_list
 from torch import Tensor
 
 from tests.helpers.compare import assert_rows_close
-from tests.helpers.pool_problems import PoolProblem, Shape, attend, make_problem, to_dtype
+from tests.helpers.pool_problems import PoolProblem, Shape, attend, attend_backward, make_problem, to_dtype
 from tests.helpers.triton_env import (
     DTYPES,
     HAS_GPU,
@@ -22,15 +22,19 @@ from tests.helpers.triton_env import (
     run_triton,
 )
 
-# Relative to the largest value; the output of the 16-bit runs is rounded per block before the sum.
-TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+# Relative to the largest value. Partial results of 16-bit runs are rounded per block before they are added.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 SHAPES = {
     "plain": Shape(),
-    "pools_temperature": Shape(num_pools=3, temperature=2.0, seed=1),
+    # Lists that are split, portions of few queries, and gradients of blocks that grow from portion to portion.
+    "pools_temperature_portions": Shape(
+        num_pools=3, temperature=2.0, part_bytes=2**13, pairs_per_item=8, split_bytes=2**15, seed=1
+    ),
     "odd_sizes": Shape(heads=3, dim=20, index_dim=24, block_size=24, seq_len=72, starts=(0, 72)),
-    "window_portions": Shape(window=21, topk=4, part_bytes=2**12, pairs_per_item=8),
+    "window": Shape(window=21, topk=4),
     "no_index": Shape(with_index=False, heads=16, groups=1, dim=64, block_size=32, starts=(0, 64)),
 }
+CASES = [(name, torch.float32) for name in SHAPES] + [("plain", dtype) for dtype in DTYPES[1:]]
 
 
 @contextmanager
@@ -43,30 +47,38 @@ def nan_filled_buffers() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def run_pools(problem: PoolProblem, shape: Shape) -> PoolOutput:
-    """In the place where kernels run."""
-    from msa_kernels.block_sparse_attention import launch
+@contextmanager
+def limits(shape: Shape) -> Iterator[None]:
+    """Portions and items as small as the shape asks for."""
+    from msa_kernels.block_sparse_attention import launch, launch_backward
 
-    before = launch.FORWARD_PART_BYTES, launch.FORWARD_PAIRS_PER_ITEM
-    if shape.part_bytes:
-        launch.FORWARD_PART_BYTES = shape.part_bytes
-    if shape.pairs_per_item:
-        launch.FORWARD_PAIRS_PER_ITEM = shape.pairs_per_item
-    try:
-        with nan_filled_buffers():
-            return attend(problem, "triton")
-    finally:
-        launch.FORWARD_PART_BYTES, launch.FORWARD_PAIRS_PER_ITEM = before
+    with pytest.MonkeyPatch.context() as patch:
+        if shape.part_bytes:
+            patch.setattr(launch, "FORWARD_PART_BYTES", shape.part_bytes)
+            patch.setattr(launch_backward, "BACKWARD_PART_BYTES", 3 * shape.part_bytes)
+        if shape.pairs_per_item:
+            patch.setattr(launch, "FORWARD_PAIRS_PER_ITEM", shape.pairs_per_item)
+            patch.setattr(launch_backward, "BACKWARD_PAIRS_PER_ITEM", shape.pairs_per_item)
+        if shape.split_bytes:
+            patch.setattr(launch_backward, "SPLIT_BYTES", shape.split_bytes)
+        yield
+
+
+def run_pools(problem: PoolProblem, shape: Shape) -> tuple[PoolOutput, list[PoolGrads]]:
+    """In the place where kernels run."""
+    with nan_filled_buffers(), limits(shape):
+        merged = attend(problem, "triton")
+        return merged, attend_backward(problem, merged, "triton")
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(("name", "dtype"), CASES, ids=str)
 def test_equals_the_definition(name: str, dtype: torch.dtype) -> None:
     shape = SHAPES[name]
     problem = make_problem(shape, dtype)
-    got = run_triton(run_pools, problem, shape)
-    want = attend(to_dtype(problem, torch.float64), "reference")
+    got, got_grads = run_triton(run_pools, problem, shape)
+    exact = to_dtype(problem, torch.float64)
+    want = attend(exact, "reference")
     for field in dataclasses.fields(PoolOutput):
         a, b = getattr(got, field.name), getattr(want, field.name)
         assert (a is None) == (b is None), field.name
@@ -76,8 +88,52 @@ def test_equals_the_definition(name: str, dtype: torch.dtype) -> None:
         # Padding queries select nothing.
         assert not seen.all() or field.name == "out"
         assert torch.equal(a[~seen], b[~seen].to(a.dtype)), field.name
-        tolerance = TOLERANCE[dtype] if field.name == "out" else 1e-6
+        tolerance = TOLERANCE[dtype] if field.name == "out" else TOLERANCE[torch.float32]
         assert_rows_close(a.masked_fill(~seen, 0.0), b.masked_fill(~seen, 0.0), tolerance)
+    for entries, ours, theirs in zip(
+        problem.entries, got_grads, attend_backward(exact, want, "reference"), strict=True
+    ):
+        for field in dataclasses.fields(PoolGrads):
+            a, b = getattr(ours, field.name), getattr(theirs, field.name)
+            assert (a is None) == (b is None), field.name
+            if a is not None:
+                assert_rows_close(a, b, TOLERANCE[dtype])
+        unread = torch.ones(ours.dkv.shape[0], dtype=torch.bool)
+        unread[entries[entries >= 0]] = False
+        assert not ours.dkv[unread].any()
+        assert ours.dk_index is None or not ours.dk_index[unread].any()
+
+
+@needs_triton
+@pytest.mark.parametrize("num_queries", [0, 5])
+def test_empty(num_queries: int) -> None:
+    """No query, or a pool without blocks, or one whose blocks nobody reads."""
+    problem = make_problem(Shape(num_queries=num_queries), torch.float32)
+    problem.entries = [entries.fill_(-1) for entries in problem.entries]
+    empty = BlockPool(kv=problem.pools[0].kv[:0], block=problem.pools[0].block[:0])
+    problem.pools.append(empty)
+    problem.entries.append(problem.entries[0])
+    merged, grads = run_triton(run_pools, problem, Shape())
+    assert not merged.out.any()
+    assert torch.isinf(merged.lse).all()
+    assert torch.isinf(merged.lse_index).all()
+    for part, pool in zip(grads, problem.pools, strict=True):
+        assert part.dkv.shape == pool.kv.shape
+        for tensor in (part.dq, part.dkv, part.dq_index, part.dk_index, part.kl):
+            assert not tensor.any()
+
+
+@needs_triton
+@pytest.mark.skipif(not HAS_GPU, reason="programs run one after another in the interpreter")
+def test_runs_are_bitwise_equal() -> None:
+    shape = Shape(seq_len=4096, num_queries=4096, heads=16, groups=4, topk=16, starts=(0, 4096), dim=128)
+    problem = make_problem(shape, torch.bfloat16)
+    first, second = (run_triton(run_pools, problem, Shape()) for _ in range(2))
+    for field in dataclasses.fields(PoolOutput):
+        a, b = getattr(first[0], field.name), getattr(second[0], field.name)
+        assert a is None or torch.equal(a, b), field.name
+    for field in dataclasses.fields(PoolGrads):
+        assert torch.equal(getattr(first[1][0], field.name), getattr(second[1][0], field.name)), field.name
 
 
 def test_schedule_equals_the_work_list() -> None:
@@ -119,7 +175,12 @@ def run_cases(cases: list[tuple[Shape, torch.dtype]]) -> None:
 
     for shape, dtype in cases:
         problem = make_problem(shape, dtype)
-        triton_path.forward(problem.queries, problem.pools[0], problem.entries[0])
+        part = (problem.queries, problem.pools[0], problem.entries[0])
+        merged = triton_path.forward(*part)
+        term = None
+        if shape.with_index:
+            term = KlTerm(merged.lse_index, 0.1, merged.lse_teacher)
+        triton_path.backward(*part, merged.out, merged.lse, merged.lse, term)
 
 
 @needs_triton
@@ -132,7 +193,7 @@ def test_shipped_configurations_fit_hopper(temperature: float) -> None:
     ]
     kernels = compiled_kernels(run_cases, [(shape, torch.bfloat16) for shape in shapes])
     assert_fits_hopper(kernels)
-    assert all("wgmma" in kernel.ptx for kernel in kernels if kernel.name == "attend_kernel")
+    assert all("wgmma" in kernel.ptx for kernel in kernels if kernel.name.startswith("attend_"))
 
 
 @pytest.mark.parametrize(

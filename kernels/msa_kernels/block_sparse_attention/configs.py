@@ -1,7 +1,8 @@
 """Tile sizes of the Triton kernels, by head dim, block size and bytes of an element.
 
-A tile of the forward holds ROWS x block_size scores and ROWS x head_dim outputs in registers, K and V of a block
-and STAGES tiles of queries in shared memory.
+The forward holds ROWS x block_size scores and ROWS x head_dim outputs in registers, K and V of a block and a few
+tiles of queries in shared memory. The backward holds two gradients of block_size x head_dim in registers, half of
+what there is at 128 x 128, and takes larger blocks in parts, one launch each.
 """
 
 from dataclasses import dataclass
@@ -9,8 +10,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class TileConfig:
-    """rows: (query, head) rows per step; num_warps; num_stages: tiles on their way at a time; max_dim, max_block,
-    max_bytes: the largest padded head dim, padded block size and element size it serves."""
+    """max_dim, max_block, max_bytes: largest head dim, block size (both rounded up to a power of two) and element
+    size it serves; rows: (query, head) rows per step, masked_rows: the same where a block is seen in part, 0 for
+    rows; num_stages: tiles on their way at a time."""
 
     max_dim: int
     max_block: int
@@ -18,47 +20,52 @@ class TileConfig:
     rows: int
     num_warps: int
     num_stages: int
+    masked_rows: int = 0
+
+    def rows_for(self, masked: bool) -> int:
+        """Rows per step."""
+        return self.masked_rows if masked and self.masked_rows else self.rows
 
 
-# The first that serves is taken.
+# In every table the first that serves is taken.
 ATTEND = (
-    TileConfig(max_dim=128, max_block=128, max_bytes=2, rows=64, num_warps=4, num_stages=2),
-    TileConfig(max_dim=128, max_block=256, max_bytes=2, rows=64, num_warps=8, num_stages=2),
-    TileConfig(max_dim=256, max_block=128, max_bytes=2, rows=64, num_warps=8, num_stages=2),
-    TileConfig(max_dim=128, max_block=128, max_bytes=4, rows=32, num_warps=8, num_stages=2),
+    TileConfig(128, 128, 2, rows=64, num_warps=4, num_stages=2),
+    TileConfig(128, 256, 2, rows=64, num_warps=8, num_stages=2),
+    TileConfig(256, 128, 2, rows=64, num_warps=8, num_stages=2),
+    TileConfig(128, 128, 4, rows=32, num_warps=8, num_stages=2),
+    TileConfig(256, 64, 4, rows=32, num_warps=8, num_stages=2),
 )
-
 INDEX_LSE = (
-    TileConfig(max_dim=128, max_block=128, max_bytes=2, rows=64, num_warps=4, num_stages=2),
-    TileConfig(max_dim=256, max_block=256, max_bytes=2, rows=64, num_warps=8, num_stages=2),
-    TileConfig(max_dim=128, max_block=128, max_bytes=4, rows=32, num_warps=8, num_stages=2),
+    TileConfig(128, 128, 2, rows=64, num_warps=4, num_stages=2),
+    TileConfig(256, 256, 2, rows=64, num_warps=8, num_stages=2),
+    TileConfig(256, 128, 4, rows=32, num_warps=8, num_stages=2),
 )
+# Larger blocks are taken in parts of max_block.
 ATTEND_BACKWARD = (
-    TileConfig(max_dim=128, max_block=128, max_bytes=2, rows=64, num_warps=8, num_stages=1),
-    TileConfig(max_dim=128, max_block=128, max_bytes=4, rows=16, num_warps=8, num_stages=1),
+    TileConfig(128, 128, 2, rows=64, num_warps=8, num_stages=2, masked_rows=32),
+    TileConfig(256, 64, 2, rows=32, num_warps=8, num_stages=2),
+    TileConfig(256, 32, 4, rows=16, num_warps=8, num_stages=2),
 )
 KL_BACKWARD = (
-    TileConfig(max_dim=128, max_block=128, max_bytes=2, rows=64, num_warps=8, num_stages=1),
-    TileConfig(max_dim=128, max_block=128, max_bytes=4, rows=32, num_warps=8, num_stages=1),
+    TileConfig(256, 256, 2, rows=32, num_warps=8, num_stages=2),
+    TileConfig(128, 128, 4, rows=16, num_warps=8, num_stages=2),
 )
+# Sums over parts and slots: values per program, (row, head) rows per program, tiles on their way at a time.
 ADD_SPLITS_CHUNK = 4096
 ADD_SLOTS_CHUNK = 1024
 ADD_SLOTS_TILE = 4096
-# Sums over slots: (row, head) rows per program, tiles on their way at a time.
 COMBINE_ROWS = 16
 COMBINE_STAGES = 4
 
 
 def why_not(dim: int, block: int, index_dim: int, element_bytes: int) -> str:
     """Why no configuration serves these sizes; empty where there are some. index_dim 0: no index branch."""
-    tables = [(ATTEND, dim), (ATTEND_BACKWARD, dim)]
+    tables = [(ATTEND, dim, block), (ATTEND_BACKWARD, dim, 1)]
     if index_dim:
-        tables += [(INDEX_LSE, index_dim), (KL_BACKWARD, index_dim)]
-    for table, width in tables:
-        if pick(table, padded(width), padded(block), element_bytes) is None:
-            return (
-                f"head_dim={width}, block_size={block}, {element_bytes} bytes per element: tiles do not fit"
-            )
+        tables += [(INDEX_LSE, index_dim, block), (KL_BACKWARD, index_dim, block)]
+    for table, width, length in tables:
+        if pick(table, padded(width), padded(length), element_bytes) is None:
+            return f"head_dim={width}, block_size={block} at {element_bytes} bytes: tiles do not fit"
     return ""
 
 

@@ -2,7 +2,8 @@
 
 Shapes: R rows (query, group), K slots, G heads of a group, D head dim, N pool entries, B block size, P pairs
 (row, slot). GP, DP, BP are powers of two that hold G, D, B; a tile holds ROWS = queries * GP rows.
-Scores are kept as powers of two: scale_log2 = scale * log2(e). Prefixes: o_ offsets, m_ masks, b_ tiles.
+Scores are kept as powers of two: scale_log2 = scale * log2(e). Tensors of pairs and rows belong to one portion
+of the queries and hold less than 2^31 values; offsets into tensors of blocks have 64 bits. Prefixes: o_ offsets, m_ masks, b_ tiles.
 """
 
 import triton
@@ -34,7 +35,7 @@ def attend_kernel(
     position,  # [T] int64
     window_start,  # [T] int64
     sink_stop,  # [T] int64
-    order,  # [P] int64, pairs by entry
+    order,  # [P] int32, pairs by entry
     item_entry,  # [I] int32
     item_begin,  # [I] int64
     item_stop,  # [I] int64
@@ -81,10 +82,10 @@ def attend_kernel(
     for first in tl.range(begin, stop, ROWS // GP, num_stages=STAGES):
         place = first + o_row // GP
         m_row = (place < stop) & (head < G)
-        pair = tl.load(order + place, mask=place < stop, other=0).to(tl.int32)
+        pair = tl.load(order + place, mask=place < stop, other=0)
         row = pair // K
         m_q = m_row[:, None] & (o_d < D)[None, :]
-        p_q = q + (row.to(tl.int64) * G + head)[:, None] * D + o_d[None, :]
+        p_q = q + (row * G + head)[:, None] * D + o_d[None, :]
         b_q = tl.load(p_q, mask=m_q, other=0.0)
         # [ROWS, BP]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2
@@ -99,7 +100,7 @@ def attend_kernel(
         peak = tl.max(b_s, 1)
         # A query may see nothing of the block (window): probabilities 0 then, and lse -inf.
         peak = tl.where(peak == float("-inf"), 0.0, peak)
-        o_pair = pair.to(tl.int64) * G + head
+        o_pair = pair * G + head
         if SOFTENED:
             total = tl.sum(tl.exp2((b_s - peak[:, None]) * inverse_temperature), 1)
             teacher = (peak * inverse_temperature + tl.log2(total)) * LN2
@@ -154,9 +155,9 @@ def index_lse_kernel(
     for first in tl.range(begin, stop, ROWS, num_stages=STAGES):
         place = first + o_row
         m_row = place < stop
-        pair = tl.load(order + place, mask=m_row, other=0).to(tl.int32)
+        pair = tl.load(order + place, mask=m_row, other=0)
         row = pair // K
-        p_q = q_index + row.to(tl.int64)[:, None] * D + o_d[None, :]
+        p_q = q_index + row[:, None] * D + o_d[None, :]
         b_q = tl.load(p_q, mask=m_row[:, None] & (o_d < D)[None, :], other=0.0)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2
         if MASKED:

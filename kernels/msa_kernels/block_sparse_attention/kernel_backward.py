@@ -23,7 +23,7 @@ def attend_backward_kernel(
     position,  # [T] int64
     window_start,  # [T] int64
     sink_stop,  # [T] int64
-    order,  # [P] int64
+    order,  # [P] int32
     item_entry,  # [I] int32
     item_begin,  # [I] int64
     item_stop,  # [I] int64
@@ -36,6 +36,7 @@ def attend_backward_kernel(
     scale,
     scale_log2,
     inverse_temperature,
+    first_key,  # of the part of the block that this launch works on, BP keys long
     M: tl.constexpr,
     K: tl.constexpr,
     G: tl.constexpr,
@@ -50,12 +51,14 @@ def attend_backward_kernel(
     WITH_TEACHER: tl.constexpr,
     SOFTENED: tl.constexpr,
     ADD: tl.constexpr,
+    ADD_DQ: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """One item: K, V and their gradients stay while the queries that read the block pass by.
 
     Scores are kept as [block, rows], so that they are the left operand of the products with dout and q.
-    With WITH_TEACHER, the mean over heads of the probabilities is kept for the KL loss.
+    With WITH_TEACHER, the mean over heads of the probabilities is kept for the KL loss. ADD and ADD_DQ: earlier
+    launches have left a sum in dkv and dq_part.
     """
     item = tl.program_id(0)
     if item >= tl.load(num_items):
@@ -64,7 +67,7 @@ def attend_backward_kernel(
     begin = tl.load(item_begin + item).to(tl.int32)
     stop = tl.load(item_stop + item).to(tl.int32)
     first_token = tl.load(block + entry) * B
-    o_b = tl.arange(0, BP)
+    o_b = first_key + tl.arange(0, BP)
     o_d = tl.arange(0, DP)
     o_row = tl.arange(0, ROWS)
     head = o_row % GP
@@ -77,27 +80,28 @@ def attend_backward_kernel(
     for first in tl.range(begin, stop, ROWS // GP, num_stages=STAGES):
         place = first + o_row // GP
         m_row = (place < stop) & (head < G)
-        pair = tl.load(order + place, mask=place < stop, other=0).to(tl.int32)
+        pair = tl.load(order + place, mask=place < stop, other=0)
         row = pair // K
-        o_rg = row.to(tl.int64) * G + head
+        o_rg = row * G + head
         m_q = m_row[:, None] & (o_d < D)[None, :]
         b_q = tl.load(q + o_rg[:, None] * D + o_d[None, :], mask=m_q, other=0.0)
         b_do = tl.load(dout + o_rg[:, None] * D + o_d[None, :], mask=m_q, other=0.0)
-        # Rows that are not there, and queries that see nothing, get probability 0 from lse = inf.
-        b_lse = tl.load(lse + o_rg, mask=m_row, other=float("inf"))
-        b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
-        b_delta = tl.load(delta + o_rg, mask=m_row, other=0.0)
-        # [BP, ROWS]
-        b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale_log2
+        # Rows that are not there, and queries that see nothing, get probability 0 from -lse = -inf. lse, mask
+        # and delta are the products' initial values: beside them they would take as many registers as scores.
+        b_lse = tl.load(lse + o_rg, mask=m_row, other=float("-inf"))
+        m_row = b_lse > float("-inf")
+        b_s = tl.where(m_row, -b_lse / scale, float("-inf"))[None, :] + tl.zeros([BP, ROWS], dtype=tl.float32)
         if MASKED:
             query = row // M
             m_s = visible_tokens(
                 position, window_start, sink_stop, query[None, :], first_token, o_b[:, None], WINDOWED
             )
             b_s = tl.where(m_s, b_s, float("-inf"))
-        if BP != B:
+        if B % BP != 0:
             b_s = tl.where((o_b < B)[:, None], b_s, float("-inf"))
-        b_p = tl.exp2(b_s - (b_lse * LOG2E)[None, :])
+        # [BP, ROWS], log2 of the probabilities
+        b_s = tl.dot(b_k, tl.trans(b_q), b_s, input_precision="ieee") * scale_log2
+        b_p = tl.exp2(b_s)
         if WITH_TEACHER:
             o_query = first + tl.arange(0, ROWS // GP)
             m_query = o_query < stop
@@ -105,18 +109,24 @@ def attend_backward_kernel(
             b_t = b_p
             if SOFTENED:
                 norm = tl.load(lse_teacher + o_rg, mask=m_row, other=float("inf"))
-                norm = tl.where(norm == float("-inf"), float("inf"), norm)
-                b_t = tl.exp2(b_s * inverse_temperature - (norm * LOG2E)[None, :])
+                shift = tl.where(m_row, (b_lse * inverse_temperature - norm) * LOG2E, float("-inf"))
+                b_t = tl.exp2(b_s * inverse_temperature + shift[None, :])
             # [BP, ROWS // GP]
             b_t = tl.sum(tl.reshape(b_t, [BP, ROWS // GP, GP]), 2) * (1.0 / G)
             p_t = teacher_part + query_pair[None, :] * B + o_b[:, None]
             tl.store(p_t, b_t, mask=m_query[None, :] & (o_b < B)[:, None])
-        b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
-        b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
-        b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_k.dtype)
+        # From here on p in the dtype of the products: half the registers while dp is formed.
+        b_p = b_p.to(b_do.dtype)
+        b_dv = tl.dot(b_p, b_do, b_dv, input_precision="ieee")
+        b_delta = tl.load(delta + o_rg, mask=m_row, other=0.0)
+        b_dp = tl.zeros([BP, ROWS], dtype=tl.float32) - b_delta[None, :]
+        b_dp = tl.dot(b_v, tl.trans(b_do), b_dp, input_precision="ieee")
+        b_ds = (b_p.to(tl.float32) * b_dp).to(b_k.dtype)
         b_dk = tl.dot(b_ds, b_q, b_dk, input_precision="ieee")
         b_dq = tl.dot(tl.trans(b_ds), b_k, input_precision="ieee")
-        p_dq = dq_part + (pair.to(tl.int64) * G + head)[:, None] * D + o_d[None, :]
+        p_dq = dq_part + (pair * G + head)[:, None] * D + o_d[None, :]
+        if ADD_DQ:
+            b_dq += tl.load(p_dq, mask=m_q, other=0.0).to(tl.float32)
         tl.store(p_dq, b_dq.to(dq_part.dtype.element_ty), mask=m_q)
     split = tl.load(item_split + item)
     b_dk *= scale
@@ -187,9 +197,9 @@ def kl_backward_kernel(
         place = first + o_row
         m_row = place < stop
         pair = tl.load(order + place, mask=m_row, other=0)
-        row = (pair // K).to(tl.int32)
+        row = pair // K
         m_q = m_row[:, None] & (o_d < D)[None, :]
-        b_q = tl.load(q_index + row.to(tl.int64)[:, None] * D + o_d[None, :], mask=m_q, other=0.0)
+        b_q = tl.load(q_index + row[:, None] * D + o_d[None, :], mask=m_q, other=0.0)
         b_lse = tl.load(lse_index + row, mask=m_row, other=float("inf"))
         b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
         m_t = m_row[:, None] & (o_b < B)[None, :]

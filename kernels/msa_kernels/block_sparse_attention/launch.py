@@ -52,10 +52,14 @@ class Sizes:
             "DP": configs.padded(self.D),
         }
 
-    def config(self, table: tuple[configs.TileConfig, ...], *, index: bool = False) -> configs.TileConfig:
-        """Tile sizes for this call, which `configs.why_not` has found to exist."""
-        dim = self.index_dim if index else self.D
-        config = configs.pick(table, configs.padded(dim), configs.padded(self.B), self.element_bytes)
+    def config(
+        self, table: tuple[configs.TileConfig, ...], *, index: bool = False, split: bool = False
+    ) -> configs.TileConfig:
+        """Tile sizes for this call, which `configs.why_not` has found to exist; split: blocks may be cut."""
+        block = configs.padded(1 if split else self.B)
+        config = configs.pick(
+            table, configs.padded(self.index_dim if index else self.D), block, self.element_bytes
+        )
         assert config is not None, f"no configuration for {self}"
         return config
 
@@ -120,8 +124,9 @@ def portions(
     """Queries in portions of at most `max_pairs` pairs (row, slot), or of one query."""
     sizes = sizes_of(queries, pool, entries)
     kv, per_query = pool.kv.contiguous(), sizes.M * sizes.K
-    # Pair ids are 32-bit in the kernels.
-    step = max(1, min(max_pairs, 2**30) // per_query)
+    # Offsets into tensors of pairs have 32 bits in the kernels.
+    most = (2**31 - 1) // max(sizes.G * sizes.D, sizes.B, sizes.index_dim)
+    step = max(1, min(max_pairs, most) // per_query)
     for begin in range(0, entries.shape[0], step):
         chunk = slice(begin, begin + step)
         window = queries.window
@@ -217,7 +222,7 @@ def _attend(
         1.0 / queries.temperature,
         **portion.constants(masked=masked),
         **sizes.shape,
-        ROWS=max(config.rows, triton.next_power_of_2(sizes.G)),
+        ROWS=max(config.rows_for(masked), triton.next_power_of_2(sizes.G)),
         SOFTENED=softened,
         STAGES=config.num_stages,
         num_warps=config.num_warps,
@@ -242,7 +247,7 @@ def _index_lse(portion: Portion, masked: bool, index_part: Tensor) -> None:
         **portion.constants(masked=masked),
         D=sizes.index_dim,
         DP=configs.padded(sizes.index_dim),
-        ROWS=config.rows,
+        ROWS=config.rows_for(masked),
         STAGES=config.num_stages,
         num_warps=config.num_warps,
     )

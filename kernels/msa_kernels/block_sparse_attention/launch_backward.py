@@ -159,35 +159,39 @@ def _kl_portion(
 def _attend_backward(portion: Portion, rows: _Rows, part: _Lists, dkv: Tensor, dkv_part: Tensor) -> None:
     """Gradients of K and V, partial gradients of the queries and the teacher, of all pairs of one kind."""
     sizes, queries = portion.sizes, portion.queries
-    config = sizes.config(configs.ATTEND_BACKWARD)
+    config = sizes.config(configs.ATTEND_BACKWARD, split=True)
+    constants = portion.constants(masked=part.masked) | sizes.shape
+    constants["BP"] = min(constants["BP"], config.max_block)
     unused = rows.lse
-    kernel_backward.attend_backward_kernel[(part.items.entry.numel(),)](
-        queries.q,
-        rows.dout,
-        rows.lse,
-        rows.delta,
-        unused if rows.lse_teacher is None else rows.lse_teacher,
-        portion.pool.kv,
-        portion.pool.block,
-        *portion.visibility,
-        *portion.work(part.items),
-        part.splits.of_item,
-        rows.dq_part,
-        unused if rows.teacher_part is None else rows.teacher_part,
-        dkv,
-        dkv_part,
-        queries.softmax_scale,
-        queries.softmax_scale * kernel.LOG2E.value,
-        1.0 / queries.temperature,
-        **portion.constants(masked=part.masked),
-        **sizes.shape,
-        ROWS=max(config.rows, triton.next_power_of_2(sizes.G)),
-        WITH_TEACHER=rows.teacher_part is not None,
-        SOFTENED=rows.lse_teacher is not None,
-        ADD=part.add,
-        STAGES=config.num_stages,
-        num_warps=config.num_warps,
-    )
+    for first_key in range(0, sizes.B, constants["BP"]):
+        kernel_backward.attend_backward_kernel[(part.items.entry.numel(),)](
+            queries.q,
+            rows.dout,
+            rows.lse,
+            rows.delta,
+            unused if rows.lse_teacher is None else rows.lse_teacher,
+            portion.pool.kv,
+            portion.pool.block,
+            *portion.visibility,
+            *portion.work(part.items),
+            part.splits.of_item,
+            rows.dq_part,
+            unused if rows.teacher_part is None else rows.teacher_part,
+            dkv,
+            dkv_part,
+            queries.softmax_scale,
+            queries.softmax_scale * kernel.LOG2E.value,
+            1.0 / queries.temperature,
+            first_key,
+            **constants,
+            ROWS=max(config.rows_for(part.masked), triton.next_power_of_2(sizes.G)),
+            WITH_TEACHER=rows.teacher_part is not None,
+            SOFTENED=rows.lse_teacher is not None,
+            ADD=part.add,
+            ADD_DQ=first_key > 0,
+            STAGES=config.num_stages,
+            num_warps=config.num_warps,
+        )
 
 
 def _kl_backward(
@@ -220,7 +224,7 @@ def _kl_backward(
         **portion.constants(masked=part.masked),
         D=sizes.index_dim,
         DP=configs.padded(sizes.index_dim),
-        ROWS=config.rows,
+        ROWS=config.rows_for(part.masked),
         ADD=part.add,
         STAGES=config.num_stages,
         num_warps=config.num_warps,

@@ -57,7 +57,7 @@ class Schedule:
     """Pairs (row * K + slot) sorted by the entry they read: first those that see the whole block, by entry, then
     those that see a part of it, by entry, then the unused.
 
-    order: [P] int64; offsets: [2N + 1] int64, where each entry's pairs begin in `order`. used: [P] uint8, 1 where
+    order: [P] int32; offsets: [2N + 1] int64, where each entry's pairs begin in `order`. used: [P] uint8, 1 where
     the pair is on a list.
     """
 
@@ -130,6 +130,8 @@ def build_schedule(
         partial |= cut
     key = torch.where(used, entries + num_entries * partial, 2 * num_entries).to(torch.int32).flatten()
     key, order = torch.sort(key, stable=True)
+    # Half the bytes: the kernels wait for a few of these ids at a time.
+    order = order.to(torch.int32)
     borders = torch.arange(2 * num_entries + 1, dtype=torch.int32, device=key.device)
     return Schedule(
         order=order, offsets=torch.searchsorted(key, borders), used=used.flatten().to(torch.uint8)

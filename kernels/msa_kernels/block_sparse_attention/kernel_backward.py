@@ -12,6 +12,28 @@ from msa_kernels.block_sparse_attention.kernel import LOG2E, visible_tokens
 
 
 @triton.jit
+def store_gradient(
+    p_grad, b_grad, o_b, add, B: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ADD: tl.constexpr
+):
+    """Stores b_grad [X, DP] in rows o_b of [B, D], or with ADD adds it there where `add` is true.
+
+    By halves, so that what is added to takes few registers beside two gradients.
+    """
+    halves = tl.permute(tl.reshape(b_grad, [b_grad.shape[0], 2, DP // 2]), (0, 2, 1))
+    b_low, b_high = tl.split(halves)
+    o_d = tl.arange(0, DP // 2)
+    o_low = o_b[:, None] * D + o_d[None, :]
+    m_low = (o_b < B)[:, None] & (o_d < D)[None, :]
+    m_high = (o_b < B)[:, None] & (o_d < D - DP // 2)[None, :]
+    if ADD:
+        b_low += tl.load(p_grad + o_low, mask=m_low & add, other=0.0)
+    tl.store(p_grad + o_low, b_low, mask=m_low)
+    if ADD:
+        b_high += tl.load(p_grad + o_low + DP // 2, mask=m_high & add, other=0.0)
+    tl.store(p_grad + o_low + DP // 2, b_high, mask=m_high)
+
+
+@triton.jit
 def attend_backward_kernel(
     q,  # [R, G, D]
     dout,  # [R, G, D], dtype of q
@@ -34,6 +56,7 @@ def attend_backward_kernel(
     dkv,  # [N, 2, B, D] fp32
     dkv_part,  # [splits, 2, B, D] fp32
     scale,
+    minus_inverse_scale,
     scale_log2,
     inverse_temperature,
     first_key,  # of the part of the block that this launch works on, BP keys long
@@ -75,6 +98,10 @@ def attend_backward_kernel(
     m_kv = (o_b < B)[:, None] & (o_d < D)[None, :]
     b_k = tl.load(kv + entry * (2 * B * D) + o_kv, mask=m_kv, other=0.0)
     b_v = tl.load(kv + entry * (2 * B * D) + B * D + o_kv, mask=m_kv, other=0.0)
+    split = tl.load(item_split + item)
+    p_dkv = dkv + entry * (2 * B * D)
+    if split >= 0:
+        p_dkv = dkv_part + split * (2 * B * D)
     b_dk = tl.zeros([BP, DP], dtype=tl.float32)
     b_dv = tl.zeros([BP, DP], dtype=tl.float32)
     for first in tl.range(begin, stop, ROWS // GP, num_stages=STAGES):
@@ -90,7 +117,7 @@ def attend_backward_kernel(
         # and delta are the products' initial values: beside them they would take as many registers as scores.
         b_lse = tl.load(lse + o_rg, mask=m_row, other=float("-inf"))
         m_row = b_lse > float("-inf")
-        b_s = tl.where(m_row, -b_lse / scale, float("-inf"))[None, :] + tl.zeros([BP, ROWS], dtype=tl.float32)
+        b_s = tl.where(m_row, b_lse * minus_inverse_scale, float("-inf"))[None, :] + tl.zeros([BP, ROWS], dtype=tl.float32)
         if MASKED:
             query = row // M
             m_s = visible_tokens(
@@ -128,19 +155,9 @@ def attend_backward_kernel(
         if ADD_DQ:
             b_dq += tl.load(p_dq, mask=m_q, other=0.0).to(tl.float32)
         tl.store(p_dq, b_dq.to(dq_part.dtype.element_ty), mask=m_q)
-    split = tl.load(item_split + item)
-    b_dk *= scale
-    if split >= 0:
-        p_dk = dkv_part + split * (2 * B * D) + o_kv
-        tl.store(p_dk, b_dk, mask=m_kv)
-        tl.store(p_dk + B * D, b_dv, mask=m_kv)
-    else:
-        p_dk = dkv + entry * (2 * B * D) + o_kv
-        if ADD:
-            b_dk += tl.load(p_dk, mask=m_kv, other=0.0)
-            b_dv += tl.load(p_dk + B * D, mask=m_kv, other=0.0)
-        tl.store(p_dk, b_dk, mask=m_kv)
-        tl.store(p_dk + B * D, b_dv, mask=m_kv)
+    add = split < 0
+    store_gradient(p_dkv, b_dk * scale, o_b, add, B, D, DP, ADD)
+    store_gradient(p_dkv + B * D, b_dv, o_b, add, B, D, DP, ADD)
 
 
 @triton.jit

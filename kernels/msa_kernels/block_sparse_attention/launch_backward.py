@@ -56,6 +56,8 @@ def backward(
     kl_term: KlTerm | None,
 ) -> PoolGrads:
     """`pool_backward` by Triton kernels; dtypes as in `launch.forward`, dout rounded to that of q."""
+    if queries.softmax_scale == 0.0:
+        raise ValueError("softmax_scale=0.0: the kernels divide by it; must not be 0")
     with_kl = kl_term is not None and queries.q_index is not None
     grads = _allocate(queries, pool, entries, with_kl)
     if pool.kv.shape[0] == 0 or entries.numel() == 0:
@@ -180,6 +182,7 @@ def _attend_backward(portion: Portion, rows: _Rows, part: _Lists, dkv: Tensor, d
             dkv,
             dkv_part,
             queries.softmax_scale,
+            -1.0 / queries.softmax_scale,
             queries.softmax_scale * kernel.LOG2E.value,
             1.0 / queries.temperature,
             first_key,

@@ -15,8 +15,8 @@ def implementation(
 ) -> ModuleType | None:
     """Module with `forward` and `backward` for this call, or None for the tiled path in pool.py.
 
-    `auto` takes Triton for tensors on a CUDA device where Triton is installed and has a configuration for their
-    sizes, otherwise the tiled path. Triton is imported only where it is taken.
+    `auto` takes Triton for tensors on a CUDA device where Triton is installed and has a configuration for
+    their sizes, otherwise the tiled path. Triton is imported only where it is taken.
 
     Args:
         kernel: "auto", "triton", "cpu" or "reference".

@@ -1,8 +1,8 @@
 """Tile sizes of the Triton kernels, by head dim, block size and bytes of an element.
 
-The forward holds ROWS x block_size scores and ROWS x head_dim outputs in registers, K and V of a block and a few
-tiles of queries in shared memory. The backward holds two gradients of block_size x head_dim in registers, half of
-what there is at 128 x 128, and takes larger blocks in parts, one launch each.
+The forward holds rows x block_size scores and rows x head_dim outputs in registers, K and V of a block and a
+few tiles of queries in shared memory. The backward holds two gradients of block_size x head_dim in registers,
+half of what there is at 128 x 128, and takes larger blocks in parts, one launch each.
 """
 
 from dataclasses import dataclass
@@ -10,9 +10,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class TileConfig:
-    """max_dim, max_block, max_bytes: largest head dim, block size (both rounded up to a power of two) and element
-    size it serves; rows: (query, head) rows per step, masked_rows: the same where a block is seen in part, 0 for
-    rows; num_stages: tiles on their way at a time."""
+    """Tile sizes for calls up to max_dim, max_block and max_bytes.
+
+    max_dim, max_block: head dim and block size, rounded up to a power of two; max_bytes: element size. rows:
+    (query, head) rows per step; masked_rows: the same where a block is seen in part, 0 for rows. num_stages:
+    tiles on their way at a time.
+    """
 
     max_dim: int
     max_block: int

@@ -2,8 +2,9 @@
 
 Shapes: R rows (query, group), K slots, G heads of a group, D head dim, N pool entries, B block size, P pairs
 (row, slot). GP, DP, BP are powers of two that hold G, D, B; a tile holds ROWS = queries * GP rows.
-Scores are kept as powers of two: scale_log2 = scale * log2(e). Tensors of pairs and rows belong to one portion
-of the queries and hold less than 2^31 values; offsets into tensors of blocks have 64 bits. Prefixes: o_ offsets, m_ masks, b_ tiles.
+Scores are kept as powers of two: scale_log2 = scale * log2(e). Tensors of pairs and rows belong to one
+portion of the queries and hold less than 2^31 values; offsets into tensors of blocks have 64 bits. Prefixes:
+o_ offsets, m_ masks, p_ pointers, b_ tiles.
 """
 
 import triton
@@ -14,9 +15,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def visible_tokens(
-    position, window_start, sink_stop, query, first_token, o_token, WINDOWED: tl.constexpr
-):  # fmt: skip
+def visible_tokens(position, window_start, sink_stop, query, first_token, o_token, WINDOWED: tl.constexpr):
     """Tokens that queries see: query ids [X] of any shape that broadcasts against o_token -> bool."""
     last = (tl.load(position + query) - first_token).to(tl.int32)
     seen = o_token <= last

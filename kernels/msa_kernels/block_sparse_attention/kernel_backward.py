@@ -1,8 +1,8 @@
 """Triton kernels of the backward pass: gradients of the queries that read a block and of the block itself.
 
-Shapes and names as in kernel.py. Gradients of K and V belong to the program that holds the block; where a long
-list is split, its parts are kept apart and added in order. Gradients of queries are kept per pair and added by
-slot. So every sum has one order, and nothing is added atomically.
+Shapes and names as in kernel.py. Gradients of K and V belong to the program that holds the block; where a
+long list is split, its parts are kept apart and added in order. Gradients of queries are kept per pair and
+added by slot. So every sum has one order, and nothing is added atomically.
 """
 
 import triton
@@ -80,8 +80,8 @@ def attend_backward_kernel(
     """One item: K, V and their gradients stay while the queries that read the block pass by.
 
     Scores are kept as [block, rows], so that they are the left operand of the products with dout and q.
-    With WITH_TEACHER, the mean over heads of the probabilities is kept for the KL loss. ADD and ADD_DQ: earlier
-    launches have left a sum in dkv and dq_part.
+    With WITH_TEACHER, the mean over heads of the probabilities is kept for the KL loss. ADD and ADD_DQ:
+    earlier launches have left a sum in dkv and dq_part.
     """
     item = tl.program_id(0)
     if item >= tl.load(num_items):
@@ -117,7 +117,8 @@ def attend_backward_kernel(
         # and delta are the products' initial values: beside them they would take as many registers as scores.
         b_lse = tl.load(lse + o_rg, mask=m_row, other=float("-inf"))
         m_row = b_lse > float("-inf")
-        b_s = tl.where(m_row, b_lse * minus_inverse_scale, float("-inf"))[None, :] + tl.zeros([BP, ROWS], dtype=tl.float32)
+        b_s = tl.where(m_row, b_lse * minus_inverse_scale, float("-inf"))[None, :]
+        b_s = b_s + tl.zeros([BP, ROWS], dtype=tl.float32)
         if MASKED:
             query = row // M
             m_s = visible_tokens(

@@ -1,7 +1,7 @@
 """Launches the Triton kernels of the forward pass: torch tensors in, torch tensors out.
 
-Imports Triton. Shapes: T queries, M KV groups, G query heads per group, K top-k slots, N pool entries, B block
-size, D head dim, Di index head dim.
+Imports Triton. Shapes: T queries, M KV groups, G query heads per group, K top-k slots, N pool entries, B
+block size, D head dim, Di index head dim.
 """
 
 from collections.abc import Iterator
@@ -17,8 +17,8 @@ from msa_kernels.block_sparse_attention.pool import BlockPool, PoolOutput, Spars
 from msa_kernels.block_sparse_attention.schedule import Items, Schedule, build_schedule
 from msa_kernels.block_sparse_attention.window import TokenWindow
 
-# Partial results of one portion of the queries. 2 GiB hold 8,192 queries of the M3 shape in bf16: their q of one
-# group, 32 MiB, still fits the L2 cache, where it is read once per slot.
+# Partial results of one portion of the queries. 2 GiB hold 8,192 queries of the M3 shape in bf16: their q of
+# one group, 32 MiB, still fits the L2 cache, where it is read once per slot.
 FORWARD_PART_BYTES = 2**31
 # An item of the forward reads its block once; longer lists are split so that all processors have work.
 FORWARD_PAIRS_PER_ITEM = 64

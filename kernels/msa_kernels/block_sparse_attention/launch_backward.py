@@ -14,8 +14,8 @@ from msa_kernels.block_sparse_attention.launch import Portion, Sizes, portions, 
 from msa_kernels.block_sparse_attention.pool import BlockPool, KlTerm, PoolGrads, SparseQueries
 from msa_kernels.block_sparse_attention.schedule import Items, Splits
 
-# Partial gradients of the queries of one portion. More queries at a time mean that K, V and their gradients, 320
-# KiB per block and group of the M3 shape, travel less often per query.
+# Partial gradients of the queries of one portion. More queries at a time mean that K, V and their gradients,
+# 320 KiB per block and group of the M3 shape, travel less often per query.
 BACKWARD_PART_BYTES = 2**32
 # Gradients of blocks whose list was split; from this follows how long an item may be.
 SPLIT_BYTES = 2**28
@@ -24,7 +24,7 @@ BACKWARD_PAIRS_PER_ITEM = 256
 
 @dataclass(slots=True)
 class _Lists:
-    """Items of one kind with the buffers of split lists. add: dkv and dk_index hold sums of earlier launches."""
+    """Items of one kind, and places for split lists. add: dkv and dk_index hold sums of earlier launches."""
 
     items: Items
     splits: Splits

@@ -15,8 +15,8 @@ from msa_kernels.block_sparse_attention.window import TokenWindow
 class Items:
     """Items of work: up to `pairs_per_item` pairs that read one entry.
 
-    entry: [I] int32; begin, stop: [I] int64, the item's part of `Schedule.order`; num_items: [1] int64, how many
-    of the I are real (I is what fits any selection, so that the host need not know).
+    entry: [I] int32; begin, stop: [I] int64, the item's part of `Schedule.order`; num_items: [1] int64, how
+    many of the I are real (I is what fits any selection, so that the host need not know).
     first_item: [N + 1] int64, where the items of an entry begin.
     """
 
@@ -42,7 +42,8 @@ class Items:
 class Splits:
     """Places for what items of one entry, of several, must leave to be added up.
 
-    Example: entries with 1, 3 and 2 items get of_item = [-1, 0, 1, 2, 3, 4], first = [0, 0, 3], count = [0, 3, 2].
+    Example: entries with 1, 3 and 2 items get of_item = [-1, 0, 1, 2, 3, 4], first = [0, 0, 3] and
+    count = [0, 3, 2].
 
     of_item: [I] int64, -1 for items that are alone; first, count: [N] int64, the places of an entry.
     """
@@ -54,11 +55,13 @@ class Splits:
 
 @dataclass(slots=True)
 class Schedule:
-    """Pairs (row * K + slot) sorted by the entry they read: first those that see the whole block, by entry, then
-    those that see a part of it, by entry, then the unused.
+    """Pairs (row * K + slot) sorted by the entry they read.
 
-    order: [P] int32; offsets: [2N + 1] int64, where each entry's pairs begin in `order`. used: [P] uint8, 1 where
-    the pair is on a list.
+    First those that see the whole block, by entry, then those that see a part of it, by entry, then the
+    unused.
+
+    order: [P] int32; offsets: [2N + 1] int64, where each entry's pairs begin in `order`. used: [P] uint8, 1
+    where the pair is on a list.
     """
 
     order: Tensor
@@ -73,8 +76,8 @@ class Schedule:
     def items(self, *, masked: bool, pairs_per_item: int, every_entry: bool = False) -> Items:
         """Split the lists of one kind into items, entries ascending, pairs of an entry in order.
 
-        Example (N = 2, pairs_per_item 2, masked False): offsets [0, 3, 4, ...] has 3 pairs of entry 0 and 1 of
-        entry 1, so entry = [0, 0, 1, ...], begin = [0, 2, 3, ...], stop = [2, 3, 4, ...], num_items = 3.
+        Example (N = 2, pairs_per_item 2, masked False): offsets [0, 3, 4, ...] has 3 pairs of entry 0 and 1
+        of entry 1, so entry = [0, 0, 1, ...], begin = [0, 2, 3, ...], stop = [2, 3, 4, ...], num_items = 3.
 
         Args:
             masked: the pairs that see a part of the block, or those that see all of it.

@@ -26,7 +26,7 @@ from tests.helpers.triton_env import (
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 SHAPES = {
     "plain": Shape(),
-    # Lists that are split, portions of few queries, and gradients of blocks that grow from portion to portion.
+    # Split lists, portions of few queries, and gradients of blocks that grow from portion to portion.
     "pools_temperature_portions": Shape(
         num_pools=3, temperature=2.0, part_bytes=2**13, pairs_per_item=8, split_bytes=2**15, seed=1
     ),

@@ -56,8 +56,8 @@ def backward(
     kl_term: KlTerm | None,
 ) -> PoolGrads:
     """`pool_backward` by Triton kernels; dtypes as in `launch.forward`, dout rounded to that of q."""
-    if queries.softmax_scale == 0.0:
-        raise ValueError("softmax_scale=0.0: the kernels divide by it; must not be 0")
+    if not queries.softmax_scale > 0.0:
+        raise ValueError(f"softmax_scale={queries.softmax_scale}: must be above 0, the kernels divide by it")
     with_kl = kl_term is not None and queries.q_index is not None
     grads = _allocate(queries, pool, entries, with_kl)
     if pool.kv.shape[0] == 0 or entries.numel() == 0:

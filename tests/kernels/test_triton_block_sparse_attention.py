@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from msa_kernels.block_sparse_attention.choice import unsupported
 from msa_kernels.block_sparse_attention.pool import BlockPool, KlTerm, PoolGrads, PoolOutput, pool_forward
 from msa_kernels.block_sparse_attention.schedule import build_schedule
 from msa_kernels.block_sparse_attention.work_list import build_work_list
@@ -207,22 +208,27 @@ def test_shipped_configurations_fit_hopper(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kernel", "dtype", "words"),
-    [("cuda", torch.float32, "kernel='cuda'"), ("triton", torch.float64, "dtype=float64")],
+    ("shape", "dtype", "words"),
+    [
+        (Shape(), torch.float64, "dtype=float64"),
+        (Shape(dim=256, block_size=256, seq_len=256, starts=(0, 256)), torch.bfloat16, "head_dim=256"),
+        (Shape(index_dim=300), torch.bfloat16, "head_dim=300"),
+        (Shape(), torch.bfloat16, None),
+    ],
 )
-def test_bad_kernel(kernel: str, dtype: torch.dtype, words: str) -> None:
-    pytest.importorskip("triton")
-    problem = make_problem(Shape(), dtype)
-    with pytest.raises(ValueError, match=words):
+def test_unsupported(shape: Shape, dtype: torch.dtype, words: str | None) -> None:
+    problem = make_problem(shape, dtype)
+    queries = problem.queries
+    why_not = unsupported(queries.q, problem.pools[0].kv, queries.q_index, queries.k_index)
+    assert (why_not is None) == (words is None)
+    assert words is None or words in str(why_not)
+
+
+@pytest.mark.parametrize("kernel", ["cuda", "triton"])
+def test_bad_kernel(kernel: str) -> None:
+    problem = make_problem(Shape(), torch.float64)
+    with pytest.raises(ValueError, match=f"kernel={kernel}"):
         pool_forward(problem.queries, problem.pools[0], problem.entries[0], kernel=kernel)
-
-
-@pytest.mark.skipif(HAS_GPU, reason="checks what a machine without a GPU answers")
-def test_triton_needs_a_device() -> None:
-    pytest.importorskip("triton")
-    problem = make_problem(Shape(), torch.float32)
-    with pytest.raises(ValueError, match="device=cpu"):
-        pool_forward(problem.queries, problem.pools[0], problem.entries[0], kernel="triton")
 
 
 def test_auto_on_the_cpu_is_the_tiled_path() -> None:

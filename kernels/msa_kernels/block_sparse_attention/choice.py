@@ -1,13 +1,19 @@
 """Which implementation attends over a pool: Triton kernels, the tiled torch path, or the plain definition."""
 
 import importlib
-import importlib.util
-from functools import cache
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
-KERNELS = ("auto", "triton", "cpu", "reference")
+from msa_kernels.block_sparse_attention import configs
+from msa_kernels.dispatch import choose_kernel
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_MODULES = {
+    "triton": "msa_kernels.block_sparse_attention.triton_path",
+    "reference": "msa_kernels.block_sparse_attention.pool_reference",
+}
 
 
 def implementation(
@@ -15,35 +21,24 @@ def implementation(
 ) -> ModuleType | None:
     """Module with `forward` and `backward` for this call, or None for the tiled path in pool.py.
 
-    `auto` takes Triton for tensors on a CUDA device where Triton is installed and has a configuration for
-    their sizes, otherwise the tiled path. Triton is imported only where it is taken.
+    Triton is imported only where it is taken.
 
     Args:
-        kernel: "auto", "triton", "cpu" or "reference".
+        kernel: "auto", "triton", "cpu" or "reference", see `dispatch.choose_kernel`.
         q, kv, q_index, k_index: tensors of the call.
 
     Raises:
         ValueError: on another name, and where "triton" cannot serve the call.
     """
-    if kernel not in KERNELS:
-        raise ValueError(f"kernel={kernel!r}: must be one of {', '.join(KERNELS)}")
-    if kernel == "reference":
-        return importlib.import_module("msa_kernels.block_sparse_attention.pool_reference")
-    if kernel == "cpu" or (kernel == "auto" and not q.is_cuda):
-        return None
-    if not _has_triton():
-        if kernel == "auto":
-            return None
-        raise ValueError("kernel='triton': Triton is not installed; install it or use kernel='cpu'")
-    launch = importlib.import_module("msa_kernels.block_sparse_attention.triton_path")
-    why_not = launch.why_not(q, kv, q_index, k_index)
-    if not why_not:
-        return launch
-    if kernel == "auto":
-        return None
-    raise ValueError(f"kernel='triton': {why_not}; use kernel='cpu'")
+    chosen = choose_kernel(kernel, q.device, unsupported(q, kv, q_index, k_index))
+    return None if chosen == "cpu" else importlib.import_module(_MODULES[chosen])
 
 
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def unsupported(q: Tensor, kv: Tensor, q_index: Tensor | None, k_index: Tensor | None) -> str | None:
+    """Why there are no Triton kernels for these tensors; None where there are."""
+    dtypes = {tensor.dtype for tensor in (q, kv, q_index, k_index) if tensor is not None}
+    if len(dtypes) > 1 or q.dtype not in _DTYPES:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        return f"dtype={names}: q, K/V and index tensors must all be bfloat16, float16 or float32"
+    index_dim = 0 if q_index is None else q_index.shape[-1]
+    return configs.why_not(q.shape[-1], kv.shape[2], index_dim, q.element_size())

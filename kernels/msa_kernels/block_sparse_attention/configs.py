@@ -61,15 +61,15 @@ COMBINE_ROWS = 16
 COMBINE_STAGES = 4
 
 
-def why_not(dim: int, block: int, index_dim: int, element_bytes: int) -> str:
-    """Why no configuration serves these sizes; empty where there are some. index_dim 0: no index branch."""
+def why_not(dim: int, block: int, index_dim: int, element_bytes: int) -> str | None:
+    """Why no configuration serves these sizes; None where there are some. index_dim 0: no index branch."""
     tables = [(ATTEND, dim, block), (ATTEND_BACKWARD, dim, 1)]
     if index_dim:
         tables += [(INDEX_LSE, index_dim, block), (KL_BACKWARD, index_dim, block)]
     for table, width, length in tables:
         if pick(table, padded(width), padded(length), element_bytes) is None:
             return f"head_dim={width}, block_size={block} at {element_bytes} bytes: tiles do not fit"
-    return ""
+    return None
 
 
 def padded(size: int) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import triton
+import triton  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 from msa_kernels.block_sparse_attention import configs, kernel

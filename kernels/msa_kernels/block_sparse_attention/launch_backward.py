@@ -6,7 +6,7 @@ Imports Triton. Shapes as in launch.py.
 from dataclasses import dataclass
 
 import torch
-import triton
+import triton  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 from msa_kernels.block_sparse_attention import configs, kernel, kernel_backward

@@ -222,7 +222,7 @@ def _attend(
         1.0 / queries.temperature,
         **portion.constants(masked=masked),
         **sizes.shape,
-        ROWS=max(config.rows_for(masked), triton.next_power_of_2(sizes.G)),
+        ROWS=max(config.rows, triton.next_power_of_2(sizes.G)),
         SOFTENED=softened,
         STAGES=config.num_stages,
         num_warps=config.num_warps,
@@ -247,7 +247,7 @@ def _index_lse(portion: Portion, masked: bool, index_part: Tensor) -> None:
         **portion.constants(masked=masked),
         D=sizes.index_dim,
         DP=configs.padded(sizes.index_dim),
-        ROWS=config.rows_for(masked),
+        ROWS=config.rows,
         STAGES=config.num_stages,
         num_warps=config.num_warps,
     )

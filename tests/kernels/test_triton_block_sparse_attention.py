@@ -33,6 +33,8 @@ SHAPES = {
     ),
     "odd_sizes": Shape(heads=3, dim=20, index_dim=24, block_size=24, seq_len=72, starts=(0, 72)),
     "window": Shape(window=21, topk=4),
+    # The backward takes such blocks in parts, the last one half full.
+    "block_in_parts": Shape(block_size=48, seq_len=96, starts=(0, 96), groups=1),
     "no_index": Shape(with_index=False, heads=16, groups=1, dim=64, block_size=32, starts=(0, 64)),
 }
 CASES = [(name, torch.float32) for name in SHAPES] + [("plain", dtype) for dtype in DTYPES[1:]]

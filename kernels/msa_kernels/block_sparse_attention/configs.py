@@ -13,7 +13,8 @@ class TileConfig:
     """Tile sizes for calls up to max_dim, max_block and max_bytes.
 
     max_dim, max_block: head dim and block size, rounded up to a power of two; max_bytes: element size. rows:
-    (query, head) rows per step. num_stages: tiles on their way at a time.
+    (query, head) rows per step. num_stages: tiles on their way at a time. separate: gradients of K and V in
+    launches of their own, which forms the probabilities twice.
     """
 
     max_dim: int
@@ -22,6 +23,7 @@ class TileConfig:
     rows: int
     num_warps: int
     num_stages: int
+    separate: bool = False
 
 
 # In every table the first that serves is taken.
@@ -29,25 +31,27 @@ ATTEND = (
     TileConfig(128, 128, 2, rows=64, num_warps=4, num_stages=2),
     TileConfig(128, 256, 2, rows=64, num_warps=8, num_stages=2),
     TileConfig(256, 128, 2, rows=64, num_warps=8, num_stages=2),
-    TileConfig(128, 128, 4, rows=32, num_warps=8, num_stages=2),
-    TileConfig(256, 64, 4, rows=32, num_warps=8, num_stages=2),
+    TileConfig(128, 128, 4, rows=16, num_warps=8, num_stages=1),
+    TileConfig(256, 32, 4, rows=16, num_warps=8, num_stages=1),
 )
 INDEX_LSE = (
     TileConfig(128, 128, 2, rows=64, num_warps=4, num_stages=2),
     TileConfig(256, 256, 2, rows=64, num_warps=8, num_stages=2),
-    TileConfig(256, 128, 4, rows=32, num_warps=8, num_stages=2),
+    TileConfig(256, 128, 4, rows=16, num_warps=8, num_stages=1),
 )
 # Larger blocks are taken in parts of max_block.
 ATTEND_BACKWARD = (
-    # 64 rows would suit the tensor cores better, but spill 8 to 24 bytes per thread.
+    # 64 rows would suit the tensor cores better, but spill 8 to 96 bytes per thread.
     TileConfig(128, 128, 2, rows=32, num_warps=8, num_stages=2),
-    TileConfig(256, 64, 2, rows=32, num_warps=8, num_stages=2),
-    TileConfig(256, 32, 4, rows=16, num_warps=8, num_stages=2),
+    TileConfig(256, 128, 2, rows=32, num_warps=8, num_stages=2, separate=True),
+    TileConfig(128, 32, 4, rows=16, num_warps=8, num_stages=1),
+    TileConfig(256, 16, 4, rows=16, num_warps=8, num_stages=1),
 )
 KL_BACKWARD = (
-    TileConfig(256, 128, 2, rows=32, num_warps=8, num_stages=2),
-    TileConfig(128, 256, 2, rows=32, num_warps=8, num_stages=2),
-    TileConfig(128, 128, 4, rows=16, num_warps=8, num_stages=2),
+    TileConfig(128, 128, 2, rows=32, num_warps=8, num_stages=2),
+    TileConfig(256, 64, 2, rows=32, num_warps=8, num_stages=2),
+    TileConfig(128, 32, 4, rows=16, num_warps=8, num_stages=1),
+    TileConfig(256, 16, 4, rows=16, num_warps=8, num_stages=1),
 )
 # Sums over parts and slots: values per program, (row, head) rows per program, tiles on their way at a time.
 ADD_SPLITS_CHUNK = 4096
@@ -61,7 +65,7 @@ def why_not(dim: int, block: int, index_dim: int, element_bytes: int) -> str | N
     """Why no configuration serves these sizes; None where there are some. index_dim 0: no index branch."""
     tables = [(ATTEND, dim, block), (ATTEND_BACKWARD, dim, 1)]
     if index_dim:
-        tables += [(INDEX_LSE, index_dim, block), (KL_BACKWARD, index_dim, block)]
+        tables += [(INDEX_LSE, index_dim, block), (KL_BACKWARD, index_dim, 1)]
     for table, width, length in tables:
         if pick(table, padded(width), padded(length), element_bytes) is None:
             return f"head_dim={width}, block_size={block} at {element_bytes} bytes: tiles do not fit"

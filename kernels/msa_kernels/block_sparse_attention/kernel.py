@@ -80,6 +80,8 @@ def attend_kernel(
     m_kv = (o_b < B)[:, None] & (o_d < D)[None, :]
     b_k = tl.load(p_k, mask=m_kv, other=0.0)
     b_v = tl.load(p_k + B * D, mask=m_kv, other=0.0)
+    # Transposed in the loop, K would be kept in registers and copied to shared memory in every step.
+    b_kt = tl.trans(b_k)
     for first in tl.range(begin, stop, ROWS // GP, num_stages=STAGES):
         place = first + o_row // GP
         m_row = (place < stop) & (head < G)
@@ -89,7 +91,7 @@ def attend_kernel(
         p_q = q + (row * G + head)[:, None] * D + o_d[None, :]
         b_q = tl.load(p_q, mask=m_q, other=0.0)
         # [ROWS, BP]
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2
+        b_s = tl.dot(b_q, b_kt, input_precision="ieee") * scale_log2
         if MASKED:
             query = row // M
             m_s = visible_tokens(
@@ -152,7 +154,7 @@ def index_lse_kernel(
     o_d = tl.arange(0, DP)
     o_row = tl.arange(0, ROWS)
     p_k = k_index + block_id * (B * D) + o_b[:, None] * D + o_d[None, :]
-    b_k = tl.load(p_k, mask=(o_b < B)[:, None] & (o_d < D)[None, :], other=0.0)
+    b_kt = tl.trans(tl.load(p_k, mask=(o_b < B)[:, None] & (o_d < D)[None, :], other=0.0))
     for first in tl.range(begin, stop, ROWS, num_stages=STAGES):
         place = first + o_row
         m_row = place < stop
@@ -160,7 +162,7 @@ def index_lse_kernel(
         row = pair // K
         p_q = q_index + row[:, None] * D + o_d[None, :]
         b_q = tl.load(p_q, mask=m_row[:, None] & (o_d < D)[None, :], other=0.0)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2
+        b_s = tl.dot(b_q, b_kt, input_precision="ieee") * scale_log2
         if MASKED:
             query = row // M
             m_s = visible_tokens(

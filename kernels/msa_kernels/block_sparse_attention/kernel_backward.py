@@ -77,13 +77,16 @@ def attend_backward_kernel(
     SOFTENED: tl.constexpr,
     ADD: tl.constexpr,
     ADD_DQ: tl.constexpr,
+    WITH_DK: tl.constexpr,
+    WITH_DV: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """One item: K, V and their gradients stay while the queries that read the block pass by.
 
     Scores are kept as [block, rows], so that they are the left operand of the products with dout and q.
     With WITH_TEACHER, the mean over heads of the probabilities is kept for the KL loss. ADD and ADD_DQ:
-    earlier launches have left a sum in dkv and dq_part.
+    earlier launches have left a sum in dkv and dq_part. WITH_DK, WITH_DV: gradients of K and of the queries,
+    and of V; in one launch, or in two where both gradients do not fit into registers.
     """
     item = tl.program_id(0)
     if item >= tl.load(num_items):
@@ -100,6 +103,7 @@ def attend_backward_kernel(
     m_kv = (o_b < B)[:, None] & (o_d < D)[None, :]
     b_k = tl.load(kv + entry * (2 * B * D) + o_kv, mask=m_kv, other=0.0)
     b_v = tl.load(kv + entry * (2 * B * D) + B * D + o_kv, mask=m_kv, other=0.0)
+    b_kt = tl.trans(b_k)
     split = tl.load(item_split + item)
     p_dkv = dkv + entry * (2 * B * D)
     if split >= 0:
@@ -147,20 +151,24 @@ def attend_backward_kernel(
             tl.store(p_t, b_t, mask=m_query[None, :] & (o_b < B)[:, None])
         # From here on p in the dtype of the products: half the registers while dp is formed.
         b_p = b_p.to(b_do.dtype)
-        b_dv = tl.dot(b_p, b_do, b_dv, input_precision="ieee")
-        b_delta = tl.load(delta + o_rg, mask=m_row, other=0.0)
-        b_dp = tl.zeros([BP, ROWS], dtype=tl.float32) - b_delta[None, :]
-        b_dp = tl.dot(b_v, tl.trans(b_do), b_dp, input_precision="ieee")
-        b_ds = (b_p.to(tl.float32) * b_dp).to(b_k.dtype)
-        b_dk = tl.dot(b_ds, b_q, b_dk, input_precision="ieee")
-        b_dq = tl.dot(tl.trans(b_ds), b_k, input_precision="ieee")
-        p_dq = dq_part + (pair * G + head)[:, None] * D + o_d[None, :]
-        if ADD_DQ:
-            b_dq += tl.load(p_dq, mask=m_q, other=0.0).to(tl.float32)
-        tl.store(p_dq, b_dq.to(dq_part.dtype.element_ty), mask=m_q)
+        if WITH_DV:
+            b_dv = tl.dot(b_p, b_do, b_dv, input_precision="ieee")
+        if WITH_DK:
+            b_delta = tl.load(delta + o_rg, mask=m_row, other=0.0)
+            b_dp = tl.zeros([BP, ROWS], dtype=tl.float32) - b_delta[None, :]
+            b_dp = tl.dot(b_v, tl.trans(b_do), b_dp, input_precision="ieee")
+            b_ds = (b_p.to(tl.float32) * b_dp).to(b_k.dtype)
+            b_dk = tl.dot(b_ds, b_q, b_dk, input_precision="ieee")
+            b_dq = tl.trans(tl.dot(b_kt, b_ds, input_precision="ieee"))
+            p_dq = dq_part + (pair * G + head)[:, None] * D + o_d[None, :]
+            if ADD_DQ:
+                b_dq += tl.load(p_dq, mask=m_q, other=0.0).to(tl.float32)
+            tl.store(p_dq, b_dq.to(dq_part.dtype.element_ty), mask=m_q)
     add = split < 0
-    store_gradient(p_dkv, b_dk * scale, o_b, add, B, D, DP, ADD)
-    store_gradient(p_dkv + B * D, b_dv, o_b, add, B, D, DP, ADD)
+    if WITH_DK:
+        store_gradient(p_dkv, b_dk * scale, o_b, add, B, D, DP, ADD)
+    if WITH_DV:
+        store_gradient(p_dkv + B * D, b_dv, o_b, add, B, D, DP, ADD)
 
 
 @triton.jit
@@ -185,6 +193,7 @@ def kl_backward_kernel(
     dk_part,  # [splits, B, Di] fp32
     scale,  # factor of the gradients: weight * index_scale
     scale_log2,
+    first_key,  # of the part of the block that this launch works on, BP keys long
     M: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
@@ -195,9 +204,13 @@ def kl_backward_kernel(
     MASKED: tl.constexpr,
     WINDOWED: tl.constexpr,
     ADD: tl.constexpr,
+    ADD_DQ: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One item: student - teacher, its products with index keys and index queries, and the divergence."""
+    """One item: student - teacher, its products with index keys and index queries, and the divergence.
+
+    ADD and ADD_DQ: earlier launches have left a sum in dk_index, and in dq_part and kl_part.
+    """
     LN2: tl.constexpr = 0.6931471805599453
     item = tl.program_id(0)
     if item >= tl.load(num_items):
@@ -206,12 +219,13 @@ def kl_backward_kernel(
     begin = tl.load(item_begin + item).to(tl.int32)
     stop = tl.load(item_stop + item).to(tl.int32)
     block_id = tl.load(block + entry)
-    o_b = tl.arange(0, BP)
+    o_b = first_key + tl.arange(0, BP)
     o_d = tl.arange(0, DP)
     o_row = tl.arange(0, ROWS)
     o_bd = o_b[:, None] * D + o_d[None, :]
     m_bd = (o_b < B)[:, None] & (o_d < D)[None, :]
     b_k = tl.load(k_index + block_id * (B * D) + o_bd, mask=m_bd, other=0.0)
+    b_kt = tl.trans(b_k)
     b_dk = tl.zeros([BP, DP], dtype=tl.float32)
     for first in tl.range(begin, stop, ROWS, num_stages=STAGES):
         place = first + o_row
@@ -232,18 +246,22 @@ def kl_backward_kernel(
                 position, window_start, sink_stop, query[None, :], block_id * B, o_b[:, None], WINDOWED
             )
             b_s = tl.where(m_s, b_s, float("-inf"))
-        if BP != B:
+        if B % BP != 0:
             b_s = tl.where((o_b < B)[:, None], b_s, float("-inf"))
         b_s = b_s - (b_lse * LOG2E)[None, :]
         b_t = tl.trans(b_t)
         # Where the teacher is 0 the term is 0, whatever the logarithms are.
         ratio = tl.log2(tl.where(b_t > 0.0, b_t, 1.0)) - b_s
         b_kl = tl.sum(tl.where(b_t > 0.0, b_t * ratio, 0.0), 0) * LN2
+        if ADD_DQ:
+            b_kl += tl.load(kl_part + pair, mask=m_row, other=0.0)
         tl.store(kl_part + pair, b_kl, mask=m_row)
         b_ds = (tl.exp2(b_s) - b_t).to(b_k.dtype)
         b_dk = tl.dot(b_ds, b_q, b_dk, input_precision="ieee")
-        b_dq = tl.dot(tl.trans(b_ds), b_k, input_precision="ieee")
+        b_dq = tl.trans(tl.dot(b_kt, b_ds, input_precision="ieee"))
         p_dq = dq_part + pair[:, None] * D + o_d[None, :]
+        if ADD_DQ:
+            b_dq += tl.load(p_dq, mask=m_q, other=0.0).to(tl.float32)
         tl.store(p_dq, b_dq.to(dq_part.dtype.element_ty), mask=m_q)
     split = tl.load(item_split + item)
     b_dk *= scale

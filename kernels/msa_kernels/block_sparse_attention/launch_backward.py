@@ -4,6 +4,7 @@ Imports Triton. Shapes as in launch.py.
 """
 
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 import triton  # pyright: ignore[reportMissingImports]
@@ -165,7 +166,8 @@ def _attend_backward(portion: Portion, rows: _Rows, part: _Lists, dkv: Tensor, d
     constants = portion.constants(masked=part.masked) | sizes.shape
     constants["BP"] = min(constants["BP"], config.max_block)
     unused = rows.lse
-    for first_key in range(0, sizes.B, constants["BP"]):
+    halves = ((False, True), (True, False)) if config.separate else ((True, True),)
+    for first_key, (with_dk, with_dv) in product(range(0, sizes.B, constants["BP"]), halves):
         kernel_backward.attend_backward_kernel[(part.items.entry.numel(),)](
             queries.q,
             rows.dout,
@@ -188,10 +190,12 @@ def _attend_backward(portion: Portion, rows: _Rows, part: _Lists, dkv: Tensor, d
             first_key,
             **constants,
             ROWS=max(config.rows, triton.next_power_of_2(sizes.G)),
-            WITH_TEACHER=rows.teacher_part is not None,
+            WITH_TEACHER=with_dv and rows.teacher_part is not None,
             SOFTENED=rows.lse_teacher is not None,
             ADD=part.add,
             ADD_DQ=first_key > 0,
+            WITH_DK=with_dk,
+            WITH_DV=with_dv,
             STAGES=config.num_stages,
             num_warps=config.num_warps,
         )
@@ -208,30 +212,35 @@ def _kl_backward(
 ) -> None:
     """Gradients and value of the KL loss, of all pairs of one kind."""
     sizes, queries = portion.sizes, portion.queries
-    config = sizes.config(configs.KL_BACKWARD, index=True)
-    kernel_backward.kl_backward_kernel[(part.items.entry.numel(),)](
-        queries.q_index,
-        queries.k_index,
-        rows.lse_index,
-        rows.teacher_part,
-        portion.pool.block,
-        *portion.visibility,
-        *portion.work(part.items),
-        part.splits.of_item,
-        dq_part,
-        kl_part,
-        dk_index,
-        dk_part,
-        rows.kl_weight * queries.index_scale,
-        queries.index_scale * kernel.LOG2E.value,
-        **portion.constants(masked=part.masked),
-        D=sizes.index_dim,
-        DP=configs.padded(sizes.index_dim),
-        ROWS=config.rows,
-        ADD=part.add,
-        STAGES=config.num_stages,
-        num_warps=config.num_warps,
-    )
+    config = sizes.config(configs.KL_BACKWARD, index=True, split=True)
+    constants = portion.constants(masked=part.masked)
+    constants["BP"] = min(constants["BP"], config.max_block)
+    for first_key in range(0, sizes.B, constants["BP"]):
+        kernel_backward.kl_backward_kernel[(part.items.entry.numel(),)](
+            queries.q_index,
+            queries.k_index,
+            rows.lse_index,
+            rows.teacher_part,
+            portion.pool.block,
+            *portion.visibility,
+            *portion.work(part.items),
+            part.splits.of_item,
+            dq_part,
+            kl_part,
+            dk_index,
+            dk_part,
+            rows.kl_weight * queries.index_scale,
+            queries.index_scale * kernel.LOG2E.value,
+            first_key,
+            **constants,
+            D=sizes.index_dim,
+            DP=configs.padded(sizes.index_dim),
+            ROWS=config.rows,
+            ADD=part.add,
+            ADD_DQ=first_key > 0,
+            STAGES=config.num_stages,
+            num_warps=config.num_warps,
+        )
 
 
 def _add_splits(part: _Lists, parts: Tensor, total: Tensor) -> None:

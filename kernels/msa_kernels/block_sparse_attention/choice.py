@@ -41,4 +41,4 @@ def unsupported(q: Tensor, kv: Tensor, q_index: Tensor | None, k_index: Tensor |
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         return f"dtype={names}: q, K/V and index tensors must all be bfloat16, float16 or float32"
     index_dim = 0 if q_index is None else q_index.shape[-1]
-    return configs.why_not(q.shape[-1], kv.shape[2], index_dim, q.element_size())
+    return configs.why_not(q.shape[-1], kv.shape[2], index_dim, q.shape[2], q.element_size())

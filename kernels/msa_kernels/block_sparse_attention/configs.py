@@ -61,14 +61,25 @@ COMBINE_ROWS = 16
 COMBINE_STAGES = 4
 
 
-def why_not(dim: int, block: int, index_dim: int, element_bytes: int) -> str | None:
-    """Why no configuration serves these sizes; None where there are some. index_dim 0: no index branch."""
-    tables = [(ATTEND, dim, block), (ATTEND_BACKWARD, dim, 1)]
+def why_not(dim: int, block: int, index_dim: int, heads: int, element_bytes: int) -> str | None:
+    """Why no configuration serves these sizes; None where there are some.
+
+    heads: of a group. index_dim 0: no index branch.
+    """
+    tables = [(ATTEND, "head_dim", dim, block), (ATTEND_BACKWARD, "head_dim", dim, 1)]
     if index_dim:
-        tables += [(INDEX_LSE, index_dim, block), (KL_BACKWARD, index_dim, 1)]
-    for table, width, length in tables:
-        if pick(table, padded(width), padded(length), element_bytes) is None:
-            return f"head_dim={width}, block_size={block} at {element_bytes} bytes: tiles do not fit"
+        tables += [
+            (INDEX_LSE, "index_head_dim", index_dim, block),
+            (KL_BACKWARD, "index_head_dim", index_dim, 1),
+        ]
+    for table, name, width, length in tables:
+        config = pick(table, padded(width), padded(length), element_bytes)
+        if config is None:
+            return (
+                f"{name}={width}, block_size={block} at {element_bytes} bytes: tiles do not fit a processor"
+            )
+        if name == "head_dim" and heads > config.rows:
+            return f"heads per group={heads}: must be at most {config.rows} at {element_bytes} bytes"
     return None
 
 

@@ -1,5 +1,3 @@
-# type: ignore
-# The line above: this is code for Triton's compiler, not for type checkers.
 """Triton kernels of the forward pass: attention of the queries that read a block, and the sum over blocks.
 
 Shapes: R rows (query, group), K slots, G heads of a group, D head dim, N pool entries, B block size, P pairs

@@ -1,5 +1,3 @@
-# type: ignore
-# The line above: this is code for Triton's compiler, not for type checkers.
 """Triton kernels of the backward pass: gradients of the queries that read a block and of the block itself.
 
 Shapes and names as in kernel.py. Gradients of K and V belong to the program that holds the block; where a

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import triton  # pyright: ignore[reportMissingImports]
+import triton
 from torch import Tensor
 
 from msa_kernels.block_sparse_attention import configs, kernel
@@ -222,7 +222,7 @@ def _attend(
         1.0 / queries.temperature,
         **portion.constants(masked=masked),
         **sizes.shape,
-        ROWS=max(config.rows, triton.next_power_of_2(sizes.G)),
+        ROWS=config.rows,
         SOFTENED=softened,
         STAGES=config.num_stages,
         num_warps=config.num_warps,

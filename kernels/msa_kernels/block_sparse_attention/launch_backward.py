@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import product
 
 import torch
-import triton  # pyright: ignore[reportMissingImports]
+import triton
 from torch import Tensor
 
 from msa_kernels.block_sparse_attention import configs, kernel, kernel_backward
@@ -189,7 +189,7 @@ def _attend_backward(portion: Portion, rows: _Rows, part: _Lists, dkv: Tensor, d
             1.0 / queries.temperature,
             first_key,
             **constants,
-            ROWS=max(config.rows, triton.next_power_of_2(sizes.G)),
+            ROWS=config.rows,
             WITH_TEACHER=with_dv and rows.teacher_part is not None,
             SOFTENED=rows.lse_teacher is not None,
             ADD=part.add,

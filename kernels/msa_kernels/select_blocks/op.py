@@ -75,7 +75,7 @@ def select_blocks(
     """
     _check(q_index, k_index, cu_seqlens, block_size, topk, local_blocks, query_offset)
     _check_queries(q_index, k_index, position, query_valid)
-    unsupported = _not_in_triton(q_index, k_index, block_size, topk)
+    unsupported = not_in_triton(q_index, k_index, block_size, topk)
     chosen = choose_kernel(kernel, q_index.device, unsupported)
     if chosen == "triton":
         # triton is not installed everywhere
@@ -181,7 +181,7 @@ def topk_lowest_id(scores: Tensor, topk: int) -> Tensor:
     return ids.masked_fill_(ids == num_blocks, -1)
 
 
-def _not_in_triton(q_index: Tensor, k_index: Tensor, block_size: int, topk: int) -> str | None:
+def not_in_triton(q_index: Tensor, k_index: Tensor, block_size: int, topk: int) -> str | None:
     """Why there is no Triton kernel for these arguments, None if there is one."""
     if q_index.dtype not in (torch.float32, torch.float16, torch.bfloat16) or q_index.dtype != k_index.dtype:
         return (

@@ -1,11 +1,21 @@
-"""Operators of MiniMax Sparse Attention: block selection, block-sparse attention, the index branch's KL loss.
+"""Operators of MiniMax Sparse Attention: block selection, block-sparse attention, the index branch's KL loss,
+decoding.
 
-Depends on torch only. Every operator has a plain `reference` and an `op` that never holds a
-query-by-sequence matrix.
+Depends on torch only; Triton is imported where one of its kernels runs. Every operator has a plain
+`reference` and an `op` that never holds a query-by-sequence matrix.
 """
 
 from msa_kernels.block_sparse_attention.op import block_sparse_attention
 from msa_kernels.block_sparse_attention.window import TokenWindow, window_blocks
+from msa_kernels.decode.cache import DecodeCache
+from msa_kernels.decode.op import decode_attention
 from msa_kernels.select_blocks.op import select_blocks
 
-__all__ = ["TokenWindow", "block_sparse_attention", "select_blocks", "window_blocks"]
+__all__ = [
+    "DecodeCache",
+    "TokenWindow",
+    "block_sparse_attention",
+    "decode_attention",
+    "select_blocks",
+    "window_blocks",
+]

@@ -3,6 +3,7 @@
 from msa_train.config.model import AttentionConfig, ModelConfig
 from msa_train.config.options import (
     Activation,
+    AttentionKernel,
     AttentionKind,
     CpLayout,
     Device,
@@ -41,6 +42,7 @@ from msa_train.config.stages import (
 __all__ = [
     "Activation",
     "AttentionConfig",
+    "AttentionKernel",
     "AttentionKind",
     "CheckpointConfig",
     "CpLayout",

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from msa_train.config.options import Activation, AttentionKind, QkNorm
+from msa_train.config.options import Activation, AttentionKernel, AttentionKind, QkNorm
 
 
 @dataclass(kw_only=True, slots=True)
@@ -113,6 +113,8 @@ class AttentionConfig:
     "tokens that a query of a sliding-window (swa) layer sees, itself included"
     window_sink: int = 0
     "first blocks of the document that every query of a sliding-window layer sees too; 0 for none"
+    kernel: AttentionKernel = AttentionKernel.auto
+    "what computes selection, sparse attention and their KL loss; full attention runs in torch whatever it is"
 
     def __post_init__(self) -> None:
         _positive(self, ["block_size", "topk", "local_blocks", "index_head_dim"])

@@ -28,6 +28,15 @@ class KvExchange(Enum):
     auto = "auto"  # selected or all_gather, for each call of a layer what measured rates say
 
 
+class AttentionKernel(Enum):
+    """What computes block selection, sparse attention and its KL loss, in MSA and sliding-window layers."""
+
+    auto = "auto"  # triton on GPUs, where it is installed and has tiles for the shape; else cpu
+    triton = "triton"  # GPUs; fp32, fp16, bf16
+    cpu = "cpu"  # tiles in torch; any device and dtype
+    reference = "reference"  # plain definitions, slow: to compare with
+
+
 class CpLayout(Enum):
     """Which tokens of a sequence a context-parallel rank holds."""
 

@@ -6,7 +6,15 @@ Each violation is a ValueError of one line: name=value, the rule, the fix.
 import math
 from collections.abc import Callable
 
-from msa_train.config.options import CpLayout, Engine, KvExchange, OptimizerKind, Precision, QkNorm
+from msa_train.config.options import (
+    AttentionKernel,
+    CpLayout,
+    Engine,
+    KvExchange,
+    OptimizerKind,
+    Precision,
+    QkNorm,
+)
 from msa_train.config.run import RunConfig
 from msa_train.config.stage_rules import check_stages
 
@@ -35,6 +43,7 @@ def check_rules(config: RunConfig, *, world_size: int, has_gpu: bool) -> None:
         check_stages,
         _sequence,
         _index_heads,
+        _kernel,
         _tensor_parallel,
         _head_parallel,
         _experts,
@@ -162,6 +171,13 @@ def _head_parallel(config: RunConfig) -> None:
             f"exchange.ranks_per_node={nodes}: must be a multiple of parallel.cp_head_size={size}, as "
             "ranks that trade tokens for heads belong on one node; use "
             f"exchange.ranks_per_node={nodes + -nodes % size}"
+        )
+
+
+def _kernel(config: RunConfig) -> None:
+    if config.attention.kernel is AttentionKernel.triton and config.train.precision is Precision.fp64:
+        raise ValueError(
+            "attention.kernel=triton: has no fp64 as train.precision=fp64 wants it; use attention.kernel=auto"
         )
 
 

@@ -243,6 +243,7 @@ class WindowSelfAttention(GroupedQueryAttention):
             settings=self.config.exchange,
             requests=params.record.requests,
             window=window,
+            kernel=attention.kernel,
         )
         out = cp_sparse_attention(q, k, v, None, None, call)
         self._record(call, params)
@@ -293,6 +294,7 @@ class MsaSelfAttention(GroupedQueryAttention):
             settings=self.config.exchange,
             needed=None if record.replaying else needed_pairs(record.block_indices, pack.layout.num_blocks),
             requests=record.requests,
+            kernel=self.config.attention.kernel,
         )
         out = cp_sparse_attention(q, k, v, q_index, k_index, call)
         if call.needed is not None:
@@ -378,6 +380,7 @@ class MsaSelfAttention(GroupedQueryAttention):
             query_offset=start,
             query_valid=valid,
             position=position,
+            kernel=attention.kernel.value,
         )
 
     def _probe(self, q: Tensor, k: Tensor, selected: Tensor, params: PackParams) -> None:

@@ -21,7 +21,7 @@ from msa_kernels.block_sparse_attention.window import TokenWindow
 from msa_kernels.full_attention.op import merge_parts
 from torch import Tensor
 
-from msa_train.config import ExchangeConfig, KvExchange
+from msa_train.config import AttentionKernel, ExchangeConfig, KvExchange
 from msa_train.parallel.block_requests import BlockRequests, needed_pairs
 from msa_train.parallel.collectives import CpComm
 from msa_train.parallel.exchange_session import KvSource, PairGrads
@@ -43,6 +43,7 @@ class SparseCall:
     needed: [M, NB] bool, `needed_pairs` of block_indices; None: computed where it is asked for.
     requests: agreed block requests; filled by the first call and reused when the layer is recomputed.
     window: which tokens of their blocks the local queries see, for sliding windows; None: all but the future.
+    kernel: implementation of the attention, forward and backward.
     """
 
     block_indices: Tensor
@@ -60,6 +61,7 @@ class SparseCall:
     needed: Tensor | None = None
     requests: BlockRequests | None = None
     window: TokenWindow | None = None
+    kernel: AttentionKernel = AttentionKernel.auto
 
 
 def cp_sparse_attention(
@@ -106,10 +108,10 @@ class _CpSparseAttention(torch.autograd.Function):
             index_elements=0 if all_keys is None else all_keys[0].numel(),
         )
         del local
-        queries = _queries(q, q_index, all_keys, call)
+        queries, kernel = _queries(q, q_index, all_keys, call), call.kernel.value
         total: PoolOutput | None = None
         for source in session.sources():
-            part = pool_forward(queries, source.pool, source.entries(call.block_indices))
+            part = pool_forward(queries, source.pool, source.entries(call.block_indices), kernel=kernel)
             total = part if total is None else _merge(total, part)
         assert total is not None, "an exchange has at least one source"
         out = total.out.to(q.dtype)
@@ -135,7 +137,9 @@ class _CpSparseAttention(torch.autograd.Function):
 
         def compute(source: KvSource) -> PairGrads:
             entries = source.entries(call.block_indices)
-            grads = pool_backward(queries, source.pool, entries, dout, delta, lse, term)
+            grads = pool_backward(
+                queries, source.pool, entries, dout, delta, lse, term, kernel=call.kernel.value
+            )
             sums.add(grads.dq, grads.dq_index, grads.kl)
             return grads.dkv, grads.dk_index
 

@@ -46,6 +46,7 @@ _NOT_OF_THE_MODEL = {
     "model.router_bias_update_rate",
     "attention.kl_weight",
     "attention.kl_temperature",
+    "attention.kernel",
 }
 # What a long-context extension changes when it starts from another run's checkpoint
 _CHANGED_BY_EXTENSION = {

@@ -2,7 +2,8 @@
 
 Layers with full attention, MSA and a sliding window. Loss, KL, every gradient, the block selection and the
 expert bias of two training steps, for every exchange and layout, and every setting of the exchange. Packs:
-one long document; many short ones; one shorter than a block; one with nothing remote.
+one long document; many short ones; one shorter than a block; one with nothing remote. The one process takes
+the plain definitions (`attention.kernel=reference`), all others what `auto` is on a CPU, or what they name.
 """
 
 import math
@@ -11,7 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from msa_train.config import CpLayout, ExchangeConfig, KvExchange, Recompute, StageAttention, StageConfig
+from msa_train.config import (
+    AttentionKernel,
+    CpLayout,
+    ExchangeConfig,
+    KvExchange,
+    Recompute,
+    StageAttention,
+    StageConfig,
+)
 from msa_train.parallel import exchange_plan
 from msa_train.parallel.balance import balance, causal_work, index_work
 from msa_train.parallel.sequence_plan import SequencePlan, common, contiguous_plan, count
@@ -91,6 +100,22 @@ for name, settings in (
     ("cp3-selected-soft", AGAIN),
 ):
     CASES[name][1]["settings"] = settings
+CASES |= {
+    "cp2-selected-cpu": (2, {"cp_size": 2, "kernel": AttentionKernel.cpu}),
+    "cp3-selected-reference": (3, {"cp_size": 3, "kernel": AttentionKernel.reference}),
+    "cp2-ring-reference-soft": (
+        2,
+        {
+            "cp_size": 2,
+            "exchange": KvExchange.ring,
+            "temperature": 1.5,
+            "recompute": Recompute.full,
+            "kernel": AttentionKernel.reference,
+        },
+    ),
+}
+for name in REFERENCES.values():
+    CASES[name][1]["kernel"] = AttentionKernel.reference
 AUTO = {"exchange": KvExchange.auto}
 CASES |= {
     "cp4-selected-ep4-again": (4, {"cp_size": 4, "ep_size": 4, "settings": NODES}),

@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from msa_train.config import (
     AttentionConfig,
+    AttentionKernel,
     CpLayout,
     DataConfig,
     Engine,
@@ -50,6 +51,7 @@ def small_config(
     settings: ExchangeConfig | None = None,
     layout: CpLayout = CpLayout.contiguous,
     balance: tuple[bool, bool] = (True, True),
+    kernel: AttentionKernel = AttentionKernel.auto,
 ) -> RunConfig:
     """Four layers: full attention + dense FFN, then MSA, a window, MSA + experts; 3 KV groups of 2 heads.
 
@@ -86,6 +88,7 @@ def small_config(
             # No multiple of a block; longer than some documents, shorter than others.
             window=10,
             window_sink=1,
+            kernel=kernel,
         ),
         parallel=ParallelConfig(
             cp_size=cp_size,
@@ -119,8 +122,8 @@ def step_packs() -> list[list[Pack]]:
     ]
 
 
-def run_steps(config: RunConfig) -> dict[str, Any]:
-    """Two training steps on this rank; must be called by every rank of the world.
+def run_steps(config: RunConfig, num_steps: int = 2) -> dict[str, Any]:
+    """Training steps, at most two, on this rank; must be called by every rank of the world.
 
     Returns the rank's observations with sums over ranks where a quantity is cut over them: per step
     `loss` and `kl` (global sums), `gradients` by global name (experts of this rank only), `selections` by
@@ -143,7 +146,7 @@ def run_steps(config: RunConfig) -> dict[str, Any]:
                 _recorder(selections, packs_of_step, layer.layer_number), with_kwargs=True
             )
     observed: list[dict[str, Any]] = []
-    for number, packs in enumerate(step_packs()):
+    for number, packs in enumerate(step_packs()[:num_steps]):
         selections.clear()
         packs_of_step[:] = [i for i in range(len(packs)) if i % groups.dp_size == groups.dp_rank]
         batch = make_batch([packs[i] for i in packs_of_step], groups, probe_seed=number)

@@ -1,5 +1,7 @@
 """Block-sparse attention, its gradients and the KL loss against plain masked attention in fp64."""
 
+from typing import Any
+
 import pytest
 import torch
 from msa_kernels import block_sparse_attention, select_blocks
@@ -190,3 +192,40 @@ def test_bad_arguments(shapes: tuple[tuple[int, ...], ...], words: str) -> None:
     q, k = torch.zeros(shapes[0]), torch.zeros(shapes[1])
     with pytest.raises(ValueError, match=words):
         block_sparse_attention(q, k, k, torch.zeros(shapes[2], dtype=torch.int32), block_size=4)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"kernel": "triton"}, "kernel=triton"),
+        ({"kernel": "cuda"}, "kernel=cuda: must be one of auto, triton, cpu, reference"),
+        ({"block_size": 0}, "block_size=0: must be at least 1"),
+        ({"query_offset": 1}, "query_offset=1"),
+        ({"q": torch.zeros(16, 4, 8, dtype=torch.int64)}, "q.dtype=torch.int64"),
+        ({"v": torch.zeros(16, 2, 8, device="meta")}, "v.device=meta"),
+        ({"block_indices": torch.zeros(16, 2, 2)}, "block_indices.dtype=torch.float32"),
+        ({"block_indices": torch.full((16, 2, 2), 4)}, "block_indices=4: must be from 0 to"),
+        ({"block_indices": torch.full((16, 2, 2), -2)}, "block_indices=-2"),
+    ],
+)
+def test_bad_values(change: dict[str, Any], words: str) -> None:
+    arguments: dict[str, Any] = {
+        "q": torch.zeros(16, 4, 8, dtype=torch.float64),
+        "k": torch.zeros(16, 2, 8, dtype=torch.float64),
+        "v": torch.zeros(16, 2, 8, dtype=torch.float64),
+        "block_indices": torch.zeros(16, 2, 2, dtype=torch.int32),
+        "block_size": 4,
+    }
+    with pytest.raises(ValueError, match=words):
+        block_sparse_attention(**(arguments | change))
+
+
+def test_reference_equals_the_tiled_path() -> None:
+    q, k, v = (x.requires_grad_() for x in make(96, 2, 3, 10, torch.float64))
+    block_indices = select(96, 2, 8, 3, [0, 48, 96])
+    results = []
+    for kernel in ("reference", "cpu"):
+        out, lse = block_sparse_attention(q, k, v, block_indices, block_size=8, kernel=kernel)
+        results.append((out, lse[:-3], *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    for a, b in zip(*results, strict=True):
+        assert_rows_close(a, b, 1e-12)

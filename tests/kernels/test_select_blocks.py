@@ -66,8 +66,9 @@ def test_some_queries_select_as_among_all(monkeypatch: pytest.MonkeyPatch) -> No
     starts = torch.tensor([0, 40, 96])
     every = select_blocks(q, k, starts, block_size=8, topk=2)
     position = torch.tensor([0, 7, 9, 38, 39, 40, 41, 70, 95])
-    some = select_blocks(q[position], k, starts, block_size=8, topk=2, position=position)
-    assert torch.equal(some, every[position])
+    for kernel in ("cpu", "reference"):
+        some = select_blocks(q[position], k, starts, block_size=8, topk=2, position=position, kernel=kernel)
+        assert torch.equal(some, every[position]), kernel
 
 
 @pytest.mark.parametrize(
@@ -76,9 +77,26 @@ def test_some_queries_select_as_among_all(monkeypatch: pytest.MonkeyPatch) -> No
         ({"query_offset": -1}, "query_offset=-1"),
         ({"query_offset": 8}, "must not exceed"),
         ({"position": torch.zeros(3, dtype=torch.int64)}, "position.shape"),
+        ({"query_valid": torch.ones(3, dtype=torch.bool)}, "query_valid.shape"),
         ({"local_blocks": 3}, "local_blocks=3"),
+        ({"kernel": "fast"}, "kernel=fast"),
+        ({"kernel": "triton"}, "kernel=triton"),
         ({"k_index": torch.zeros(10, 4)}, "S=10"),
         ({"q_index": torch.zeros(16, 4)}, "q_index.shape"),
+        ({"q_index": torch.zeros(16, 0, 4)}, "num_kv_heads and D must be at least 1"),
+        ({"q_index": torch.zeros(16, 2, 4, dtype=torch.int64)}, "q_index.dtype=torch.int64"),
+        ({"k_index": torch.zeros(16, 4, device="meta")}, "k_index.device=meta: must be that of q_index, cpu"),
+        ({"block_size": 0}, "block_size=0"),
+        ({"topk": 0}, "topk=0"),
+        ({"position": torch.arange(16) + 1}, "position=16: must be from 0 to S - 1 = 15"),
+        ({"position": torch.arange(16) - 1}, "position=-1"),
+        ({"position": torch.arange(16).float()}, "position.dtype=torch.float32"),
+        ({"query_valid": torch.ones(16)}, "query_valid.dtype=torch.float32"),
+        ({"cu_seqlens": torch.tensor([16])}, "cu_seqlens.shape"),
+        ({"cu_seqlens": torch.tensor([0.0, 16.0])}, "cu_seqlens.dtype=torch.float32"),
+        ({"cu_seqlens": torch.tensor([0, 12])}, "cu_seqlens=0..12: must begin at 0 and end at S=16"),
+        ({"cu_seqlens": torch.tensor([0, 12, 8, 16])}, "a document of -4 tokens"),
+        ({"cu_seqlens": torch.tensor([0, 6, 16])}, "cu_seqlens=6: must be a multiple of block_size=4"),
     ],
 )
 def test_bad_arguments(change: dict[str, object], words: str) -> None:

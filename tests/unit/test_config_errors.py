@@ -10,6 +10,7 @@ import pytest
 
 from launchers import train
 from launchers.compose import compose_run, load_run
+from launchers.preflight import check_kernel
 from launchers.run_dir import claim_run_dir, disk_warning, write_config
 
 ROOT = Path(__file__).parents[2]
@@ -62,6 +63,12 @@ MISTAKES = [
         ["run=demo", "parallel.pp_size=3", "model.tie_embeddings=true"],
         "parallel.pp_size=3",
         "model.tie_embeddings=false",
+    ),
+    (["run=demo", "attention.kernel=tritn"], "attention.kernel=tritn", "did you mean triton?"),
+    (
+        ["run=demo", "attention.kernel=triton", "train.precision=fp64"],
+        "attention.kernel=triton",
+        "use attention.kernel=auto",
     ),
     (["run=demo", "model.init_std=0"], "model.init_std=0", "must be positive"),
     (["run=demo", "train.seed=-1"], "train.seed=-1", "must not be negative"),
@@ -148,6 +155,54 @@ def test_more_processes_than_gpus(
     monkeypatch.setattr("launchers.preflight.count_gpus", lambda: 1)
     line = refuse(["run=demo", "launcher.num_processes=2", "engine=torch"], capsys)
     assert "launcher.num_processes=2: one process per GPU and this machine has 1" in line
+
+
+@pytest.mark.parametrize(
+    ("installed", "num_gpus", "interpreted", "arguments", "words"),
+    [
+        (False, 1, False, [], "triton is not installed"),
+        (True, 0, False, [], "runs on GPUs, not on device=cpu"),
+        (True, 1, False, ["attention.block_size=512", "data.seq_len=8192"], "block_size=512"),
+        (True, 0, True, ["attention.topk=80"], "topk=80: must be from 1 to 64"),
+        (
+            True,
+            1,
+            False,
+            ["model.num_heads=66", "model.num_kv_heads=2"],
+            "heads per group=33: must be at most 32",
+        ),
+    ],
+)
+def test_triton_where_it_cannot_be_used(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    installed: bool,
+    num_gpus: int,
+    interpreted: bool,
+    arguments: list[str],
+    words: str,
+) -> None:
+    monkeypatch.setattr("msa_kernels.dispatch.has_triton", lambda: installed)
+    monkeypatch.setattr("launchers.preflight.count_gpus", lambda: num_gpus)
+    monkeypatch.setenv("TRITON_INTERPRET", "1" if interpreted else "0")
+    sizes = ["parallel.cp_size=1", "parallel.ep_size=1", "engine=torch", "train.precision=bf16"]
+    line = refuse(
+        ["run=demo", *sizes, "launcher.num_processes=1", "attention.kernel=triton", *arguments], capsys
+    )
+    assert line.startswith("msa-train: error: attention.kernel=triton: ")
+    assert words in line
+    assert line.rstrip().endswith("take attention.kernel=auto")
+
+
+def test_triton_where_it_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, in the interpreter, and where no layer asks for it."""
+    monkeypatch.setattr("msa_kernels.dispatch.has_triton", lambda: True)
+    config = compose_run(["run=demo", "attention.kernel=triton"])
+    check_kernel(config, on_gpu=True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    check_kernel(config, on_gpu=False)
+    monkeypatch.setattr("msa_kernels.dispatch.has_triton", lambda: False)
+    check_kernel(compose_run(["run=m2_32k", "attention.kernel=triton"]), on_gpu=True)
 
 
 def test_unwritable_run_dir(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from msa_kernels.arguments import check_floating, check_integer, check_same_device, check_values
 from msa_kernels.block_sparse_attention.pool import (
     BlockPool,
     SparseQueries,
@@ -27,6 +28,7 @@ def block_sparse_attention(
     softmax_scale: float | None = None,
     query_offset: int = 0,
     window: TokenWindow | None = None,
+    kernel: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of each query over the visible tokens of its selected blocks.
 
@@ -40,24 +42,31 @@ def block_sparse_attention(
         query_offset: position of the first query in the pack.
         window: hides tokens of the blocks that lie before a query's window (`window_blocks` gives the blocks
             and the window); None: every token of the blocks up to the query is visible.
+        kernel: "triton" (GPUs; fp32, fp16, bf16), "cpu" (tiled, in torch, any device), "reference" (the
+            definition, much memory), or "auto": Triton where it is installed and has tiles for the sizes, for
+            tensors on a GPU, else "cpu".
 
     Returns:
         out [T, num_heads, D] in q's dtype and lse [T, num_heads], natural log, fp32 (fp64 for fp64 inputs,
         not differentiable). A query without blocks gets out 0 and lse -inf.
 
     Raises:
-        ValueError: on shapes or sizes that do not fit.
+        ValueError: on shapes, dtypes, devices or sizes that do not fit, where `kernel` cannot serve the call,
+            and on block ids out of range (on a device: only where MSA_KERNELS_CHECK=1, since looking means
+            waiting).
 
     Source: arXiv 2606.13392 section 2.
     """
-    _check(q, k, v, block_indices, block_size)
+    _check(q, k, v, block_indices, block_size, query_offset)
     if window is not None and not window.start.shape == window.sink_stop.shape == q.shape[:1]:
         raise ValueError(
             f"window.start.shape={tuple(window.start.shape)}, window.sink_stop.shape="
             f"{tuple(window.sink_stop.shape)}: must be [T] = [{q.shape[0]}]"
         )
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    return _BlockSparseAttention.apply(q, k, v, block_indices, block_size, scale, query_offset, window)
+    return _BlockSparseAttention.apply(
+        q, k, v, block_indices, block_size, scale, query_offset, window, kernel
+    )
 
 
 class _BlockSparseAttention(torch.autograd.Function):
@@ -72,12 +81,13 @@ class _BlockSparseAttention(torch.autograd.Function):
         softmax_scale: float,
         query_offset: int,
         window: TokenWindow | None,
+        kernel: str,
     ) -> tuple[Tensor, Tensor]:
         arguments = (block_size, softmax_scale, query_offset, window)
         queries, pool, entries = _problem(q, k, v, block_indices, *arguments)
-        result = pool_forward(queries, pool, entries)
+        result = pool_forward(queries, pool, entries, kernel=kernel)
         ctx.save_for_backward(q, k, v, block_indices, result.out, result.lse)
-        ctx.arguments = arguments
+        ctx.arguments, ctx.kernel = arguments, kernel
         lse = result.lse.flatten(1)
         ctx.mark_non_differentiable(lse)
         return result.out.flatten(1, 2).to(q.dtype), lse
@@ -87,9 +97,10 @@ class _BlockSparseAttention(torch.autograd.Function):
         q, k, v, block_indices, out, lse = ctx.saved_tensors
         queries, pool, entries = _problem(q, k, v, block_indices, *ctx.arguments)
         dout = dout.view_as(out).to(out.dtype)
-        grads = pool_backward(queries, pool, entries, dout, (dout * out).sum(-1), lse, None)
+        delta = (dout * out).sum(-1)
+        grads = pool_backward(queries, pool, entries, dout, delta, lse, None, kernel=ctx.kernel)
         dk, dv = unpack_blocks(grads.dkv, k.shape[1])
-        return grads.dq.flatten(1, 2).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *(None,) * 5
+        return grads.dq.flatten(1, 2).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *(None,) * 6
 
 
 def _problem(
@@ -128,12 +139,24 @@ def unpack_blocks(kv: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
     return k, v
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, block_size: int) -> None:
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, block_size: int, query_offset: int
+) -> None:
     if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or q.shape[-1] != k.shape[-1]:
         raise ValueError(
             f"q.shape={tuple(q.shape)}, k.shape={tuple(k.shape)}, v.shape={tuple(v.shape)}: must be "
             "[T, num_heads, D], [S, num_kv_heads, D] twice"
         )
+    if 0 in (*q.shape[1:], k.shape[1]):
+        raise ValueError(
+            f"q.shape={tuple(q.shape)}, k.shape={tuple(k.shape)}: num_heads, num_kv_heads and D must be "
+            "at least 1"
+        )
+    check_floating(q=q, k=k, v=v)
+    check_integer(block_indices=block_indices)
+    check_same_device(q=q, k=k, v=v, block_indices=block_indices)
+    if block_size < 1:
+        raise ValueError(f"block_size={block_size}: must be at least 1")
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"num_heads={q.shape[1]}: must be a multiple of num_kv_heads={k.shape[1]}")
     if block_indices.dim() != 3 or block_indices.shape[:2] != (q.shape[0], k.shape[1]):
@@ -142,4 +165,13 @@ def _check(q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, block_size: i
             f"[{q.shape[0]}, {k.shape[1]}, topk]"
         )
     if k.shape[0] % block_size:
-        raise ValueError(f"S={k.shape[0]}: must be a multiple of block_size={block_size}")
+        raise ValueError(f"S={k.shape[0]}: must be a multiple of block_size={block_size}; pad the pack")
+    if query_offset < 0 or query_offset + q.shape[0] > k.shape[0]:
+        raise ValueError(
+            f"query_offset={query_offset}: must not be negative, and with T={q.shape[0]} queries "
+            f"it must not exceed S={k.shape[0]}"
+        )
+    most = k.shape[0] // block_size - 1
+    check_values(
+        "block_indices", block_indices, -1, most, f"from 0 to S / block_size - 1 = {most}, -1 for none"
+    )

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from msa_kernels.block_sparse_attention.choice import implementation
 from msa_kernels.block_sparse_attention.window import TokenWindow
 from msa_kernels.block_sparse_attention.work_list import WorkList, build_work_list
 
@@ -97,17 +98,30 @@ class PoolGrads:
     kl: Tensor | None
 
 
-def pool_forward(queries: SparseQueries, pool: BlockPool, entries: Tensor) -> PoolOutput:
+def pool_forward(
+    queries: SparseQueries, pool: BlockPool, entries: Tensor, *, kernel: str = "auto"
+) -> PoolOutput:
     """Attention of every query over its entries of the pool.
 
     Args:
         queries: see SparseQueries.
         pool: see BlockPool.
         entries: [T, M, K] int64 pool entry per slot, -1 for none; an entry belongs to one group.
+        kernel: "auto", "triton", "cpu" or "reference", see `choice.implementation`.
 
     Returns:
         PoolOutput in the compute dtype. A row without entries has out 0 and lse -inf.
+
+    Raises:
+        ValueError: on another kernel, and where "triton" cannot serve the call.
     """
+    chosen = implementation(kernel, queries.q, pool.kv, queries.q_index, queries.k_index)
+    if chosen is not None:
+        return chosen.forward(queries, pool, entries)
+    return _tiled_forward(queries, pool, entries)
+
+
+def _tiled_forward(queries: SparseQueries, pool: BlockPool, entries: Tensor) -> PoolOutput:
     T, M, G, D = queries.q.shape
     dtype = queries.compute_dtype
     out = torch.zeros(T, M, G, D, dtype=dtype, device=queries.q.device)
@@ -129,6 +143,8 @@ def pool_backward(
     delta: Tensor,
     lse: Tensor,
     kl_term: KlTerm | None,
+    *,
+    kernel: str = "auto",
 ) -> PoolGrads:
     """Gradients of attention over one pool; probabilities are computed again from the merged lse.
 
@@ -137,7 +153,26 @@ def pool_backward(
         dout: [T, M, G, D]; delta: [T, M, G] rowsum(dout * out) of the merged out; lse: [T, M, G] merged.
         kl_term: gradient and value of the KL loss too, as d ds = weight * (student - teacher), arXiv
             2606.13392 and its kernels' backward; None leaves it out.
+        kernel: as in the forward.
+
+    Raises:
+        ValueError: as in the forward.
     """
+    chosen = implementation(kernel, queries.q, pool.kv, queries.q_index, queries.k_index)
+    if chosen is not None:
+        return chosen.backward(queries, pool, entries, dout, delta, lse, kl_term)
+    return _tiled_backward(queries, pool, entries, dout, delta, lse, kl_term)
+
+
+def _tiled_backward(
+    queries: SparseQueries,
+    pool: BlockPool,
+    entries: Tensor,
+    dout: Tensor,
+    delta: Tensor,
+    lse: Tensor,
+    kl_term: KlTerm | None,
+) -> PoolGrads:
     T, M, G, D = queries.q.shape
     dtype, device = queries.compute_dtype, queries.q.device
     with_kl = kl_term is not None and queries.q_index is not None

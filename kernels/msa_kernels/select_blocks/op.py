@@ -1,4 +1,6 @@
-"""Block selection in query and key tiles: no query-by-sequence score matrix is ever held.
+"""Block selection: choice of the implementation, and the tiled one in torch.
+
+No query-by-sequence score matrix is ever held.
 
 Shapes: T queries of this call, M KV groups, D index head dim, S keys of the whole pack, NB = S / block_size.
 """
@@ -7,6 +9,16 @@ from bisect import bisect_right
 
 import torch
 from torch import Tensor
+
+from msa_kernels.arguments import (
+    check_cu_seqlens,
+    check_floating,
+    check_integer,
+    check_same_device,
+    check_values,
+)
+from msa_kernels.dispatch import choose_kernel
+from msa_kernels.select_blocks.reference import select_blocks_reference
 
 # Elements of one score tile: 1 MiB in fp32, inside a CPU core's own cache.
 _TILE_ELEMENTS = 2**18
@@ -25,6 +37,7 @@ def select_blocks(
     query_offset: int = 0,
     query_valid: Tensor | None = None,
     position: Tensor | None = None,
+    kernel: str = "auto",
 ) -> Tensor:
     """Select, for every query and KV group, the key blocks it attends to.
 
@@ -48,18 +61,52 @@ def select_blocks(
         query_valid: [T] bool, False for padding queries, which select nothing. None: all valid.
         position: [T] int64, ascending positions of the queries in the pack, for some queries out of many;
             takes the place of query_offset. None: consecutive ones.
+        kernel: "triton" (GPUs; fp32, fp16, bf16), "cpu" (tiled, in torch, any device), "reference" (the
+            definition, slow), or "auto": Triton where it is installed, for tensors on a GPU, else "cpu".
 
     Returns:
         block_indices: [T, M, topk] int32, global block ids ascending, -1 on the right for empty slots.
 
     Raises:
-        ValueError: on shapes or sizes that do not fit.
+        ValueError: on shapes, dtypes, devices or sizes that do not fit, and on positions and document starts
+            out of range (tensors on a device: only where MSA_KERNELS_CHECK=1, since looking means waiting).
 
     Source: arXiv 2606.13392 section 2. The softmax scale is left out; it does not change the ranking.
     """
     _check(q_index, k_index, cu_seqlens, block_size, topk, local_blocks, query_offset)
-    if position is not None and position.shape != q_index.shape[:1]:
-        raise ValueError(f"position.shape={tuple(position.shape)}: must be [T] = [{q_index.shape[0]}]")
+    _check_queries(q_index, k_index, position, query_valid)
+    unsupported = not_in_triton(q_index, k_index, block_size, topk)
+    chosen = choose_kernel(kernel, q_index.device, unsupported)
+    if chosen == "triton":
+        # triton is not installed everywhere
+        from msa_kernels.select_blocks.launch import select_blocks_triton as implementation
+    else:
+        implementation = select_blocks_reference if chosen == "reference" else _select_blocks_tiled
+    return implementation(
+        q_index,
+        k_index,
+        cu_seqlens,
+        block_size=block_size,
+        topk=topk,
+        local_blocks=local_blocks,
+        query_offset=query_offset,
+        query_valid=query_valid,
+        position=position,
+    )
+
+
+def _select_blocks_tiled(
+    q_index: Tensor,
+    k_index: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    block_size: int,
+    topk: int,
+    local_blocks: int,
+    query_offset: int,
+    query_valid: Tensor | None,
+    position: Tensor | None,
+) -> Tensor:
     num_queries, num_groups, _ = q_index.shape
     device = q_index.device
     compute_dtype = torch.float64 if q_index.dtype == torch.float64 else torch.float32
@@ -134,6 +181,19 @@ def topk_lowest_id(scores: Tensor, topk: int) -> Tensor:
     return ids.masked_fill_(ids == num_blocks, -1)
 
 
+def not_in_triton(q_index: Tensor, k_index: Tensor, block_size: int, topk: int) -> str | None:
+    """Why there is no Triton kernel for these arguments, None if there is one."""
+    if q_index.dtype not in (torch.float32, torch.float16, torch.bfloat16) or q_index.dtype != k_index.dtype:
+        return (
+            f"q_index.dtype={q_index.dtype}, k_index.dtype={k_index.dtype}: must be one of fp32, fp16, bf16"
+        )
+    if not 1 <= q_index.shape[-1] <= 256:
+        return f"D={q_index.shape[-1]}: must be from 1 to 256"
+    if not 1 <= block_size <= 256:
+        return f"block_size={block_size}: must be from 1 to 256"
+    return None if topk <= 64 else f"topk={topk}: must be from 1 to 64"
+
+
 def _check(
     q_index: Tensor,
     k_index: Tensor,
@@ -148,15 +208,40 @@ def _check(
             f"q_index.shape={tuple(q_index.shape)}, k_index.shape={tuple(k_index.shape)}: "
             "must be [T, num_kv_heads, D] and [S, D]"
         )
+    if 0 in q_index.shape[1:]:
+        raise ValueError(f"q_index.shape={tuple(q_index.shape)}: num_kv_heads and D must be at least 1")
+    check_floating(q_index=q_index, k_index=k_index)
+    check_same_device(q_index=q_index, k_index=k_index)
+    if block_size < 1:
+        raise ValueError(f"block_size={block_size}: must be at least 1")
     seq_len = k_index.shape[0]
     if seq_len % block_size:
-        raise ValueError(f"S={seq_len}: must be a multiple of block_size={block_size}")
+        raise ValueError(f"S={seq_len}: must be a multiple of block_size={block_size}; pad the pack")
     if query_offset < 0 or query_offset + q_index.shape[0] > seq_len:
         raise ValueError(
             f"query_offset={query_offset}: must not be negative, and with T={q_index.shape[0]} queries "
             f"it must not exceed S={seq_len}"
         )
+    if topk < 1:
+        raise ValueError(f"topk={topk}: must be at least 1")
     if not 1 <= local_blocks <= topk:
         raise ValueError(f"local_blocks={local_blocks}: must be from 1 to topk={topk}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
-        raise ValueError(f"cu_seqlens.shape={tuple(cu_seqlens.shape)}: must be [num_docs + 1]")
+    check_cu_seqlens(cu_seqlens, seq_len, block_size)
+
+
+def _check_queries(
+    q_index: Tensor, k_index: Tensor, position: Tensor | None, query_valid: Tensor | None
+) -> None:
+    num_queries, seq_len = q_index.shape[0], k_index.shape[0]
+    check_same_device(q_index=q_index, position=position, query_valid=query_valid)
+    if position is not None:
+        if position.shape != (num_queries,):
+            raise ValueError(f"position.shape={tuple(position.shape)}: must be [T] = [{num_queries}]")
+        check_integer(position=position)
+        check_values("position", position, 0, seq_len - 1, f"from 0 to S - 1 = {seq_len - 1}")
+    if query_valid is None:
+        return
+    if query_valid.shape != (num_queries,):
+        raise ValueError(f"query_valid.shape={tuple(query_valid.shape)}: must be [T] = [{num_queries}]")
+    if query_valid.dtype != torch.bool:
+        raise ValueError(f"query_valid.dtype={query_valid.dtype}: must be torch.bool; compare with 0")

@@ -14,6 +14,7 @@ def select_blocks_reference(
     local_blocks: int = 1,
     query_offset: int = 0,
     query_valid: Tensor | None = None,
+    position: Tensor | None = None,
 ) -> Tensor:
     """Same contract as `op.select_blocks`; one query at a time, for tests.
 
@@ -26,16 +27,16 @@ def select_blocks_reference(
     for i in range(num_queries):
         if query_valid is not None and not bool(query_valid[i]):
             continue
-        position = query_offset + i
-        doc_start = max(s for s in starts[:-1] if s <= position)
-        own, first = position // block_size, doc_start // block_size
+        place = query_offset + i if position is None else int(position[i])
+        doc_start = max(s for s in starts[:-1] if s <= place)
+        own, first = place // block_size, doc_start // block_size
         for group in range(num_kv_heads):
             scored = []
             for block in range(first, own + 1):
-                keys = k_index[block * block_size : min((block + 1) * block_size, position + 1)]
+                keys = k_index[block * block_size : min((block + 1) * block_size, place + 1)]
                 score = (keys.double() @ q_index[i, group].double()).max().item()
                 forced = block > own - local_blocks
                 scored.append((float("-inf") if forced else -score, block))
             chosen = sorted(block for _, block in sorted(scored)[:topk])
             block_indices[i, group, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
-    return block_indices
+    return block_indices.to(q_index.device)

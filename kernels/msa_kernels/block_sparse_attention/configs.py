@@ -1,0 +1,96 @@
+"""Tile sizes of the Triton kernels, by head dim, block size and bytes of an element.
+
+The forward holds rows x block_size scores and rows x head_dim outputs in registers, K and V of a block and a
+few tiles of queries in shared memory. The backward holds two gradients of block_size x head_dim in registers,
+half of what there is at 128 x 128, and takes larger blocks in parts, one launch each.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class TileConfig:
+    """Tile sizes for calls up to max_dim, max_block and max_bytes.
+
+    max_dim, max_block: head dim and block size, rounded up to a power of two; max_bytes: element size. rows:
+    (query, head) rows per step. num_stages: tiles on their way at a time. separate: gradients of K and V in
+    launches of their own, which forms the probabilities twice.
+    """
+
+    max_dim: int
+    max_block: int
+    max_bytes: int
+    rows: int
+    num_warps: int
+    num_stages: int
+    separate: bool = False
+
+
+# In every table the first that serves is taken.
+ATTEND = (
+    TileConfig(128, 128, 2, rows=64, num_warps=4, num_stages=2),
+    TileConfig(128, 256, 2, rows=64, num_warps=8, num_stages=2),
+    TileConfig(256, 128, 2, rows=64, num_warps=8, num_stages=2),
+    TileConfig(128, 128, 4, rows=16, num_warps=8, num_stages=1),
+    TileConfig(256, 32, 4, rows=16, num_warps=8, num_stages=1),
+)
+INDEX_LSE = (
+    TileConfig(128, 128, 2, rows=64, num_warps=4, num_stages=2),
+    TileConfig(256, 256, 2, rows=64, num_warps=8, num_stages=2),
+    TileConfig(256, 128, 4, rows=16, num_warps=8, num_stages=1),
+)
+# Larger blocks are taken in parts of max_block.
+ATTEND_BACKWARD = (
+    # 64 rows would suit the tensor cores better, but spill 8 to 96 bytes per thread.
+    TileConfig(128, 128, 2, rows=32, num_warps=8, num_stages=2),
+    TileConfig(256, 128, 2, rows=32, num_warps=8, num_stages=2, separate=True),
+    TileConfig(128, 32, 4, rows=16, num_warps=8, num_stages=1),
+    TileConfig(256, 16, 4, rows=16, num_warps=8, num_stages=1),
+)
+KL_BACKWARD = (
+    TileConfig(128, 128, 2, rows=32, num_warps=8, num_stages=2),
+    TileConfig(256, 64, 2, rows=32, num_warps=8, num_stages=2),
+    TileConfig(128, 32, 4, rows=16, num_warps=8, num_stages=1),
+    TileConfig(256, 16, 4, rows=16, num_warps=8, num_stages=1),
+)
+# Sums over parts and slots: values per program, (row, head) rows per program, tiles on their way at a time.
+ADD_SPLITS_CHUNK = 4096
+ADD_SLOTS_CHUNK = 1024
+ADD_SLOTS_TILE = 4096
+COMBINE_ROWS = 16
+COMBINE_STAGES = 4
+
+
+def why_not(dim: int, block: int, index_dim: int, heads: int, element_bytes: int) -> str | None:
+    """Why no configuration serves these sizes; None where there are some.
+
+    heads: of a group. index_dim 0: no index branch.
+    """
+    tables = [(ATTEND, "head_dim", dim, block), (ATTEND_BACKWARD, "head_dim", dim, 1)]
+    if index_dim:
+        tables += [
+            (INDEX_LSE, "index_head_dim", index_dim, block),
+            (KL_BACKWARD, "index_head_dim", index_dim, 1),
+        ]
+    for table, name, width, length in tables:
+        config = pick(table, padded(width), padded(length), element_bytes)
+        if config is None:
+            return (
+                f"{name}={width}, block_size={block} at {element_bytes} bytes: tiles do not fit a processor"
+            )
+        if name == "head_dim" and heads > config.rows:
+            return f"heads per group={heads}: must be at most {config.rows} at {element_bytes} bytes"
+    return None
+
+
+def padded(size: int) -> int:
+    """Power of two that holds `size` as a side of a matrix product."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def pick(configs: tuple[TileConfig, ...], dim: int, block: int, element_bytes: int) -> TileConfig | None:
+    """The first configuration that serves these padded sizes; None where there is none."""
+    for config in configs:
+        if dim <= config.max_dim and block <= config.max_block and element_bytes <= config.max_bytes:
+            return config
+    return None

@@ -1,0 +1,241 @@
+"""Triton kernels of the forward pass: attention of the queries that read a block, and the sum over blocks.
+
+Shapes: R rows (query, group), K slots, G heads of a group, D head dim, N pool entries, B block size, P pairs
+(row, slot). GP, DP, BP are powers of two that hold G, D, B; a tile holds ROWS = queries * GP rows.
+Scores are kept as powers of two: scale_log2 = scale * log2(e). Tensors of pairs and rows belong to one
+portion of the queries and hold less than 2^31 values; offsets into tensors of blocks have 64 bits. Prefixes:
+o_ offsets, m_ masks, p_ pointers, b_ tiles.
+"""
+
+import triton
+import triton.language as tl
+
+LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def visible_tokens(position, window_start, sink_stop, query, first_token, o_token, WINDOWED: tl.constexpr):
+    """Tokens that queries see: query ids [X] of any shape that broadcasts against o_token -> bool."""
+    last = (tl.load(position + query) - first_token).to(tl.int32)
+    seen = o_token <= last
+    if WINDOWED:
+        start = (tl.load(window_start + query) - first_token).to(tl.int32)
+        sink = (tl.load(sink_stop + query) - first_token).to(tl.int32)
+        seen = seen & ((o_token >= start) | (o_token < sink))
+    return seen
+
+
+@triton.jit
+def attend_kernel(
+    q,  # [R, G, D]
+    kv,  # [N, 2, B, D]
+    block,  # [N] int64
+    position,  # [T] int64
+    window_start,  # [T] int64
+    sink_stop,  # [T] int64
+    order,  # [P] int32, pairs by entry
+    item_entry,  # [I] int32
+    item_begin,  # [I] int64
+    item_stop,  # [I] int64
+    num_items,  # [1] int64
+    out_part,  # [P, G, D], dtype of q
+    lse_part,  # [P, G] fp32
+    teacher_part,  # [P, G] fp32
+    scale_log2,
+    inverse_temperature,
+    M: tl.constexpr,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    B: tl.constexpr,
+    GP: tl.constexpr,
+    DP: tl.constexpr,
+    BP: tl.constexpr,
+    ROWS: tl.constexpr,
+    MASKED: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    SOFTENED: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One item: a block stays in shared memory while the queries that read it pass by, ROWS rows at a time.
+
+    Every (row, slot) pair belongs to one item, which writes the pair's output and log-sum-exp over this block
+    alone. A block is one tile wide, so no softmax has to be corrected on the way.
+    """
+    item = tl.program_id(0)
+    if item >= tl.load(num_items):
+        return
+    entry = tl.load(item_entry + item).to(tl.int64)
+    begin = tl.load(item_begin + item).to(tl.int32)
+    stop = tl.load(item_stop + item).to(tl.int32)
+    first_token = tl.load(block + entry) * B
+    o_b = tl.arange(0, BP)
+    o_d = tl.arange(0, DP)
+    o_row = tl.arange(0, ROWS)
+    head = o_row % GP
+    p_k = kv + entry * (2 * B * D) + o_b[:, None] * D + o_d[None, :]
+    m_kv = (o_b < B)[:, None] & (o_d < D)[None, :]
+    b_k = tl.load(p_k, mask=m_kv, other=0.0)
+    b_v = tl.load(p_k + B * D, mask=m_kv, other=0.0)
+    # Transposed in the loop, K would be kept in registers and copied to shared memory in every step.
+    b_kt = tl.trans(b_k)
+    for first in tl.range(begin, stop, ROWS // GP, num_stages=STAGES):
+        place = first + o_row // GP
+        m_row = (place < stop) & (head < G)
+        pair = tl.load(order + place, mask=place < stop, other=0)
+        row = pair // K
+        m_q = m_row[:, None] & (o_d < D)[None, :]
+        p_q = q + (row * G + head)[:, None] * D + o_d[None, :]
+        b_q = tl.load(p_q, mask=m_q, other=0.0)
+        # [ROWS, BP]
+        b_s = tl.dot(b_q, b_kt, input_precision="ieee") * scale_log2
+        if MASKED:
+            query = row // M
+            m_s = visible_tokens(
+                position, window_start, sink_stop, query[:, None], first_token, o_b[None, :], WINDOWED
+            )
+            b_s = tl.where(m_s, b_s, float("-inf"))
+        if BP != B:
+            b_s = tl.where((o_b < B)[None, :], b_s, float("-inf"))
+        peak = tl.max(b_s, 1)
+        # A query may see nothing of the block (window): probabilities 0 then, and lse -inf.
+        peak = tl.where(peak == float("-inf"), 0.0, peak)
+        o_pair = pair * G + head
+        if SOFTENED:
+            total = tl.sum(tl.exp2((b_s - peak[:, None]) * inverse_temperature), 1)
+            teacher = (peak * inverse_temperature + tl.log2(total)) * LN2
+            tl.store(teacher_part + o_pair, teacher, mask=m_row)
+        b_p = tl.exp2(b_s - peak[:, None])
+        total = tl.sum(b_p, 1)
+        tl.store(lse_part + o_pair, (peak + tl.log2(total)) * LN2, mask=m_row)
+        b_o = tl.dot(b_p.to(b_v.dtype), b_v, input_precision="ieee")
+        b_o = b_o / tl.where(total > 0.0, total, 1.0)[:, None]
+        tl.store(out_part + o_pair[:, None] * D + o_d[None, :], b_o.to(out_part.dtype.element_ty), mask=m_q)
+
+
+@triton.jit
+def index_lse_kernel(
+    q_index,  # [R, Di]
+    k_index,  # [NB, B, Di]
+    block,  # [N] int64
+    position,
+    window_start,
+    sink_stop,
+    order,
+    item_entry,
+    item_begin,
+    item_stop,
+    num_items,
+    index_part,  # [P] fp32
+    scale_log2,
+    M: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    B: tl.constexpr,
+    DP: tl.constexpr,
+    BP: tl.constexpr,
+    ROWS: tl.constexpr,
+    MASKED: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Log-sum-exp of the index scores over the block, for each pair of the item."""
+    item = tl.program_id(0)
+    if item >= tl.load(num_items):
+        return
+    entry = tl.load(item_entry + item).to(tl.int64)
+    begin = tl.load(item_begin + item).to(tl.int32)
+    stop = tl.load(item_stop + item).to(tl.int32)
+    block_id = tl.load(block + entry)
+    o_b = tl.arange(0, BP)
+    o_d = tl.arange(0, DP)
+    o_row = tl.arange(0, ROWS)
+    p_k = k_index + block_id * (B * D) + o_b[:, None] * D + o_d[None, :]
+    b_kt = tl.trans(tl.load(p_k, mask=(o_b < B)[:, None] & (o_d < D)[None, :], other=0.0))
+    for first in tl.range(begin, stop, ROWS, num_stages=STAGES):
+        place = first + o_row
+        m_row = place < stop
+        pair = tl.load(order + place, mask=m_row, other=0)
+        row = pair // K
+        p_q = q_index + row[:, None] * D + o_d[None, :]
+        b_q = tl.load(p_q, mask=m_row[:, None] & (o_d < D)[None, :], other=0.0)
+        b_s = tl.dot(b_q, b_kt, input_precision="ieee") * scale_log2
+        if MASKED:
+            query = row // M
+            m_s = visible_tokens(
+                position, window_start, sink_stop, query[:, None], block_id * B, o_b[None, :], WINDOWED
+            )
+            b_s = tl.where(m_s, b_s, float("-inf"))
+        if BP != B:
+            b_s = tl.where((o_b < B)[None, :], b_s, float("-inf"))
+        peak = tl.max(b_s, 1)
+        peak = tl.where(peak == float("-inf"), 0.0, peak)
+        total = tl.sum(tl.exp2(b_s - peak[:, None]), 1)
+        tl.store(index_part + pair, (peak + tl.log2(total)) * LN2, mask=m_row)
+
+
+@triton.jit
+def combine_kernel(
+    used,  # [P] uint8
+    out_part,  # [P, G, D]
+    lse_part,  # [P, G] fp32
+    teacher_part,  # [P, G] fp32
+    index_part,  # [P] fp32
+    out,  # [R, G, D] fp32
+    lse,  # [R, G] fp32
+    lse_teacher,  # [R, G] fp32
+    lse_index,  # [R] fp32
+    num_rows,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    KP: tl.constexpr,
+    GP: tl.constexpr,
+    DP: tl.constexpr,
+    ROWS: tl.constexpr,
+    SOFTENED: tl.constexpr,
+    INDEXED: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """ROWS (row, head) pairs: partial results weighted by their share of the sum of exponentials.
+
+    Parts of unused pairs were never written and are not read.
+    """
+    o_row = tl.arange(0, ROWS)
+    head = o_row % GP
+    row = tl.program_id(0).to(tl.int64) * (ROWS // GP) + o_row // GP
+    o_d = tl.arange(0, DP)
+    o_k = tl.arange(0, KP)[:, None]
+    m_row = (row < num_rows) & (head < G)
+    m_d = (o_d < D)[None, :]
+    # [KP, ROWS]
+    pair = row[None, :] * K + o_k
+    m_part = m_row[None, :] & (o_k < K)
+    m_part = m_part & (tl.load(used + pair, mask=m_part, other=0) > 0)
+    part_lse = tl.load(lse_part + pair * G + head[None, :], mask=m_part, other=float("-inf"))
+    peak = tl.max(part_lse, 0)
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    total = peak + tl.log(tl.sum(tl.exp(part_lse - peak[None, :]), 0))
+    tl.store(lse + row * G + head, total, mask=m_row)
+    if SOFTENED:
+        softened = tl.load(teacher_part + pair * G + head[None, :], mask=m_part, other=float("-inf"))
+        peak = tl.max(softened, 0)
+        peak = tl.where(peak == float("-inf"), 0.0, peak)
+        softened_lse = peak + tl.log(tl.sum(tl.exp(softened - peak[None, :]), 0))
+        tl.store(lse_teacher + row * G + head, softened_lse, mask=m_row)
+    if INDEXED:
+        scores = tl.load(index_part + pair, mask=m_part, other=float("-inf"))
+        peak = tl.max(scores, 0)
+        peak = tl.where(peak == float("-inf"), 0.0, peak)
+        index_total = peak + tl.log(tl.sum(tl.exp(scores - peak[None, :]), 0))
+        tl.store(lse_index + row, index_total, mask=m_row & (head == 0))
+    finite = tl.where(total == float("-inf"), 0.0, total)
+    b_o = tl.zeros([ROWS, DP], dtype=tl.float32)
+    for slot in tl.range(0, K, num_stages=STAGES):
+        one = row * K + slot
+        there = m_row & (tl.load(used + one, mask=m_row, other=0) > 0)
+        weight = tl.exp(tl.load(lse_part + one * G + head, mask=there, other=float("-inf")) - finite)
+        p_part = out_part + (one * G + head)[:, None] * D + o_d[None, :]
+        b_o += tl.load(p_part, mask=there[:, None] & m_d, other=0.0).to(tl.float32) * weight[:, None]
+    tl.store(out + (row * G + head)[:, None] * D + o_d[None, :], b_o, mask=m_row[:, None] & m_d)

@@ -1,0 +1,31 @@
+"""Tile shapes of the decoding kernels; all of them are bound by memory. See README.md."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeConfig:
+    """Tiles and resources of the scoring and the attention programs."""
+
+    blocks_per_program: int
+    """Blocks that one scoring program reads at most: few, so that all end at nearly the same time."""
+    tile_n: int
+    """Keys per step of the attention at most."""
+    num_warps: int
+    num_stages: int
+    """Tiles in flight per program."""
+
+
+# 16-bit inputs: index key tiles of 32 KB, 69 KB of shared memory, three programs per multiprocessor
+MAIN = DecodeConfig(blocks_per_program=4, tile_n=64, num_warps=4, num_stages=3)
+LARGE_TILES = DecodeConfig(blocks_per_program=4, tile_n=64, num_warps=8, num_stages=1)
+# fp32 is multiplied without tensor cores; a whole block of index keys is in registers then
+FLOAT32 = DecodeConfig(blocks_per_program=4, tile_n=32, num_warps=8, num_stages=1)
+MAX_FLOAT32_BLOCK_ELEMENTS = 128 * 128
+
+
+def decode_config(*, element_bytes: int, dim: int, block_size: int) -> DecodeConfig:
+    """Configuration for inputs of `element_bytes`, the larger of the padded dims, and the block size."""
+    if element_bytes > 2:
+        return FLOAT32
+    return LARGE_TILES if dim > 128 or block_size > 128 else MAIN

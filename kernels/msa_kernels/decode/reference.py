@@ -1,0 +1,56 @@
+"""Plain decoding: the definition, one sequence and head at a time."""
+
+import torch
+from torch import Tensor
+
+from msa_kernels.decode.cache import DecodeCache
+from msa_kernels.select_blocks.reference import select_blocks_reference
+
+
+def decode_attention_reference(
+    q: Tensor,
+    q_index: Tensor,
+    cache: DecodeCache,
+    seq_lens: Tensor,
+    *,
+    block_size: int,
+    topk: int,
+    local_blocks: int,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Same contract as `op.decode_attention`, computed in fp64; for tests.
+
+    Source: MiniMax Sparse Attention (arXiv 2606.13392), section 2, for the last token of a sequence.
+    """
+    num_sequences, num_heads, dim = q.shape
+    num_groups = q_index.shape[1]
+    out = torch.zeros(num_sequences, num_heads, dim, dtype=torch.float64)
+    lse = torch.full((num_sequences, num_heads), float("-inf"), dtype=torch.float64)
+    block_indices = torch.full((num_sequences, num_groups, topk), -1, dtype=torch.int32)
+    for b, length in enumerate(seq_lens.tolist()):
+        if length == 0:
+            continue
+        pages = cache.pages(b, length)
+        k, v, k_index = (
+            torch.cat([rows[page] for page in pages])[:length].double().cpu()
+            for rows in (cache.k, cache.v, cache.k_index)
+        )
+        # the last token of a document of its own
+        block_indices[b] = select_blocks_reference(
+            q_index[b : b + 1].cpu(),
+            k_index,
+            torch.tensor([0, length]),
+            block_size=block_size,
+            topk=topk,
+            local_blocks=local_blocks,
+            query_offset=length - 1,
+        )[0]
+        for head in range(num_heads):
+            group = head // (num_heads // num_groups)
+            chosen = block_indices[b, group]
+            tokens = torch.isin(torch.arange(length) // block_size, chosen[chosen >= 0])
+            scores = k[tokens, group] @ q[b, head].double().cpu() * softmax_scale
+            lse[b, head] = scores.logsumexp(0)
+            out[b, head] = scores.softmax(0) @ v[tokens, group]
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return out.to(q), lse.to(q.device, lse_dtype), block_indices.to(q.device)

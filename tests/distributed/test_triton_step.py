@@ -1,0 +1,58 @@
+"""A training step through the Triton kernels, in their interpreter: as exact in fp32 as torch is in fp32.
+
+fp64 with the plain definitions is what both are compared with, on two context-parallel ranks, so that
+attention runs over several pools.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+
+from msa_train.config import AttentionKernel, Precision
+from tests.helpers.compare import worst_row
+from tests.helpers.model_runs import run_steps, small_config
+from tests.helpers.spawn import run_ranks
+from tests.helpers.triton_env import needs_triton
+
+KINDS = {
+    "exact": (Precision.fp64, AttentionKernel.reference),
+    "torch": (Precision.fp32, AttentionKernel.cpu),
+    "triton": (Precision.fp32, AttentionKernel.triton),
+}
+# Worst row of any gradient, relative to the gradient's largest value: about ten roundings of 2^-24 in a chain
+# of four layers, each of which may double what comes in. The torch run has as much.
+TOLERANCE = 2e-5
+
+
+def worker(rank: int, world_size: int) -> dict[str, Any]:
+    """One step of each kind."""
+    from megatron.core import parallel_state
+
+    found = {}
+    for name, (precision, kernel) in KINDS.items():
+        config = small_config(cp_size=world_size, precision=precision, kernel=kernel)
+        found[name] = run_steps(config, num_steps=1)["steps"][0]
+        parallel_state.destroy_model_parallel()
+    return found
+
+
+def errors(got: dict[str, Any], want: dict[str, Any]) -> dict[str, float]:
+    """Of loss, KL losses and every gradient, relative; selections must be equal."""
+    for key, block_indices in want["selections"].items():
+        assert torch.equal(got["selections"][key], block_indices), key
+    result = {"loss": abs(got["loss"] / want["loss"] - 1)}
+    result |= {f"kl{layer}": abs(got["kl"][layer] / kl - 1) for layer, kl in want["kl"].items()}
+    gradients = want["gradients"]
+    return result | {name: worst_row(got["gradients"][name], gradients[name]) for name in gradients}
+
+
+@needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU here, this step on the CPU")
+def test_step_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for found in run_ranks(2, worker, timeout_s=240):
+        ours = errors(found["triton"], found["exact"])
+        theirs = errors(found["torch"], found["exact"])
+        worst = max(ours, key=lambda name: ours[name])
+        assert ours[worst] <= min(TOLERANCE, 2 * max(theirs.values())), (worst, ours[worst], theirs[worst])

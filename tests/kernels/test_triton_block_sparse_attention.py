@@ -1,0 +1,265 @@
+"""Block-sparse attention by Triton kernels against the plain definition in fp64."""
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from msa_kernels.block_sparse_attention.choice import unsupported
+from msa_kernels.block_sparse_attention.pool import BlockPool, KlTerm, PoolGrads, PoolOutput, pool_forward
+from msa_kernels.block_sparse_attention.schedule import build_schedule
+from msa_kernels.block_sparse_attention.work_list import build_work_list
+from torch import Tensor
+
+from tests.helpers.compare import assert_rows_close
+from tests.helpers.pool_problems import PoolProblem, Shape, attend, attend_backward, make_problem, to_dtype
+from tests.helpers.triton_env import (
+    DTYPES,
+    HAS_GPU,
+    assert_fits_hopper,
+    compiled_kernels,
+    needs_triton,
+    run_triton,
+)
+
+# Relative to the largest value. Partial results of 16-bit runs are rounded per block before they are added.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+SHAPES = {
+    "plain": Shape(),
+    # Split lists, portions of few queries, and gradients of blocks that grow from portion to portion.
+    "pools_temperature_portions": Shape(
+        num_pools=3, temperature=2.0, part_bytes=2**13, pairs_per_item=8, split_bytes=2**15, seed=1
+    ),
+    "odd_sizes": Shape(heads=3, dim=20, index_dim=24, block_size=24, seq_len=72, starts=(0, 72)),
+    "window": Shape(window=21, topk=4),
+    # The backward takes such blocks in parts, the last one half full.
+    "block_in_parts": Shape(block_size=48, seq_len=96, starts=(0, 96), groups=1),
+    # The gradients of K and V in launches of their own.
+    "separate": Shape(dim=130, heads=1, groups=1, num_queries=20, starts=(0, 64), temperature=1.5),
+    "no_index": Shape(with_index=False, heads=16, groups=1, dim=64, block_size=32, starts=(0, 64)),
+}
+CASES = [(name, torch.float32) for name in SHAPES]
+CASES += [(name, dtype) for name in ("plain", "separate") for dtype in DTYPES[1:]]
+
+
+@contextmanager
+def nan_filled_buffers() -> Iterator[None]:
+    """Every uninitialised tensor is full of NaN, so that a result nobody wrote is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@contextmanager
+def limits(shape: Shape) -> Iterator[None]:
+    """Portions and items as small as the shape asks for."""
+    from msa_kernels.block_sparse_attention import launch, launch_backward
+
+    with pytest.MonkeyPatch.context() as patch:
+        if shape.part_bytes:
+            patch.setattr(launch, "FORWARD_PART_BYTES", shape.part_bytes)
+            patch.setattr(launch_backward, "BACKWARD_PART_BYTES", 3 * shape.part_bytes)
+        if shape.pairs_per_item:
+            patch.setattr(launch, "FORWARD_PAIRS_PER_ITEM", shape.pairs_per_item)
+            patch.setattr(launch_backward, "BACKWARD_PAIRS_PER_ITEM", shape.pairs_per_item)
+        if shape.split_bytes:
+            patch.setattr(launch_backward, "SPLIT_BYTES", shape.split_bytes)
+        yield
+
+
+def run_pools(problem: PoolProblem, shape: Shape) -> tuple[PoolOutput, list[PoolGrads]]:
+    """In the place where kernels run."""
+    with nan_filled_buffers(), limits(shape):
+        merged = attend(problem, "triton")
+        return merged, attend_backward(problem, merged, "triton")
+
+
+@needs_triton
+@pytest.mark.parametrize(("name", "dtype"), CASES, ids=str)
+def test_equals_the_definition(name: str, dtype: torch.dtype) -> None:
+    shape = SHAPES[name]
+    problem = make_problem(shape, dtype)
+    got, got_grads = run_triton(run_pools, problem, shape)
+    exact = to_dtype(problem, torch.float64)
+    want = attend(exact, "reference")
+    for field in dataclasses.fields(PoolOutput):
+        a, b = getattr(got, field.name), getattr(want, field.name)
+        assert (a is None) == (b is None), field.name
+        if a is None:
+            continue
+        seen = torch.isfinite(b)
+        # Padding queries select nothing.
+        assert not seen.all() or field.name == "out"
+        assert torch.equal(a[~seen], b[~seen].to(a.dtype)), field.name
+        tolerance = TOLERANCE[dtype] if field.name == "out" else TOLERANCE[torch.float32]
+        assert_rows_close(a.masked_fill(~seen, 0.0), b.masked_fill(~seen, 0.0), tolerance)
+    for entries, ours, theirs in zip(
+        problem.entries, got_grads, attend_backward(exact, want, "reference"), strict=True
+    ):
+        for field in dataclasses.fields(PoolGrads):
+            a, b = getattr(ours, field.name), getattr(theirs, field.name)
+            assert (a is None) == (b is None), field.name
+            if a is not None:
+                assert_rows_close(a, b, TOLERANCE[dtype])
+        unread = torch.ones(ours.dkv.shape[0], dtype=torch.bool)
+        unread[entries[entries >= 0]] = False
+        assert not ours.dkv[unread].any()
+        assert ours.dk_index is None or not ours.dk_index[unread].any()
+
+
+@needs_triton
+@pytest.mark.parametrize("num_queries", [0, 5])
+def test_empty(num_queries: int) -> None:
+    """No query, or a pool without blocks, or one whose blocks nobody reads."""
+    problem = make_problem(Shape(num_queries=num_queries), torch.float32)
+    problem.entries = [entries.fill_(-1) for entries in problem.entries]
+    empty = BlockPool(kv=problem.pools[0].kv[:0], block=problem.pools[0].block[:0])
+    problem.pools.append(empty)
+    problem.entries.append(problem.entries[0])
+    merged, grads = run_triton(run_pools, problem, Shape())
+    assert not merged.out.any()
+    assert torch.isinf(merged.lse).all()
+    assert torch.isinf(merged.lse_index).all()
+    for part, pool in zip(grads, problem.pools, strict=True):
+        assert part.dkv.shape == pool.kv.shape
+        for tensor in (part.dq, part.dkv, part.dq_index, part.dk_index, part.kl):
+            assert not tensor.any()
+
+
+@needs_triton
+@pytest.mark.skipif(not HAS_GPU, reason="programs run one after another in the interpreter")
+def test_runs_are_bitwise_equal() -> None:
+    shape = Shape(seq_len=4096, num_queries=4096, heads=16, groups=4, topk=16, starts=(0, 4096), dim=128)
+    problem = make_problem(shape, torch.bfloat16)
+    first, second = (run_triton(run_pools, problem, Shape()) for _ in range(2))
+    for field in dataclasses.fields(PoolOutput):
+        a, b = getattr(first[0], field.name), getattr(second[0], field.name)
+        assert a is None or torch.equal(a, b), field.name
+    for field in dataclasses.fields(PoolGrads):
+        assert torch.equal(getattr(first[1][0], field.name), getattr(second[1][0], field.name)), field.name
+
+
+def test_schedule_equals_the_work_list() -> None:
+    """The same lists of pairs per entry as the tiled path works through."""
+    problem = make_problem(Shape(groups=3), torch.float32)
+    pool, entries, position = problem.pools[0], problem.entries[0], problem.queries.position
+    schedule = build_schedule(entries, pool.block, position, None, block_size=16)
+    partial = pool.block[entries.clamp(min=0)] * 16 + 15 > position[:, None, None]
+    for masked in (False, True):
+        keep = (entries >= 0) & (partial == masked)
+        want = build_work_list(
+            entries.flatten(0, 1), keep.flatten(0, 1), num_entries=pool.block.numel(), rows_per_item=4
+        )
+        items = schedule.items(masked=masked, pairs_per_item=4)
+        count = int(items.num_items)
+        assert items.entry[:count].tolist() == want.entry.tolist()
+        pairs = [
+            schedule.order[begin:stop].tolist()
+            for begin, stop in zip(items.begin[:count], items.stop[:count], strict=True)
+        ]
+        assert pairs == [[pair for pair in row if pair >= 0] for row in want.pair.tolist()]
+
+
+def test_items_example() -> None:
+    """The example of the docstring."""
+    entries = torch.tensor([0, 0, 1, 0]).view(4, 1, 1)
+    schedule = build_schedule(entries, torch.tensor([0, 1]), torch.full((4,), 7), None, block_size=4)
+    items = schedule.items(masked=False, pairs_per_item=2)
+    assert schedule.order.tolist() == [0, 1, 3, 2]
+    assert int(items.num_items) == 3
+    assert items.entry[:3].tolist() == [0, 0, 1]
+    assert items.begin[:3].tolist() == [0, 2, 3]
+    assert items.stop[:3].tolist() == [2, 3, 4]
+
+
+M3 = Shape(
+    heads=16, dim=128, index_dim=128, block_size=128, seq_len=256, starts=(0, 256), num_queries=6, topk=2
+)
+# Portions of few queries: also the kernels that add to gradients of earlier portions.
+SHIPPED = {
+    "m3": (dataclasses.replace(M3, part_bytes=2**15), torch.bfloat16),
+    "m3_temperature": (dataclasses.replace(M3, part_bytes=2**15, temperature=2.0), torch.bfloat16),
+    "dim_256": (dataclasses.replace(M3, dim=256, index_dim=256), torch.bfloat16),
+    "block_256": (dataclasses.replace(M3, block_size=256), torch.bfloat16),
+    "odd": (
+        dataclasses.replace(M3, heads=12, dim=96, index_dim=80, block_size=72, seq_len=288),
+        torch.bfloat16,
+    ),
+    "small_window": (
+        dataclasses.replace(M3, dim=64, block_size=64, window=100, with_index=False),
+        torch.float16,
+    ),
+    "index_256": (
+        dataclasses.replace(M3, dim=64, index_dim=256, block_size=256, starts=(0, 256)),
+        torch.bfloat16,
+    ),
+    "fp32": (M3, torch.float32),
+    "fp32_dim_256": (dataclasses.replace(M3, dim=256, index_dim=256, block_size=32), torch.float32),
+}
+# Each takes about half a minute: the main shape always, the others where they are asked for.
+EVERY_SHAPE = bool(os.environ.get("MSA_KERNELS_COMPILE_ALL"))
+
+
+def launch_all(shape: Shape, dtype: torch.dtype) -> None:
+    """Launches every kernel for this problem; nothing is looked at."""
+    from msa_kernels.block_sparse_attention import triton_path
+
+    problem = make_problem(shape, dtype)
+    part = (problem.queries, problem.pools[0], problem.entries[0])
+    with limits(shape):
+        merged = triton_path.forward(*part)
+        term = None if merged.lse_index is None else KlTerm(merged.lse_index, 0.1, merged.lse_teacher)
+        triton_path.backward(*part, merged.out, merged.lse, merged.lse, term)
+
+
+@needs_triton
+@pytest.mark.parametrize("name", SHIPPED if EVERY_SHAPE else ["m3"])
+def test_shipped_configurations_fit_hopper(name: str) -> None:
+    """MSA_KERNELS_COMPILE_ALL=1: every table entry, not the main shape alone."""
+    shape, dtype = SHIPPED[name]
+    kernels = compiled_kernels(launch_all, shape, dtype)
+    assert_fits_hopper(kernels)
+    attend_kernels = [kernel for kernel in kernels if kernel.name.startswith("attend_")]
+    assert len(attend_kernels) >= 4
+    assert dtype == torch.float32 or all("wgmma" in kernel.ptx for kernel in attend_kernels)
+    if shape.part_bytes:
+        assert {kernel.constants.get("ADD") for kernel in attend_kernels} == {None, False, True}
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "words"),
+    [
+        (Shape(), torch.float64, "dtype=float64"),
+        (Shape(dim=256, block_size=256, seq_len=256, starts=(0, 256)), torch.bfloat16, "head_dim=256"),
+        (Shape(index_dim=300), torch.bfloat16, "index_head_dim=300"),
+        (Shape(heads=33), torch.bfloat16, "heads per group=33: must be at most 32"),
+        (Shape(heads=17), torch.float32, "heads per group=17: must be at most 16"),
+        (Shape(), torch.bfloat16, None),
+    ],
+)
+def test_unsupported(shape: Shape, dtype: torch.dtype, words: str | None) -> None:
+    problem = make_problem(shape, dtype)
+    queries = problem.queries
+    why_not = unsupported(queries.q, problem.pools[0].kv, queries.q_index, queries.k_index)
+    assert (why_not is None) == (words is None)
+    assert words is None or words in str(why_not)
+
+
+@pytest.mark.parametrize("kernel", ["cuda", "triton"])
+def test_bad_kernel(kernel: str) -> None:
+    problem = make_problem(Shape(), torch.float64)
+    with pytest.raises(ValueError, match=f"kernel={kernel}"):
+        pool_forward(problem.queries, problem.pools[0], problem.entries[0], kernel=kernel)
+
+
+def test_auto_on_the_cpu_is_the_tiled_path() -> None:
+    problem = make_problem(Shape(), torch.float32)
+    outputs: list[Tensor] = [
+        pool_forward(problem.queries, problem.pools[0], problem.entries[0], kernel=kernel).out
+        for kernel in ("auto", "cpu")
+    ]
+    assert torch.equal(*outputs)

@@ -1,0 +1,206 @@
+"""Triton block selection: equal to the definition, ties included, and within a Hopper GPU's resources."""
+
+from typing import Any
+
+import pytest
+import torch
+from msa_kernels import select_blocks
+from msa_kernels.select_blocks.reference import select_blocks_reference
+from torch import Tensor
+
+from tests.helpers.triton_env import (
+    DTYPES,
+    assert_fits_hopper,
+    compiled_kernels,
+    needs_triton,
+    run_triton,
+)
+
+pytestmark = needs_triton
+
+
+def _launch(*args: Any, **kwargs: Any) -> Tensor:
+    """The launch itself, for arguments that `select_blocks` does not have; runs in the worker."""
+    from msa_kernels.select_blocks.configs import SelectConfig
+    from msa_kernels.select_blocks.launch import select_blocks_triton
+
+    if "config" in kwargs:
+        kwargs["config"] = SelectConfig(*kwargs["config"])
+    return select_blocks_triton(*args, **kwargs)
+
+
+def _small_integers(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+    """Products and sums of these are exact in every dtype, and equal scores are common."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-2, 3, shape, generator=generator).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("num_groups", "dim", "block_size", "topk", "local_blocks", "cu_seqlens"),
+    [
+        (4, 16, 16, 4, 1, [0, 512]),
+        (3, 24, 16, 3, 2, [0, 64, 80, 160, 400, 448]),
+        (1, 32, 32, 1, 1, [0, 512]),
+        (2, 20, 48, 5, 5, [0, 240, 480]),
+        (4, 32, 128, 2, 1, [0, 512]),
+    ],
+    ids=["m3_heads", "documents", "only_local", "odd_block", "m3_block"],
+)
+def test_equals_definition(
+    dtype: torch.dtype,
+    num_groups: int,
+    dim: int,
+    block_size: int,
+    topk: int,
+    local_blocks: int,
+    cu_seqlens: list[int],
+) -> None:
+    """Queries from the middle of a block to the end, some of them padding."""
+    seq_len, offset = cu_seqlens[-1], cu_seqlens[-1] - 70
+    q = _small_integers((70, num_groups, dim), dtype, 1)
+    k = _small_integers((seq_len, dim), dtype, 2)
+    valid = torch.rand(70, generator=torch.Generator().manual_seed(3)) > 0.1
+    arguments: dict[str, Any] = {
+        "block_size": block_size,
+        "topk": topk,
+        "local_blocks": local_blocks,
+        "query_offset": offset,
+        "query_valid": valid,
+    }
+    starts = torch.tensor(cu_seqlens, dtype=torch.int32)
+    got = run_triton(select_blocks, q, k, starts, kernel="triton", **arguments)
+    want = select_blocks_reference(q, k, starts, **arguments)
+    assert got.dtype == torch.int32
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("num_splits", [1, 3], ids=["whole_range", "three_parts"])
+def test_ties_go_to_the_lower_block(num_splits: int) -> None:
+    """All scores equal: the first blocks win, also where they come from different programs."""
+    q, k = torch.ones(96, 2, 16), torch.ones(256, 16)
+    starts = torch.tensor([0, 256])
+    arguments: dict[str, Any] = {"block_size": 16, "topk": 5, "query_offset": 160}
+    got = run_triton(_launch, q, k, starts, num_splits=num_splits, **arguments)
+    assert got[95].tolist() == [[0, 1, 2, 3, 15]] * 2
+    assert torch.equal(got, select_blocks_reference(q, k, starts, **arguments))
+
+
+@pytest.mark.parametrize("num_splits", [1, 4], ids=["whole_range", "four_parts"])
+def test_scattered_positions_and_strided_inputs(num_splits: int) -> None:
+    """A tile's queries lie in documents far apart; queries and keys are slices of wider rows."""
+    every = _small_integers((512, 2, 40), torch.float16, 4)[..., :16]
+    k = _small_integers((512, 40), torch.float16, 5)[:, 8:24]
+    position = torch.tensor([0, 7, 100, 127, 128, 129, 383, 384, 400, 511])
+    starts = torch.tensor([0, 128, 144, 384, 512])
+    got = run_triton(
+        _launch, every[position], k, starts, block_size=16, topk=4, position=position, num_splits=num_splits
+    )
+    assert torch.equal(got, select_blocks_reference(every, k, starts, block_size=16, topk=4)[position])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [(128, 128, 4, 2), (128, 64, 4, 2, 256, True), (64, 32, 4, 2, 16, True)],
+    ids=["insert_always", "test_first", "channels_in_chunks"],
+)
+def test_configurations_select_alike(config: tuple[Any, ...]) -> None:
+    """Several blocks per tile, the last tile of a range partly beyond it; top-k above their number."""
+    q, k = _small_integers((48, 3, 64), torch.float32, 6), _small_integers((208, 64), torch.float32, 7)
+    starts = torch.tensor([0, 48, 208])
+    arguments: dict[str, Any] = {"block_size": 16, "topk": 9, "local_blocks": 2, "query_offset": 150}
+    got = run_triton(_launch, q, k, starts, config=config, num_splits=1, **arguments)
+    assert torch.equal(got, select_blocks_reference(q, k, starts, **arguments))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_random_scores(dtype: torch.dtype) -> None:
+    """Where last chosen and first refused score are apart by more than rounding, the ids are equal."""
+    generator = torch.Generator().manual_seed(8)
+    q = torch.randn(64, 4, 32, generator=generator).to(dtype)
+    k = torch.randn(512, 32, generator=generator).to(dtype)
+    got = run_triton(_launch, q, k, torch.tensor([0, 512]), block_size=16, topk=4, query_offset=448)
+    blocks = (q.double() @ k.double().T).view(64, 4, 32, 16).amax(-1)
+    own = torch.arange(448, 512)[:, None] // 16
+    blocks.masked_fill_((torch.arange(32) >= own)[:, None], float("-inf"))
+    ranked, order = blocks.sort(descending=True)
+    clear = ranked[..., 2] - ranked[..., 3] > 1e-4
+    want = torch.cat((order[..., :3], own[:, None].expand(-1, 4, -1)), -1).sort().values
+    assert clear.float().mean() > 0.9
+    assert torch.equal(got[clear], want[clear].int())
+
+
+def test_no_queries() -> None:
+    q, k = torch.zeros(0, 2, 16), torch.zeros(32, 16)
+    assert run_triton(_launch, q, k, torch.tensor([0, 32]), block_size=16, topk=3).shape == (0, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"kernel": "fast"}, "kernel=fast"),
+        ({"kernel": "triton", "topk": 65}, "topk=65"),
+        ({"kernel": "triton", "q_index": torch.zeros(16, 2, 4, dtype=torch.float64)}, "float64"),
+        (
+            {
+                "kernel": "triton",
+                "block_size": 320,
+                "k_index": torch.zeros(640, 4),
+                "cu_seqlens": torch.tensor([0, 640]),
+            },
+            "block_size=320",
+        ),
+    ],
+)
+def test_bad_arguments(change: dict[str, Any], words: str) -> None:
+    arguments: dict[str, Any] = {
+        "q_index": torch.zeros(16, 2, 4),
+        "k_index": torch.zeros(16, 4),
+        "cu_seqlens": torch.tensor([0, 16]),
+        "block_size": 16,
+        "topk": 2,
+    }
+    with pytest.raises(ValueError, match=words):
+        run_triton(select_blocks, **(arguments | change))
+
+
+def _launch_shipped(shapes: list[tuple[int, int, int, str]]) -> None:
+    """Launch each (index head dim, block size, top-k, dtype), M3's with every configuration for it."""
+    from msa_kernels.select_blocks.configs import MAIN
+    from msa_kernels.select_blocks.launch import select_blocks_triton
+
+    for dim, block_size, topk, dtype_name in shapes:
+        dtype = getattr(torch, dtype_name)
+        q, k = torch.zeros(1024, 4, dim, dtype=dtype), torch.zeros(8192, dim, dtype=dtype)
+        is_m3 = (dim, block_size, topk, dtype) == (128, 128, 16, torch.bfloat16)
+        for config in MAIN if is_m3 else [None]:
+            select_blocks_triton(
+                q, k, torch.tensor([0, 8192]), block_size=block_size, topk=topk, config=config,
+                num_splits=2 if config is MAIN[0] else 1,
+            )  # fmt: skip
+
+
+def test_compiles_for_hopper() -> None:
+    """No spills; M3's shape on Hopper's own matrix instructions, with room for two programs of 4 warps."""
+    shapes = [
+        (128, 128, 16, "bfloat16"),
+        (128, 64, 64, "bfloat16"),
+        (256, 256, 16, "bfloat16"),
+        (64, 16, 16, "float16"),
+        (128, 128, 16, "float32"),
+    ]
+    kernels = compiled_kernels(_launch_shipped, shapes)
+    assert_fits_hopper(kernels)
+    scoring = [kernel for kernel in kernels if kernel.name == "select_blocks_kernel"]
+    m3 = [
+        kernel
+        for kernel in scoring
+        if kernel.constants["BLOCK_SIZE"] == 128 and kernel.constants["CHUNK"] == 128
+    ]
+    assert len(m3) == 3
+    for kernel in m3:
+        assert "wgmma.mma_async" in kernel.ptx
+        assert "cp.async.bulk.tensor" in kernel.ptx
+        if kernel.num_warps == 4:
+            assert 2 * (kernel.shared_bytes + 1024) <= 233472
+            assert 2 * 128 * kernel.registers <= 65536

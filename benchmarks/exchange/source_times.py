@@ -25,9 +25,9 @@ def timed_sources(layout: ShardLayout) -> Iterator[dict[str, float]]:
     originals = layer.pool_forward, layer.pool_backward
 
     def timed(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-        def call(queries: Any, pool: Any, *arguments: Any) -> Any:
+        def call(queries: Any, pool: Any, *arguments: Any, **options: Any) -> Any:
             begin = time.thread_time()
-            result = function(queries, pool, *arguments)
+            result = function(queries, pool, *arguments, **options)
             whose = "own" if own.issuperset(pool.block.tolist()) else "others"
             seconds[f"{name}_{whose}"] += time.thread_time() - begin
             return result

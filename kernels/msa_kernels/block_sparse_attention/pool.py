@@ -8,6 +8,7 @@ Shapes: T queries, M KV groups, G query heads per group, R = T * M rows, K top-k
 B block size, D head dim, Di index head dim. Sums run in fp32 (fp64 for fp64 inputs).
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,9 +19,15 @@ from msa_kernels.block_sparse_attention.choice import implementation
 from msa_kernels.block_sparse_attention.window import TokenWindow
 from msa_kernels.block_sparse_attention.work_list import WorkList, build_work_list
 
-# Values of one score tile, and of the buffer that holds a partial result per (row, slot).
-_TILE_ELEMENTS = 2**21
+# Values of one score tile, which should stay near the core, and at least of the buffer that holds a partial
+# result per (row, slot).
+_TILE_ELEMENTS = 2**20
 _SLOT_ELEMENTS = 2**25
+# The buffer grows to this share of the queries: so many of them are taken at a time that each block is read
+# by the same number, however long the sequence.
+_SLOT_SHARE = 0.25
+# Query vectors per matrix product at most: enough for its full speed, few enough to leave little of it empty
+_ROWS_PER_PRODUCT = 512
 # Below any logarithm of a probability that a teacher above 0 can meet.
 _LOG_FLOOR = -1e30
 
@@ -130,8 +137,9 @@ def _tiled_forward(queries: SparseQueries, pool: BlockPool, entries: Tensor) -> 
     softened = queries.q_index is not None and queries.temperature != 1.0
     lse_teacher = torch.full_like(lse, float("-inf")) if softened else None
     result = PoolOutput(out=out, lse=lse, lse_index=lse_index, lse_teacher=lse_teacher)
-    for chunk in _chunks(T, M * entries.shape[2] * G * D):
-        _forward_chunk(_Chunk(queries, pool, entries, chunk), result, chunk)
+    scratch = _Scratch()
+    for chunk in _chunks(T, M * G * D, entries.shape[2]):
+        _forward_chunk(_Chunk(queries, pool, entries, chunk), result, chunk, scratch)
     return result
 
 
@@ -189,17 +197,37 @@ def _tiled_backward(
         index_shape = (pool.kv.shape[0], pool.kv.shape[2], queries.q_index.shape[-1])
         grads.dk_index = torch.zeros(index_shape, dtype=dtype, device=device)
         grads.kl = torch.zeros((), dtype=torch.float64, device=device)
-    for chunk in _chunks(T, M * entries.shape[2] * G * D):
+    scratch = _Scratch()
+    # keys' and values' gradients apart: rows are added to contiguous tensors only at full speed
+    dk_dv = torch.zeros_like(grads.dkv).view(2, *pool.kv[:, 0].shape)
+    for chunk in _chunks(T, M * G * D, entries.shape[2]):
         part = _Chunk(queries, pool, entries, chunk)
         rows = _BackwardRows(part, dout[chunk], delta[chunk], lse[chunk], kl_term if with_kl else None, chunk)
-        _backward_chunk(part, rows, grads, chunk)
+        _backward_chunk(part, rows, grads, dk_dv, chunk, scratch)
+    grads.dkv = dk_dv.transpose(0, 1).contiguous()
     return grads
 
 
-def _chunks(num_queries: int, elements_per_query: int) -> Iterator[slice]:
-    size = max(1, _SLOT_ELEMENTS // elements_per_query)
+def _chunks(num_queries: int, elements_per_query: int, num_slots: int) -> Iterator[slice]:
+    most = max(_SLOT_ELEMENTS, int(_SLOT_SHARE * num_queries * elements_per_query))
+    size = max(1, most // (elements_per_query * num_slots))
     for begin in range(0, num_queries, size):
         yield slice(begin, min(begin + size, num_queries))
+
+
+class _Scratch:
+    """Buffers that one chunk after the other uses: new memory would be cleared by the system every time."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def empty(self, name: str, like: Tensor, *shape: int) -> Tensor:
+        """A tensor of any content, valid until the next call with this name."""
+        size = math.prod(shape)
+        kept = self._kept.get(name)
+        if kept is None or kept.numel() < size:
+            kept = self._kept[name] = like.new_empty(size)
+        return kept[:size].view(shape)
 
 
 class _Chunk:
@@ -220,13 +248,14 @@ class _Chunk:
         if queries.window is not None:
             edges = (queries.window.start[chunk], queries.window.sink_stop[chunk])
             self.window = TokenWindow(*(edge.repeat_interleave(self.M) for edge in edges))
+        self.used, self.partial = self._seen()
 
-    def work(self) -> Iterator[tuple[WorkList, bool]]:
-        """Work lists with a flag: True where the query sees only a part of the block (mask needed)."""
-        num_entries, block_size = self.pool.kv.shape[0], self.pool.kv.shape[2]
-        if num_entries == 0:
-            return
+    def _seen(self) -> tuple[Tensor, Tensor]:
+        """[R, K] bool: slots that their row sees tokens of; slots whose block it sees only a part of."""
+        block_size = self.pool.kv.shape[2]
         used = self.entries >= 0
+        if self.pool.block.numel() == 0:
+            return used, used
         block = self.pool.block[self.entries.clamp(min=0)]
         partial = block == (self.position // block_size)[:, None]
         if self.window is not None:
@@ -234,7 +263,23 @@ class _Chunk:
             cut = (begin < edge) & (begin >= self.window.sink_stop[:, None])
             used &= ~cut | (begin + block_size > edge)
             partial |= cut
-        for keep, masked in ((used & ~partial, False), (used & partial, True)):
+        return used, partial
+
+    def slots(self, scratch: _Scratch, name: str, *shape: int) -> Tensor:
+        """[R * K + 1, *shape], 0 where nothing will be written, and one more pair at the end.
+
+        The empty places of items write to that one.
+        """
+        buffer = scratch.empty(name, self.q, self.q.shape[0] * self.K + 1, *shape)
+        unused = (~self.used).flatten().nonzero().squeeze(-1)
+        return buffer.index_fill_(0, unused, 0)
+
+    def work(self) -> Iterator[tuple[WorkList, bool]]:
+        """Work lists with a flag: True where the query sees only a part of the block (mask needed)."""
+        num_entries, block_size = self.pool.kv.shape[0], self.pool.kv.shape[2]
+        if num_entries == 0:
+            return
+        for keep, masked in ((self.used & ~self.partial, False), (self.used & self.partial, True)):
             rows_per_item = self._rows_per_item(keep, num_entries, masked)
             work = build_work_list(self.entries, keep, num_entries=num_entries, rows_per_item=rows_per_item)
             per_batch = max(1, _TILE_ELEMENTS // (rows_per_item * self.G * block_size))
@@ -243,16 +288,19 @@ class _Chunk:
                 yield WorkList(pair=work.pair[first:stop], entry=work.entry[first:stop]), masked
 
     def _rows_per_item(self, keep: Tensor, num_entries: int, masked: bool) -> int:
-        """About as many rows as read an entry, so that few places stay empty, within what is efficient."""
-        most = max(8, 128 // self.G)
+        """Few enough that the last item of an entry, half empty on average, is a small part of its items."""
+        most = max(8, _ROWS_PER_PRODUCT // self.G)
         block_size = self.pool.kv.shape[2]
-        typical = block_size if masked else int(keep.sum()) // num_entries
-        return min(most, max(8, 1 << max(typical - 1, 1).bit_length()))
+        if masked:
+            # about all queries of the block, and no others
+            return min(most, max(8, 1 << (block_size - 1).bit_length()))
+        quarter = int(keep.sum()) // (4 * num_entries)
+        return min(most, max(8, 1 << max(quarter.bit_length() - 1, 0)))
 
     def scores(self, work: WorkList, row: Tensor, masked: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q [I, W*G, D], k, v [I, B, D] and scaled scores [I, W*G, B], -inf where hidden."""
-        q = self.q[row].view(row.shape[0], -1, self.D)
-        kv = self.pool.kv[work.entry].to(self.dtype)
+        q = _rows(self.q, row).view(row.shape[0], -1, self.D)
+        kv = self.pool.kv.index_select(0, work.entry).to(self.dtype)
         scores = torch.bmm(q, kv[:, 0].transpose(1, 2))
         if masked:
             hidden = self._hidden(work, row)
@@ -263,8 +311,8 @@ class _Chunk:
         """Index queries [I, W, Di], index keys [I, B, Di] and scaled index scores [I, W, B]."""
         assert self.q_index is not None, "index scores need index queries"
         assert self.queries.k_index is not None, "index scores need index keys"
-        q = self.q_index[row]
-        k = self.queries.k_index[self.pool.block[work.entry]].to(self.dtype)
+        q = _rows(self.q_index, row)
+        k = self.queries.k_index.index_select(0, self.pool.block[work.entry]).to(self.dtype)
         scores = torch.bmm(q, k.transpose(1, 2))
         if masked:
             scores.masked_fill_(self._hidden(work, row), float("-inf"))
@@ -283,11 +331,10 @@ class _Chunk:
         return hidden
 
 
-def _forward_chunk(part: _Chunk, result: PoolOutput, chunk: slice) -> None:
+def _forward_chunk(part: _Chunk, result: PoolOutput, chunk: slice, scratch: _Scratch) -> None:
     """Fills in the rows of `chunk`."""
     rows, G, D, K = part.q.shape[0], part.G, part.D, part.K
-    # One more pair than there are, at the end: the empty places of items write there.
-    out = part.q.new_zeros(rows * K + 1, G, D)
+    out = part.slots(scratch, "out", G, D)
     lse = part.q.new_full((rows * K + 1, G), float("-inf"))
     lse_index = None if result.lse_index is None else torch.full_like(lse[:, 0], float("-inf"))
     lse_teacher = None if result.lse_teacher is None else torch.full_like(lse, float("-inf"))
@@ -305,13 +352,13 @@ def _forward_chunk(part: _Chunk, result: PoolOutput, chunk: slice) -> None:
         lse[target] = (peak + total.log()).view(*row.shape, G)
         if lse_index is not None:
             lse_index[target] = part.index_scores(work, row, masked)[2].logsumexp(-1)
-    # The spare pair collected the empty places; it is cut off here.
+    # the pair at the end is cut off here
     out, lse = out[:-1].view(rows, K, G, D), lse[:-1].view(rows, K, G)
     total_lse = lse.logsumexp(1)
     weight = (lse - _finite(total_lse)[:, None]).exp()
-    merged = torch.einsum("rkgd,rkg->rgd", out, weight)
     shape = (part.num_queries, part.M)
-    result.out[chunk], result.lse[chunk] = merged.view(*shape, G, D), total_lse.view(*shape, G)
+    torch.sum(out.mul_(weight.unsqueeze(-1)), dim=1, out=result.out[chunk].view(rows, G, D))
+    result.lse[chunk] = total_lse.view(*shape, G)
     if result.lse_index is not None and lse_index is not None:
         result.lse_index[chunk] = lse_index[:-1].view(rows, K).logsumexp(1).view(shape)
     if result.lse_teacher is not None and lse_teacher is not None:
@@ -334,12 +381,15 @@ class _BackwardRows:
             self.lse_teacher = kl_term.lse_teacher[chunk].flatten(0, 1)
 
 
-def _backward_chunk(part: _Chunk, rows: _BackwardRows, grads: PoolGrads, chunk: slice) -> None:
+def _backward_chunk(
+    part: _Chunk, rows: _BackwardRows, grads: PoolGrads, dk_dv: Tensor, chunk: slice, scratch: _Scratch
+) -> None:
+    """Fills in the rows of `chunk`, adds to what is summed over queries; dk_dv: [2, N, B, D]."""
     num_rows, G, D, K = part.q.shape[0], part.G, part.D, part.K
-    dq = part.q.new_zeros(num_rows * K + 1, G, D)
+    dq = part.slots(scratch, "dq", G, D)
     dq_index = None
     if rows.lse_index is not None and part.q_index is not None:
-        dq_index = part.q.new_zeros(num_rows * K + 1, part.q_index.shape[-1])
+        dq_index = part.slots(scratch, "dq_index", part.q_index.shape[-1])
     for work, masked in part.work():
         row = work.pair.clamp(min=0) // K
         empty = work.pair < 0
@@ -348,16 +398,17 @@ def _backward_chunk(part: _Chunk, rows: _BackwardRows, grads: PoolGrads, chunk: 
         # An empty place gets lse = +inf, hence probability 0 and no gradient.
         lse = rows.lse[row].masked_fill(empty[..., None], float("inf"))
         p = scores.sub_(lse.flatten(1).unsqueeze(-1)).exp_()
-        dout = rows.dout[row].flatten(1, 2)
+        dout = _rows(rows.dout, row).flatten(1, 2)
         ds = torch.bmm(dout, v.transpose(1, 2)).sub_(rows.delta[row].flatten(1).unsqueeze(-1)).mul_(p)
         dq[target] = torch.bmm(ds, k).view(*row.shape, G, D)
-        dkv = torch.stack((torch.bmm(ds.transpose(1, 2), q), torch.bmm(p.transpose(1, 2), dout)), dim=1)
-        grads.dkv.index_add_(0, work.entry, dkv)
+        dk_dv[0].index_add_(0, work.entry, torch.bmm(ds.transpose(1, 2), q))
+        dk_dv[1].index_add_(0, work.entry, torch.bmm(p.transpose(1, 2), dout))
         if dq_index is not None:
             teacher = _teacher(part, rows, p, lse, row, empty)
             dq_index[target] = _kl_backward(part, rows, grads, work, row, masked, teacher)
-    total = dq[:-1].view(num_rows, K, G, D).sum(1).mul_(part.queries.softmax_scale)
-    grads.dq[chunk] = total.view(part.num_queries, part.M, G, D)
+    total = grads.dq[chunk].view(num_rows, G, D)
+    torch.sum(dq[:-1].view(num_rows, K, G, D), dim=1, out=total)
+    total.mul_(part.queries.softmax_scale)
     if dq_index is not None:
         assert grads.dq_index is not None, "allocated together"
         total = dq_index[:-1].view(num_rows, K, -1).sum(1).mul_(part.queries.index_scale)
@@ -400,6 +451,11 @@ def _kl_backward(
     grads.kl += torch.dot(teacher.flatten(), ratio.flatten())
     grads.dk_index.index_add_(0, work.entry, torch.bmm(ds.transpose(1, 2), q))
     return torch.bmm(ds, k)
+
+
+def _rows(rows: Tensor, row: Tensor) -> Tensor:
+    """rows [R, ...] at row [I, W]: [I, W, ...]."""
+    return rows.index_select(0, row.flatten()).view(*row.shape, *rows.shape[1:])
 
 
 def _finite(lse: Tensor) -> Tensor:

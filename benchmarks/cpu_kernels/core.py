@@ -1,0 +1,129 @@
+"""What is compared: the core of an MSA layer, and causal attention of torch over the same heads."""
+
+from dataclasses import dataclass
+
+import torch
+from msa_kernels import select_blocks
+from msa_kernels.block_sparse_attention.op import pack_blocks, unpack_blocks
+from msa_kernels.block_sparse_attention.pool import (
+    BlockPool,
+    KlTerm,
+    SparseQueries,
+    pool_backward,
+    pool_forward,
+)
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class CoreShape:
+    """One layer's attention. M3 has 16 query heads per KV head, and one index query head per KV head."""
+
+    num_heads: int = 16
+    num_kv_heads: int = 1
+    head_dim: int = 128
+    index_dim: int = 128
+    block_size: int = 128
+    topk: int = 16
+
+
+@dataclass(slots=True)
+class CoreInputs:
+    """q, dout [S, H, D]; k, v [S, M, D]; q_index [S, M, Di]; k_index [S, Di]; all fp32."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dout: Tensor
+    q_index: Tensor
+    k_index: Tensor
+
+
+@dataclass(slots=True)
+class CoreResult:
+    """Output and gradients, shaped like the inputs; the selection [S, M, topk] and the sum of the KL loss."""
+
+    out: Tensor
+    selected: Tensor
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dq_index: Tensor
+    dk_index: Tensor
+    kl: Tensor
+
+
+def make_inputs(shape: CoreShape, seq_len: int, seed: int = 0) -> CoreInputs:
+    """Normal numbers: every earlier block is as likely to be selected, so that blocks lie far apart."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(seq_len, *size, generator=generator)
+
+    return CoreInputs(
+        q=normal(shape.num_heads, shape.head_dim),
+        k=normal(shape.num_kv_heads, shape.head_dim),
+        v=normal(shape.num_kv_heads, shape.head_dim),
+        dout=normal(shape.num_heads, shape.head_dim),
+        q_index=normal(shape.num_kv_heads, shape.index_dim),
+        k_index=normal(shape.index_dim),
+    )
+
+
+def msa_core(shape: CoreShape, inputs: CoreInputs) -> CoreResult:
+    """Selection, block-sparse attention and the index branch's KL loss, forward and backward."""
+    seq_len, num_groups = len(inputs.q), shape.num_kv_heads
+    starts = torch.tensor([0, seq_len])
+    selected = select_blocks(
+        inputs.q_index, inputs.k_index, starts, block_size=shape.block_size, topk=shape.topk
+    )
+    num_blocks = seq_len // shape.block_size
+    pool = BlockPool(
+        kv=pack_blocks(inputs.k, inputs.v, shape.block_size),
+        block=torch.arange(num_blocks).repeat(num_groups),
+    )
+    group = torch.arange(num_groups)[:, None]
+    ids = selected.long()
+    entries = torch.where(ids >= 0, ids + group * num_blocks, -1)
+    queries = SparseQueries(
+        q=inputs.q.view(seq_len, num_groups, -1, shape.head_dim),
+        position=torch.arange(seq_len),
+        softmax_scale=shape.head_dim**-0.5,
+        q_index=inputs.q_index,
+        k_index=inputs.k_index.view(num_blocks, shape.block_size, -1),
+        index_scale=shape.index_dim**-0.5,
+    )
+    result = pool_forward(queries, pool, entries)
+    assert result.lse_index is not None, "index queries were given"
+    dout = inputs.dout.view_as(result.out)
+    delta = torch.einsum("tmgd,tmgd->tmg", dout, result.out)
+    term = KlTerm(lse_index=result.lse_index, weight=1.0)
+    grads = pool_backward(queries, pool, entries, dout, delta, result.lse, term)
+    assert grads.dq_index is not None, "a KL term was given"
+    assert grads.dk_index is not None, "a KL term was given"
+    assert grads.kl is not None, "a KL term was given"
+    dk, dv = unpack_blocks(grads.dkv, num_groups)
+    return CoreResult(
+        out=result.out.flatten(1, 2),
+        selected=selected,
+        dq=grads.dq.flatten(1, 2),
+        dk=dk,
+        dv=dv,
+        dq_index=grads.dq_index,
+        dk_index=grads.dk_index.view(num_groups, seq_len, -1).sum(0),
+        kl=grads.kl,
+    )
+
+
+def dense_attention(inputs: CoreInputs, num_heads: int) -> tuple[Tensor, ...]:
+    """torch's causal attention of the first `num_heads` query heads: out, dq, dk, dv, as the inputs."""
+    q, k, v = (
+        x.transpose(0, 1).contiguous()[None].requires_grad_()
+        for x in (inputs.q[:, :num_heads], inputs.k, inputs.v)
+    )
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    out.backward(inputs.dout[:, :num_heads].transpose(0, 1)[None])
+    assert q.grad is not None, "it requires one"
+    assert k.grad is not None, "it requires one"
+    assert v.grad is not None, "it requires one"
+    return tuple(x[0].transpose(0, 1) for x in (out.detach(), q.grad, k.grad, v.grad))

@@ -1,0 +1,68 @@
+"""One measurement in a process of its own; `run.py` starts it and reads the line of JSON that it prints."""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.cpu_kernels.core import CoreShape, dense_attention, make_inputs, msa_core
+
+# Tokens of the run that does not count: threads start, libraries load their code
+_WARM_UP_TOKENS = 1024
+
+
+def main() -> None:
+    """Argument: JSON with `what` ("check", "msa", "dense"), `seq_len`, `shape`, `threads`, `dense_heads`."""
+    request = json.loads(sys.argv[1])
+    torch.set_num_threads(request["threads"])
+    shape = CoreShape(**request["shape"])
+    if request["what"] == "check":
+        print(json.dumps({"worst_row": check(shape)}))
+        return
+    step = _step(request["what"], shape, request["dense_heads"])
+    step(_WARM_UP_TOKENS)
+    before = _peak_bytes()
+    wall, cpu = step(request["seq_len"])
+    print(json.dumps({"seconds": wall, "cpu_s": cpu, "peak_bytes": _peak_bytes(), "process_bytes": before}))
+
+
+def check(shape: CoreShape) -> float:
+    """Largest relative error of a row of out, dq, dk or dv where MSA selects everything, against torch's."""
+    inputs = make_inputs(shape, shape.block_size * shape.topk)
+    msa = msa_core(shape, inputs)
+    dense = dense_attention(inputs, shape.num_heads)
+    return max(_worst_row(a, b) for a, b in zip((msa.out, msa.dq, msa.dk, msa.dv), dense, strict=True))
+
+
+def _worst_row(got: Tensor, want: Tensor) -> float:
+    size = want.norm(dim=-1)
+    # rows far smaller than the others hold rounding of large sums
+    return float(((got - want).norm(dim=-1) / size.clamp(min=1e-3 * float(size.max()))).max())
+
+
+def _step(what: str, shape: CoreShape, dense_heads: int) -> Callable[[int], tuple[float, float]]:
+    """Make inputs of a length and run forward and backward on them once: seconds, CPU seconds."""
+
+    def step(seq_len: int) -> tuple[float, float]:
+        inputs = make_inputs(shape, seq_len)
+        wall, cpu = time.perf_counter(), time.process_time()
+        result: Any = msa_core(shape, inputs) if what == "msa" else dense_attention(inputs, dense_heads)
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        del result
+        return wall, cpu
+
+    return step
+
+
+def _peak_bytes() -> int:
+    """Most memory that this process has had resident."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    main()

@@ -20,7 +20,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"document: {shape['num_heads']} query heads on {shape['num_kv_heads']} KV head, head and index dim "
         f"{shape['head_dim']}, blocks of {shape['block_size']}, top-{shape['topk']}. Inputs are normal "
         "random numbers: the selected blocks lie anywhere. Where every block is selected, the worst row of "
-        f"output and gradients differs from torch's by {result['worst_row']:.1e} of its size.",
+        f"output and gradients differs from torch's by {result['worst_row']:.1e} of the largest row.",
         "",
     ]
     if result["times"]:
@@ -97,7 +97,7 @@ def _goals(result: dict[str, Any]) -> list[str]:
         goal = _GOALS.get(row["seq_len"])
         if goal is not None:
             lines.append(
-                f"- {row['seq_len']} tokens: {row['ratio']:.2f} times as fast as dense; {goal} is wanted."
+                f"- {row['seq_len']} tokens: {row['ratio']:.2f} times as fast as dense; {goal:g} is wanted."
             )
     if len(result["memory"]) > 1:
         first, last = result["memory"][0], result["memory"][-1]

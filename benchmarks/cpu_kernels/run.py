@@ -15,11 +15,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cpu_kernels.core import CoreShape
 from benchmarks.cpu_kernels.report import markdown
+from benchmarks.cpu_kernels.shape import CoreShape
 from benchmarks.machine import ROOT, machine
 
-# Worst row where both compute the same, relative to its size: fp32 sums in another order
+# Worst row where both compute the same, relative to the largest: fp32 sums in another order
 TOLERANCE = 2e-5
 # Above this length dense attention is measured with a head per core, and its time multiplied
 LONGEST_WHOLE = 32768

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_small_run(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.cpu_kernels.run", "--out", str(tmp_path), "--threads", "1"]
-    command += ["--lengths", "512", "--memory-lengths", "1024", "4096", "--rounds", "1", "--head-dim", "8"]
+    command += ["--lengths", "512", "--memory-lengths", "4096", "--rounds", "1", "--head-dim", "8"]
     environ = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -23,8 +23,8 @@ def test_small_run(tmp_path: Path) -> None:
     assert 0 < result["worst_row"] < 2e-5
     (row,) = result["times"]
     assert row["ratio"] == pytest.approx(row["dense_16_s"] / row["msa_s"])
-    short, long = result["memory"]
-    assert long["peak_bytes"] > short["peak_bytes"] > short["process_bytes"] > 2**20
+    (row,) = result["memory"]
+    assert row["peak_bytes"] > row["process_bytes"] > 2**20
     text = (tmp_path / "cpu_kernels.md").read_text()
     assert text == done.stdout[done.stdout.index("# MSA on the CPU") :].removesuffix("\n")
     assert "| 512 | 1 |" in text

@@ -37,10 +37,11 @@ def _time_table(result: dict[str, Any]) -> list[str]:
         "",
         "Seconds, median of the rounds (each in a process of its own, the two in turns). Dense attention "
         "costs the same for every head, and in its backward each head has one core: long sequences are "
-        f"measured with one head per core, and the time is multiplied up to {heads} heads.",
+        f"measured with one head per core, and the time is multiplied up to {heads} heads. `others`: share "
+        "of the cores' time that something else took during a run.",
         "",
-        "| tokens | rounds | MSA | dense | MSA is faster by | peak MSA | peak dense |",
-        "|---|---|---|---|---|---|---|",
+        "| tokens | rounds | MSA | dense | MSA is faster by | peak MSA | peak dense | others at most |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in result["times"]:
         for count in row["dense_heads"]:
@@ -48,12 +49,11 @@ def _time_table(result: dict[str, Any]) -> list[str]:
             if count != heads:
                 dense += f" ({count} heads: {row[f'dense_{count}_s']:.1f})"
             ratio = row[f"dense_{count}_scaled_s"] / row["msa_s"]
-            peaks = [
-                _gib(max(run["peak_bytes"] for run in row["runs"][name]))
-                for name in ("msa", f"dense_{count}")
-            ]
+            names = ("msa", f"dense_{count}")
+            peaks = [_gib(max(run["peak_bytes"] for run in row["runs"][name])) for name in names]
+            others = max(run["others_share"] for name in names for run in row["runs"][name])
             cells = [row["seq_len"], len(row["runs"]["msa"]), f"{row['msa_s']:.1f}", dense, f"{ratio:.2f}x"]
-            lines.append("| " + " | ".join(map(str, [*cells, *peaks])) + " |")
+            lines.append("| " + " | ".join(map(str, [*cells, *peaks, f"{others:.1%}"])) + " |")
     return lines
 
 
@@ -66,8 +66,8 @@ def _memory_table(result: dict[str, Any]) -> list[str]:
         f"{shape['head_dim']}, each length in a process of its own. `tensors`: queries, output and their "
         "gradients, which the caller has anyway; `per token`: peak above the bare process.",
         "",
-        "| tokens | peak | tensors | per token | seconds |",
-        "|---|---|---|---|---|",
+        "| tokens | peak | tensors | per token |",
+        "|---|---|---|---|",
     ]
     for row in result["memory"]:
         tensors = 4 * row["seq_len"] * shape["num_heads"] * shape["head_dim"] * 4
@@ -76,7 +76,6 @@ def _memory_table(result: dict[str, Any]) -> list[str]:
             _gib(row["peak_bytes"]),
             _gib(tensors),
             f"{per_token(row) / 1024:.1f} KiB",
-            f"{row['seconds']:.0f}",
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return lines

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_small_run(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.cpu_kernels.run", "--out", str(tmp_path), "--threads", "1"]
     command += ["--lengths", "512", "--memory-lengths", "4096", "--rounds", "1", "--head-dim", "8"]
+    command += ["--tries", "1", "--wait-s", "0"]
     environ = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

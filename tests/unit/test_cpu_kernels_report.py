@@ -8,7 +8,13 @@ GIB = 2**30
 
 
 def _run(seconds: float, peak: int) -> dict[str, Any]:
-    return {"seconds": seconds, "cpu_s": seconds, "peak_bytes": peak, "process_bytes": GIB // 4}
+    return {
+        "seconds": seconds,
+        "cpu_s": seconds,
+        "others_share": 0.02,
+        "peak_bytes": peak,
+        "process_bytes": GIB // 4,
+    }
 
 
 def test_table_and_goals() -> None:
@@ -44,8 +50,8 @@ def test_table_and_goals() -> None:
         ],
     }
     text = markdown(result)
-    assert "| 131072 | 1 | 100.0 | 480.0 (2 heads: 60.0) | 4.80x | 2.00 GiB | 1.00 GiB |" in text
+    assert "| 131072 | 1 | 100.0 | 480.0 (2 heads: 60.0) | 4.80x | 2.00 GiB | 1.00 GiB | 2.0% |" in text
     assert "- 131072 tokens: 4.80 times as fast as dense; 3 is wanted." in text
-    assert "| 65536 | 1.25 GiB | 1.00 GiB | 16.0 KiB | 2 |" in text
+    assert "| 65536 | 1.25 GiB | 1.00 GiB | 16.0 KiB |" in text
     assert "from 32768 to 65536 tokens, 2 times as many: 2.0 times as much" in text
     assert per_token(result["memory"][0]) == 16 * 1024

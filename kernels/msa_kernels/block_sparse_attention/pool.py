@@ -28,6 +28,8 @@ _SLOT_ELEMENTS = 2**25
 _SLOT_SHARE = 0.25
 # Query vectors per matrix product at most: enough for its full speed, few enough to leave little of it empty
 _ROWS_PER_PRODUCT = 512
+# Query vectors that cost as much as an item on its own: reading the block, starting the products
+_ROWS_PER_ITEM = 64
 # Below any logarithm of a probability that a teacher above 0 can meet.
 _LOG_FLOOR = -1e30
 
@@ -288,14 +290,18 @@ class _Chunk:
                 yield WorkList(pair=work.pair[first:stop], entry=work.entry[first:stop]), masked
 
     def _rows_per_item(self, keep: Tensor, num_entries: int, masked: bool) -> int:
-        """Few enough that the last item of an entry, half empty on average, is a small part of its items."""
+        """The power of 2 of least work: an entry's last item is half empty, and every item costs some more.
+
+        With n rows per entry, (n + W / 2) * (1 + c / (W * G)) is least near W = sqrt(2 * n * c / G).
+        """
         most = max(8, _ROWS_PER_PRODUCT // self.G)
-        block_size = self.pool.kv.shape[2]
         if masked:
-            # about all queries of the block, and no others
-            return min(most, max(8, 1 << (block_size - 1).bit_length()))
-        quarter = int(keep.sum()) // (4 * num_entries)
-        return min(most, max(8, 1 << max(quarter.bit_length() - 1, 0)))
+            # the queries of the block itself, and no others
+            exponent = (self.pool.kv.shape[2] - 1).bit_length()
+        else:
+            width = math.sqrt(2 * int(keep.sum()) / num_entries * _ROWS_PER_ITEM / self.G)
+            exponent = round(math.log2(max(width, 1.0)))
+        return min(most, max(8, 1 << exponent))
 
     def scores(self, work: WorkList, row: Tensor, masked: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q [I, W*G, D], k, v [I, B, D] and scaled scores [I, W*G, B], -inf where hidden."""

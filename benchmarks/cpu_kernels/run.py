@@ -67,51 +67,56 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"cpu_kernels benchmark: error: {error}", file=sys.stderr)
         return 2
+    command = ["python -m benchmarks.cpu_kernels.run", *(sys.argv[1:] if argv is None else argv)]
     try:
-        result = measure(arguments)
+        print(measure(arguments, " ".join(command)))
     except RuntimeError as error:
         print(f"cpu_kernels benchmark: {error}", file=sys.stderr)
         return 1
-    result["command"] = " ".join(
-        ["python -m benchmarks.cpu_kernels.run", *(sys.argv[1:] if argv is None else argv)]
-    )
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "cpu_kernels.json").write_text(json.dumps(result, indent=1) + "\n")
-    text = markdown(result)
-    (arguments.out / "cpu_kernels.md").write_text(text)
-    print(text)
     return 0
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Check, times, peaks.
+def measure(arguments: argparse.Namespace, command: str) -> str:
+    """Check, times, peaks; written after each, so that an interrupted run leaves what it has. The table.
 
     Raises:
         RuntimeError: if a measurement ends with an error, or the two differ where they must not.
     """
     start = time.monotonic()
     shape = CoreShape(head_dim=arguments.head_dim, index_dim=arguments.head_dim)
+    half = replace(shape, head_dim=shape.head_dim // 2, index_dim=shape.index_dim // 2)
     worst = _work(arguments, shape, "check")["worst_row"]
     print(f"worst row against torch where every block is selected: {worst:.1e}", flush=True)
     if not worst <= TOLERANCE:
         raise RuntimeError(f"the worst row is off by {worst:.1e}, more than {TOLERANCE}: nothing is timed")
-    times = [_time(arguments, shape, length) for length in arguments.lengths]
-    half = replace(shape, head_dim=shape.head_dim // 2, index_dim=shape.index_dim // 2)
-    memory: list[dict[str, Any]] = []
-    for length in arguments.memory_lengths:
-        found = _work(arguments, half, "msa", length)
-        memory.append({"seq_len": length, **found})
-        print(f"{length} tokens: peak {found['peak_bytes'] / 2**30:.2f} GiB", flush=True)
-    return {
-        "seconds": time.monotonic() - start,
+    result: dict[str, Any] = {
+        "command": command,
         "machine": machine(),
         "threads": arguments.threads,
         "shape": asdict(shape),
         "memory_shape": asdict(half),
         "worst_row": worst,
-        "times": times,
-        "memory": memory,
+        "times": [],
+        "memory": [],
     }
+    text = ""
+    for length in arguments.lengths:
+        result["times"].append(_time(arguments, shape, length))
+        text = _write(arguments.out, result | {"seconds": time.monotonic() - start})
+    for length in arguments.memory_lengths:
+        found = _work(arguments, half, "msa", length)
+        result["memory"].append({"seq_len": length, **found})
+        print(f"{length} tokens: peak {found['peak_bytes'] / 2**30:.2f} GiB", flush=True)
+        text = _write(arguments.out, result | {"seconds": time.monotonic() - start})
+    return text
+
+
+def _write(folder: Path, result: dict[str, Any]) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "cpu_kernels.json").write_text(json.dumps(result, indent=1) + "\n")
+    text = markdown(result)
+    (folder / "cpu_kernels.md").write_text(text)
+    return text
 
 
 def _time(arguments: argparse.Namespace, shape: CoreShape, length: int) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         nargs="*",
         type=int,
         default=[32768, 65536, 131072, 262144, 524288],
-        help="of which the peak is taken, with head dims of half the size",
+        help="of which the peak is taken, with head dims of a quarter of the size",
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=2, help="of each length, the two in turns")
@@ -52,8 +52,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for length in arguments.lengths + arguments.memory_lengths:
         if length < block or length % block:
             raise ValueError(f"length {length}: must be a multiple of the block size, {block}")
-    if arguments.head_dim < 2 or arguments.head_dim % 2:
-        raise ValueError(f"--head-dim={arguments.head_dim}: must be even, and at least 2")
+    if arguments.head_dim < 4 or arguments.head_dim % 4:
+        raise ValueError(f"--head-dim={arguments.head_dim}: must be a multiple of 4, and at least 4")
     for name in ("threads", "rounds", "long_rounds", "tries"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')}={getattr(arguments, name)}: must be at least 1")
@@ -84,7 +84,7 @@ def measure(arguments: argparse.Namespace, command: str) -> str:
     """
     start = time.monotonic()
     shape = CoreShape(head_dim=arguments.head_dim, index_dim=arguments.head_dim)
-    half = replace(shape, head_dim=shape.head_dim // 2, index_dim=shape.index_dim // 2)
+    small = replace(shape, head_dim=shape.head_dim // 4, index_dim=shape.index_dim // 4)
     worst = _work(arguments, shape, "check")["worst_row"]
     print(f"worst row against torch where every block is selected: {worst:.1e}", flush=True)
     if not worst <= TOLERANCE:
@@ -94,7 +94,7 @@ def measure(arguments: argparse.Namespace, command: str) -> str:
         "machine": machine(),
         "threads": arguments.threads,
         "shape": asdict(shape),
-        "memory_shape": asdict(half),
+        "memory_shape": asdict(small),
         "worst_row": worst,
         "times": [],
         "memory": [],
@@ -104,7 +104,7 @@ def measure(arguments: argparse.Namespace, command: str) -> str:
         result["times"].append(_time(arguments, shape, length))
         text = _write(arguments.out, result | {"seconds": time.monotonic() - start})
     for length in arguments.memory_lengths:
-        found = _work(arguments, half, "msa", length)
+        found = _work(arguments, small, "msa", length)
         result["memory"].append({"seq_len": length, **found})
         print(f"{length} tokens: peak {found['peak_bytes'] / 2**30:.2f} GiB", flush=True)
         text = _write(arguments.out, result | {"seconds": time.monotonic() - start})

@@ -167,7 +167,7 @@ class Run:
         self._add(Row("sparse backward + KL", seq_len, times.backward, flops=backward))
 
     def _sparse_need(self, seq_len: int) -> float:
-        """Seconds of three calls of everything, by what a shorter sequence took; scoring grows as a square."""
+        """Seconds of three calls of everything, by a shorter sequence's; scoring grows as a square."""
         if self.shorter is None:
             return 0.0
         length, times = self.shorter

@@ -122,8 +122,8 @@ def step_packs() -> list[list[Pack]]:
     ]
 
 
-def run_steps(config: RunConfig, num_steps: int = 2) -> dict[str, Any]:
-    """Training steps, at most two, on this rank; must be called by every rank of the world.
+def run_steps(config: RunConfig, steps: list[list[Pack]] | None = None) -> dict[str, Any]:
+    """Training steps on the given packs, or `step_packs()`; must be called by every rank of the world.
 
     Returns the rank's observations with sums over ranks where a quantity is cut over them: per step
     `loss` and `kl` (global sums), `gradients` by global name (experts of this rank only), `selections` by
@@ -146,7 +146,7 @@ def run_steps(config: RunConfig, num_steps: int = 2) -> dict[str, Any]:
                 _recorder(selections, packs_of_step, layer.layer_number), with_kwargs=True
             )
     observed: list[dict[str, Any]] = []
-    for number, packs in enumerate(step_packs()[:num_steps]):
+    for number, packs in enumerate(steps or step_packs()):
         selections.clear()
         packs_of_step[:] = [i for i in range(len(packs)) if i % groups.dp_size == groups.dp_rank]
         batch = make_batch([packs[i] for i in packs_of_step], groups, probe_seed=number)

@@ -201,6 +201,7 @@ def test_bad_arguments(shapes: tuple[tuple[int, ...], ...], words: str) -> None:
         ({"kernel": "cuda"}, "kernel=cuda: must be one of auto, triton, cpu, reference"),
         ({"block_size": 0}, "block_size=0: must be at least 1"),
         ({"query_offset": 1}, "query_offset=1"),
+        ({"softmax_scale": 0.0}, "softmax_scale=0.0: must be above 0"),
         ({"q": torch.zeros(16, 4, 8, dtype=torch.int64)}, "q.dtype=torch.int64"),
         ({"v": torch.zeros(16, 2, 8, device="meta")}, "v.device=meta"),
         ({"block_indices": torch.zeros(16, 2, 2)}, "block_indices.dtype=torch.float32"),

@@ -74,6 +74,16 @@ def error(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want).abs().max())
 
 
+def check(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> None:
+    """Fail unless every error is at most twice that of torch.
+
+    torch may hit a single number, the loss, by chance: its own rounding in fp32 is allowed too.
+    """
+    for name, a, b, c in zip(NAMES, ours, theirs, exact, strict=True):
+        rounding = 2.0**-23 * float(c.abs()) if name == "kl" else 0.0
+        assert error(a, c) <= 2 * error(b, c) + rounding, f"{name}: {error(a, c):.3g}, {error(b, c):.3g}"
+
+
 @needs_triton
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_at_most_twice_the_error_of_torch(dtype: torch.dtype) -> None:
@@ -83,8 +93,7 @@ def test_at_most_twice_the_error_of_torch(dtype: torch.dtype) -> None:
     ours = run_triton(pool_run, low[:-1], low[-1], ids, "triton")
     theirs = plain_run(low[:-1], low[-1], ids)
     exact = plain_run(wide[:-1], wide[-1], ids)
-    for name, a, b, c in zip(NAMES, ours, theirs, exact, strict=True):
-        assert error(a, c) <= 2 * error(b, c), f"{name}: {error(a, c):.3g} against {error(b, c):.3g}"
+    check(ours, theirs, exact)
 
 
 def test_cpu_path_has_no_more_either() -> None:
@@ -95,5 +104,4 @@ def test_cpu_path_has_no_more_either() -> None:
     ours = pool_run(low[:-1], low[-1], ids, "cpu")
     theirs = plain_run(low[:-1], low[-1], ids)
     exact = plain_run(wide[:-1], wide[-1], ids)
-    for name, a, b, c in zip(NAMES, ours, theirs, exact, strict=True):
-        assert error(a, c) <= 2 * error(b, c), f"{name}: {error(a, c):.3g} against {error(b, c):.3g}"
+    check(ours, theirs, exact)

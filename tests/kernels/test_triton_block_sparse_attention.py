@@ -186,7 +186,7 @@ SHIPPED = {
     "dim_256": (dataclasses.replace(M3, dim=256, index_dim=256), torch.bfloat16),
     "block_256": (dataclasses.replace(M3, block_size=256), torch.bfloat16),
     "odd": (
-        dataclasses.replace(M3, heads=12, dim=96, index_dim=80, block_size=72, seq_len=288),
+        dataclasses.replace(M3, heads=12, dim=96, index_dim=80, block_size=72, seq_len=288, starts=(0, 288)),
         torch.bfloat16,
     ),
     "small_window": (

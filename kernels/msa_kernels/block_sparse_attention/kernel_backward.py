@@ -13,9 +13,9 @@ from msa_kernels.block_sparse_attention.kernel import LOG2E, visible_tokens
 
 @triton.jit
 def store_gradient(
-    p_grad, b_grad, o_b, add, B: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ADD: tl.constexpr
+    p_grad, b_grad, o_b, num_add, B: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ADD: tl.constexpr
 ):
-    """Stores b_grad [X, DP] in rows o_b of [B, D], or with ADD adds it there where `add` is true.
+    """Stores b_grad [X, DP] in rows o_b of [B, D], or with ADD adds it there in the rows below num_add.
 
     By halves, so that what is added to takes few registers beside two gradients.
     """
@@ -26,10 +26,11 @@ def store_gradient(
     m_low = (o_b < B)[:, None] & (o_d < D)[None, :]
     m_high = (o_b < B)[:, None] & (o_d < D - DP // 2)[None, :]
     if ADD:
-        b_low += tl.load(p_grad + o_low, mask=m_low & add, other=0.0)
+        m_add = (o_b < num_add)[:, None]
+        b_low += tl.load(p_grad + o_low, mask=m_low & m_add, other=0.0)
     tl.store(p_grad + o_low, b_low, mask=m_low)
     if ADD:
-        b_high += tl.load(p_grad + o_low + DP // 2, mask=m_high & add, other=0.0)
+        b_high += tl.load(p_grad + o_low + DP // 2, mask=m_high & m_add, other=0.0)
     tl.store(p_grad + o_low + DP // 2, b_high, mask=m_high)
 
 
@@ -162,11 +163,12 @@ def attend_backward_kernel(
             if ADD_DQ:
                 b_dq += tl.load(p_dq, mask=m_q, other=0.0).to(tl.float32)
             tl.store(p_dq, b_dq.to(dq_part.dtype.element_ty), mask=m_q)
-    add = split < 0
+    # Places of split lists hold nothing yet.
+    num_add = (split < 0).to(tl.int32) * B
     if WITH_DK:
-        store_gradient(p_dkv, b_dk * scale, o_b, add, B, D, DP, ADD)
+        store_gradient(p_dkv, b_dk * scale, o_b, num_add, B, D, DP, ADD)
     if WITH_DV:
-        store_gradient(p_dkv + B * D, b_dv, o_b, add, B, D, DP, ADD)
+        store_gradient(p_dkv + B * D, b_dv, o_b, num_add, B, D, DP, ADD)
 
 
 @triton.jit

@@ -38,7 +38,7 @@ def block_sparse_attention(
         block_indices: [T, num_kv_heads, topk] int, global block ids, -1 for none, no id twice in a row.
             Blocks must lie in the query's document and not in its future (`select_blocks` gives such).
         block_size: tokens per block; divides S.
-        softmax_scale: factor of the scores, default D ** -0.5.
+        softmax_scale: factor of the scores, above 0; default D ** -0.5.
         query_offset: position of the first query in the pack.
         window: hides tokens of the blocks that lie before a query's window (`window_blocks` gives the blocks
             and the window); None: every token of the blocks up to the query is visible.
@@ -64,6 +64,8 @@ def block_sparse_attention(
             f"{tuple(window.sink_stop.shape)}: must be [T] = [{q.shape[0]}]"
         )
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    if not scale > 0.0:
+        raise ValueError(f"softmax_scale={scale}: must be above 0, kernels divide by it; negate q instead")
     return _BlockSparseAttention.apply(
         q, k, v, block_indices, block_size, scale, query_offset, window, kernel
     )

@@ -9,13 +9,16 @@ from msa_kernels.block_sparse_attention.op import block_sparse_attention
 from msa_kernels.block_sparse_attention.window import TokenWindow, window_blocks
 from msa_kernels.decode.cache import DecodeCache
 from msa_kernels.decode.op import decode_attention
+from msa_kernels.indexer_kl.op import IndexerKl, indexer_kl
 from msa_kernels.select_blocks.op import select_blocks
 
 __all__ = [
     "DecodeCache",
+    "IndexerKl",
     "TokenWindow",
     "block_sparse_attention",
     "decode_attention",
+    "indexer_kl",
     "select_blocks",
     "window_blocks",
 ]

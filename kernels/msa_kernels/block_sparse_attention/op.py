@@ -57,7 +57,7 @@ def block_sparse_attention(
 
     Source: arXiv 2606.13392 section 2.
     """
-    _check(q, k, v, block_indices, block_size, query_offset)
+    check_attention(q, k, v, block_indices, block_size, query_offset)
     if window is not None and not window.start.shape == window.sink_stop.shape == q.shape[:1]:
         raise ValueError(
             f"window.start.shape={tuple(window.start.shape)}, window.sink_stop.shape="
@@ -86,7 +86,7 @@ class _BlockSparseAttention(torch.autograd.Function):
         kernel: str,
     ) -> tuple[Tensor, Tensor]:
         arguments = (block_size, softmax_scale, query_offset, window)
-        queries, pool, entries = _problem(q, k, v, block_indices, *arguments)
+        queries, pool, entries = whole_pack(q, k, v, block_indices, *arguments)
         result = pool_forward(queries, pool, entries, kernel=kernel)
         ctx.save_for_backward(q, k, v, block_indices, result.out, result.lse)
         ctx.arguments, ctx.kernel = arguments, kernel
@@ -97,7 +97,7 @@ class _BlockSparseAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, block_indices, out, lse = ctx.saved_tensors
-        queries, pool, entries = _problem(q, k, v, block_indices, *ctx.arguments)
+        queries, pool, entries = whole_pack(q, k, v, block_indices, *ctx.arguments)
         dout = dout.view_as(out).to(out.dtype)
         delta = (dout * out).sum(-1)
         grads = pool_backward(queries, pool, entries, dout, delta, lse, None, kernel=ctx.kernel)
@@ -105,7 +105,7 @@ class _BlockSparseAttention(torch.autograd.Function):
         return grads.dq.flatten(1, 2).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *(None,) * 6
 
 
-def _problem(
+def whole_pack(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -141,7 +141,7 @@ def unpack_blocks(kv: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
     return k, v
 
 
-def _check(
+def check_attention(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, block_size: int, query_offset: int
 ) -> None:
     if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or q.shape[-1] != k.shape[-1]:

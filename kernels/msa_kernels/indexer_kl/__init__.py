@@ -1,0 +1,1 @@
+"""KL loss of the index branch over selected blocks."""

@@ -1,0 +1,106 @@
+"""KL loss of the index branch over the tokens of the selected blocks, and its gradients.
+
+Training takes them from the backward pass of attention (`pool_backward`), which has the probabilities anyway.
+This is the loss by itself, for index branches that are trained or measured alone.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from msa_kernels.arguments import check_floating, check_same_device
+from msa_kernels.block_sparse_attention.op import check_attention, whole_pack
+from msa_kernels.block_sparse_attention.pool import KlTerm, pool_backward, pool_forward
+
+
+@dataclass(slots=True)
+class IndexerKl:
+    """dq_index [T, M, Di], dk_index [S, Di] in the inputs' dtypes; loss: weighted sum, fp64 scalar."""
+
+    dq_index: Tensor
+    dk_index: Tensor
+    loss: Tensor
+
+
+@torch.no_grad()
+def indexer_kl(
+    q: Tensor,
+    k: Tensor,
+    q_index: Tensor,
+    k_index: Tensor,
+    block_indices: Tensor,
+    *,
+    block_size: int,
+    softmax_scale: float | None = None,
+    index_scale: float | None = None,
+    temperature: float = 1.0,
+    weight: float = 1.0,
+    query_offset: int = 0,
+    kernel: str = "auto",
+) -> IndexerKl:
+    """Sum over queries and groups of KL(teacher || student), and its gradients.
+
+    Teacher: mean over a group's heads of their attention probabilities over the selected tokens, no gradient.
+    Student: softmax of the index scores over the same tokens.
+
+    Args:
+        q: [T, num_heads, D] queries of consecutive positions `query_offset ...`, head h of group
+            h // (num_heads / M). k: [S, M, D].
+        q_index: [T, M, Di]; k_index: [S, Di].
+        block_indices: [T, M, topk] int, blocks as `select_blocks` returns them, -1 for none.
+        block_size: tokens per block.
+        softmax_scale, index_scale: factors of the scores; None: D^-0.5 and Di^-0.5.
+        temperature: divides the logits of teacher and student.
+        weight: factor of loss and gradients.
+        query_offset: position of the first query in the pack.
+        kernel: "triton", "cpu", "reference" or "auto", see `block_sparse_attention`.
+
+    Raises:
+        ValueError: on shapes, dtypes, devices or sizes that do not fit, and where `kernel` cannot serve.
+
+    Source: arXiv 2606.13392, equations 9 and 10.
+    """
+    check_attention(q, k, k, block_indices, block_size, query_offset)
+    _check_index(q, k, q_index, k_index, temperature)
+    softmax_scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    index_scale = q_index.shape[-1] ** -0.5 if index_scale is None else index_scale
+    queries, pool, entries = whole_pack(
+        q, k, k, block_indices, block_size, softmax_scale, query_offset, window=None
+    )
+    queries = replace(
+        queries,
+        q_index=q_index,
+        k_index=k_index.view(-1, block_size, k_index.shape[-1]),
+        index_scale=index_scale / temperature,
+        temperature=temperature,
+    )
+    part = pool_forward(queries, pool, entries, kernel=kernel)
+    assert part.lse_index is not None, "there is an index branch"
+    term = KlTerm(lse_index=part.lse_index, weight=weight, lse_teacher=part.lse_teacher)
+    # no gradient arrives at attention's output: what is left is the loss's own
+    grads = pool_backward(
+        queries, pool, entries, torch.zeros_like(part.out), torch.zeros_like(part.lse), part.lse, term,
+        kernel=kernel,
+    )  # fmt: skip
+    assert grads.dq_index is not None, "there is a KL term"
+    assert grads.dk_index is not None, "there is a KL term"
+    assert grads.kl is not None, "there is a KL term"
+    dk_index = grads.dk_index.view(k.shape[1], *k_index.shape).sum(0)
+    return IndexerKl(grads.dq_index.to(q_index.dtype), dk_index.to(k_index.dtype), weight * grads.kl)
+
+
+def _check_index(q: Tensor, k: Tensor, q_index: Tensor, k_index: Tensor, temperature: float) -> None:
+    if q_index.dim() != 3 or q_index.shape[:2] != (q.shape[0], k.shape[1]) or q_index.shape[-1] == 0:
+        raise ValueError(
+            f"q_index.shape={tuple(q_index.shape)}: must be [T, num_kv_heads, Di] = "
+            f"[{q.shape[0]}, {k.shape[1]}, Di]"
+        )
+    if k_index.shape != (k.shape[0], q_index.shape[-1]):
+        raise ValueError(
+            f"k_index.shape={tuple(k_index.shape)}: must be [S, Di] = [{k.shape[0]}, {q_index.shape[-1]}]"
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature}: must be above 0; 1 leaves the scores as they are")
+    check_floating(q_index=q_index, k_index=k_index)
+    check_same_device(q=q, q_index=q_index, k_index=k_index)

@@ -51,7 +51,7 @@ def errors(got: dict[str, Any], want: dict[str, Any]) -> dict[str, float]:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU here, this step on the CPU")
 def test_step_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    for found in run_ranks(2, worker, timeout_s=300):
+    for found in run_ranks(2, worker, timeout_s=300, fresh=True):
         ours = errors(found["triton"], found["exact"])
         theirs = errors(found["torch"], found["exact"])
         worst = max(ours, key=lambda name: ours[name])

@@ -28,7 +28,9 @@ GRACE_S = 2.0
 PRELOADED = ["tests.helpers.spawn", "torch.distributed.checkpoint", "megatron.core.dist_checkpointing"]
 
 
-def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 300) -> list[Any]:
+def run_ranks(
+    world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 300, fresh: bool = False
+) -> list[Any]:
     """Call fn(rank, world_size, *args) on every rank.
 
     Args:
@@ -36,6 +38,8 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: fl
         fn: at module level of an importable module; finds an initialised default group (gloo).
         args: must be picklable.
         timeout_s: all ranks are killed after this time, which also bounds every collective.
+        fresh: import everything anew in each rank, for what reads the environment when it is imported
+            (Triton, which Megatron imports where it is installed).
 
     Returns:
         What fn returned, by rank; must be picklable.
@@ -45,8 +49,9 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: fl
         TimeoutError: if a rank was still running after timeout_s.
     """
     # where there are GPUs, asking for them may already have made forks unfit for CUDA
-    context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-    if not torch.cuda.is_available():
+    fresh = fresh or torch.cuda.is_available()
+    context: Any = multiprocessing.get_context("spawn" if fresh else "forkserver")
+    if not fresh:
         context.set_forkserver_preload(PRELOADED)
     # the ranks take over the environment first, then import what fn needs
     call = pickle.dumps((fn, args))

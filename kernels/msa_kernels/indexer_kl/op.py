@@ -63,16 +63,14 @@ def indexer_kl(
     """
     check_attention(q, k, k, block_indices, block_size, query_offset)
     _check_index(q, k, q_index, k_index, temperature)
-    softmax_scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    index_scale = q_index.shape[-1] ** -0.5 if index_scale is None else index_scale
-    queries, pool, entries = whole_pack(
-        q, k, k, block_indices, block_size, softmax_scale, query_offset, window=None
-    )
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    student_scale = q_index.shape[-1] ** -0.5 if index_scale is None else index_scale
+    queries, pool, entries = whole_pack(q, k, k, block_indices, block_size, scale, query_offset, window=None)
     queries = replace(
         queries,
         q_index=q_index,
         k_index=k_index.view(-1, block_size, k_index.shape[-1]),
-        index_scale=index_scale / temperature,
+        index_scale=student_scale / temperature,
         temperature=temperature,
     )
     part = pool_forward(queries, pool, entries, kernel=kernel)

@@ -209,15 +209,9 @@ class CpComm:
         x = x.contiguous()
         row_bytes = math.prod(x.shape[1:]) * x.element_size()
         num_bytes = (sum(receive) - receive[self.rank]) * row_bytes
-        sizes = list(receive), list(send)
-        if x.device.type == "cpu":
-            return self._start(
-                lambda: start_row_exchange(self._several, out, x, *sizes), purpose, num_bytes, out, x
-            )
         return self._start(
-            lambda: dist.all_to_all_single(out, x, *sizes, group=self.group, async_op=True),
-            purpose, num_bytes, out, x,
-        )  # fmt: skip
+            lambda: start_row_exchange(self._several, out, x, receive, send), purpose, num_bytes, out, x
+        )
 
     def shift(self, tensors: Sequence[Tensor], purpose: str) -> Pending[list[Tensor]]:
         """Start sending tensors to the next rank of the ring and receiving the previous rank's."""

@@ -1,4 +1,4 @@
-"""Messages between pairs of ranks on a CPU, from which an all-to-all and a ring are made there.
+"""Messages between pairs of ranks, and the all-to-all of rows, which on a CPU is made of them.
 
 gloo's own all-to-all posts what a rank sends before what it receives. A sender may only start when its
 receiver has told it so, over the one connection that both directions share: behind data that already left,
@@ -28,7 +28,7 @@ def start_messages(
 def start_row_exchange(
     group: dist.ProcessGroup, out: Tensor, x: Tensor, receive: Sequence[int], send: Sequence[int]
 ) -> list[dist.Work]:
-    """Begin an all-to-all of rows; nothing travels where there are none.
+    """Begin an all-to-all of rows; on a CPU nothing travels where there are none.
 
     Args:
         group: whose ranks trade.
@@ -37,8 +37,12 @@ def start_row_exchange(
         receive: as every rank's `send` says.
         send: see x.
     """
+    sizes = list(receive), list(send)
+    if x.device.type != "cpu":
+        work = dist.all_to_all_single(out, x, *sizes, group=group, async_op=True)
+        return [work] if work is not None else []
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    arriving, leaving = out.split(list(receive)), x.split(list(send))
+    arriving, leaving = out.split(sizes[0]), x.split(sizes[1])
     arriving[rank].copy_(leaving[rank])
     after = [(rank + step) % size for step in range(1, size)]
     return start_messages(

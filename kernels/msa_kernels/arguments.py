@@ -33,6 +33,14 @@ def check_same_device(**tensors: Tensor | None) -> None:
             )
 
 
+def check_topk(topk: int, local_blocks: int) -> None:
+    """Raise ValueError unless there are blocks to take, and forced ones among them."""
+    if topk < 1:
+        raise ValueError(f"topk={topk}: must be at least 1")
+    if not 1 <= local_blocks <= topk:
+        raise ValueError(f"local_blocks={local_blocks}: must be from 1 to topk={topk}")
+
+
 def readable(tensor: Tensor) -> bool:
     """Whether values of this tensor are checked: always on the CPU, where looking costs next to nothing.
 

@@ -6,7 +6,7 @@ Shapes: B sequences, H query heads, M KV groups, D head dim, Di index head dim, 
 import torch
 from torch import Tensor
 
-from msa_kernels.arguments import check_floating, check_integer, check_same_device
+from msa_kernels.arguments import check_floating, check_integer, check_same_device, check_topk
 from msa_kernels.decode.cache import DecodeCache
 from msa_kernels.decode.configs import MAX_FLOAT32_BLOCK_ELEMENTS
 from msa_kernels.decode.reference import decode_attention_reference
@@ -183,7 +183,4 @@ def _check(
     check_same_device(k=cache.k, q=q, q_index=q_index)
     check_integer(seq_lens=seq_lens)
     cache.check_lengths(seq_lens)
-    if topk < 1:
-        raise ValueError(f"topk={topk}: must be at least 1")
-    if not 1 <= local_blocks <= topk:
-        raise ValueError(f"local_blocks={local_blocks}: must be from 1 to topk={topk}")
+    check_topk(topk, local_blocks)

@@ -15,6 +15,7 @@ from msa_kernels.arguments import (
     check_floating,
     check_integer,
     check_same_device,
+    check_topk,
     check_values,
 )
 from msa_kernels.dispatch import choose_kernel
@@ -222,10 +223,7 @@ def _check(
             f"query_offset={query_offset}: must not be negative, and with T={q_index.shape[0]} queries "
             f"it must not exceed S={seq_len}"
         )
-    if topk < 1:
-        raise ValueError(f"topk={topk}: must be at least 1")
-    if not 1 <= local_blocks <= topk:
-        raise ValueError(f"local_blocks={local_blocks}: must be from 1 to topk={topk}")
+    check_topk(topk, local_blocks)
     check_cu_seqlens(cu_seqlens, seq_len, block_size)
 
 

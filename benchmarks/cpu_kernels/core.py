@@ -1,14 +1,12 @@
 """What is compared: the core of an MSA layer, and causal attention of torch over the same heads."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from msa_kernels import select_blocks
-from msa_kernels.block_sparse_attention.op import pack_blocks, unpack_blocks
+from msa_kernels.block_sparse_attention.op import unpack_blocks, whole_pack
 from msa_kernels.block_sparse_attention.pool import (
-    BlockPool,
     KlTerm,
-    SparseQueries,
     pool_backward,
     pool_forward,
 )
@@ -67,20 +65,13 @@ def msa_core(shape: CoreShape, inputs: CoreInputs) -> CoreResult:
     selected = select_blocks(
         inputs.q_index, inputs.k_index, starts, block_size=shape.block_size, topk=shape.topk
     )
-    num_blocks = seq_len // shape.block_size
-    pool = BlockPool(
-        kv=pack_blocks(inputs.k, inputs.v, shape.block_size),
-        block=torch.arange(num_blocks).repeat(num_groups),
+    queries, pool, entries = whole_pack(
+        inputs.q, inputs.k, inputs.v, selected, shape.block_size, shape.head_dim**-0.5, 0, window=None
     )
-    group = torch.arange(num_groups)[:, None]
-    ids = selected.long()
-    entries = torch.where(ids >= 0, ids + group * num_blocks, -1)
-    queries = SparseQueries(
-        q=inputs.q.view(seq_len, num_groups, -1, shape.head_dim),
-        position=torch.arange(seq_len),
-        softmax_scale=shape.head_dim**-0.5,
+    queries = replace(
+        queries,
         q_index=inputs.q_index,
-        k_index=inputs.k_index.view(num_blocks, shape.block_size, -1),
+        k_index=inputs.k_index.view(-1, shape.block_size, shape.index_dim),
         index_scale=shape.index_dim**-0.5,
     )
     result = pool_forward(queries, pool, entries)

@@ -3,10 +3,27 @@
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def command(module: str, argv: Sequence[str]) -> str:
+    """How a benchmark was started, without `--out`: where figures are written does not change them.
+
+    Example: "benchmarks.exchange.run", ["--out", "here", "--rounds", "1"] -> "python -m
+    benchmarks.exchange.run --rounds 1".
+    """
+    kept: list[str] = []
+    left = iter(argv)
+    for text in left:
+        if text == "--out":
+            next(left, None)
+        elif not text.startswith("--out="):
+            kept.append(text)
+    return " ".join(["python -m", module, *kept])
 
 
 def machine() -> dict[str, Any]:

@@ -19,7 +19,7 @@ import psutil
 
 from benchmarks.cpu_kernels.report import markdown
 from benchmarks.cpu_kernels.shape import CoreShape
-from benchmarks.machine import ROOT, machine
+from benchmarks.machine import ROOT, command, machine
 
 # Worst row where both compute the same, relative to the largest: fp32 sums in another order
 TOLERANCE = 2e-5
@@ -67,16 +67,17 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"cpu_kernels benchmark: error: {error}", file=sys.stderr)
         return 2
-    command = ["python -m benchmarks.cpu_kernels.run", *(sys.argv[1:] if argv is None else argv)]
     try:
-        print(measure(arguments, " ".join(command)))
+        print(
+            measure(arguments, command("benchmarks.cpu_kernels.run", sys.argv[1:] if argv is None else argv))
+        )
     except RuntimeError as error:
         print(f"cpu_kernels benchmark: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def measure(arguments: argparse.Namespace, command: str) -> str:
+def measure(arguments: argparse.Namespace, started_by: str) -> str:
     """Check, times, peaks; written after each, so that an interrupted run leaves what it has. The table.
 
     Raises:
@@ -90,7 +91,7 @@ def measure(arguments: argparse.Namespace, command: str) -> str:
     if not worst <= TOLERANCE:
         raise RuntimeError(f"the worst row is off by {worst:.1e}, more than {TOLERANCE}: nothing is timed")
     result: dict[str, Any] = {
-        "command": command,
+        "command": started_by,
         "machine": machine(),
         "threads": arguments.threads,
         "shape": asdict(shape),

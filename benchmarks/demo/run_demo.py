@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import ROOT, machine
+from benchmarks.machine import ROOT, command, machine
 
 EXCHANGES = ("selected", "all_gather", "ring")
 WARM_UP_STEPS = 2
@@ -25,10 +25,10 @@ WARM_UP_STEPS = 2
 
 def train(run_dir: Path, *overrides: str) -> float:
     """Run msa-train; returns wall seconds."""
-    command = [sys.executable, "-m", "launchers.train", "run=demo", f"run_dir={run_dir}", *overrides]
+    arguments = [sys.executable, "-m", "launchers.train", "run=demo", f"run_dir={run_dir}", *overrides]
     environ = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     start = time.perf_counter()
-    subprocess.run(command, check=True, cwd=ROOT, env=environ, stdout=sys.stderr)
+    subprocess.run(arguments, check=True, cwd=ROOT, env=environ, stdout=sys.stderr)
     return time.perf_counter() - start
 
 
@@ -153,7 +153,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         result = {
-            "command": " ".join(["python -m benchmarks.demo.run_demo", *sys.argv[1:]]),
+            "command": command("benchmarks.demo.run_demo", sys.argv[1:]),
             "machine": machine(),
             "run": whole_run(folder, arguments.trained),
             "exchanges": paired_steps(folder, rounds=arguments.rounds, steps=arguments.steps),

@@ -31,7 +31,7 @@ from benchmarks.exchange.measure import Measurement, make_part
 from benchmarks.exchange.report import markdown
 from benchmarks.exchange.schemes import DEFAULT_SCHEMES, SCHEMES
 from benchmarks.exchange.selections import TRAINED
-from benchmarks.machine import ROOT, machine
+from benchmarks.machine import ROOT, command, machine
 
 SELECTIONS = ("0.05", "0.2", "0.5", "1.0", TRAINED)
 
@@ -103,15 +103,6 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def without_out(argv: list[str]) -> list[str]:
-    """The arguments that matter for the figures: where they are written does not."""
-    kept: list[str] = []
-    for position, text in enumerate(argv):
-        if not text.startswith("--out") and argv[max(0, position - 1)] != "--out":
-            kept.append(text)
-    return kept
-
-
 def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
     # A request to end goes the same way as an interrupt: ranks are killed on the way out.
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
@@ -125,7 +116,7 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
     if arguments.memory:
         measurement.measure_memory(max(parts, key=lambda part: (part.nodes == 1, part.ranks)), "0.2")
     result = {
-        "command": " ".join(["python -m benchmarks.exchange.run", *without_out(argv)]),
+        "command": command("benchmarks.exchange.run", argv),
         "seconds": time.monotonic() - start,
         "machine": machine(),
         "shape": asdict(measurement.shape),

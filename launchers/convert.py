@@ -213,7 +213,7 @@ def _mapping(one: str, one_row: int, count: int, other: str, other_row: int) -> 
 
 
 def _check_space(target: Path, needed: int) -> None:
-    from msa_train.training.weights_checkpoint import free_bytes
+    from msa_train.training.checkpoint_store import free_bytes
 
     free = free_bytes(target)
     if free < needed:

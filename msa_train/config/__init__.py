@@ -16,6 +16,7 @@ from msa_train.config.options import (
     Progress,
     QkNorm,
     Recompute,
+    SaveFailure,
     StageAttention,
 )
 from msa_train.config.rules import check_rules, resolve_engine
@@ -64,6 +65,7 @@ __all__ = [
     "QkNorm",
     "Recompute",
     "RunConfig",
+    "SaveFailure",
     "Stage",
     "StageAttention",
     "StageConfig",

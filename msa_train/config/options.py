@@ -114,6 +114,13 @@ class KlTarget(Enum):
     none = "none"  # no KL loss: the index branch gets no gradient
 
 
+class SaveFailure(Enum):
+    """What becomes of a run whose checkpoint could not be written."""
+
+    end = "end"  # it ends with the cause
+    go_on = "go_on"  # it says so and trains on; the next checkpoint is tried when it is due
+
+
 class Progress(Enum):
     """How the training loop reports on the terminal."""
 

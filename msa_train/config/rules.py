@@ -88,6 +88,8 @@ def _positive_sizes(config: RunConfig) -> None:
         "logging.selections_every": config.logging.selections_every,
         "checkpoint.every": config.checkpoint.every,
         "checkpoint.keep_last": config.checkpoint.keep_last,
+        "checkpoint.keep_every": config.checkpoint.keep_every,
+        "checkpoint.retries": config.checkpoint.retries,
         "optim.warmup_steps": config.optim.warmup_steps,
         "optim.clip_grad": config.optim.clip_grad,
         "optim.weight_decay": config.optim.weight_decay,

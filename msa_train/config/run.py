@@ -13,6 +13,7 @@ from msa_train.config.options import (
     Precision,
     Progress,
     Recompute,
+    SaveFailure,
 )
 from msa_train.config.stages import StageConfig
 
@@ -130,6 +131,14 @@ class CheckpointConfig:
     "steps between checkpoints; one more is written after the last step; 0 for none at all"
     keep_last: int = 2
     "older checkpoints are removed; 0 keeps all"
+    keep_every: int = 0
+    "checkpoints of steps that are multiples of this are never removed; 0: none is spared"
+    asynchronous: bool = True
+    "write beside the training, which pauses only for a copy in host memory; false: it waits"
+    retries: int = 0
+    "how often a write that failed is tried again from the same copy"
+    on_failure: SaveFailure = SaveFailure.end
+    "when a write has failed for good; the last checkpoint of a run must succeed"
     load: str = ""
     "run_dir or checkpoint folder to start from when run_dir has none; any parallel layout"
     load_weights_only: bool = False

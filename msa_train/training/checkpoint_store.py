@@ -5,6 +5,7 @@ run_dir/checkpoints/
         meta.json                   step, data position, model, layout
         manifest.json               size and CRC-32 of every other file
     .step_00000200.partial/     being written, or left by a crash
+    latest -> step_00000100     moved when another one is published
 
 CRC-32 because the enemy is a disk or a crash, not a forger, and it is several times faster than any digest of
 hashlib. The form of manifest.json stays as it is, whatever meta.json's format_version becomes.
@@ -28,8 +29,9 @@ import msa_train
 from msa_train.config import AttentionKind, RunConfig
 from msa_train.training.stage_record import check_recorded_stages
 
-FORMAT_VERSION = 1
-META_NAME, MANIFEST_NAME = "meta.json", "manifest.json"
+# see checkpoint_formats.py
+FORMAT_VERSION = 2
+META_NAME, MANIFEST_NAME, LATEST_NAME = "meta.json", "manifest.json", "latest"
 # meta.json's "content" of a checkpoint without optimizer; absent where there is everything
 WEIGHTS_CONTENT = "weights"
 FULL_CHECK_BYTES = 8 * 2**30
@@ -98,11 +100,15 @@ class CheckpointStore:
         matches = [_PUBLISHED.fullmatch(path.name) for path in self.folder.iterdir() if path.is_dir()]
         return sorted(int(match[1]) for match in matches if match)
 
-    def begin(self, step: int) -> Path:
-        """Make the folder to write into, after removing what earlier crashes left."""
+    def clear(self) -> None:
+        """Make the folder of all checkpoints, and remove what earlier crashes left in it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob(".step_*"):
             shutil.rmtree(leftover)
+
+    def begin(self, step: int) -> Path:
+        """Make the folder to write into, after removing what earlier crashes left."""
+        self.clear()
         self.partial(step).mkdir()
         return self.partial(step)
 
@@ -121,17 +127,51 @@ class CheckpointStore:
         _sync(self.folder)
         shutil.rmtree(replaced, ignore_errors=True)
         self._last_published = step
+        self._point_latest(target)
         return target
+
+    def _point_latest(self, target: Path) -> None:
+        """`latest` leads to a finished checkpoint at every moment; there is none where links are unknown."""
+        partial, link = self.folder / f".{LATEST_NAME}.partial", self.folder / LATEST_NAME
+        try:
+            partial.unlink(missing_ok=True)
+            partial.symlink_to(target.name)
+            partial.replace(link)
+        except OSError:
+            partial.unlink(missing_ok=True)
+
+    def remove_after(self, step: int) -> list[int]:
+        """Remove published checkpoints of later steps, newest first: the run has gone back to this one."""
+        removed = [later for later in reversed(self.steps()) if later > step]
+        self._point_latest(self.path(step))
+        for later in removed:
+            self._remove(later)
+        self._last_published = step
+        return removed
+
+    def _remove(self, step: int) -> None:
+        # out of sight first: a removal that is cut short must not look like a damaged checkpoint
+        hidden = self.folder / f".{self.path(step).name}.removed"
+        self.path(step).rename(hidden)
+        shutil.rmtree(hidden)
 
     def abandon(self, step: int) -> None:
         """Remove what was written of a step that will not be published, as far as possible."""
         shutil.rmtree(self.partial(step), ignore_errors=True)
 
-    def prune(self, keep_last: int) -> list[int]:
+    def prune(self, keep_last: int, keep_every: int = 0, *, dry_run: bool = False) -> list[int]:
         """Remove published checkpoints except the last `keep_last` sound ones; 0 keeps all.
 
         A checkpoint later than the one published last is damaged (else the run had started from it): it does
-        not count, and stays until the run comes to its step. Returns the removed steps, newest first.
+        not count, and stays until the run comes to its step.
+
+        Args:
+            keep_last: sound checkpoints that stay, however old.
+            keep_every: so do those of steps that are multiples of it; 0: of none.
+            dry_run: remove nothing.
+
+        Returns:
+            The removed steps, newest first.
         """
         removed: list[int] = []
         if keep_last == 0:
@@ -142,10 +182,10 @@ class CheckpointStore:
             if num_kept < keep_last:
                 num_kept += self.verify(step, full=False) is None
                 continue
-            # out of sight first: a removal that is cut short must not look like a damaged checkpoint
-            hidden = self.folder / f".{self.path(step).name}.removed"
-            self.path(step).rename(hidden)
-            shutil.rmtree(hidden)
+            if keep_every and step % keep_every == 0:
+                continue
+            if not dry_run:
+                self._remove(step)
             removed.append(step)
         return removed
 
@@ -273,6 +313,15 @@ def read_meta(folder: Path) -> dict[str, Any]:
         ValueError: if it cannot be understood.
     """
     return _read_object(folder / META_NAME)
+
+
+def free_bytes(path: Path) -> int:
+    """Free space on the disk where `path` is or would be."""
+    folder = path.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    disk = os.statvfs(folder)
+    return disk.f_bavail * disk.f_frsize
 
 
 def write_json(path: Path, value: object) -> None:

@@ -36,6 +36,8 @@ class StepResult:
 class Engine(ABC):
     """One model on this rank, trained step by step."""
 
+    name: str
+    "for meta.json"
     model: MsaGptModel
     "this rank's part of the model, without wrappers"
 
@@ -97,8 +99,13 @@ class Engine(ABC):
         """Model and optimizer as Megatron sharded tensors; the same keys from every engine."""
 
     @abstractmethod
-    def load_state(self, state: dict[str, Any], step: int) -> None:
-        """Take over what was loaded into `sharded_state(loading=True)`; `step` updates have been made."""
+    def load_state(self, state: dict[str, Any], updates: int) -> None:
+        """Take over what was loaded into `sharded_state(loading=True)`.
+
+        Args:
+            state: from any engine.
+            updates: that the optimizer has made; fewer than steps where steps were left out.
+        """
 
     @abstractmethod
     def load_weights(self, state: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from msa_train.config import RunConfig, Stage, StageAttention, plan_stages, stag
 from msa_train.data import BatchStream, Corpus, PackedDataset
 from msa_train.parallel.groups import Groups
 from msa_train.training.batch import StepBatch, make_batch
-from msa_train.training.checkpoint import save_checkpoint
+from msa_train.training.checkpoint_save import CheckpointSaver, SaveReport
 from msa_train.training.checkpoint_store import CheckpointStore, fingerprint
 from msa_train.training.divergence import check_finite
 from msa_train.training.engine import Engine, StepResult
@@ -57,6 +57,8 @@ class Trainer:
         self.store, self.reporting = store, reporting
         self.stages, self.total_steps = plan_stages(config), total_steps(config)
         self.metrics = StepMetrics(config, groups)
+        self.saver = CheckpointSaver(store, config.checkpoint)
+        self._save_metrics: dict[str, float] = {}
 
     def run(self, first_step: int, after_step: Callable[[int], None] | None = None) -> dict[str, Any]:
         """Train to the end; returns the last metrics seen of every kind.
@@ -65,6 +67,14 @@ class Trainer:
             first_step: updates already made.
             after_step: called with the step number after each step, for tests.
         """
+        try:
+            last = self._run(first_step, after_step)
+            self._tell_saved(self.saver.wait())
+            return last
+        finally:
+            self.saver.close()
+
+    def _run(self, first_step: int, after_step: Callable[[int], None] | None) -> dict[str, Any]:
         last: dict[str, Any] = {}
         for stage in self.stages:
             begin, end = max(first_step, stage.first_step), min(stage.last_step, self.total_steps)
@@ -77,8 +87,9 @@ class Trainer:
                     last |= values
                     self._report(step, values)
                     check_finite(step, values, self.store)
+                    self._tell_saved(self.saver.finished())
                     if self._due(step, self.config.checkpoint.every):
-                        self.save(step)
+                        self.save(step, wait=step == self.total_steps)
                     if after_step is not None:
                         after_step(step)
         return last
@@ -155,23 +166,26 @@ class Trainer:
     def _report(self, step: int, values: dict[str, Any]) -> None:
         if self.reporting is None or "lm_loss" not in values:
             return
+        values |= self._save_metrics
+        self._save_metrics = {}
         self.reporting.writer.write(step, values)
         self.reporting.progress.update(step, **values)
 
-    def save(self, step: int) -> None:
-        """Write a checkpoint after `step` updates."""
-        start = time.perf_counter()
+    def save(self, step: int, *, wait: bool = False) -> None:
+        """Save a checkpoint after `step` steps; `wait`: until it is visible, or raise if it cannot be."""
         config, groups = self.config, self.groups
-        save_checkpoint(
-            self.store,
-            step=step,
-            sharded_state=self.engine.sharded_state(loading=False),
+        reports = self.saver.save(
+            step,
+            lambda: self.engine.sharded_state(loading=False),
             common={"step": step},
             meta={
                 "consumed_samples": step * config.train.global_batch_size,
                 "fingerprint": fingerprint(config),
                 "stages": [stage.record() for stage in self.stages if stage.first_step < step],
                 "tokens": stage_at(self.stages, step - 1).tokens_at(step, config.train.global_batch_size),
+                "engine": self.engine.name,
+                "optimizer": config.optim.algorithm.value,
+                "precision": config.train.precision.value,
                 "layout": {
                     "world_size": groups.world_size,
                     "cp_size": groups.cp_size,
@@ -181,9 +195,13 @@ class Trainer:
                     "dp_size": groups.dp_size,
                 },
             },
+            wait=wait,
         )
-        if groups.rank == 0 and config.checkpoint.keep_last:
-            self.store.prune(config.checkpoint.keep_last)
-        if self.reporting is not None:
-            seconds = time.perf_counter() - start
-            self.reporting.progress.note(f"checkpoint step {step} written in {seconds:.1f} s")
+        self._tell_saved(reports)
+
+    def _tell_saved(self, reports: list[SaveReport]) -> None:
+        """Print saves that have ended; their times go into the next row of metrics."""
+        for report in reports if self.reporting is not None else []:
+            self._save_metrics = report.metrics()
+            for line in report.lines():
+                self.reporting.progress.note(line)

@@ -25,6 +25,7 @@ from msa_train.model.pack_params import LayerStats
 from msa_train.parallel.collectives import CpComm
 from msa_train.parallel.groups import Groups
 from msa_train.training.batch import StepBatch
+from msa_train.training.checkpoint_formats import STATE_PREFIX, rename_keys
 from msa_train.training.engine import Engine, StepResult, checkpoint_metadata, reset_token_counts
 from msa_train.training.lr_schedule import Rates
 
@@ -33,6 +34,8 @@ _LossAndSum = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 class MegatronEngine(Engine):
     """Tensor, pipeline, context, expert and data parallelism by Megatron."""
+
+    name = "megatron"
 
     def __init__(self, config: RunConfig, groups: Groups) -> None:
         super().__init__(config, groups)
@@ -179,18 +182,48 @@ class MegatronEngine(Engine):
             # Updated parameters are still on their way to the ranks.
             self.wrapped.start_param_sync(force_sync=True)
         model_state = self.model.sharded_state_dict(metadata=metadata)
-        optimizer = self.optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=metadata)
+        optimizer = {}
+        for number, part in enumerate(self._optimizer_parts()):
+            _allocate_moments(part)
+            # Megatron's other entries repeat the configuration; only this engine would understand them.
+            tensors = part.sharded_param_state_fully_reshardable(model_state, loading, metadata)
+            optimizer[str(number)] = rename_keys(
+                tensors, f"{STATE_PREFIX}.param.", f"{STATE_PREFIX}.fp32_param."
+            )
         return {"model": model_state, "optimizer": optimizer}
 
-    def load_state(self, state: dict[str, Any], step: int) -> None:
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Any], updates: int) -> None:
         """See Engine.load_state."""
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for number, part in enumerate(self._optimizer_parts()):
+            part.load_parameter_state_from_fully_reshardable(state["optimizer"][str(number)])
+            _set_updates(part.optimizer, updates)
+
+    def _optimizer_parts(self) -> list[Any]:
+        """Megatron's optimizers of dense parameters and of experts, those that have any on this rank."""
+        parts = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+        return [part for part in parts if not getattr(part, "is_stub_optimizer", False)]
 
     def load_weights(self, state: dict[str, Any]) -> None:
         """See Engine.load_weights."""
         self.model.load_state_dict(state, strict=False)
         self.optimizer.reload_model_params()
+
+
+def _allocate_moments(part: Any) -> None:
+    """Moments of zero for an optimizer that was not stepped yet; Megatron's saving and loading want some."""
+    part.init_state_fn(part.optimizer, part.config)
+
+
+def _set_updates(optimizer: torch.optim.Optimizer, updates: int) -> None:
+    """PyTorch's Adam counts by parameter, those of Transformer Engine and Apex by group."""
+    if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
+        for group in optimizer.param_groups:
+            group["step"] = updates
+        return
+    for moments in optimizer.state.values():
+        moments["step"] = torch.tensor(float(updates))
 
 
 def _loss(losses: Tensor, num_labels: int) -> _LossAndSum:

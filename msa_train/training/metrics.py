@@ -54,6 +54,7 @@ _GROUPS = {
     "router": "moe",
     "tokens_per_expert": "moe",
     "padding": "data",
+    "checkpoint": "checkpoint",
 }
 _OTHER = "other"
 

@@ -1,21 +1,29 @@
 """Megatron's torch_dist format written by PyTorch's own file writer.
 
-Megatron's writer copies through pinned memory and streams of CUDA, so it fails without a GPU. The files are
+Megatron's writer copies through pinned memory and streams of CUDA, so it fails without a GPU, and its saving
+waits in collectives of the default group, which a thread beside the training must not enter. The files are
 the same; each is synced to the disk before it is closed. Two undocumented helpers are used, which are alike
 in Megatron-core 0.16.1 to 0.19.2.
 """
 
-import inspect
 import io
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.strategies import torch as mcore_torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.state_dict_saver import save
+
+from msa_train.training.together import CheckpointError, together
+
+COMMON_NAME = "common.pt"
+Shards = dict[str, list[ShardedTensor | ShardedObject]]
 
 
 class _Bytes(io.BytesIO):
@@ -36,44 +44,57 @@ class _SavePlanner(mcore_torch.MCoreSavePlanner):
         return _Bytes(data.getvalue()) if isinstance(data, io.BytesIO) else data
 
 
-class SaveStrategy(mcore_torch.TorchDistSaveShardedStrategy):
-    """Synchronous save on any device."""
-
-    gate: Callable[[], object] | None = None
-    "called on every rank when it is ready to write; it raises where another rank is not"
-    reached_gate: bool = False
-    written: bool = False
-
-    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
-        """Write this rank's shards; a failure of any rank is raised on all of them.
-
-        Args:
-            sharded_state_dict: nested, its leaves are ShardedTensors and ShardedObjects.
-            checkpoint_dir: an existing folder that all ranks see.
-        """
-        grouped, _, _ = mcore_torch._replace_state_dict_keys_with_sharded_keys(
-            sharded_state_dict, self.keep_only_main_replica
-        )
-        state = mcore_torch.mcore_to_pyt_state_dict(grouped, False)
-        planner = _SavePlanner(
-            dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False
-        )
-        self.reached_gate = True
-        if self.gate is not None:
-            self.gate()
-        writer = FileSystemWriter(str(checkpoint_dir), sync_files=True)
-        save(state, storage_writer=writer, planner=planner)
-        self.written = True
-
-
-def build_save_strategy(gate: Callable[[], object] | None = None) -> SaveStrategy:
-    """The strategy under any supported version, which differ in the constructor.
+def shards_to_write(sharded_state: dict[str, Any]) -> Shards:
+    """What this rank writes, by key: of everything that several ranks hold, one of them writes it.
 
     Args:
-        gate: see SaveStrategy.gate.
+        sharded_state: nested, its leaves are ShardedTensors and ShardedObjects.
     """
-    parameters = inspect.signature(mcore_torch.TorchDistSaveShardedStrategy.__init__).parameters
-    arguments: tuple[Any, ...] = ("torch_dist", 1) if "backend" in parameters else ()
-    strategy = SaveStrategy(*arguments)
-    strategy.gate = gate
-    return strategy
+    grouped, _, _ = mcore_torch._replace_state_dict_keys_with_sharded_keys(sharded_state, True)
+    return grouped  # type: ignore[return-value]
+
+
+def write_shards(
+    shards: Shards, common: dict[str, Any], folder: Path, group: dist.ProcessGroup | None
+) -> None:
+    """Write Megatron's files; all ranks call it, and a failure of any is raised on all.
+
+    Args:
+        shards: of this rank, on the host.
+        common: plain data, the same on all ranks.
+        folder: exists and is empty; all ranks see it.
+        group: all ranks.
+
+    Raises:
+        CheckpointError: with rank and cause.
+    """
+    rank = dist.get_rank()
+
+    def prepare() -> dict[str, Any]:
+        if rank == 0:
+            torch.save(common, folder / COMMON_NAME)
+        return mcore_torch.mcore_to_pyt_state_dict(shards, False)  # type: ignore[arg-type]
+
+    state = _own(prepare, group)
+    planner = _SavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+    writer = FileSystemWriter(str(folder), sync_files=True)
+    try:
+        save(state, storage_writer=writer, planner=planner, process_group=group)
+    except CheckpointException as error:
+        raise CheckpointError(first_failure(error)) from error
+    # last, for it says that the rest is there
+    config = CheckpointingConfig("torch_dist", 1)
+    together(lambda: save_config(config, str(folder)) if rank == 0 else None, group)
+
+
+def first_failure(error: CheckpointException) -> str:
+    """The cause within what PyTorch raises on all ranks, e.g. "rank 1: OSError: No space left on device"."""
+    rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
+    return f"rank {rank}: {type(cause).__name__}: {cause}"
+
+
+def _own(work: Any, group: dist.ProcessGroup | None) -> Any:
+    """This rank's result of work that all ranks do; it is not sent around."""
+    result: list[Any] = []
+    together(lambda: result.append(work()), group)
+    return result[0]

@@ -17,17 +17,17 @@ from msa_train.model.moe import SigmoidRouter
 from msa_train.model.pack_params import LayerStats
 from msa_train.parallel.groups import Groups
 from msa_train.training.batch import StepBatch
+from msa_train.training.checkpoint_formats import STATE_NAMES, STATE_PREFIX
 from msa_train.training.engine import Engine, StepResult, checkpoint_metadata, reset_token_counts
 from msa_train.training.flat_gradients import FlatGradients
 from msa_train.training.lr_schedule import Rates
 from msa_train.training.split_optimizer import SplitOptimizer
 
-# Names of Megatron's distributed optimizer, so that both engines read each other's checkpoints.
-_STATE_NAMES = ("fp32_param", "exp_avg", "exp_avg_sq")
-
 
 class TorchEngine(Engine):
     """Context, expert and data parallelism with plain PyTorch parts."""
+
+    name = "torch"
 
     def __init__(self, config: RunConfig, groups: Groups) -> None:
         super().__init__(config, groups)
@@ -135,20 +135,20 @@ class TorchEngine(Engine):
             entry = by_data[id(parameter)]
             values = (master.detach(), *self.optimizer.moments(master))
             result[str(index)] = {
-                name: make_sharded_optimizer_tensor(entry, value, f"optimizer.state.{name}")
-                for name, value in zip(_STATE_NAMES, values, strict=True)
+                name: make_sharded_optimizer_tensor(entry, value, f"{STATE_PREFIX}.{name}")
+                for name, value in zip(STATE_NAMES, values, strict=True)
             }
         return result
 
     @torch.no_grad()
-    def load_state(self, state: dict[str, Any], step: int) -> None:
+    def load_state(self, state: dict[str, Any], updates: int) -> None:
         """See Engine.load_state."""
         self.model.load_state_dict(state["model"])
-        for index, (parameter, master) in enumerate(zip(self.parameters, self.masters, strict=True)):
+        for index, master in enumerate(self.masters):
             loaded = state["optimizer"][str(index)]
-            if master is not parameter:
-                master.copy_(loaded["fp32_param"])
-            self.optimizer.load_moments(master, loaded["exp_avg"], loaded["exp_avg_sq"], step)
+            # More exact than the model's own where the checkpoint is of a bf16 run and this is none.
+            master.copy_(loaded["fp32_param"])
+            self.optimizer.load_moments(master, loaded["exp_avg"], loaded["exp_avg_sq"], updates)
 
     @torch.no_grad()
     def load_weights(self, state: dict[str, Any]) -> None:

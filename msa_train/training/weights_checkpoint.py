@@ -4,7 +4,6 @@ A folder as of any checkpoint (meta.json, manifest.json, Megatron's files), of s
 state, random number generators and data position; meta.json says `"content": "weights"`.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import fields
 from enum import Enum
@@ -131,12 +130,3 @@ def _section(kind: type, prefix: str, values: dict[str, Any], folder: Path) -> A
         if isinstance(declared, type) and issubclass(declared, Enum):
             given[name] = declared(given[name])
     return kind(**given)
-
-
-def free_bytes(path: Path) -> int:
-    """Free space on the disk where `path` is or would be."""
-    folder = path.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    disk = os.statvfs(folder)
-    return disk.f_bavail * disk.f_frsize

@@ -18,17 +18,11 @@ from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
 from msa_train.config import RunConfig
-from msa_train.training.checkpoint import (
-    RNG_KEY,
-    CheckpointError,
-    find_verified_checkpoint,
-    load_checkpoint,
-    rng_state,
-    save_checkpoint,
-    set_rng_state,
-    verify_distributed,
-)
+from msa_train.training.checkpoint import find_verified_checkpoint, load_checkpoint, verify_distributed
+from msa_train.training.checkpoint_save import save_checkpoint
 from msa_train.training.checkpoint_store import CheckpointStore, check_resume, fingerprint
+from msa_train.training.rng import RNG_KEY, rng_state, set_rng_state
+from msa_train.training.together import CheckpointError
 from tests.helpers.spawn import run_ranks
 
 ROWS, COLUMNS, EXPERTS = 8, 6, 4
@@ -227,7 +221,7 @@ def failing_saves(rank: int, world_size: int, folder: Path, small_disk: Path | N
         dist.barrier()
         assert store.steps() == [1]
         assert store.verify(1) is None
-        assert [path.name for path in store.folder.iterdir()] == ["step_00000001"]
+        assert sorted(path.name for path in store.folder.iterdir()) == ["latest", "step_00000001"]
         dist.barrier()
 
     save(folder, 1)
@@ -255,7 +249,7 @@ def failing_saves(rank: int, world_size: int, folder: Path, small_disk: Path | N
             if rank == 0 and stage == "publish":
                 patch.setattr(store, "publish", no_space)
             elif rank == 0:
-                patch.setattr("megatron.core.dist_checkpointing.serialization.save_config", no_space)
+                patch.setattr("msa_train.training.save_strategy.save_config", no_space)
             meta = {"consumed_samples": 1, "fingerprint": {}, "layout": {}}
             text = failure_of(
                 lambda meta=meta: save_checkpoint(
@@ -321,7 +315,9 @@ def test_kill_before_publishing_leaves_the_previous_checkpoint(tmp_path: Path) -
     assert store.steps() == [1]
     assert store.partial(2).is_dir()
     run_ranks(1, save_again, tmp_path, timeout_s=TIMEOUT_S)
-    assert sorted(path.name for path in store.folder.iterdir()) == ["step_00000001", "step_00000002"]
+    names = sorted(path.name for path in store.folder.iterdir())
+    assert names == ["latest", "step_00000001", "step_00000002"]
+    assert (store.folder / "latest").readlink() == Path("step_00000002")
     assert store.verify(2) is None
 
 

@@ -19,7 +19,8 @@ from msa_train.model.hf_import import plan_import, write_import
 from msa_train.model.hf_names import M3_NAMING, M3_TEXT_NAMING, build_table
 from msa_train.model.safetensors_files import DTYPES, INDEX_NAME
 from msa_train.parallel.groups import build_groups
-from msa_train.training.checkpoint import load_checkpoint, save_checkpoint
+from msa_train.training.checkpoint import load_checkpoint
+from msa_train.training.checkpoint_save import save_checkpoint
 from msa_train.training.checkpoint_store import CheckpointStore, fingerprint, verify_folder
 from msa_train.training.engine import Engine as TrainingEngine
 from msa_train.training.engine import checkpoint_metadata

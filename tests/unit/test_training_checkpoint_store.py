@@ -225,8 +225,8 @@ def test_fingerprint_is_plain_json() -> None:
 def test_newer_format_is_refused_not_skipped(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     save(config, 100)
-    save(config, 200, format_version=2, msa_train_version="9.0", fingerprint=None, consumed_samples=None)
-    with pytest.raises(ValueError, match="step_200 has format 2, written by msa-train 9") as caught:
+    save(config, 200, format_version=9, msa_train_version="9.0", fingerprint=None, consumed_samples=None)
+    with pytest.raises(ValueError, match="step_200 has format 9, written by msa-train 9") as caught:
         check_resume(config)
     assert "upgrade msa-train, or use another run_dir" in str(caught.value)
 

@@ -1,0 +1,115 @@
+"""Saved in one layout and engine, resumed in another: the same losses on the same samples for ten steps.
+
+CI runs every layout as a source and as a target, in a chain of pairs. All pairs, and layouts of eight
+processes: MATRIX=all pytest tests/distributed/test_resume_matrix.py (some minutes).
+"""
+
+import os
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from msa_train.config import Engine, Precision
+from tests.helpers.resume_runs import BATCH, MORE_STEPS, SAVED_STEP, Case, Layout, run_cases
+from tests.helpers.spawn import run_ranks
+from tests.helpers.training_command import write_corpus
+
+ALL = os.environ.get("MATRIX") == "all"
+PROCESSES = 8 if ALL else 4
+# fp32: twelve steps of AdamW on sums in another order, see test_megatron_engine.py
+TOLERANCE = {Precision.fp32: 1e-5, Precision.fp64: 1e-10}
+NAMES = ("lm_loss", "kl_loss", "grad_norm")
+
+
+def layouts() -> list[Layout]:
+    """All sizes that the engines allow and the processes suffice for."""
+    found = []
+    for engine in (Engine.torch, Engine.megatron):
+        model = (1, 2) if engine is Engine.megatron else (1,)
+        for cp, ep, dp, tp, pp in product((1, 2, 4), (1, 2), (1, 2), model, model):
+            world_size = cp * dp * tp * pp
+            if world_size > PROCESSES or (world_size // pp) % ep:
+                continue
+            sizes = {"cp_size": cp, "ep_size": ep, "tp_size": tp, "pp_size": pp}
+            given = {name: size for name, size in sizes.items() if size > 1}
+            found.append(Layout(engine=engine, world_size=world_size, sizes=given))
+    return found
+
+
+def fp64_layouts() -> list[Layout]:
+    """Only engine=torch computes in fp64."""
+    return [
+        Layout(engine=one.engine, world_size=one.world_size, sizes=one.sizes, precision=Precision.fp64)
+        for one in layouts()
+        if one.engine is Engine.torch
+    ]
+
+
+def chain(some: list[Layout]) -> list[tuple[Layout, Layout]]:
+    """Each layout once as a source and once as a target, far apart in the list: engines and sizes mix."""
+    shift = len(some) // 2 + 1
+    return [(layout, some[(number + shift) % len(some)]) for number, layout in enumerate(some)]
+
+
+def pairs() -> list[tuple[Layout, Layout]]:
+    """Sources with their targets."""
+    if ALL:
+        return [pair for some in (layouts(), fp64_layouts()) for pair in product(some, some)]
+    return [*chain(layouts()), *chain(fp64_layouts())]
+
+
+def dealt(cases: list[Case]) -> list[tuple[Case, tuple[int, ...]]]:
+    """Cases with the processes that run them: those that are in use least."""
+    load, result = [0.0] * PROCESSES, []
+    for case in sorted(cases, key=lambda case: -case.layout.world_size):
+        size = case.layout.world_size
+        places = [range(begin, begin + size) for begin in range(0, PROCESSES, size)]
+        members = min(places, key=lambda place: max(load[rank] for rank in place))
+        for rank in members:
+            load[rank] = max(load[rank] for rank in members) + 1.0
+        result.append((case, tuple(members)))
+    return result
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("matrix")
+    write_corpus(folder / "corpus")
+    chosen = pairs()
+    sources = {source.name: Case(layout=source) for source, _ in chosen}
+    targets = [Case(layout=target, source=source.name) for source, target in chosen]
+    phases = [dealt(list(sources.values())), dealt(targets)]
+    run_ranks(PROCESSES, run_cases, phases, str(folder), timeout_s=7200 if ALL else 300)
+    names = [case.name for phase in phases for case, _ in phase]
+    return {name: torch.load(Path(folder) / name / "result", weights_only=False) for name in names}
+
+
+def test_sources_agree_with_one_process(results: dict[str, Any]) -> None:
+    """What makes the comparisons below say something: the layouts train the same run."""
+    for source in {source.name: source for source, _ in pairs()}.values():
+        first = "torch" if source.precision is Precision.fp32 else "torch-fp64"
+        compare(results[source.name]["rows"], results[first]["rows"], TOLERANCE[source.precision])
+
+
+@pytest.mark.parametrize(("source", "target"), pairs(), ids=lambda layout: layout.name)
+def test_another_layout_goes_on_alike(source: Layout, target: Layout, results: dict[str, Any]) -> None:
+    got, want = results[f"{source.name}_to_{target.name}"], results[source.name]
+    assert [row["step"] for row in got["rows"]] == list(range(SAVED_STEP + 1, SAVED_STEP + MORE_STEPS + 1))
+    compare(got["rows"], want["rows"][SAVED_STEP:], TOLERANCE[source.precision])
+    assert got["samples"] == got["wanted"] == want["samples"][SAVED_STEP:]
+    seen = [sample for step in [*want["samples"][:SAVED_STEP], *got["samples"]] for sample in step]
+    assert len(set(seen)) == len(seen) == (SAVED_STEP + MORE_STEPS) * BATCH
+    if source == target:
+        assert [row[name] for row in got["rows"] for name in NAMES] == [
+            row[name] for row in want["rows"][SAVED_STEP:] for name in NAMES
+        ]
+
+
+def compare(got: list[dict[str, Any]], want: list[dict[str, Any]], tolerance: float) -> None:
+    """Rows of the same steps, the worst number of each name."""
+    for name in NAMES:
+        worst = max(abs(a[name] / b[name] - 1.0) for a, b in zip(got, want, strict=True))
+        assert worst < tolerance, f"{name}: {worst:.2g}"

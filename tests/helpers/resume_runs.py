@@ -1,0 +1,242 @@
+"""Trainings of one small run in many layouts, in processes that stay: each case takes as many as it needs.
+
+Every process goes through the same list of cases and takes part in those that name it, as a world of its own;
+so cases on other processes run at the same time.
+"""
+
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from msa_train.config import (
+    AttentionConfig,
+    CheckpointConfig,
+    DataConfig,
+    Engine,
+    ExchangeConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    Precision,
+    RunConfig,
+    TrainConfig,
+)
+from msa_train.data import BatchStream, Pack
+from msa_train.parallel.groups import Groups, build_groups
+from msa_train.training import loop
+from msa_train.training.checkpoint_store import CheckpointStore
+from msa_train.training.loop import Reporting, Trainer
+from msa_train.training.main import load_data, resume
+from msa_train.training.megatron_engine import MegatronEngine
+from msa_train.training.torch_engine import TorchEngine
+from tests.helpers import cuda_shim
+
+PROCESSES = 4
+SEQ_LEN, BLOCK_SIZE, BATCH = 128, 4, 4
+SAVED_STEP, MORE_STEPS = 2, 10
+CASE_TIMEOUT = timedelta(seconds=120)
+
+
+@dataclass(kw_only=True, frozen=True)
+class Layout:
+    """An engine with sizes; world_size: processes."""
+
+    engine: Engine
+    world_size: int
+    sizes: Mapping[str, int] = field(default_factory=dict[str, int])
+    precision: Precision = Precision.fp32
+
+    @property
+    def name(self) -> str:
+        """E.g. megatron-cp2-tp2-dp1."""
+        cut = 1
+        for size in ("cp_size", "tp_size", "pp_size"):
+            cut *= self.sizes.get(size, 1)
+        sizes = {**self.sizes, "dp_size": self.world_size // cut}
+        parts = [f"{key.removesuffix('_size')}{value}" for key, value in sizes.items() if value > 1]
+        return "-".join([self.engine.value, *parts, *([] if self.precision is Precision.fp32 else ["fp64"])])
+
+
+@dataclass(kw_only=True, frozen=True)
+class Case:
+    """One training; source: name of the layout whose checkpoint it goes on from, empty: it is that run."""
+
+    layout: Layout
+    source: str = ""
+
+    @property
+    def name(self) -> str:
+        """Unique in a list of cases."""
+        return f"{self.source}_to_{self.layout.name}" if self.source else self.layout.name
+
+
+def resume_config(layout: Layout, folder: Path, case: Case) -> RunConfig:
+    """Three layers of few numbers on a small corpus; half of the blocks are selected."""
+    load = f"{folder}/{case.source}/checkpoints/step_{SAVED_STEP:08d}" if case.source else ""
+    return RunConfig(
+        name=case.name,
+        run_dir=f"{folder}/{case.name}",
+        engine=layout.engine,
+        model=ModelConfig(
+            num_layers=4,
+            hidden_size=16,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=4,
+            vocab_size=258,
+            num_dense_ffn_layers=1,
+            ffn_hidden_size=16,
+            num_experts=4,
+            moe_router_topk=2,
+            moe_ffn_hidden_size=8,
+            shared_expert_hidden_size=8,
+            layer_attention="full,msa,swa,msa",
+            rotary_dim=4,
+            init_std=0.2,
+            embedding_init_std=0.2,
+        ),
+        attention=AttentionConfig(block_size=BLOCK_SIZE, topk=6, index_head_dim=4, window=10, window_sink=1),
+        parallel=ParallelConfig(**dict(layout.sizes)),
+        exchange=ExchangeConfig(hot_share=0.0),
+        data=DataConfig(
+            corpus=f"{folder}/corpus",
+            cache_dir=f"{folder}/cache",
+            seq_len=SEQ_LEN,
+            validation_fraction=0.0,
+        ),
+        optim=OptimConfig(lr=3e-3, warmup_steps=4),
+        train=TrainConfig(
+            steps=SAVED_STEP + MORE_STEPS,
+            global_batch_size=BATCH,
+            precision=layout.precision,
+            validate_every=0,
+        ),
+        checkpoint=CheckpointConfig(every=0, load=load),
+        logging=LoggingConfig(attention_every=0, tensorboard=False),
+    )
+
+
+class Record:
+    """Metrics by step, in place of files and terminal."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """See MetricsWriter."""
+        self.rows.append({"step": step, **values})
+
+    def update(self, step: int, **values: Any) -> None:
+        """See Progress."""
+
+    def note(self, text: str) -> None:
+        """See Progress."""
+
+
+class SeenStream(BatchStream):
+    """Notes the contents of the packs that were trained on."""
+
+    seen: list[list[int]]
+
+    def packs(self, first: int, dp_rank: int, dp_size: int, global_batch_size: int) -> list[Pack]:
+        """See BatchStream."""
+        packs = super().packs(first, dp_rank, dp_size, global_batch_size)
+        self.seen.append([pack_id(pack) for pack in packs])
+        return packs
+
+
+def pack_id(pack: Pack) -> int:
+    """Of its tokens and documents."""
+    return zlib.crc32(pack.tokens.tobytes(), zlib.crc32(pack.cu_seqlens.tobytes()))
+
+
+def run_cases(
+    rank: int, world_size: int, phases: Sequence[Sequence[tuple[Case, tuple[int, ...]]]], folder: str
+) -> None:
+    """Run the cases that name this process; torch.save rows and samples to FOLDER/NAME/result.
+
+    Args:
+        rank, world_size: of all processes.
+        phases: cases with the processes that run them; a phase begins when the one before it has ended.
+        folder: with a corpus.
+    """
+    if any(case.layout.engine is Engine.megatron for phase in phases for case, _ in phase):
+        cuda_shim.install()
+    dist.destroy_process_group()
+    for number, phase in enumerate(phases):
+        for case, members in phase:
+            if rank in members:
+                with _world(Path(folder) / f"store_{case.name}", members.index(rank), len(members)):
+                    _run_case(case, Path(folder))
+        with _world(Path(folder) / f"store_phase_{number}", rank, world_size):
+            dist.barrier()
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store_end", rank=rank, world_size=world_size
+    )
+
+
+@contextmanager
+def _world(store: Path, rank: int, world_size: int) -> Iterator[None]:
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=CASE_TIMEOUT
+    )
+    yield
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _run_case(case: Case, folder: Path) -> None:
+    config = resume_config(case.layout, folder, case)
+    groups = build_groups(config.parallel, device=torch.device("cpu"), exchange=config.exchange)
+    engine = (MegatronEngine if config.engine is Engine.megatron else TorchEngine)(config, groups)
+    data = load_data(config)
+    SeenStream.seen = []
+    loop.BatchStream = SeenStream  # type: ignore[misc]
+    record = Record()
+    reporting: Any = Reporting(record, record) if groups.rank == 0 else None  # type: ignore[arg-type]
+    first, _ = resume(config, engine)
+    begin = time.perf_counter()
+    trainer = Trainer(config, groups, engine, data, CheckpointStore(config.run_dir), reporting)
+    trainer.run(first, lambda step: trainer.save(step) if not case.source and step == SAVED_STEP else None)
+    samples = _samples(groups)
+    if groups.rank == 0:
+        wanted = [
+            [pack_id(data.train[SEQ_LEN][step * BATCH + i]) for i in range(BATCH)]
+            for step in range(first, config.train.steps)
+        ]
+        result = {
+            "rows": record.rows,
+            "samples": samples,
+            "wanted": wanted,
+            "seconds": time.perf_counter() - begin,
+        }
+        Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+        torch.save(result, Path(config.run_dir) / "result")
+    parallel_state.destroy_model_parallel()
+
+
+def _samples(groups: Groups) -> list[list[int]]:
+    """Packs by step, in the order of their numbers: data-parallel rank r has every dp_size-th."""
+    everyone: list[Any] = [None] * groups.world_size
+    dist.all_gather_object(everyone, (groups.dp_rank, SeenStream.seen))
+    by_dp_rank = dict(everyone)
+    assert all(by_dp_rank[dp_rank] == seen for dp_rank, seen in everyone)
+    steps = len(by_dp_rank[0])
+    return [
+        [
+            pack
+            for packs in zip(*(by_dp_rank[r][step] for r in range(groups.dp_size)), strict=True)
+            for pack in packs
+        ]
+        for step in range(steps)
+    ]

@@ -114,6 +114,14 @@ class KlTarget(Enum):
     none = "none"  # no KL loss: the index branch gets no gradient
 
 
+class BadStep(Enum):
+    """What is done about a step whose loss or gradient is not finite, or whose loss is a spike."""
+
+    end = "end"  # the run ends before the step is saved
+    skip = "skip"  # weights stay as they are, data moves on; too many in a row end the run
+    rollback = "rollback"  # the same, but too many in a row take the run back to its last checkpoint
+
+
 class SaveFailure(Enum):
     """What becomes of a run whose checkpoint could not be written."""
 

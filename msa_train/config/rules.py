@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from msa_train.config.options import (
     AttentionKernel,
+    BadStep,
     CpLayout,
     Engine,
     KvExchange,
@@ -50,6 +51,7 @@ def check_rules(config: RunConfig, *, world_size: int, has_gpu: bool) -> None:
         _recording,
         _exchange,
         _training,
+        _checkpoints,
     )
     for rule in rules:
         rule(config)
@@ -73,7 +75,7 @@ def _positive_sizes(config: RunConfig) -> None:
     for name in ("cp_size", "cp_head_size", "ep_size", "tp_size", "pp_size"):
         if getattr(parallel, name) < 1:
             raise ValueError(f"parallel.{name}={getattr(parallel, name)}: must be at least 1")
-    at_least_one = ["global_batch_size", "validation_packs"]
+    at_least_one = ["global_batch_size", "validation_packs", "max_skipped", "spike_window"]
     if not config.stages:
         at_least_one.append("steps")
     for name in at_least_one:
@@ -90,6 +92,7 @@ def _positive_sizes(config: RunConfig) -> None:
         "checkpoint.keep_last": config.checkpoint.keep_last,
         "checkpoint.keep_every": config.checkpoint.keep_every,
         "checkpoint.retries": config.checkpoint.retries,
+        "train.max_rollbacks": train.max_rollbacks,
         "optim.warmup_steps": config.optim.warmup_steps,
         "optim.clip_grad": config.optim.clip_grad,
         "optim.weight_decay": config.optim.weight_decay,
@@ -280,6 +283,26 @@ def _training(config: RunConfig) -> None:
     for name in ("beta1", "beta2", "muon_momentum"):
         if not 0 <= getattr(optim, name) < 1:
             raise ValueError(f"optim.{name}={getattr(optim, name)}: must be from 0 to below 1")
+
+
+def _checkpoints(config: RunConfig) -> None:
+    train, checkpoint = config.train, config.checkpoint
+    if train.spike_factor and not 1 < train.spike_factor < math.inf:
+        raise ValueError(
+            f"train.spike_factor={train.spike_factor}: must be above 1, as it is compared with usual losses; "
+            "use train.spike_factor=2, or 0 for none"
+        )
+    if train.bad_step is BadStep.rollback and not checkpoint.every:
+        raise ValueError(
+            "train.bad_step=rollback: there is nothing to go back to with checkpoint.every=0; use "
+            "train.bad_step=skip or a larger checkpoint.every"
+        )
+    if checkpoint.every and checkpoint.keep_every % checkpoint.every:
+        kept = -(-checkpoint.keep_every // checkpoint.every) * checkpoint.every
+        raise ValueError(
+            f"checkpoint.keep_every={checkpoint.keep_every}: must be a multiple of checkpoint.every="
+            f"{checkpoint.every}, as others are hardly ever written; use checkpoint.keep_every={kept}"
+        )
 
 
 def _world(config: RunConfig, world_size: int) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from msa_train.config.model import AttentionConfig, ModelConfig
 from msa_train.config.options import (
+    BadStep,
     CpLayout,
     Device,
     Engine,
@@ -121,6 +122,15 @@ class TrainConfig:
     "packs of held-out documents per validation"
     seed: int = 1234
     "initial weights"
+    bad_step: BadStep = BadStep.end
+    "what is done about a step whose loss or gradient is not finite, or whose loss is a spike"
+    max_skipped: int = 5
+    "bad steps in a row at which bad_step=skip ends the run and bad_step=rollback goes back"
+    max_rollbacks: int = 3
+    "how often bad_step=rollback may go back before the run ends"
+    spike_factor: float = 0.0
+    "a loss above this times the median of the last spike_window losses is a spike; 0: none is"
+    spike_window: int = 50
 
 
 @dataclass(kw_only=True, slots=True)

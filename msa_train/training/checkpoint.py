@@ -4,6 +4,7 @@ A failure of one rank is raised on every rank with its cause. That takes care ab
 two exchanges no rank may leave alone.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def load_checkpoint(
     Args:
         path: a checkpoint folder.
         sharded_state_template: as given to save_checkpoint, in this run's layout; its tensors are read into.
-        group: see save_checkpoint.
+        group: all ranks, for the small exchanges; the default group if None.
 
     Returns:
         What save_checkpoint was given: the template with its data, and the entries of `common`. RNG_KEY holds
@@ -85,7 +86,7 @@ def load_weights(
     Args:
         path: a checkpoint folder.
         model_template: this rank's part of the model, as sharded tensors.
-        group: see save_checkpoint.
+        group: all ranks, for the small exchanges; the default group if None.
 
     Returns:
         The template with its data, without the entries that the checkpoint lacks, and the keys of those.
@@ -136,13 +137,23 @@ def verify_distributed(path: str | Path, group: dist.ProcessGroup | None = None)
     return found[0][1] if found else None
 
 
-def find_verified_checkpoint(config: RunConfig, group: dist.ProcessGroup | None = None) -> Found | None:
+def find_verified_checkpoint(
+    config: RunConfig,
+    group: dist.ProcessGroup | None = None,
+    *,
+    known_damaged: Mapping[Path, str] | None = None,
+) -> Found | None:
     """`find_checkpoint` with full checksums, the reading dealt over the ranks; all get the same answer.
+
+    Args:
+        config: the whole run.
+        group: all ranks, for the small exchanges; the default group if None.
+        known_damaged: reason by folder, of checkpoints that must not be used.
 
     Raises:
         ValueError: as `find_checkpoint`, on all ranks.
     """
-    known_damaged: dict[Path, str] = {}
+    known_damaged = dict(known_damaged or {})
 
     def find() -> Found | str | None:
         try:

@@ -27,7 +27,6 @@ from msa_train.training.checkpoint_store import (
     META_NAME,
     CheckpointStore,
     file_entry,
-    free_bytes,
     write_json,
 )
 from msa_train.training.rng import RNG_KEY, rng_shard, rng_state
@@ -236,7 +235,7 @@ class CheckpointSaver:
         def begin() -> None:
             if rank == 0:
                 store.clear()
-                check_space(store, step, report.num_bytes)
+                store.check_space(report.num_bytes + _OTHER_BYTES)
                 store.begin(step)
 
         together(begin, self.group)
@@ -284,23 +283,6 @@ def save_checkpoint(
     """
     config = CheckpointConfig(asynchronous=False, keep_last=0)
     CheckpointSaver(store, config, group or dist.group.WORLD).save(step, sharded_state, common, meta)
-
-
-def check_space(store: CheckpointStore, step: int, num_bytes: int) -> None:
-    """Refuse to begin what cannot be finished.
-
-    Raises:
-        OSError: one line with what is needed, what there is, and which checkpoint stays.
-    """
-    needed, free = num_bytes + _OTHER_BYTES, free_bytes(store.folder)
-    if free >= needed:
-        return
-    saved = store.steps()
-    kept = f"the checkpoint of step {max(saved)} stays" if saved else "there is no checkpoint yet"
-    raise OSError(
-        f"it needs {needed / 1e9:.3g} GB and {store.folder} has {free / 1e9:.3g} GB free, {kept}; "
-        "free some space, or lower checkpoint.keep_last"
-    )
 
 
 def _failure_text(step: int, error: Exception) -> str:

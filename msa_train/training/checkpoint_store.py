@@ -106,6 +106,22 @@ class CheckpointStore:
         for leftover in self.folder.glob(".step_*"):
             shutil.rmtree(leftover)
 
+    def check_space(self, num_bytes: int) -> None:
+        """Refuse to begin what cannot be finished.
+
+        Raises:
+            OSError: one line with what is needed, what there is, and which checkpoint stays.
+        """
+        free = free_bytes(self.folder)
+        if free >= num_bytes:
+            return
+        saved = self.steps()
+        kept = f"the checkpoint of step {max(saved)} stays" if saved else "there is no checkpoint yet"
+        raise OSError(
+            f"it needs {num_bytes / 1e9:.3g} GB and {self.folder} has {free / 1e9:.3g} GB free, {kept}; "
+            "free some space, or lower checkpoint.keep_last"
+        )
+
     def begin(self, step: int) -> Path:
         """Make the folder to write into, after removing what earlier crashes left."""
         self.clear()

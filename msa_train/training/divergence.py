@@ -28,9 +28,14 @@ def check_finite(step: int, values: Mapping[str, Any], store: CheckpointStore) -
     bad = [f"{name}={values[name]}" for name in _WATCHED if not math.isfinite(values.get(name, 0.0))]
     if not bad:
         return
+    raise diverged(step, f"{', '.join(bad)}: not finite", store)
+
+
+def diverged(step: int, reason: str, store: CheckpointStore) -> DivergedError:
+    """The error that ends a run, with where to go on from."""
     saved = store.steps()
     kept = f"the newest checkpoint is of step {max(saved)}" if saved else "there is no checkpoint yet"
-    raise DivergedError(
-        f"step {step}: {', '.join(bad)}: not finite; the step is not saved, {kept}; the same command "
-        "would come here again: use a lower optim.lr or optim.clip_grad, or more optim.warmup_steps"
+    return DivergedError(
+        f"step {step}: {reason}; the step is not saved, {kept}; the same command would come here again: "
+        "use a lower optim.lr or optim.clip_grad, or more optim.warmup_steps"
     )

@@ -1,7 +1,7 @@
 """What an engine is: gradient reduction, optimizer and schedule behind one small interface."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,9 @@ from msa_train.parallel.groups import Groups
 from msa_train.training.batch import PackForward, StepBatch
 from msa_train.training.lr_schedule import Rates
 
+# Of this rank's loss sum and the global gradient norm; the same answer on all ranks
+Accept = Callable[[float, float], bool]
+
 
 @dataclass(slots=True)
 class StepResult:
@@ -31,6 +34,8 @@ class StepResult:
     stats: LayerStats
     traffic: Traffic
     exposed: ExposedTime
+    is_taken: bool = True
+    "false: the weights, the optimizer and the experts' bias are as before"
 
 
 class Engine(ABC):
@@ -87,8 +92,11 @@ class Engine(ABC):
         return self.stage.index_lr_scale * self.config.optim.index_lr_scale == 0
 
     @abstractmethod
-    def train_step(self, batch: StepBatch, rates: Rates) -> StepResult:
-        """Forward, backward, reduction, clipping and update for one global batch."""
+    def train_step(self, batch: StepBatch, rates: Rates, accept: Accept | None = None) -> StepResult:
+        """Forward, backward, reduction, clipping and update for one global batch.
+
+        `accept` is asked before the update, on all ranks; where it says no there is none.
+        """
 
     @abstractmethod
     def evaluate(self, packs: Sequence[Pack]) -> float:

@@ -12,15 +12,17 @@ import torch.distributed as dist
 from msa_train.config import RunConfig, Stage, StageAttention, plan_stages, stage_at, total_steps
 from msa_train.data import BatchStream, Corpus, PackedDataset
 from msa_train.parallel.groups import Groups
+from msa_train.training.bad_steps import RollbackError
 from msa_train.training.batch import StepBatch, make_batch
 from msa_train.training.checkpoint_save import CheckpointSaver, SaveReport
 from msa_train.training.checkpoint_store import CheckpointStore, fingerprint
-from msa_train.training.divergence import check_finite
+from msa_train.training.divergence import DivergedError
 from msa_train.training.engine import Engine, StepResult
 from msa_train.training.lr_schedule import Rates, stage_rates
 from msa_train.training.metrics import MetricsWriter
 from msa_train.training.progress import Progress
 from msa_train.training.selection_log import SelectionLog
+from msa_train.training.step_guard import StepGuard
 from msa_train.training.step_metrics import StepMetrics, router_bias_range
 
 
@@ -59,6 +61,9 @@ class Trainer:
         self.metrics = StepMetrics(config, groups)
         self.saver = CheckpointSaver(store, config.checkpoint)
         self._save_metrics: dict[str, float] = {}
+        self.guard = StepGuard(config, groups, engine, store)
+        self.bad_steps = self.guard.bad_steps
+        self._owes_save = False
 
     def run(self, first_step: int, after_step: Callable[[int], None] | None = None) -> dict[str, Any]:
         """Train to the end; returns the last metrics seen of every kind.
@@ -67,15 +72,20 @@ class Trainer:
             first_step: updates already made.
             after_step: called with the step number after each step, for tests.
         """
+        last: dict[str, Any] = {}
         try:
-            last = self._run(first_step, after_step)
+            while True:
+                try:
+                    self._run(first_step, last, after_step)
+                    break
+                except RollbackError as bad:
+                    first_step = self._go_back(bad)
             self._tell_saved(self.saver.wait())
             return last
         finally:
             self.saver.close()
 
-    def _run(self, first_step: int, after_step: Callable[[int], None] | None) -> dict[str, Any]:
-        last: dict[str, Any] = {}
+    def _run(self, first_step: int, last: dict[str, Any], after_step: Callable[[int], None] | None) -> None:
         for stage in self.stages:
             begin, end = max(first_step, stage.first_step), min(stage.last_step, self.total_steps)
             if begin >= end:
@@ -86,16 +96,48 @@ class Trainer:
                     values = self._step(step, stage, stream)
                     last |= values
                     self._report(step, values)
-                    check_finite(step, values, self.store)
                     self._tell_saved(self.saver.finished())
-                    if self._due(step, self.config.checkpoint.every):
+                    self._conclude(step, stage, values)
+                    if self._may_save(step):
                         self.save(step, wait=step == self.total_steps)
                     if after_step is not None:
                         after_step(step)
-        return last
+
+    def _conclude(self, step: int, stage: Stage, values: dict[str, Any]) -> None:
+        """Go on, go back or end, see StepGuard.conclude."""
+        try:
+            text = self.guard.conclude(step, values, self._first_pack(step, stage))
+        except (RollbackError, DivergedError):
+            # the checkpoint that is under way may be the one to go on from
+            self._tell_saved(self.saver.wait())
+            raise
+        if text:
+            self._note(text)
+
+    def _go_back(self, bad: RollbackError) -> int:
+        """Returns the step that the run goes on from."""
+        step, text = self.guard.go_back(bad)
+        self._owes_save = False
+        if self.reporting is not None:
+            self.reporting.writer.go_back(step)
+        self._note(text)
+        return step
+
+    def _note(self, text: str) -> None:
+        if self.reporting is not None:
+            self.reporting.progress.note(text)
+
+    def _may_save(self, step: int) -> bool:
+        """Whether to save now; not among bad steps, so that there is something to go back to."""
+        self._owes_save |= self._due(step, self.config.checkpoint.every)
+        saves = self._owes_save and (self.bad_steps.in_a_row == 0 or step == self.total_steps)
+        self._owes_save &= not saves
+        return saves
 
     def _enter(self, stage: Stage, step: int) -> None:
         self.engine.set_stage(stage)
+        if step == stage.first_step:
+            self.bad_steps.new_stage()
         if self.reporting is not None and len(self.stages) > 1:
             self.reporting.progress.note(
                 f"stage {stage.name}: steps {step + 1} to {min(stage.last_step, self.total_steps)}, "
@@ -110,17 +152,17 @@ class Trainer:
         start = time.perf_counter()
         rates = stage_rates(step - 1, config.optim, stage, self.total_steps)
         batch_size = config.train.global_batch_size
-        first_pack = stage.pack_at(step - 1, batch_size)
-        packs = stream.packs(first_pack, groups.dp_rank, groups.dp_size, batch_size)
+        packs = stream.packs(self._first_pack(step, stage), groups.dp_rank, groups.dp_size, batch_size)
         probed = config.logging.attention_every > 0 and step % config.logging.attention_every == 0
         batch = make_batch(packs, groups, probe_seed=config.train.seed + step if probed else None)
         result = self._train(step, stage, batch, rates)
+        counts = self.guard.count()
         values: dict[str, Any] = {"lr": rates.backbone, "index_lr": rates.index, "stage": stage.index}
         shown = step % config.logging.every == 0 or self._due(step, config.train.validate_every)
         # The norm is the same on all ranks: all of them gather what led to it.
-        if shown or probed or not math.isfinite(result.grad_norm):
+        if shown or probed or not (result.is_taken and math.isfinite(result.grad_norm)):
             values |= self.metrics.gather(batch, result, stage, counts_loss=engine.counts_loss())
-            values |= router_bias_range(engine.model)
+            values |= router_bias_range(engine.model) | counts
         seconds = time.perf_counter() - start
         values["step_time_s"] = seconds
         values["tokens_per_s"] = batch.num_tokens / seconds
@@ -129,13 +171,18 @@ class Trainer:
             values |= self.validate()
         return values
 
+    def _first_pack(self, step: int, stage: Stage) -> int:
+        """Number of the first pack of a step."""
+        shift = self.bad_steps.passed_over_packs(stage.seq_len)
+        return stage.pack_at(step - 1, self.config.train.global_batch_size) + shift
+
     def _train(self, step: int, stage: Stage, batch: StepBatch, rates: Rates) -> StepResult:
         """The step, its selections recorded where they are due."""
         every, sparse = self.config.logging.selections_every, stage.attention is StageAttention.sparse
         if not (sparse and every > 0 and step % every == 0):
-            return self.engine.train_step(batch, rates)
+            return self.engine.train_step(batch, rates, self.guard.accept(batch))
         log = self.engine.forward.selection_log = SelectionLog(self.config, self.groups, step)
-        result = self.engine.train_step(batch, rates)
+        result = self.engine.train_step(batch, rates, self.guard.accept(batch))
         self.engine.forward.selection_log = None
         log.save()
         return result
@@ -183,6 +230,8 @@ class Trainer:
                 "fingerprint": fingerprint(config),
                 "stages": [stage.record() for stage in self.stages if stage.first_step < step],
                 "tokens": stage_at(self.stages, step - 1).tokens_at(step, config.train.global_batch_size),
+                "optimizer_updates": step - self.bad_steps.skipped,
+                "bad_steps": self.bad_steps.record(),
                 "engine": self.engine.name,
                 "optimizer": config.optim.algorithm.value,
                 "precision": config.train.precision.value,

@@ -5,8 +5,9 @@ import re
 import socket
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,12 +43,14 @@ def run_worker(config: RunConfig) -> None:
     data = load_data(config)
     engine = build_engine(config, groups)
     store = CheckpointStore(config.run_dir)
-    first_step, messages = resume(config, engine)
+    resumed = resume(config, engine)
+    first_step, messages = resumed.step, resumed.messages
     reporting = _reporting(config, first_step) if groups.rank == 0 else None
     if reporting is not None:
         for line in (*_opening(config, groups, first_step), *messages):
             reporting.progress.note(line)
     trainer = Trainer(config, groups, engine, data, store, reporting)
+    trainer.bad_steps.restore(resumed.bad_steps)
     last = trainer.run(first_step)
     if reporting is not None:
         reporting.progress.close()
@@ -85,25 +88,36 @@ def build_engine(config: RunConfig, groups: Groups) -> TrainingEngine:
     return (MegatronEngine if engine is Engine.megatron else TorchEngine)(config, groups)
 
 
-def resume(config: RunConfig, engine: TrainingEngine) -> tuple[int, list[str]]:
-    """Load the newest undamaged checkpoint, if any: (updates already made, lines to print).
+@dataclass(slots=True)
+class Resumed:
+    """step: steps already made; messages: lines to print; bad_steps: what BadSteps had recorded."""
+
+    step: int
+    messages: list[str]
+    bad_steps: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+def resume(config: RunConfig, engine: TrainingEngine) -> Resumed:
+    """Load the newest undamaged checkpoint, if any.
 
     The run's own checkpoint comes first, else `checkpoint.load`.
     """
     found = find_verified_checkpoint(config)
     if found is None:
-        return 0, []
+        return Resumed(0, [])
     if found.weights_only:
         template = engine.sharded_state(loading=True)["model"]
         weights, lacking = load_weights(found.path, template)
         engine.load_weights(weights)
-        return 0, [*found.messages, f"starting from the weights of {found.path}", *_new_branches(lacking)]
+        lines = [*found.messages, f"starting from the weights of {found.path}", *_new_branches(lacking)]
+        return Resumed(0, lines)
     state = load_checkpoint(found.path, engine.sharded_state(loading=True))
     engine.load_state(state, optimizer_updates(found.meta))
     if RNG_KEY in state:
         set_rng_state(state[RNG_KEY])
     origin = "" if found.own else f" of {found.path}"
-    return found.step, [*found.messages, f"going on from step {found.step}{origin}"]
+    lines = [*found.messages, f"going on from step {found.step}{origin}"]
+    return Resumed(found.step, lines, found.meta.get("bad_steps", {}))
 
 
 def _new_branches(lacking: set[str]) -> list[str]:

@@ -26,7 +26,7 @@ from msa_train.parallel.collectives import CpComm
 from msa_train.parallel.groups import Groups
 from msa_train.training.batch import StepBatch
 from msa_train.training.checkpoint_formats import STATE_PREFIX, rename_keys
-from msa_train.training.engine import Engine, StepResult, checkpoint_metadata, reset_token_counts
+from msa_train.training.engine import Accept, Engine, StepResult, checkpoint_metadata, reset_token_counts
 from msa_train.training.lr_schedule import Rates
 
 _LossAndSum = tuple[Tensor, Tensor, dict[str, Tensor]]
@@ -88,25 +88,42 @@ class MegatronEngine(Engine):
         rate = 0.0 if self.backbone_is_frozen else self.config.model.router_bias_update_rate
         self.model.config.moe_router_bias_update_rate = rate
 
-    def train_step(self, batch: StepBatch, rates: Rates) -> StepResult:
+    def train_step(self, batch: StepBatch, rates: Rates, accept: Accept | None = None) -> StepResult:
         """See Engine.train_step."""
         self.wrapped.train()
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         reset_token_counts(self.model)
         stats, comm = LayerStats(), self.groups.cp_comm()
+        # Megatron updates them before the gradient norm is known.
+        biases = [(bias, bias.clone()) for bias in self._expert_biases()] if accept is not None else []
         losses = self._run(batch.packs, batch, comm, stats, forward_only=False)
         self._zero_frozen_gradients()
         self._set_rates(rates)
-        _, grad_norm, _ = self.optimizer.step()
+        grad_norm = 0.0 if accept is None else self._grad_norm()
+        is_taken = accept is None or accept(losses, grad_norm)
+        if is_taken:
+            _, grad_norm, _ = self.optimizer.step()
+        for bias, before in [] if is_taken else biases:
+            bias.copy_(before)
         self._keep_bias_fp32()
         return StepResult(
             lm_loss_sum=losses,
             grad_norm=float(grad_norm or 0.0),
+            is_taken=is_taken,
             stats=stats,
             traffic=comm.traffic,
             exposed=comm.exposed,
         )
+
+    def _grad_norm(self) -> float:
+        """As the optimizer's step will find it, before clipping; it prepares the gradients again."""
+        self.optimizer.prepare_grads()
+        return float(self.optimizer.get_grad_norm())
+
+    def _expert_biases(self) -> list[Tensor]:
+        routers = [module for module in self.model.modules() if isinstance(module, SigmoidRouter)]
+        return [router.expert_bias for router in routers if router.expert_bias is not None]
 
     def _zero_frozen_gradients(self) -> None:
         for name, parameter in self.model.named_parameters():

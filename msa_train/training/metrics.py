@@ -55,6 +55,9 @@ _GROUPS = {
     "tokens_per_expert": "moe",
     "padding": "data",
     "checkpoint": "checkpoint",
+    "skipped": "optim",
+    "rollbacks": "optim",
+    "passed_over": "data",
 }
 _OTHER = "other"
 
@@ -98,17 +101,27 @@ class MetricsWriter:
     def __init__(self, run_dir: str | Path, *, tensorboard: bool, resume_step: int) -> None:
         folder = Path(run_dir).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / METRICS_NAME
+        self._folder, self._with_tensorboard = folder, tensorboard
+        self._open(resume_step)
+
+    def _open(self, resume_step: int) -> None:
+        path = self._folder / METRICS_NAME
         if path.exists():
             _drop_after(path, resume_step)
         self._file = path.open("a", encoding="utf-8")
         self._tensorboard: Any = None
-        if tensorboard:
+        if self._with_tensorboard:
             # takes seconds to import
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(folder / TENSORBOARD_NAME), purge_step=resume_step + 1)
+            writer = SummaryWriter(str(self._folder / TENSORBOARD_NAME), purge_step=resume_step + 1)
+            self._tensorboard = writer
             self._tensorboard.add_custom_scalars(CHARTS)
+
+    def go_back(self, step: int) -> None:
+        """Drop what comes after a step, from which the run goes on in another way."""
+        self.close()
+        self._open(step)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Add one step.

@@ -18,7 +18,7 @@ from msa_train.model.pack_params import LayerStats
 from msa_train.parallel.groups import Groups
 from msa_train.training.batch import StepBatch
 from msa_train.training.checkpoint_formats import STATE_NAMES, STATE_PREFIX
-from msa_train.training.engine import Engine, StepResult, checkpoint_metadata, reset_token_counts
+from msa_train.training.engine import Accept, Engine, StepResult, checkpoint_metadata, reset_token_counts
 from msa_train.training.flat_gradients import FlatGradients
 from msa_train.training.lr_schedule import Rates
 from msa_train.training.split_optimizer import SplitOptimizer
@@ -51,7 +51,7 @@ class TorchEngine(Engine):
             frozen = self.index_is_frozen if is_index_parameter(name) else self.backbone_is_frozen
             parameter.requires_grad_(not frozen)
 
-    def train_step(self, batch: StepBatch, rates: Rates) -> StepResult:
+    def train_step(self, batch: StepBatch, rates: Rates, accept: Accept | None = None) -> StepResult:
         """See Engine.train_step."""
         self.model.train()
         self.gradients.zero()
@@ -70,19 +70,23 @@ class TorchEngine(Engine):
             (losses.sum() / batch.num_labels).backward()
             loss_sum += losses.detach().sum(dtype=torch.float64)
         self.gradients.reduce()
-        grad_norm = self._update(rates)
-        self._update_expert_bias()
+        grad_norm = self.gradients.norm()
+        is_taken = accept is None or accept(float(loss_sum), grad_norm)
+        if is_taken:
+            self._update(rates, grad_norm)
+            self._update_expert_bias()
         return StepResult(
             lm_loss_sum=float(loss_sum),
             grad_norm=grad_norm,
+            is_taken=is_taken,
             stats=stats,
             traffic=comm.traffic,
             exposed=comm.exposed,
         )
 
-    def _update(self, rates: Rates) -> float:
-        """Clip and step; returns the norm before clipping."""
-        norm, clip = self.gradients.norm(), self.config.optim.clip_grad
+    def _update(self, rates: Rates, norm: float) -> None:
+        """Clip and step; norm: of the gradients."""
+        clip = self.config.optim.clip_grad
         if clip > 0 and norm > clip:
             # The small term as in torch and Megatron, so that the engines agree.
             self.gradients.scale(clip / (norm + 1e-6))
@@ -93,7 +97,6 @@ class TorchEngine(Engine):
             master.grad = None
             if master is not parameter:
                 parameter.data.copy_(master.data)
-        return norm
 
     @torch.no_grad()
     def _update_expert_bias(self) -> None:

@@ -26,6 +26,11 @@ from msa_train.training.checkpoint_store import (
 SHARD = "__0_0.distcp"
 
 
+def names(store: CheckpointStore) -> list[str]:
+    """What is in the folder of all checkpoints."""
+    return sorted(path.name for path in store.folder.iterdir())
+
+
 def config_of(run_dir: Path, load: Path | str = "") -> RunConfig:
     return RunConfig(run_dir=str(run_dir), checkpoint=CheckpointConfig(load=str(load)))
 
@@ -303,7 +308,7 @@ def test_publish_replaces_a_damaged_checkpoint_of_the_same_step(tmp_path: Path) 
     truncate(store.path(200))
     store = save(config, 200)
     assert store.verify(200) is None
-    assert sorted(path.name for path in store.folder.iterdir()) == ["step_00000100", "step_00000200"]
+    assert names(store) == ["latest", "step_00000100", "step_00000200"]
 
 
 def test_begin_removes_leftovers_and_abandon_its_own(tmp_path: Path) -> None:
@@ -313,7 +318,7 @@ def test_begin_removes_leftovers_and_abandon_its_own(tmp_path: Path) -> None:
         (store.folder / name / "inner").mkdir(parents=True)
     partial = store.begin(200)
     assert list(partial.iterdir()) == []
-    assert sorted(path.name for path in store.folder.iterdir()) == [partial.name, "step_00000100"]
+    assert names(store) == [partial.name, "latest", "step_00000100"]
     store.abandon(200)
     assert store.steps() == [100]
     assert not partial.exists()
@@ -335,7 +340,40 @@ def test_prune_keeps_the_last_sound_ones(tmp_path: Path) -> None:
     assert store.prune(2) == [100]
     assert store.steps() == [200, 300, 400]
     assert store.prune(1) == [300, 200]
-    assert sorted(path.name for path in store.folder.iterdir()) == ["step_00000400"]
+    assert names(store) == ["latest", "step_00000400"]
+
+
+def test_prune_spares_every_so_many(tmp_path: Path) -> None:
+    store = save(config_of(tmp_path), 100, 200, 300, 400, 500, 600)
+    assert store.prune(2, 200, dry_run=True) == [300, 100]
+    assert store.steps() == [100, 200, 300, 400, 500, 600]
+    assert store.prune(2, 200) == [300, 100]
+    assert store.prune(1, 400) == [500, 200]
+    assert store.steps() == [400, 600]
+
+
+def test_latest_follows(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    store = save(config, 100, 200, 300)
+    latest = store.folder / "latest"
+    assert latest.readlink() == Path("step_00000300")
+    fill(store.begin(400), 400, config)
+    assert latest.readlink() == Path("step_00000300")
+    assert verify_folder(latest, full=True) is None
+    assert store.remove_after(100) == [300, 200]
+    assert names(store)[1:] == ["latest", "step_00000100"]
+    assert latest.readlink() == Path("step_00000100")
+
+
+def test_space_is_asked_for_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = save(config_of(tmp_path), 100)
+    monkeypatch.setattr("msa_train.training.checkpoint_store.free_bytes", lambda _: 2 * 10**9)
+    store.check_space(10**9)
+    text = (
+        f"it needs 3 GB and {store.folder} has 2 GB free, the checkpoint of step 100 stays; free some space"
+    )
+    with pytest.raises(OSError, match=f"^{re.escape(text)}"):
+        store.check_space(3 * 10**9)
 
 
 def test_prune_does_not_count_later_checkpoints_of_before_going_back(tmp_path: Path) -> None:
@@ -377,7 +415,7 @@ def test_kill_between_begin_and_publish_leaves_the_previous_one(tmp_path: Path) 
     assert found is not None
     assert (found.step, found.messages) == (100, [])
     store = save(config, 200)
-    assert sorted(path.name for path in store.folder.iterdir()) == ["step_00000100", "step_00000200"]
+    assert names(store) == ["latest", "step_00000100", "step_00000200"]
 
 
 def test_module_is_light(tmp_path: Path) -> None:

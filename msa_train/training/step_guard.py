@@ -1,0 +1,127 @@
+"""Applies train.bad_step while a run goes on: judges steps before they are taken, and takes the run back."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from msa_train.config import RunConfig, Stage, plan_stages, stage_at
+from msa_train.parallel.groups import Groups
+from msa_train.training.bad_steps import BadSteps, RollbackError, log_event
+from msa_train.training.batch import StepBatch
+from msa_train.training.checkpoint import find_verified_checkpoint, load_checkpoint
+from msa_train.training.checkpoint_formats import optimizer_updates
+from msa_train.training.checkpoint_store import CheckpointStore
+from msa_train.training.divergence import check_finite, diverged
+from msa_train.training.engine import Accept, Engine
+from msa_train.training.rng import RNG_KEY, set_rng_state
+from msa_train.training.together import together
+
+
+@dataclass(slots=True)
+class _Judged:
+    loss: float = 0.0
+    grad_norm: float = 0.0
+    complaint: str = ""
+
+
+class StepGuard:
+    """Between the training loop and BadSteps; all ranks call it alike."""
+
+    def __init__(self, config: RunConfig, groups: Groups, engine: Engine, store: CheckpointStore) -> None:
+        self.config, self.groups, self.engine, self.store = config, groups, engine, store
+        self.bad_steps = BadSteps(config.train)
+        self._judged = _Judged()
+
+    def accept(self, batch: StepBatch) -> Accept | None:
+        """What the engine asks before it takes the step; None where all steps are taken."""
+        self._judged = _Judged()
+        if not self.bad_steps.judges:
+            return None
+
+        def judge(loss_sum: float, grad_norm: float) -> bool:
+            counted = loss_sum if self.engine.counts_loss() else 0.0
+            total = torch.tensor(counted, dtype=torch.float64, device=self.groups.device)
+            dist.all_reduce(total)
+            loss = float(total) / batch.num_labels
+            self._judged = _Judged(loss, grad_norm, self.bad_steps.complaint(loss, grad_norm))
+            return not self._judged.complaint
+
+        return judge
+
+    def count(self) -> dict[str, Any]:
+        """Count the step that was just made or left out; what the metrics say about it."""
+        if not self.bad_steps.judges:
+            return {}
+        if not self._judged.complaint:
+            self.bad_steps.take(self._judged.loss)
+            return self.bad_steps.metrics()
+        self.bad_steps.leave_out()
+        return {"bad_step": 1, **self.bad_steps.metrics()}
+
+    def conclude(self, step: int, values: dict[str, Any], first_pack: int) -> str:
+        """What becomes of the run after a step.
+
+        Args:
+            step: made or left out; its metrics are written.
+            values: its metrics.
+            first_pack: number of its first pack.
+
+        Returns:
+            What to tell the user, if anything.
+
+        Raises:
+            DivergedError: if the run must end.
+            RollbackError: if it shall go on from a checkpoint.
+        """
+        judged = self._judged
+        if not judged.complaint:
+            check_finite(step, values, self.store)
+            return ""
+        try:
+            text = self.bad_steps.verdict(step, judged.complaint)
+        except ValueError as error:
+            raise diverged(step, str(error), self.store) from None
+        last_pack = first_pack + self.config.train.global_batch_size - 1
+        self._log(
+            {"event": "skip", "step": step, "reason": judged.complaint, "packs": [first_pack, last_pack]}
+        )
+        return text
+
+    def go_back(self, bad: RollbackError) -> tuple[int, str]:
+        """Load the newest sound checkpoint from before the bad steps and remove later ones.
+
+        Returns:
+            Its step, and what to tell the user.
+
+        Raises:
+            DivergedError: if there is none.
+        """
+        later = {self.store.path(step): "later" for step in self.store.steps() if step > bad.last_good}
+        if len(later) == len(self.store.steps()):
+            raise diverged(bad.step, f"{bad.reason}; there is no checkpoint to go back to", self.store)
+        found = find_verified_checkpoint(self.config, known_damaged=later)
+        assert found is not None, "the store has checkpoints"
+        state = load_checkpoint(found.path, self.engine.sharded_state(loading=True))
+        self.engine.load_state(state, optimizer_updates(found.meta))
+        if RNG_KEY in state:
+            set_rng_state(state[RNG_KEY])
+        tokens = self._tokens(bad.step) - self._tokens(found.step)
+        event = {"from_step": bad.step, "to_step": found.step, "tokens": tokens, "reason": bad.reason}
+        self.bad_steps.go_back(found.meta.get("bad_steps", {}), event, tokens)
+        self._log({"event": "rollback", **event})
+        together(lambda: self.store.remove_after(found.step) if self.groups.rank == 0 else None, None)
+        return found.step, (
+            f"step {bad.step}: {bad.reason}; {self.config.train.max_skipped} bad steps in a row: going back to "
+            f"step {found.step} and past {tokens} tokens"
+        )
+
+    def _tokens(self, step: int) -> int:
+        """Tokens that `step` steps use, padding included."""
+        stage: Stage = stage_at(plan_stages(self.config), max(step - 1, 0))
+        return stage.tokens_at(step, self.config.train.global_batch_size)
+
+    def _log(self, event: dict[str, Any]) -> None:
+        if self.groups.rank == 0:
+            log_event(self.config.run_dir, event)

@@ -112,9 +112,10 @@ class StepGuard:
         self.bad_steps.go_back(found.meta.get("bad_steps", {}), event, tokens)
         self._log({"event": "rollback", **event})
         together(lambda: self.store.remove_after(found.step) if self.groups.rank == 0 else None, None)
+        count = self.config.train.max_skipped
         return found.step, (
-            f"step {bad.step}: {bad.reason}; {self.config.train.max_skipped} bad steps in a row: going back to "
-            f"step {found.step} and past {tokens} tokens"
+            f"step {bad.step}: {bad.reason}; {count} bad steps in a row: going back to step {found.step} and "
+            f"past {tokens} tokens"
         )
 
     def _tokens(self, step: int) -> int:

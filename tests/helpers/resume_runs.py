@@ -137,6 +137,7 @@ class Record:
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
+        self.notes: list[str] = []
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """See MetricsWriter."""
@@ -147,6 +148,7 @@ class Record:
 
     def note(self, text: str) -> None:
         """See Progress."""
+        self.notes.append(text)
 
 
 class SeenStream(BatchStream):

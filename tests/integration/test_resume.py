@@ -18,6 +18,8 @@ from tests.helpers.training_command import DOWN_WITHIN_S, Training, last_step, t
 from tests.integration.conftest import STEPS, FinishedRun
 
 TIMES = {"tokens_per_s", "step_time_s", "memory_gib", "exposed_s", "exposed_s_by_purpose"}
+# in the row of the step during which it was finished
+TIMES |= {"checkpoint_step", "checkpoint_pause_s", "checkpoint_write_s", "checkpoint_bytes"}
 LOSSES = ("lm_loss", "kl_loss", "grad_norm", "val_loss")
 TO_THE_END = f"train.steps={STEPS}"
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from msa_train.training.checkpoint_store import (
     file_entry,
     find_checkpoint,
     fingerprint,
+    verify_folder,
     write_json,
 )
 

@@ -18,20 +18,19 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; see {self.prog.split()[0]} --help")
 
 
-def run_command(name: str, run: Callable[[], None], *, when_interrupted: str = "") -> int:
+def run_command(name: str, run: Callable[[], int | None], *, when_interrupted: str = "") -> int:
     """Run a command; bad input or files become one line on stderr.
 
     Args:
         name: the command's.
-        run: does the work.
+        run: does the work; returns another exit code than 0 where there is one.
         when_interrupted: what to add after Ctrl-C.
 
     Returns:
-        Exit code: 0, 2 for bad input or files, 130 if interrupted.
+        Exit code: 0 or what `run` returns, 2 for bad input or files, 130 if interrupted.
     """
     try:
-        run()
-        return 0
+        return run() or 0
     except BrokenPipeError:
         # `... | head`; the interpreter must not try to flush again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -43,6 +43,11 @@ def match_format(template: dict[str, Any], path: Path, format_version: int) -> d
     return rename_keys(template, _WEIGHTS, _OLD_WEIGHTS)
 
 
+def current_key(key: str) -> str:
+    """Name under which the present format stores a tensor of any format."""
+    return _WEIGHTS + key.removeprefix(_OLD_WEIGHTS) if key.startswith(_OLD_WEIGHTS) else key
+
+
 def rename_keys(template: dict[str, Any], begin: str, new_begin: str) -> dict[str, Any]:
     """A copy in which sharded tensors whose key starts with `begin` start with `new_begin`."""
 

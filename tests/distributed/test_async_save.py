@@ -192,10 +192,8 @@ def test_snapshots_use_their_memory_again() -> None:
     assert places["rows"] == places["same"] != base.data_ptr()
     assert first.num_bytes == (12 + 12 + 3) * 4
     base.zero_()
-    for key, wanted in {
-        "rows": torch.arange(12.0).view(3, 4),
-        "column": torch.tensor([1.0, 5.0, 9.0]),
-    }.items():
+    wanted = {"rows": torch.arange(12.0).view(3, 4), "column": torch.tensor([1.0, 5.0, 9.0])}
+    for key, value in wanted.items():
         assert torch.equal(first.shards[key][0].data, value)  # type: ignore[arg-type]
     second = buffers.take(shards, {})  # type: ignore[arg-type]
     assert {key: entries[0].data.data_ptr() for key, entries in second.shards.items()} == places  # type: ignore[union-attr]

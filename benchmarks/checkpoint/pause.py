@@ -98,8 +98,8 @@ def markdown(result: dict[str, Any]) -> str:
             continue
         first = ", ".join(f"{seconds:.2f} s" for seconds in row["first_pause_s"])
         lines.append(
-            f"| {name} | {row['saves']} | {row['pause_s_median']:.3f} s ({row['pause_s_max']:.3f} s) | {first} "
-            f"| {row['write_s_median']:.2f} s | {step} |"
+            f"| {name} | {row['saves']} | {row['pause_s_median']:.3f} s ({row['pause_s_max']:.3f} s) "
+            f"| {first} | {row['write_s_median']:.2f} s | {step} |"
         )
     return "\n".join(lines) + "\n"
 

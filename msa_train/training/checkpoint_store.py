@@ -457,10 +457,23 @@ def _check_usable(meta: dict[str, Any], folder: Path, config: RunConfig, *, own:
                 f"set {key}={theirs[key]}, or use {fix}"
             )
         notes.append(f"{key}={ours[key]}: the checkpoint was trained with {theirs[key]}")
+    _check_optimizer(meta, folder, config, own=own)
     _check_data_position(meta, folder, config, own=own)
     if own:
         check_recorded_stages(meta, config)
     return notes
+
+
+def _check_optimizer(meta: dict[str, Any], folder: Path, config: RunConfig, *, own: bool) -> None:
+    """The moments of one algorithm mean nothing to another."""
+    ours, theirs = config.optim.algorithm.value, meta.get("optimizer")
+    if theirs in (None, ours) or (not own and _weights_only(meta, config)):
+        return
+    raise ValueError(
+        f"optim.algorithm={ours}: checkpoint {_short(folder)} has the state of {theirs}; use "
+        f"optim.algorithm={theirs}, or another run_dir with checkpoint.load={config.run_dir} and "
+        "checkpoint.load_weights_only=true"
+    )
 
 
 def _check_data_position(meta: dict[str, Any], folder: Path, config: RunConfig, *, own: bool) -> None:

@@ -25,10 +25,14 @@ def check_finite(step: int, values: Mapping[str, Any], store: CheckpointStore) -
     Raises:
         DivergedError: in one line, what is not finite and where to go on from.
     """
-    bad = [f"{name}={values[name]}" for name in _WATCHED if not math.isfinite(values.get(name, 0.0))]
-    if not bad:
-        return
-    raise diverged(step, f"{', '.join(bad)}: not finite", store)
+    bad = not_finite(values)
+    if bad:
+        raise diverged(step, f"{', '.join(bad)}: not finite", store)
+
+
+def not_finite(values: Mapping[str, Any]) -> list[str]:
+    """What must be finite and is not, e.g. ["grad_norm=nan"]."""
+    return [f"{name}={values[name]}" for name in _WATCHED if not math.isfinite(values.get(name, 0.0))]
 
 
 def diverged(step: int, reason: str, store: CheckpointStore) -> DivergedError:

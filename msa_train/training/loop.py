@@ -16,7 +16,7 @@ from msa_train.training.bad_steps import RollbackError
 from msa_train.training.batch import StepBatch, make_batch
 from msa_train.training.checkpoint_save import CheckpointSaver, SaveReport
 from msa_train.training.checkpoint_store import CheckpointStore, fingerprint
-from msa_train.training.divergence import DivergedError
+from msa_train.training.divergence import not_finite
 from msa_train.training.engine import Engine, StepResult
 from msa_train.training.lr_schedule import Rates, stage_rates
 from msa_train.training.metrics import MetricsWriter
@@ -105,12 +105,10 @@ class Trainer:
 
     def _conclude(self, step: int, stage: Stage, values: dict[str, Any]) -> None:
         """Go on, go back or end, see StepGuard.conclude."""
-        try:
-            text = self.guard.conclude(step, values, self._first_pack(step, stage))
-        except (RollbackError, DivergedError):
+        if "bad_step" in values or not_finite(values):
             # the checkpoint that is under way may be the one to go on from
             self._tell_saved(self.saver.wait())
-            raise
+        text = self.guard.conclude(step, values, self._first_pack(step, stage))
         if text:
             self._note(text)
 

@@ -77,7 +77,8 @@ def write_shards(
 
     state = _own(prepare, group)
     planner = _SavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-    writer = FileSystemWriter(str(folder), sync_files=True)
+    # nothing to copy ahead: all is on the host, and this thread must not touch a GPU
+    writer = FileSystemWriter(str(folder), sync_files=True, per_thread_copy_ahead=0)
     try:
         save(state, storage_writer=writer, planner=planner, process_group=group)
     except CheckpointException as error:

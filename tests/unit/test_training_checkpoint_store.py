@@ -304,6 +304,20 @@ def test_load_allows_what_a_context_extension_changes(tmp_path: Path) -> None:
         check_resume(config)
 
 
+def test_state_of_another_optimizer_is_refused(tmp_path: Path) -> None:
+    config = config_of(tmp_path / "run")
+    save(config, 100, optimizer="muon")
+    with pytest.raises(
+        ValueError, match=r"^optim.algorithm=adamw: checkpoint step_100 has the state of muon; "
+    ):
+        check_resume(config)
+    other = config_of(tmp_path / "other", tmp_path / "run")
+    with pytest.raises(ValueError, match="has the state of muon"):
+        check_resume(other)
+    other.checkpoint.load_weights_only = True
+    assert check_resume(other) == []
+
+
 def test_publish_replaces_a_damaged_checkpoint_of_the_same_step(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     store = save(config, 100, 200)

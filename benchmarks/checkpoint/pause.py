@@ -2,8 +2,8 @@
 
     python -m benchmarks.checkpoint.pause --out benchmarks/results
 
-Trains a model of 25 million parameters (100 MB in fp32, 400 MB with optimizer) on one process, in turns with
-checkpoint.asynchronous=true, =false and without checkpoints. Pause and write time are those that metrics.jsonl
+Trains a model of 25 million parameters (100 MB in fp32, 400 MB with optimizer) on one process, in turns
+with checkpoint.asynchronous=true, =false and none. Pause and write time are those that metrics.jsonl
 has. The first pause of a start is told apart: memory for the copy is made then. Writes checkpoint_pause.json
 and checkpoint_pause.md: command, commit, hardware, figures.
 """

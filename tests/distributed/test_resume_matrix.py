@@ -18,7 +18,8 @@ from tests.helpers.spawn import run_ranks
 from tests.helpers.training_command import write_corpus
 
 ALL = os.environ.get("MATRIX") == "all"
-PROCESSES = 8 if ALL else 4
+PROCESSES, TIMEOUT_S = (8, 7200) if ALL else (4, 600)
+pytestmark = pytest.mark.timeout(TIMEOUT_S + 60)
 # fp32: twelve steps of AdamW on sums in another order, see test_megatron_engine.py
 TOLERANCE = {Precision.fp32: 1e-5, Precision.fp64: 1e-10}
 NAMES = ("lm_loss", "kl_loss", "grad_norm")
@@ -103,7 +104,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("matrix")
     write_corpus(folder / "corpus")
     phases = [dealt(cases) for cases in all_cases()]
-    run_ranks(PROCESSES, run_cases, phases, str(folder), timeout_s=7200 if ALL else 300)
+    run_ranks(PROCESSES, run_cases, phases, str(folder), timeout_s=TIMEOUT_S)
     names = [case.name for phase in phases for case, _ in phase]
     return {name: torch.load(Path(folder) / name / "result", weights_only=False) for name in names}
 

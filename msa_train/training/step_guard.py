@@ -98,8 +98,9 @@ class StepGuard:
         Raises:
             DivergedError: if there is none.
         """
-        later = {self.store.path(step): "later" for step in self.store.steps() if step > bad.last_good}
-        if len(later) == len(self.store.steps()):
+        saved = together(lambda: self.store.steps() if self.groups.rank == 0 else [], None)[0]
+        later = {self.store.path(step): "later" for step in saved if step > bad.last_good}
+        if len(later) == len(saved):
             raise diverged(bad.step, f"{bad.reason}; there is no checkpoint to go back to", self.store)
         found = find_verified_checkpoint(self.config, known_damaged=later)
         assert found is not None, "the store has checkpoints"

@@ -98,7 +98,7 @@ class CheckpointSaver:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.store, self.config = store, config
-        self.group = group or dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT)
+        self.group = group or _own_group()
         self._clock, self._sleep = clock, sleep
         self._buffers = HostBuffers()
         self._is_validated = False
@@ -283,6 +283,12 @@ def save_checkpoint(
     """
     config = CheckpointConfig(asynchronous=False, keep_last=0)
     CheckpointSaver(store, config, group or dist.group.WORLD).save(step, sharded_state, common, meta)
+
+
+def _own_group() -> dist.ProcessGroup:
+    group = dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT)
+    assert isinstance(group, dist.ProcessGroup), "every rank is in it"
+    return group
 
 
 def _failure_text(step: int, error: Exception) -> str:

@@ -251,4 +251,4 @@ class Trainer:
         for report in reports if self.reporting is not None else []:
             self._save_metrics = report.metrics()
             for line in report.lines():
-                self.reporting.progress.note(line)
+                self._note(line)

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,8 @@ class Writing:
     def __init__(self, folder: Path, **settings: Any) -> None:
         self.store = CheckpointStore(folder)
         self.waits: list[float] = []
-        self.saver = CheckpointSaver(
-            self.store, CheckpointConfig(**({"keep_last": 0} | settings)), sleep=self.waits.append
-        )
+        config = replace(CheckpointConfig(keep_last=0), **settings)
+        self.saver = CheckpointSaver(self.store, config, sleep=self.waits.append)
         self.weight = torch.zeros(3)
         self.gate = threading.Event()
         self.publish: Callable[[], object] = self.gate.wait

@@ -8,7 +8,7 @@ import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,7 @@ def resume_config(layout: Layout, folder: Path, case: Case) -> RunConfig:
             embedding_init_std=0.2,
         ),
         attention=AttentionConfig(block_size=BLOCK_SIZE, topk=4, index_head_dim=4),
-        parallel=ParallelConfig(**dict(layout.sizes)),
+        parallel=replace(ParallelConfig(), **dict(layout.sizes)),
         exchange=ExchangeConfig(hot_share=0.0),
         data=DataConfig(
             corpus=f"{folder}/corpus",

@@ -56,7 +56,8 @@ def rename_keys(template: dict[str, Any], begin: str, new_begin: str) -> dict[st
             return replace(entry, key=new_begin + entry.key.removeprefix(begin))
         return entry
 
-    return dict_list_map_inplace(rename, _copied(template))
+    renamed: Any = dict_list_map_inplace(rename, _copied(template))
+    return renamed
 
 
 def _copied(tree: Any) -> Any:

@@ -197,6 +197,7 @@ class CheckpointSaver:
         taken: list[Snapshot] = []
 
         def copy() -> int:
+            sharded: Any
             sharded, plain = save_preprocess(state, validate_access_integrity=False)
             if dist.get_rank() == 0:
                 _check_readable(plain)

@@ -204,10 +204,13 @@ class CheckpointSaver:
             taken.append(self._buffers.take(shards_to_write(sharded), plain))
             return taken[0].num_bytes
 
+        def validate() -> None:
+            save_preprocess(state, validate_access_integrity=True)
+
         num_bytes = sum(together(copy, self.group))
         if not self._is_validated:
             # the same in all saves of a run
-            together(lambda: save_preprocess(state, validate_access_integrity=True), self.group)
+            together(validate, self.group)
             self._is_validated = True
         return taken[0], num_bytes
 

@@ -214,6 +214,9 @@ class MegatronEngine(Engine):
         """See Engine.load_state."""
         self.model.load_state_dict(state["model"])
         for number, part in enumerate(self._optimizer_parts()):
+            for moments in part.optimizer.state.values():
+                # Megatron would look for it among the tensors.
+                moments.pop("step", None)
             part.load_parameter_state_from_fully_reshardable(state["optimizer"][str(number)])
             _set_updates(part.optimizer, updates)
 

@@ -18,6 +18,9 @@ GROUPS = (
     "launcher",
 )
 
+# Chosen by msa-submit alone: where a run computes is no part of it
+CLUSTER = "cluster"
+
 
 def config_dir() -> Path:
     """Folder of the YAML files: inside the package of a wheel, beside it in a checkout."""
@@ -32,7 +35,7 @@ def group_options(group: str, config_dirs: Sequence[Path] = ()) -> dict[str, str
     """Options of a group, each with the first comment of its file, e.g. {"tiny": "4 layers, ..."}.
 
     Args:
-        group: one of GROUPS.
+        group: one of GROUPS, or CLUSTER.
         config_dirs: folders of the user's besides ours.
     """
     folders = (config_dir(), *config_dirs)

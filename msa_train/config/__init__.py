@@ -1,5 +1,6 @@
 """Typed configuration: dataclasses, their choices, and the rules between them. Standard library only."""
 
+from msa_train.config.cluster import ClusterConfig, ContainerRuntime, Tasks, check_cluster, check_time
 from msa_train.config.model import AttentionConfig, ModelConfig
 from msa_train.config.options import (
     Activation,
@@ -29,6 +30,7 @@ from msa_train.config.run import (
     ParallelConfig,
     RunConfig,
     TrainConfig,
+    WatchdogConfig,
 )
 from msa_train.config.stages import (
     Stage,
@@ -45,6 +47,8 @@ __all__ = [
     "AttentionKernel",
     "AttentionKind",
     "CheckpointConfig",
+    "ClusterConfig",
+    "ContainerRuntime",
     "CpLayout",
     "DataConfig",
     "Device",
@@ -67,8 +71,12 @@ __all__ = [
     "Stage",
     "StageAttention",
     "StageConfig",
+    "Tasks",
     "TrainConfig",
+    "WatchdogConfig",
+    "check_cluster",
     "check_rules",
+    "check_time",
     "longest_seq_len",
     "plan_stages",
     "resolve_engine",

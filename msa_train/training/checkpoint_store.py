@@ -26,6 +26,7 @@ from typing import Any
 
 import msa_train
 from msa_train.config import AttentionKind, RunConfig
+from msa_train.training.generation import check_generation
 from msa_train.training.stage_record import check_recorded_stages
 
 FORMAT_VERSION = 1
@@ -100,6 +101,7 @@ class CheckpointStore:
 
     def begin(self, step: int) -> Path:
         """Make the folder to write into, after removing what earlier crashes left."""
+        check_generation(self.folder.parent)
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob(".step_*"):
             shutil.rmtree(leftover)
@@ -113,6 +115,7 @@ class CheckpointStore:
             assert (partial / name).is_file(), f"{name} must be written before step {step} is published"
         for path in (*partial.rglob("*"), partial):
             _sync(path)
+        check_generation(self.folder.parent)
         # Only a run that went back behind a damaged checkpoint comes to the same step again.
         replaced = self.folder / f".{target.name}.replaced"
         if target.exists():

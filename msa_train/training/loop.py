@@ -1,6 +1,7 @@
 """The training loop: steps, validation, checkpoints, metrics."""
 
 import math
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,16 +13,19 @@ import torch.distributed as dist
 from msa_train.config import RunConfig, Stage, StageAttention, plan_stages, stage_at, total_steps
 from msa_train.data import BatchStream, Corpus, PackedDataset
 from msa_train.parallel.groups import Groups
+from msa_train.training import stop
 from msa_train.training.batch import StepBatch, make_batch
 from msa_train.training.checkpoint import save_checkpoint
 from msa_train.training.checkpoint_store import CheckpointStore, fingerprint
 from msa_train.training.divergence import check_finite
 from msa_train.training.engine import Engine, StepResult
+from msa_train.training.generation import own_generation
 from msa_train.training.lr_schedule import Rates, stage_rates
 from msa_train.training.metrics import MetricsWriter
 from msa_train.training.progress import Progress
 from msa_train.training.selection_log import SelectionLog
 from msa_train.training.step_metrics import StepMetrics, router_bias_range
+from msa_train.training.watchdog import Watchdog
 
 
 @dataclass(slots=True)
@@ -57,14 +61,23 @@ class Trainer:
         self.store, self.reporting = store, reporting
         self.stages, self.total_steps = plan_stages(config), total_steps(config)
         self.metrics = StepMetrics(config, groups)
+        self.stopped: stop.Stopped | None = None
+        "set if a signal ended the run before its last step"
 
     def run(self, first_step: int, after_step: Callable[[int], None] | None = None) -> dict[str, Any]:
-        """Train to the end; returns the last metrics seen of every kind.
+        """Train to the end, or until a signal asks to stop; returns the last metrics seen of every kind.
 
         Args:
             first_step: updates already made.
             after_step: called with the step number after each step, for tests.
         """
+        watchdog = Watchdog(self.config.watchdog.timeout_s, f"rank {self.groups.rank}")
+        with watchdog:
+            return self._run_stages(first_step, watchdog, after_step)
+
+    def _run_stages(
+        self, first_step: int, watchdog: Watchdog, after_step: Callable[[int], None] | None
+    ) -> dict[str, Any]:
         last: dict[str, Any] = {}
         for stage in self.stages:
             begin, end = max(first_step, stage.first_step), min(stage.last_step, self.total_steps)
@@ -77,11 +90,31 @@ class Trainer:
                     last |= values
                     self._report(step, values)
                     check_finite(step, values, self.store)
-                    if self._due(step, self.config.checkpoint.every):
+                    watchdog.beat(f"step {step}")
+                    saved = self._due(step, self.config.checkpoint.every)
+                    if saved:
                         self.save(step)
+                        watchdog.beat(f"the checkpoint of step {step}")
                     if after_step is not None:
                         after_step(step)
+                    if self._stops(step, saved=saved):
+                        return last
         return last
+
+    def _stops(self, step: int, *, saved: bool) -> bool:
+        """Whether any rank was asked to stop: then all stop after the same step, which is saved."""
+        asked = torch.tensor([stop.requested()], device=self.groups.device)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        number = int(asked)
+        if not number or step == self.total_steps:
+            return False
+        if not saved and self.config.checkpoint.every:
+            self.save(step)
+            saved = True
+        self.stopped = stop.Stopped(
+            step=step, signal=signal.Signals(number).name, saved=saved, generation=own_generation()
+        )
+        return True
 
     def _enter(self, stage: Stage, step: int) -> None:
         self.engine.set_stage(stage)

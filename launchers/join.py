@@ -22,6 +22,8 @@ class Node:
     head: str
     "host name of node 0"
     port: int
+    start: str
+    "see slurm_generation"
 
 
 def joined_node(environ: Mapping[str, str]) -> Node | None:
@@ -42,6 +44,7 @@ def joined_node(environ: Mapping[str, str]) -> Node | None:
         num_workers=int(workers),
         head=environ.get("MASTER_ADDR") or nodes[0],
         port=_step_port(environ),
+        start=slurm_generation(environ),
     )
 
 

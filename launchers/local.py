@@ -24,7 +24,6 @@ from launchers.failure import WorkerFailure, report
 from launchers.join import Node
 from launchers.worker import LAUNCHER_PID, TRAINING
 from msa_train.training import stop
-from msa_train.training.generation import own_generation
 
 MONITOR_INTERVAL_S = 0.1
 # between the polite signal and SIGKILL for workers that have lost another one
@@ -206,7 +205,7 @@ def _rendezvous(node: Node | None) -> RendezvousParameters:
     return RendezvousParameters(
         backend="static",
         endpoint=f"{node.head}:{node.port}",
-        run_id=own_generation() or "msa-train",
+        run_id=node.start,
         min_nodes=node.count,
         max_nodes=node.count,
         rank=node.rank,

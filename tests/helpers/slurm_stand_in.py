@@ -28,7 +28,8 @@ def main(arguments: list[str]) -> int:
         print(f"step {step}", flush=True)
         if step == int(settings.get("crash_at", "-1")):
             return 1
-        if stop.requested():
+        # ranks of a real run stop together or not at all: none can once another one has crashed
+        if stop.requested() and "crash_at" not in settings:
             if rank == 0:
                 (checkpoints / f"step_{step:08d}").mkdir(parents=True)
                 name = signal.Signals(stop.requested()).name

@@ -16,6 +16,7 @@ GROUPS = (
     "checkpoint",
     "logging",
     "launcher",
+    "watchdog",
 )
 
 # Chosen by msa-submit alone: where a run computes is no part of it

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from launchers.compose import compose_run, config_to_yaml, known_keys, load_run
-from launchers.groups import GROUPS, config_dir, group_options
+from launchers.groups import CLUSTER, GROUPS, config_dir, group_options
 from launchers.model_size import model_size
 from msa_train.config import AttentionKind, RunConfig, check_rules
 
@@ -55,7 +55,7 @@ def test_model_preset_leaves_no_shape_to_defaults(preset: str) -> None:
 def test_groups_are_the_sections_of_the_schema() -> None:
     sections = {key.partition(".")[0] for key in known_keys(["any"]) if "." in key}
     assert {*GROUPS} == {"run", *sections}
-    assert {path.name for path in config_dir().iterdir() if path.is_dir()} == {*GROUPS}
+    assert {path.name for path in config_dir().iterdir() if path.is_dir()} == {*GROUPS, CLUSTER}
 
 
 def test_defaults_are_those_of_the_dataclasses() -> None:

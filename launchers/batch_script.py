@@ -39,9 +39,12 @@ def script_path() -> Path:
 
 def batch_script(job: Job, cluster: ClusterConfig) -> str:
     """Text of the script, complete: `sbatch FILE` submits it."""
-    head, marker, common = script_path().read_text(encoding="utf-8").partition(COMMON)
+    _, marker, common = script_path().read_text(encoding="utf-8").partition(COMMON)
     assert marker, f"{script_path()} lacks the line {COMMON.strip()!r}"
-    lines = ["#!/usr/bin/env bash", f"# Trains {job.name}; written by msa-submit, to be read, changed, submitted:"]
+    lines = [
+        "#!/usr/bin/env bash",
+        f"# Trains {job.name}; written by msa-submit, to be read, changed, submitted:",
+    ]
     lines += ["#", f"#   sbatch {shlex.quote(str(job.run_dir / 'slurm' / 'job.sbatch'))}", "#"]
     lines += [f"#SBATCH {option}" for option in sbatch_options(job, cluster)]
     lines += _environment(job, cluster) + _settings(job, cluster)

@@ -40,7 +40,12 @@ def _git(root: Path, *arguments: str) -> str | None:
     """Output, None where it fails or there is no git."""
     try:
         done = subprocess.run(
-            ["git", *arguments], cwd=root, capture_output=True, text=True, timeout=GIT_WITHIN_S, errors="replace"
+            ["git", *arguments],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            timeout=GIT_WITHIN_S,
+            errors="replace",
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -55,8 +55,8 @@ def _file(name: str, config_dirs: Sequence[Path]) -> Path:
     match = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean cluster={match[0]}? " if match else ""
     raise ValueError(
-        f"cluster={name}: there is no such cluster; {hint}the choices are {', '.join(known)}; your own is a file "
-        "DIR/cluster/NAME.yaml with --config-dir DIR"
+        f"cluster={name}: there is no such cluster; {hint}the choices are {', '.join(known)}; your own is "
+        "a file DIR/cluster/NAME.yaml with --config-dir DIR"
     )
 
 

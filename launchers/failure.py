@@ -66,8 +66,8 @@ def report(failures: Mapping[int, WorkerFailure], *, world_size: int, first_rank
     first = first_failure(failures)
     lines = [
         f"msa-train: rank {first.rank} of {world_size} failed: {_cause(first)}",
-        f"  rank {first.rank}, local rank {first.rank - first_rank}, pid {first.pid}, host {socket.gethostname()}, "
-        f"{_ending(first.exit_code)}",
+        f"  rank {first.rank}, local rank {first.rank - first_rank}, pid {first.pid}, "
+        f"host {socket.gethostname()}, {_ending(first.exit_code)}",
     ]
     if first.log:
         lines.append(f"  its output: {first.log}")

@@ -16,9 +16,9 @@ from launchers.node_links import Answer, Head, answer_head, slow_nodes
 
 BAD_NODES = Path("slurm") / "bad_nodes"
 DESCRIPTION = """\
-Run by srun with one task per node, before training. Every node says what it has and writes into run_dir; the first
-one compares clocks and links; then all of them time an all-reduce. Bad nodes are named in the output and, for the batch
-script, in RUN_DIR/slurm/bad_nodes; the exit code is 1 then."""
+Run by srun with one task per node, before training. Every node says what it has and writes into run_dir; the
+first one compares clocks and links; then all of them time an all-reduce. Bad nodes are named in the output
+and, for the batch script, in RUN_DIR/slurm/bad_nodes; the exit code is 1 then."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -67,11 +67,15 @@ def find_place() -> Place:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="msa-preflight", description=DESCRIPTION)
-    parser.add_argument("--run-dir", required=True, metavar="DIR", help="that every node must be able to write")
+    parser.add_argument(
+        "--run-dir", required=True, metavar="DIR", help="that every node must be able to write"
+    )
     parser.add_argument("--gpus", type=int, default=0, metavar="N", help="of a node (0)")
     parser.add_argument("--cpus", type=int, default=1, metavar="N", help="of a node (1)")
     parser.add_argument("--memory-gb", type=float, default=0.0, metavar="X", help="free memory of a node (0)")
-    parser.add_argument("--clock-s", type=float, default=2.0, metavar="X", help="largest error of a clock (2)")
+    parser.add_argument(
+        "--clock-s", type=float, default=2.0, metavar="X", help="largest error of a clock (2)"
+    )
     parser.add_argument("--megabytes", type=float, default=16.0, metavar="X", help="of the all-reduce (16)")
     parser.add_argument("--timeout-s", type=float, default=60.0, metavar="X", help="for an answer (60)")
     return parser
@@ -91,7 +95,10 @@ def _check(arguments: argparse.Namespace, place: Place) -> None:
         seconds = _time_all_reduce(place, arguments.megabytes, timeout_s)
         if place.rank == 0:
             rate = arguments.megabytes / 1000 / seconds
-            print(f"all-reduce of {arguments.megabytes:g} MB: {seconds * 1000:.0f} ms ({rate:.2f} GB/s)", flush=True)
+            print(
+                f"all-reduce of {arguments.megabytes:g} MB: {seconds * 1000:.0f} ms ({rate:.2f} GB/s)",
+                flush=True,
+            )
 
 
 def _judge(facts: Facts, wanted: Wanted, place: Place, run_dir: Path, timeout_s: float) -> None:
@@ -124,8 +131,8 @@ def _judge(facts: Facts, wanted: Wanted, place: Place, run_dir: Path, timeout_s:
 def _line(node: str, answer: Answer) -> str:
     facts = answer.facts
     return (
-        f"{node}: {facts.gpus} GPUs, {facts.cpus} CPUs, {facts.memory_gb:.0f} GB free, clock {answer.clock_s:+.3f} "
-        f"s, link {answer.echo_s * 1000:.1f} ms, run_dir written in {facts.write_s * 1000:.0f} ms"
+        f"{node}: {facts.gpus} GPUs, {facts.cpus} CPUs, {facts.memory_gb:.0f} GB free, "
+        f"clock {answer.clock_s:+.3f} s, link {answer.echo_s * 1000:.1f} ms, run_dir written in {facts.write_s * 1000:.0f} ms"
     )
 
 
@@ -138,7 +145,9 @@ def _answer(facts: Facts, place: Place, run_dir: Path, timeout_s: float) -> bool
         # this node alone may be cut off: the first one then names it, and knows better
         if not (run_dir / BAD_NODES).exists():
             _name(run_dir, [head])
-        raise NodesAreBadError(f"{head}, the first node, cannot be reached from {facts.node}: {error}") from error
+        raise NodesAreBadError(
+            f"{head}, the first node, cannot be reached from {facts.node}: {error}"
+        ) from error
 
 
 def _name(run_dir: Path, nodes: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Where the groups of a run lie on its nodes. Ranks are dealt to nodes in order, so groups of neighbours stay together.
+"""Where the groups of a run lie on its nodes: ranks are dealt to nodes in order, neighbours stay together.
 
 Megatron numbers ranks tensor first, then context and expert parallel, then data, pipeline last.
 """
@@ -29,8 +29,8 @@ def check_placement(parallel: ParallelConfig, *, num_nodes: int, workers: int) -
         else:
             fitting = math.gcd(size, workers)
             lines.append(
-                f"{name} of {size} ranks is cut by the end of a node of {workers}: some groups lie on more nodes "
-                f"than they need; sizes that divide {workers}, or are a multiple of it, do not ({fitting})"
+                f"{name} of {size} ranks is cut by the end of a node of {workers}: some groups lie on more "
+                f"nodes than they need; sizes that divide {workers}, or are a multiple of it, do not ({fitting})"
             )
     return lines
 

@@ -57,7 +57,9 @@ def read_status(run_dir: Path) -> dict[str, Any]:
         ValueError: if run_dir is no folder of a run.
     """
     if not run_dir.is_dir() or not any((run_dir / name).exists() for name in (CONFIG_NAME, FOLDER)):
-        raise ValueError(f"run_dir={run_dir}: is no folder of a run; name one that msa-train or msa-submit made")
+        raise ValueError(
+            f"run_dir={run_dir}: is no folder of a run; name one that msa-train or msa-submit made"
+        )
     status: dict[str, Any] = {"run_dir": str(run_dir)}
     status |= _job(run_dir) | _progress(run_dir) | _checkpoint(run_dir)
     starts = _starts(run_dir)

@@ -26,13 +26,13 @@ USAGE = """\
 msa-submit run=NAME cluster=NAME nodes=N time=HH:MM:SS [KEY=VALUE ...] [--dry-run]
 msa-submit -m run=NAME cluster=NAME nodes=N time=HH:MM:SS KEY=VALUE,VALUE [...]
 
-Checks a run as msa-train does, writes the batch script with code version and configuration into run_dir/slurm, and
-submits it. The job saves before its time is up, requeues itself and goes on; msa-status RUN_DIR shows how far it is.
-With -m, a job for every combination of values.
+Checks a run as msa-train does, writes the batch script with code version and configuration into
+run_dir/slurm, and submits it. The job saves before its time is up, requeues itself and goes on; msa-status
+RUN_DIR shows how far it is. With -m, a job for every combination of values.
 
 options:
   --dry-run         print the script, write and submit nothing
-  --config-dir DIR  take options of the groups, clusters too, from DIR/cluster, DIR/run and so on; may be repeated
+  --config-dir DIR  take options of the groups, clusters too, from DIR/cluster, DIR/run ...; may be repeated
   --help            print this text and stop
 
 clusters (conf/cluster; cluster.KEY=VALUE changes one of its keys):

@@ -86,7 +86,9 @@ def expand(overrides: Sequence[str]) -> tuple[set[str], list[list[str]]]:
         else:
             choices.append([text])
     if not swept:
-        raise ValueError("-m: no key has several values; write them as in optim.lr=1e-4,3e-4, or leave -m out")
+        raise ValueError(
+            "-m: no key has several values; write them as in optim.lr=1e-4,3e-4, or leave -m out"
+        )
     return swept, [list(combination) for combination in itertools.product(*choices)]
 
 
@@ -167,5 +169,3 @@ def _literal(value: Any) -> str:
 
 def _mapping(value: dict[str, str]) -> str:
     return "{" + ",".join(f"{key}:{json.dumps(item)}" for key, item in value.items()) + "}"
-
-

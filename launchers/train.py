@@ -39,8 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments, those of the process by default.
 
     Returns:
-        Exit code: 0, 1 after a worker failed, 2 for bad input, 75 if asked to stop and saved (0 under torchrun
-        and srun, which kill the others of a rank that ends otherwise), 128 + signal if stopped otherwise.
+        Exit code: 0, 1 after a worker failed, 2 for bad input, 75 if asked to stop and saved (0 under
+        torchrun and srun, which kill the others of a rank that ends otherwise), 128 + signal if stopped
+        otherwise.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:

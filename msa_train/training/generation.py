@@ -16,7 +16,7 @@ class SupersededError(RuntimeError):
 
 
 def own_generation() -> str:
-    """Of this process's start, empty where nobody has given it one. Under Slurm job id and restart count: 7.0."""
+    """Of this process's start, empty where nobody has given it one. Under Slurm job and restart: 7.0."""
     return os.environ.get(VARIABLE, "")
 
 
@@ -42,5 +42,5 @@ def check_generation(run_dir: str | Path) -> None:
         return
     if own and current != own:
         raise SupersededError(
-            f"run_dir={run_dir}: start {current} has taken over from start {own}, which may write nothing more"
+            f"run_dir={run_dir}: start {current} has taken over from start {own}, which may write no more"
         )

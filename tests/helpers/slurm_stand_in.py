@@ -1,4 +1,4 @@
-"""Stands in for msa-train under Slurm where only the batch script is tested: no torch, same signs, same codes.
+"""Stands in for msa-train where only the batch script is tested: no torch, the same signs and codes.
 
 python slurm_stand_in.py run_dir=DIR steps=N [crash_at=N]: a step takes 0.1 s; asked to stop, it saves.
 """

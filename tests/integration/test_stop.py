@@ -57,6 +57,20 @@ def test_nothing_to_go_on_from_is_no_pause(finished: FinishedRun, tmp_path: Path
     assert last_step(tmp_path / "run") < STEPS
 
 
+def test_hang_is_ended_with_the_stacks_of_who_waits(finished: FinishedRun, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    start = (*finished.settings, f"run_dir={run_dir}", "train.steps=100000", "watchdog.timeout_s=20")
+    with Training(*start) as training:
+        training.wait_for_step(run_dir, 1)
+        training.worker(1).send_signal(signal.SIGSTOP)
+        assert training.end() == 1, training.output
+        assert "rank 0: no progress for 2" in training.errors
+        assert "(watchdog.timeout_s=20)" in training.errors
+        # where rank 0 stands: a step, which waits for rank 1
+        assert "in train_step" in training.errors
+        assert "rank 0 of 2 failed: exit code 70" in training.errors
+
+
 def _stopped(run_dir: Path, name: str) -> int:
     """The step at which it stopped and that is saved."""
     mark = stop.read_stopped(run_dir)

@@ -43,7 +43,10 @@ def submit_stand_in(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFact
             python_path=f"{ROOT}:{ROOT}/kernels",
         )
         text = batch_script(job, config)
-        ours, theirs = f"{sys.executable} -m launchers.train", f"{sys.executable} -m tests.helpers.slurm_stand_in"
+        ours, theirs = (
+            f"{sys.executable} -m launchers.train",
+            f"{sys.executable} -m tests.helpers.slurm_stand_in",
+        )
         assert text.count(ours) == 1
         script = run_dir / "slurm" / "job.sbatch"
         script.write_text(text.replace(ours, theirs))

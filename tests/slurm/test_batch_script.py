@@ -1,4 +1,4 @@
-"""The batch script on a real Slurm, with a stand-in for the trainer: when a job comes back, and when it must not."""
+"""The batch script on a real Slurm, with a stand-in for the trainer: when a job comes back, when it must not."""
 
 import re
 import subprocess
@@ -41,7 +41,9 @@ def wait_for_text(cluster: SlurmCluster, run_dir: Path, text: str) -> None:
 def submitted(cluster: SlurmCluster, submit_stand_in: SubmitStandIn) -> dict[str, tuple[str, Path]]:
     """Jobs that run at the same time, as a requeued one waits for seconds; two are warned of their end."""
     jobs = {
-        f"slices_{tasks.value}": submit_stand_in("slices", "steps=40", config=ClusterConfig(**SMALL, tasks=tasks))
+        f"slices_{tasks.value}": submit_stand_in(
+            "slices", "steps=40", config=ClusterConfig(**SMALL, tasks=tasks)
+        )
         for tasks in Tasks
     }
     for job, run_dir in list(jobs.values()):
@@ -88,6 +90,18 @@ def test_cancelled_job_stays_cancelled(cluster: SlurmCluster, submit_stand_in: S
     cluster.wait(lambda: not cluster.run("squeue", "-h", "-j", job, "-o", "%T"), "its end", WITHIN_S)
     assert cluster.job(job)["Restarts"] == "0"
     assert "requeueing" not in output(run_dir)
+
+
+def test_unreachable_run_dir_is_told_at_once(cluster: SlurmCluster, submit_stand_in: SubmitStandIn) -> None:
+    job, run_dir = submit_stand_in("unreachable", "steps=1", config=ClusterConfig(**SMALL))
+    script = run_dir / "slurm" / "job.sbatch"
+    cluster.run("scancel", job)
+    lost = "/proc/lost/run"
+    script.write_text(script.read_text().replace(f"run_dir={run_dir}\n", f"run_dir={lost}\n"))
+    job = cluster.run("sbatch", "--parsable", str(script))
+    cluster.wait_for_job(job, ended, WITHIN_S)
+    assert cluster.job(job)["JobState"] == "FAILED"
+    assert f"giving up: run_dir={lost} cannot be written from node" in output(run_dir)
 
 
 def test_element_of_an_array_requeues_itself_alone(

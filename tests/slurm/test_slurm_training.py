@@ -1,4 +1,4 @@
-"""Training on several nodes of a real Slurm: submitted, stopped, requeued, robbed of a node, and the same bits."""
+"""Training on several nodes of a real Slurm: stopped, requeued, robbed of a node, and the same bits."""
 
 import json
 import re
@@ -62,7 +62,12 @@ def test_demo_trains_over_two_nodes(cluster: SlurmCluster, data: tuple[str, ...]
         cluster,
         run_dir,
         *("nodes=2", "run=demo", *data, "data.seq_len=1024", "train.global_batch_size=2", "train.steps=4"),
-        *("train.validate_every=4", "checkpoint.every=4", "logging.attention_every=0", "logging.tensorboard=false"),
+        *(
+            "train.validate_every=4",
+            "checkpoint.every=4",
+            "logging.attention_every=0",
+            "logging.tensorboard=false",
+        ),
         *("cluster.preflight=true", "cluster.exclude_bad_nodes=false"),
     )
     cluster.wait_for_job(job, ended, WITHIN_S)
@@ -138,15 +143,20 @@ def test_stopped_requeued_and_robbed_of_a_node_it_comes_to_the_same_bits(
         assert without_times(ours) == without_times(theirs), f"step {theirs['step']}"
 
 
-def test_sweep_of_two_through_submitit(
-    cluster: SlurmCluster, data: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_sweep_of_two_through_submitit(cluster: SlurmCluster, data: tuple[str, ...], tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs the extra 'slurm'")
     told = command(
         cluster,
         "submit",
         *("-m", "cluster=local_cpu", "cluster.workers_per_node=1", "nodes=1", "time=10"),
-        *(*TINY, *data, "parallel.cp_size=1", "parallel.ep_size=1", "train.steps=2", f"run_dir={tmp_path / 'sweep'}"),
+        *(
+            *TINY,
+            *data,
+            "parallel.cp_size=1",
+            "parallel.ep_size=1",
+            "train.steps=2",
+            f"run_dir={tmp_path / 'sweep'}",
+        ),
         "optim.lr=1e-3,4e-3",
     )
     for rate in ("0.001", "0.004"):
@@ -161,8 +171,17 @@ def test_dry_run_prints_the_script_and_writes_nothing(
 ) -> None:
     run_dir = tmp_path / "run"
     code = submit_main(
-        ["run=smoke", "cluster=gpu_example", "nodes=1", f"run_dir={run_dir}", "engine=torch", "--dry-run"]
-        + ["parallel.cp_size=8", "parallel.ep_size=4", "data.seq_len=4096"]
+        [
+            *(
+                "run=smoke",
+                "cluster=gpu_example",
+                "nodes=1",
+                f"run_dir={run_dir}",
+                "engine=torch",
+                "--dry-run",
+            ),
+            *("parallel.cp_size=8", "parallel.ep_size=4", "data.seq_len=4096"),
+        ]
     )
     captured = capsys.readouterr()
     assert code == 0, captured.err

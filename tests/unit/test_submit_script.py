@@ -49,9 +49,13 @@ def test_script_differs_from_the_one_by_hand_in_its_head_alone() -> None:
 
 def test_task_per_node_and_task_per_gpu() -> None:
     per_node = lines(ClusterConfig(gpus_per_node=4, cpus_per_worker=6))
-    assert {"#SBATCH --ntasks-per-node=1", "#SBATCH --cpus-per-task=24", "tasks=node", "workers=4"} <= set(per_node)
+    assert {"#SBATCH --ntasks-per-node=1", "#SBATCH --cpus-per-task=24", "tasks=node", "workers=4"} <= set(
+        per_node
+    )
     per_gpu = lines(ClusterConfig(gpus_per_node=4, cpus_per_worker=6, tasks=Tasks.gpu))
-    assert {"#SBATCH --ntasks-per-node=4", "#SBATCH --cpus-per-task=6", "tasks=gpu", "workers=4"} <= set(per_gpu)
+    assert {"#SBATCH --ntasks-per-node=4", "#SBATCH --cpus-per-task=6", "tasks=gpu", "workers=4"} <= set(
+        per_gpu
+    )
 
 
 def test_values_with_spaces_and_variables_are_quoted() -> None:

@@ -74,5 +74,7 @@ def test_requeued_start_takes_over_from_one_that_lives_on(
         with claim_run_dir(str(tmp_path)):
             assert os.environ[VARIABLE] == "7.1"
             monkeypatch.setenv("SLURM_JOB_ID", "8")
-            with pytest.raises(ValueError, match=rf"another msa-train \(pid {os.getpid()} on .*, start 7.1\)"):
+            with pytest.raises(
+                ValueError, match=rf"another msa-train \(pid {os.getpid()} on .*, start 7.1\)"
+            ):
                 claim_run_dir(str(tmp_path))

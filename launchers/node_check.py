@@ -132,7 +132,8 @@ def _line(node: str, answer: Answer) -> str:
     facts = answer.facts
     return (
         f"{node}: {facts.gpus} GPUs, {facts.cpus} CPUs, {facts.memory_gb:.0f} GB free, "
-        f"clock {answer.clock_s:+.3f} s, link {answer.echo_s * 1000:.1f} ms, run_dir written in {facts.write_s * 1000:.0f} ms"
+        f"clock {answer.clock_s:+.3f} s, link {answer.echo_s * 1000:.1f} ms, "
+        f"run_dir written in {facts.write_s * 1000:.0f} ms"
     )
 
 

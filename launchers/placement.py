@@ -30,7 +30,7 @@ def check_placement(parallel: ParallelConfig, *, num_nodes: int, workers: int) -
             fitting = math.gcd(size, workers)
             lines.append(
                 f"{name} of {size} ranks is cut by the end of a node of {workers}: some groups lie on more "
-                f"nodes than they need; sizes that divide {workers}, or are a multiple of it, do not ({fitting})"
+                f"nodes than they need; sizes that divide {workers}, or a multiple of it, do not ({fitting})"
             )
     return lines
 

@@ -1,4 +1,4 @@
-"""The batch script on a real Slurm, with a stand-in for the trainer: when a job comes back, when it must not."""
+"""The batch script on a real Slurm, a stand-in for the trainer: when a job comes back, when it must not."""
 
 import re
 import subprocess

@@ -118,9 +118,10 @@ def test_stopped_requeued_and_robbed_of_a_node_it_comes_to_the_same_bits(
 
     wait_for_step(cluster, run_dir, slice_end + 3, job)
     cluster.run("scontrol", "requeue", job)
-    cluster.wait_for_job(job, lambda fields: fields["JobState"] == "PENDING", WITHIN_S)
+    cluster.wait_for_job(
+        job, lambda fields: (fields["Restarts"], fields["JobState"]) == ("2", "RUNNING"), WITHIN_S
+    )
     before = last_step(run_dir)
-    cluster.wait(lambda: last_step(run_dir) != before, "the requeued run to begin", WITHIN_S)
 
     wait_for_step(cluster, run_dir, before + 2, job)
     lost = cluster.run("scontrol", "show", "hostnames", cluster.job(job)["NodeList"]).split()[1]

@@ -29,6 +29,7 @@ from tests.helpers.slurm_settings import CONTROL, FREEZER, Shape, address, write
 
 UP_WITHIN_S = 60
 POLL_S = 0.05
+ASKED_AGAIN = 20
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "nsenter", "unshare")
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 PR_SET_PDEATHSIG = 1
@@ -117,7 +118,14 @@ class SlurmCluster:
 
     def job(self, job_id: str) -> dict[str, str]:
         """Fields of `scontrol show job`, e.g. {"JobState": "RUNNING", "Restarts": "0", ...}."""
-        text = self.run("scontrol", "show", "job", "--oneliner", job_id)
+        for _ in range(ASKED_AGAIN):
+            text = self.run("scontrol", "show", "job", "--oneliner", job_id, check=False)
+            if "JobState=" in text:
+                break
+            # the controller is busy with a node that it has just lost
+            time.sleep(1)
+        else:
+            raise TimeoutError(f"nobody answers about job {job_id}\n{self._logs()}")
         pairs = (part.partition("=") for part in text.split())
         return {key: value for key, _, value in pairs}
 

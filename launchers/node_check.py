@@ -166,13 +166,14 @@ def _time_all_reduce(place: Place, megabytes: float, timeout_s: float) -> float:
     # takes seconds; a bad node is named before
     import torch
     import torch.distributed as dist
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", 0), "nccl"
     limit = timedelta(seconds=timeout_s)
     try:
-        store = dist.TCPStore(place.nodes[0], place.port + 1, len(place.nodes), place.rank == 0, limit)
+        store = TCPStore(place.nodes[0], place.port + 1, len(place.nodes), place.rank == 0, limit)
         dist.init_process_group(
             backend, store=store, rank=place.rank, world_size=len(place.nodes), timeout=limit
         )

@@ -97,7 +97,10 @@ def hydra_arguments(request: "Request", cluster: ClusterConfig, base: Path, swep
     fixed = sorted({_key(text) for text in request.run} - swept | {"run_dir"})
     setup = ["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK", *cluster.setup]
     setup += [f"export {name}={value}" for name, value in {**cluster.environment, **cluster.network}.items()]
-    more = dict(option.lstrip("-").partition("=")[::2] for option in cluster.sbatch)
+    more: dict[str, str] = {}
+    for option in cluster.sbatch:
+        name, _, value = option.lstrip("-").partition("=")
+        more[name] = value
     if cluster.memory:
         more["mem"] = cluster.memory
     launcher: dict[str, Any] = {

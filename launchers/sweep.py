@@ -1,6 +1,6 @@
 """`msa-submit -m`: a job for every combination of values, by Hydra's multirun and the submitit launcher."""
 
-import importlib.util
+import importlib
 import itertools
 import json
 import os
@@ -38,8 +38,10 @@ def submit_sweep(request: "Request", cluster: ClusterConfig) -> None:
     Raises:
         ValueError: one line, if a combination is refused or the launcher is not installed.
     """
-    if importlib.util.find_spec("hydra_plugins.hydra_submitit_launcher") is None:
-        raise ValueError("-m: needs hydra-submitit-launcher; pip install 'msa-train[slurm]'")
+    try:
+        importlib.import_module("hydra_plugins.hydra_submitit_launcher")
+    except ModuleNotFoundError:
+        raise ValueError("-m: needs hydra-submitit-launcher; pip install 'msa-train[slurm]'") from None
     if cluster.container:
         raise ValueError("-m: the submitit launcher starts no containers; use a cluster with cluster.venv")
     swept, combinations = expand(request.run)

@@ -1,6 +1,7 @@
 """Training on several nodes of a real Slurm: stopped, requeued, robbed of a node, and the same bits."""
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -31,7 +32,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 
 def command(cluster: SlurmCluster, module: str, *arguments: str) -> str:
     """Run one of our commands on the login node."""
-    environ = {"PYTHONPATH": f"{ROOT}:{ROOT}/kernels", "TORCHDYNAMO_DISABLE": "1"}
+    path = ":".join([str(ROOT), f"{ROOT}/kernels", os.environ.get("PYTHONPATH", "")])
+    environ = {"PYTHONPATH": path, "TORCHDYNAMO_DISABLE": "1"}
     return cluster.run(
         sys.executable, "-m", f"launchers.{module}", *arguments, environ=environ, timeout=WITHIN_S
     )

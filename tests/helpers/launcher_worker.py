@@ -34,7 +34,9 @@ def run(config: RunConfig) -> None:
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         if asked.item():
             name = signal.Signals(int(asked)).name
-            stop.write_stopped(run_dir, stop.Stopped(step=step, signal=name, saved=False, generation=""))
+            if rank == 0:
+                stop.write_stopped(run_dir, stop.Stopped(step=step, signal=name, saved=False, generation=""))
+            dist.barrier()
             break
         (run_dir / f"step{rank}").write_text(str(step))
         time.sleep(0.01)

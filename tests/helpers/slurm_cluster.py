@@ -176,6 +176,7 @@ class SlurmCluster:
             return []
 
     def _up(self) -> None:
+        self._remove_hierarchies()
         write_settings(self.folder, self.shape)
         key = self.folder / "munge.key"
         key.touch(0o600)
@@ -195,6 +196,11 @@ class SlurmCluster:
     def _down(self) -> None:
         for host in [*self.shape.nodes, CONTROL]:
             self._end(host)
+        self._remove_hierarchies()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _remove_hierarchies(self) -> None:
+        """Empty control groups that slurmd leaves behind, also those of a cluster that was killed."""
         for node in self.shape.nodes:
             for hierarchy in FREEZER.parent.glob(f"*/slurm_{node}"):
                 # deepest first; whatever is still in use stays
@@ -203,7 +209,6 @@ class SlurmCluster:
                         folder.rmdir()
                 with contextlib.suppress(OSError):
                     hierarchy.rmdir()
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _start_host(self, host: str, script: str) -> None:
         log = (self.folder / f"log/{host}.out").open("ab")

@@ -60,7 +60,7 @@ set_up() {
     "$python" -m venv --clear "$venv"
     # first and alone, so that a CPU build wins where one is offered
     if ! has_gpu; then install "$constraints" torch; fi
-    install "$constraints" -e '.[dev,hf,kernels]'
+    install "$constraints" -e '.[dev,hf,kernels,slurm]'
     echo "$stamp" >"$venv/stamp"
     echo "run.sh: ready; 'source $venv/bin/activate' makes msa-train a command of this shell"
 }
@@ -87,9 +87,10 @@ set_up_system() {
         # a virtual environment's packages are not those of the Python it was made from
         "$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
     } >"$site/msa_train.pth"
-    local name
-    for name in train convert simulate; do
-        printf '#!/bin/sh\nexec "%s" -m launchers.%s "$@"\n' "$PWD/$venv/bin/python" "$name" >"$venv/bin/msa-$name"
+    local name module
+    for name in train convert simulate submit status preflight=node_check; do
+        module=${name#*=} name=${name%=*}
+        printf '#!/bin/sh\nexec "%s" -m launchers.%s "$@"\n' "$PWD/$venv/bin/python" "$module" >"$venv/bin/msa-$name"
         chmod +x "$venv/bin/msa-$name"
     done
     echo "$stamp" >"$venv/stamp"

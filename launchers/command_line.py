@@ -6,8 +6,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-# exit codes of all commands
-USER_ERROR, INTERRUPTED = 2, 130
+# exit codes of all commands; STOPPED: saved before the end, to be started again (EX_TEMPFAIL of sysexits.h)
+USER_ERROR, STOPPED, INTERRUPTED = 2, 75, 130
 
 
 class Parser(argparse.ArgumentParser):

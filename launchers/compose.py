@@ -61,7 +61,7 @@ def compose_run(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> R
         choices = ", ".join(f"run={name}" for name in group_options("run", config_dirs))
         raise ValueError(f"run: none is chosen and there is no default; use one of {choices}")
     try:
-        return _to_config(_compose(overrides, config_dirs))
+        return run_config(_compose(overrides, config_dirs))
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ValueError(_explain(error, keys)) from error
 
@@ -93,7 +93,7 @@ def load_run(path: str | Path) -> RunConfig:
         ValueError: where the file does not hold a RunConfig.
     """
     try:
-        return _to_config(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path)))
+        return run_config(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path)))
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ValueError(f"{path}: {_explain(error, known_keys())}") from error
 
@@ -116,7 +116,8 @@ def _walk(section: type, prefix: str, stages: Sequence[str]) -> dict[str, Any]:
     return keys
 
 
-def _to_config(node: Any) -> RunConfig:
+def run_config(node: Any) -> RunConfig:
+    """The typed configuration that a node of the schema stands for."""
     config = OmegaConf.to_object(node)
     assert isinstance(config, RunConfig), f"the schema is RunConfig, not {type(config)}"
     # shells leave the ~ of run_dir=~/x alone

@@ -55,13 +55,19 @@ def first_failure(failures: Mapping[int, WorkerFailure]) -> WorkerFailure:
     return min(failures.values(), key=order)
 
 
-def report(failures: Mapping[int, WorkerFailure], *, world_size: int) -> str:
-    """Text for the terminal: rank, cause, traceback, and how the others ended."""
+def report(failures: Mapping[int, WorkerFailure], *, world_size: int, first_rank: int = 0) -> str:
+    """Text for the terminal: rank, cause, traceback, and how the others ended.
+
+    Args:
+        failures: by rank.
+        world_size: ranks of the job.
+        first_rank: the first one on this machine.
+    """
     first = first_failure(failures)
     lines = [
         f"msa-train: rank {first.rank} of {world_size} failed: {_cause(first)}",
-        f"  rank {first.rank}, local rank {first.rank}, pid {first.pid}, host {socket.gethostname()}, "
-        f"{_ending(first.exit_code)}",
+        f"  rank {first.rank}, local rank {first.rank - first_rank}, pid {first.pid}, "
+        f"host {socket.gethostname()}, {_ending(first.exit_code)}",
     ]
     if first.log:
         lines.append(f"  its output: {first.log}")

@@ -16,7 +16,11 @@ GROUPS = (
     "checkpoint",
     "logging",
     "launcher",
+    "watchdog",
 )
+
+# Chosen by msa-submit alone: where a run computes is no part of it
+CLUSTER = "cluster"
 
 
 def config_dir() -> Path:
@@ -32,7 +36,7 @@ def group_options(group: str, config_dirs: Sequence[Path] = ()) -> dict[str, str
     """Options of a group, each with the first comment of its file, e.g. {"tiny": "4 layers, ..."}.
 
     Args:
-        group: one of GROUPS.
+        group: one of GROUPS, or CLUSTER.
         config_dirs: folders of the user's besides ours.
     """
     folders = (config_dir(), *config_dirs)

@@ -2,8 +2,57 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+# Set by the batch script where a task is a whole node's, not a rank's.
+WORKERS_PER_NODE = "MSA_TRAIN_WORKERS_PER_NODE"
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Node:
+    """This task's place among the nodes of a Slurm step with one task per node."""
+
+    rank: int
+    "in Slurm's order of the nodes, which puts neighbours in the network beside each other"
+    count: int
+    num_workers: int
+    "that each node starts"
+    head: str
+    "host name of node 0"
+    port: int
+    start: str
+    "see slurm_generation"
+
+
+def joined_node(environ: Mapping[str, str]) -> Node | None:
+    """The node whose workers this process is to start; None where it is no task of such a step.
+
+    Raises:
+        ValueError: where the number of workers makes no sense.
+    """
+    workers = environ.get(WORKERS_PER_NODE, "")
+    if not workers or "RANK" in environ or "SLURM_PROCID" not in environ or "SLURM_STEP_ID" not in environ:
+        return None
+    if not workers.isdecimal() or int(workers) < 1:
+        raise ValueError(f"{WORKERS_PER_NODE}={workers}: must be the number of workers that a node starts")
+    nodes = _step_nodes(environ)
+    return Node(
+        rank=int(environ["SLURM_PROCID"]),
+        count=_step_tasks(environ),
+        num_workers=int(workers),
+        head=environ.get("MASTER_ADDR") or nodes[0],
+        port=_step_port(environ),
+        start=slurm_generation(environ),
+    )
+
+
+def slurm_generation(environ: Mapping[str, str]) -> str:
+    """Which start of a Slurm job this is, e.g. "12345.0", then "12345.1" after a requeue; else empty."""
+    job = environ.get("SLURM_JOB_ID", "")
+    # unset, not 0, in the first start
+    return f"{job}.{environ.get('SLURM_RESTART_COUNT') or 0}" if job else ""
 
 
 def joined_environment(environ: Mapping[str, str]) -> dict[str, str] | None:
@@ -24,28 +73,41 @@ def joined_environment(environ: Mapping[str, str]) -> dict[str, str] | None:
 
 
 def _slurm_environment(environ: Mapping[str, str]) -> dict[str, str] | None:
-    # SLURM_NTASKS speaks of the job; a step of another size has its own number
-    num_tasks = int(environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS") or 1)
+    num_tasks = _step_tasks(environ)
     if num_tasks < 2 or "SLURM_PROCID" not in environ or "SLURM_STEP_ID" not in environ:
         return None
+    nodes = _step_nodes(environ)
+    local_rank = environ.get("SLURM_LOCALID", "0")
+    # --gpus-per-task=1 shows each task one device, whose index is 0
+    if re.fullmatch(r"[^,]+", environ.get("CUDA_VISIBLE_DEVICES", "")):
+        local_rank = "0"
+    return {
+        "RANK": environ["SLURM_PROCID"],
+        "WORLD_SIZE": str(num_tasks),
+        "LOCAL_RANK": local_rank,
+        "MASTER_ADDR": environ.get("MASTER_ADDR") or nodes[0],
+        "MASTER_PORT": str(_step_port(environ)),
+    }
+
+
+def _step_tasks(environ: Mapping[str, str]) -> int:
+    # SLURM_NTASKS speaks of the job; a step of another size has its own number
+    return int(environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS") or 1)
+
+
+def _step_nodes(environ: Mapping[str, str]) -> list[str]:
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or ""
     if not nodes:
         raise ValueError(
             "SLURM_STEP_NODELIST=: is empty in a step of several tasks; start with srun, or set RANK, "
             "WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
         )
-    local_rank = environ.get("SLURM_LOCALID", "0")
-    # --gpus-per-task=1 shows each task one device, whose index is 0
-    if re.fullmatch(r"[^,]+", environ.get("CUDA_VISIBLE_DEVICES", "")):
-        local_rank = "0"
-    port = slurm_port(environ.get("SLURM_JOB_ID", "0"), environ["SLURM_STEP_ID"])
-    return {
-        "RANK": environ["SLURM_PROCID"],
-        "WORLD_SIZE": str(num_tasks),
-        "LOCAL_RANK": local_rank,
-        "MASTER_ADDR": environ.get("MASTER_ADDR") or expand_nodelist(nodes)[0],
-        "MASTER_PORT": environ.get("MASTER_PORT") or str(port),
-    }
+    return expand_nodelist(nodes)
+
+
+def _step_port(environ: Mapping[str, str]) -> int:
+    own = slurm_port(environ.get("SLURM_JOB_ID", "0"), environ["SLURM_STEP_ID"])
+    return int(environ.get("MASTER_PORT") or own)
 
 
 def slurm_port(job_id: str, step_id: str) -> int:

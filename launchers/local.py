@@ -1,7 +1,8 @@
-"""Local workers, started and watched by torch's elastic agent."""
+"""Workers of this machine, alone or as one node of several, started and watched by torch's elastic agent."""
 
 import inspect
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -9,7 +10,7 @@ import sys
 import time
 import uuid
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -18,16 +19,23 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
+from launchers.command_line import STOPPED
 from launchers.failure import WorkerFailure, report
+from launchers.join import Node
 from launchers.worker import LAUNCHER_PID, TRAINING
+from msa_train.training import stop
 
 MONITOR_INTERVAL_S = 0.1
-# between SIGTERM and SIGKILL
+# between the polite signal and SIGKILL for workers that have lost another one
 GRACE_S = 10
+# until workers are asked again to stop: one that was just starting may not have heard it
+ASK_AGAIN_S = 5.0
+# for all nodes to come together
+RENDEZVOUS_S = 600
 
 
 class RunDirLogs(LogsSpecs):
-    """Rank 0 keeps the terminal; the others write to `<folder>/rank{n}.out` and `.err`."""
+    """Rank 0 keeps the terminal; the others, by their rank in the job, write to `rank{n}.out` and `.err`."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(log_dir=str(folder))
@@ -41,17 +49,22 @@ class RunDirLogs(LogsSpecs):
         """Place the output of each local rank, and tell the worker where to record an exception."""
         self._folder.mkdir(parents=True, exist_ok=True)
         destination = LogsDest()
-        for rank, env in envs.items():
+        for local_rank, env in envs.items():
+            rank = int(env["RANK"])
             # an empty name leaves the stream alone, so that a progress bar still finds a terminal
-            destination.stdouts[rank] = str(self._folder / f"rank{rank}.out") if rank else ""
-            destination.stderrs[rank] = str(self._folder / f"rank{rank}.err") if rank else ""
-            destination.error_files[rank] = str(self._folder / f"rank{rank}.error.json")
-            env["TORCHELASTIC_ERROR_FILE"] = destination.error_files[rank]
+            destination.stdouts[local_rank] = str(self._folder / f"rank{rank}.out") if rank else ""
+            destination.stderrs[local_rank] = str(self._folder / f"rank{rank}.err") if rank else ""
+            destination.error_files[local_rank] = str(self._folder / f"rank{rank}.error.json")
+            env["TORCHELASTIC_ERROR_FILE"] = destination.error_files[local_rank]
         return destination
 
 
 class LocalAgent(LocalElasticAgent):
-    """torch's agent, which notes when each worker ended and does not wait 30 s for one that hangs."""
+    """torch's agent, with two differences.
+
+    It notes when each worker ended and does not wait 30 s for one that hangs. And signals that ask a run to
+    stop do not end it: it hands them on and waits for the workers, which save first.
+    """
 
     def __init__(self, spec: WorkerSpec, logs_specs: LogsSpecs) -> None:
         options = {}
@@ -61,14 +74,33 @@ class LocalAgent(LocalElasticAgent):
         super().__init__(spec, logs_specs, **options)
         self.end_times_s: dict[int, float] = {}
         self.ended_here: set[int] = set()
+        self._asked_s = -math.inf
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        # A program that starts inherits what is ignored: until a worker listens, a signal must not end it.
+        stop.ignore()
+        started = super()._start_workers(worker_group)  # pyright: ignore[reportCallIssue]
+        # torch has set handlers of its own in there
+        stop.listen()
+        return started
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         if isinstance(self._pcontext, SubprocessContext):
             self._note_ends(self._pcontext)
             if any(handler.proc.poll() for handler in self._pcontext.subprocess_handlers.values()):
                 self._end_survivors(self._pcontext)
+            elif stop.requested():
+                self._ask_to_stop(self._pcontext)
         # torch's decorator hides the signature
         return super()._monitor_workers(worker_group)  # pyright: ignore[reportCallIssue]
+
+    def _ask_to_stop(self, context: SubprocessContext) -> None:
+        if time.monotonic() - self._asked_s < ASK_AGAIN_S:
+            return
+        self._asked_s = time.monotonic()
+        for handler in context.subprocess_handlers.values():
+            if handler.proc.poll() is None:
+                handler.proc.send_signal(stop.requested())
 
     def _note_ends(self, context: SubprocessContext) -> None:
         for rank, handler in context.subprocess_handlers.items():
@@ -77,7 +109,8 @@ class LocalAgent(LocalElasticAgent):
 
     def _end_survivors(self, context: SubprocessContext) -> None:
         deadline = time.monotonic() + GRACE_S
-        for death_signal in (signal.SIGTERM, signal.SIGKILL):
+        # they have nothing to save: not SIGTERM, which asks them to finish a step
+        for death_signal in (signal.SIGINT, signal.SIGKILL):
             for rank, handler in context.subprocess_handlers.items():
                 if handler.proc.poll() is None:
                     self.ended_here.add(rank)
@@ -90,61 +123,99 @@ class LocalAgent(LocalElasticAgent):
         self._note_ends(context)
 
 
-def launch_workers(config_path: Path, num_processes: int, *, entry: str = TRAINING) -> int:
+def launch_workers(
+    config_path: Path, num_processes: int, *, entry: str = TRAINING, node: Node | None = None
+) -> int:
     """Start workers on this machine and wait for them.
 
     Args:
-        config_path: resolved configuration; logs go beside it.
-        num_processes: number of workers.
+        config_path: resolved configuration in run_dir; logs go beside it.
+        num_processes: number of workers on this machine.
         entry: "module:function" that each worker calls with the configuration.
+        node: this machine's place in a job of several; every node calls this function.
 
     Returns:
-        Exit code: 0, 1 after a failure (which is reported on stderr), 128 + signal if stopped by one.
+        Exit code: 0; 1 after a failure (which is reported on stderr); 75 if the run was asked to stop and has
+        saved, so that another start goes on; 128 + signal if stopped otherwise. On a node of several 0 in
+        place of 75, for Slurm takes any other code of one node as a reason to kill the rest.
     """
+    stop.listen()
     os.environ[LAUNCHER_PID] = str(os.getpid())
-    if os.path.exists("/sys/class/net/lo"):
+    if node is None and os.path.exists("/sys/class/net/lo"):
         # all workers are here; a host name that does not resolve must not matter
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if "LOGLEVEL" not in os.environ:
         _silence_elastic()
     logs = config_path.parent / "logs" / time.strftime("%Y%m%d-%H%M%S")
     arguments = ("-m", "launchers.worker", str(config_path), entry)
-    agent = LocalAgent(_worker_spec(num_processes, arguments), RunDirLogs(logs))
+    agent = LocalAgent(_worker_spec(num_processes, arguments, node), RunDirLogs(logs))
     try:
         result = cast(RunResult, agent.run())
     except SignalException as error:
         print(f"msa-train: stopped by {error.sigval.name}", file=sys.stderr, flush=True)
         return 128 + error.sigval
     if not result.is_failed():
-        return 0
-    failures = {rank: _worker_failure(rank, item, agent, logs) for rank, item in result.failures.items()}
-    print(report(failures, world_size=num_processes), file=sys.stderr, flush=True)
+        return _good_end(config_path.parent, alone=node is None)
+    first_rank = node.rank * num_processes if node else 0
+    failures = {
+        rank: _worker_failure(rank, rank - first_rank, item, agent, logs)
+        for rank, item in result.failures.items()
+    }
+    world_size = num_processes * (node.count if node else 1)
+    print(report(failures, world_size=world_size, first_rank=first_rank), file=sys.stderr, flush=True)
     return 1
 
 
-def _worker_spec(num_processes: int, arguments: tuple[str, ...]) -> WorkerSpec:
-    rendezvous = RendezvousParameters(
-        backend="c10d",
-        # port 0: the store binds a free port itself, and workers are told which
-        endpoint="127.0.0.1:0",
-        run_id=uuid.uuid4().hex,
-        min_nodes=1,
-        max_nodes=1,
-        local_addr="127.0.0.1",
-    )
+def _good_end(run_dir: Path, *, alone: bool) -> int:
+    stopped = stop.read_stopped(run_dir)
+    if stopped is None or not alone:
+        return 0
+    if stopped.saved:
+        return STOPPED
+    print(f"msa-train: stopped by {stopped.signal}", file=sys.stderr, flush=True)
+    return 128 + signal.Signals[stopped.signal]
+
+
+def _worker_spec(num_processes: int, arguments: tuple[str, ...], node: Node | None) -> WorkerSpec:
+    local_addr = "127.0.0.1" if node is None else None
     return WorkerSpec(
         role="msa-train",
         local_world_size=num_processes,
         entrypoint=sys.executable,
         args=arguments,
-        rdzv_handler=get_rendezvous_handler(rendezvous),
+        rdzv_handler=get_rendezvous_handler(_rendezvous(node)),
         max_restarts=0,
         monitor_interval=MONITOR_INTERVAL_S,
-        local_addr="127.0.0.1",
+        local_addr=local_addr,
     )
 
 
-def _worker_failure(rank: int, failure: ProcessFailure, agent: LocalAgent, logs: Path) -> WorkerFailure:
+def _rendezvous(node: Node | None) -> RendezvousParameters:
+    if node is None:
+        return RendezvousParameters(
+            backend="c10d",
+            # port 0: the store binds a free port itself, and workers are told which
+            endpoint="127.0.0.1:0",
+            run_id=uuid.uuid4().hex,
+            min_nodes=1,
+            max_nodes=1,
+            local_addr="127.0.0.1",
+        )
+    # Ranks follow the order of the nodes that Slurm gave; c10d would sort host names, node10 before node2.
+    return RendezvousParameters(
+        backend="static",
+        endpoint=f"{node.head}:{node.port}",
+        run_id=node.start,
+        min_nodes=node.count,
+        max_nodes=node.count,
+        rank=node.rank,
+        timeout=RENDEZVOUS_S,
+    )
+
+
+def _worker_failure(
+    rank: int, local_rank: int, failure: ProcessFailure, agent: LocalAgent, logs: Path
+) -> WorkerFailure:
     message = failure.error_file_data.get("message")
     recorded = message if isinstance(message, dict) else {}
     extra = recorded.get("extraInfo", {})
@@ -153,10 +224,10 @@ def _worker_failure(rank: int, failure: ProcessFailure, agent: LocalAgent, logs:
         rank=rank,
         pid=failure.pid,
         exit_code=failure.exitcode,
-        time_s=float(extra.get("time", agent.end_times_s.get(rank, failure.timestamp))),
+        time_s=float(extra.get("time", agent.end_times_s.get(local_rank, failure.timestamp))),
         error=recorded.get("message", ""),
         traceback=extra.get("py_callstack", ""),
-        ended_by_launcher=rank in agent.ended_here,
+        ended_by_launcher=local_rank in agent.ended_here,
         log=log if log.is_file() else None,
     )
 

@@ -44,18 +44,24 @@ def count_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def plan_layout(config: RunConfig, *, joined_world_size: int | None = None) -> Layout:
+def plan_layout(
+    config: RunConfig, *, joined_world_size: int | None = None, gpus_per_node: int | None = None
+) -> Layout:
     """Decide number and device of the processes, and check every rule between the settings.
 
     Args:
         config: the whole run.
         joined_world_size: processes of the job that torchrun or srun started, None without one.
+        gpus_per_node: of the machines that will compute, where this is not one of them.
 
     Raises:
         ValueError: naming the value, the rule and the fix.
     """
     launcher = config.launcher
-    num_gpus = 0 if launcher.device is Device.cpu else count_gpus()
+    if launcher.device is Device.cpu:
+        num_gpus = 0
+    else:
+        num_gpus = count_gpus() if gpus_per_node is None else gpus_per_node
     if launcher.device is Device.cuda and not num_gpus:
         raise ValueError(
             "launcher.device=cuda: no GPU can be used here; use launcher.device=cpu, or check nvidia-smi, "

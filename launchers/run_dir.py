@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -10,8 +11,11 @@ from pathlib import Path
 from typing import TextIO
 
 from launchers.compose import config_to_yaml
+from launchers.join import slurm_generation
 from launchers.model_size import model_size
 from msa_train.config import RunConfig
+from msa_train.training.generation import take_over
+from msa_train.training.stop import clear_stopped
 
 CONFIG_NAME = "config.yaml"
 # parameters and AdamW's master weights and two moments, fp32
@@ -35,7 +39,9 @@ def check_writable(run_dir: str) -> None:
 
 
 def claim_run_dir(run_dir: str) -> TextIO:
-    """Create the folder and take its lock.
+    """Create the folder, take its lock and become the start that may write checkpoints.
+
+    A start of the same Slurm job that lives on, cut off, on another node is taken over from.
 
     Returns:
         The lock file; the lock lasts until it is closed or the process ends, however it ends.
@@ -44,6 +50,7 @@ def claim_run_dir(run_dir: str) -> TextIO:
         ValueError: if the folder cannot be written or another msa-train holds it.
     """
     folder = Path(run_dir)
+    start = slurm_generation(os.environ) or f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         check_writable(run_dir)
@@ -55,31 +62,44 @@ def claim_run_dir(run_dir: str) -> TextIO:
     except BlockingIOError:
         lock.seek(0)
         holder = lock.read().strip() or "an unknown process"
-        lock.close()
-        raise ValueError(
-            f"run_dir={run_dir}: another msa-train ({holder}) is using it; wait for its end, stop it, or use "
-            "another run_dir"
-        ) from None
+        if not _is_earlier_start(holder, start):
+            lock.close()
+            raise ValueError(
+                f"run_dir={run_dir}: another msa-train ({holder}) is using it; wait for its end, stop it, or "
+                "use another run_dir"
+            ) from None
     except OSError:
         # some network file systems have no locks; going on without is better than not going
-        return lock
+        pass
     lock.truncate(0)
-    lock.write(f"pid {os.getpid()} on {socket.gethostname()}")
+    lock.write(f"pid {os.getpid()} on {socket.gethostname()}, start {start}")
     lock.flush()
+    take_over(run_dir, start)
+    clear_stopped(run_dir)
     return lock
+
+
+def _is_earlier_start(holder: str, start: str) -> bool:
+    """Whether both are starts of one Slurm job: "pid 5 on node1, start 7.0" and "7.1" -> True."""
+    held, own = re.search(r"start (\d+)\.(\d+)$", holder), re.fullmatch(r"(\d+)\.(\d+)", start)
+    return bool(held and own and held[1] == own[1] and int(held[2]) < int(own[2]))
 
 
 def write_config(config: RunConfig) -> Path:
     """Write the resolved configuration; one of an earlier start that differs is kept beside it."""
     path = Path(config.run_dir) / CONFIG_NAME
-    text = config_to_yaml(config)
+    write_keeping(path, config_to_yaml(config))
+    return path
+
+
+def write_keeping(path: Path, text: str) -> None:
+    """Write a file whole or not at all; an earlier one that differs is kept: config.20260101-120000.yaml."""
     if path.exists() and path.read_text(encoding="utf-8") != text:
         written = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
-        path.replace(path.with_name(f"config.{written}.yaml"))
-    partial = path.with_name(f".{CONFIG_NAME}.partial")
+        path.replace(path.with_name(f"{path.stem}.{written}{path.suffix}"))
+    partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
-    return path
 
 
 def disk_warning(config: RunConfig) -> str | None:

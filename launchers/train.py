@@ -3,6 +3,7 @@
 import difflib
 import importlib.metadata
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -11,11 +12,12 @@ from pathlib import Path
 from launchers.command_line import INTERRUPTED, USER_ERROR
 from launchers.compose import compose_run, config_to_yaml
 from launchers.help import help_text
-from launchers.join import joined_environment
+from launchers.join import Node, joined_environment, joined_node
 from launchers.preflight import Layout, check_files, describe, plan_layout, set_worker_environment
-from launchers.run_dir import claim_run_dir, disk_warning, write_config
+from launchers.run_dir import CONFIG_NAME, claim_run_dir, disk_warning, write_config
 from launchers.worker import run_entry
 from msa_train.config import RunConfig
+from msa_train.training import stop
 
 OPTIONS = {
     "--help": "help",
@@ -37,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments, those of the process by default.
 
     Returns:
-        Exit code: 0, 1 after a worker failed, 2 for bad input, 128 + signal if stopped by one.
+        Exit code: 0, 1 after a worker failed, 2 for bad input, 75 if asked to stop and saved (0 under
+        torchrun and srun, which kill the others of a rank that ends otherwise), 128 + signal if stopped
+        otherwise.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -63,17 +67,24 @@ def _run(arguments: list[str]) -> int:
     if "version" in options:
         print(f"msa-train {_version()}", flush=True)
         return 0
+    if not options:
+        # the time is up soon, says Slurm: noted even now, acted on after the first step
+        stop.listen(signal.SIGUSR1)
     config = compose_run(overrides, config_dirs)
     if "cfg" in options:
         print(config_to_yaml(config), end="", flush=True)
         return 0
-    job = joined_environment(os.environ)
-    layout = plan_layout(config, joined_world_size=int(job["WORLD_SIZE"]) if job else None)
+    node = joined_node(os.environ)
+    job = None if node else joined_environment(os.environ)
+    joined = node.count * node.num_workers if node else int(job["WORLD_SIZE"]) if job else None
+    layout = plan_layout(config, joined_world_size=joined)
     set_worker_environment(config, layout)
     if "check" in options:
         check_files(config, say=_say)
         _say(describe(config, layout))
         return 0
+    if node:
+        return _launch_node(config, layout, node)
     return _join(config, layout, job) if job else _launch(config, layout)
 
 
@@ -84,6 +95,17 @@ def _launch(config: RunConfig, layout: Layout) -> int:
         from launchers.local import launch_workers
 
         return launch_workers(write_config(config), layout.world_size)
+
+
+def _launch_node(config: RunConfig, layout: Layout, node: Node) -> int:
+    from launchers.local import launch_workers
+
+    # the others wait for node 0 at the rendezvous, so they find what it has written
+    if node.rank:
+        return launch_workers(Path(config.run_dir) / CONFIG_NAME, node.num_workers, node=node)
+    with claim_run_dir(config.run_dir):
+        _prepare(config, layout)
+        return launch_workers(write_config(config), node.num_workers, node=node)
 
 
 def _join(config: RunConfig, layout: Layout, job: dict[str, str]) -> int:

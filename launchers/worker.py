@@ -15,6 +15,7 @@ from pathlib import Path
 
 from launchers.compose import load_run
 from msa_train.config import RunConfig
+from msa_train.training import stop
 
 TRAINING = "msa_train.training.main:run_worker"
 LAUNCHER_PID = "MSA_TRAIN_LAUNCHER_PID"
@@ -35,6 +36,8 @@ def run_entry(config: RunConfig, entry: str = TRAINING) -> None:
         config: the whole run.
         entry: "module:function" to call with the configuration.
     """
+    # before the first import of torch, which takes seconds
+    stop.listen()
     faulthandler.enable()
     accept_fallbacks()
     try:

@@ -1,5 +1,6 @@
 """Typed configuration: dataclasses, their choices, and the rules between them. Standard library only."""
 
+from msa_train.config.cluster import ClusterConfig, ContainerRuntime, Tasks, check_cluster, check_time
 from msa_train.config.model import AttentionConfig, ModelConfig
 from msa_train.config.options import (
     Activation,
@@ -31,6 +32,7 @@ from msa_train.config.run import (
     ParallelConfig,
     RunConfig,
     TrainConfig,
+    WatchdogConfig,
 )
 from msa_train.config.stages import (
     Stage,
@@ -48,6 +50,8 @@ __all__ = [
     "AttentionKind",
     "BadStep",
     "CheckpointConfig",
+    "ClusterConfig",
+    "ContainerRuntime",
     "CpLayout",
     "DataConfig",
     "Device",
@@ -71,8 +75,12 @@ __all__ = [
     "Stage",
     "StageAttention",
     "StageConfig",
+    "Tasks",
     "TrainConfig",
+    "WatchdogConfig",
+    "check_cluster",
     "check_rules",
+    "check_time",
     "longest_seq_len",
     "plan_stages",
     "resolve_engine",

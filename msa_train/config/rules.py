@@ -97,6 +97,7 @@ def _positive_sizes(config: RunConfig) -> None:
         "optim.clip_grad": config.optim.clip_grad,
         "optim.weight_decay": config.optim.weight_decay,
         "launcher.num_processes": config.launcher.num_processes,
+        "watchdog.timeout_s": config.watchdog.timeout_s,
         "data.seed": config.data.seed,
         "train.seed": train.seed,
         "optim.eps": config.optim.eps,

@@ -185,6 +185,14 @@ class LauncherConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class WatchdogConfig:
+    """When a run that makes no progress is given up."""
+
+    timeout_s: int = 1800
+    "longest time without a step or a checkpoint; then every rank logs its stacks and ends; 0: any"
+
+
+@dataclass(kw_only=True, slots=True)
 class RunConfig:
     """One training run."""
 
@@ -204,3 +212,4 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)

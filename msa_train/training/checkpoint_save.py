@@ -49,7 +49,7 @@ class SaveReport:
     """How a save went.
 
     pause_s: the training stood still; write_s: from then on until it was visible; num_bytes: tensors of all
-    ranks. error: why there is no checkpoint, one line. notes: for the user.
+    ranks. error: why there is no checkpoint, one line. must_end: whatever on_failure says. notes: for the user.
     """
 
     step: int
@@ -57,6 +57,7 @@ class SaveReport:
     write_s: float = 0.0
     num_bytes: int = 0
     error: str = ""
+    must_end: bool = False
     notes: list[str] = field(default_factory=list[str])
 
     def metrics(self) -> dict[str, float]:
@@ -178,7 +179,8 @@ class CheckpointSaver:
             self._thread.join(CLOSE_WITHIN_S)
 
     def _checked(self, report: SaveReport, *, must_succeed: bool = False) -> list[SaveReport]:
-        if report.error and (must_succeed or self.config.on_failure is SaveFailure.end):
+        must_end = must_succeed or report.must_end
+        if report.error and (must_end or self.config.on_failure is SaveFailure.end):
             raise CheckpointError(report.error)
         return [report]
 
@@ -225,6 +227,9 @@ class CheckpointSaver:
                 break
             except Exception as error:
                 report.error = _failure_text(report.step, error)
+                report.must_end = isinstance(error, CheckpointError) and error.is_final
+                if report.must_end:
+                    break
                 if rank == 0:
                     self.store.abandon(report.step)
             if attempt < self.config.retries:

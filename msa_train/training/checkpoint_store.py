@@ -27,6 +27,7 @@ from typing import Any
 
 import msa_train
 from msa_train.config import AttentionKind, RunConfig
+from msa_train.training.generation import check_generation
 from msa_train.training.stage_record import check_recorded_stages
 
 # see checkpoint_formats.py
@@ -102,6 +103,7 @@ class CheckpointStore:
 
     def clear(self) -> None:
         """Make the folder of all checkpoints, and remove what earlier crashes left in it."""
+        check_generation(self.folder.parent)
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob(".step_*"):
             shutil.rmtree(leftover)
@@ -135,6 +137,7 @@ class CheckpointStore:
             assert (partial / name).is_file(), f"{name} must be written before step {step} is published"
         for path in (*partial.rglob("*"), partial):
             _sync(path)
+        check_generation(self.folder.parent)
         # Only a run that went back behind a damaged checkpoint comes to the same step again.
         replaced = self.folder / f".{target.name}.replaced"
         if target.exists():
@@ -166,6 +169,7 @@ class CheckpointStore:
         return removed
 
     def _remove(self, step: int) -> None:
+        check_generation(self.folder.parent)
         # out of sight first: a removal that is cut short must not look like a damaged checkpoint
         hidden = self.folder / f".{self.path(step).name}.removed"
         self.path(step).rename(hidden)
@@ -177,6 +181,8 @@ class CheckpointStore:
 
     def prune(self, keep_last: int, keep_every: int = 0, *, dry_run: bool = False) -> list[int]:
         """Remove published checkpoints except the last `keep_last` sound ones; 0 keeps all.
+
+        One that was saved among bad steps, as a stopped run must, does not count: the run may go back.
 
         A checkpoint later than the one published last is damaged (else the run had started from it): it does
         not count, and stays until the run comes to its step.
@@ -196,7 +202,7 @@ class CheckpointStore:
         num_kept = 0
         for step in reversed([step for step in self.steps() if step <= limit]):
             if num_kept < keep_last:
-                num_kept += self.verify(step, full=False) is None
+                num_kept += self._is_kept(step)
                 continue
             if keep_every and step % keep_every == 0:
                 continue
@@ -204,6 +210,12 @@ class CheckpointStore:
                 self._remove(step)
             removed.append(step)
         return removed
+
+    def _is_kept(self, step: int) -> bool:
+        """Whether a run can go on from it whatever comes: not from one saved among bad steps."""
+        if self.verify(step, full=False) is not None:
+            return False
+        return not read_meta(self.path(step)).get("bad_steps", {}).get("in_a_row", 0)
 
     def verify(self, step: int, *, full: bool = True) -> str | None:
         """None if the checkpoint is sound, else what is wrong with it.

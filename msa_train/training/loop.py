@@ -1,6 +1,7 @@
 """The training loop: steps, validation, checkpoints, metrics."""
 
 import math
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,18 +13,21 @@ import torch.distributed as dist
 from msa_train.config import RunConfig, Stage, StageAttention, plan_stages, stage_at, total_steps
 from msa_train.data import BatchStream, Corpus, PackedDataset
 from msa_train.parallel.groups import Groups
+from msa_train.training import stop
 from msa_train.training.bad_steps import RollbackError
 from msa_train.training.batch import StepBatch, make_batch
 from msa_train.training.checkpoint_save import CheckpointSaver, SaveReport
 from msa_train.training.checkpoint_store import CheckpointStore, fingerprint
 from msa_train.training.divergence import not_finite
 from msa_train.training.engine import Engine, StepResult
+from msa_train.training.generation import own_generation
 from msa_train.training.lr_schedule import Rates, stage_rates
 from msa_train.training.metrics import MetricsWriter
 from msa_train.training.progress import Progress
 from msa_train.training.selection_log import SelectionLog
 from msa_train.training.step_guard import StepGuard
 from msa_train.training.step_metrics import StepMetrics, router_bias_range
+from msa_train.training.watchdog import Watchdog
 
 
 @dataclass(slots=True)
@@ -64,9 +68,12 @@ class Trainer:
         self.guard = StepGuard(config, groups, engine, store)
         self.bad_steps = self.guard.bad_steps
         self._owes_save = False
+        self.watchdog = Watchdog(config.watchdog.timeout_s, f"rank {groups.rank}")
+        self.stopped: stop.Stopped | None = None
+        "set if a signal ended the run before its last step"
 
     def run(self, first_step: int, after_step: Callable[[int], None] | None = None) -> dict[str, Any]:
-        """Train to the end; returns the last metrics seen of every kind.
+        """Train to the end, or until a signal asks to stop; returns the last metrics seen of every kind.
 
         Args:
             first_step: updates already made.
@@ -74,13 +81,14 @@ class Trainer:
         """
         last: dict[str, Any] = {}
         try:
-            while True:
-                try:
-                    self._run(first_step, last, after_step)
-                    break
-                except RollbackError as bad:
-                    first_step = self._go_back(bad)
-            self._tell_saved(self.saver.wait())
+            with self.watchdog:
+                while True:
+                    try:
+                        self._run(first_step, last, after_step)
+                        break
+                    except RollbackError as bad:
+                        first_step = self._go_back(bad)
+                self._tell_saved(self.saver.wait())
             return last
         finally:
             self.saver.close()
@@ -98,10 +106,14 @@ class Trainer:
                     self._report(step, values)
                     self._tell_saved(self.saver.finished())
                     self._conclude(step, stage, values)
-                    if self._may_save(step):
+                    self.watchdog.beat(f"step {step}")
+                    saved = self._may_save(step)
+                    if saved:
                         self.save(step, wait=step == self.total_steps)
                     if after_step is not None:
                         after_step(step)
+                    if self._stops(step, saved=saved):
+                        return
 
     def _conclude(self, step: int, stage: Stage, values: dict[str, Any]) -> None:
         """Go on, go back or end, see StepGuard.conclude."""
@@ -131,6 +143,24 @@ class Trainer:
         saves = self._owes_save and (self.bad_steps.in_a_row == 0 or step == self.total_steps)
         self._owes_save &= not saves
         return saves
+
+    def _stops(self, step: int, *, saved: bool) -> bool:
+        """Whether any rank was asked to stop: then all stop after the same step, which is saved."""
+        asked = torch.tensor([stop.requested()], device=self.groups.device)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        number = int(asked)
+        if not number or step == self.total_steps:
+            return False
+        if self.config.checkpoint.every:
+            if saved:
+                self._tell_saved(self.saver.wait(must_succeed=True))
+            else:
+                self.save(step, wait=True)
+            saved = True
+        self.stopped = stop.Stopped(
+            step=step, signal=signal.Signals(number).name, saved=saved, generation=own_generation()
+        )
+        return True
 
     def _enter(self, stage: Stage, step: int) -> None:
         self.engine.set_stage(stage)
@@ -244,6 +274,7 @@ class Trainer:
             },
             wait=wait,
         )
+        self.watchdog.beat(f"step {step} and the copy for its checkpoint")
         self._tell_saved(reports)
 
     def _tell_saved(self, reports: list[SaveReport]) -> None:

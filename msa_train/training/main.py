@@ -15,6 +15,7 @@ import torch.distributed as dist
 from msa_train.config import Device, Engine, RunConfig, plan_stages, resolve_engine, total_steps
 from msa_train.data import load_datasets
 from msa_train.parallel.groups import Groups, build_groups, destroy_groups, init_distributed
+from msa_train.training import stop
 from msa_train.training.checkpoint import find_verified_checkpoint, load_checkpoint, load_weights
 from msa_train.training.checkpoint_formats import optimizer_updates
 from msa_train.training.checkpoint_store import CheckpointStore
@@ -52,14 +53,24 @@ def run_worker(config: RunConfig) -> None:
     trainer = Trainer(config, groups, engine, data, store, reporting)
     trainer.bad_steps.restore(resumed.bad_steps)
     last = trainer.run(first_step)
+    stop.ignore()
     if reporting is not None:
         reporting.progress.close()
         reporting.writer.close()
-        seconds = time.perf_counter() - start
-        steps = max(total_steps(config), first_step)
-        report(config, groups, last, steps=steps, seconds=seconds, stream=sys.stdout)
+        if trainer.stopped is not None:
+            _tell_stopped(config, trainer.stopped)
+        else:
+            seconds = time.perf_counter() - start
+            steps = max(total_steps(config), first_step)
+            report(config, groups, last, steps=steps, seconds=seconds, stream=sys.stdout)
     dist.barrier()
     destroy_groups(groups)
+
+
+def _tell_stopped(config: RunConfig, stopped: stop.Stopped) -> None:
+    state = "another start goes on from here" if stopped.saved else "nothing is saved, by checkpoint.every=0"
+    print(f"stopped by {stopped.signal} after step {stopped.step}: {state}", flush=True)
+    stop.write_stopped(config.run_dir, stopped)
 
 
 def load_data(config: RunConfig) -> Data:

@@ -5,11 +5,20 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from msa_train.training.generation import SupersededError
+
 T = TypeVar("T")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be saved or loaded. Raised on all ranks with the same text."""
+    """A checkpoint could not be saved or loaded. Raised on all ranks with the same text.
+
+    is_final: another try would not help, and the run must not go on: another start has taken over.
+    """
+
+    def __init__(self, text: str, *, is_final: bool = False) -> None:
+        super().__init__(text)
+        self.is_final = is_final
 
 
 def together(work: Callable[[], T], group: dist.ProcessGroup | None) -> list[T]:
@@ -18,17 +27,19 @@ def together(work: Callable[[], T], group: dist.ProcessGroup | None) -> list[T]:
     Raises:
         CheckpointError: with rank and cause.
     """
-    result, text, cause = None, "", None
+    result, text, cause, is_final = None, "", None, False
     try:
         result = work()
     except CheckpointError as error:
         # all ranks have it already
-        cause, text = error, str(error)
+        cause, text, is_final = error, str(error), error.is_final
     except Exception as error:
         cause, text = error, f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
+        is_final = isinstance(error, SupersededError)
     outcomes: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(outcomes, (text, result), group=group)
-    failures = list(dict.fromkeys(text for text, _ in outcomes if text))
+    dist.all_gather_object(outcomes, (text, is_final, result), group=group)
+    failures = list(dict.fromkeys(text for text, *_ in outcomes if text))
     if failures:
-        raise CheckpointError("; ".join(failures[:2])) from cause
-    return [result for _, result in outcomes]
+        is_final = any(final for _, final, _ in outcomes)
+        raise CheckpointError("; ".join(failures[:2]), is_final=is_final) from cause
+    return [result for *_, result in outcomes]

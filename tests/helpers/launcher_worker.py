@@ -11,12 +11,16 @@ import torch
 import torch.distributed as dist
 
 from msa_train.config import RunConfig
+from msa_train.training import stop
 
 FAIL_AT_STEP = 3
 
 
 def run(config: RunConfig) -> None:
-    """All-reduce for train.steps steps; TEST_WORKER = raise | exit | segfault | stop makes rank 1 do so."""
+    """All-reduce for train.steps steps; TEST_WORKER = raise | exit | segfault | stop makes rank 1 do so.
+
+    Asked to stop, it saves nothing.
+    """
     dist.init_process_group("gloo", timeout=timedelta(seconds=config.launcher.timeout_s))
     rank, behaviour = dist.get_rank(), os.environ.get("TEST_WORKER", "")
     run_dir = Path(config.run_dir)
@@ -26,6 +30,14 @@ def run(config: RunConfig) -> None:
         if rank == 1 and step == FAIL_AT_STEP:
             _misbehave(behaviour)
         dist.all_reduce(torch.ones(100_000))
+        asked = torch.tensor([stop.requested()])
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        if asked.item():
+            name = signal.Signals(int(asked)).name
+            if rank == 0:
+                stop.write_stopped(run_dir, stop.Stopped(step=step, signal=name, saved=False, generation=""))
+            dist.barrier()
+            break
         (run_dir / f"step{rank}").write_text(str(step))
         time.sleep(0.01)
     dist.destroy_process_group()

@@ -2,7 +2,15 @@
 
 import pytest
 
-from launchers.join import expand_nodelist, joined_environment, slurm_port
+from launchers.join import (
+    WORKERS_PER_NODE,
+    Node,
+    expand_nodelist,
+    joined_environment,
+    joined_node,
+    slurm_generation,
+    slurm_port,
+)
 
 TORCHRUN = {
     "RANK": "3",
@@ -70,6 +78,24 @@ def test_batch_script_itself_is_no_step(missing: str) -> None:
 def test_step_without_node_list_is_refused() -> None:
     with pytest.raises(ValueError, match=r"SLURM_STEP_NODELIST=: .* start with srun"):
         joined_environment({**SRUN, "SLURM_STEP_NODELIST": ""})
+
+
+def test_task_of_a_whole_node() -> None:
+    environ = {**SRUN, "SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_RESTART_COUNT": "3"}
+    assert joined_node(environ) is None
+    assert joined_node({**environ, WORKERS_PER_NODE: "8"}) == Node(
+        rank=1, count=2, num_workers=8, head="gpu07", port=22345, start="12345.3"
+    )
+    # a worker that such a node has started
+    assert joined_node({**environ, **TORCHRUN, WORKERS_PER_NODE: "8"}) is None
+    with pytest.raises(ValueError, match=f"{WORKERS_PER_NODE}=many: must be the number"):
+        joined_node({**environ, WORKERS_PER_NODE: "many"})
+
+
+def test_starts_of_a_job() -> None:
+    assert slurm_generation({}) == ""
+    assert slurm_generation({"SLURM_JOB_ID": "7"}) == "7.0"
+    assert slurm_generation({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2"}) == "7.2"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,120 @@
+"""The batch script of a job: head and settings from a cluster's file, the rest from slurm/train.sbatch."""
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from msa_train.config import ClusterConfig, ContainerRuntime, Tasks
+
+SCRIPT = Path("slurm") / "train.sbatch"
+COMMON = "# === The same in every job from here on.\n"
+
+
+@dataclass(kw_only=True, slots=True)
+class Job:
+    """What is to be submitted."""
+
+    name: str
+    run_dir: Path
+    "absolute"
+    folder: Path
+    "where the command was given: relative paths in the arguments begin here"
+    nodes: int
+    time: str
+    arguments: list[str]
+    "of msa-train"
+    python_path: str
+    "PYTHONPATH of the command, empty where the package is installed"
+
+
+def script_path() -> Path:
+    """The script that works by hand: inside the package of a wheel, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    for folder in (package, package.parent):
+        if (folder / SCRIPT).is_file():
+            return folder / SCRIPT
+    raise FileNotFoundError(f"no {SCRIPT} in {package} or {package.parent}; install msa-train again")
+
+
+def batch_script(job: Job, cluster: ClusterConfig) -> str:
+    """Text of the script, complete: `sbatch FILE` submits it."""
+    _, marker, common = script_path().read_text(encoding="utf-8").partition(COMMON)
+    assert marker, f"{script_path()} lacks the line {COMMON.strip()!r}"
+    lines = [
+        "#!/usr/bin/env bash",
+        f"# Trains {job.name}; written by msa-submit, to be read, changed, submitted:",
+    ]
+    lines += ["#", f"#   sbatch {shlex.quote(str(job.run_dir / 'slurm' / 'job.sbatch'))}", "#"]
+    lines += [f"#SBATCH {option}" for option in sbatch_options(job, cluster)]
+    lines += _environment(job, cluster) + _settings(job, cluster)
+    return "\n".join(lines) + "\n\n" + COMMON + common
+
+
+def sbatch_options(job: Job, cluster: ClusterConfig) -> list[str]:
+    """Options of sbatch, one per line of the head."""
+    tasks, cpus = cluster.workers, cluster.cpus_per_worker
+    if cluster.tasks is Tasks.node:
+        tasks, cpus = 1, cpus * cluster.workers
+    optional = {
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "mem": cluster.memory,
+        "gpus-per-node": cluster.gpus_per_node or "",
+    }
+    return [
+        f"--job-name={job.name}",
+        *(f"--{name}={value}" for name, value in optional.items() if value != ""),
+        f"--nodes={job.nodes}",
+        f"--ntasks-per-node={tasks}",
+        f"--cpus-per-task={cpus}",
+        *(["--exclusive"] if cluster.exclusive else []),
+        f"--time={job.time}",
+        "--requeue" if cluster.requeue else "--no-requeue",
+        "--open-mode=append",
+        f"--signal=B:USR1@{cluster.signal_lead_s}",
+        f"--output={job.run_dir / 'slurm' / 'job-%j.out'}",
+        *cluster.sbatch,
+    ]
+
+
+def _environment(job: Job, cluster: ClusterConfig) -> list[str]:
+    lines = [f"cd {shlex.quote(str(job.folder))} || exit 1", *cluster.setup]
+    if cluster.venv and not cluster.container:
+        lines.append(f"source {shlex.quote(cluster.venv)}/bin/activate")
+    variables = {**cluster.environment, **cluster.network}
+    if job.python_path:
+        variables = {"PYTHONPATH": job.python_path, **variables}
+    return lines + [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
+
+
+def _settings(job: Job, cluster: ClusterConfig) -> list[str]:
+    train, check = ["msa-train"], ["msa-preflight"]
+    if not cluster.venv and not cluster.container:
+        train, check = ([sys.executable, "-m", f"launchers.{name}"] for name in ("train", "node_check"))
+    srun, inside = list(cluster.srun), []
+    # what a container must see of the host
+    mounts = [f"{folder}:{folder}" for folder in (job.folder, job.run_dir)] + cluster.container_mounts
+    if cluster.container and cluster.container_runtime is ContainerRuntime.pyxis:
+        srun += [f"--container-image={cluster.container}", f"--container-mounts={','.join(mounts)}"]
+        srun.append(f"--container-workdir={job.folder}")
+    elif cluster.container:
+        inside = ["apptainer", "exec", *(["--nv"] if cluster.gpus_per_node else [])]
+        inside += [f"--bind={mount}" for mount in mounts] + [cluster.container]
+    check += [f"--gpus={cluster.gpus_per_node}", f"--cpus={cluster.cpus_per_worker * cluster.workers}"]
+    if cluster.min_memory_gb:
+        check.append(f"--memory-gb={cluster.min_memory_gb:g}")
+    return [
+        f"train=({shlex.join(train)})",
+        f"preflight=({shlex.join(check) if cluster.preflight else ''})",
+        f"inside=({shlex.join(inside)})",
+        f"srun_options=({shlex.join(srun)})",
+        f"arguments=({shlex.join(job.arguments)})",
+        f"tasks={cluster.tasks.value}",
+        f"workers={cluster.workers}",
+        f"requeue={str(cluster.requeue).lower()}",
+        f"max_restarts={cluster.max_restarts}",
+        f"exclude_bad_nodes={str(cluster.exclude_bad_nodes).lower()}",
+        f"run_dir={shlex.quote(str(job.run_dir))}",
+    ]

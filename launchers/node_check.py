@@ -1,0 +1,197 @@
+"""The msa-preflight command: looks at all nodes of a job before it trains, and names those that are bad."""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+from launchers.command_line import Parser, run_command
+from launchers.join import expand_nodelist, slurm_port
+from launchers.node_facts import Facts, Wanted, complaints, gather_facts
+from launchers.node_links import Answer, Head, answer_head, slow_nodes
+
+BAD_NODES = Path("slurm") / "bad_nodes"
+DESCRIPTION = """\
+Run by srun with one task per node, before training. Every node says what it has and writes into run_dir; the
+first one compares clocks and links; then all of them time an all-reduce. Bad nodes are named in the output
+and, for the batch script, in RUN_DIR/slurm/bad_nodes; the exit code is 1 then."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Place:
+    """This node among those of the step."""
+
+    rank: int
+    nodes: list[str]
+    port: int
+
+
+class NodesAreBadError(ValueError):
+    """Some nodes should not be trained on; the text names them."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: arguments, those of the process by default.
+
+    Returns:
+        Exit code: 0, 1 if a node is bad, 2 for bad input, 130 if interrupted.
+    """
+    bad: list[str] = []
+
+    def run() -> None:
+        try:
+            _check(_parser().parse_args(argv), find_place())
+        except NodesAreBadError as error:
+            bad.append(str(error))
+            print(f"msa-preflight: {error}", file=sys.stderr, flush=True)
+
+    return run_command("msa-preflight", run) or int(bool(bad))
+
+
+def find_place() -> Place:
+    """From Slurm's variables; alone without them."""
+    environ = os.environ
+    if "SLURM_PROCID" not in environ or "SLURM_STEP_ID" not in environ:
+        return Place(rank=0, nodes=[os.uname().nodename], port=0)
+    nodes = expand_nodelist(environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"])
+    port = slurm_port(environ.get("SLURM_JOB_ID", "0"), environ["SLURM_STEP_ID"])
+    return Place(rank=int(environ["SLURM_PROCID"]), nodes=nodes, port=port)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="msa-preflight", description=DESCRIPTION)
+    parser.add_argument(
+        "--run-dir", required=True, metavar="DIR", help="that every node must be able to write"
+    )
+    parser.add_argument("--gpus", type=int, default=0, metavar="N", help="of a node (0)")
+    parser.add_argument("--cpus", type=int, default=1, metavar="N", help="of a node (1)")
+    parser.add_argument("--memory-gb", type=float, default=0.0, metavar="X", help="free memory of a node (0)")
+    parser.add_argument(
+        "--clock-s", type=float, default=2.0, metavar="X", help="largest error of a clock (2)"
+    )
+    parser.add_argument("--megabytes", type=float, default=16.0, metavar="X", help="of the all-reduce (16)")
+    parser.add_argument("--timeout-s", type=float, default=60.0, metavar="X", help="for an answer (60)")
+    return parser
+
+
+def _check(arguments: argparse.Namespace, place: Place) -> None:
+    wanted = Wanted(
+        gpus=arguments.gpus, cpus=arguments.cpus, memory_gb=arguments.memory_gb, clock_s=arguments.clock_s
+    )
+    facts = gather_facts(arguments.run_dir, count_gpus=wanted.gpus > 0, timeout_s=arguments.timeout_s / 2)
+    run_dir, timeout_s = Path(arguments.run_dir), arguments.timeout_s
+    if place.rank == 0:
+        _judge(facts, wanted, place, run_dir, timeout_s)
+    elif not _answer(facts, place, run_dir, timeout_s):
+        return
+    if len(place.nodes) > 1:
+        seconds = _time_all_reduce(place, arguments.megabytes, timeout_s)
+        if place.rank == 0:
+            rate = arguments.megabytes / 1000 / seconds
+            print(
+                f"all-reduce of {arguments.megabytes:g} MB: {seconds * 1000:.0f} ms ({rate:.2f} GB/s)",
+                flush=True,
+            )
+
+
+def _judge(facts: Facts, wanted: Wanted, place: Place, run_dir: Path, timeout_s: float) -> None:
+    """Rank 0: hear all others, print a line for each, name the bad."""
+    answers = {0: Answer(facts=facts, clock_s=0.0, echo_s=0.0)}
+    head = Head(place.port, len(place.nodes)) if len(place.nodes) > 1 else None
+    if head is not None:
+        answers |= head.ask_all(timeout_s)
+    links = {place.nodes[rank]: answer.echo_s for rank, answer in answers.items() if rank}
+    slow, bad = slow_nodes(links, wanted.slow_factor), {}
+    for rank, node in enumerate(place.nodes):
+        if rank not in answers:
+            bad[node] = [f"silent for {timeout_s:g} s"]
+            continue
+        answer = answers[rank]
+        found = complaints(answer.facts, wanted, answer.clock_s)
+        if node in slow:
+            found.append(f"its link took {answer.echo_s * 1000:.0f} ms for 1 MiB and back, others far less")
+        if found:
+            bad[node] = found
+        print(_line(node, answer), flush=True)
+    if head is not None:
+        head.tell_all(go_on=not bad)
+    if bad:
+        _name(run_dir, list(bad))
+        texts = [f"{node}: {', '.join(found)}" for node, found in bad.items()]
+        raise NodesAreBadError(f"{len(bad)} of {len(place.nodes)} nodes are bad: {'; '.join(texts)}")
+
+
+def _line(node: str, answer: Answer) -> str:
+    facts = answer.facts
+    return (
+        f"{node}: {facts.gpus} GPUs, {facts.cpus} CPUs, {facts.memory_gb:.0f} GB free, "
+        f"clock {answer.clock_s:+.3f} s, link {answer.echo_s * 1000:.1f} ms, "
+        f"run_dir written in {facts.write_s * 1000:.0f} ms"
+    )
+
+
+def _answer(facts: Facts, place: Place, run_dir: Path, timeout_s: float) -> bool:
+    """Another rank: whether to go on."""
+    head = place.nodes[0]
+    try:
+        return answer_head(head, place.port, place.rank, facts, timeout_s)
+    except OSError as error:
+        # this node alone may be cut off: the first one then names it, and knows better
+        if not (run_dir / BAD_NODES).exists():
+            _name(run_dir, [head])
+        raise NodesAreBadError(
+            f"{head}, the first node, cannot be reached from {facts.node}: {error}"
+        ) from error
+
+
+def _name(run_dir: Path, nodes: Sequence[str]) -> None:
+    path = run_dir / BAD_NODES
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(",".join(nodes) + "\n", encoding="utf-8")
+
+
+def _time_all_reduce(place: Place, megabytes: float, timeout_s: float) -> float:
+    """Seconds of the fastest of three, over one GPU of each node or over its CPU.
+
+    Raises:
+        NodesAreBadError: if it does not come about.
+    """
+    # takes seconds; a bad node is named before
+    import torch
+    import torch.distributed as dist
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    device, backend = torch.device("cpu"), "gloo"
+    if torch.cuda.is_available():
+        device, backend = torch.device("cuda", 0), "nccl"
+    limit = timedelta(seconds=timeout_s)
+    try:
+        store = TCPStore(place.nodes[0], place.port + 1, len(place.nodes), place.rank == 0, limit)
+        dist.init_process_group(
+            backend, store=store, rank=place.rank, world_size=len(place.nodes), timeout=limit
+        )
+        data, times = torch.ones(int(megabytes * 1e6) // 4, device=device), []
+        for _ in range(3):
+            dist.barrier()
+            start = time.perf_counter()
+            dist.all_reduce(data)
+            data[0].item()
+            times.append(time.perf_counter() - start)
+        # rank 0 hosts the store
+        dist.barrier()
+        dist.destroy_process_group()
+    except (RuntimeError, dist.DistError) as error:
+        text = " ".join(str(error).split())[:300]
+        raise NodesAreBadError(f"{place.nodes[place.rank]}: the all-reduce failed: {text}") from error
+    return min(times)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""The msa-submit command: a job of several nodes for Slurm."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from launchers.batch_script import Job, batch_script
+from launchers.code_version import code_version
+from launchers.command_line import run_command
+from launchers.compose import compose_run, config_to_yaml
+from launchers.compose_cluster import compose_cluster
+from launchers.groups import CLUSTER, group_options
+from launchers.placement import check_placement
+from launchers.preflight import check_files, describe, plan_layout
+from launchers.run_dir import write_keeping
+from msa_train.config import ClusterConfig, check_time
+
+FOLDER, SCRIPT_NAME, JOB_NAME = "slurm", "job.sbatch", "job.json"
+USAGE = """\
+msa-submit run=NAME cluster=NAME nodes=N time=HH:MM:SS [KEY=VALUE ...] [--dry-run]
+msa-submit -m run=NAME cluster=NAME nodes=N time=HH:MM:SS KEY=VALUE,VALUE [...]
+
+Checks a run as msa-train does, writes the batch script with code version and configuration into
+run_dir/slurm, and submits it. The job saves before its time is up, requeues itself and goes on; msa-status
+RUN_DIR shows how far it is. With -m, a job for every combination of values.
+
+options:
+  --dry-run         print the script, write and submit nothing
+  --config-dir DIR  take options of the groups, clusters too, from DIR/cluster, DIR/run ...; may be repeated
+  --help            print this text and stop
+
+clusters (conf/cluster; cluster.KEY=VALUE changes one of its keys):
+{clusters}"""
+SUBMIT_WITHIN_S = 120
+
+
+@dataclass(kw_only=True, slots=True)
+class Request:
+    """The command line, sorted."""
+
+    cluster: str = ""
+    nodes: int = 1
+    time: str = "01:00:00"
+    run: list[str] = field(default_factory=list[str])
+    "overrides of msa-train"
+    of_cluster: list[str] = field(default_factory=list[str])
+    config_dirs: list[Path] = field(default_factory=list[Path])
+    dry_run: bool = False
+    sweep: bool = False
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: arguments, those of the process by default.
+
+    Returns:
+        Exit code: 0, 2 for bad input or a job that Slurm refuses, 130 if interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return run_command("msa-submit", lambda: _run(arguments))
+
+
+def _run(arguments: list[str]) -> None:
+    if not arguments or {"--help", "-h"} & set(arguments):
+        table = "\n".join(f"  {name:<14} {text}" for name, text in group_options(CLUSTER).items())
+        print(USAGE.format(clusters=table))
+        return
+    request = read_request(arguments)
+    cluster = compose_cluster(request.cluster, request.of_cluster, request.config_dirs)
+    check_time(request.time, cluster)
+    if request.sweep:
+        # Hydra's own entry point is not needed for a single job
+        from launchers.sweep import submit_sweep
+
+        submit_sweep(request, cluster)
+        return
+    submit(request, cluster)
+
+
+def read_request(arguments: Sequence[str]) -> Request:
+    """Sort the arguments.
+
+    Raises:
+        ValueError: naming the argument, the rule and the fix.
+    """
+    request, left = Request(), iter(arguments)
+    for text in left:
+        key, equals, value = text.partition("=")
+        if text == "--dry-run":
+            request.dry_run = True
+        elif text in ("-m", "--multirun"):
+            request.sweep = True
+        elif key == "--config-dir":
+            request.config_dirs.append(Path(value if equals else next(left, "")).expanduser())
+        elif text.startswith("-"):
+            raise ValueError(f"{text}: there is no such option; see msa-submit --help")
+        elif key == CLUSTER:
+            request.cluster = value
+        elif key == "time":
+            request.time = value
+        elif key == "nodes":
+            if not value.isdecimal() or int(value) < 1:
+                raise ValueError(f"nodes={value}: must be a number of nodes; use nodes=2")
+            request.nodes = int(value)
+        elif key.startswith(f"{CLUSTER}."):
+            request.of_cluster.append(text)
+        else:
+            request.run.append(text)
+    if not request.cluster:
+        known = ", ".join(f"cluster={name}" for name in group_options(CLUSTER, request.config_dirs))
+        raise ValueError(f"cluster: none is chosen and there is no default; use one of {known}")
+    return request
+
+
+def submit(request: Request, cluster: ClusterConfig) -> str:
+    """Check, write, submit; returns the job id, empty with --dry-run.
+
+    Raises:
+        ValueError: one line, if the run or the job is refused.
+    """
+    config = compose_run(request.run, request.config_dirs)
+    layout = plan_layout(
+        config,
+        joined_world_size=request.nodes * cluster.workers,
+        gpus_per_node=cluster.gpus_per_node,
+    )
+    run_dir = Path(config.run_dir).absolute()
+    config.run_dir = str(run_dir)
+    given = [text for text in request.run if text.partition("=")[0].lstrip("+") != "run_dir"]
+    options = [f"--config-dir={folder.absolute()}" for folder in request.config_dirs]
+    job = Job(
+        name=config.name,
+        run_dir=run_dir,
+        folder=Path.cwd(),
+        nodes=request.nodes,
+        time=request.time,
+        arguments=[*options, *given, f"run_dir={run_dir}"],
+        python_path=os.environ.get("PYTHONPATH", ""),
+    )
+    script = batch_script(job, cluster)
+    if request.dry_run:
+        print(script, end="", flush=True)
+        return ""
+    check_files(config, say=_say)
+    _say(f"{describe(config, layout)}; {request.nodes} nodes of {cluster.workers}")
+    for line in check_placement(config.parallel, num_nodes=request.nodes, workers=cluster.workers):
+        print(f"msa-submit: warning: {line}", file=sys.stderr, flush=True)
+    folder = run_dir / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    write_keeping(folder / SCRIPT_NAME, script)
+    write_keeping(folder / "config.yaml", config_to_yaml(config))
+    version, diff = code_version()
+    write_keeping(folder / "code.diff", diff)
+    job_id = _sbatch(folder / SCRIPT_NAME)
+    facts = {
+        "job_id": job_id,
+        "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": shlex.join(["msa-submit", *sys.argv[1:]]),
+        "cluster": request.cluster,
+        "nodes": request.nodes,
+        "time": request.time,
+        "code": version,
+    }
+    write_keeping(folder / JOB_NAME, json.dumps(facts, indent=1) + "\n")
+    _say(f"script {folder / SCRIPT_NAME}\noutput {folder / f'job-{job_id}.out'}\njob {job_id}")
+    return job_id
+
+
+def _sbatch(script: Path) -> str:
+    """Job id."""
+    try:
+        done = subprocess.run(
+            ["sbatch", "--parsable", str(script)], capture_output=True, text=True, timeout=SUBMIT_WITHIN_S
+        )
+    except FileNotFoundError:
+        raise ValueError(
+            f"sbatch: is not installed here; submit on a login node of the cluster: sbatch {script}"
+        ) from None
+    if done.returncode:
+        raise ValueError(f"sbatch refuses {script}: {done.stderr.strip() or done.stdout.strip()}")
+    # "12345", or "12345;cluster"
+    return done.stdout.strip().partition(";")[0]
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""Ends a process that makes no step for too long, after writing down where all its threads stand."""
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from types import TracebackType
+
+HUNG = 70
+"exit code of a process that the watchdog ended"
+# A thread of Python cannot run while another one keeps the interpreter; the one of faulthandler can.
+_SPARE_S = 30
+
+
+class Watchdog:
+    """Watches a block of code that calls `beat` now and then.
+
+    Example: with Watchdog(1800, "rank 3") as watchdog: ...; watchdog.beat("step 17 is made")
+    """
+
+    def __init__(self, timeout_s: float, name: str) -> None:
+        """timeout_s: longest time between two beats, 0: any. name: of this process in the message."""
+        self.timeout_s, self.name = timeout_s, name
+        self._last, self._done = "the start", threading.Event()
+        self._last_s = time.monotonic()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> "Watchdog":
+        self.beat(self._last)
+        if self.timeout_s > 0:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._done.set()
+        if self.timeout_s > 0:
+            faulthandler.cancel_dump_traceback_later()
+
+    def beat(self, done: str) -> None:
+        """Something is done, named in the message if nothing follows."""
+        self._last, self._last_s = done, time.monotonic()
+        if self.timeout_s > 0:
+            faulthandler.dump_traceback_later(self.timeout_s + _SPARE_S, exit=True)
+
+    def _watch(self) -> None:
+        while not self._done.wait(max(self._last_s + self.timeout_s - time.monotonic(), 0.01)):
+            silent_s = time.monotonic() - self._last_s
+            if silent_s >= self.timeout_s:
+                self._bark(silent_s)
+
+    def _bark(self, silent_s: float) -> None:
+        print(
+            f"msa-train: {self.name}: no progress for {silent_s:.0f} s since {self._last} "
+            f"(watchdog.timeout_s={self.timeout_s:g}); its threads stand here, then it ends:",
+            file=sys.stderr,
+            flush=True,
+        )
+        faulthandler.dump_traceback(all_threads=True)
+        os._exit(HUNG)

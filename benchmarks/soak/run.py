@@ -1,6 +1,7 @@
 """Disturbs training jobs on a real Slurm at random times and counts how many end with the same bits."""
 
 import argparse
+import contextlib
 import json
 import random
 import signal
@@ -9,18 +10,38 @@ import tempfile
 import time
 from collections import Counter
 from contextlib import ExitStack
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import machine
+import psutil
+
+from benchmarks.machine import command, machine
 from msa_train.training.metrics import read_metrics
 from tests.helpers.slurm_cluster import SlurmCluster, powered_on
-from tests.helpers.training_command import TINY, last_step, train, write_corpus
+from tests.helpers.training_command import TINY, last_step, train, without_times, write_corpus
 
 ROOT = Path(__file__).parents[2]
+
+
+class Disturbance(StrEnum):
+    """What is done to a job."""
+
+    kill_rank = "kill_rank"
+    hang_rank = "hang_rank"
+    "stopped, not ended: only the watchdog notices"
+    power_off = "power_off"
+    unplug = "unplug"
+    "the processes of a node live on, unheard"
+    requeue = "requeue"
+    warn = "warn"
+    "that its time is nearly up"
+
+
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-TIMES = {"tokens_per_s", "step_time_s", "memory_gib", "exposed_s", "exposed_s_by_purpose"}
-DISTURBANCES = ("kill_rank", "power_off", "requeue", "warn")
+# what starts the workers on a node: Slurm itself, or torch's agent
+TASKS = ("gpu", "node")
+WATCHDOG_S = 20
 
 
 def main() -> None:
@@ -48,34 +69,44 @@ def main() -> None:
             row["bit_equal"] = row["state"] == "COMPLETED" and comparable(run_dir) == want
             rows.append(row)
             print(json.dumps(row), flush=True)
-            arguments.out.write_text(json.dumps(result(rows, arguments), indent=1) + "\n")
+            report = result(rows, arguments)
+            arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+            arguments.out.with_suffix(".md").write_text(table(report))
 
 
 def disturb(
     cluster: SlurmCluster, settings: tuple[str, ...], run_dir: Path, draw: random.Random, steps: int
 ) -> dict[str, Any]:
     """Train one job to its end, disturbed once."""
-    kind = draw.choice(DISTURBANCES)
+    kind, tasks = draw.choice(list(Disturbance)), draw.choice(TASKS)
     after_step, pause_s = draw.randrange(1, steps - 5), draw.uniform(0, 0.5)
     environ = {"PYTHONPATH": f"{ROOT}:{ROOT}/kernels", "TORCHDYNAMO_DISABLE": "1"}
-    command = [sys.executable, "-m", "launchers.submit", "cluster=local_cpu", "nodes=2", "time=60", *settings]
-    command += [f"run_dir={run_dir}", "cluster.tasks=gpu", "cluster.workers_per_node=1"]
+    submit = [sys.executable, "-m", "launchers.submit", "cluster=local_cpu", "nodes=2", "time=60", *settings]
+    submit += [f"run_dir={run_dir}", f"cluster.tasks={tasks}", "cluster.workers_per_node=1"]
+    submit.append(f"watchdog.timeout_s={WATCHDOG_S}")
     begin = time.monotonic()
-    job = cluster.run(*command, environ=environ, timeout=600).rpartition("job ")[2]
+    job = cluster.run(*submit, environ=environ, timeout=600).rpartition("job ")[2]
 
     def over() -> bool:
         return cluster.job(job)["JobState"] in ENDED
 
     cluster.wait(lambda: last_step(run_dir) >= after_step or over(), f"step {after_step}", 1800)
     time.sleep(pause_s)
-    row = {"kind": kind, "after_step": after_step, "pause_s": round(pause_s, 3)}
+    row: dict[str, Any] = {
+        "kind": kind.value,
+        "tasks": tasks,
+        "after_step": after_step,
+        "pause_s": round(pause_s, 3),
+    }
     with ExitStack() as stack:
         if not over():
             row["disturbed_at_step"] = last_step(run_dir)
-            victim = strike(cluster, job, kind, draw)
-            if kind == "power_off":
+            victim = row["victim"] = draw.choice(nodes_of(cluster, job))
+            strike(cluster, job, kind, victim)
+            if kind is Disturbance.power_off:
                 stack.enter_context(powered_on(cluster, victim))
-            row["victim"] = victim
+            elif kind is Disturbance.unplug:
+                stack.callback(cluster.plug, victim)
         cluster.wait(over, f"end of job {job}", 1800)
         fields = cluster.job(job)
     cluster.wait_idle()
@@ -86,41 +117,74 @@ def disturb(
     }
 
 
-def strike(cluster: SlurmCluster, job: str, kind: str, draw: random.Random) -> str:
-    """Do the harm; returns whom it hit."""
-    nodes = cluster.run("scontrol", "show", "hostnames", cluster.job(job)["NodeList"]).split()
-    node = draw.choice(nodes)
-    if kind == "power_off":
+def nodes_of(cluster: SlurmCluster, job: str) -> list[str]:
+    """Host names."""
+    return cluster.run("scontrol", "show", "hostnames", cluster.job(job)["NodeList"]).split()
+
+
+def strike(cluster: SlurmCluster, job: str, kind: Disturbance, node: str) -> None:
+    """Do the harm."""
+    if kind is Disturbance.power_off:
         cluster.power_off(node)
-    elif kind == "kill_rank":
-        for process in cluster.processes(node):
-            if "launchers.train" in process.cmdline():
-                process.send_signal(signal.SIGKILL)
-                break
-    elif kind == "requeue":
+    elif kind is Disturbance.unplug:
+        cluster.unplug(node)
+    elif kind is Disturbance.requeue:
         cluster.run("scontrol", "requeue", job, check=False)
-    else:
+    elif kind is Disturbance.warn:
         cluster.run("scancel", "--batch", "--signal=USR1", job, check=False)
-    return node
+    else:
+        number = signal.SIGKILL if kind is Disturbance.kill_rank else signal.SIGSTOP
+        for process in ranks(cluster.processes(node)):
+            process.send_signal(number)
+
+
+def ranks(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that train, not what started them."""
+    found: dict[str, list[psutil.Process]] = {"launchers.worker": [], "launchers.train": []}
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            words = process.cmdline()
+            for module in found:
+                # the name alone is a word also of srun's command line
+                if words[1:3] == ["-m", module]:
+                    found[module].append(process)
+    return found["launchers.worker"] or found["launchers.train"]
 
 
 def comparable(run_dir: Path) -> list[dict[str, Any]]:
     """All metrics but times and memory."""
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(run_dir)]
+    return [without_times(row) for row in read_metrics(run_dir)]
+
+
+def table(report: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = [
+        f"`{report['command']}`, {report['machine']['cpu']}, commit {report['machine']['commit']}",
+        "",
+        "| disturbed by | jobs | ended with the same bits | restarts | longest, s |",
+        "|---|---|---|---|---|",
+    ]
+    for kind, count in report["by_kind"].items():
+        runs = [run for run in report["runs"] if run["kind"] == kind]
+        restarts = sum(run["restarts"] for run in runs)
+        longest = max((run["seconds"] for run in runs), default=0)
+        lines.append(f"| {kind} | {count['jobs']} | {count['bit_equal']} | {restarts} | {longest:g} |")
+    lines.append(f"| all | {report['jobs']} | {report['bit_equal']} | | |")
+    return "\n".join(lines) + "\n"
 
 
 def result(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> dict[str, Any]:
     """Content of the JSON file."""
     equal = Counter(row["kind"] for row in rows if row["bit_equal"])
     return {
-        "command": " ".join(["python -m benchmarks.soak.run", *sys.argv[1:]]),
+        "command": command("benchmarks.soak.run", sys.argv[1:]),
         "machine": machine(),
         "seed": arguments.seed,
         "jobs": len(rows),
         "bit_equal": sum(equal.values()),
         "by_kind": {
             kind: {"jobs": sum(row["kind"] == kind for row in rows), "bit_equal": equal[kind]}
-            for kind in DISTURBANCES
+            for kind in map(str, Disturbance)
         },
         "runs": rows,
     }

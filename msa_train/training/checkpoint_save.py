@@ -49,7 +49,8 @@ class SaveReport:
     """How a save went.
 
     pause_s: the training stood still; write_s: from then on until it was visible; num_bytes: tensors of all
-    ranks. error: why there is no checkpoint, one line. must_end: whatever on_failure says. notes: for the user.
+    ranks. error: why there is no checkpoint, one line. must_end: it ends the run, whatever on_failure says.
+    notes: for the user.
     """
 
     step: int

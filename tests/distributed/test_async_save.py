@@ -15,6 +15,7 @@ from msa_train.config import CheckpointConfig, RunConfig, SaveFailure
 from msa_train.training.checkpoint import load_checkpoint
 from msa_train.training.checkpoint_save import CheckpointSaver
 from msa_train.training.checkpoint_store import CheckpointStore, fingerprint
+from msa_train.training.generation import GENERATION_NAME, VARIABLE
 from msa_train.training.snapshot import HostBuffers
 from msa_train.training.together import CheckpointError
 from tests.helpers.spawn import run_ranks
@@ -150,6 +151,15 @@ def failures(rank: int, world_size: int, folder: Path) -> None:
     assert (report.error, len(report.notes), run.waits) == ("", 2, [1.0, 2.0])
     assert report.notes[0].endswith("; trying again")
     run.check(1)
+
+    # a later start has taken over: not even where the run goes on without checkpoints
+    run = Writing(folder / "superseded", on_failure=SaveFailure.go_on, retries=2)
+    run.publish = lambda: (folder / "superseded" / GENERATION_NAME).write_text("7.1\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, "7.0")
+        run.save(1)
+        assert "start 7.1 has taken over from start 7.0" in run.ended()
+    assert (run.store.steps(), run.waits) == ([], [])
 
     # what one rank cannot copy is no checkpoint on any
     run = Writing(folder / "copy", asynchronous=False)

@@ -151,6 +151,17 @@ class SlurmCluster:
         self._start_host(node, f"exec slurmd -D -N {node}")
         self._plug_in(node)
 
+    @contextlib.contextmanager
+    def read_only(self, node: str, folder: Path) -> Iterator[None]:
+        """In the block the node can read the folder but not write there."""
+        inside = ["nsenter", "-t", str(self._inits[node]), "--mount"]
+        for options in (["--bind", folder, folder], ["-o", "remount,bind,ro", folder]):
+            subprocess.run([*inside, "mount", *options], check=True, env=_ENV)
+        try:
+            yield
+        finally:
+            subprocess.run([*inside, "umount", "--lazy", folder], check=True, env=_ENV)
+
     def unplug(self, node: str) -> None:
         """The node runs on, unheard."""
         self._in_control(f"ip link set to_{node} down")

@@ -24,6 +24,9 @@ DOWN_WITHIN_S = 30
 NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, SEQ_LEN, NUM_EXPERTS, ROUTER_TOPK = 2, 8, 16, 512, 4, 2
 GLOBAL_BATCH_SIZE, LR, WARMUP_STEPS = 2, 4e-3, 2
 PROBE_EVERY = 3
+TIMES = {"tokens_per_s", "step_time_s", "memory_gib", "exposed_s", "exposed_s_by_purpose"}
+# in the row of the step during which it was finished
+TIMES |= {"checkpoint_step", "checkpoint_pause_s", "checkpoint_write_s", "checkpoint_bytes"}
 # layer 1 attends to everything and has a dense feed-forward network; 2 and 3 are sparse in both
 SPARSE_LAYERS = ("layer02", "layer03")
 TINY = (
@@ -161,6 +164,11 @@ def wait_gone(processes: list[psutil.Process]) -> None:
     while alive := [process for process in processes if _runs(process)]:
         assert time.monotonic() < deadline, f"still running: {alive}"
         time.sleep(POLL_S)
+
+
+def without_times(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of metrics as far as it follows from what is computed."""
+    return {key: value for key, value in row.items() if key not in TIMES}
 
 
 def last_step(run_dir: Path) -> int:

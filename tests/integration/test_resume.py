@@ -7,19 +7,15 @@ import shutil
 import signal
 import time
 from pathlib import Path
-from typing import Any
 from unittest.mock import ANY
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from msa_train.training.metrics import read_metrics
-from tests.helpers.training_command import DOWN_WITHIN_S, Training, last_step, train, wait_gone
+from tests.helpers.training_command import DOWN_WITHIN_S, Training, last_step, train, wait_gone, without_times
 from tests.integration.conftest import STEPS, FinishedRun
 
-TIMES = {"tokens_per_s", "step_time_s", "memory_gib", "exposed_s", "exposed_s_by_purpose"}
-# in the row of the step during which it was finished
-TIMES |= {"checkpoint_step", "checkpoint_pause_s", "checkpoint_write_s", "checkpoint_bytes"}
 LOSSES = ("lm_loss", "kl_loss", "grad_norm", "val_loss")
 TO_THE_END = f"train.steps={STEPS}"
 
@@ -143,10 +139,6 @@ def _compare_losses(want_dir: Path, got_dir: Path, *, first_step: int) -> None:
                 continue
             tolerance = FP32_ROUNDING if step == LOADED_STEP + 1 else AFTER_OTHER_SELECTIONS[name]
             assert row[name] == pytest.approx(theirs[name], rel=tolerance), f"{name} of step {step}"
-
-
-def without_times(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key not in TIMES}
 
 
 def _partial_checkpoints(run_dir: Path) -> set[tuple[str, int]]:

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from msa_train.training.metrics import read_metrics
-from tests.helpers.training_command import Training, last_step, train
-from tests.integration.test_resume import ONE_PROCESS, without_times
+from tests.helpers.training_command import Training, last_step, train, without_times
+from tests.integration.test_resume import ONE_PROCESS
 
 DENSE_STEPS, STEPS = 5, 9
 # Shorter packs in the warm-up: the switch changes the data too.

@@ -7,9 +7,8 @@ from launchers.command_line import STOPPED
 from msa_train.training import stop
 from msa_train.training.checkpoint_store import CheckpointStore
 from msa_train.training.metrics import read_metrics
-from tests.helpers.training_command import Training, last_step
+from tests.helpers.training_command import Training, last_step, without_times
 from tests.integration.conftest import STEPS, FinishedRun
-from tests.integration.test_resume import without_times
 
 TO_THE_END = f"train.steps={STEPS}"
 

@@ -29,16 +29,22 @@ def submit_stand_in(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFact
     """Submit the batch script with a trainer that needs no torch: (job id, run_dir)."""
 
     def submit(
-        name: str, *arguments: str, config: ClusterConfig, nodes: int = 2, options: tuple[str, ...] = ()
+        name: str,
+        *arguments: str,
+        config: ClusterConfig,
+        nodes: int = 2,
+        time: str = "10",
+        run_dir: Path | None = None,
+        options: tuple[str, ...] = (),
     ) -> tuple[str, Path]:
-        run_dir = tmp_path_factory.mktemp(name) / "run"
+        run_dir = run_dir or tmp_path_factory.mktemp(name) / "run"
         (run_dir / "slurm").mkdir(parents=True)
         job = Job(
             name=name,
             run_dir=run_dir,
             folder=ROOT,
             nodes=nodes,
-            time="10",
+            time=time,
             arguments=[f"run_dir={run_dir}", *arguments],
             python_path=f"{ROOT}:{ROOT}/kernels",
         )

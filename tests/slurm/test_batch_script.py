@@ -49,6 +49,9 @@ def submitted(cluster: SlurmCluster, submit_stand_in: SubmitStandIn) -> dict[str
     for job, run_dir in list(jobs.values()):
         wait_for_text(cluster, run_dir, "step 5")
         cluster.run("scancel", "--batch", "--signal=USR1", job)
+    # a minute, and Slurm warns at its half, or earlier: it looks now and then
+    config = ClusterConfig(**{**SMALL, "signal_lead_s": 30})
+    jobs["time_limit"] = submit_stand_in("time_limit", "steps=900", config=config, time="1")
     jobs["crash"] = submit_stand_in("crash", "steps=9", "crash_at=3", config=ClusterConfig(**SMALL))
     return jobs
 
@@ -71,6 +74,18 @@ def test_warned_of_the_end_of_its_time_it_saves_and_comes_back(
     assert text.count(": step 40\n") == num_tasks
 
 
+def test_slurm_itself_warns_before_the_time_is_up(
+    cluster: SlurmCluster, submitted: dict[str, tuple[str, Path]]
+) -> None:
+    job, run_dir = submitted["time_limit"]
+    cluster.wait_for_job(job, lambda fields: fields["Restarts"] == "1", WITHIN_S)
+    wait_for_text(cluster, run_dir, f"start {job}.1 on")
+    cluster.run("scancel", job)
+    first, second = re.findall(r"newest checkpoint: (\w+)", output(run_dir))
+    assert first == "none"
+    assert 0 < int(second) < 600, output(run_dir)
+
+
 def test_crash_without_progress_is_tried_again_and_then_given_up(
     cluster: SlurmCluster, submitted: dict[str, tuple[str, Path]]
 ) -> None:
@@ -80,6 +95,24 @@ def test_crash_without_progress_is_tried_again_and_then_given_up(
     text = output(run_dir)
     assert text.count(": requeueing job") == 2
     assert "giving up: 2 starts in a row saved nothing beyond step 0 (max_restarts=1)" in text
+
+
+def test_bad_node_is_named_and_excluded(
+    cluster: SlurmCluster, submit_stand_in: SubmitStandIn, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    cluster.wait_idle()
+    config = ClusterConfig(**{**SMALL, "preflight": True})
+    tmp_path.chmod(0o755)
+    with cluster.read_only("node2", tmp_path):
+        job, _ = submit_stand_in("bad_node", "steps=2", config=config, run_dir=run_dir)
+        cluster.wait_for_job(job, ended, WITHIN_S)
+    text = output(run_dir)
+    assert cluster.job(job)["JobState"] == "COMPLETED", text
+    assert re.search(r"1 of 2 nodes are bad: node2: run_dir=\S+ cannot be written: Read-only", text), text
+    assert f"the preflight found bad nodes: node2: requeueing job {job}" in text
+    assert (cluster.job(job)["Restarts"], cluster.job(job)["ExcNodeList"]) == ("1", "node2")
+    assert cluster.job(job)["NodeList"] == "node[1,3]"
 
 
 def test_cancelled_job_stays_cancelled(cluster: SlurmCluster, submit_stand_in: SubmitStandIn) -> None:

@@ -12,8 +12,7 @@ import pytest
 from launchers.submit import main as submit_main
 from msa_train.training.metrics import read_metrics
 from tests.helpers.slurm_cluster import SlurmCluster, powered_on
-from tests.helpers.training_command import TINY, Training, last_step, write_corpus
-from tests.integration.test_resume import without_times
+from tests.helpers.training_command import TINY, Training, last_step, without_times, write_corpus
 from tests.slurm.test_batch_script import ended, output
 
 ROOT = Path(__file__).parents[2]

@@ -368,6 +368,16 @@ def test_prune_spares_every_so_many(tmp_path: Path) -> None:
     assert store.steps() == [400, 600]
 
 
+def test_prune_keeps_one_from_before_bad_steps(tmp_path: Path) -> None:
+    """A run that was stopped among bad steps may still go back to the checkpoint before them."""
+    save(config_of(tmp_path), 100, 200)
+    store = save(config_of(tmp_path), 230, bad_steps={"in_a_row": 2})
+    assert store.prune(1) == [100]
+    assert store.steps() == [200, 230]
+    store = save(config_of(tmp_path), 300, bad_steps={"in_a_row": 0})
+    assert store.prune(1) == [230, 200]
+
+
 def test_latest_follows(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     store = save(config, 100, 200, 300)

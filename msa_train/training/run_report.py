@@ -68,7 +68,9 @@ def _summary(
         values = [row[name] for row in history if row.get(name) is not None]
         if values:
             summary[f"{name}_first"], summary[f"{name}_last"] = values[0], values[-1]
-    totals = [name for name in last if name.endswith("_bytes") or name == "kv_bytes_all_gather"]
+    # what travelled; checkpoints did not
+    totals = [name for name in last if name.endswith("_bytes") and name != "checkpoint_bytes"]
+    totals += ["kv_bytes_all_gather"] if "kv_bytes_all_gather" in last else []
     for name in totals:
         summary[f"{name}_total"] = sum(row.get(name, 0) for row in history)
     waits = [

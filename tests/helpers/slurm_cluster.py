@@ -154,7 +154,7 @@ class SlurmCluster:
     @contextlib.contextmanager
     def read_only(self, node: str, folder: Path) -> Iterator[None]:
         """In the block the node can read the folder but not write there."""
-        inside = ["nsenter", "-t", str(self._inits[node]), "--mount"]
+        inside = ["nsenter", "-t", str(self._inits[node]), "--mount", "--pid"]
         for options in (["--bind", folder, folder], ["-o", "remount,bind,ro", folder]):
             subprocess.run([*inside, "mount", *options], check=True, env=_ENV)
         try:

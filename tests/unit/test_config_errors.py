@@ -57,7 +57,7 @@ MISTAKES = [
     (["run=demo", "train.spike_factor=0.5"], "train.spike_factor=0.5", "use train.spike_factor=2, or 0"),
     (["run=demo", "train.max_skipped=0"], "train.max_skipped=0", "at least 1"),
     (
-        ["run=demo", "train.bad_step=rollback", "checkpoint=none"],
+        ["run=demo", "train.bad_step=rollback", "checkpoint.every=0"],
         "train.bad_step=rollback",
         "a larger checkpoint.every",
     ),
@@ -153,7 +153,7 @@ def refuse(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def test_mistake_gets_one_line(
     arguments: list[str], names: str, fix: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = refuse(arguments, capsys)
+    line = refuse([*arguments, "--check"], capsys)
     assert line.startswith(f"msa-train: error: {names}")
     assert fix in line
 

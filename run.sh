@@ -88,7 +88,7 @@ set_up_system() {
         "$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
     } >"$site/msa_train.pth"
     local name module
-    for name in train convert simulate submit status preflight=node_check; do
+    for name in train convert simulate checkpoint submit status preflight=node_check; do
         module=${name#*=} name=${name%=*}
         printf '#!/bin/sh\nexec "%s" -m launchers.%s "$@"\n' "$PWD/$venv/bin/python" "$module" >"$venv/bin/msa-$name"
         chmod +x "$venv/bin/msa-$name"

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from typing import Any
 from launchers.command_line import Parser, run_command
 from launchers.compose import load_run
 from launchers.run_dir import CONFIG_NAME
-from launchers.submit import FOLDER, JOB_NAME
+from launchers.slurm_jobs import FOLDER, ask_slurm, submitted_job
 from msa_train.config import plan_stages, total_steps
 from msa_train.training.checkpoint_store import CheckpointStore
 from msa_train.training.metrics import METRICS_NAME
@@ -22,7 +21,6 @@ from msa_train.training.summary import format_table
 
 DESCRIPTION = "Prints how far a run is: its Slurm job, step, loss, speed, time left, checkpoints, restarts."
 TAIL_BYTES = 2**18
-SQUEUE_WITHIN_S = 30
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,15 +97,11 @@ def format_status(status: dict[str, Any]) -> str:
 
 def _job(run_dir: Path) -> dict[str, Any]:
     """Of the last submission, as Slurm knows it now."""
-    path = run_dir / FOLDER / JOB_NAME
     starts = _starts(run_dir)
-    if path.exists():
-        job = str(json.loads(path.read_text(encoding="utf-8"))["job_id"])
-    elif starts:
-        job = starts[-1][1]
-    else:
+    job = submitted_job(run_dir) or (starts[-1][1] if starts else "")
+    if not job:
         return {}
-    text = _ask_slurm("squeue", "--noheader", "--jobs", job, "--format=%T|%r|%N|%L")
+    text = ask_slurm("squeue", "--noheader", "--jobs", job, "--format=%T|%r|%N|%L")
     if text:
         state, reason, nodes, left = text.splitlines()[0].split("|")
         found: dict[str, Any] = {"job": job, "state": state}
@@ -121,7 +115,7 @@ def _job(run_dir: Path) -> dict[str, Any]:
         ("sacct", "--noheader", "--parsable2", "--allocations", "--jobs", job, "--format=State"),
         ("scontrol", "show", "job", "--oneliner", job),
     ):
-        words = (_ask_slurm(*command) or "").split()
+        words = (ask_slurm(*command) or "").split()
         states = [word.removeprefix("JobState=") for word in words if word.startswith("JobState=")]
         if words and (states or command[0] == "sacct"):
             return {"job": job, "state": (states or words)[0]}
@@ -187,14 +181,6 @@ def _last_rows(path: Path) -> list[dict[str, Any]]:
         if "lm_loss" in row:
             rows.append(row)
     return rows
-
-
-def _ask_slurm(*command: str) -> str | None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SQUEUE_WITHIN_S)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _seconds(text: str) -> int | None:

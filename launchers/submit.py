@@ -19,9 +19,9 @@ from launchers.groups import CLUSTER, group_options
 from launchers.placement import check_placement
 from launchers.preflight import check_files, describe, plan_layout
 from launchers.run_dir import write_keeping
+from launchers.slurm_jobs import FOLDER, JOB_NAME, SCRIPT_NAME, check_no_job
 from msa_train.config import ClusterConfig, check_time
 
-FOLDER, SCRIPT_NAME, JOB_NAME = "slurm", "job.sbatch", "job.json"
 USAGE = """\
 msa-submit run=NAME cluster=NAME nodes=N time=HH:MM:SS [KEY=VALUE ...] [--dry-run]
 msa-submit -m run=NAME cluster=NAME nodes=N time=HH:MM:SS KEY=VALUE,VALUE [...]
@@ -149,6 +149,7 @@ def submit(request: Request, cluster: ClusterConfig) -> str:
     if request.dry_run:
         print(script, end="", flush=True)
         return ""
+    check_no_job(run_dir)
     check_files(config, say=_say)
     _say(f"{describe(config, layout)}; {request.nodes} nodes of {cluster.workers}")
     for line in check_placement(config.parallel, num_nodes=request.nodes, workers=cluster.workers):

@@ -8,8 +8,9 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
-from launchers.command_line import INTERRUPTED, USER_ERROR
+from launchers.command_line import INTERRUPTED, USER_ERROR, leave
 from launchers.compose import compose_run, config_to_yaml
 from launchers.help import help_text
 from launchers.join import Node, joined_environment, joined_node
@@ -174,5 +175,10 @@ def _version() -> str:
         return "(not installed)"
 
 
+def command() -> NoReturn:
+    """Run the command as a process of its own."""
+    leave(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from launchers.command_line import leave
 from launchers.compose import load_run
 from msa_train.config import RunConfig
 from msa_train.training import stop
@@ -27,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     _follow_launcher()
     run_entry(load_run(arguments[0]), *arguments[1:])
+    leave(0)
 
 
 def run_entry(config: RunConfig, entry: str = TRAINING) -> None:
@@ -45,10 +47,7 @@ def run_entry(config: RunConfig, entry: str = TRAINING) -> None:
         getattr(importlib.import_module(module), function)(config)
     except Exception as error:
         _record(error)
-        # A normal exit would run destructors of process groups, which can wait for dead peers for ever.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
+        leave(1)
 
 
 def accept_fallbacks() -> None:

@@ -113,6 +113,8 @@ def test_stopped_requeued_and_robbed_of_a_node_it_comes_to_the_same_bits(
         *("cluster.tasks=gpu", "cluster.workers_per_node=1"),
     )
     wait_for_step(cluster, run_dir, 3, job)
+    with pytest.raises(RuntimeError, match=rf"job {job} \(RUNNING\) trains it already"):
+        submit(cluster, run_dir, *TINY, *data, "nodes=2")
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     cluster.wait_for_job(job, lambda fields: fields["Restarts"] == "1", WITHIN_S)
     slice_end = last_step(run_dir)

@@ -117,7 +117,20 @@ sys.argv = ["lint-imports"]; lint_imports_command()'
     if "$venv/bin/python" -c 'import xdist' 2>/dev/null; then
         parallel=(-n 2 --dist loadfile --no-loadscope-reorder)
     fi
-    "$venv/bin/python" -m pytest "${parallel[@]}" "$@"
+    if (($#)); then
+        "$venv/bin/python" -m pytest "${parallel[@]}" "$@"
+        return
+    fi
+    # Tests on Slurm mostly wait, for nodes that are lost and jobs that come back: they run beside the others.
+    local log=$venv/slurm-tests.log result=0 on_slurm
+    "$venv/bin/python" -m pytest -p no:cacheprovider tests/slurm >"$log" 2>&1 &
+    on_slurm=$!
+    trap "kill $on_slurm 2>/dev/null || true" EXIT
+    "$venv/bin/python" -m pytest "${parallel[@]}" --ignore=tests/slurm || result=$?
+    wait "$on_slurm" || result=$?
+    cat "$log"
+    ((result == 0)) || echo "run.sh: tests failed"
+    return "$result"
 }
 
 run_demo() {

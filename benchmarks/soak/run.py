@@ -42,6 +42,7 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 # what starts the workers on a node: Slurm itself, or torch's agent
 TASKS = ("gpu", "node")
 WATCHDOG_S = 20
+IDLE_WITHIN_S = 300
 
 
 def main() -> None:
@@ -109,7 +110,7 @@ def disturb(
                 stack.callback(cluster.plug, victim)
         cluster.wait(over, f"end of job {job}", 1800)
         fields = cluster.job(job)
-    cluster.wait_idle()
+    make_idle(cluster)
     return row | {
         "state": fields["JobState"],
         "restarts": int(fields["Restarts"]),
@@ -120,6 +121,19 @@ def disturb(
 def nodes_of(cluster: SlurmCluster, job: str) -> list[str]:
     """Host names."""
     return cluster.run("scontrol", "show", "hostnames", cluster.job(job)["NodeList"]).split()
+
+
+def make_idle(cluster: SlurmCluster) -> None:
+    """All nodes ready for the next job. One whose processes lived on unheard is drained, as on any cluster."""
+
+    def idle() -> bool:
+        states = cluster.run("sinfo", "-h", "-N", "-p", "train", "-o", "%N %t", check=False).split()
+        nodes = dict(zip(states[::2], states[1::2], strict=True))
+        for node in [node for node, state in nodes.items() if state.startswith("drain")]:
+            cluster.run("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
+        return bool(nodes) and set(nodes.values()) == {"idle"}
+
+    cluster.wait(idle, "all nodes idle", IDLE_WITHIN_S)
 
 
 def strike(cluster: SlurmCluster, job: str, kind: Disturbance, node: str) -> None:

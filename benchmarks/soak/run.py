@@ -66,7 +66,8 @@ def main() -> None:
         want = comparable(folder / "want")
         while len(rows) < arguments.kills and time.monotonic() - start < arguments.limit_s:
             run_dir = folder / f"run{len(rows)}"
-            row = disturb(cluster, settings, run_dir, draw, arguments.steps)
+            kind = list(Disturbance)[len(rows) % len(Disturbance)]
+            row = disturb(cluster, settings, run_dir, kind, draw, arguments.steps)
             row["bit_equal"] = row["state"] == "COMPLETED" and comparable(run_dir) == want
             rows.append(row)
             print(json.dumps(row), flush=True)
@@ -76,10 +77,15 @@ def main() -> None:
 
 
 def disturb(
-    cluster: SlurmCluster, settings: tuple[str, ...], run_dir: Path, draw: random.Random, steps: int
+    cluster: SlurmCluster,
+    settings: tuple[str, ...],
+    run_dir: Path,
+    kind: Disturbance,
+    draw: random.Random,
+    steps: int,
 ) -> dict[str, Any]:
     """Train one job to its end, disturbed once."""
-    kind, tasks = draw.choice(list(Disturbance)), draw.choice(TASKS)
+    tasks = draw.choice(TASKS)
     after_step, pause_s = draw.randrange(1, steps - 5), draw.uniform(0, 0.5)
     environ = {"PYTHONPATH": f"{ROOT}:{ROOT}/kernels", "TORCHDYNAMO_DISABLE": "1"}
     submit = [sys.executable, "-m", "launchers.submit", "cluster=local_cpu", "nodes=2", "time=60", *settings]
@@ -124,7 +130,7 @@ def nodes_of(cluster: SlurmCluster, job: str) -> list[str]:
 
 
 def make_idle(cluster: SlurmCluster) -> None:
-    """All nodes ready for the next job. One whose processes lived on unheard is drained, as on any cluster."""
+    """Wait until all nodes are ready for the next job. Slurm drains one whose processes lived on unheard."""
 
     def idle() -> bool:
         states = cluster.run("sinfo", "-h", "-N", "-p", "train", "-o", "%N %t", check=False).split()

@@ -1,4 +1,4 @@
-"""A disk that fills up while a run trains: the run ends with the cause, keeps what it has, and goes on later."""
+"""A disk that fills up: the run ends with the cause, keeps what it has, and goes on when there is space."""
 
 import subprocess
 from collections.abc import Iterator

@@ -1,7 +1,7 @@
 """Saved in one layout and engine, resumed in another: the same losses on the same samples for ten steps.
 
-CI runs every layout as a source and as a target, in a chain of pairs. All pairs, and layouts of eight
-processes: MATRIX=all pytest tests/distributed/test_resume_matrix.py (some minutes).
+CI runs every layout as a source and as a target, in a chain of pairs. Three targets for every source, and
+layouts of eight processes: MATRIX=all pytest tests/distributed/test_resume_matrix.py
 """
 
 import os
@@ -49,16 +49,23 @@ def fp64_layouts() -> list[Layout]:
     ]
 
 
-def chain(some: list[Layout]) -> list[tuple[Layout, Layout]]:
+def chain(some: list[Layout], shift: int = 0) -> list[tuple[Layout, Layout]]:
     """Each layout once as a source and once as a target, far apart in the list: engines and sizes mix."""
-    shift = len(some) // 2 + 1
+    shift = shift or len(some) // 2 + 1
     return [(layout, some[(number + shift) % len(some)]) for number, layout in enumerate(some)]
 
 
 def pairs() -> list[tuple[Layout, Layout]]:
     """Sources with their targets."""
     if ALL:
-        return [pair for some in (layouts(), fp64_layouts()) for pair in product(some, some)]
+        far = len(layouts()) // 2
+        chains = [chain(layouts(), shift) for shift in (far // 2, far + 1, far + far // 2)]
+        found = [
+            *product(fp64_layouts(), repeat=2),
+            *unchanged(),
+            *(pair for some in chains for pair in some),
+        ]
+        return list(dict.fromkeys(found))
     few = [one for one in layouts() if one.world_size < PROCESSES or one.engine is Engine.torch]
     largest = [one for one in layouts() if one not in few]
     return [*chain([*few, *largest[::3]]), *chain(fp64_layouts()[::2]), *unchanged()]

@@ -60,12 +60,9 @@ def pairs() -> list[tuple[Layout, Layout]]:
     if ALL:
         far = len(layouts()) // 2
         chains = [chain(layouts(), shift) for shift in (far // 2, far + 1, far + far // 2)]
-        found = [
-            *product(fp64_layouts(), repeat=2),
-            *unchanged(),
-            *(pair for some in chains for pair in some),
-        ]
-        return list(dict.fromkeys(found))
+        fp64 = product(fp64_layouts(), repeat=2)
+        found = [*fp64, *unchanged(), *(pair for some in chains for pair in some)]
+        return list({(source.name, target.name): (source, target) for source, target in found}.values())
     few = [one for one in layouts() if one.world_size < PROCESSES or one.engine is Engine.torch]
     largest = [one for one in layouts() if one not in few]
     return [*chain([*few, *largest[::3]]), *chain(fp64_layouts()[::2]), *unchanged()]

@@ -27,7 +27,7 @@ def test_demo_trains_reports_and_goes_on(tmp_path: Path) -> None:
     assert table["train on"] == "the same command with train.steps=6"
     for name in ("config.yaml", "metrics.jsonl", "summary.json", "tensorboard", "logs"):
         assert (run_dir / name).exists()
-    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step_00000003"]
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["latest", "step_00000003"]
 
     output = train(*settings, "train.steps=4", "train.validate_every=0")
     assert "going on from step 3\n" in output

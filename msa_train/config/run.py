@@ -189,7 +189,7 @@ class WatchdogConfig:
     """When a run that makes no progress is given up."""
 
     timeout_s: int = 1800
-    "longest time without a step or a checkpoint; then every rank logs its stacks and ends; 0: any"
+    "longest time in which no pack, step or checkpoint is begun or ended; then ranks log their stacks and end"
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,6 +1,6 @@
 """The packs of one optimizer step on one data-parallel rank, and their forward pass."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,13 +73,14 @@ class PackForward:
     """Runs the model on a pack: cuts this rank's shard, builds what the layers need beside it.
 
     stage: of the run; decides what MSA layers attend to and learn from. The first one until it is set.
-    selection_log: where the step's selections go; None: nowhere.
+    selection_log: where the step's selections go; None: nowhere. on_pack: called when a pack begins.
     """
 
     def __init__(self, config: RunConfig, groups: Groups) -> None:
         self.config, self.groups = config, groups
         self.stage: Stage = plan_stages(config)[0]
         self.selection_log: SelectionLog | None = None
+        self.on_pack: Callable[[], None] = lambda: None
 
     def layout(self, pack: Pack, head_size: int = 1) -> ShardLayout:
         """This rank's shard of a pack; with `head_size`, that of its head group."""
@@ -106,6 +107,7 @@ class PackForward:
 
         With a `probe_seed` MSA layers compare the selection of sampled queries with full attention.
         """
+        self.on_pack()
         config, groups = self.config, self.groups
         layout = self.layout(pack)
         heads = self._share_heads(pack, layout, probe_seed)

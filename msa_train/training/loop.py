@@ -69,6 +69,8 @@ class Trainer:
         self.bad_steps = self.guard.bad_steps
         self._owes_save = False
         self.watchdog = Watchdog(config.watchdog.timeout_s, f"rank {groups.rank}")
+        engine.forward.on_pack = lambda: self.watchdog.beat(f"a pack of step {self._step_number} began")
+        self._step_number = 0
         self.stopped: stop.Stopped | None = None
         "set if a signal ended the run before its last step"
 
@@ -177,7 +179,7 @@ class Trainer:
 
     def _step(self, step: int, stage: Stage, stream: BatchStream) -> dict[str, Any]:
         config, engine, groups = self.config, self.engine, self.groups
-        start = time.perf_counter()
+        start, self._step_number = time.perf_counter(), step
         rates = stage_rates(step - 1, config.optim, stage, self.total_steps)
         batch_size = config.train.global_batch_size
         packs = stream.packs(self._first_pack(step, stage), groups.dp_rank, groups.dp_size, batch_size)

@@ -155,6 +155,11 @@ def _best_blocks(
         seq_lens,
         seq_lens,
         block_indices,
+        # no log-sum-exp: nothing is read or written there
+        block_indices,
+        block_indices,
+        block_indices,
+        0.0,
         num_rows,
         1,
         0,
@@ -170,6 +175,7 @@ def _best_blocks(
         BLOCK_M=1,
         CANDIDATES=candidates,
         ID_IS_COLUMN=id_is_column,
+        WITH_LSE=False,
         num_warps=8 if candidates > 1024 else 4,
     )
     return block_indices

@@ -44,7 +44,7 @@ def decode_attention_reference(
             topk=topk,
             local_blocks=local_blocks,
             query_offset=length - 1,
-        )[0]
+        )[0][0]
         for head in range(num_heads):
             group = head // (num_heads // num_groups)
             chosen = block_indices[b, group]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from msa_kernels import decode_attention, select_blocks
+from msa_kernels import decode_attention, quantize_index_keys, select_blocks
 from msa_kernels.block_sparse_attention.op import pack_blocks, unpack_blocks
 from msa_kernels.block_sparse_attention.pool import (
     BlockPool,
@@ -19,6 +19,7 @@ from msa_kernels.block_sparse_attention.pool import (
 )
 from msa_kernels.block_sparse_attention.reference import attention_reference, kl_reference, selection_mask
 from msa_kernels.decode.cache import DecodeCache
+from msa_kernels.dense_kl.op import dense_kl_part, lse_part
 from torch import Tensor
 
 from benchmarks.gpu.problem import LayerSizes, Tensors
@@ -52,8 +53,11 @@ def run_checks(
     problem = _Problem(tensors, sizes, seq_len, num_queries)
     parts: dict[str, Callable[[], list[Check]]] = {
         "selection": lambda: [_selection(problem, kernel)],
+        "selected log-sum-exp": lambda: [_selected_lse(problem, kernel)],
         "attention": lambda: _attention(problem, kernel),
+        "dense": lambda: _dense_kl(problem, kernel),
         "decode": lambda: [_decode(tensors, sizes, seq_len, kernel)],
+        "decode, fp8 index keys": lambda: [_decode_fp8(tensors, sizes, seq_len, kernel)],
     }
     found: list[Check] = []
     for name, part in parts.items():
@@ -110,6 +114,50 @@ def _selection(problem: _Problem, kernel: str) -> Check:
     best_out = scores.masked_fill(chosen | ~candidate, float("-inf")).amax(-1)
     gap = (best_out - worst_in).clamp(min=0.0).max() / scores.abs().max()
     return Check("selection", float(gap), SCORE_ROUNDING)
+
+
+def _selected_lse(problem: _Problem, kernel: str) -> Check:
+    """Of the blocks that the kernel itself took; relative to the largest."""
+    q, k = problem.inputs[3], problem.inputs[4]
+    B, position = problem.sizes.block_size, problem.position
+    scale = problem.scales["index_scale"]
+    ids, lse = select_blocks(
+        q, k, problem.cu_seqlens, block_size=B, topk=problem.sizes.topk, position=position, kernel=kernel,
+        return_lse=True, index_scale=scale,
+    )  # fmt: skip
+    mask = selection_mask(ids.cpu(), position.cpu(), seq_len=problem.seq_len, block_size=B).to(q.device)
+    scores = torch.einsum("tmd,sd->tms", q.double(), k.double()) * scale
+    exact = scores.masked_fill(~mask, float("-inf")).logsumexp(-1)
+    return Check("selected log-sum-exp", _worst_row(lse, exact), SCORE_ROUNDING * float(exact.abs().max()))
+
+
+def _dense_kl(problem: _Problem, kernel: str) -> list[Check]:
+    """Value and gradients of the warm-up's loss, of as many tokens as there are queries."""
+    q, q_index = problem.inputs[0], problem.inputs[3]
+    T = q.shape[0]
+    k, k_index = problem.inputs[1][:T], problem.inputs[4][:T]
+    heads, keys, index = q.permute(1, 2, 0, 3), k.transpose(0, 1), q_index.transpose(0, 1)
+    softmax_scale, index_scale = problem.scales["softmax_scale"], problem.scales["index_scale"]
+    lse = lse_part(heads, keys, causal=True, softmax_scale=softmax_scale, kernel=kernel)
+    lse_index = lse_part(
+        index[:, None], k_index[None], causal=True, softmax_scale=index_scale, kernel=kernel
+    )[:, 0]
+    grads = dense_kl_part(
+        heads, keys, lse, index, k_index, lse_index,
+        causal=True, softmax_scale=softmax_scale, index_scale=index_scale, kernel=kernel,
+    )  # fmt: skip
+    mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()[:, None].expand(-1, q.shape[1], -1)
+
+    def plain(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (q_index, k_index)]
+        kl = kl_reference(q.to(dtype), k.to(dtype), *leaves, mask, **problem.scales)
+        return *torch.autograd.grad(kl, leaves), kl.detach().view(1)
+
+    ours = grads.dq_index.transpose(0, 1), grads.dk_index, grads.kl.view(1)
+    return [
+        Check(f"dense {name}", _worst_row(a, c), _allowed(b, c))
+        for name, a, b, c in zip(NAMES[4:], ours, plain(q.dtype), plain(torch.float64), strict=True)
+    ]
 
 
 def _attention(problem: _Problem, kernel: str) -> list[Check]:
@@ -196,6 +244,29 @@ def _decode(tensors: Tensors, sizes: LayerSizes, seq_len: int, kernel: str) -> C
         error = max(error, _worst_row(out[b].view(1, M, G, D), exact))
         allowed = max(allowed, 2 * _worst_row(plain(q.dtype), exact))
     return Check("decode", error, allowed)
+
+
+def _decode_fp8(tensors: Tensors, sizes: LayerSizes, seq_len: int, kernel: str) -> Check:
+    """How far below the best left-out block a taken one lies, by fp64 scores of the very same fp8 keys."""
+    M, G, D, B = sizes.num_kv_heads, sizes.heads_per_group, sizes.head_dim, sizes.block_size
+    k = tensors.normal(1, seq_len, M, D)
+    keys, scale = quantize_index_keys(tensors.normal(1, seq_len, sizes.index_head_dim))
+    q, q_index = tensors.normal(1, M * G, D), tensors.normal(1, M, sizes.index_head_dim)
+    ids = decode_attention(
+        q, q_index, DecodeCache(k, k, keys, k_index_scale=scale),
+        torch.tensor([seq_len], dtype=torch.int32, device=q.device),
+        block_size=B, topk=sizes.topk, kernel=kernel,
+    )[2][0].long()  # fmt: skip
+    scores = q_index[0].double() @ (keys[0].double() * scale[0, :, None].double()).T
+    scores = scores.unflatten(-1, (-1, B)).amax(-1)[:, :-1]
+    taken = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, ids[:, :-1], True)
+    name = "decode, fp8 index keys"
+    if int(taken.sum()) != M * (sizes.topk - 1) or not bool((ids[:, -1] == seq_len // B - 1).all()):
+        return Check(name, float("nan"), 0.0, f"no selection: {ids.tolist()}")
+    worst_in = scores.masked_fill(~taken, float("inf")).amin(-1)
+    best_out = scores.masked_fill(taken, float("-inf")).amax(-1)
+    gap = (best_out - worst_in).clamp(min=0.0).max() / scores.abs().max()
+    return Check(name, float(gap), SCORE_ROUNDING)
 
 
 def _worst_row(got: Tensor, want: Tensor) -> float:

@@ -114,7 +114,7 @@ class AttentionConfig:
     window_sink: int = 0
     "first blocks of the document that every query of a sliding-window layer sees too; 0 for none"
     kernel: AttentionKernel = AttentionKernel.auto
-    "what computes selection, sparse attention and their KL loss; full attention runs in torch whatever it is"
+    "what computes selection, sparse attention and the KL losses; full attention runs in torch whatever it is"
 
     def __post_init__(self) -> None:
         _positive(self, ["block_size", "topk", "local_blocks", "index_head_dim"])

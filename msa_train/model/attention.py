@@ -336,6 +336,7 @@ class MsaSelfAttention(GroupedQueryAttention):
             index_scale=q_index.shape[-1] ** -0.5,
             temperature=self.config.attention.kl_temperature,
             on_kl=lambda value: LayerStats.add(params.stats.kl, self.layer_number, value),
+            kernel=self.config.attention.kernel,
         )
         return cp_full_attention(q, k, v, self.full_call(params, kl), q_index, k_index)
 

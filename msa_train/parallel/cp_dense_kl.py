@@ -13,6 +13,7 @@ import torch
 from msa_kernels.dense_kl.op import dense_kl_part, lse_part
 from torch import Tensor
 
+from msa_train.config import AttentionKernel
 from msa_train.parallel.collectives import CpComm
 from msa_train.parallel.layout import Segment, ShardLayout, visible_parts
 
@@ -25,6 +26,7 @@ class IndexKl:
     weight: factor of the sum over queries and groups.
     index_scale: factor of the index scores. temperature: divides the logits of both sides.
     on_kl: receives this rank's unweighted sum of divergences (fp64 scalar) in the backward pass.
+    kernel: implementation, see `msa_kernels.dense_kl`.
     """
 
     all_keys: Tensor
@@ -32,6 +34,7 @@ class IndexKl:
     index_scale: float
     temperature: float
     on_kl: Callable[[Tensor], None]
+    kernel: AttentionKernel = AttentionKernel.auto
 
 
 class TeacherLse:
@@ -44,6 +47,7 @@ class TeacherLse:
         self.q_heads, self.lse = q_heads, lse
         self.own = settings is not None and settings.temperature != 1.0
         if settings is not None and self.own:
+            self.kernel = settings.kernel.value
             self.lse = torch.full_like(lse, float("-inf"))
             self.softmax_scale = softmax_scale / settings.temperature
 
@@ -51,7 +55,10 @@ class TeacherLse:
         """Keys [M, n, D] that the queries `rows` see."""
         if not self.own:
             return
-        part = lse_part(self.q_heads[:, :, rows], k_heads, causal=causal, softmax_scale=self.softmax_scale)
+        part = lse_part(
+            self.q_heads[:, :, rows], k_heads,
+            causal=causal, softmax_scale=self.softmax_scale, kernel=self.kernel,
+        )  # fmt: skip
         self.lse[:, :, rows] = torch.logaddexp(self.lse[:, :, rows], part)
 
 
@@ -94,6 +101,7 @@ class DenseKl:
                 self.settings.all_keys[None, visible.start : visible.stop],
                 causal=visible.causal,
                 softmax_scale=self.index_scale,
+                kernel=self.settings.kernel.value,
             )
             result[:, visible.rows] = torch.logaddexp(result[:, visible.rows], part.squeeze(1))
         return result
@@ -105,6 +113,7 @@ class DenseKl:
             self.q_heads[:, :, rows], k_heads, self.lse[:, :, rows],
             self.q_index[:, rows], self.settings.all_keys[keys], self.lse_index[:, rows],
             causal=causal, softmax_scale=self.softmax_scale, index_scale=self.index_scale,
+            kernel=self.settings.kernel.value,
         )  # fmt: skip
         self.dq_index[:, rows] += grads.dq_index
         self.dk_index[keys] += grads.dk_index

@@ -4,12 +4,13 @@ fp64 with the plain definitions is what both are compared with, on two context-p
 attention runs over several pools.
 """
 
+import sys
 from typing import Any
 
 import pytest
 import torch
 
-from msa_train.config import AttentionKernel, Precision
+from msa_train.config import AttentionKernel, Precision, StageAttention, StageConfig
 from tests.helpers.compare import worst_row
 from tests.helpers.model_runs import run_steps, small_config, step_packs
 from tests.helpers.spawn import run_ranks
@@ -25,15 +26,25 @@ KINDS = {
 TOLERANCE = 2e-5
 
 
-def worker(rank: int, world_size: int) -> dict[str, Any]:
-    """One step of each kind, on a pack of three documents."""
+# The second: the index branch learns under full attention, from a teacher with its own normaliser.
+STAGES: dict[str, dict[str, Any]] = {
+    "sparse": {},
+    "dense": {"stage": StageConfig(attention=StageAttention.dense), "temperature": 2.0},
+}
+
+
+def worker(rank: int, world_size: int) -> dict[str, dict[str, Any]]:
+    """One step of each stage and kind, on a pack of three documents."""
     from megatron.core import parallel_state
 
-    found = {}
-    for name, (precision, kernel) in KINDS.items():
-        config = small_config(cp_size=world_size, precision=precision, kernel=kernel)
-        found[name] = run_steps(config, [step_packs()[1][:1]])["steps"][0]
-        parallel_state.destroy_model_parallel()
+    found: dict[str, dict[str, Any]] = {stage: {} for stage in STAGES}
+    for stage, settings in STAGES.items():
+        for name, (precision, kernel) in KINDS.items():
+            config = small_config(cp_size=world_size, precision=precision, kernel=kernel, **settings)
+            found[stage][name] = run_steps(config, [step_packs()[1][:1]])["steps"][0]
+            parallel_state.destroy_model_parallel()
+            # the import is what tells whether the warm-up's kernels ran
+            found[stage][name]["dense_kernels"] = "msa_kernels.dense_kl.launch" in sys.modules
     return found
 
 
@@ -51,8 +62,12 @@ def errors(got: dict[str, Any], want: dict[str, Any]) -> dict[str, float]:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU here, this step on the CPU")
 def test_step_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    for found in run_ranks(2, worker, timeout_s=300, fresh=True):
-        ours = errors(found["triton"], found["exact"])
-        theirs = errors(found["torch"], found["exact"])
-        worst = max(ours, key=lambda name: ours[name])
-        assert ours[worst] <= min(TOLERANCE, 2 * max(theirs.values())), (worst, ours[worst], theirs[worst])
+    for rank in run_ranks(2, worker, timeout_s=300, fresh=True):
+        for stage, found in rank.items():
+            assert found["exact"]["kl"].keys() == {2, 4}, stage
+            assert found["triton"]["dense_kernels"] == (stage == "dense")
+            ours = errors(found["triton"], found["exact"])
+            theirs = errors(found["torch"], found["exact"])
+            worst = max(ours, key=lambda name: ours[name])
+            bound = min(TOLERANCE, 2 * max(theirs.values()))
+            assert ours[worst] <= bound, (stage, worst, ours[worst], theirs[worst])

@@ -1,10 +1,17 @@
 """Decoding on the CPU paths: against the definition, and against prefill operators on the last token."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from msa_kernels import DecodeCache, block_sparse_attention, decode_attention, select_blocks
+from msa_kernels import (
+    DecodeCache,
+    block_sparse_attention,
+    decode_attention,
+    quantize_index_keys,
+    select_blocks,
+)
 from torch import Tensor
 
 from tests.helpers.compare import assert_rows_close
@@ -78,6 +85,58 @@ def test_equals_last_token_of_prefill() -> None:
     assert torch.equal(blocks, selected)
     assert_rows_close(out, want_out, 1e-12)
     assert_rows_close(lse, want_lse, 1e-12)
+
+
+@pytest.mark.parametrize("page_size", [None, 16], ids=["flat", "paged"])
+@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+def test_fp8_index_keys(page_size: int | None, kernel: str) -> None:
+    """As with the keys that they stand for, kept in 64 bits; others than the keys they were made of."""
+    lengths = [64, 29, 0]
+    exact = _flat_cache(lengths)
+    keys, scale = quantize_index_keys(exact.k_index)
+    restored = keys.double() * scale[..., None]
+    wide = DecodeCache(exact.k, exact.v, restored)
+    cache = DecodeCache(exact.k, exact.v, keys, k_index_scale=scale)
+    if page_size is not None:
+        wide = _paged(wide, page_size)
+        keys, scale = quantize_index_keys(wide.k_index)
+        cache = DecodeCache(wide.k, wide.v, keys, page_table=wide.page_table, k_index_scale=scale)
+    arguments: dict[str, Any] = {"block_size": BLOCK, "topk": 5, "kernel": kernel}
+    inputs, seq_lens = _queries(3), torch.tensor(lengths)
+    got = decode_attention(*inputs, cache, seq_lens, **arguments)
+    want = decode_attention(*inputs, wide, seq_lens, **arguments)
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+
+
+def test_fp8_keys_are_near() -> None:
+    """Within half a step of 4 significant bits, with the least power of two that fits; zeros stay zeros."""
+    generator = torch.Generator().manual_seed(4)
+    rows = torch.randn(200, 16, generator=generator) * torch.logspace(-30, 30, 200)[:, None]
+    rows[0], rows[1] = 0.0, torch.full((16,), 448.0)
+    rows[2, 0], rows[2, 1:] = 3.0, -500.0
+    keys, scale = quantize_index_keys(rows)
+    assert keys.dtype == torch.float8_e4m3fn
+    assert scale[:3].tolist() == [1.0, 1.0, 2.0]
+    assert keys[2, :2].float().tolist() == [1.5, -256.0]
+    largest = rows.abs().amax(1, keepdim=True)
+    assert bool((largest <= 448 * scale[:, None]).all())
+    assert bool((largest[3:] > 224 * scale[3:, None]).all())
+    error = (keys.float() * scale[:, None] - rows).abs()
+    assert bool((error <= torch.maximum(rows.abs() / 16, largest * 2**-17)).all())
+
+
+def test_fp8_keys_need_a_scale() -> None:
+    cache, seq_lens = _flat_cache([64]), torch.tensor([64])
+    keys, scale = quantize_index_keys(cache.k_index)
+    for change, words in (
+        ({"k_index": keys}, "k_index_scale=None"),
+        ({"k_index_scale": scale}, "k_index_scale: must be None"),
+        ({"k_index": keys, "k_index_scale": scale[:, 1:]}, r"k_index_scale.shape=\(1, 63\)"),
+        ({"k_index": keys, "k_index_scale": scale.double()}, "dtype=torch.float64"),
+        ({"k_index": keys.float().to(torch.float8_e5m2)}, "k_index.dtype=torch.float8_e5m2"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            decode_attention(*_queries(1), replace(cache, **change), seq_lens, block_size=BLOCK, topk=3)
 
 
 def test_long_pages_are_scored_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
 """The tiled KL loss over all causal tokens against autograd through the plain definition, in fp64."""
 
+from typing import Any
+
 import pytest
 import torch
 from msa_kernels.block_sparse_attention.reference import kl_reference
@@ -20,24 +22,38 @@ def draw(num_tokens: int, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Ten
 
 
 def by_parts(
-    q: Tensor, k: Tensor, q_index: Tensor, k_index: Tensor, *, first: int, scale: float, index_scale: float
+    q: Tensor,
+    k: Tensor,
+    q_index: Tensor,
+    k_index: Tensor,
+    *,
+    first: int,
+    scale: float,
+    index_scale: float,
+    kernel: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries from `first` on, whose keys come as the part before `first` and the causal rest."""
+    """Queries from `first` on, whose keys come as the part before `first` and the causal rest.
+
+    dq_index [T - first, M, Di], dk_index [S, Di] and value.
+    """
     heads, keys = q[first:].permute(1, 2, 0, 3), k.transpose(0, 1)
     index = q_index[first:].transpose(0, 1)
     parts = [(slice(0, first), False), (slice(first, None), True)]
     parts = [part for part in parts if keys[:, part[0]].shape[1]]
-    lse = torch.full(heads.shape[:-1], float("-inf"), dtype=q.dtype)
-    lse_index = torch.full(index.shape[:-1], float("-inf"), dtype=q.dtype)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    lse = torch.full(heads.shape[:-1], float("-inf"), dtype=dtype, device=q.device)
+    lse_index = torch.full(index.shape[:-1], float("-inf"), dtype=dtype, device=q.device)
     for rows, causal in parts:
-        lse = torch.logaddexp(lse, lse_part(heads, keys[:, rows], causal=causal, softmax_scale=scale))
-        share = lse_part(index.unsqueeze(1), k_index[None, rows], causal=causal, softmax_scale=index_scale)
+        options: dict[str, Any] = {"causal": causal, "kernel": kernel}
+        lse = torch.logaddexp(lse, lse_part(heads, keys[:, rows], softmax_scale=scale, **options))
+        share = lse_part(index.unsqueeze(1), k_index[None, rows], softmax_scale=index_scale, **options)
         lse_index = torch.logaddexp(lse_index, share.squeeze(1))
-    dq, dk, kl = torch.zeros_like(index), torch.zeros_like(k_index), torch.zeros((), dtype=torch.float64)
+    dq, dk = torch.zeros_like(index, dtype=dtype), torch.zeros_like(k_index, dtype=dtype)
+    kl = torch.zeros((), dtype=torch.float64, device=q.device)
     for rows, causal in parts:
         grads = dense_kl_part(
             heads, keys[:, rows], lse, index, k_index[rows], lse_index,
-            causal=causal, softmax_scale=scale, index_scale=index_scale,
+            causal=causal, softmax_scale=scale, index_scale=index_scale, kernel=kernel,
         )  # fmt: skip
         dq += grads.dq_index
         dk[rows] += grads.dk_index
@@ -47,11 +63,14 @@ def by_parts(
 
 @pytest.mark.parametrize("num_tokens", [1, 7, 300, 1100])
 @pytest.mark.parametrize("first_share", [0.0, 0.4])
-def test_value_and_gradients(num_tokens: int, first_share: float) -> None:
+@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+def test_value_and_gradients(num_tokens: int, first_share: float, kernel: str) -> None:
     q, k, q_index, k_index = draw(num_tokens)
     first = int(num_tokens * first_share)
     scale, index_scale = D**-0.5, DI**-0.5
-    dq, dk, kl = by_parts(q, k, q_index, k_index, first=first, scale=scale, index_scale=index_scale)
+    dq, dk, kl = by_parts(
+        q, k, q_index, k_index, first=first, scale=scale, index_scale=index_scale, kernel=kernel
+    )
     leaves = q_index.requires_grad_(), k_index.requires_grad_()
     position = torch.arange(first, num_tokens)
     mask = (torch.arange(num_tokens) <= position[:, None])[:, None].expand(-1, M, -1)
@@ -83,3 +102,12 @@ def test_perfect_student_has_no_loss() -> None:
     assert abs(float(kl)) < 1e-12
     assert float(dq.abs().max()) < 1e-12
     assert float(dk.abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("kernel", "words"), [("fast", "kernel=fast"), ("triton", "kernel=triton")], ids=["unknown", "no_gpu"]
+)
+def test_kernel_that_is_not_there(kernel: str, words: str) -> None:
+    q, k, _, _ = draw(4)
+    with pytest.raises(ValueError, match=words):
+        lse_part(q.permute(1, 2, 0, 3), k.transpose(0, 1), causal=True, softmax_scale=1.0, kernel=kernel)

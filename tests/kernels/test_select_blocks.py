@@ -1,8 +1,13 @@
 """Block selection against its definition."""
 
+from typing import Any
+
 import pytest
 import torch
 from msa_kernels import select_blocks
+from msa_kernels.block_sparse_attention.op import whole_pack
+from msa_kernels.block_sparse_attention.pool import pool_forward
+from msa_kernels.select_blocks import lse as lse_module
 from msa_kernels.select_blocks import op as op_module
 from msa_kernels.select_blocks.reference import select_blocks_reference
 
@@ -36,7 +41,7 @@ def test_equals_definition(
     }
     got = select_blocks(q, k, starts, **arguments)
     assert got.dtype == torch.int32
-    assert torch.equal(got, select_blocks_reference(q, k, starts, **arguments))
+    assert torch.equal(got, select_blocks_reference(q, k, starts, **arguments)[0])
     assert (got[~valid] == -1).all()
 
 
@@ -45,7 +50,7 @@ def test_ties_go_to_the_lower_block() -> None:
     q, k = torch.ones(64, 2, 4), torch.ones(64, 4)
     got = select_blocks(q, k, torch.tensor([0, 64]), block_size=4, topk=5)
     assert got[63].tolist() == [[0, 1, 2, 3, 15]] * 2
-    assert torch.equal(got, select_blocks_reference(q, k, torch.tensor([0, 64]), block_size=4, topk=5))
+    assert torch.equal(got, select_blocks_reference(q, k, torch.tensor([0, 64]), block_size=4, topk=5)[0])
 
 
 def test_groups_select_independently() -> None:
@@ -71,6 +76,56 @@ def test_some_queries_select_as_among_all(monkeypatch: pytest.MonkeyPatch) -> No
         assert torch.equal(some, every[position]), kernel
 
 
+@pytest.mark.parametrize("rows_per_item", [8, 512], ids=["short_items", "long_items"])
+@pytest.mark.parametrize("local_blocks", [1, 3])
+def test_lse_of_selected_tokens(
+    rows_per_item: int, local_blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against scores in one matrix; padding and documents, and a portion that ends inside of them."""
+    monkeypatch.setattr(lse_module, "_MIN_ROWS", rows_per_item)
+    monkeypatch.setattr(lse_module, "_PAIRS", 2 * 4 * 20)
+    generator = torch.Generator().manual_seed(9)
+    q = 2 * torch.randn(70, 2, 6, generator=generator, dtype=torch.float64)
+    k = 2 * torch.randn(96, 6, generator=generator, dtype=torch.float64)
+    valid = torch.rand(70, generator=generator) > 0.1
+    starts = torch.tensor([0, 32, 40, 96])
+    arguments: dict[str, Any] = {
+        "block_size": 8,
+        "topk": 4,
+        "local_blocks": local_blocks,
+        "query_offset": 26,
+        "query_valid": valid,
+    }
+    blocks, lse = select_blocks(q, k, starts, **arguments, return_lse=True, index_scale=0.7)
+    token = torch.arange(96)
+    chosen = (blocks[:, :, None] == (token // 8)[:, None]).any(-1)
+    chosen &= (token <= torch.arange(26, 96)[:, None])[:, None]
+    scores = 0.7 * torch.einsum("tmd,sd->tms", q, k)
+    want = scores.masked_fill(~chosen, float("-inf")).logsumexp(-1)
+    assert torch.equal(lse == float("-inf"), ~valid[:, None].expand(-1, 2))
+    assert float((lse - want)[valid].abs().max()) < 1e-13
+    assert torch.equal(blocks, select_blocks(q, k, starts, **arguments))
+    again = select_blocks(q, k, starts, **arguments, kernel="reference", return_lse=True, index_scale=0.7)[1]
+    assert float((again - want)[valid].abs().max()) < 1e-13
+
+
+def test_lse_is_that_of_attention() -> None:
+    """What the forward pass of attention forms again for the KL loss; fp32 sums for 16-bit inputs."""
+    generator = torch.Generator().manual_seed(10)
+    q, q_index = torch.randn(2, 64, 2, 8, generator=generator).bfloat16()
+    k, v, k_index = torch.randn(3, 64, 2, 8, generator=generator).bfloat16()
+    blocks, lse = select_blocks(
+        q_index, k_index[:, 0], torch.tensor([0, 64]), block_size=8, topk=3, return_lse=True
+    )
+    queries, pool, entries = whole_pack(q, k, v, blocks, 8, 1.0, 0, window=None)
+    queries.q_index, queries.k_index = q_index, k_index[:, 0].reshape(8, 8, 8)
+    queries.index_scale = 8**-0.5
+    want = pool_forward(queries, pool, entries).lse_index
+    assert want is not None
+    assert lse.dtype == torch.float32
+    assert float((lse - want).abs().max()) < 1e-5
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -88,6 +143,7 @@ def test_some_queries_select_as_among_all(monkeypatch: pytest.MonkeyPatch) -> No
         ({"k_index": torch.zeros(16, 4, device="meta")}, "k_index.device=meta: must be that of q_index, cpu"),
         ({"block_size": 0}, "block_size=0"),
         ({"topk": 0}, "topk=0"),
+        ({"return_lse": True, "index_scale": 0.0}, "index_scale=0.0"),
         ({"position": torch.arange(16) + 1}, "position=16: must be from 0 to S - 1 = 15"),
         ({"position": torch.arange(16) - 1}, "position=-1"),
         ({"position": torch.arange(16).float()}, "position.dtype=torch.float32"),

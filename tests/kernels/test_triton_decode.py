@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from msa_kernels import DecodeCache, decode_attention
+from msa_kernels import DecodeCache, decode_attention, quantize_index_keys
 from torch import Tensor
 
 from tests.helpers.compare import worst_row
@@ -120,6 +120,46 @@ def test_any_number_of_parts(num_parts: int) -> None:
     assert worst_row(lse, want[1]) < 1e-6
 
 
+def _decode_fp8(
+    rows: list[Tensor], table: Tensor | None, *inputs: Tensor, native: bool, **arguments: Any
+) -> Any:
+    """With index keys in fp8, converted by the device or from their bits."""
+    from msa_kernels.decode import launch
+
+    q, q_index, seq_lens = inputs
+    keys, scale = quantize_index_keys(rows[2])
+    cache = DecodeCache(rows[0], rows[1], keys, page_table=table, k_index_scale=scale)
+    before, launch._converts_fp8 = launch._converts_fp8, lambda device: native
+    try:
+        return decode_attention(q, q_index, cache, seq_lens, **arguments)
+    finally:
+        launch._converts_fp8 = before
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("native", [True, False], ids=["converted", "from_bits"])
+@pytest.mark.parametrize("page_size", [None, 48], ids=["flat", "paged"])
+def test_fp8_index_keys(page_size: int | None, native: bool, dtype: torch.dtype) -> None:
+    """Keys with every bit pattern of fp8, scales from token to token; NaN past the length is not read."""
+    lengths = [192, 100]
+    rows, table = _rows((2, 192, 2, 16), 32, lengths, dtype), None
+    rows[2][0] = torch.randn(192, 32, generator=torch.Generator().manual_seed(5)).to(dtype)
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    rows[2][0, :8] = every[every.isfinite()].repeat(2)[:256].view(8, 32).to(dtype) / 16
+    rows[2][0, 8:16] *= 0.01
+    if page_size is not None:
+        table = torch.tensor([[3, 1, 0, 2], [7, 5, 6, 4]], dtype=torch.int32)
+        order = table.flatten().long().argsort()
+        rows = [part.reshape(8, page_size, *part.shape[2:])[order] for part in rows]
+    q, q_index = _queries(2, 4, 2, 16, 32, dtype)
+    inputs = (q, q_index, torch.tensor(lengths, dtype=torch.int32))
+    arguments: dict[str, Any] = {"block_size": 16, "topk": 4}
+    got = run_triton(_decode_fp8, rows, table, *inputs, native=native, kernel="triton", **arguments)
+    want = _decode_fp8(rows, table, *inputs, native=native, kernel="reference", **arguments)
+    assert torch.equal(got[2], want[2])
+    assert worst_row(got[0], want[0]) <= 4 * torch.finfo(dtype).eps
+
+
 def _decode_ranking_few(*args: Any, **arguments: Any) -> Any:
     """`_decode` with programs that rank 32 candidates at most."""
     from msa_kernels.decode import launch
@@ -140,19 +180,26 @@ def test_best_of_very_many_blocks() -> None:
     assert torch.equal(blocks, _decode(rows, None, *inputs, kernel="reference", **arguments)[2])
 
 
-def _launch_shipped(shapes: list[tuple[int, int, int, str]]) -> None:
-    """Launch each (both head dims, block size, top-k, dtype); cut in parts, paged, many candidates."""
-    from msa_kernels.decode.launch import decode_attention_triton
+def _launch_shipped(shapes: list[tuple[int, int, int, str]], fp8: list[bool | None]) -> None:
+    """Launch each (both head dims, block size, top-k, dtype); cut in parts, paged, many candidates.
 
-    for dim, block_size, topk, dtype_name in shapes:
+    fp8: for each shape, None for index keys in its dtype, True and False for conversion and bits of fp8.
+    """
+    from msa_kernels.decode import launch
+
+    for (dim, block_size, topk, dtype_name), native in zip(shapes, fp8, strict=True):
         dtype = getattr(torch, dtype_name)
         k, k_index = torch.zeros(8, 1024, 4, dim, dtype=dtype), torch.zeros(8, 1024, dim, dtype=dtype)
         # one page many times: addresses are not looked at
         table = torch.zeros(2, 1100, dtype=torch.int32)
-        decode_attention_triton(
+        scale = None
+        if native is not None:
+            k_index, scale = quantize_index_keys(k_index)
+            launch._converts_fp8 = [lambda _: False, lambda _: True][native]
+        launch.decode_attention_triton(
             torch.zeros(2, 64, dim, dtype=dtype),
             torch.zeros(2, 4, dim, dtype=dtype),
-            DecodeCache(k, k, k_index, page_table=table),
+            DecodeCache(k, k, k_index, page_table=table, k_index_scale=scale),
             torch.zeros(2, dtype=torch.int32),
             block_size=block_size,
             topk=topk,
@@ -162,10 +209,17 @@ def _launch_shipped(shapes: list[tuple[int, int, int, str]]) -> None:
 
 
 def test_compiles_for_hopper() -> None:
+    """fp8 from its bits, which a Hopper GPU has no need of, in M3's shape only."""
     kernels = compiled_kernels(
         _launch_shipped,
-        [(128, 128, 16, "bfloat16"), (256, 256, 64, "float16"), (128, 128, 16, "float32")],
+        [(128, 128, 16, "bfloat16")] * 3 + [(256, 256, 64, "float16")] * 2 + [(128, 128, 16, "float32")] * 2,
+        [None, True, False, None, True, None, True],
     )
     assert_fits_hopper(kernels)
+    scoring = [kernel for kernel in kernels if kernel.name == "decode_scores_kernel"]
+    assert len(scoring) == 7
+    for kernel in scoring:
+        # the device's own conversion of two values at a time
+        assert ("cvt.rn.f16x2.e4m3x2" in kernel.ptx) == bool(kernel.constants["NATIVE_FP8"])
     names = {kernel.name for kernel in kernels}
     assert {"decode_scores_kernel", "decode_attention_kernel", "merge_parts_kernel", "merge_kernel"} <= names

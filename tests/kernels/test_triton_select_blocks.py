@@ -1,10 +1,12 @@
 """Triton block selection: equal to the definition, ties included, and within a Hopper GPU's resources."""
 
+import os
 from typing import Any
 
 import pytest
 import torch
 from msa_kernels import select_blocks
+from msa_kernels.select_blocks.lse import selected_lse
 from msa_kernels.select_blocks.reference import select_blocks_reference
 from torch import Tensor
 
@@ -17,10 +19,15 @@ from tests.helpers.triton_env import (
 )
 
 pytestmark = needs_triton
+EVERY_SHAPE = bool(os.environ.get("MSA_KERNELS_COMPILE_ALL"))
 
 
 def _launch(*args: Any, **kwargs: Any) -> Tensor:
-    """The launch itself, for arguments that `select_blocks` does not have; runs in the worker."""
+    """Block ids of the launch itself, which has more arguments than `select_blocks`; runs in the worker."""
+    return _launch_with_lse(*args, **kwargs)[0]
+
+
+def _launch_with_lse(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     from msa_kernels.select_blocks.configs import SelectConfig
     from msa_kernels.select_blocks.launch import select_blocks_triton
 
@@ -70,7 +77,7 @@ def test_equals_definition(
     }
     starts = torch.tensor(cu_seqlens, dtype=torch.int32)
     got = run_triton(select_blocks, q, k, starts, kernel="triton", **arguments)
-    want = select_blocks_reference(q, k, starts, **arguments)
+    want = select_blocks_reference(q, k, starts, **arguments)[0]
     assert got.dtype == torch.int32
     assert torch.equal(got, want)
 
@@ -83,7 +90,7 @@ def test_ties_go_to_the_lower_block(num_splits: int) -> None:
     arguments: dict[str, Any] = {"block_size": 16, "topk": 5, "query_offset": 160}
     got = run_triton(_launch, q, k, starts, num_splits=num_splits, **arguments)
     assert got[95].tolist() == [[0, 1, 2, 3, 15]] * 2
-    assert torch.equal(got, select_blocks_reference(q, k, starts, **arguments))
+    assert torch.equal(got, select_blocks_reference(q, k, starts, **arguments)[0])
 
 
 @pytest.mark.parametrize("num_splits", [1, 4], ids=["whole_range", "four_parts"])
@@ -96,7 +103,8 @@ def test_scattered_positions_and_strided_inputs(num_splits: int) -> None:
     got = run_triton(
         _launch, every[position], k, starts, block_size=16, topk=4, position=position, num_splits=num_splits
     )
-    assert torch.equal(got, select_blocks_reference(every, k, starts, block_size=16, topk=4)[position])
+    want = select_blocks_reference(every, k, starts, block_size=16, topk=4)[0]
+    assert torch.equal(got, want[position])
 
 
 @pytest.mark.parametrize(
@@ -110,7 +118,7 @@ def test_configurations_select_alike(config: tuple[Any, ...]) -> None:
     starts = torch.tensor([0, 48, 208])
     arguments: dict[str, Any] = {"block_size": 16, "topk": 9, "local_blocks": 2, "query_offset": 150}
     got = run_triton(_launch, q, k, starts, config=config, num_splits=1, **arguments)
-    assert torch.equal(got, select_blocks_reference(q, k, starts, **arguments))
+    assert torch.equal(got, select_blocks_reference(q, k, starts, **arguments)[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -128,6 +136,49 @@ def test_random_scores(dtype: torch.dtype) -> None:
     want = torch.cat((order[..., :3], own[:, None].expand(-1, 4, -1)), -1).sort().values
     assert clear.float().mean() > 0.9
     assert torch.equal(got[clear], want[clear].int())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("config", "num_splits", "block_size", "local_blocks", "position"),
+    [
+        (None, 1, 16, 1, None),
+        (None, 3, 16, 2, None),
+        ((128, 64, 4, 2), 1, 16, 1, None),
+        ((64, 64, 4, 2, 16), 2, 16, 3, [0, 7, 47, 48, 95, 96, 97, 200, 383]),
+        ((64, 32, 4, 2), 1, 48, 1, [0, 30, 47, 48, 240, 383]),
+    ],
+    ids=["default", "three_parts", "tiles_of_blocks", "scattered", "odd_block"],
+)
+def test_lse_of_selected_tokens(
+    dtype: torch.dtype,
+    config: tuple[Any, ...] | None,
+    num_splits: int,
+    block_size: int,
+    local_blocks: int,
+    position: list[int] | None,
+) -> None:
+    """The selection stays as it is without; the worst query no worse than twice a torch run of this dtype."""
+    generator = torch.Generator().manual_seed(11)
+    every = (2 * torch.randn(384, 3, 32, generator=generator)).to(dtype)
+    k = (2 * torch.randn(384, 32, generator=generator)).to(dtype)
+    starts = torch.tensor([0, 48, 96, 384])
+    where = torch.arange(76, 116) if position is None else torch.tensor(position)
+    q, valid = every[where], torch.rand(len(where), generator=generator) > 0.1
+    shape: dict[str, Any] = {"block_size": block_size, "topk": 5, "local_blocks": local_blocks}
+    shape |= {"position": where, "query_valid": valid}
+    options: dict[str, Any] = {"num_splits": num_splits}
+    if config is not None:
+        options["config"] = config
+    blocks, lse = run_triton(_launch_with_lse, q, k, starts, **shape, **options, lse_scale=0.3)
+    assert torch.equal(blocks, run_triton(_launch, q, k, starts, **shape, **options))
+    cpu = {"block_size": block_size, "scale": 0.3}
+    want = selected_lse(q.double(), k.double(), blocks, where, **cpu)
+    same_dtype = selected_lse(q, k, blocks, where, **cpu)
+    assert lse.dtype == torch.float32
+    assert (lse[~valid] == float("-inf")).all()
+    error, limit = (float((x[valid] - want[valid]).abs().max()) for x in (lse, same_dtype))
+    assert error <= 2 * limit + 1e-6
 
 
 def test_no_queries() -> None:
@@ -164,7 +215,7 @@ def test_bad_arguments(change: dict[str, Any], words: str) -> None:
         run_triton(select_blocks, **(arguments | change))
 
 
-def _launch_shipped(shapes: list[tuple[int, int, int, str]]) -> None:
+def _launch_shipped(shapes: list[tuple[int, int, int, str]], lse_scale: float | None) -> None:
     """Launch each (index head dim, block size, top-k, dtype), M3's with every configuration for it."""
     from msa_kernels.select_blocks.configs import MAIN
     from msa_kernels.select_blocks.launch import select_blocks_triton
@@ -177,19 +228,20 @@ def _launch_shipped(shapes: list[tuple[int, int, int, str]]) -> None:
             select_blocks_triton(
                 q, k, torch.tensor([0, 8192]), block_size=block_size, topk=topk, config=config,
                 num_splits=2 if config is MAIN[0] else 1,
+                lse_scale=lse_scale,
             )  # fmt: skip
 
 
-def test_compiles_for_hopper() -> None:
-    """No spills; M3's shape on Hopper's own matrix instructions, with room for two programs of 4 warps."""
-    shapes = [
-        (128, 128, 16, "bfloat16"),
-        (128, 64, 64, "bfloat16"),
-        (256, 256, 16, "bfloat16"),
-        (64, 16, 16, "float16"),
-        (128, 128, 16, "float32"),
-    ]
-    kernels = compiled_kernels(_launch_shipped, shapes)
+@pytest.mark.parametrize("lse_scale", [None, 0.1], ids=["ids", "ids_and_lse"])
+def test_compiles_for_hopper(lse_scale: float | None) -> None:
+    """No spills; M3's shape on Hopper's own matrix instructions, with room for two programs of 4 warps.
+
+    MSA_KERNELS_COMPILE_ALL=1: all shapes with the log-sum-exp too.
+    """
+    shapes = [(128, 128, 16, "bfloat16"), (128, 128, 16, "float32")]
+    if lse_scale is None or EVERY_SHAPE:
+        shapes += [(128, 64, 64, "bfloat16"), (256, 256, 16, "bfloat16"), (64, 16, 16, "float16")]
+    kernels = compiled_kernels(_launch_shipped, shapes, lse_scale)
     assert_fits_hopper(kernels)
     scoring = [kernel for kernel in kernels if kernel.name == "select_blocks_kernel"]
     m3 = [

@@ -62,7 +62,7 @@ def check_files(folder: Path) -> None:
         row["ratio"] for row in content["rows"] if row["what"] in ("prefill", "training step", "decode")
     )
     assert {goal["verdict"] for goal in content["goals"]} == {"not measured"}
-    assert len(content["checks"]) == 9
+    assert len(content["checks"]) == 14
     assert "selection against torch.topk" in (folder / "gpu.md").read_text()
 
 

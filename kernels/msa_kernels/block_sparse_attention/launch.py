@@ -124,6 +124,7 @@ def portions(
     """Queries in portions of at most `max_pairs` pairs (row, slot), or of one query."""
     sizes = sizes_of(queries, pool, entries)
     kv, per_query = pool.kv.contiguous(), sizes.M * sizes.K
+    k_index = None if queries.k_index is None else queries.k_index.contiguous()
     # Offsets into tensors of pairs have 32 bits in the kernels.
     most = (2**31 - 1) // max(sizes.G * sizes.D, sizes.B, sizes.index_dim)
     step = max(1, min(max_pairs, most) // per_query)
@@ -137,7 +138,7 @@ def portions(
             q=queries.q[chunk].contiguous(),
             position=queries.position[chunk].contiguous(),
             q_index=None if queries.q_index is None else queries.q_index[chunk].contiguous(),
-            k_index=None if queries.k_index is None else queries.k_index.contiguous(),
+            k_index=k_index,
             window=window,
         )
         ids = entries[chunk].contiguous()

@@ -18,7 +18,7 @@ def forward(queries: SparseQueries, pool: BlockPool, entries: Tensor) -> PoolOut
     out = torch.einsum("tmgj,tmjd->tmgd", (scores - _finite(lse)[..., None]).exp(), values)
     lse_index = lse_teacher = None
     if queries.q_index is not None:
-        lse_index = _index_scores(queries, pool, entries, seen).logsumexp(-1)
+        lse_index = _index_scores(queries, _index_keys(queries, pool, entries), seen).logsumexp(-1)
         if queries.temperature != 1.0:
             lse_teacher = (scores / queries.temperature).logsumexp(-1)
     return PoolOutput(out=out, lse=lse, lse_index=lse_index, lse_teacher=lse_teacher)
@@ -67,10 +67,10 @@ def _kl_backward(
     """Fills in what the KL loss adds; teacher [T, M, J]."""
     assert queries.q_index is not None, "called with an index branch only"
     dtype = teacher.dtype
-    scores = _index_scores(queries, pool, entries, seen)
+    keys = _index_keys(queries, pool, entries)
+    scores = _index_scores(queries, keys, seen)
     log_student = scores - _finite(kl_term.lse_index.to(dtype))[..., None]
     ds = (log_student.exp() - teacher) * kl_term.weight * queries.index_scale
-    keys = _index_keys(queries, pool, entries)
     grads.dq_index = torch.einsum("tmj,tmjd->tmd", ds, keys)
     dk = torch.einsum("tmj,tmd->tmjd", ds, queries.q_index.to(dtype))
     grads.dk_index = _scatter(dk, pool, entries)
@@ -111,9 +111,8 @@ def _index_keys(queries: SparseQueries, pool: BlockPool, entries: Tensor) -> Ten
     return queries.k_index.to(queries.compute_dtype)[block].flatten(2, 3)
 
 
-def _index_scores(queries: SparseQueries, pool: BlockPool, entries: Tensor, seen: Tensor) -> Tensor:
+def _index_scores(queries: SparseQueries, keys: Tensor, seen: Tensor) -> Tensor:
     assert queries.q_index is not None, "called with an index branch only"
-    keys = _index_keys(queries, pool, entries)
     scores = torch.einsum("tmd,tmjd->tmj", queries.q_index.to(keys.dtype), keys) * queries.index_scale
     return scores.masked_fill(~seen, float("-inf"))
 

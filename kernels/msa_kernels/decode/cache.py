@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from msa_kernels.arguments import check_floating, check_integer, check_same_device, check_values, readable
+from msa_kernels.decode.fp8 import DTYPE
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,9 +22,11 @@ class DecodeCache:
     v: Tensor
     """Like k."""
     k_index: Tensor
-    """[num_pages, page_size, Di]; flat: [B, capacity, Di]."""
+    """[num_pages, page_size, Di]; flat: [B, capacity, Di]. float8_e4m3fn with a scale, see `fp8.py`."""
     page_table: Tensor | None = None
     """[B, pages per sequence] int32; entries past a sequence's length are not read. None: flat."""
+    k_index_scale: Tensor | None = None
+    """[num_pages, page_size] fp32; flat: [B, capacity]. Factor of each token's fp8 index key."""
 
     @property
     def page_size(self) -> int:
@@ -39,6 +42,16 @@ class DecodeCache:
     def capacity(self) -> int:
         """Most tokens that a sequence may have."""
         return self.page_size if self.page_table is None else self.page_table.shape[1] * self.page_size
+
+    @property
+    def has_fp8_keys(self) -> bool:
+        """Whether index keys are kept in 8 bits."""
+        return self.k_index.dtype == DTYPE
+
+    def index_keys(self, page: int, tokens: slice, dtype: torch.dtype) -> Tensor:
+        """Index keys of some tokens of a page, [n, Di] in `dtype`, scale included."""
+        keys = self.k_index[page, tokens].to(dtype)
+        return keys if self.k_index_scale is None else keys * self.k_index_scale[page, tokens, None].to(dtype)
 
     def pages(self, sequence: int, length: int) -> list[int]:
         """Pages that hold the first `length` tokens of a sequence; waits for a page table on a device."""
@@ -60,6 +73,7 @@ class DecodeCache:
             raise ValueError(f"{shapes}: all sizes but the first must be at least 1")
         check_floating(k=self.k, v=self.v, k_index=self.k_index)
         check_same_device(k=self.k, v=self.v, k_index=self.k_index, page_table=self.page_table)
+        self._check_scale()
         if self.page_table is None:
             return
         if self.page_table.dim() != 2:
@@ -69,6 +83,23 @@ class DecodeCache:
         check_integer(page_table=self.page_table)
         if self.page_size % block_size:
             raise ValueError(f"page_size={self.page_size}: must be a multiple of block_size={block_size}")
+
+    def _check_scale(self) -> None:
+        scale = self.k_index_scale
+        if self.k_index.element_size() == 1 and not self.has_fp8_keys:
+            raise ValueError(f"k_index.dtype={self.k_index.dtype}: 8-bit index keys must be {DTYPE}")
+        if not self.has_fp8_keys:
+            if scale is not None:
+                raise ValueError(f"k_index_scale: must be None with k_index.dtype={self.k_index.dtype}")
+            return
+        if scale is None:
+            raise ValueError(f"k_index_scale=None: must be there with {DTYPE}; see quantize_index_keys")
+        check_same_device(k=self.k, k_index_scale=scale)
+        if scale.shape != self.k_index.shape[:2] or scale.dtype != torch.float32:
+            raise ValueError(
+                f"k_index_scale.shape={tuple(scale.shape)}, dtype={scale.dtype}: must be "
+                f"[num_pages, page_size] = {list(self.k_index.shape[:2])}, torch.float32"
+            )
 
     def check_lengths(self, seq_lens: Tensor) -> None:
         """Raise ValueError on a length past the capacity, or a page that is read and not there.

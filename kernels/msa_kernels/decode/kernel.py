@@ -21,9 +21,25 @@ def _place(table_ptr, sequence, token, page_size, pages_per_sequence, HAS_TABLE:
 
 
 @triton.jit
+def _from_fp8(bits, dtype: tl.constexpr, NATIVE: tl.constexpr):
+    """float8_e4m3fn in uint8 -> dtype; NATIVE False: 2^-8 of the values, from their bits.
+
+    The 4 bits of the exponent, its bias 7, become the last 4 of fp16's 5, whose bias is 15; subnormal numbers
+    too. Example: 0x40 is 2 (exponent 8), as fp16 0x2000 it is 2^-7 (exponent 8). No NaN: 0x7f becomes 480.
+    """
+    if NATIVE:
+        return bits.to(tl.float8e4nv, bitcast=True).to(dtype)
+    else:
+        wide = bits.to(tl.int16)
+        half = (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.int16)
+        return half.to(tl.float16, bitcast=True).to(dtype)
+
+
+@triton.jit
 def decode_scores_kernel(
     q_ptr,
     k_ptr,
+    scale_ptr,
     table_ptr,
     seq_lens_ptr,
     score_ptr,
@@ -32,6 +48,8 @@ def decode_scores_kernel(
     pages_per_sequence,
     k_page_stride,
     k_token_stride,
+    scale_page_stride,
+    scale_token_stride,
     blocks_per_program,
     NUM_GROUPS: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
@@ -42,11 +60,14 @@ def decode_scores_kernel(
     LOCAL_BLOCKS: tl.constexpr,
     HAS_TABLE: tl.constexpr,
     USE_DOT: tl.constexpr,
+    FP8: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
     """Grid [cdiv(num_blocks, blocks_per_program), B]. score [B, M, num_blocks] fp32, all of it written.
 
     q [B, M, DIM], index keys [pages, page_size, DIM]. Forced blocks, and those not there, get -inf.
+    FP8: index keys are float8_e4m3fn in uint8, with a scale per token [pages, page_size] fp32.
     """
     sequence = tl.program_id(1)
     # forced blocks need no score, and all others are whole
@@ -66,9 +87,19 @@ def decode_scores_kernel(
             table_ptr, sequence, block * BLOCK_SIZE, page_size, pages_per_sequence, HAS_TABLE
         )
         source = k_ptr + page * k_page_stride + (token + row).to(tl.int64)[:, None] * k_token_stride
-        k = tl.load(source + dim[None, :], is_key, 0.0)
+        scale = tl.full([TILE_N], 1.0, tl.float32)
+        if FP8:
+            k = _from_fp8(tl.load(source + dim[None, :], is_key, 0), q.dtype, NATIVE_FP8)
+            scale_row = page * scale_page_stride + (token + row).to(tl.int64) * scale_token_stride
+            scale = tl.load(scale_ptr + scale_row, row < BLOCK_SIZE, 0.0)
+            if not NATIVE_FP8:
+                scale *= 256.0
+        else:
+            k = tl.load(source + dim[None, :], is_key, 0.0)
         if USE_DOT:
             scores = tl.dot(k, tl.trans(q))
+            if FP8:
+                scores *= scale[:, None]
             if TILE_N > BLOCK_SIZE:
                 scores = tl.where((row < BLOCK_SIZE)[:, None], scores, float("-inf"))
             tl.store(target + block, tl.max(scores, axis=0), group < NUM_GROUPS)
@@ -76,7 +107,7 @@ def decode_scores_kernel(
             for g in range(NUM_GROUPS):
                 own = (sequence * NUM_GROUPS + g) * DIM + dim
                 products = k * tl.load(q_ptr + own, dim < DIM, 0.0)[None, :]
-                score = tl.where(row < BLOCK_SIZE, tl.sum(products, axis=1), float("-inf"))
+                score = tl.where(row < BLOCK_SIZE, tl.sum(products, axis=1) * scale, float("-inf"))
                 group_target = score_ptr + (sequence.to(tl.int64) * NUM_GROUPS + g) * num_blocks
                 tl.store(group_target + block, tl.max(score, axis=0))
     for block in range(scored_end, end):

@@ -76,6 +76,11 @@ def _pages(cache: DecodeCache, unread: Tensor) -> tuple[Tensor, int, int]:
     return table, cache.page_size, 1 if cache.page_table is None else table.shape[1]
 
 
+def _converts_fp8(device: torch.device) -> bool:
+    """Whether Triton converts float8_e4m3fn on this device; the interpreter and compile checks do."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def _block_scores(
     q_index: Tensor,
     cache: DecodeCache,
@@ -92,9 +97,13 @@ def _block_scores(
     keys = cache.k_index if cache.k_index.stride(2) == 1 else cache.k_index.contiguous()
     per_program = max(1, min(config.blocks_per_program, num_blocks * batch // _WANTED_PROGRAMS))
     table, page_size, pages_per_sequence = _pages(cache, seq_lens)
+    scale = cache.k_index_scale
+    if cache.has_fp8_keys:
+        keys = keys.view(torch.uint8)
     decode_scores_kernel[(triton.cdiv(num_blocks, per_program), batch)](
         q_index.contiguous(),
         keys,
+        scores if scale is None else scale,
         table,
         seq_lens,
         scores,
@@ -103,6 +112,8 @@ def _block_scores(
         pages_per_sequence,
         keys.stride(0),
         keys.stride(1),
+        0 if scale is None else scale.stride(0),
+        0 if scale is None else scale.stride(1),
         per_program,
         NUM_GROUPS=num_groups,
         GROUP_ROWS=_padded(num_groups),
@@ -112,7 +123,9 @@ def _block_scores(
         TILE_N=_padded(block_size),
         LOCAL_BLOCKS=local_blocks,
         HAS_TABLE=cache.page_table is not None,
-        USE_DOT=keys.dtype != torch.float32,
+        USE_DOT=q_index.dtype != torch.float32,
+        FP8=cache.has_fp8_keys,
+        NATIVE_FP8=cache.has_fp8_keys and _converts_fp8(keys.device),
         NUM_STAGES=config.num_stages,
         num_warps=config.num_warps,
     )
@@ -155,6 +168,11 @@ def _best_blocks(
         seq_lens,
         seq_lens,
         block_indices,
+        # no log-sum-exp: nothing is read or written there
+        block_indices,
+        block_indices,
+        block_indices,
+        0.0,
         num_rows,
         1,
         0,
@@ -170,6 +188,7 @@ def _best_blocks(
         BLOCK_M=1,
         CANDIDATES=candidates,
         ID_IS_COLUMN=id_is_column,
+        WITH_LSE=False,
         num_warps=8 if candidates > 1024 else 4,
     )
     return block_indices

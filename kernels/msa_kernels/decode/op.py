@@ -38,7 +38,9 @@ def decode_attention(
     Args:
         q: [B, H, D] queries of the newest tokens, any float dtype.
         q_index: [B, M, Di] their index queries.
-        cache: keys, values, index keys of all tokens, the newest included; M divides H.
+        cache: keys, values, index keys of all tokens, the newest included; M divides H. Index keys may be
+            kept in fp8 (`quantize_index_keys`), which may change the selection: scores are products of these
+            keys and the index queries as given.
         seq_lens: [B] int, tokens per sequence, the newest included; 0 for a sequence that is not there. At
             most the cache's capacity.
         block_size: tokens per block; divides the page size of a paged cache.
@@ -126,7 +128,7 @@ def _block_scores(
         first = number * cache.page_size
         held = min(cache.page_size, length - first)
         for begin in range(0, held, tile):
-            keys = cache.k_index[page, begin : min(begin + tile, held)].to(q_index.dtype)
+            keys = cache.index_keys(page, slice(begin, min(begin + tile, held)), q_index.dtype)
             products = keys @ q_index.T
             missing = -len(products) % block_size
             if missing:
@@ -139,7 +141,9 @@ def _block_scores(
 
 def _not_in_triton(q: Tensor, q_index: Tensor, cache: DecodeCache, block_size: int, topk: int) -> str | None:
     """Why there is no Triton kernel for these arguments, None if there is one."""
-    dtypes = {tensor.dtype for tensor in (q, q_index, cache.k, cache.k_index)}
+    dtypes = {tensor.dtype for tensor in (q, q_index, cache.k)}
+    if not cache.has_fp8_keys:
+        dtypes.add(cache.k_index.dtype)
     if len(dtypes) > 1 or q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"dtypes={sorted(map(str, dtypes))}: must be one of fp32, fp16, bf16"
     if max(q.shape[-1], q_index.shape[-1]) > 256:

@@ -31,10 +31,11 @@ def decode_attention_reference(
         if length == 0:
             continue
         pages = cache.pages(b, length)
-        k, v, k_index = (
-            torch.cat([rows[page] for page in pages])[:length].double().cpu()
-            for rows in (cache.k, cache.v, cache.k_index)
+        k, v = (
+            torch.cat([rows[page] for page in pages])[:length].double().cpu() for rows in (cache.k, cache.v)
         )
+        keys = [cache.index_keys(page, slice(None), torch.float64) for page in pages]
+        k_index = torch.cat(keys)[:length].cpu()
         # the last token of a document of its own
         block_indices[b] = select_blocks_reference(
             q_index[b : b + 1].cpu(),
@@ -44,7 +45,7 @@ def decode_attention_reference(
             topk=topk,
             local_blocks=local_blocks,
             query_offset=length - 1,
-        )[0]
+        )[0][0]
         for head in range(num_heads):
             group = head // (num_heads // num_groups)
             chosen = block_indices[b, group]

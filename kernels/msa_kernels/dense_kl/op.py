@@ -1,42 +1,48 @@
-"""One part of the dense KL loss: some queries against some keys, in bounded memory.
+"""One part of the dense KL loss: choice of the implementation, and the tiled one in torch.
 
-As in `full_attention`, keys come in parts (own tokens, earlier ranks' tokens) and every part's result is
-exact given the log-sum-exps over all parts; gradients and values of parts add up.
+No query-by-key matrix is ever held. As in `full_attention`, keys come in parts (own tokens, earlier ranks'
+tokens) and every part's result is exact given the log-sum-exps over all parts; gradients and values of parts
+add up.
 
 Shapes: M KV groups, G query heads per group, Q queries, K keys, D head dim, Di index head dim.
 """
 
+import importlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from msa_kernels.dense_kl import configs
+from msa_kernels.dense_kl.grads import DenseKlGrads
+from msa_kernels.dispatch import choose_kernel
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_MODULES = {"triton": "msa_kernels.dense_kl.launch", "reference": "msa_kernels.dense_kl.reference"}
 _QUERY_TILE = 256
 # Elements of one teacher score tile: 8 MiB in fp32.
 _TILE_ELEMENTS = 2**21
 
 
-@dataclass(slots=True)
-class DenseKlGrads:
-    """dq_index [M, Q, Di], dk_index [K, Di] in the compute dtype; kl: unweighted sum, fp64 scalar."""
-
-    dq_index: Tensor
-    dk_index: Tensor
-    kl: Tensor
-
-
-def lse_part(q: Tensor, k: Tensor, *, causal: bool, softmax_scale: float) -> Tensor:
+def lse_part(q: Tensor, k: Tensor, *, causal: bool, softmax_scale: float, kernel: str = "auto") -> Tensor:
     """Log-sum-exp of scaled scores.
 
     Args:
         q: [M, G, Q, D]; k: [M, K, D], or [1, K, D] for keys that all groups share.
         causal: query i sees keys 0..i (needs Q == K); otherwise every query sees every key.
         softmax_scale: factor of the scores.
+        kernel: "triton" (GPUs; fp32, fp16, bf16), "cpu" (torch, any device), "reference", or "auto".
 
     Returns:
         [M, G, Q] natural log, fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        ValueError: on another kernel, and where "triton" cannot serve the call.
     """
+    chosen = _implementation(kernel, q, k)
+    if chosen is not None:
+        return chosen.lse_part(q, k, causal=causal, softmax_scale=softmax_scale)
     dtype = _compute_dtype(q)
     result = torch.full(q.shape[:-1], float("-inf"), dtype=dtype, device=q.device)
     for rows, keys in _tiles(q.shape[2], k.shape[1], q.shape[0] * q.shape[1], causal):
@@ -58,6 +64,7 @@ def dense_kl_part(
     causal: bool,
     softmax_scale: float,
     index_scale: float,
+    kernel: str = "auto",
 ) -> DenseKlGrads:
     """Gradients and value of the sum over queries and groups of KL(teacher || student).
 
@@ -71,9 +78,19 @@ def dense_kl_part(
         lse_index: [M, Q] over all parts, at `index_scale`.
         causal: query i sees keys 0..i (needs Q == K); otherwise every query sees every key.
         softmax_scale, index_scale: factors of the two scores, temperature included.
+        kernel: as in `lse_part`.
+
+    Raises:
+        ValueError: as in `lse_part`.
 
     Source: arXiv 2606.13392 equations 9 and 10, over all causal tokens as in its warm-up (section 4).
     """
+    chosen = _implementation(kernel, q, k, q_index, k_index)
+    if chosen is not None:
+        return chosen.dense_kl_part(
+            q, k, lse, q_index, k_index, lse_index,
+            causal=causal, softmax_scale=softmax_scale, index_scale=index_scale,
+        )  # fmt: skip
     dtype = _compute_dtype(q)
     grads = DenseKlGrads(
         dq_index=torch.zeros(q_index.shape, dtype=dtype, device=q.device),
@@ -97,6 +114,24 @@ def dense_kl_part(
         grads.dq_index[:, rows] += ds @ index_keys
         grads.dk_index[keys] += ds.flatten(0, 1).T @ queries.flatten(0, 1)
     return grads
+
+
+def _implementation(kernel: str, *tensors: Tensor) -> Any:
+    """Module with both functions, or None for the tiled ones here."""
+    chosen = choose_kernel(kernel, tensors[0].device, _unsupported(*tensors))
+    return None if chosen == "cpu" else importlib.import_module(_MODULES[chosen])
+
+
+def _unsupported(*tensors: Tensor) -> str | None:
+    """Why there are no Triton kernels for these tensors; None where there are."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    if len(dtypes) > 1 or not dtypes <= set(_DTYPES):
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        return f"dtype={names}: all tensors must be bfloat16, float16 or float32"
+    dim = max(tensor.shape[-1] for tensor in tensors)
+    if configs.pick(configs.DIFFERENCE, configs.padded(dim), tensors[0].element_size()) is None:
+        return f"head_dim={dim}: must be at most 256"
+    return None
 
 
 def _tiles(num_queries: int, num_keys: int, num_heads: int, causal: bool) -> Iterator[tuple[slice, slice]]:

@@ -33,12 +33,15 @@ MANY_SLOTS = SelectConfig(block_m=64, tile_n=128, num_warps=4, num_stages=2, tes
 LARGE_TILES = SelectConfig(block_m=64, tile_n=128, num_warps=8, num_stages=2, chunk=128, test_first=True)
 # fp32 is multiplied without tensor cores, whose tf32 would drop half the digits: for checks, not for speed
 FLOAT32 = SelectConfig(block_m=32, tile_n=64, num_warps=8, num_stages=1, chunk=16)
+FLOAT32_LSE = SelectConfig(block_m=32, tile_n=64, num_warps=8, num_stages=1, chunk=32)
 
 
-def select_config(*, element_bytes: int, dim: int, block_size: int, slots: int) -> SelectConfig:
+def select_config(
+    *, element_bytes: int, dim: int, block_size: int, slots: int, with_lse: bool
+) -> SelectConfig:
     """Configuration for inputs of `element_bytes`, padded index head dim, and slots per row."""
     if element_bytes > 2:
-        return FLOAT32
+        return FLOAT32_LSE if with_lse else FLOAT32
     if dim > 128 or block_size > 128:
         return LARGE_TILES
     return MAIN[0] if slots <= 16 else MANY_SLOTS

@@ -1,5 +1,7 @@
 """Launch of the scoring kernel: descriptors, grid, buffers. Torch in, torch out; needs triton."""
 
+import math
+
 import torch
 import triton
 from torch import Tensor
@@ -29,26 +31,34 @@ def select_blocks_triton(
     query_offset: int = 0,
     query_valid: Tensor | None = None,
     position: Tensor | None = None,
+    lse_scale: float | None = None,
     config: SelectConfig | None = None,
     num_splits: int | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     """`select_blocks` on a GPU. Arguments as there, already checked; fp16, bf16 or fp32 of one kind.
 
     Args:
+        lse_scale: factor of the scores in the log-sum-exp; None: not computed.
         config: tile shapes; None: by shape.
         num_splits: programs that share the keys of a tile of queries; None: as many as fill the device.
     """
     num_queries, num_groups, _ = q_index.shape
     out = torch.empty(num_queries, num_groups, topk, dtype=torch.int32, device=q_index.device)
+    with_lse = lse_scale is not None
+    lse = torch.empty(num_queries, num_groups, device=out.device) if with_lse else None
     num_rows = num_queries * num_groups
     if num_rows == 0:
-        return out
+        return out, lse
     slots = max(2, triton.next_power_of_2(topk))
     q_rows, keys = _rows_for_descriptor(q_index.reshape(num_rows, -1)), _rows_for_descriptor(k_index)
     dim = max(16, triton.next_power_of_2(keys.shape[1]))
     if config is None:
         config = select_config(
-            element_bytes=q_index.element_size(), dim=dim, block_size=block_size, slots=slots
+            element_bytes=q_index.element_size(),
+            dim=dim,
+            block_size=block_size,
+            slots=slots,
+            with_lse=with_lse,
         )
     chunk = min(dim, config.chunk)
     tile_blocks = max(1, config.tile_n // block_size) if block_size & (block_size - 1) == 0 else 1
@@ -67,6 +77,7 @@ def select_blocks_triton(
         "LOCAL_BLOCKS": local_blocks,
         "HAS_POSITION": position is not None,
         "HAS_VALID": query_valid is not None,
+        "WITH_LSE": with_lse,
     }
     # a pointer that is not read may be any
     queries = (
@@ -75,16 +86,26 @@ def select_blocks_triton(
         starts if query_valid is None else query_valid.contiguous().view(torch.int8),
         out,
     )
-    partial_score = partial_id = out
+    partial_score = partial_id = partial_total = forced_lse = out
     if num_splits > 1:
         partial_score = torch.empty(num_rows, num_splits * slots, dtype=torch.float32, device=out.device)
         partial_id = torch.empty_like(partial_score, dtype=torch.int32)
+        if with_lse:
+            partial_total = torch.empty_like(partial_score)
+            forced_lse = torch.empty(num_rows, dtype=torch.float32, device=out.device)
+    of_lse = (
+        out if lse is None else lse,
+        partial_total,
+        forced_lse,
+        0.0 if lse_scale is None else lse_scale / math.log(2),
+    )
     select_blocks_kernel[(num_tiles * num_splits,)](
         TensorDescriptor.from_tensor(q_rows, [config.block_m, chunk]),
         TensorDescriptor.from_tensor(keys, [tile_n, chunk]),
         *queries,
         partial_score,
         partial_id,
+        *of_lse,
         num_rows,
         num_docs,
         (num_docs - 1).bit_length(),
@@ -92,7 +113,8 @@ def select_blocks_triton(
         num_splits,
         **shared,
         SPLIT=num_splits > 1,
-        TEST_FIRST=config.test_first,
+        # sums of exponentials are formed for tiles that some row takes a block from
+        TEST_FIRST=config.test_first or with_lse,
         CHUNK=chunk,
         NUM_CHUNKS=triton.cdiv(dim, chunk),
         BLOCK_M=config.block_m,
@@ -108,6 +130,7 @@ def select_blocks_triton(
             partial_score,
             partial_id,
             *queries,
+            *of_lse,
             num_rows,
             num_docs,
             (num_docs - 1).bit_length(),
@@ -119,7 +142,7 @@ def select_blocks_triton(
             ID_IS_COLUMN=False,
             num_warps=4,
         )
-    return out
+    return out, lse
 
 
 def _num_splits(device: torch.device, num_tiles: int, num_blocks: int, slots: int) -> int:

@@ -6,6 +6,7 @@ Shapes: T queries of this call, M KV groups, D index head dim, S keys of the who
 """
 
 from bisect import bisect_right
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -19,11 +20,48 @@ from msa_kernels.arguments import (
     check_values,
 )
 from msa_kernels.dispatch import choose_kernel
+from msa_kernels.select_blocks.lse import selected_lse
 from msa_kernels.select_blocks.reference import select_blocks_reference
 
 # Elements of one score tile: 1 MiB in fp32, inside a CPU core's own cache.
 _TILE_ELEMENTS = 2**18
 _QUERY_TILE = 256
+
+
+@overload
+def select_blocks(
+    q_index: Tensor,
+    k_index: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    block_size: int,
+    topk: int,
+    local_blocks: int = 1,
+    query_offset: int = 0,
+    query_valid: Tensor | None = None,
+    position: Tensor | None = None,
+    kernel: str = "auto",
+    return_lse: Literal[False] = False,
+    index_scale: float | None = None,
+) -> Tensor: ...
+
+
+@overload
+def select_blocks(
+    q_index: Tensor,
+    k_index: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    block_size: int,
+    topk: int,
+    local_blocks: int = 1,
+    query_offset: int = 0,
+    query_valid: Tensor | None = None,
+    position: Tensor | None = None,
+    kernel: str = "auto",
+    return_lse: Literal[True],
+    index_scale: float | None = None,
+) -> tuple[Tensor, Tensor]: ...
 
 
 @torch.no_grad()
@@ -39,7 +77,9 @@ def select_blocks(
     query_valid: Tensor | None = None,
     position: Tensor | None = None,
     kernel: str = "auto",
-) -> Tensor:
+    return_lse: bool = False,
+    index_scale: float | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Select, for every query and KV group, the key blocks it attends to.
 
     The score of a block is the largest index score of its visible tokens. The last `local_blocks`
@@ -64,9 +104,15 @@ def select_blocks(
             takes the place of query_offset. None: consecutive ones.
         kernel: "triton" (GPUs; fp32, fp16, bf16), "cpu" (tiled, in torch, any device), "reference" (the
             definition, slow), or "auto": Triton where it is installed, for tensors on a GPU, else "cpu".
+        return_lse: also return the log-sum-exp of the selected tokens' scores, the student's denominator in
+            the KL loss (`PoolOutput.lse_index` over all pools).
+        index_scale: factor of the scores in this log-sum-exp, above 0; a temperature divides it. None:
+            D^-0.5. The selection does not depend on it.
 
     Returns:
         block_indices: [T, M, topk] int32, global block ids ascending, -1 on the right for empty slots.
+        With return_lse also lse [T, M] fp32 (fp64 for fp64 inputs), natural log: over the tokens of the
+        selected blocks up to the query; -inf where nothing is selected.
 
     Raises:
         ValueError: on shapes, dtypes, devices or sizes that do not fit, and on positions and document starts
@@ -76,6 +122,9 @@ def select_blocks(
     """
     _check(q_index, k_index, cu_seqlens, block_size, topk, local_blocks, query_offset)
     _check_queries(q_index, k_index, position, query_valid)
+    scale = q_index.shape[-1] ** -0.5 if index_scale is None else index_scale
+    if not scale > 0:
+        raise ValueError(f"index_scale={scale}: must be above 0; leave it out for D^-0.5")
     unsupported = not_in_triton(q_index, k_index, block_size, topk)
     chosen = choose_kernel(kernel, q_index.device, unsupported)
     if chosen == "triton":
@@ -83,7 +132,7 @@ def select_blocks(
         from msa_kernels.select_blocks.launch import select_blocks_triton as implementation
     else:
         implementation = select_blocks_reference if chosen == "reference" else _select_blocks_tiled
-    return implementation(
+    block_indices, lse = implementation(
         q_index,
         k_index,
         cu_seqlens,
@@ -93,7 +142,9 @@ def select_blocks(
         query_offset=query_offset,
         query_valid=query_valid,
         position=position,
+        lse_scale=scale if return_lse else None,
     )
+    return block_indices if lse is None else (block_indices, lse)
 
 
 def _select_blocks_tiled(
@@ -107,7 +158,8 @@ def _select_blocks_tiled(
     query_offset: int,
     query_valid: Tensor | None,
     position: Tensor | None,
-) -> Tensor:
+    lse_scale: float | None,
+) -> tuple[Tensor, Tensor | None]:
     num_queries, num_groups, _ = q_index.shape
     device = q_index.device
     compute_dtype = torch.float64 if q_index.dtype == torch.float64 else torch.float32
@@ -140,7 +192,11 @@ def _select_blocks_tiled(
         width = chosen.shape[-1]
         chosen = torch.where(chosen >= 0, chosen + first_block, chosen)
         result[begin:end, :, :width] = chosen.view(end - begin, num_groups, width).to(torch.int32)
-    return result
+    if lse_scale is None:
+        return result, None
+    if position is None:
+        position = torch.arange(query_offset, query_offset + num_queries, device=device)
+    return result, selected_lse(q_index, keys, result, position, block_size=block_size, scale=lse_scale)
 
 
 def _block_scores(queries: Tensor, keys: Tensor, first: int, stop: int, block_size: int) -> Tensor:

@@ -5,9 +5,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from launchers.groups import shipped_file
 from msa_train.config import ClusterConfig, ContainerRuntime, Tasks
 
-SCRIPT = Path("slurm") / "train.sbatch"
 COMMON = "# === The same in every job from here on.\n"
 
 
@@ -29,12 +29,8 @@ class Job:
 
 
 def script_path() -> Path:
-    """The script that works by hand: inside the package of a wheel, beside it in a checkout."""
-    package = Path(__file__).resolve().parent
-    for folder in (package, package.parent):
-        if (folder / SCRIPT).is_file():
-            return folder / SCRIPT
-    raise FileNotFoundError(f"no {SCRIPT} in {package} or {package.parent}; install msa-train again")
+    """The script that works by hand."""
+    return shipped_file("slurm/train.sbatch")
 
 
 def batch_script(job: Job, cluster: ClusterConfig) -> str:

@@ -24,12 +24,17 @@ CLUSTER = "cluster"
 
 
 def config_dir() -> Path:
-    """Folder of the YAML files: inside the package of a wheel, beside it in a checkout."""
+    """Folder of the YAML files."""
+    return shipped_file("conf/config.yaml").parent
+
+
+def shipped_file(name: str) -> Path:
+    """A file that is no Python: inside the package of a wheel, beside it in a checkout."""
     package = Path(__file__).resolve().parent
-    for folder in (package / "conf", package.parent / "conf"):
-        if (folder / "config.yaml").is_file():
-            return folder
-    raise FileNotFoundError(f"no conf/config.yaml in {package} or {package.parent}; install msa-train again")
+    for folder in (package, package.parent):
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"no {name} in {package} or {package.parent}; install msa-train again")
 
 
 def group_options(group: str, config_dirs: Sequence[Path] = ()) -> dict[str, str]:

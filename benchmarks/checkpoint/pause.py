@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import ROOT, machine
+from benchmarks.machine import ROOT, command, machine
 
 STEPS, EVERY = 13, 3
 MODEL = (
@@ -117,7 +117,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 runs[name].append(train(Path(folder) / f"{name}_{number}", *overrides))
     result = {
-        "command": " ".join(["python -m benchmarks.checkpoint.pause", f"--rounds {arguments.rounds}"]),
+        "command": command("benchmarks.checkpoint.pause", sys.argv[1:]),
         "note": arguments.note,
         "machine": machine(),
         "overrides": MODEL,

@@ -18,7 +18,7 @@ import psutil
 
 from benchmarks.machine import command, machine
 from msa_train.training.metrics import read_metrics
-from tests.helpers.slurm_cluster import SlurmCluster, powered_on
+from tests.helpers.slurm_cluster import SlurmCluster, ended, powered_on
 from tests.helpers.training_command import TINY, last_step, train, without_times, write_corpus
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +38,6 @@ class Disturbance(StrEnum):
     "that its time is nearly up"
 
 
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 # what starts the workers on a node: Slurm itself, or torch's agent
 TASKS = ("gpu", "node")
 WATCHDOG_S = 20
@@ -95,7 +94,7 @@ def disturb(
     job = cluster.run(*submit, environ=environ, timeout=600).rpartition("job ")[2]
 
     def over() -> bool:
-        return cluster.job(job)["JobState"] in ENDED
+        return ended(cluster.job(job))
 
     cluster.wait(lambda: last_step(run_dir) >= after_step or over(), f"step {after_step}", 1800)
     time.sleep(pause_s)

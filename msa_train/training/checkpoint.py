@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from msa_train.config import RunConfig
 from msa_train.model.index_branch import is_index_parameter
-from msa_train.training.checkpoint_formats import match_format
+from msa_train.training.checkpoint_formats import match_format, optimizer_updates
 from msa_train.training.checkpoint_store import (
     Found,
     checksum_damage,
@@ -25,7 +25,8 @@ from msa_train.training.checkpoint_store import (
     read_meta,
     structure_damage,
 )
-from msa_train.training.rng import RNG_KEY, rng_shard
+from msa_train.training.engine import Engine
+from msa_train.training.rng import RNG_KEY, rng_shard, set_rng_state
 from msa_train.training.save_strategy import first_failure
 from msa_train.training.together import CheckpointError, together
 
@@ -74,6 +75,18 @@ def load_checkpoint(
     if complaints:
         raise CheckpointError(f"checkpoint {path} is not of this model: it {'; it '.join(complaints)}")
     return state
+
+
+def restore(found: Found, engine: Engine) -> None:
+    """Bring model, optimizer and, where as many ranks saved, random numbers back to a checkpoint. All ranks.
+
+    Raises:
+        CheckpointError: as `load_checkpoint`.
+    """
+    state = load_checkpoint(found.path, engine.sharded_state(loading=True))
+    engine.load_state(state, optimizer_updates(found.meta))
+    if RNG_KEY in state:
+        set_rng_state(state[RNG_KEY])
 
 
 def load_weights(

@@ -16,15 +16,13 @@ from msa_train.config import Device, Engine, RunConfig, plan_stages, resolve_eng
 from msa_train.data import load_datasets
 from msa_train.parallel.groups import Groups, build_groups, destroy_groups, init_distributed
 from msa_train.training import stop
-from msa_train.training.checkpoint import find_verified_checkpoint, load_checkpoint, load_weights
-from msa_train.training.checkpoint_formats import optimizer_updates
+from msa_train.training.checkpoint import find_verified_checkpoint, load_weights, restore
 from msa_train.training.checkpoint_store import CheckpointStore
 from msa_train.training.engine import Engine as TrainingEngine
 from msa_train.training.loop import Data, Reporting, Trainer
 from msa_train.training.megatron_engine import MegatronEngine
 from msa_train.training.metrics import MetricsWriter
 from msa_train.training.progress import Progress
-from msa_train.training.rng import RNG_KEY, set_rng_state
 from msa_train.training.run_report import report
 from msa_train.training.torch_engine import TorchEngine
 
@@ -122,10 +120,7 @@ def resume(config: RunConfig, engine: TrainingEngine) -> Resumed:
         engine.load_weights(weights)
         lines = [*found.messages, f"starting from the weights of {found.path}", *_new_branches(lacking)]
         return Resumed(0, lines)
-    state = load_checkpoint(found.path, engine.sharded_state(loading=True))
-    engine.load_state(state, optimizer_updates(found.meta))
-    if RNG_KEY in state:
-        set_rng_state(state[RNG_KEY])
+    restore(found, engine)
     origin = "" if found.own else f" of {found.path}"
     lines = [*found.messages, f"going on from step {found.step}{origin}"]
     return Resumed(found.step, lines, found.meta.get("bad_steps", {}))

@@ -10,12 +10,10 @@ from msa_train.config import RunConfig, Stage, plan_stages, stage_at
 from msa_train.parallel.groups import Groups
 from msa_train.training.bad_steps import BadSteps, RollbackError, log_event
 from msa_train.training.batch import StepBatch
-from msa_train.training.checkpoint import find_verified_checkpoint, load_checkpoint
-from msa_train.training.checkpoint_formats import optimizer_updates
+from msa_train.training.checkpoint import find_verified_checkpoint, restore
 from msa_train.training.checkpoint_store import CheckpointStore
 from msa_train.training.divergence import check_finite, diverged
 from msa_train.training.engine import Accept, Engine
-from msa_train.training.rng import RNG_KEY, set_rng_state
 from msa_train.training.together import together
 
 
@@ -104,10 +102,7 @@ class StepGuard:
             raise diverged(bad.step, f"{bad.reason}; there is no checkpoint to go back to", self.store)
         found = find_verified_checkpoint(self.config, known_damaged=later)
         assert found is not None, "the store has checkpoints"
-        state = load_checkpoint(found.path, self.engine.sharded_state(loading=True))
-        self.engine.load_state(state, optimizer_updates(found.meta))
-        if RNG_KEY in state:
-            set_rng_state(state[RNG_KEY])
+        restore(found, self.engine)
         tokens = self._tokens(bad.step) - self._tokens(found.step)
         event = {"from_step": bad.step, "to_step": found.step, "tokens": tokens, "reason": bad.reason}
         self.bad_steps.go_back(found.meta.get("bad_steps", {}), event, tokens)

@@ -53,6 +53,11 @@ exec slurmctld -D -c
 """
 
 
+def ended(job: dict[str, str]) -> bool:
+    """Whether a job will not run again; job: see SlurmCluster.job."""
+    return job["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+
+
 class NoClusterError(RuntimeError):
     """A cluster cannot be had here; the text says why."""
 

@@ -8,7 +8,7 @@ import pytest
 
 from launchers.batch_script import script_path
 from msa_train.config import ClusterConfig, Tasks
-from tests.helpers.slurm_cluster import SlurmCluster
+from tests.helpers.slurm_cluster import SlurmCluster, ended
 from tests.slurm.conftest import SubmitStandIn
 
 # on two processors that others use too
@@ -27,10 +27,6 @@ SMALL = {
 def output(run_dir: Path) -> str:
     """What the job printed in all its starts."""
     return "".join(path.read_text() for path in sorted((run_dir / "slurm").glob("job-*.out")))
-
-
-def ended(job: dict[str, str]) -> bool:
-    return job["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 
 def wait_for_text(cluster: SlurmCluster, run_dir: Path, text: str) -> None:

@@ -11,9 +11,9 @@ import pytest
 
 from launchers.submit import main as submit_main
 from msa_train.training.metrics import read_metrics
-from tests.helpers.slurm_cluster import SlurmCluster, powered_on
+from tests.helpers.slurm_cluster import SlurmCluster, ended, powered_on
 from tests.helpers.training_command import TINY, Training, last_step, without_times, write_corpus
-from tests.slurm.test_batch_script import ended, output
+from tests.slurm.test_batch_script import output
 
 ROOT = Path(__file__).parents[2]
 # on two processors that others use too

@@ -123,8 +123,8 @@ def _judge(facts: Facts, wanted: Wanted, place: Place, run_dir: Path, timeout_s:
     if head is not None:
         head.tell_all(go_on=not bad)
     if bad:
-        _name(run_dir, list(bad))
         texts = [f"{node}: {', '.join(found)}" for node, found in bad.items()]
+        _name(run_dir, texts)
         raise NodesAreBadError(f"{len(bad)} of {len(place.nodes)} nodes are bad: {'; '.join(texts)}")
 
 
@@ -145,16 +145,17 @@ def _answer(facts: Facts, place: Place, run_dir: Path, timeout_s: float) -> bool
     except OSError as error:
         # this node alone may be cut off: the first one then names it, and knows better
         if not (run_dir / BAD_NODES).exists():
-            _name(run_dir, [head])
+            _name(run_dir, [f"{head}: cannot be reached from {facts.node}: {error}"])
         raise NodesAreBadError(
             f"{head}, the first node, cannot be reached from {facts.node}: {error}"
         ) from error
 
 
-def _name(run_dir: Path, nodes: Sequence[str]) -> None:
+def _name(run_dir: Path, texts: Sequence[str]) -> None:
+    """Leave a line "node: what is wrong" for each: Slurm may lose what is printed by a step that it ends."""
     path = run_dir / BAD_NODES
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(",".join(nodes) + "\n", encoding="utf-8")
+    path.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
 
 
 def _time_all_reduce(place: Place, megabytes: float, timeout_s: float) -> float:

@@ -4,6 +4,7 @@ import ctypes
 import faulthandler
 import importlib
 import json
+import logging
 import os
 import signal
 import sys
@@ -57,6 +58,16 @@ def accept_fallbacks() -> None:
     warnings.filterwarnings("ignore", message="full scope is deprecated")
     warnings.filterwarnings("ignore", message=".*load_state_dict. is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
+    # with tensor parallelism its layers for experts, which are not cut
+    warnings.filterwarnings("ignore", message=".*sequence_parallel. is set to .True., but tensor model parallel")
+    # on GPUs: the names of its reductions from before torch 2.13, its masters cut from larger tensors, and its
+    # barriers on the current device, which every worker has set
+    old_names = ".*(reduce_scatter_tensor|all_gather_into_tensor). is deprecated"
+    warnings.filterwarnings("ignore", message=old_names, category=FutureWarning)
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
+    # a build of torch for GPUs on a machine without one
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def _follow_launcher() -> None:

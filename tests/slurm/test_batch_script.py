@@ -105,7 +105,8 @@ def test_bad_node_is_named_and_excluded(
         cluster.wait_for_job(job, ended, WITHIN_S)
     text = output(run_dir)
     assert cluster.job(job)["JobState"] == "COMPLETED", text
-    assert re.search(r"1 of 2 nodes are bad: node2: run_dir cannot be written: Read-only", text), text
+    # from the file: what a step prints just before Slurm ends it may be lost
+    assert re.search(r"^node2: run_dir cannot be written: Read-only", text, re.MULTILINE), text
     assert f"the preflight found bad nodes: node2: requeueing job {job}" in text
     assert (cluster.job(job)["Restarts"], cluster.job(job)["ExcNodeList"]) == ("1", "node2")
     assert cluster.job(job)["NodeList"] == "node[1,3]"

@@ -87,6 +87,6 @@ def test_command_names_a_bad_node(
     assert not (tmp_path / BAD_NODES).exists()
     assert main([f"--run-dir={tmp_path}", "--cpus=100000"]) == 1
     captured = capsys.readouterr()
-    name = (tmp_path / BAD_NODES).read_text().strip()
-    assert f"msa-preflight: 1 of 1 nodes are bad: {name}: " in captured.err
+    line = (tmp_path / BAD_NODES).read_text().strip()
+    assert f"msa-preflight: 1 of 1 nodes are bad: {line}\n" in captured.err
     assert "CPUs instead of 100000" in captured.err

@@ -59,9 +59,11 @@ def accept_fallbacks() -> None:
     warnings.filterwarnings("ignore", message=".*load_state_dict. is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
     # with tensor parallelism its layers for experts, which are not cut
-    warnings.filterwarnings("ignore", message=".*sequence_parallel. is set to .True., but tensor model parallel")
-    # on GPUs: the names of its reductions from before torch 2.13, its masters cut from larger tensors, and its
-    # barriers on the current device, which every worker has set
+    warnings.filterwarnings(
+        "ignore", message=".*sequence_parallel. is set to .True., but tensor model parallel"
+    )
+    # on GPUs: its reductions by the names before torch 2.13, its masters cut from larger tensors, and barriers
+    # on the current device, which every worker has set
     old_names = ".*(reduce_scatter_tensor|all_gather_into_tensor). is deprecated"
     warnings.filterwarnings("ignore", message=old_names, category=FutureWarning)
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")

@@ -32,6 +32,7 @@ from msa_train.parallel.layout import ShardLayout
 from msa_train.training.batch import make_batch
 from msa_train.training.lr_schedule import Rates
 from msa_train.training.torch_engine import TorchEngine
+from tests.helpers.devices import rank_device
 from tests.helpers.packs import make_pack
 
 SEQ_LEN, BLOCK_SIZE, VOCAB = 96, 4, 61
@@ -125,13 +126,13 @@ def step_packs() -> list[list[Pack]]:
 def run_steps(config: RunConfig, steps: list[list[Pack]] | None = None) -> dict[str, Any]:
     """Training steps on the given packs, or `step_packs()`; must be called by every rank of the world.
 
-    Returns the rank's observations with sums over ranks where a quantity is cut over them: per step
-    `loss` and `kl` (global sums), `gradients` by global name (experts of this rank only), `selections` by
+    Returns the rank, its device and what it observed, with sums over ranks where a quantity is cut over them:
+    per step `loss` and `kl` (global sums), `gradients` by global name (experts of this rank only), `selections` by
     (pack, layer) for this rank's tokens, whose `positions` stand by pack, `expert_bias` by layer, `traffic`,
     `attention`: sums over the sampled queries of the first packs by layer.
     """
     head_size = config.parallel.cp_head_size
-    groups = build_groups(config.parallel, device=torch.device("cpu"), exchange=config.exchange)
+    groups = build_groups(config.parallel, device=rank_device(), exchange=config.exchange)
     engine = TorchEngine(config, groups)
     selections: dict[tuple[int, int], torch.Tensor] = {}
     packs_of_step: list[int] = []
@@ -157,10 +158,12 @@ def run_steps(config: RunConfig, steps: list[list[Pack]] | None = None) -> dict[
                 "loss": _sum(result.lm_loss_sum) / batch.num_labels,
                 "kl": {n: _sum(float(v)) for n, v in sorted(result.stats.kl.items())},
                 "grad_norm": result.grad_norm,
-                "gradients": {name: engine.gradients.view(p).clone() for name, p in names},
+                "gradients": {name: engine.gradients.view(p).to("cpu", copy=True) for name, p in names},
                 "selections": dict(selections),
                 "expert_bias": [
-                    m.expert_bias.clone() for m in engine.model.modules() if isinstance(m, SigmoidRouter)
+                    m.expert_bias.to("cpu", copy=True)
+                    for m in engine.model.modules()
+                    if isinstance(m, SigmoidRouter)
                 ],
                 "attention": {n: _sum_all(result.stats.attention.get(n, nothing)) for n in msa_layers},
                 "traffic": dict(result.traffic.received),
@@ -170,7 +173,7 @@ def run_steps(config: RunConfig, steps: list[list[Pack]] | None = None) -> dict[
                 "first_group": _first_group(config, groups.cp_rank),
             }
         )
-    return {"rank": groups.rank, "steps": observed}
+    return {"rank": groups.rank, "device": groups.device.type, "steps": observed}
 
 
 def _first_group(config: RunConfig, cp_rank: int) -> int:
@@ -186,7 +189,7 @@ def _recorder(selections: dict[tuple[int, int], torch.Tensor], packs: list[int],
             return
         seen = sum(1 for key in selections if key[1] == layer)
         if record.block_indices is not None:
-            selections[packs[seen], layer] = record.block_indices.clone()
+            selections[packs[seen], layer] = record.block_indices.to("cpu", copy=True)
 
     return hook
 
@@ -201,6 +204,6 @@ def _sum(value: float) -> float:
 
 
 def _sum_all(value: torch.Tensor) -> torch.Tensor:
-    total = value.clone()
+    total = value.to(rank_device(), copy=True)
     dist.all_reduce(total)
-    return total
+    return total.cpu()

@@ -41,7 +41,7 @@ from msa_train.training.loop import Reporting, Trainer
 from msa_train.training.main import load_data, resume
 from msa_train.training.megatron_engine import MegatronEngine
 from msa_train.training.torch_engine import TorchEngine
-from tests.helpers import cuda_shim
+from tests.helpers import cuda_shim, devices
 
 PROCESSES = 4
 SEQ_LEN, BLOCK_SIZE, BATCH = 64, 4, 2
@@ -179,7 +179,8 @@ def run_cases(
         phases: cases with the processes that run them; a phase begins when the one before it has ended.
         folder: with a corpus.
     """
-    if any(case.layout.engine is Engine.megatron for phase in phases for case, _ in phase):
+    engines = {case.layout.engine for phase in phases for case, _ in phase}
+    if Engine.megatron in engines and devices.chosen() == "cpu":
         cuda_shim.install()
     dist.destroy_process_group()
     for number, phase in enumerate(phases):
@@ -190,14 +191,18 @@ def run_cases(
         with _world(Path(folder) / f"store_phase_{number}", rank, world_size):
             dist.barrier()
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store_end", rank=rank, world_size=world_size
+        devices.backend(), init_method=f"file://{folder}/store_end", rank=rank, world_size=world_size
     )
 
 
 @contextmanager
 def _world(store: Path, rank: int, world_size: int) -> Iterator[None]:
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=CASE_TIMEOUT
+        devices.backend(),
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=world_size,
+        timeout=CASE_TIMEOUT,
     )
     yield
     dist.barrier()
@@ -208,7 +213,7 @@ def _world(store: Path, rank: int, world_size: int) -> Iterator[None]:
 
 def _run_case(case: Case, folder: Path) -> None:
     config = resume_config(case.layout, folder, case)
-    groups = build_groups(config.parallel, device=torch.device("cpu"), exchange=config.exchange)
+    groups = build_groups(config.parallel, device=devices.rank_device(), exchange=config.exchange)
     engine = (MegatronEngine if config.engine is Engine.megatron else TorchEngine)(config, groups)
     data = load_data(config)
     SeenStream.seen = []

@@ -1,4 +1,4 @@
-"""Run one function on several gloo ranks, each a process of its own.
+"""Run one function on several ranks, each a process of its own.
 
 Importing torch and Megatron takes seconds and megabytes, so a server process imports them once and forks the
 ranks. It has no process group, no thread pool at work and no CUDA context to inherit.
@@ -22,6 +22,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.helpers import devices
+from tests.helpers.pretended_gpu.build import build
+
 # Time for ranks that lost their peer to say so, before they are killed
 GRACE_S = 2.0
 # No module of our own: some read the environment when they are imported
@@ -29,17 +32,24 @@ PRELOADED = ["tests.helpers.spawn", "torch.distributed.checkpoint", "megatron.co
 
 
 def run_ranks(
-    world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 300, fresh: bool = False
+    world_size: int,
+    fn: Callable[..., Any],
+    *args: Any,
+    timeout_s: float = 300,
+    fresh: bool = False,
+    device: str | None = None,
 ) -> list[Any]:
     """Call fn(rank, world_size, *args) on every rank.
 
     Args:
         world_size: number of processes.
-        fn: at module level of an importable module; finds an initialised default group (gloo).
+        fn: at module level of an importable module; finds an initialised default group, of gloo or what
+            `devices` says.
         args: must be picklable.
         timeout_s: all ranks are killed after this time, which also bounds every collective.
         fresh: import everything anew in each rank, for what reads the environment when it is imported
             (Triton, which Megatron imports where it is installed).
+        device: where the ranks compute, see `devices`; None: what the environment says.
 
     Returns:
         What fn returned, by rank; must be picklable.
@@ -49,7 +59,10 @@ def run_ranks(
         TimeoutError: if a rank was still running after timeout_s.
     """
     # where there are GPUs, asking for them may already have made forks unfit for CUDA
+    device = device or devices.chosen()
     fresh = fresh or torch.cuda.is_available()
+    if device == "pretended":
+        build()
     context: Any = multiprocessing.get_context("spawn" if fresh else "forkserver")
     if not fresh:
         context.set_forkserver_preload(PRELOADED)
@@ -59,7 +72,7 @@ def run_ranks(
         processes: list[BaseProcess] = [
             context.Process(
                 target=_main,
-                args=(rank, world_size, folder, timeout_s, dict(os.environ), call),
+                args=(rank, world_size, folder, timeout_s, os.environ | {devices.VARIABLE: device}, call),
                 daemon=True,
             )
             for rank in range(world_size)
@@ -90,8 +103,9 @@ def _main(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             fn, args = pickle.loads(call)
+        devices.prepare_rank(rank)
         dist.init_process_group(
-            "gloo",
+            devices.backend(),
             init_method=f"file://{folder}/store",
             rank=rank,
             world_size=world_size,

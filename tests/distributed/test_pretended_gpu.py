@@ -1,0 +1,138 @@
+"""What runs on GPUs only, on the CPU in their place: tensors of a device, NCCL's collectives, stock Megatron.
+
+Each is compared with the same on the CPU, so that a branch for GPUs that computes something else shows.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from msa_train.config import Engine
+from tests.distributed import test_exactness as exactness
+from tests.distributed import test_resume_matrix as matrix
+from tests.helpers.pretended_gpu.build import needs_pretended_gpu
+from tests.helpers.resume_runs import SAVED_STEP, Case, Layout, run_cases
+from tests.helpers.spawn import run_ranks
+from tests.helpers.training_command import write_corpus
+
+pytestmark = needs_pretended_gpu
+# every exchange, layout, stage and way of cutting once
+CASES = (
+    "cp2-selected-ep2",
+    "cp2-all_gather-ep2",
+    "cp2-ring-recompute",
+    "cp2-selected-warm",
+    "cp2-auto-recompute-warm",
+    "cp3-selected-heads3",
+    "cp3-selected-soft",
+    "cp4-hot-again-recompute",
+    "cp4-selected-ep4",
+)
+
+
+def refusals(rank: int, world_size: int) -> dict[str, str]:
+    """What the device says to mistakes that a CPU would not notice."""
+    device, host = torch.arange(6.0, device="cuda"), torch.arange(6.0)
+    mistakes: dict[str, Any] = {
+        "host beside device": lambda: device + host,
+        "host in place": lambda: device.mul_(host),
+        "numpy": lambda: device.numpy(),
+        "host to NCCL": lambda: dist.all_reduce(host),
+        "gaps to NCCL": lambda: dist.all_reduce(device.view(2, 3).t()),
+        "other device": lambda: device + device.to("cuda:1"),
+    }
+    said = {}
+    for name, call in mistakes.items():
+        try:
+            call()
+        except (RuntimeError, TypeError, ValueError) as error:
+            said[name] = str(error)
+    assert torch.empty(3, device="cuda").isnan().all(), "fresh memory must not look like a result"
+    assert torch.equal((device + 1).cpu(), host + 1)
+    assert device[torch.tensor([1, 2])].tolist() == [1.0, 2.0], "an index may come from the host"
+    return said
+
+
+def test_device_refuses_what_a_gpu_would() -> None:
+    (said,) = run_ranks(1, refusals, device="pretended")
+    assert "all tensors to be on the same device" in said["host beside device"]
+    assert "all tensors to be on the same device" in said["host in place"]
+    assert "can't convert cuda" in said["numpy"]
+    assert "No backend type associated with device type cpu" in said["host to NCCL"]
+    assert "contiguous" in said["gaps to NCCL"]
+    assert "cuda:1" in said["other device"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """The cases on GPUs, and what they must equal on the CPU."""
+    folder = tmp_path_factory.mktemp("pretended")
+    names = {name: "pretended" for name in CASES}
+    names |= {exactness.reference_of(name): "cpu" for name in CASES}
+    found = {}
+    for device, size in sorted({(device, exactness.CASES[name][0]) for name, device in names.items()}):
+        chosen = [name for name in names if (names[name], exactness.CASES[name][0]) == (device, size)]
+        cases = {name: exactness.CASES[name][1] for name in chosen}
+        run_ranks(size, exactness.worker, cases, str(folder), device=device)
+        for name in chosen:
+            files = [folder / f"{name}.{rank}" for rank in range(size)]
+            found[name] = [torch.load(file, weights_only=False) for file in files]
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_one_process_on_the_cpu(name: str, results: dict[str, list[dict[str, Any]]]) -> None:
+    assert {rank["device"] for rank in results[name]} == {"cuda"}
+    exactness.test_equals_one_process(name, results)
+
+
+def layout(engine: Engine, **sizes: int) -> Layout:
+    return Layout(engine=engine, world_size=2, sizes={f"{name}_size": size for name, size in sizes.items()})
+
+
+ALONE = Layout(engine=Engine.torch, world_size=1)
+# context and expert parallel, tensor parallel, pipeline parallel, data parallel
+ON_GPUS = [
+    layout(Engine.megatron, cp=2, ep=2),
+    layout(Engine.megatron, tp=2),
+    layout(Engine.megatron, pp=2),
+    layout(Engine.megatron, ep=2),
+    layout(Engine.torch, cp=2, ep=2),
+]
+BACK = layout(Engine.torch, ep=2)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A run of one process on the CPU, taken over by GPUs at its checkpoint; and the other way round."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_corpus(folder / "corpus")
+    both = (0, 1)
+    start, there = (
+        [(Case(layout=ALONE), (0,))],
+        [(Case(layout=one, source=ALONE.name), both) for one in ON_GPUS],
+    )
+    begun = [(Case(layout=one, goes_on=False), both) for one in (ON_GPUS[1], ON_GPUS[3])]
+    back = [(Case(layout=BACK, source=case.name), both) for case, _ in begun]
+    for phase, device in ((start, "cpu"), (there + begun, "pretended"), (back, "cpu")):
+        run_ranks(2, run_cases, [phase], str(folder), device=device)
+    names = [case.name for case, _ in start + there + begun + back]
+    return {name: torch.load(Path(folder) / name / "result", weights_only=False) for name in names}
+
+
+@pytest.mark.parametrize("name", [one.name for one in ON_GPUS])
+def test_gpus_go_on_from_a_checkpoint_of_the_cpu(name: str, runs: dict[str, Any]) -> None:
+    got, want = runs[f"{ALONE.name}_to_{name}"], runs[ALONE.name]
+    matrix.compare(got["rows"], want["rows"][SAVED_STEP:], matrix.TOLERANCE[ALONE.precision])
+    assert got["samples"] == want["samples"][SAVED_STEP:]
+
+
+@pytest.mark.parametrize("name", [ON_GPUS[1].name, ON_GPUS[3].name])
+def test_cpu_goes_on_from_a_checkpoint_of_gpus(name: str, runs: dict[str, Any]) -> None:
+    want = runs[ALONE.name]["rows"]
+    matrix.compare(runs[name]["rows"], want[:SAVED_STEP], matrix.TOLERANCE[ALONE.precision])
+    got = runs[f"{name}_to_{BACK.name}"]["rows"]
+    matrix.compare(got, want[SAVED_STEP:], matrix.TOLERANCE[ALONE.precision])

@@ -1,0 +1,43 @@
+"""Where the ranks of a test compute: what it chooses, or else what the variable MSA_TEST_DEVICE says.
+
+cpu, where nothing is said; cuda: a GPU for each rank, joined by NCCL; pretended: the CPU in their place, see
+`pretended_gpu`. So `MSA_TEST_DEVICE=cuda pytest tests/distributed/test_exactness.py` is the check of a
+machine with GPUs.
+"""
+
+import os
+
+import torch
+
+CHOICES = ("cpu", "cuda", "pretended")
+VARIABLE = "MSA_TEST_DEVICE"
+
+
+def chosen() -> str:
+    """What the variable says."""
+    name = os.environ.get(VARIABLE, "cpu")
+    if name not in CHOICES:
+        raise ValueError(f"{VARIABLE}={name}: must be one of {', '.join(CHOICES)}")
+    return name
+
+
+def prepare_rank(rank: int) -> None:
+    """Call first in every rank; its device is the current one from then on."""
+    name = chosen()
+    if name == "pretended":
+        from tests.helpers.pretended_gpu.install import install
+
+        install()
+    if name != "cpu":
+        torch.cuda.set_device(rank)
+
+
+def rank_device(name: str | None = None) -> torch.device:
+    """The device of this rank, after `prepare_rank`; name: instead of the one chosen."""
+    on_cpu = (name or chosen()) == "cpu"
+    return torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
+
+
+def backend(name: str | None = None) -> str:
+    """Of the ranks' process groups."""
+    return "gloo" if (name or chosen()) == "cpu" else "nccl"

@@ -43,6 +43,10 @@ def run_entry(config: RunConfig, entry: str = TRAINING) -> None:
     stop.listen()
     faulthandler.enable()
     accept_fallbacks()
+    if config.parallel.tp_size > 1:
+        # the order in which they are launched is then that in which a GPU begins them: Megatron launches the
+        # collectives of tensor parallelism just before the products that hide them
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     try:
         module, _, function = entry.partition(":")
         getattr(importlib.import_module(module), function)(config)
@@ -59,11 +63,9 @@ def accept_fallbacks() -> None:
     warnings.filterwarnings("ignore", message=".*load_state_dict. is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
     # with tensor parallelism its layers for experts, which are not cut
-    warnings.filterwarnings(
-        "ignore", message=".*sequence_parallel. is set to .True., but tensor model parallel"
-    )
-    # on GPUs: its reductions by the names before torch 2.13, its masters cut from larger tensors, and barriers
-    # on the current device, which every worker has set
+    warnings.filterwarnings("ignore", message=".*sequence_parallel. is set to .True., but tensor model")
+    # on GPUs: its reductions by the names before torch 2.13, its masters cut from larger tensors; barriers on
+    # the current device, which every worker has set
     old_names = ".*(reduce_scatter_tensor|all_gather_into_tensor). is deprecated"
     warnings.filterwarnings("ignore", message=old_names, category=FutureWarning)
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")

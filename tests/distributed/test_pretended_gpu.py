@@ -34,7 +34,7 @@ CASES = (
 
 
 def refusals(rank: int, world_size: int) -> dict[str, str]:
-    """What the device says to mistakes that a CPU would not notice."""
+    """What the device says to mistakes that a CPU would not notice, and that it is late where a GPU is."""
     device, host = torch.arange(6.0, device="cuda"), torch.arange(6.0)
     mistakes: dict[str, Any] = {
         "host beside device": lambda: device + host,
@@ -51,12 +51,26 @@ def refusals(rank: int, world_size: int) -> dict[str, str]:
         except (RuntimeError, TypeError, ValueError) as error:
             said[name] = str(error)
     assert torch.empty(3, device="cuda").isnan().all(), "fresh memory must not look like a result"
+    work = dist.all_reduce(device, async_op=True)
+    assert device.isnan().all(), "a result that nobody waited for"
+    work.wait()
+    work = dist.all_gather_into_tensor(torch.empty_like(device), device, async_op=True)
+    device += 1
+    try:
+        work.wait()
+    except RuntimeError as error:
+        said["changed under way"] = str(error)
+    device -= 1
+    late = torch.empty(6, pin_memory=True).copy_(device, non_blocking=True)
+    assert late.isnan().all(), "a copy that nobody waited for"
+    torch.cuda.current_stream().synchronize()
+    assert torch.equal(late, host)
     assert torch.equal((device + 1).cpu(), host + 1)
     assert device[torch.tensor([1, 2])].tolist() == [1.0, 2.0], "an index may come from the host"
     return said
 
 
-def test_device_refuses_what_a_gpu_would() -> None:
+def test_device_shows_what_a_gpu_would() -> None:
     (said,) = run_ranks(1, refusals, device="pretended")
     assert "all tensors to be on the same device" in said["host beside device"]
     assert "all tensors to be on the same device" in said["host in place"]
@@ -64,6 +78,7 @@ def test_device_refuses_what_a_gpu_would() -> None:
     assert "No backend type associated with device type cpu" in said["host to NCCL"]
     assert "contiguous" in said["gaps to NCCL"]
     assert "cuda:1" in said["other device"]
+    assert "changed while a collective that reads it was under way" in said["changed under way"]
 
 
 @pytest.fixture(scope="module")

@@ -127,9 +127,9 @@ def run_steps(config: RunConfig, steps: list[list[Pack]] | None = None) -> dict[
     """Training steps on the given packs, or `step_packs()`; must be called by every rank of the world.
 
     Returns the rank, its device and what it observed, with sums over ranks where a quantity is cut over them:
-    per step `loss` and `kl` (global sums), `gradients` by global name (experts of this rank only), `selections` by
-    (pack, layer) for this rank's tokens, whose `positions` stand by pack, `expert_bias` by layer, `traffic`,
-    `attention`: sums over the sampled queries of the first packs by layer.
+    per step `loss` and `kl` (global sums), `gradients` by global name (experts of this rank only),
+    `selections` by (pack, layer) for this rank's tokens, whose `positions` stand by pack, `expert_bias` by
+    layer, `traffic`, `attention`: sums over the sampled queries of the first packs by layer.
     """
     head_size = config.parallel.cp_head_size
     groups = build_groups(config.parallel, device=rank_device(), exchange=config.exchange)

@@ -2,7 +2,8 @@
 //
 // Every operation runs the CPU's kernel over the same memory, after it has been looked at as a GPU would:
 // tensors of the host beside tensors of the device are refused. Fresh memory holds 0xFF, which is NaN in every
-// floating dtype, so that what is read before it was written shows.
+// floating dtype, so that what is read before it was written shows. Results of collectives and copies to pinned
+// memory are there when they have been waited for, not before.
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
@@ -281,9 +282,29 @@ Tensor host_view(const Tensor& tensor) {
   return tensor.is_cuda() ? on_host(tensor) : tensor;
 }
 
-Tensor& copy_(Tensor& self, const Tensor& from, bool) {
+// Copies to pinned memory that nobody has waited for yet, and what they bring.
+std::vector<std::pair<Tensor, Tensor>> late_copies;
+std::mutex late_lock;
+
+void synchronize() {
+  std::vector<std::pair<Tensor, Tensor>> copies;
+  {
+    std::lock_guard<std::mutex> guard(late_lock);
+    copies.swap(late_copies);
+  }
+  at::NoGradGuard no_grad;
+  for (auto& [to, value] : copies) to.copy_(value);
+}
+
+Tensor& copy_(Tensor& self, const Tensor& from, bool non_blocking) {
   c10::impl::ExcludeDispatchKeyGuard below(c10::autograd_dispatch_keyset | c10::DispatchKeySet(c10::DispatchKey::ADInplaceOrView));
   Tensor to = host_view(self);
+  if (non_blocking && from.is_cuda() && !self.is_cuda() && is_pinned(self.data_ptr()) && self.is_contiguous()) {
+    std::lock_guard<std::mutex> guard(late_lock);
+    late_copies.emplace_back(self.detach(), host_view(from).to(self.scalar_type(), false, /*copy=*/true));
+    std::memset(self.data_ptr(), 0xFF, self.nbytes());
+    return self;
+  }
   to.copy_(host_view(from));
   return self;
 }
@@ -328,6 +349,7 @@ const Tensor& resize_(const Tensor& self, at::IntArrayRef size, std::optional<at
 }
 
 at::Scalar local_scalar_dense(const Tensor& self) {
+  synchronize();
   return at::_local_scalar_dense(on_host(self));
 }
 
@@ -508,16 +530,62 @@ void replace_hooks() {
 
 // ---- collectives -----------------------------------------------------------------------------------------------
 
-struct Done final : c10d::Work {
-  Done() {
-    finish();
+// One collective under way. As on a GPU its results are there after `wait` and not before: until then they hold
+// 0xFF; and what it reads must stay as it was.
+class UnderWay final : public c10d::Work {
+ public:
+  // Gives the collective memory of its own in the place of `tensor`, whose value it takes along if that is read.
+  Tensor writes(const Tensor& tensor, bool reads = false) {
+    Tensor own = reads ? tensor.clone() : at::empty_like(tensor);
+    results_.emplace_back(tensor, own);
+    return own;
   }
+  Tensor reads(const Tensor& tensor) {
+    inputs_.emplace_back(tensor, tensor.clone());
+    return inputs_.back().second;
+  }
+  void add(c10::intrusive_ptr<c10d::Work> work) {
+    works_.push_back(std::move(work));
+  }
+  // Call it once, after everything was launched.
+  void launched() {
+    for (auto& [tensor, own] : results_)
+      if (!is_read(tensor)) std::memset(tensor.data_ptr(), 0xFF, tensor.nbytes());
+  }
+  bool wait(std::chrono::milliseconds timeout) override {
+    if (isCompleted()) return true;
+    for (auto& work : works_) work->wait(timeout);
+    for (auto& [tensor, before] : inputs_)
+      TORCH_CHECK(
+          std::memcmp(tensor.data_ptr(), before.data_ptr(), tensor.nbytes()) == 0,
+          "a tensor was changed while a collective that reads it was under way");
+    if (then) then();
+    for (auto& [tensor, own] : results_) tensor.copy_(own);
+    works_.clear();
+    finish();
+    return true;
+  }
+
+  // Done to the collective's own memory before the results appear.
+  std::function<void()> then;
+
+ private:
+  // A result in the memory of an input, as in a reduction in place.
+  bool is_read(const Tensor& result) const {
+    for (const auto& [tensor, before] : inputs_)
+      if (result.storage().data() == tensor.storage().data()) return true;
+    return false;
+  }
+
+  std::vector<std::pair<Tensor, Tensor>> results_, inputs_;
+  std::vector<c10::intrusive_ptr<c10d::Work>> works_;
 };
 
-// The collectives of NCCL by gloo over the same memory. Refused as there: tensors of the host, or with gaps.
+// The collectives of NCCL by gloo. Refused as there: tensors of the host, or with gaps.
 class Collectives final : public c10d::Backend {
  public:
-  Collectives(c10::intrusive_ptr<c10d::Backend> gloo, int rank, int size) : Backend(rank, size), gloo_(std::move(gloo)) {}
+  Collectives(c10::intrusive_ptr<c10d::Backend> gloo, int rank, int size)
+      : Backend(rank, size), gloo_(std::move(gloo)) {}
   using Work = c10::intrusive_ptr<c10d::Work>;
   using Tensors = std::vector<Tensor>;
 
@@ -532,143 +600,169 @@ class Collectives final : public c10d::Backend {
     return 0;
   }
   void startCoalescing() override {
-    coalescing_ = true;
+    together_ = c10::make_intrusive<UnderWay>();
   }
   Work endCoalescing() override {
-    coalescing_ = false;
-    for (auto& work : works_) work->wait();
-    works_.clear();
-    return done();
+    auto work = std::move(together_);
+    together_.reset();
+    work->launched();
+    return work;
   }
   Work broadcast(Tensors& tensors, const c10d::BroadcastOptions& options) override {
-    auto hosts = lowered(tensors);
-    return gloo_->broadcast(hosts, options);
+    return run([&](UnderWay& work) {
+      Tensors own{work.writes(lowered(tensors[0]), /*reads=*/true)};
+      work.add(gloo_->broadcast(own, options));
+    });
   }
   Work allreduce(Tensors& tensors, const c10d::AllreduceOptions& options) override {
-    auto hosts = lowered(tensors);
-    auto changed = options;
-    const bool mean = changed.reduceOp == c10d::ReduceOp::AVG;
-    if (mean) changed.reduceOp = c10d::ReduceOp::SUM;
-    auto work = gloo_->allreduce(hosts, changed);
-    if (!mean) return work;
-    work->wait();
-    for (auto& host : hosts) host.div_(getSize());
-    return done();
+    return run([&](UnderWay& work) { reduce_all(work, work.writes(lowered(tensors[0]), true), options.reduceOp); });
   }
   Work allreduce_coalesced(Tensors& tensors, const c10d::AllreduceCoalescedOptions& options) override {
-    c10d::AllreduceOptions each;
-    each.reduceOp = options.reduceOp;
-    for (auto& tensor : tensors) {
-      Tensors one{tensor};
-      allreduce(one, each)->wait();
-    }
-    return done();
+    return run([&](UnderWay& work) {
+      for (auto& tensor : tensors) reduce_all(work, work.writes(lowered(tensor), true), options.reduceOp);
+    });
   }
   Work reduce(Tensors& tensors, const c10d::ReduceOptions& options) override {
-    auto hosts = lowered(tensors);
-    return gloo_->reduce(hosts, options);
+    return run([&](UnderWay& work) {
+      Tensors own{work.writes(lowered(tensors[0]), true)};
+      work.add(gloo_->reduce(own, options));
+    });
   }
   Work allgather(std::vector<Tensors>& outputs, Tensors& inputs, const c10d::AllgatherOptions&) override {
-    auto input = lowered(inputs)[0];
-    auto out = lowered(outputs[0]);
-    for (int rank = 0; rank < getSize(); ++rank) {
-      if (rank == getRank()) out[rank].copy_(input);
-      c10d::BroadcastOptions options;
-      options.rootRank = rank;
-      Tensors one{out[rank]};
-      gloo_->broadcast(one, options)->wait();
-    }
-    return done();
+    // by broadcasts: lengths may differ
+    return run([&](UnderWay& work) {
+      const auto in = work.reads(lowered(inputs[0]));
+      for (int rank = 0; rank < getSize(); ++rank) {
+        auto own = work.writes(lowered(outputs[0][rank]));
+        if (rank == getRank()) own.copy_(in);
+        c10d::BroadcastOptions options;
+        options.rootRank = rank;
+        Tensors one{own};
+        work.add(gloo_->broadcast(one, options));
+      }
+    });
   }
   Work _allgather_base(Tensor& output, Tensor& input, const c10d::AllgatherOptions& options) override {
-    auto out = lowered(output), in = lowered(input);
-    return gloo_->_allgather_base(out, in, options);
+    return run([&](UnderWay& work) {
+      auto in = work.reads(lowered(input)), out = work.writes(lowered(output));
+      work.add(gloo_->_allgather_base(out, in, options));
+    });
   }
-  Work allgather_into_tensor_coalesced(Tensors& outputs, Tensors& inputs, const c10d::AllgatherOptions& options) override {
-    for (size_t i = 0; i < inputs.size(); ++i) _allgather_base(outputs[i], inputs[i], options)->wait();
-    return done();
+  Work allgather_into_tensor_coalesced(
+      Tensors& outputs, Tensors& inputs, const c10d::AllgatherOptions& options) override {
+    return run([&](UnderWay& work) {
+      for (size_t i = 0; i < inputs.size(); ++i) {
+        auto in = work.reads(lowered(inputs[i])), out = work.writes(lowered(outputs[i]));
+        work.add(gloo_->_allgather_base(out, in, options));
+      }
+    });
   }
   Work _reduce_scatter_base(Tensor& output, Tensor& input, const c10d::ReduceScatterOptions& options) override {
-    // by a sum over everything: right, not fast
-    auto all = lowered(input).clone();
-    c10d::AllreduceOptions sum;
-    const bool mean = options.reduceOp == c10d::ReduceOp::AVG;
-    if (!mean) sum.reduceOp = options.reduceOp;
-    Tensors one{all};
-    gloo_->allreduce(one, sum)->wait();
-    if (mean) all.div_(getSize());
-    lowered(output).view(-1).copy_(all.view({getSize(), -1})[getRank()]);
-    return done();
+    return run([&](UnderWay& work) { scatter_sum(work, output, input, options.reduceOp); });
   }
-  Work reduce_scatter_tensor_coalesced(Tensors& outputs, Tensors& inputs, const c10d::ReduceScatterOptions& options) override {
-    for (size_t i = 0; i < inputs.size(); ++i) _reduce_scatter_base(outputs[i], inputs[i], options);
-    return done();
+  Work reduce_scatter_tensor_coalesced(
+      Tensors& outputs, Tensors& inputs, const c10d::ReduceScatterOptions& options) override {
+    return run([&](UnderWay& work) {
+      for (size_t i = 0; i < inputs.size(); ++i) scatter_sum(work, outputs[i], inputs[i], options.reduceOp);
+    });
   }
   Work alltoall_base(
       Tensor& output, Tensor& input, std::vector<int64_t>& receive, std::vector<int64_t>& send,
       const c10d::AllToAllOptions& options) override {
-    auto out = lowered(output), in = lowered(input);
-    return gloo_->alltoall_base(out, in, receive, send, options);
+    return run([&](UnderWay& work) {
+      auto in = work.reads(lowered(input)), out = work.writes(lowered(output));
+      work.add(gloo_->alltoall_base(out, in, receive, send, options));
+    });
   }
   Work alltoall(Tensors& outputs, Tensors& inputs, const c10d::AllToAllOptions&) override {
-    auto out = lowered(outputs), in = lowered(inputs);
-    std::vector<Work> works;
-    out[getRank()].copy_(in[getRank()]);
-    for (int rank = 0; rank < getSize(); ++rank) {
-      if (rank == getRank()) continue;
-      Tensors from{out[rank]}, to{in[rank]};
-      works.push_back(gloo_->recv(from, rank, 0));
-      works.push_back(gloo_->send(to, rank, 0));
-    }
-    for (auto& work : works) work->wait();
-    return done();
+    return run([&](UnderWay& work) {
+      for (int rank = 0; rank < getSize(); ++rank) {
+        Tensors from{work.writes(lowered(outputs[rank]))}, to{work.reads(lowered(inputs[rank]))};
+        if (rank == getRank()) {
+          from[0].copy_(to[0]);
+          continue;
+        }
+        work.add(gloo_->recv(from, rank, 0));
+        work.add(gloo_->send(to, rank, 0));
+      }
+    });
   }
   Work send(Tensors& tensors, int to, int) override {
-    auto hosts = lowered(tensors);
-    return keep(gloo_->send(hosts, to, 0));
+    return run([&](UnderWay& work) {
+      Tensors own{work.reads(lowered(tensors[0]))};
+      work.add(gloo_->send(own, to, 0));
+    });
   }
   Work recv(Tensors& tensors, int from, int) override {
-    auto hosts = lowered(tensors);
-    return keep(gloo_->recv(hosts, from, 0));
+    return run([&](UnderWay& work) {
+      Tensors own{work.writes(lowered(tensors[0]))};
+      work.add(gloo_->recv(own, from, 0));
+    });
   }
   Work gather(std::vector<Tensors>& outputs, Tensors& inputs, const c10d::GatherOptions& options) override {
-    auto in = lowered(inputs);
-    std::vector<Tensors> out;
-    for (const auto& one : outputs) out.push_back(lowered(one));
-    return gloo_->gather(out, in, options);
+    return run([&](UnderWay& work) {
+      Tensors in{work.reads(lowered(inputs[0]))};
+      std::vector<Tensors> out(outputs.size());
+      for (size_t i = 0; i < outputs.size(); ++i)
+        for (const auto& tensor : outputs[i]) out[i].push_back(work.writes(lowered(tensor)));
+      work.add(gloo_->gather(out, in, options));
+    });
   }
   Work scatter(Tensors& outputs, std::vector<Tensors>& inputs, const c10d::ScatterOptions& options) override {
-    auto out = lowered(outputs);
-    std::vector<Tensors> in;
-    for (const auto& one : inputs) in.push_back(lowered(one));
-    return gloo_->scatter(out, in, options);
+    return run([&](UnderWay& work) {
+      Tensors out{work.writes(lowered(outputs[0]))};
+      std::vector<Tensors> in(inputs.size());
+      for (size_t i = 0; i < inputs.size(); ++i)
+        for (const auto& tensor : inputs[i]) in[i].push_back(work.reads(lowered(tensor)));
+      work.add(gloo_->scatter(out, in, options));
+    });
   }
   Work barrier(const c10d::BarrierOptions& options) override {
     return gloo_->barrier(options);
   }
 
  private:
+  template <typename Launch>
+  Work run(Launch launch) {
+    // between start and end of coalescing all are one
+    auto work = together_ ? together_ : c10::make_intrusive<UnderWay>();
+    launch(*work);
+    if (!together_) work->launched();
+    return work;
+  }
+  void reduce_all(UnderWay& work, Tensor own, c10d::ReduceOp operation) {
+    const bool mean = operation == c10d::ReduceOp::AVG;
+    c10d::AllreduceOptions options;
+    options.reduceOp = mean ? c10d::ReduceOp(c10d::ReduceOp::SUM) : operation;
+    Tensors one{own};
+    work.add(gloo_->allreduce(one, options));
+    if (!mean) return;
+    auto before = std::move(work.then);
+    work.then = [before, own, size = getSize()]() mutable {
+      if (before) before();
+      own.div_(size);
+    };
+  }
+  // By a sum of everything: right, not fast.
+  void scatter_sum(UnderWay& work, Tensor& output, Tensor& input, c10d::ReduceOp operation) {
+    auto all = work.reads(lowered(input));
+    auto own = work.writes(lowered(output));
+    auto sum = all.clone();
+    reduce_all(work, sum, operation);
+    auto before = std::move(work.then);
+    work.then = [before, own, sum, size = getSize(), rank = getRank()]() mutable {
+      if (before) before();
+      own.view(-1).copy_(sum.view({size, -1})[rank]);
+    };
+  }
   static Tensor lowered(const Tensor& tensor) {
     TORCH_CHECK(tensor.is_cuda(), "Tensors must be CUDA and dense: found one on ", tensor.device());
     TORCH_CHECK(tensor.is_contiguous(), "Tensors must be contiguous");
     return on_host(tensor);
   }
-  static Tensors lowered(const Tensors& tensors) {
-    Tensors hosts;
-    for (const auto& tensor : tensors) hosts.push_back(lowered(tensor));
-    return hosts;
-  }
-  static Work done() {
-    return c10::make_intrusive<Done>();
-  }
-  Work keep(Work work) {
-    if (coalescing_) works_.push_back(work);
-    return work;
-  }
 
   c10::intrusive_ptr<c10d::Backend> gloo_;
-  bool coalescing_ = false;
-  std::vector<Work> works_;
+  c10::intrusive_ptr<UnderWay> together_;
 };
 
 }  // namespace
@@ -677,6 +771,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("replace_hooks", &replace_hooks);
   m.def("resize_storage", [](const Tensor& holder, size_t num_bytes) { resize_storage(holder.storage(), num_bytes); });
   m.def("set_device", [](int device) { Guard().setDevice(Device(c10::kCUDA, static_cast<c10::DeviceIndex>(device))); });
+  m.def("synchronize", &synchronize);
   m.def("current_device", [] { return static_cast<int>(current_device); });
   m.def("device_count", [] { return static_cast<int>(kDevices); });
   m.def("collectives", [](c10::intrusive_ptr<c10d::Backend> gloo, int rank, int size) {

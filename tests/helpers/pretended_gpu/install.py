@@ -27,10 +27,12 @@ class Stream:
         """Nothing to wait for."""
 
     def synchronize(self) -> None:
-        """Nothing to wait for."""
+        """Let what is late arrive."""
+        load_device().synchronize()
 
     def query(self) -> bool:
         """Always done."""
+        load_device().synchronize()
         return True
 
     def record_event(self, event: "Event | None" = None) -> "Event":
@@ -62,10 +64,12 @@ class Event:
 
     def query(self) -> bool:
         """Always done."""
+        load_device().synchronize()
         return True
 
     def synchronize(self) -> None:
-        """Nothing to wait for."""
+        """Let what is late arrive."""
+        load_device().synchronize()
 
     def elapsed_time(self, end: "Event") -> float:
         """Milliseconds between two events; as in torch both must have been recorded, and with timing."""
@@ -127,7 +131,7 @@ def install() -> None:
     device = load_device()
     device.replace_hooks()
     nothing = {name: (lambda *_, **__: None) for name in (
-        "_lazy_init", "init", "synchronize", "empty_cache", "reset_peak_memory_stats", "ipc_collect",
+        "_lazy_init", "init", "empty_cache", "reset_peak_memory_stats", "ipc_collect",
         "set_stream", "set_per_process_memory_fraction",
     )}  # fmt: skip
     figures = {name: (lambda *_, **__: 0) for name in (
@@ -141,6 +145,7 @@ def install() -> None:
         "is_available": lambda: True,
         "is_initialized": lambda: True,
         "is_bf16_supported": lambda *_, **__: True,
+        "synchronize": lambda *_: device.synchronize(),
         "device_count": device.device_count,
         "current_device": device.current_device,
         "set_device": lambda wanted: device.set_device(_index(wanted)),

@@ -15,6 +15,7 @@ from msa_train.parallel.full_kv_exchange import FullPlan, make_full_plan
 from msa_train.parallel.layout import ShardLayout
 from msa_train.parallel.relayout import Relayout, make_relayout
 from msa_train.parallel.sequence_plan import Range
+from msa_train.parallel.to_device import to_device
 
 
 @dataclass(slots=True)
@@ -72,12 +73,12 @@ def make_local_pack(
         )
     return LocalPack(
         layout=layout,
-        tokens=_cut(pack.tokens, layout).to(device),
-        labels=_cut(pack.labels, layout).to(device),
-        position=position.to(device),
-        doc_position=doc_position.to(device),
-        valid=valid.to(device),
-        cu_seqlens=starts.to(device),
+        tokens=to_device(_cut(pack.tokens, layout), device),
+        labels=to_device(_cut(pack.labels, layout), device),
+        position=to_device(position, device),
+        doc_position=to_device(doc_position, device),
+        valid=to_device(valid, device),
+        cu_seqlens=to_device(starts, device),
         index=_index_plan(layout, cu_seqlens, parallel, device),
         full=full,
     )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from msa_train.parallel.collectives import CpComm
 from msa_train.parallel.layout import ShardLayout
+from msa_train.parallel.to_device import to_device
 
 # Values of one score tile: 2 MiB in fp32 on a CPU, near its caches; 64 MiB on a GPU, for few launches.
 _CPU_TILE, _GPU_TILE = 2**19, 2**24
@@ -94,10 +95,10 @@ def sample_queries(
     owner, local_block = place // layout.num_local_blocks, place % layout.num_local_blocks
     row = local_block * layout.block_size + position % layout.block_size
     return ProbeQueries(
-        position=position.to(device),
-        doc_start=torch.tensor(cu_seqlens)[document].to(device),
-        rows=row[owner == layout.cp_rank].to(device),
-        by_owner=owner.argsort(stable=True).to(device),
+        position=to_device(position, device),
+        doc_start=to_device(torch.tensor(cu_seqlens)[document], device),
+        rows=to_device(row[owner == layout.cp_rank], device),
+        by_owner=to_device(owner.argsort(stable=True), device),
         counts=torch.bincount(owner, minlength=layout.cp_size).tolist(),
         layout=layout,
         topk=topk,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from msa_train.parallel.collectives import CpComm
 from msa_train.parallel.sequence_plan import SequencePlan
+from msa_train.parallel.to_device import to_device
 
 # See `token_order`.
 Order = tuple[Tensor, Tensor] | None
@@ -33,7 +34,7 @@ def token_order(
     order = position.argsort()
     if torch.equal(order, torch.arange(len(order))):
         return None
-    return order.to(device), order.argsort().to(device)
+    return to_device(order, device), to_device(order.argsort(), device)
 
 
 def to_heads(x: Tensor, comm: CpComm, order: Order = None) -> Tensor:

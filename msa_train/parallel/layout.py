@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from msa_train.parallel.sequence_plan import Range, SequencePlan, contiguous_plan
+from msa_train.parallel.to_device import to_device
 
 
 @dataclass(slots=True, frozen=True)
@@ -74,7 +75,7 @@ class ShardLayout:
                 for ranges in self.plan.ranges
                 for start, stop in ranges
             ]
-            self._blocks[device] = torch.cat(edges).view(self.cp_size, -1).to(device)
+            self._blocks[device] = to_device(torch.cat(edges).view(self.cp_size, -1), device)
         return self._blocks[device]
 
     def own_blocks(self, device: torch.device) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from msa_train.parallel.collectives import CpComm
 from msa_train.parallel.sequence_plan import Range, SequencePlan, common, count, rows_in
+from msa_train.parallel.to_device import to_device
 
 # Per rank, ascending.
 Ranges = Sequence[Sequence[Range]]
@@ -89,7 +90,7 @@ def busiest_rank(before: Ranges, after: Ranges) -> int:
 
 def _indices(ranges: Sequence[Range], device: torch.device) -> Tensor:
     parts = [torch.arange(start, stop) for start, stop in ranges]
-    return torch.cat(parts).to(device) if parts else torch.zeros(0, dtype=torch.int64, device=device)
+    return to_device(torch.cat(parts), device) if parts else torch.zeros(0, dtype=torch.int64, device=device)
 
 
 def move_rows(x: Tensor, moves: RowMoves, comm: CpComm, purpose: str) -> Tensor:

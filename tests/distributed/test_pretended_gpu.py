@@ -3,16 +3,23 @@
 Each is compared with the same on the CPU, so that a branch for GPUs that computes something else shows.
 """
 
+import os
+import threading
+import traceback
 from pathlib import Path
 from typing import Any
 
+import megatron.core
+import msa_kernels
 import pytest
 import torch
 import torch.distributed as dist
 
-from msa_train.config import Engine
+import msa_train
+from msa_train.config import CpLayout, Engine, KvExchange, Recompute
 from tests.distributed import test_exactness as exactness
 from tests.distributed import test_resume_matrix as matrix
+from tests.helpers.model_runs import run_steps, small_config
 from tests.helpers.pretended_gpu.build import needs_pretended_gpu
 from tests.helpers.resume_runs import SAVED_STEP, Case, Layout, run_cases
 from tests.helpers.spawn import run_ranks
@@ -102,6 +109,49 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
 def test_equals_one_process_on_the_cpu(name: str, results: dict[str, list[dict[str, Any]]]) -> None:
     assert {rank["device"] for rank in results[name]} == {"cuda"}
     exactness.test_equals_one_process(name, results)
+
+
+# Where the host waits for a GPU in a training step, and why; otherwise it is to run ahead.
+WAITS = {
+    "model/moe.py:dispatch_preprocess": "the tokens of each expert decide how much is sent",
+    "parallel/block_requests.py:_introduce": "once for each shape",
+    "parallel/attention_probe.py:_tiles": "on steps that look at the attention",
+    "training/flat_gradients.py:norm": "the norm of the gradients, once a step",
+    "training/torch_engine.py:train_step": "the loss, once a step",
+}
+
+
+def places_of_waits(rank: int, world_size: int, arguments: dict[str, Any]) -> set[str]:
+    """FILE:FUNCTION of our package of every wait in `train_step`."""
+    from tests.helpers.pretended_gpu.build import load_device
+
+    ours, *others = [f"{package.__path__[0]}{os.sep}" for package in (msa_train, msa_kernels, megatron.core)]
+    found: set[str] = set()
+
+    def note(_operation: str) -> None:
+        frames = traceback.extract_stack()
+        # the backward pass has a thread of its own
+        in_step = threading.current_thread() is not threading.main_thread()
+        in_step |= any(frame.name == "train_step" for frame in frames)
+        inner = [frame for frame in frames if frame.filename.startswith((ours, *others))]
+        if in_step and inner and inner[-1].filename.startswith(ours):
+            found.add(f"{Path(inner[-1].filename).relative_to(ours).as_posix()}:{inner[-1].name}")
+
+    load_device().tell_waits(note)
+    run_steps(small_config(**arguments))
+    load_device().tell_waits(None)
+    return found
+
+
+def test_host_waits_for_a_gpu_where_it_must(tmp_path: Path) -> None:
+    seen: set[str] = set()
+    for arguments in (
+        {"cp_size": 2, "ep_size": 2, "recompute": Recompute.full},
+        {"cp_size": 2, "exchange": KvExchange.ring, "layout": CpLayout.zigzag, "stage": exactness.DENSE},
+    ):
+        for places in run_ranks(2, places_of_waits, arguments, device="pretended"):
+            seen |= places
+    assert seen == set(WAITS)
 
 
 def layout(engine: Engine, **sizes: int) -> Layout:

@@ -172,6 +172,24 @@ bool takes_host_tensors(const std::string& name) {
   return names.count(name) > 0;
 }
 
+// Told the name of every operation for which the host would wait for a GPU.
+// Never freed: Python may be gone before.
+py::object& on_wait = *new py::object(py::none());
+
+void waits(const std::string& name) {
+  if (on_wait.is_none()) return;
+  py::gil_scoped_acquire gil;
+  on_wait(name);
+}
+
+// Operations whose result's size only the device knows, or that look at values.
+bool makes_host_wait(const std::string& name) {
+  static const std::set<std::string> names = {
+      "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive",
+      "aten::bincount", "aten::equal", "aten::repeat_interleave.Tensor"};
+  return names.count(name) > 0;
+}
+
 Tensor lower(const Tensor& tensor, std::vector<Shared>& all, Device& device, bool& any, bool& host_seen) {
   if (!tensor.defined()) return tensor;
   if (!tensor.is_cuda()) {
@@ -230,6 +248,7 @@ void run_on_host(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit:
       !(any && host_seen) || takes_host_tensors(name),
       "Expected all tensors to be on the same device, but found at least two devices, ", device, " and cpu! (", name,
       ")");
+  if (any && makes_host_wait(name)) waits(name);
   {
     c10::impl::ExcludeDispatchKeyGuard below(c10::autograd_dispatch_keyset | c10::DispatchKeySet(c10::DispatchKey::ADInplaceOrView));
     op.callBoxed(stack);
@@ -305,6 +324,8 @@ Tensor& copy_(Tensor& self, const Tensor& from, bool non_blocking) {
     std::memset(self.data_ptr(), 0xFF, self.nbytes());
     return self;
   }
+  // from pageable memory the host waits too, until the copy has left it
+  if (self.is_cuda() != from.is_cuda() && !(non_blocking && self.is_cuda())) waits("copy between host and device");
   to.copy_(host_view(from));
   return self;
 }
@@ -350,6 +371,7 @@ const Tensor& resize_(const Tensor& self, at::IntArrayRef size, std::optional<at
 
 at::Scalar local_scalar_dense(const Tensor& self) {
   synchronize();
+  waits("aten::_local_scalar_dense");
   return at::_local_scalar_dense(on_host(self));
 }
 
@@ -772,6 +794,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("resize_storage", [](const Tensor& holder, size_t num_bytes) { resize_storage(holder.storage(), num_bytes); });
   m.def("set_device", [](int device) { Guard().setDevice(Device(c10::kCUDA, static_cast<c10::DeviceIndex>(device))); });
   m.def("synchronize", &synchronize);
+  m.def("tell_waits", [](py::object callback) { on_wait = std::move(callback); });
   m.def("current_device", [] { return static_cast<int>(current_device); });
   m.def("device_count", [] { return static_cast<int>(kDevices); });
   m.def("collectives", [](c10::intrusive_ptr<c10d::Backend> gloo, int rank, int size) {

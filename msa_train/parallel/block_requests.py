@@ -25,6 +25,7 @@ from msa_train.parallel.exchange_plan import (
 )
 from msa_train.parallel.faults import ExchangeError, describe
 from msa_train.parallel.layout import ShardLayout
+from msa_train.parallel.to_device import to_device
 
 # First number of every request; the last digits are a version.
 _MAGIC = 0x4D5341_0001
@@ -125,7 +126,7 @@ def exchange_requests(
 
 def _introduce(shape: ExchangeShape, device: torch.device, comm: CpComm) -> None:
     """Compare shapes with the other ranks, once for each shape."""
-    header = torch.tensor(_known(shape, comm.layer), dtype=torch.int64).to(device)
+    header = to_device(torch.tensor(_known(shape, comm.layer), dtype=torch.int64), device)
     # A purpose of its own: a resumed run meets again, and must log the bytes of requests that the first did.
     headers = comm.all_gather(header, "request_shape").tolist()
     check_requests(headers, [0] * comm.size, [0] * comm.size, comm.layer)
@@ -146,7 +147,7 @@ def _header(
     wanted: Tensor, shape: ExchangeShape, layer: int, checked: tuple[Tensor | None, Tensor]
 ) -> Tensor:
     """[8] int64: `_known` with the last two filled in, on the device of `wanted`."""
-    header = torch.tensor(_known(shape, layer), dtype=torch.int64).to(wanted.device, non_blocking=True)
+    header = to_device(torch.tensor(_known(shape, layer), dtype=torch.int64), wanted.device)
     header[6] = wanted.sum()
     for tensor, bit in zip(checked, (_BAD_INDEX_KEYS, _BAD_KEY_VALUES), strict=True):
         if tensor is not None:

@@ -1,4 +1,4 @@
-"""Compiles device.cpp, once for a Python and a torch: `python -m tests.helpers.pretended_gpu.build`.
+"""Compiles the device, once for a Python and a torch: `python -m tests.helpers.pretended_gpu.build`.
 
 In a process of its own: what loads the device has GPUs from then on.
 """
@@ -40,7 +40,8 @@ needs_pretended_gpu = pytest.mark.skipif(bool(_why_not()), reason=_why_not() or 
 
 def folder() -> Path:
     """Where it is built: another one for every source, Python and torch."""
-    facts = (_SOURCE.read_text(), sys.version, torch.__version__, torch.__file__, _FLAGS)
+    sources = [path.read_text() for path in sorted(_SOURCE.parent.glob("*.[hc]*"))]
+    facts = (sources, sys.version, torch.__version__, torch.__file__, _FLAGS)
     name = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
     return Path(tempfile.gettempdir()) / f"{_NAME}_{os.getuid()}" / name
 

@@ -1,9 +1,9 @@
-"""Makes torch believe in the device of device.cpp, for the rest of this process."""
+"""Makes torch believe in the compiled device, for the rest of this process."""
 
 import contextlib
 import time
 from datetime import timedelta
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -80,13 +80,16 @@ class Event:
         return 1000 * (end._at_s - self._at_s)
 
 
+_Backend: Any = torch._C._distributed_c10d.Backend
+
+
 class _IsCollectives(type):
     def __instancecheck__(cls, instance: Any) -> bool:
-        return isinstance(instance, distributed_c10d.ProcessGroup) or hasattr(instance, "name")
+        return isinstance(instance, _Backend) and instance.name() == "nccl"
 
 
 class PretendedNccl(metaclass=_IsCollectives):
-    """Stands for `ProcessGroupNCCL`: calling it makes the collectives of device.cpp."""
+    """Stands for `ProcessGroupNCCL`: calling it makes those of collectives.h."""
 
     class Options(SimpleNamespace):
         """Takes what torch sets."""
@@ -130,16 +133,25 @@ def install() -> None:
     """Replace what torch was built without. Call it before anything asks for a GPU."""
     device = load_device()
     device.replace_hooks()
-    nothing = {name: (lambda *_, **__: None) for name in (
-        "_lazy_init", "init", "empty_cache", "reset_peak_memory_stats", "ipc_collect",
-        "set_stream", "set_per_process_memory_fraction",
-    )}  # fmt: skip
-    figures = {name: (lambda *_, **__: 0) for name in (
-        "max_memory_allocated", "memory_allocated", "max_memory_reserved", "memory_reserved",
-    )}  # fmt: skip
-    replaced: dict[str, Any] = {
-        **nothing,
-        **figures,
+    for name, value in _functions(device).items():
+        setattr(torch.cuda, name, value)
+    changed: Any = torch
+    changed.cuda.random.get_rng_state = torch.cuda.get_rng_state
+    changed.cuda.random.set_rng_state = torch.cuda.set_rng_state
+    changed.cuda.nvtx = SimpleNamespace(range_push=lambda *_: 0, range_pop=lambda: 0, mark=lambda *_: None)
+    changed.Tensor.record_stream = lambda *_: None
+    changed._C._cuda_getCurrentRawStream = lambda _: 0
+    _resize_storages(device)
+    _offer_nccl()
+
+
+def _functions(device: ModuleType) -> dict[str, Any]:
+    """What takes the place of names in torch.cuda."""
+    nothing = (
+        "_lazy_init", "init", "empty_cache", "ipc_collect", "set_stream", "set_per_process_memory_fraction",
+    )  # fmt: skip
+    return {
+        **dict.fromkeys(nothing, lambda *_, **__: None),
         "_is_compiled": lambda: True,
         "_lazy_call": lambda call, **_: call(),
         "is_available": lambda: True,
@@ -154,10 +166,15 @@ def install() -> None:
         "device": _Device,
         "get_device_name": lambda *_: _PROPERTIES.name,
         "get_device_properties": lambda *_: _PROPERTIES,
-        "get_device_capability": lambda *_: (9, 0),
+        "get_device_capability": lambda *_: (_PROPERTIES.major, _PROPERTIES.minor),
         "is_current_stream_capturing": lambda: False,
         "mem_get_info": lambda *_: (_PROPERTIES.total_memory, _PROPERTIES.total_memory),
         "memory_stats": lambda *_: {},
+        "memory_allocated": lambda wanted=None: device.memory_allocated(_index(wanted)),
+        "memory_reserved": lambda wanted=None: device.memory_allocated(_index(wanted)),
+        "max_memory_allocated": lambda wanted=None: device.max_memory_allocated(_index(wanted)),
+        "max_memory_reserved": lambda wanted=None: device.max_memory_allocated(_index(wanted)),
+        "reset_peak_memory_stats": lambda wanted=None: device.reset_peak(_index(wanted)),
         "Stream": Stream,
         "Event": Event,
         "current_stream": lambda *_: Stream(),
@@ -169,26 +186,29 @@ def install() -> None:
         "manual_seed_all": torch.default_generator.manual_seed,
         "default_generators": tuple(torch.default_generator for _ in range(device.device_count())),
     }
-    for name, value in replaced.items():
-        setattr(torch.cuda, name, value)
-    torch.cuda.random.get_rng_state = replaced["get_rng_state"]
-    torch.cuda.random.set_rng_state = replaced["set_rng_state"]
-    nvtx = SimpleNamespace(range_push=lambda *_: 0, range_pop=lambda: 0, mark=lambda *_: None)
-    torch.cuda.nvtx = nvtx  # pyright: ignore[reportAttributeAccessIssue]
-    torch._C._cuda_getCurrentRawStream = lambda _: 0
-    torch._C._nccl_version = lambda: (2 << 32) | (27 << 16) | 5
-    torch._C._nccl_version_suffix = lambda: b""
-    _resize = torch.UntypedStorage.resize_
+
+
+def _resize_storages(device: ModuleType) -> None:
+    """`UntypedStorage.resize_`, which frees and takes back a tensor's memory."""
+    on_host = torch.UntypedStorage.resize_
 
     def resize_(storage: torch.UntypedStorage, num_bytes: int) -> torch.UntypedStorage:
         if storage.device.type != "cuda":
-            return _resize(storage, num_bytes)
+            return on_host(storage, num_bytes)
         holder = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
         device.resize_storage(holder, num_bytes)
         return storage
 
-    torch.UntypedStorage.resize_ = resize_  # pyright: ignore[reportAttributeAccessIssue]
-    torch.Tensor.record_stream = lambda *_: None  # pyright: ignore[reportAttributeAccessIssue]
+    changed: Any = torch.UntypedStorage
+    changed.resize_ = resize_
+
+
+def _offer_nccl() -> None:
+    """The backend nccl for process groups."""
+    changed: Any = torch
+    # 2.27.5, for log lines
+    changed._C._nccl_version = lambda: (2 << 32) | (27 << 16) | 5
+    changed._C._nccl_version_suffix = lambda: b""
     distributed_c10d._NCCL_AVAILABLE = True
     distributed_c10d.ProcessGroupNCCL = PretendedNccl
     dist.is_nccl_available = lambda: True

@@ -8,6 +8,7 @@ machine with GPUs.
 import os
 
 import torch
+from msa_kernels import dispatch
 
 CHOICES = ("cpu", "cuda", "pretended")
 VARIABLE = "MSA_TEST_DEVICE"
@@ -28,6 +29,9 @@ def prepare_rank(rank: int) -> None:
         from tests.helpers.pretended_gpu.install import install
 
         install()
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            # nothing can be launched there: attention.kernel=auto is then the path in torch
+            dispatch.has_triton = lambda: False
     if name != "cpu":
         torch.cuda.set_device(rank)
 

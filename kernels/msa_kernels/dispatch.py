@@ -1,12 +1,15 @@
 """Which of its implementations an operator runs."""
 
 import os
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 
 import torch
+from torch import Tensor
 
 KERNELS = ("auto", "triton", "cpu", "reference")
+_TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def choose_kernel(kernel: str, device: torch.device, unsupported: str | None) -> str:
@@ -34,6 +37,14 @@ def choose_kernel(kernel: str, device: torch.device, unsupported: str | None) ->
         if unsupported is not None:
             raise ValueError(f"kernel=triton: {unsupported}; take kernel=auto")
     return kernel
+
+
+def dtypes_not_in_triton(tensors: Sequence[Tensor]) -> str:
+    """Names of the dtypes, where they are not one that Triton kernels take; empty where they are."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    if len(dtypes) == 1 and dtypes <= set(_TRITON_DTYPES):
+        return ""
+    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
 
 
 @cache

@@ -7,6 +7,8 @@ the plain definitions (`attention.kernel=reference`), all others what `auto` is 
 """
 
 import math
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -148,18 +150,25 @@ def worker(rank: int, world_size: int, cases: dict[str, dict[str, Any]], folder:
         parallel_state.destroy_model_parallel()
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    folder = tmp_path_factory.mktemp("exactness")
+def run_cases(
+    names: Iterable[str], folder: Path, device: str | None = None
+) -> dict[str, list[dict[str, Any]]]:
+    """What every rank saw of each of these cases; device: of the ranks, see `run_ranks`."""
+    chosen = {name: CASES[name] for name in names}
     found: dict[str, list[dict[str, Any]]] = {}
-    for world_size in sorted({size for size, _ in CASES.values()}):
-        cases = {name: arguments for name, (size, arguments) in CASES.items() if size == world_size}
-        run_ranks(world_size, worker, cases, str(folder))
+    for world_size in sorted({size for size, _ in chosen.values()}):
+        cases = {name: arguments for name, (size, arguments) in chosen.items() if size == world_size}
+        run_ranks(world_size, worker, cases, str(folder), device=device)
         for name in cases:
             found[name] = [
                 torch.load(folder / f"{name}.{rank}", weights_only=False) for rank in range(world_size)
             ]
     return found
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    return run_cases(CASES, tmp_path_factory.mktemp("exactness"))
 
 
 def reference_of(name: str) -> str:

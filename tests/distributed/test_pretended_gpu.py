@@ -20,7 +20,7 @@ from msa_train.config import CpLayout, Engine, KvExchange, Recompute
 from tests.distributed import test_exactness as exactness
 from tests.distributed import test_resume_matrix as matrix
 from tests.helpers.model_runs import run_steps, small_config
-from tests.helpers.pretended_gpu.build import needs_pretended_gpu
+from tests.helpers.pretended_gpu.build import load_device, needs_pretended_gpu
 from tests.helpers.resume_runs import SAVED_STEP, Case, Layout, run_cases
 from tests.helpers.spawn import run_ranks
 from tests.helpers.training_command import write_corpus
@@ -92,17 +92,9 @@ def test_device_shows_what_a_gpu_would() -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """The cases on GPUs, and what they must equal on the CPU."""
     folder = tmp_path_factory.mktemp("pretended")
-    names = {name: "pretended" for name in CASES}
-    names |= {exactness.reference_of(name): "cpu" for name in CASES}
-    found = {}
-    for device, size in sorted({(device, exactness.CASES[name][0]) for name, device in names.items()}):
-        chosen = [name for name in names if (names[name], exactness.CASES[name][0]) == (device, size)]
-        cases = {name: exactness.CASES[name][1] for name in chosen}
-        run_ranks(size, exactness.worker, cases, str(folder), device=device)
-        for name in chosen:
-            files = [folder / f"{name}.{rank}" for rank in range(size)]
-            found[name] = [torch.load(file, weights_only=False) for file in files]
-    return found
+    references = {exactness.reference_of(name) for name in CASES}
+    found = exactness.run_cases(sorted(references), folder, "cpu")
+    return found | exactness.run_cases(CASES, folder, "pretended")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -123,8 +115,6 @@ WAITS = {
 
 def places_of_waits(rank: int, world_size: int, arguments: dict[str, Any]) -> set[str]:
     """FILE:FUNCTION of our package of every wait in `train_step`."""
-    from tests.helpers.pretended_gpu.build import load_device
-
     ours, *others = [f"{package.__path__[0]}{os.sep}" for package in (msa_train, msa_kernels, megatron.core)]
     found: set[str] = set()
 
@@ -143,7 +133,7 @@ def places_of_waits(rank: int, world_size: int, arguments: dict[str, Any]) -> se
     return found
 
 
-def test_host_waits_for_a_gpu_where_it_must(tmp_path: Path) -> None:
+def test_host_waits_for_a_gpu_where_it_must() -> None:
     seen: set[str] = set()
     for arguments in (
         {"cp_size": 2, "ep_size": 2, "recompute": Recompute.full},
@@ -167,6 +157,7 @@ ON_GPUS = [
     layout(Engine.megatron, ep=2),
     layout(Engine.torch, cp=2, ep=2),
 ]
+BEGUN_ON_GPUS = [ON_GPUS[1], ON_GPUS[3]]
 BACK = layout(Engine.torch, ep=2)
 
 
@@ -176,16 +167,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("runs")
     write_corpus(folder / "corpus")
     both = (0, 1)
-    start, there = (
-        [(Case(layout=ALONE), (0,))],
-        [(Case(layout=one, source=ALONE.name), both) for one in ON_GPUS],
-    )
-    begun = [(Case(layout=one, goes_on=False), both) for one in (ON_GPUS[1], ON_GPUS[3])]
+    start = [(Case(layout=ALONE), (0,))]
+    there = [(Case(layout=one, source=ALONE.name), both) for one in ON_GPUS]
+    begun = [(Case(layout=one, goes_on=False), both) for one in BEGUN_ON_GPUS]
     back = [(Case(layout=BACK, source=case.name), both) for case, _ in begun]
     for phase, device in ((start, "cpu"), (there + begun, "pretended"), (back, "cpu")):
         run_ranks(2, run_cases, [phase], str(folder), device=device)
     names = [case.name for case, _ in start + there + begun + back]
-    return {name: torch.load(Path(folder) / name / "result", weights_only=False) for name in names}
+    return {name: torch.load(folder / name / "result", weights_only=False) for name in names}
 
 
 @pytest.mark.parametrize("name", [one.name for one in ON_GPUS])
@@ -195,7 +184,7 @@ def test_gpus_go_on_from_a_checkpoint_of_the_cpu(name: str, runs: dict[str, Any]
     assert got["samples"] == want["samples"][SAVED_STEP:]
 
 
-@pytest.mark.parametrize("name", [ON_GPUS[1].name, ON_GPUS[3].name])
+@pytest.mark.parametrize("name", [one.name for one in BEGUN_ON_GPUS])
 def test_cpu_goes_on_from_a_checkpoint_of_gpus(name: str, runs: dict[str, Any]) -> None:
     want = runs[ALONE.name]["rows"]
     matrix.compare(runs[name]["rows"], want[:SAVED_STEP], matrix.TOLERANCE[ALONE.precision])

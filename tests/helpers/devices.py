@@ -36,12 +36,11 @@ def prepare_rank(rank: int) -> None:
         torch.cuda.set_device(rank)
 
 
-def rank_device(name: str | None = None) -> torch.device:
-    """The device of this rank, after `prepare_rank`; name: instead of the one chosen."""
-    on_cpu = (name or chosen()) == "cpu"
-    return torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
+def rank_device() -> torch.device:
+    """The device of this rank, after `prepare_rank`."""
+    return torch.device("cpu") if chosen() == "cpu" else torch.device("cuda", torch.cuda.current_device())
 
 
-def backend(name: str | None = None) -> str:
+def backend() -> str:
     """Of the ranks' process groups."""
-    return "gloo" if (name or chosen()) == "cpu" else "nccl"
+    return "gloo" if chosen() == "cpu" else "nccl"

@@ -3,13 +3,11 @@
 import importlib
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from msa_kernels.block_sparse_attention import configs
-from msa_kernels.dispatch import choose_kernel
+from msa_kernels.dispatch import choose_kernel, dtypes_not_in_triton
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MODULES = {
     "triton": "msa_kernels.block_sparse_attention.triton_path",
     "reference": "msa_kernels.block_sparse_attention.pool_reference",
@@ -36,9 +34,8 @@ def implementation(
 
 def unsupported(q: Tensor, kv: Tensor, q_index: Tensor | None, k_index: Tensor | None) -> str | None:
     """Why there are no Triton kernels for these tensors; None where there are."""
-    dtypes = {tensor.dtype for tensor in (q, kv, q_index, k_index) if tensor is not None}
-    if len(dtypes) > 1 or q.dtype not in _DTYPES:
-        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        return f"dtype={names}: q, K/V and index tensors must all be bfloat16, float16 or float32"
+    tensors = [tensor for tensor in (q, kv, q_index, k_index) if tensor is not None]
+    if dtypes := dtypes_not_in_triton(tensors):
+        return f"dtype={dtypes}: q, K/V and index tensors must all be bfloat16, float16 or float32"
     index_dim = 0 if q_index is None else q_index.shape[-1]
     return configs.why_not(q.shape[-1], kv.shape[2], index_dim, q.shape[2], q.element_size())

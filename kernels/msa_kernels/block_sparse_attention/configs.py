@@ -7,6 +7,8 @@ half of what there is at 128 x 128, and takes larger blocks in parts, one launch
 
 from dataclasses import dataclass
 
+from msa_kernels.tiles import padded
+
 
 @dataclass(frozen=True, slots=True)
 class TileConfig:
@@ -81,11 +83,6 @@ def why_not(dim: int, block: int, index_dim: int, heads: int, element_bytes: int
         if name == "head_dim" and heads > config.rows:
             return f"heads per group={heads}: must be at most {config.rows} at {element_bytes} bytes"
     return None
-
-
-def padded(size: int) -> int:
-    """Power of two that holds `size` as a side of a matrix product."""
-    return max(16, 1 << (size - 1).bit_length())
 
 
 def pick(configs: tuple[TileConfig, ...], dim: int, block: int, element_bytes: int) -> TileConfig | None:

@@ -16,6 +16,7 @@ from msa_kernels.block_sparse_attention import configs, kernel
 from msa_kernels.block_sparse_attention.pool import BlockPool, PoolOutput, SparseQueries
 from msa_kernels.block_sparse_attention.schedule import Items, Schedule, build_schedule
 from msa_kernels.block_sparse_attention.window import TokenWindow
+from msa_kernels.tiles import padded
 
 # Partial results of one portion of the queries. 2 GiB hold 8,192 queries of the M3 shape in bf16: their q of
 # one group, 32 MiB, still fits the L2 cache, where it is read once per slot.
@@ -49,17 +50,15 @@ class Sizes:
             "G": self.G,
             "D": self.D,
             "GP": triton.next_power_of_2(self.G),
-            "DP": configs.padded(self.D),
+            "DP": padded(self.D),
         }
 
     def config(
         self, table: tuple[configs.TileConfig, ...], *, index: bool = False, split: bool = False
     ) -> configs.TileConfig:
         """Tile sizes for this call, which `configs.why_not` has found to exist; split: blocks may be cut."""
-        block = configs.padded(1 if split else self.B)
-        config = configs.pick(
-            table, configs.padded(self.index_dim if index else self.D), block, self.element_bytes
-        )
+        block = padded(1 if split else self.B)
+        config = configs.pick(table, padded(self.index_dim if index else self.D), block, self.element_bytes)
         assert config is not None, f"no configuration for {self}"
         return config
 
@@ -112,7 +111,7 @@ class Portion:
             "M": sizes.M,
             "K": sizes.K,
             "B": sizes.B,
-            "BP": configs.padded(sizes.B),
+            "BP": padded(sizes.B),
             "MASKED": masked,
             "WINDOWED": masked and windowed,
         }
@@ -247,7 +246,7 @@ def _index_lse(portion: Portion, masked: bool, index_part: Tensor) -> None:
         queries.index_scale * kernel.LOG2E.value,
         **portion.constants(masked=masked),
         D=sizes.index_dim,
-        DP=configs.padded(sizes.index_dim),
+        DP=padded(sizes.index_dim),
         ROWS=config.rows,
         STAGES=config.num_stages,
         num_warps=config.num_warps,

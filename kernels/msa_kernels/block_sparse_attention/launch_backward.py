@@ -14,6 +14,7 @@ from msa_kernels.block_sparse_attention import configs, kernel, kernel_backward
 from msa_kernels.block_sparse_attention.launch import Portion, Sizes, portions, sizes_of
 from msa_kernels.block_sparse_attention.pool import BlockPool, KlTerm, PoolGrads, SparseQueries
 from msa_kernels.block_sparse_attention.schedule import Items, Splits
+from msa_kernels.tiles import padded
 
 # Partial gradients of the queries of one portion. More queries at a time mean that K, V and their gradients,
 # 320 KiB per block and group of the M3 shape, travel less often per query.
@@ -234,7 +235,7 @@ def _kl_backward(
             first_key,
             **constants,
             D=sizes.index_dim,
-            DP=configs.padded(sizes.index_dim),
+            DP=padded(sizes.index_dim),
             ROWS=config.rows,
             ADD=part.add,
             ADD_DQ=first_key > 0,

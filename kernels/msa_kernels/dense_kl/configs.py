@@ -39,8 +39,3 @@ def pick(table: tuple[DenseConfig, ...], dim: int, element_bytes: int) -> DenseC
         if dim <= config.max_dim and element_bytes <= config.max_bytes:
             return config
     return None
-
-
-def padded(size: int) -> int:
-    """Power of two that holds `size` as a side of a matrix product."""
-    return max(16, 1 << (size - 1).bit_length())

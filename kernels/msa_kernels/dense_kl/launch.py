@@ -10,6 +10,7 @@ from torch import Tensor
 from msa_kernels.dense_kl import configs, kernel
 from msa_kernels.dense_kl.configs import DenseConfig
 from msa_kernels.dense_kl.grads import DenseKlGrads
+from msa_kernels.tiles import padded
 
 # Differences of student and teacher that exist at a time: in 16 bits, 256 queries of 4 groups and 128K keys
 DIFFERENCE_BYTES = 2**28
@@ -37,7 +38,7 @@ def lse_part(q: Tensor, k: Tensor, *, causal: bool, softmax_scale: float) -> Ten
         k.stride(1),
         G=G,
         D=D,
-        DP=configs.padded(D),
+        DP=padded(D),
         ROWS=config.rows,
         KEYS=config.keys,
         CAUSAL=causal,
@@ -73,7 +74,7 @@ def dense_kl_part(
     config = _config(configs.DIFFERENCE, max(D, Di), q)
     constants = {
         "DI": Di,
-        "DIP": configs.padded(Di),
+        "DIP": padded(Di),
         "ROWS": config.rows,
         "KEYS": config.keys,
         "CAUSAL": causal,
@@ -110,7 +111,7 @@ def dense_kl_part(
             k_index.stride(0),
             G=G,
             D=D,
-            DP=configs.padded(D),
+            DP=padded(D),
             **constants,
         )
         grads.kl += kl_part.sum(dtype=torch.float64)
@@ -146,7 +147,7 @@ def dense_kl_part(
 
 
 def _config(table: tuple[DenseConfig, ...], dim: int, q: Tensor) -> DenseConfig:
-    config = configs.pick(table, configs.padded(dim), q.element_size())
+    config = configs.pick(table, padded(dim), q.element_size())
     assert config is not None, "`op.unsupported` has found one"
     return config
 

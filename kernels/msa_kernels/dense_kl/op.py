@@ -16,9 +16,9 @@ from torch import Tensor
 
 from msa_kernels.dense_kl import configs
 from msa_kernels.dense_kl.grads import DenseKlGrads
-from msa_kernels.dispatch import choose_kernel
+from msa_kernels.dispatch import choose_kernel, dtypes_not_in_triton
+from msa_kernels.tiles import padded
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MODULES = {"triton": "msa_kernels.dense_kl.launch", "reference": "msa_kernels.dense_kl.reference"}
 _QUERY_TILE = 256
 # Elements of one teacher score tile: 8 MiB in fp32.
@@ -124,12 +124,10 @@ def _implementation(kernel: str, *tensors: Tensor) -> Any:
 
 def _unsupported(*tensors: Tensor) -> str | None:
     """Why there are no Triton kernels for these tensors; None where there are."""
-    dtypes = {tensor.dtype for tensor in tensors}
-    if len(dtypes) > 1 or not dtypes <= set(_DTYPES):
-        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        return f"dtype={names}: all tensors must be bfloat16, float16 or float32"
+    if dtypes := dtypes_not_in_triton(tensors):
+        return f"dtype={dtypes}: all tensors must be bfloat16, float16 or float32"
     dim = max(tensor.shape[-1] for tensor in tensors)
-    if configs.pick(configs.DIFFERENCE, configs.padded(dim), tensors[0].element_size()) is None:
+    if configs.pick(configs.DIFFERENCE, padded(dim), tensors[0].element_size()) is None:
         return f"head_dim={dim}: must be at most 256"
     return None
 

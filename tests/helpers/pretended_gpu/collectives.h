@@ -39,15 +39,17 @@ class UnderWay final : public c10d::Work {
       TORCH_CHECK(
           std::memcmp(tensor.data_ptr(), before.data_ptr(), tensor.nbytes()) == 0,
           "a tensor was changed while a collective that reads it was under way");
-    if (then) then();
+    for (auto& step : last_steps_) step();
     for (auto& [tensor, own] : results_) tensor.copy_(own);
     works_.clear();
     finish();
     return true;
   }
 
-  // Done to the collective's own memory before the results appear.
-  std::function<void()> then;
+  // Done to the collective's own memory before the results appear, in order.
+  void at_last(std::function<void()> step) {
+    last_steps_.push_back(std::move(step));
+  }
 
  private:
   // A result in the memory of an input, as in a reduction in place.
@@ -59,6 +61,7 @@ class UnderWay final : public c10d::Work {
 
   std::vector<std::pair<Tensor, Tensor>> results_, inputs_;
   std::vector<c10::intrusive_ptr<c10d::Work>> works_;
+  std::vector<std::function<void()>> last_steps_;
 };
 
 // The collectives of NCCL by gloo. Refused as there: tensors of the host, or with gaps.
@@ -123,18 +126,12 @@ class Collectives final : public c10d::Backend {
     });
   }
   Work _allgather_base(Tensor& output, Tensor& input, const c10d::AllgatherOptions& options) override {
-    return run([&](UnderWay& work) {
-      auto in = work.reads(lowered(input)), out = work.writes(lowered(output));
-      work.add(gloo_->_allgather_base(out, in, options));
-    });
+    return run([&](UnderWay& work) { gather_all(work, output, input, options); });
   }
   Work allgather_into_tensor_coalesced(
       Tensors& outputs, Tensors& inputs, const c10d::AllgatherOptions& options) override {
     return run([&](UnderWay& work) {
-      for (size_t i = 0; i < inputs.size(); ++i) {
-        auto in = work.reads(lowered(inputs[i])), out = work.writes(lowered(outputs[i]));
-        work.add(gloo_->_allgather_base(out, in, options));
-      }
+      for (size_t i = 0; i < inputs.size(); ++i) gather_all(work, outputs[i], inputs[i], options);
     });
   }
   Work _reduce_scatter_base(Tensor& output, Tensor& input, const c10d::ReduceScatterOptions& options) override {
@@ -210,18 +207,18 @@ class Collectives final : public c10d::Backend {
     if (!together_) work->launched();
     return work;
   }
+  void gather_all(
+      UnderWay& work, const Tensor& output, const Tensor& input, const c10d::AllgatherOptions& options) {
+    auto in = work.reads(lowered(input)), out = work.writes(lowered(output));
+    work.add(gloo_->_allgather_base(out, in, options));
+  }
   void reduce_all(UnderWay& work, Tensor own, c10d::ReduceOp operation) {
     const bool mean = operation == c10d::ReduceOp::AVG;
     c10d::AllreduceOptions options;
     options.reduceOp = mean ? c10d::ReduceOp(c10d::ReduceOp::SUM) : operation;
     Tensors one{own};
     work.add(gloo_->allreduce(one, options));
-    if (!mean) return;
-    auto before = std::move(work.then);
-    work.then = [before, own, size = getSize()]() mutable {
-      if (before) before();
-      own.div_(size);
-    };
+    if (mean) work.at_last([own, size = getSize()]() mutable { own.div_(size); });
   }
   // By a sum of everything: right, not fast.
   void scatter_sum(UnderWay& work, Tensor& output, Tensor& input, c10d::ReduceOp operation) {
@@ -229,11 +226,9 @@ class Collectives final : public c10d::Backend {
     auto own = work.writes(lowered(output));
     auto sum = all.clone();
     reduce_all(work, sum, operation);
-    auto before = std::move(work.then);
-    work.then = [before, own, sum, size = getSize(), rank = getRank()]() mutable {
-      if (before) before();
+    work.at_last([own, sum, size = getSize(), rank = getRank()]() mutable {
       own.view(-1).copy_(sum.view({size, -1})[rank]);
-    };
+    });
   }
   static Tensor lowered(const Tensor& tensor) {
     TORCH_CHECK(tensor.is_cuda(), "Tensors must be CUDA and dense: found one on ", tensor.device());

@@ -12,6 +12,14 @@ from msa_kernels.block_sparse_attention.op import pack_blocks
 from msa_kernels.block_sparse_attention.pool import BlockPool, SparseQueries
 from torch import Tensor
 
+from benchmarks.gpu.rows import CORRELATED
+
+# Neighbouring queries of correlated selections: so many share a part of their index query, of this weight. At
+# 128K tokens 4 of them then select 22.1 different blocks in 64 slots, as a trained M3 was seen to; with
+# independent ones it is 60.
+RUN_LENGTH = 64
+SHARED_WEIGHT = 0.996
+
 
 @dataclass(frozen=True, slots=True)
 class LayerSizes:
@@ -29,9 +37,10 @@ class LayerSizes:
         """G."""
         return self.num_heads // self.num_kv_heads
 
-    def scoring_flops(self, seq_len: int) -> float:
-        """Index scores of all causal pairs of tokens."""
-        return 2.0 * self.index_head_dim * self.num_kv_heads * seq_len**2 / 2
+    def scoring_flops(self, seq_len: int, num_queries: int | None = None) -> float:
+        """Index scores of all causal pairs of tokens; num_queries: of the last ones alone."""
+        T = seq_len if num_queries is None else num_queries
+        return 2.0 * self.index_head_dim * self.num_kv_heads * T * (seq_len - T / 2)
 
     def dense_flops(self, seq_len: int) -> float:
         """Forward of causal dense attention; the backward has 2.5 times as many."""
@@ -45,10 +54,28 @@ class LayerSizes:
         """Student scores and their two gradients, of one pair."""
         return 6.0 * self.index_head_dim * self.block_size
 
-    def decode_bytes(self, seq_len: int, element_bytes: int) -> int:
+    def forward_bytes(self, num_pairs: int, element_bytes: int) -> float:
+        """Memory that the forward moves at least: a partial output of each pair, written and read once.
+
+        Queries are counted once per row, as if the cache held them while their blocks pass by; keys and
+        values, once per portion of the queries, are left out.
+        """
+        row = self.heads_per_group * self.head_dim * element_bytes
+        return num_pairs * 2.0 * row + 2.0 * row * num_pairs / self.topk
+
+    def backward_bytes(self, num_pairs: int, element_bytes: int) -> float:
+        """The same of the backward with the KL loss: partial gradients of queries, and the teacher's rows."""
+        row = self.heads_per_group * self.head_dim * element_bytes
+        teacher = 4.0 * self.block_size
+        index = self.index_head_dim * element_bytes
+        return num_pairs * 2.0 * (row + teacher + index) + 4.0 * row * num_pairs / self.topk
+
+    def decode_bytes(self, seq_len: int, element_bytes: int, index_token_bytes: float | None = None) -> float:
         """What one new token must read: all index keys, and K and V of the selected blocks."""
+        if index_token_bytes is None:
+            index_token_bytes = element_bytes * self.index_head_dim
         tokens = min(seq_len, self.topk * self.block_size) * self.num_kv_heads
-        return element_bytes * (seq_len * self.index_head_dim + 2 * tokens * self.head_dim)
+        return seq_len * index_token_bytes + 2.0 * element_bytes * tokens * self.head_dim
 
 
 M3 = LayerSizes()
@@ -63,6 +90,11 @@ class Tensors:
         self.device, self.dtype = device, dtype
         self.generator = torch.Generator(device).manual_seed(seed)
 
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one value."""
+        return self.dtype.itemsize
+
     def normal(self, *shape: int) -> Tensor:
         """Standard normal values of this dtype."""
         return torch.randn(shape, generator=self.generator, device=self.device, dtype=self.dtype)
@@ -76,17 +108,50 @@ class IndexBranch:
     k: Tensor
 
 
-def make_index(tensors: Tensors, sizes: LayerSizes, seq_len: int) -> IndexBranch:
-    """Independent values: neighbouring queries choose nothing in common, which is the hardest case."""
+def make_index(
+    tensors: Tensors, sizes: LayerSizes, seq_len: int, selection: str = "independent"
+) -> IndexBranch:
+    """Make index queries and keys of a document.
+
+    Args:
+        tensors, sizes, seq_len: device, dtype and seed; shape; tokens.
+        selection: "independent": neighbouring queries choose nothing in common, which is the hardest case for
+            caches; "correlated": they share about 2/3 of their blocks, as in a trained model.
+    """
     q = tensors.normal(seq_len, sizes.num_kv_heads, sizes.index_head_dim)
+    if selection == CORRELATED:
+        runs = -(-seq_len // RUN_LENGTH)
+        shared = tensors.normal(runs, sizes.num_kv_heads, sizes.index_head_dim)
+        q.mul_((1 - SHARED_WEIGHT**2) ** 0.5)
+        q.add_(shared.repeat_interleave(RUN_LENGTH, 0)[:seq_len], alpha=SHARED_WEIGHT)
     return IndexBranch(q, tensors.normal(seq_len, sizes.index_head_dim))
 
 
-def select(index: IndexBranch, sizes: LayerSizes, kernel: str) -> Tensor:
-    """Blocks of every query of one document: [S, M, K] int32."""
+def distinct_blocks(block_indices: Tensor, neighbours: int = 4) -> float:
+    """Return how many different blocks so many neighbouring queries of a group select, mean.
+
+    Example: 2 neighbours with blocks [0, 3] and [0, 5] -> 3.
+
+    Args:
+        block_indices: [S, M, K] int32, -1 for none.
+        neighbours: consecutive queries that are taken together, from the first on.
+    """
+    S, M, K = block_indices.shape
+    # as many as fit some megabytes, from all of the sequence
+    step = max(1, S // neighbours // 2**14)
+    whole = block_indices[: S // neighbours * neighbours].view(-1, neighbours, M, K)[::step]
+    ids = whole.transpose(1, 2).reshape(-1, neighbours * K).sort(-1).values
+    changes = (ids[:, 1:] != ids[:, :-1]) & (ids[:, 1:] >= 0)
+    return float((changes.sum(-1) + (ids[:, 0] >= 0)).double().mean())
+
+
+def select(index: IndexBranch, sizes: LayerSizes, kernel: str, num_queries: int | None = None) -> Tensor:
+    """Select blocks of every query of one document, or of the last ones: [T, M, K] int32."""
+    seq_len = index.k.shape[0]
+    offset = 0 if num_queries is None else seq_len - num_queries
     # document starts stay on the host, where looking at them is free
     return select_blocks(
-        index.q, index.k, torch.tensor([0, index.k.shape[0]]),
+        index.q[offset:], index.k, torch.tensor([0, seq_len]), query_offset=offset,
         block_size=sizes.block_size, topk=sizes.topk, kernel=kernel,
     )  # fmt: skip
 
@@ -100,16 +165,11 @@ class GroupProblem:
     entries: Tensor
     dout: Tensor
 
-    @property
-    def num_pairs(self) -> int:
-        """(query, group, block) that are computed."""
-        return int((self.entries >= 0).sum())
-
 
 def make_groups(
     tensors: Tensors, sizes: LayerSizes, index: IndexBranch, block_indices: Tensor, *, with_kl: bool
 ) -> GroupProblem:
-    """The first KV groups, as many as block_indices [S, groups, K] has."""
+    """Make inputs of the first KV groups, as many as block_indices [S, groups, K] has."""
     S, groups, _ = block_indices.shape
     D, B = sizes.head_dim, sizes.block_size
     k, v = (tensors.normal(S, groups, D) for _ in range(2))

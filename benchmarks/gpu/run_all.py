@@ -1,72 +1,82 @@
-"""Checks the kernels on this GPU, then times them against dense attention: one command, under nine minutes.
+"""Checks the kernels on this GPU, then times them against dense attention: one command, eight minutes.
 
     python benchmarks/gpu/run_all.py --out DIR                        # a Hopper GPU; needs torch and triton
     python benchmarks/gpu/run_all.py --out DIR --device cpu --smoke   # tiny, in Triton's interpreter
 
-Writes DIR/gpu.json and DIR/gpu.md. Exit code 0; 1 if a kernel is wrong; 2 for bad arguments.
+Every result is written to DIR/records.jsonl at once; DIR/gpu.json and DIR/gpu.md are made from it meanwhile.
+The same command with the same DIR makes what is missing. Exit code 0: all of it, and right; 1: a kernel is
+wrong; 2: bad arguments; 3: something is missing, the table says what.
 """
 
 # ruff: noqa: E402
 import argparse
+import hashlib
 import json
 import os
 import platform
+import signal
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[2]
+# modules beside a script may have the names of other packages' modules
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import torch
 from msa_kernels.dispatch import has_triton
 
-from benchmarks.gpu.check import run_checks
-from benchmarks.gpu.clock import Clock, copy_bytes, matmul_flops
-from benchmarks.gpu.dense import DenseAttention
-from benchmarks.gpu.problem import M3, SMOKE, LayerSizes, Tensors
-from benchmarks.gpu.report import Rates, Result, Row, markdown
-from benchmarks.gpu.sparse import SparseTimes, decode_time, groups_at_once, sparse_times, topk_times
+from benchmarks.gpu.context import GPU, TINY
+from benchmarks.gpu.plan import SEQ_LENS, PartSpec, choose, make_plan
+from benchmarks.gpu.records import DONE, FAILED, Record, Records
+from benchmarks.gpu.report import load, markdown, row_text, write
+from benchmarks.gpu.rows import Row
+from benchmarks.gpu.supervise import Supervisor, child_environment
 from benchmarks.machine import machine
 
-SEQ_LENS = (2**15, 2**17, 2**19, 2**20)
-TOPK_SEQ_LEN = 2**17
-# MiniMax-M2's heads, whose cache is twice M3's
-M2_HEADS, M2_KV_HEADS = 48, 8
-# Of the matrix product's rate, what dense attention is assumed to reach when its time is foretold.
-DENSE_SHARE = 0.5
+BUDGET_S = 480.0
+# Compilations and checks side by side
+MOST_AT_ONCE = 12
+OK, WRONG, BAD_ARGUMENTS, MISSING = 0, 1, 2, 3
 
 
 @dataclass(frozen=True, slots=True)
-class Scale:
-    """What differs between a GPU and a smoke test."""
+class Settings:
+    """What all calls with one output folder must have in common."""
 
-    sizes: LayerSizes
-    dtype: torch.dtype
-    matmul_size: int
-    copy_bytes: int
-    check_seq_len: int
-    check_queries: int
-    topk_seq_len: int
+    device: str
+    kernel: str
+    smoke: bool
+    seed: int
+    code: str
+    """Hash of the code that is measured and of the benchmark."""
+    gpu: str
 
 
-GPU = Scale(M3, torch.bfloat16, 8192, 2**31, 8192, 512, TOPK_SEQ_LEN)
-# the interpreter computes garbage in bf16
-TINY = Scale(SMOKE, torch.float32, 256, 2**20, 128, 16, 64)
+class StoppedError(Exception):
+    """The command was asked to end."""
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Read the command line.
+
+    Raises:
+        ValueError: an argument is bad, with the text for the user.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of gpu.json and gpu.md")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument(
+        "--parts", nargs="+", default=[], help="some of it: checks, 128K, decode, ...; default: all"
+    )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: does everything run?")
     parser.add_argument("--kernel", choices=["triton", "cpu"], default="triton", help="what is measured")
     parser.add_argument("--seq-lens", nargs="+", type=int, help="tokens; default: 32K, 128K, 512K, 1M")
-    parser.add_argument("--budget-s", type=float, default=520.0, help="seconds after which nothing is begun")
+    parser.add_argument("--budget-s", type=float, default=BUDGET_S, help="seconds after which it ends")
     parser.add_argument("--seed", type=int, help="of all inputs; default: another one every time")
     arguments = parser.parse_args(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -77,153 +87,33 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise ValueError("--kernel=triton: triton is not installed; pip install 'triton>=3.6,<3.10'")
     if not arguments.budget_s > 0:
         raise ValueError(f"--budget-s={arguments.budget_s}: must be above 0")
-    block_size = (SMOKE if arguments.smoke else M3).block_size
+    block_size = (TINY if arguments.smoke else GPU).sizes.block_size
     arguments.seq_lens = arguments.seq_lens or ([4 * block_size] if arguments.smoke else list(SEQ_LENS))
     for seq_len in arguments.seq_lens:
         if seq_len < block_size or seq_len % block_size:
             raise ValueError(f"--seq-lens={seq_len}: must be a multiple of {block_size}, the block size")
-    if arguments.seed is None:
-        arguments.seed = time.time_ns() % 2**31
+    triton = arguments.kernel == "triton"
+    compiled = triton and arguments.device == "cuda"
+    arguments.plan = make_plan(
+        arguments.seq_lens, compiled=compiled, variants=triton, flash_msa=compiled and not arguments.smoke
+    )
+    if arguments.parts:
+        arguments.plan = choose(arguments.plan, arguments.parts)
     return arguments
 
 
-class Run:
-    """One run: each measurement is tried, and what cannot be made is noted and left out."""
-
-    def __init__(self, arguments: argparse.Namespace, result: Result) -> None:
-        self.arguments, self.result = arguments, result
-        self.scale = TINY if arguments.smoke else GPU
-        self.device = torch.device(arguments.device)
-        self.clock = Clock(self.device, arguments.budget_s)
-        self.tensors = Tensors(self.device, self.scale.dtype, arguments.seed)
-        self.shorter: tuple[int, SparseTimes] | None = None
-
-    def measure(self) -> None:
-        """All of it, short sequences first."""
-        scale, clock = self.scale, self.clock
-        self.result.rates = Rates(
-            matmul_flops(clock, scale.dtype, scale.matmul_size), copy_bytes(clock, scale.copy_bytes)
-        )
-        self.result.checks = run_checks(
-            self.tensors, scale.sizes, self.arguments.kernel,
-            seq_len=scale.check_seq_len, num_queries=scale.check_queries,
-        )  # fmt: skip
-        for seq_len in sorted(self.arguments.seq_lens):
-            what = f"sparse attention at {seq_len}"
-            self._try(what, self._sparse_need(seq_len), lambda n=seq_len: self._attention(n))
-            self._try(f"decode at {seq_len}", 0.0, lambda n=seq_len: self._decode(n))
-        self._try("selection against torch.topk", 0.0, self._topk)
-
-    def _try(self, what: str, need_s: float, call: Callable[[], Any]) -> Any:
-        """What call returns; None, and a note, where it fails or the time does not suffice."""
-        notes, left = self.result.notes, self.clock.left_s
-        if need_s > left or left <= 0:
-            notes.append(f"{what}: left out, {left:.0f} s are left and it would take about {need_s:.0f}")
-            return None
-        self.clock.forget_memory()
-        try:
-            return call()
-        except Exception as error:
-            # out of memory, or whatever a driver says: the rest goes on
-            notes.append(f"{what}: {type(error).__name__}: {error}".splitlines()[0])
-            return None
-
-    def _add(self, row: Row) -> None:
-        assert self.result.rates is not None, "measured first"
-        self.result.rows.append(row.finish(self.result.rates))
-        print(f"{row.what}, {row.seq_len} tokens: {row.ours_s * 1e3:.4g} ms", flush=True)
-
-    def _attention(self, seq_len: int) -> None:
-        sizes, kernel = self.scale.sizes, self.arguments.kernel
-        times = sparse_times(self.clock, self.tensors, sizes, seq_len, kernel)
-        self.shorter, peak_gib = (seq_len, times), self.clock.peak_gib()
-        if times.groups_at_once < sizes.num_kv_heads:
-            self.result.notes.append(
-                f"{seq_len} tokens: {times.groups_at_once} of {sizes.num_kv_heads} KV groups timed, ours and "
-                "dense, and multiplied; their queries and gradients do not fit the memory together"
-            )
-        self._parts(times, seq_len)
-        prefill = times.select + times.forward
-        training = times.select + times.training_forward + times.backward
-        scoring, pairs = sizes.scoring_flops(seq_len), times.num_pairs
-        sparse = pairs * sizes.pair_flops()
-        flops = {"prefill": scoring + sparse}
-        flops["training step"] = scoring + 3.5 * sparse + pairs * sizes.kl_pair_flops()
-        for what, ours_s in (("prefill", prefill), ("training step", training)):
-            row = Row(what, seq_len, ours_s, flops=flops[what], peak_gib=peak_gib)
-            need_s = self._dense_need(what, seq_len)
-            found = self._try(f"dense {what} at {seq_len}", need_s, lambda w=what: self._dense(w, seq_len))
-            if found is not None:
-                row.dense_s, row.dense_by = found
-            self._add(row)
-
-    def _parts(self, times: SparseTimes, seq_len: int) -> None:
-        """The operators by themselves."""
-        sizes, pairs = self.scale.sizes, times.num_pairs
-        sparse = pairs * sizes.pair_flops()
-        backward = 2.5 * sparse + pairs * sizes.kl_pair_flops()
-        self._add(Row("scoring", seq_len, times.select, flops=sizes.scoring_flops(seq_len)))
-        self._add(Row("sparse forward", seq_len, times.forward, flops=sparse))
-        self._add(Row("sparse backward + KL", seq_len, times.backward, flops=backward))
-
-    def _sparse_need(self, seq_len: int) -> float:
-        """Seconds of three calls of everything, by a shorter sequence's; scoring grows as a square."""
-        if self.shorter is None:
-            return 0.0
-        length, times = self.shorter
-        ratio = seq_len / length
-        return 3 * ratio * (ratio * times.select + times.forward + times.training_forward + times.backward)
-
-    def _dense_need(self, what: str, seq_len: int) -> float:
-        """Seconds of one backend's calls, or of two with a warm-up each where there is a choice."""
-        assert self.result.rates is not None, "measured first"
-        once = self.scale.sizes.dense_flops(seq_len) / (DENSE_SHARE * self.result.rates.matmul_flops)
-        once *= groups_at_once(self.scale.sizes, seq_len) / self.scale.sizes.num_kv_heads
-        calls = 4 if seq_len <= TOPK_SEQ_LEN else 1
-        return calls * once * (3.5 if what == "training step" else 1.0)
-
-    def _dense(self, what: str, seq_len: int) -> tuple[float, str]:
-        """Seconds over all heads, and the backend."""
-        sizes = self.scale.sizes
-        at_once = groups_at_once(sizes, seq_len)
-        attention = DenseAttention(self.tensors, at_once * sizes.heads_per_group, at_once, sizes.head_dim)
-        shorter = [row for row in self.result.rows if row.what == what and row.dense_by]
-        if seq_len > TOPK_SEQ_LEN and shorter:
-            attention.keep(shorter[-1].dense_by)
-        seconds, backend = (attention.prefill if what == "prefill" else attention.training)(
-            self.clock, seq_len
-        )
-        self._note_backends(attention)
-        return seconds * sizes.num_kv_heads / at_once, backend
-
-    def _decode(self, seq_len: int) -> None:
-        sizes, tensors = self.scale.sizes, self.tensors
-        ours_s = decode_time(self.clock, tensors, sizes, seq_len, self.arguments.kernel)
-        floor_bytes = sizes.decode_bytes(seq_len, torch.empty(0, dtype=self.scale.dtype).element_size())
-        heads = {"decode": (sizes.num_heads, sizes.num_kv_heads)}
-        if not self.arguments.smoke:
-            heads[f"decode against {M2_HEADS}/{M2_KV_HEADS} heads"] = (M2_HEADS, M2_KV_HEADS)
-        for what, (num_heads, num_kv_heads) in heads.items():
-            attention = DenseAttention(tensors, num_heads, num_kv_heads, sizes.head_dim)
-            dense_s, backend = attention.decode(self.clock, seq_len)
-            self._note_backends(attention)
-            self._add(Row(what, seq_len, ours_s, dense_s, backend, floor_bytes=floor_bytes))
-
-    def _topk(self) -> None:
-        seq_len, sizes = self.scale.topk_seq_len, self.scale.sizes
-        ours_s, theirs_s = topk_times(self.clock, self.tensors, sizes, seq_len, self.arguments.kernel)
-        self._add(Row("selection against torch.topk", seq_len, ours_s, theirs_s, "torch.topk"))
-
-    def _note_backends(self, attention: DenseAttention) -> None:
-        for name, error in attention.errors.items():
-            note = f"torch's {name}: {error}"
-            if note not in self.result.notes:
-                self.result.notes.append(note)
+def code_hash() -> str:
+    """Return a hash of all code that results depend on: results of two states are never mixed."""
+    total = hashlib.sha256()
+    for folder in ("kernels/msa_kernels", "msa_train/parallel", "benchmarks/gpu"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            total.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return total.hexdigest()[:16]
 
 
 def facts(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What ran where."""
-    found = machine() | {"torch": str(torch.__version__), "seed": arguments.seed, "smoke": arguments.smoke}
+    """Return what runs where."""
+    found = machine() | {"torch": str(torch.__version__), "code": code_hash()}
     found["started"] = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
     if has_triton():
         import triton
@@ -240,31 +130,116 @@ def facts(arguments: argparse.Namespace) -> dict[str, Any]:
     return found | {"platform": platform.platform()}
 
 
+def begin(arguments: argparse.Namespace, records: Records, words: Sequence[str]) -> Settings:
+    """Record this call and return its settings, the seed being that of the first call.
+
+    Raises:
+        ValueError: the folder holds results of other code, another device or other settings.
+    """
+    found = facts(arguments)
+    seed = arguments.seed if arguments.seed is not None else time.time_ns() % 2**31
+    settings = Settings(
+        arguments.device, arguments.kernel, arguments.smoke, seed, found["code"], found.get("gpu", "")
+    )
+    for record in records.read():
+        if record["kind"] != "run":
+            continue
+        if arguments.seed is None:
+            settings = Settings(**asdict(settings) | {"seed": record["settings"]["seed"]})
+        for name, value in asdict(settings).items():
+            if record["settings"][name] != value:
+                found_text = f"holds results with {name}={record['settings'][name]}, this call has {value}"
+                raise ValueError(f"--out={arguments.out}: {found_text}; name another folder")
+        break
+    command = f"python benchmarks/gpu/run_all.py {' '.join(words)}"
+    found |= {"seed": settings.seed, "smoke": settings.smoke}
+    records.append("run", command=command, facts=found, settings=asdict(settings))
+    return settings
+
+
+def measure(arguments: argparse.Namespace, settings: Settings, records: Records) -> bool:
+    """Make what is missing; returns whether all of the plan is there."""
+    # deadlines of the monotonic clock hold in all processes
+    deadline = time.monotonic() + arguments.budget_s
+
+    def command_of(part: PartSpec, skip: list[str]) -> list[str]:
+        job = {"folder": str(arguments.out), "part": part.as_json(), "skip": skip}
+        job |= {name: getattr(settings, name) for name in ("device", "kernel", "seed", "smoke")}
+        job |= {"seq_lens": arguments.seq_lens, "deadline": deadline - part.reserve_s}
+        return [sys.executable, "-m", "benchmarks.gpu.child", json.dumps(job)]
+
+    def on_record(record: Record) -> None:
+        if text := text_of(record):
+            print(text, flush=True)
+        if record["kind"] in ("rates", "check", "row", "dense", "note", "end"):
+            write(load(records.read()), arguments.out)
+
+    logs = arguments.out / "logs"
+    logs.mkdir(exist_ok=True)
+    supervisor = Supervisor(
+        records, logs, command_of, child_environment(settings.device, settings.kernel), on_record, deadline,
+        most_at_once=min(MOST_AT_ONCE, os.cpu_count() or 1),
+    )  # fmt: skip
+    over, done = made_before(records.read())
+    return supervisor.run([part for part in arguments.plan if part.name not in over], done)
+
+
+def made_before(records: Sequence[Record]) -> tuple[set[str], dict[str, list[str]]]:
+    """Return parts that earlier calls have made whole, and steps of the others that they have made."""
+    status = {(r["part"], r["step"]): r["status"] for r in records if r["kind"] == "end"}
+    over = {record["part"] for record in records if record["kind"] == "part"}
+    done: dict[str, list[str]] = {}
+    for (part, step), said in status.items():
+        if said == DONE:
+            done.setdefault(part, []).append(step)
+        else:
+            over.discard(part)
+    return over, done
+
+
+def text_of(record: Record) -> str:
+    """Return what is said of a record at once; empty for most."""
+    if record["kind"] == "row":
+        return row_text(Row(**{name: value for name, value in record.items() if name != "kind"}))
+    if record["kind"] == "check" and not record["passed"]:
+        return f"CHECK FAILED: {record['name']}: {record['error']} of {record['allowed']} {record['text']}"
+    if record["kind"] == "end" and record["status"] != DONE:
+        said = "CHECK " if record["part"].startswith("checks-") and record["status"] == FAILED else ""
+        return f"{said}{record['part']}, {record['step']}: {record['status']}: {record['why']}"
+    return record["text"] if record["kind"] == "note" else ""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; returns the exit code."""
+    words = sys.argv[1:] if argv is None else argv
     try:
         arguments = parse(argv)
-    except ValueError as error:
+        arguments.out = arguments.out.absolute()
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        records = Records(arguments.out)
+        settings = begin(arguments, records, words)
+    except (ValueError, OSError) as error:
         print(f"run_all.py: error: {error}", file=sys.stderr)
-        return 2
-    if arguments.device == "cpu" and arguments.kernel == "triton":
-        # before the first kernel is imported
-        os.environ["TRITON_INTERPRET"] = "1"
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    words = sys.argv[1:] if argv is None else argv
-    result = Result(f"python benchmarks/gpu/run_all.py {' '.join(words)}", facts(arguments))
-    run = Run(arguments, result)
+        return BAD_ARGUMENTS
+    complete = False
+    handlers = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        run.measure()
+        complete = measure(arguments, settings, records)
+    except StoppedError as stopped:
+        records.append("note", text=str(stopped))
     finally:
-        # what there is, even if the run is stopped
-        result.facts["seconds"] = round(arguments.budget_s - run.clock.left_s, 1)
-        (arguments.out / "gpu.json").write_text(
-            json.dumps(result.as_json(), indent=1) + "\n", encoding="utf-8"
-        )
-        (arguments.out / "gpu.md").write_text(markdown(result), encoding="utf-8")
+        result = load(records.read())
+        write(result, arguments.out)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     print(markdown(result))
-    return 0 if result.correct else 1
+    if result.checks and not result.correct:
+        return WRONG
+    return OK if complete and not result.missing else MISSING
+
+
+def _stop(number: int, _frame: object) -> NoReturn:
+    raise StoppedError(f"ended by {signal.Signals(number).name}, {time.strftime('%H:%M:%S', time.gmtime())}")
 
 
 if __name__ == "__main__":

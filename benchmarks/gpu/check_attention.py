@@ -1,0 +1,221 @@
+"""Checks of attention over pools of blocks, forward, backward and KL loss, in the ways that it can be cut.
+
+A problem is some queries of two documents against all keys, with the blocks that the exact selection gives.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from msa_kernels import window_blocks
+from msa_kernels.block_sparse_attention.op import pack_blocks, unpack_blocks
+from msa_kernels.block_sparse_attention.pool import (
+    BlockPool,
+    KlTerm,
+    PoolOutput,
+    SparseQueries,
+    pool_backward,
+    pool_forward,
+)
+from msa_kernels.block_sparse_attention.reference import (
+    attention_reference,
+    kl_reference,
+    selection_mask,
+    window_mask,
+)
+from msa_kernels.block_sparse_attention.window import TokenWindow
+from msa_kernels.full_attention.op import merge_parts
+from torch import Tensor
+
+from benchmarks.gpu.check_selection import make_selection
+from benchmarks.gpu.comparison import Check, against_plain
+from benchmarks.gpu.patches import Change, changed
+from benchmarks.gpu.problem import LayerSizes, Tensors
+from benchmarks.gpu.selection_reference import exact_selection
+
+_FORWARD, _BACKWARD = (f"msa_kernels.block_sparse_attention.{name}" for name in ("launch", "launch_backward"))
+NAMES = ("out", "dq", "dk", "dv", "dq_index", "dk_index", "kl")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """How a problem is cut and what it has; groups 0: as many as the layer."""
+
+    groups: int = 0
+    portions: int = 1
+    """Parts that the queries are taken in, at least."""
+    split_lists: bool = False
+    """Whether the queries of a block are more than one program takes."""
+    num_pools: int = 1
+    temperature: float = 1.0
+    window_blocks: int = 0
+    """Sliding window of so many blocks in place of a selection; it has no index branch."""
+
+
+CASES = {
+    "attention": Case(),
+    "attention, portions, split lists": Case(portions=4, split_lists=True),
+    "attention, one group": Case(groups=1, portions=4, split_lists=True),
+    "attention, two groups": Case(groups=2, portions=4),
+    "attention, two pools": Case(num_pools=2),
+    "attention, temperature 2": Case(temperature=2.0),
+    "attention, window": Case(window_blocks=3, portions=4),
+}
+
+
+@dataclass(slots=True)
+class AttentionProblem:
+    """Tensors of one case: T queries, S keys, M groups."""
+
+    inputs: tuple[Tensor, ...]
+    """q [T, M, G, D], k and v [S, M, D], q_index [T, M, Di], k_index [S, Di]."""
+    dout: Tensor
+    position: Tensor
+    block_indices: Tensor
+    """[T, M, K] int."""
+    mask: Tensor
+    """[T, M, S] bool: what each query sees."""
+    window: TokenWindow | None
+    block_size: int
+    case: Case
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """Factors of the scores; the temperature divides those of the KL loss."""
+        q, k_index = self.inputs[0], self.inputs[4]
+        return {"softmax_scale": q.shape[-1] ** -0.5, "index_scale": k_index.shape[-1] ** -0.5}
+
+
+def attention_cases(
+    tensors: Tensors, sizes: LayerSizes, kernel: str, *, seq_len: int, num_queries: int
+) -> dict[str, Callable[[], list[Check]]]:
+    """Return the cases by name."""
+
+    def run(name: str, case: Case) -> list[Check]:
+        problem = _make(tensors, sizes, seq_len, num_queries, case)
+        with changed(_limits(problem, kernel)):
+            ours = _pool_run(problem, kernel)
+        plain, exact = (_plain_run(problem, dtype) for dtype in (tensors.dtype, torch.float64))
+        names = NAMES[: len(ours)]
+        return [
+            against_plain(f"{name}: {n}", *both) for n, *both in zip(names, ours, plain, exact, strict=True)
+        ]
+
+    return {name: lambda name=name, case=case: run(name, case) for name, case in CASES.items()}
+
+
+def _make(tensors: Tensors, sizes: LayerSizes, S: int, T: int, case: Case) -> AttentionProblem:
+    groups = case.groups or sizes.num_kv_heads
+    sizes = replace(sizes, num_kv_heads=groups, num_heads=groups * sizes.heads_per_group)
+    M, G, D, B = groups, sizes.heads_per_group, sizes.head_dim, sizes.block_size
+    index = make_selection(tensors, sizes, S, T, sizes.index_head_dim)
+    window = None
+    if case.window_blocks:
+        # not whole blocks: the oldest is seen in part
+        size = {"block_size": B, "window": case.window_blocks * B - B // 3, "sink_blocks": 1}
+        ids, window = window_blocks(index.position, index.first_token, num_blocks=S // B, **size)
+        ids = ids[:, None].expand(-1, M, -1)
+        mask = window_mask(index.position, index.first_token, seq_len=S, **size)[:, None].expand(-1, M, -1)
+    else:
+        ids = exact_selection(
+            index.q, index.k, index.position, index.first_token, block_size=B, topk=sizes.topk
+        )
+        mask = selection_mask(ids.cpu(), index.position.cpu(), seq_len=S, block_size=B).to(index.q.device)
+    inputs = (tensors.normal(T, M, G, D), tensors.normal(S, M, D), tensors.normal(S, M, D), index.q, index.k)
+    return AttentionProblem(inputs, tensors.normal(T, M, G, D), index.position, ids, mask, window, B, case)
+
+
+def _limits(problem: AttentionProblem, kernel: str) -> list[Change]:
+    """What makes the launches take the queries in as many portions, and lists in parts, as the case says."""
+    if kernel != "triton":
+        return []
+    q, (T, M, K), case = problem.inputs[0], problem.block_indices.shape, problem.case
+    part_bytes = T * M * K * q.shape[2] * q.shape[3] * q.element_size() // case.portions
+    changes: list[Change] = []
+    if case.portions > 1:
+        changes += [
+            (_FORWARD, "FORWARD_PART_BYTES", part_bytes),
+            (_BACKWARD, "BACKWARD_PART_BYTES", part_bytes),
+        ]
+    if case.split_lists:
+        changes += [(_FORWARD, "FORWARD_PAIRS_PER_ITEM", 8), (_BACKWARD, "BACKWARD_PAIRS_PER_ITEM", 8)]
+    return changes
+
+
+def _pool_run(problem: AttentionProblem, kernel: str) -> tuple[Tensor, ...]:
+    """Return what NAMES lists, by the operators over pools that hold all blocks together."""
+    q, k, _, q_index, k_index = problem.inputs
+    B, M = problem.block_size, problem.block_indices.shape[1]
+    S, indexed, temperature = k.shape[0], problem.window is None, problem.case.temperature
+    queries = SparseQueries(
+        q, problem.position, problem.scales["softmax_scale"],
+        q_index if indexed else None, k_index.view(S // B, B, -1) if indexed else None,
+        problem.scales["index_scale"] / temperature, temperature, problem.window,
+    )  # fmt: skip
+    pools = [_pool(problem, number) for number in range(problem.case.num_pools)]
+    parts = [pool_forward(queries, pool, entries, kernel=kernel) for _, pool, entries in pools]
+    merged = parts[0]
+    for part in parts[1:]:
+        merged = _merge(merged, part)
+    dout = problem.dout.to(merged.out.dtype)
+    delta = (dout * merged.out).sum(-1)
+    term = None
+    if merged.lse_index is not None:
+        term = KlTerm(merged.lse_index, 1.0, merged.lse_teacher)
+    dq, kl = torch.zeros_like(merged.out), torch.zeros(1, dtype=torch.float64, device=q.device)
+    dq_index = torch.zeros(q_index.shape, dtype=dout.dtype, device=q.device)
+    dkv = torch.zeros(M * S // B, 2, B, q.shape[-1], dtype=dout.dtype, device=q.device)
+    dk_index = torch.zeros(M * S // B, B, k_index.shape[-1], dtype=dout.dtype, device=q.device)
+    for pairs, pool, entries in pools:
+        grads = pool_backward(queries, pool, entries, dout, delta, merged.lse, term, kernel=kernel)
+        dq += grads.dq
+        dkv[pairs] = grads.dkv
+        if term is not None and grads.dq_index is not None and grads.dk_index is not None:
+            assert grads.kl is not None, "called with a KL term"
+            dq_index += grads.dq_index
+            dk_index[pairs] = grads.dk_index
+            kl += grads.kl
+    dk, dv = unpack_blocks(dkv, M)
+    attention = (merged.out, dq, dk, dv)
+    return attention if term is None else (*attention, dq_index, dk_index.view(M, S, -1).sum(0), kl)
+
+
+def _pool(problem: AttentionProblem, number: int) -> tuple[Tensor, BlockPool, Tensor]:
+    """Return the pairs (group, block) of a pool, the pool, and the entries of the queries in it."""
+    _, k, v, _, _ = problem.inputs
+    ids, device = problem.block_indices.long(), k.device
+    NB, M = k.shape[0] // problem.block_size, k.shape[1]
+    pairs = torch.arange(M * NB, device=device)
+    pairs = pairs[pairs % problem.case.num_pools == number]
+    entry_of = torch.full((M * NB,), -1, device=device)
+    entry_of[pairs] = torch.arange(len(pairs), device=device)
+    pair = ids.clamp(min=0) + torch.arange(M, device=device)[:, None] * NB
+    entries = torch.where(ids >= 0, entry_of[pair], -1)
+    kv = pack_blocks(k, v, problem.block_size)[pairs].contiguous()
+    return pairs, BlockPool(kv, (pairs % NB).contiguous()), entries
+
+
+def _merge(a: PoolOutput, b: PoolOutput) -> PoolOutput:
+    out, lse = merge_parts(a.out, a.lse, b.out, b.lse)
+    lse_index = lse_teacher = None
+    if a.lse_index is not None and b.lse_index is not None:
+        lse_index = torch.logaddexp(a.lse_index, b.lse_index)
+    if a.lse_teacher is not None and b.lse_teacher is not None:
+        lse_teacher = torch.logaddexp(a.lse_teacher, b.lse_teacher)
+    return PoolOutput(out, lse, lse_index, lse_teacher)
+
+
+def _plain_run(problem: AttentionProblem, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Return the same by the definitions with a mask over all tokens and autograd, all in one dtype."""
+    leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in problem.inputs]
+    q, k, v, q_index, k_index = leaves
+    scale, temperature = problem.scales["softmax_scale"], problem.case.temperature
+    out, _ = attention_reference(q, k, v, problem.mask, softmax_scale=scale)
+    grads = torch.autograd.grad(out, leaves[:3], problem.dout.to(dtype))
+    if problem.window is not None:
+        return out.detach(), *grads
+    kl = kl_reference(
+        q, k, q_index, k_index, problem.mask,
+        softmax_scale=scale / temperature, index_scale=problem.scales["index_scale"] / temperature,
+    )  # fmt: skip
+    return out.detach(), *grads, *torch.autograd.grad(kl, leaves[3:]), kl.detach().view(1)

@@ -1,0 +1,147 @@
+"""What the steps of a child process share: device, clock, tensors, and what the run has found so far."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+
+from benchmarks.gpu.clock import Clock
+from benchmarks.gpu.comparison import Check
+from benchmarks.gpu.problem import M3, SMOKE, LayerSizes, Tensors
+from benchmarks.gpu.records import Record, Records
+from benchmarks.gpu.rows import INDEPENDENT, Dense, Rates, Row
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """What differs between a GPU and a smoke test."""
+
+    sizes: LayerSizes
+    dtype: torch.dtype
+    matmul_size: int
+    copy_bytes: int
+    check_seq_len: int
+    check_queries: int
+    topk_seq_len: int
+    topk_queries: int
+    """Of the selection of few queries."""
+    most_values: int
+    """Of the queries of all groups or heads that are timed together."""
+
+
+GPU = Scale(M3, torch.bfloat16, 8192, 2**31, 8192, 512, 2**17, 1024, 2**31)
+# the interpreter computes garbage in bf16; in fp16 errors come from rounding inputs, as there
+TINY = Scale(SMOKE, torch.float16, 256, 2**20, 128, 16, 64, 16, 2**31)
+
+
+class LeftOutError(Exception):
+    """A step is not made, for the reason in the text; another call of the command may make it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One measurement: what a crash costs at most."""
+
+    call: Callable[[], None]
+    needs: tuple[str, ...] = ()
+    """Checks that must have passed: CASE, with all it compares, or CASE: OUTPUT."""
+    after: tuple[str, ...] = ()
+    """Steps of the same part that must have been made."""
+    need_s: Callable[[], float] = field(default=lambda: 0.0)
+    """About how long it takes, from what has been measured."""
+
+
+class Part(Protocol):
+    """A child's work; tensors that its steps share are made when the first of them asks."""
+
+    def steps(self) -> Mapping[str, Step]:
+        """Return the steps by name, in order."""
+        ...
+
+
+class Context:
+    """Everything a part needs, in one process."""
+
+    def __init__(
+        self, records: Records, device: str, kernel: str, seed: int, deadline: float, *, smoke: bool
+    ) -> None:
+        self.records, self.kernel = records, kernel
+        self.device = torch.device(device)
+        self.smoke, self.scale = smoke, TINY if smoke else GPU
+        self.clock = Clock(self.device, deadline)
+        self.tensors = Tensors(self.device, self.scale.dtype, seed)
+
+    @property
+    def sizes(self) -> LayerSizes:
+        """Of the layer."""
+        return self.scale.sizes
+
+    @property
+    def uses_graphs(self) -> bool:
+        """Whether short calls are replayed as CUDA graphs; the paths in torch wait for the device."""
+        return self.device.type == "cuda" and self.kernel == "triton"
+
+    @cached_property
+    def rates(self) -> Rates:
+        """Rates of the device, which are measured before everything else.
+
+        Raises:
+            LeftOutError: they are not there.
+        """
+        for record in self.records.read():
+            if record["kind"] == "rates" and record["when"] == "before":
+                return Rates(record["matmul_flops"], record["copy_bytes"])
+        raise LeftOutError("the device's rates were not measured")
+
+    def add(self, row: Row) -> None:
+        """Record a row, beside dense attention where that has been timed."""
+        for dense in self.found("dense"):
+            if (dense["what"], dense["seq_len"]) == (row.what, row.seq_len):
+                row.beside(Dense(**dense), self.rates)
+        self.records.append("row", **asdict(row.finish(self.rates)))
+
+    def add_dense(self, dense: Dense) -> None:
+        """Record a time of dense attention, and every row that it is the rival of once more."""
+        self.records.append("dense", **asdict(dense))
+        latest = {row.key: row for row in (Row(**fields) for fields in self.found("row"))}
+        for row in latest.values():
+            if (row.what, row.seq_len) == (dense.what, dense.seq_len):
+                self.add(row)
+
+    def add_check(self, group: str, check: Check) -> None:
+        """Record a comparison."""
+        self.records.append("check", group=group, **asdict(check), passed=check.passed)
+
+    def note(self, text: str) -> None:
+        """Record a sentence for the end of the table."""
+        self.records.append("note", text=text)
+
+    def found(self, kind: str) -> list[Record]:
+        """Return the fields of all records of a kind, oldest first."""
+        records = [record for record in self.records.read() if record["kind"] == kind]
+        return [{name: value for name, value in record.items() if name != "kind"} for record in records]
+
+    def seconds_of(self, what: str, seq_len: int, selection: str = INDEPENDENT) -> float:
+        """Return our time of a row.
+
+        Raises:
+            LeftOutError: it was not measured.
+        """
+        found: dict[str, Any] | None = None
+        for fields in self.found("row"):
+            if (fields["what"], fields["seq_len"], fields["selection"]) == (what, seq_len, selection):
+                found = fields
+        if found is None:
+            raise LeftOutError(f"{what} at {seq_len} tokens was not measured")
+        return float(found["ours_s"])
+
+    def shorter(self, what: str, seq_len: int) -> tuple[int, float] | None:
+        """Return length and our time of the longest measured sequence up to this one, to foretell a time."""
+        fitting = [
+            (fields["seq_len"], fields["ours_s"])
+            for fields in self.found("row")
+            if fields["what"] == what and fields["seq_len"] <= seq_len
+        ]
+        return max(fitting, default=None)

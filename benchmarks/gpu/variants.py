@@ -1,0 +1,154 @@
+"""Tile sizes and divisions of the work that may be faster than the shipped ones: each checked, then timed.
+
+They stand in `configs.py` of the operators, as candidates; what is fastest belongs first in the tables there.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from msa_kernels.block_sparse_attention import configs as sparse_configs
+from msa_kernels.block_sparse_attention.pool import KlTerm, pool_backward, pool_forward
+from msa_kernels.decode import configs as decode_configs
+from msa_kernels.select_blocks import configs as select_configs
+from torch import Tensor
+
+from benchmarks.gpu.check import check_cases
+from benchmarks.gpu.context import Context, Step
+from benchmarks.gpu.decode import decode_seconds, decode_step
+from benchmarks.gpu.ours import checks_of_attention, groups_at_once
+from benchmarks.gpu.patches import Change, changed
+from benchmarks.gpu.problem import IndexBranch, make_groups, make_index, select
+from benchmarks.gpu.rows import Row
+
+SCORING, BACKWARD, DECODE = "scoring", "sparse backward + KL", "decode"
+SHIPPED = "as shipped"
+_SELECT = "msa_kernels.select_blocks"
+_SPARSE = "msa_kernels.block_sparse_attention"
+_DECODE = "msa_kernels.decode"
+NUM_SPLITS = (1, 8, 16)
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One operator with other constants."""
+
+    operator: str
+    name: str
+    changes: tuple[Change, ...] = ()
+    group: str = ""
+    """Of the checks."""
+
+
+def variants(context: Context) -> list[Variant]:
+    """Return all of them, by operator, each operator as shipped first; none where kernels are torch's."""
+    if context.kernel != "triton":
+        return []
+    found = [Variant(SCORING, SHIPPED, (), "selection")]
+    for config in select_configs.CANDIDATES:
+        tile = f"{config.block_m}x{config.tile_n}, {config.num_warps} warps, {config.num_stages} stages"
+        found.append(Variant(SCORING, tile, ((f"{_SELECT}.configs", "MAIN", (config,)),), "selection"))
+    for count in NUM_SPLITS:
+        change = (f"{_SELECT}.launch", "_num_splits", lambda *_, count=count: count)
+        found.append(Variant(SCORING, f"keys divided by {count}", (change,), "selection"))
+    found.append(Variant(BACKWARD, SHIPPED, (), "attention"))
+    for config in sparse_configs.ATTEND_BACKWARD_CANDIDATES:
+        table = (config, *sparse_configs.ATTEND_BACKWARD)
+        tile = f"{config.rows} rows, {config.num_warps} warps, {config.num_stages} stages"
+        found.append(
+            Variant(BACKWARD, tile, ((f"{_SPARSE}.configs", "ATTEND_BACKWARD", table),), "attention")
+        )
+    found.append(Variant(DECODE, SHIPPED, (), "decode"))
+    for config in decode_configs.CANDIDATES:
+        name = f"{config.blocks_per_program} blocks per program"
+        found.append(Variant(DECODE, name, ((f"{_DECODE}.configs", "MAIN", config),), "decode"))
+    return found
+
+
+class VariantsPart:
+    """All variants at one length."""
+
+    def __init__(self, context: Context, seq_len: int) -> None:
+        self.context, self.seq_len = context, seq_len
+
+    def steps(self) -> dict[str, Step]:
+        """Return a step for each, which checks it and then times it."""
+        return {
+            f"{variant.operator}, {variant.name}": Step(
+                lambda variant=variant: self._measure(variant),
+                self._checks_of(variant),
+                need_s=lambda variant=variant: self._need_s(variant),
+            )
+            for variant in variants(self.context)
+        }
+
+    def _checks_of(self, variant: Variant) -> tuple[str, ...]:
+        """Of the operator as shipped; where it is wrong no other tiles are of interest."""
+        return checks_of_attention(0, backward=True) if variant.operator == BACKWARD else (variant.group,)
+
+    def _need_s(self, variant: Variant) -> float:
+        shorter = self.context.shorter(variant.operator, self.seq_len)
+        if shorter is None or variant.operator == DECODE:
+            return 0.0
+        length, once = shorter
+        return 3 * once * (self.seq_len / length) ** (2 if variant.operator == SCORING else 1)
+
+    def _measure(self, variant: Variant) -> None:
+        with changed(variant.changes):
+            if variant.name != SHIPPED:
+                self._check(variant)
+            seconds = getattr(self, f"_{variant.group}_s")()
+        row = Row(f"{variant.operator}, {variant.name}", self.seq_len, seconds)
+        if variant.name != SHIPPED:
+            row.rival, row.rival_s = SHIPPED, self._shipped_s(variant)
+        self.context.add(row)
+
+    def _check(self, variant: Variant) -> None:
+        """Raise where a result is wrong: then it is not timed."""
+        scale = self.context.scale
+        cases = check_cases(
+            variant.group, self.context.tensors, self.context.sizes, self.context.kernel,
+            seq_len=scale.check_seq_len, num_queries=scale.check_queries,
+        )  # fmt: skip
+        # the first two: as it is, and cut in parts
+        for case in list(cases.values())[:2]:
+            for check in case():
+                if not check.passed:
+                    raise ValueError(
+                        f"{check.name}: error {check.error:.3g} of {check.allowed:.3g} {check.text}"
+                    )
+
+    def _shipped_s(self, variant: Variant) -> float:
+        return self.context.seconds_of(f"{variant.operator}, {SHIPPED}", self.seq_len)
+
+    @cached_property
+    def _index(self) -> IndexBranch:
+        return make_index(self.context.tensors, self.context.sizes, self.seq_len)
+
+    def _selection_s(self) -> float:
+        context = self.context
+        _ = self._index
+        return context.clock.seconds(lambda: select(self._index, context.sizes, context.kernel))
+
+    @cached_property
+    def _backward(self) -> tuple[Any, ...]:
+        """Arguments of the backward, the same for all variants, of as many groups as fit."""
+        context = self.context
+        groups = groups_at_once(context.sizes, self.seq_len, context.scale.most_values)
+        ids: Tensor = select(self._index, context.sizes, context.kernel)[:, :groups].contiguous()
+        problem = make_groups(context.tensors, context.sizes, self._index, ids, with_kl=True)
+        part = pool_forward(problem.queries, problem.pool, problem.entries, kernel=context.kernel)
+        assert part.lse_index is not None, "made with an index branch"
+        delta = (problem.dout.to(part.out.dtype) * part.out).sum(-1)
+        term = KlTerm(part.lse_index, weight=1.0)
+        return problem.queries, problem.pool, problem.entries, problem.dout, delta, part.lse, term
+
+    def _attention_s(self) -> float:
+        context = self.context
+        groups = groups_at_once(context.sizes, self.seq_len, context.scale.most_values)
+        arguments = self._backward
+        seconds = context.clock.seconds(lambda: pool_backward(*arguments, kernel=context.kernel))
+        return seconds * context.sizes.num_kv_heads / groups
+
+    def _decode_s(self) -> float:
+        return decode_seconds(self.context, decode_step(self.context, self.seq_len))[0]

@@ -4,6 +4,8 @@ Each is compared with the same on the CPU, so that a branch for GPUs that comput
 """
 
 import os
+import subprocess
+import sys
 import threading
 import traceback
 from pathlib import Path
@@ -23,7 +25,7 @@ from tests.helpers.model_runs import run_steps, small_config
 from tests.helpers.pretended_gpu.build import load_device, needs_pretended_gpu
 from tests.helpers.resume_runs import SAVED_STEP, Case, Layout, run_cases
 from tests.helpers.spawn import run_ranks
-from tests.helpers.training_command import write_corpus
+from tests.helpers.training_command import ROOT, TINY, write_corpus
 
 pytestmark = needs_pretended_gpu
 # every exchange, layout, stage and way of cutting once
@@ -190,3 +192,30 @@ def test_cpu_goes_on_from_a_checkpoint_of_gpus(name: str, runs: dict[str, Any]) 
     matrix.compare(runs[name]["rows"], want[:SAVED_STEP], matrix.TOLERANCE[ALONE.precision])
     got = runs[f"{name}_to_{BACK.name}"]["rows"]
     matrix.compare(got, want[SAVED_STEP:], matrix.TOLERANCE[ALONE.precision])
+
+
+def test_every_process_of_a_command_has_one(tmp_path: Path) -> None:
+    """The launcher finds a GPU and its worker trains there, with stock Megatron in bf16."""
+    write_corpus(tmp_path / "corpus")
+    settings = {
+        "engine": "megatron",
+        "train.precision": "bf16",
+        "train.steps": 2,
+        "parallel.cp_size": 1,
+        "parallel.ep_size": 1,
+        "run_dir": tmp_path / "run",
+        "data.corpus": tmp_path / "corpus",
+        "data.cache_dir": tmp_path / "cache",
+    }
+    command = ["-m", "launchers.train", *TINY, *(f"{key}={value}" for key, value in settings.items())]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.helpers.pretended_gpu.run", sys.executable, *command],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 processes on GPUs" in done.stdout
+    assert "1 x cuda on" in done.stdout
+    assert "step 2/2" in done.stdout

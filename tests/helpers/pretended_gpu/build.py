@@ -46,6 +46,11 @@ def folder() -> Path:
     return Path(tempfile.gettempdir()) / f"{_NAME}_{os.getuid()}" / name
 
 
+def is_built() -> bool:
+    """Whether it has been compiled, and no other process is about to."""
+    return (folder() / f"{_NAME}.so").exists() and not (folder() / "lock").exists()
+
+
 @cache
 def build() -> None:
     """Compile it, unless that was done: half a minute."""

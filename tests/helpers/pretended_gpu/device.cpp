@@ -27,7 +27,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     return this_device();
   }
   void setDevice(Device device) const override {
-    TORCH_CHECK(device.is_cuda() && device.index() < kDevices, "invalid device ordinal: ", device);
+    TORCH_CHECK(device.is_cuda() && device.index() < num_devices, "invalid device ordinal: ", device);
     if (device.has_index()) current_device = device.index();
   }
   void uncheckedSetDevice(Device device) const noexcept override {
@@ -57,7 +57,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   void synchronizeEvent(void*) const override {}
   void synchronizeDevice(const c10::DeviceIndex) const override {}
   c10::DeviceIndex deviceCount() const noexcept override {
-    return kDevices;
+    return num_devices;
   }
 };
 
@@ -80,10 +80,10 @@ struct Hooks final : at::CUDAHooksInterface {
     return true;
   }
   c10::DeviceIndex deviceCount() const override {
-    return kDevices;
+    return num_devices;
   }
   int getNumGPUs() const override {
-    return kDevices;
+    return num_devices;
   }
   c10::DeviceIndex current_device() const override {
     return ::current_device;
@@ -144,7 +144,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("reset_peak", [](int device) { uses[device].most = uses[device].now.load(); });
   m.def("tell_waits", [](py::object callback) { on_wait = std::move(callback); });
   m.def("current_device", [] { return static_cast<int>(current_device); });
-  m.def("device_count", [] { return static_cast<int>(kDevices); });
+  m.def("device_count", [] { return static_cast<int>(num_devices); });
+  m.def("set_device_count", [](int count) {
+    TORCH_CHECK(0 < count && count <= kDevices, "1 to ", int{kDevices}, " devices, not ", count);
+    num_devices = static_cast<c10::DeviceIndex>(count);
+  });
   m.def("collectives", [](c10::intrusive_ptr<c10d::Backend> gloo, int rank, int size) {
     return c10::intrusive_ptr<c10d::Backend>(c10::make_intrusive<Collectives>(std::move(gloo), rank, size));
   });

@@ -19,6 +19,8 @@ using c10::Device;
 using c10::IValue;
 
 constexpr c10::DeviceIndex kDevices = 8;
+// How many of them there are for torch.
+c10::DeviceIndex num_devices = kDevices;
 thread_local c10::DeviceIndex current_device = 0;
 
 Device this_device() {

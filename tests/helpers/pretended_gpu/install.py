@@ -129,9 +129,13 @@ _PROPERTIES = SimpleNamespace(
 )
 
 
-def install() -> None:
-    """Replace what torch was built without. Call it before anything asks for a GPU."""
+def install(num_devices: int = 8) -> None:
+    """Replace what torch was built without. Call it before anything asks for a GPU.
+
+    num_devices: 1 to 8.
+    """
     device = load_device()
+    device.set_device_count(num_devices)
     device.replace_hooks()
     for name, value in _functions(device).items():
         setattr(torch.cuda, name, value)

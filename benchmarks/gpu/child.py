@@ -1,6 +1,6 @@
 """A process that makes the steps of one part and writes down what it begins and ends; see `supervise.py`.
 
-Started as a module, with one argument, a JSON object: `Job`.
+Started as a module; its job, a JSON object (`Job`), is the first line of its standard input.
 """
 
 import ctypes
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from msa_kernels.dispatch import has_triton
 
 from benchmarks.gpu.check import check_cases
 from benchmarks.gpu.comparison import Check
@@ -28,6 +29,10 @@ from benchmarks.gpu.records import DONE, FAILED, LEFT_OUT, Records
 from benchmarks.gpu.topk import TopkPart
 from benchmarks.gpu.variants import VariantsPart
 
+if has_triton():
+    # takes a second: before there is a job
+    import triton  # noqa: F401
+
 # Exit code of a child whose device takes no more calls: the next child goes on.
 BROKEN_DEVICE = 70
 # A fault on purpose, PART/STEP: the process aborts there, as after an illegal access.
@@ -41,6 +46,8 @@ class Job:
 
     folder: str
     part: PartSpec
+    log: str
+    """File for what the process prints."""
     skip: list[str]
     """Steps that are over."""
     seq_lens: list[int]
@@ -174,10 +181,23 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def print_to(path: str) -> None:
+    """Let this process, libraries and children included, print to the end of a file."""
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(log, stream.fileno())
+    os.close(log)
+
+
 def main() -> int:
     """Run the job; returns the exit code."""
     die_with_parent()
-    job = Job.from_json(sys.argv[1])
+    line = sys.stdin.readline()
+    if not line:
+        # started ahead, and not needed
+        return 0
+    job = Job.from_json(line)
+    print_to(job.log)
     if job.device == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
     context = Context(

@@ -35,6 +35,11 @@ class PartSpec:
     beside_others: bool = False
     """Whether it may run while others do: it takes no times."""
 
+    @property
+    def is_timed(self) -> bool:
+        """Whether it takes times of operators or rivals."""
+        return self.kind not in ("compile", "checks", "rates")
+
     def matches(self, word: str) -> bool:
         """Whether the word is the name, or one of the parts that dashes divide it into."""
         return word == self.name or word in self.name.split("-")
@@ -61,7 +66,7 @@ def make_plan(seq_lens: Sequence[int], *, compiled: bool, variants: bool, flash_
     Args:
         seq_lens: tokens, any order.
         compiled: whether Triton compiles. variants: whether it is what is measured.
-        flash_msa: whether that package is compared with, where it can be imported.
+        flash_msa: whether that package is compared with.
     """
     lengths = sorted(set(seq_lens))
     main = MAIN_SEQ_LEN if MAIN_SEQ_LEN in lengths else lengths[0]
@@ -100,9 +105,9 @@ def choose(parts: list[PartSpec], words: Sequence[str]) -> list[PartSpec]:
             names = " ".join(part.name for part in parts)
             raise ValueError(f"--parts={word}: must be (a piece of) one of {names}")
     chosen = [part for part in parts if any(part.matches(word) for word in words)]
-    timed = [part for part in chosen if part.kind not in ("compile", "checks", "rates")]
+    timed = any(part.is_timed for part in chosen)
     # nothing is timed without knowing whether it is right, and what the device can do
-    needed = [part for part in parts if timed and (part.kind == "checks" or part.name == "rates-before")]
+    needed = [part for part in parts if timed and part.kind in ("checks", "rates")]
     return [part for part in parts if part in chosen or part in needed]
 
 

@@ -11,7 +11,6 @@ wrong; 2: bad arguments; 3: something is missing, the table says what.
 # ruff: noqa: E402
 import argparse
 import hashlib
-import json
 import os
 import platform
 import signal
@@ -19,6 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -95,7 +95,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     triton = arguments.kernel == "triton"
     compiled = triton and arguments.device == "cuda"
     arguments.plan = make_plan(
-        arguments.seq_lens, compiled=compiled, variants=triton, flash_msa=compiled and not arguments.smoke
+        arguments.seq_lens,
+        compiled=compiled,
+        variants=triton,
+        flash_msa=compiled and not arguments.smoke and find_spec("flash_msa") is not None,
     )
     if arguments.parts:
         arguments.plan = choose(arguments.plan, arguments.parts)
@@ -162,11 +165,10 @@ def measure(arguments: argparse.Namespace, settings: Settings, records: Records)
     # deadlines of the monotonic clock hold in all processes
     deadline = time.monotonic() + arguments.budget_s
 
-    def command_of(part: PartSpec, skip: list[str]) -> list[str]:
+    def job_of(part: PartSpec, skip: list[str]) -> dict[str, Any]:
         job = {"folder": str(arguments.out), "part": part.as_json(), "skip": skip}
         job |= {name: getattr(settings, name) for name in ("device", "kernel", "seed", "smoke")}
-        job |= {"seq_lens": arguments.seq_lens, "deadline": deadline - part.reserve_s}
-        return [sys.executable, "-m", "benchmarks.gpu.child", json.dumps(job)]
+        return job | {"seq_lens": arguments.seq_lens, "deadline": deadline - part.reserve_s}
 
     def on_record(record: Record) -> None:
         if text := text_of(record):
@@ -177,11 +179,17 @@ def measure(arguments: argparse.Namespace, settings: Settings, records: Records)
     logs = arguments.out / "logs"
     logs.mkdir(exist_ok=True)
     supervisor = Supervisor(
-        records, logs, command_of, child_environment(settings.device, settings.kernel), on_record, deadline,
+        records, logs, [sys.executable, "-m", "benchmarks.gpu.child"], job_of,
+        child_environment(settings.device, settings.kernel), on_record, deadline,
         most_at_once=min(MOST_AT_ONCE, os.cpu_count() or 1),
     )  # fmt: skip
     over, done = made_before(records.read())
-    return supervisor.run([part for part in arguments.plan if part.name not in over], done)
+    missing = [part for part in arguments.plan if part.name not in over]
+    if any(part.is_timed for part in missing):
+        # beside new times belong the rates of this call
+        missing = [part for part in arguments.plan if part.name not in over or part.kind == "rates"]
+        done = {name: steps for name, steps in done.items() if not name.startswith("rates-")}
+    return supervisor.run(missing, done)
 
 
 def made_before(records: Sequence[Record]) -> tuple[set[str], dict[str, list[str]]]:

@@ -5,6 +5,7 @@ runs in a process of its own, which writes down what it begins and ends; where i
 begun is given up and another process goes on with the rest of the part.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
+from typing import Any
 
 from benchmarks.gpu.plan import PartSpec
 from benchmarks.gpu.records import CRASHED, Record, Records
@@ -32,7 +33,6 @@ _MOST_EMPTY = 2
 class _Child:
     part: PartSpec
     process: subprocess.Popen[bytes]
-    log: TextIO
     since: float
     """Of the last sign of life, on the monotonic clock."""
     step: str | None = None
@@ -48,8 +48,10 @@ class Supervisor:
 
     records: Records
     logs: Path
-    command_of: Callable[[PartSpec, list[str]], list[str]]
-    """Command of a child that makes this part without these steps."""
+    command: list[str]
+    """Of a child."""
+    job_of: Callable[[PartSpec, list[str]], dict[str, Any]]
+    """Job of a child that makes this part without these steps; `log`, where it prints to, is added."""
     environment: dict[str, str]
     on_record: Callable[[Record], None]
     """Is told of every new record."""
@@ -62,6 +64,7 @@ class Supervisor:
     _ended: dict[str, list[str]] = field(default_factory=dict)
     """Steps of each part that are over, in this run."""
     _children: list[_Child] = field(default_factory=list)
+    _spare: subprocess.Popen[bytes] | None = None
     _empty: dict[str, int] = field(default_factory=dict)
 
     def run(self, parts: list[PartSpec], ended: dict[str, list[str]]) -> bool:
@@ -90,8 +93,11 @@ class Supervisor:
         for child in self._children:
             _signal(child, signal.SIGKILL)
             child.process.wait()
-            child.log.close()
         self._children = []
+        if self._spare is not None:
+            self._spare.kill()
+            self._spare.wait()
+            self._spare = None
         self._read()
 
     def _run(self, parts: list[PartSpec], at_once: int) -> bool:
@@ -100,7 +106,7 @@ class Supervisor:
             while waiting and len(self._children) < at_once:
                 part = waiting.pop(0)
                 if self._left_s > part.reserve_s:
-                    self._start(part)
+                    self._start(part, more=bool(waiting) or part.beside_others)
                 else:
                     self.records.append("note", text=f"{part.name}: left out, the time is up")
                     complete = False
@@ -123,14 +129,28 @@ class Supervisor:
     def _left_s(self) -> float:
         return self.deadline - time.monotonic()
 
-    def _start(self, part: PartSpec) -> None:
-        log = (self.logs / f"{part.name}.log").open("a")
-        command = self.command_of(part, self._ended[part.name])
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=self.environment, stdout=log, stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
-        self._children.append(_Child(part, process, log, time.monotonic()))
+    def _start(self, part: PartSpec, *, more: bool) -> None:
+        process = self._spare or self._spawn()
+        self._spare = None
+        job = self.job_of(part, self._ended[part.name]) | {"log": str(self._log(part))}
+        assert process.stdin is not None, "spawned with one"
+        # a child that has died already is found by whoever watches it
+        with suppress(BrokenPipeError):
+            process.stdin.write(json.dumps(job).encode() + b"\n")
+            process.stdin.close()
+        self._children.append(_Child(part, process, time.monotonic()))
+        if more:
+            self._spare = self._spawn()
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        with (self.logs / "standby.log").open("a") as log:
+            return subprocess.Popen(
+                self.command, cwd=ROOT, env=self.environment, stdin=subprocess.PIPE, stdout=log,
+                stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    def _log(self, part: PartSpec) -> Path:
+        return self.logs / f"{part.name}.log"
 
     def _read(self) -> None:
         """Take in new records: signs of life of the children, and results."""
@@ -164,7 +184,6 @@ class Supervisor:
         # all of its output first: it may have ended a step with its last breath
         self._read()
         self._children.remove(child)
-        child.log.close()
         code = child.process.returncode
         if code == 0:
             return False, True
@@ -184,7 +203,7 @@ class Supervisor:
 
     def _why(self, child: _Child, code: int) -> str:
         text = f"no end after {child.part.limit_s:.0f} s" if child.hung else _describe(code)
-        log = self.logs / f"{child.part.name}.log"
+        log = self._log(child.part) if self._log(child.part).exists() else self.logs / "standby.log"
         last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:]
         return f"{text}; {log.name}: {last[0].strip()[:200]}" if last and not child.hung else text
 

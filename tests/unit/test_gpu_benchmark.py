@@ -211,13 +211,7 @@ def test_table_and_goals() -> None:
 
 def test_checks_that_failed_or_crashed_are_said_first() -> None:
     wrong = {"kind": "check", "group": "attention", "passed": False, "name": "attention: dq", "error": None}
-    crashed = {
-        "kind": "end",
-        "part": "checks-decode",
-        "step": "decode",
-        "status": "crashed",
-        "why": "SIGABRT",
-    }
+    end = {"kind": "end", "part": "checks-decode", "step": "decode", "status": "crashed", "why": "SIGABRT"}
     result = load(records_of([], wrong=wrong | {"allowed": 1.0, "text": ""}, end=end))
     text = markdown(result)
     assert not result.correct

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+# names the commit where a copy of the files came without its .git
+COMMIT_VARIABLE = "MSA_TRAIN_COMMIT"
 
 
 def command(module: str, argv: Sequence[str]) -> str:
@@ -36,17 +38,26 @@ def machine() -> dict[str, Any]:
         ),
         platform.processor(),
     )
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     return {
-        "commit": git.stdout.strip() or "unknown",
+        "commit": commit(),
         "cpu": model,
         "cores": os.cpu_count(),
         "kernel": platform.release(),
         "python": platform.python_version(),
     }
+
+
+def commit() -> str:
+    """What git says, with `-dirty` behind it where files differ; else what MSA_TRAIN_COMMIT says."""
+    try:
+        git = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        said = git.stdout.strip()
+    except OSError:
+        said = ""
+    return said or os.environ.get(COMMIT_VARIABLE, "").strip() or "unknown"

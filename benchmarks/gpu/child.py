@@ -117,7 +117,7 @@ class Worker:
             self.records.append("begin", part=self.job.part.name, step=name)
             status, why = self._make(name, step)
             self.records.append("end", part=self.job.part.name, step=name, status=status, why=why)
-            if status == FAILED and not self._device_works():
+            if status == FAILED and not self.context.device_works():
                 return BROKEN_DEVICE
         self.records.append("part", part=self.job.part.name)
         return 0
@@ -163,17 +163,6 @@ class Worker:
         if wrong or not of_case:
             return f"check failed: {', '.join(wrong) or name}"
         return ""
-
-    def _device_works(self) -> bool:
-        """Whether the device still takes calls: after an illegal access it takes none of this process."""
-        if self.context.device.type != "cuda":
-            return True
-        try:
-            torch.ones(1, device=self.context.device).sum().item()
-        except Exception:
-            # every call fails with the error of the one that broke it
-            return False
-        return True
 
 
 def die_with_parent() -> None:

@@ -83,6 +83,33 @@ class Context:
         """Whether short calls are replayed as CUDA graphs; the paths in torch wait for the device."""
         return self.device.type == "cuda" and self.kernel == "triton"
 
+    def short_seconds(self, name: str, call: Callable[[], object]) -> tuple[float, float | None]:
+        """Time a short call: seconds of a CUDA graph's replays, and of calls from Python.
+
+        The latter alone, and None, where there are no graphs or none of this call, which is noted.
+        """
+        eager_s = self.clock.seconds(call)
+        if not self.uses_graphs:
+            return eager_s, None
+        try:
+            return self.clock.graph_seconds(call), eager_s
+        except Exception as error:
+            if not self.device_works():
+                raise
+            self.note(f"{name}: no CUDA graph, timed from Python: {error}".splitlines()[0])
+            return eager_s, None
+
+    def device_works(self) -> bool:
+        """Return whether the device takes calls of this process: after an illegal access it does not."""
+        if self.device.type != "cuda":
+            return True
+        try:
+            torch.ones(1, device=self.device).sum().item()
+        except Exception:
+            # every call fails with the error of the one that broke it
+            return False
+        return True
+
     @cached_property
     def rates(self) -> Rates:
         """Rates of the device, which each call of the command measures before everything else.

@@ -31,12 +31,6 @@ def decode_step(context: Context, seq_len: int, *, fp8: bool = False) -> Callabl
     return lambda: decode_attention(q, q_index, cache, lens, **shape, kernel=kernel)
 
 
-def decode_seconds(context: Context, call: Callable[[], object]) -> tuple[float, float | None]:
-    """Return seconds of a graph's replays and of calls from Python; the latter alone without graphs."""
-    eager_s = context.clock.seconds(call)
-    return (context.clock.graph_seconds(call), eager_s) if context.uses_graphs else (eager_s, None)
-
-
 class DecodePart:
     """One token, ours with index keys in 16 and 8 bits, and dense with M3's and M2's heads."""
 
@@ -60,7 +54,7 @@ class DecodePart:
 
     def _ours(self, what: str, *, fp8: bool) -> None:
         context = self.context
-        seconds, eager_s = decode_seconds(context, decode_step(context, self.seq_len, fp8=fp8))
+        seconds, eager_s = context.short_seconds(what, decode_step(context, self.seq_len, fp8=fp8))
         token_bytes = context.sizes.index_head_dim + _FP8_SCALE_BYTES if fp8 else None
         num_bytes = context.sizes.decode_bytes(self.seq_len, context.tensors.element_bytes, token_bytes)
         row = Row(what, self.seq_len, seconds, num_bytes=num_bytes, eager_s=eager_s)

@@ -19,6 +19,8 @@ ALL_BACKENDS_UP_TO = 2**17
 # Of the matrix product's rate, what dense attention is assumed to reach when its time is foretold.
 ASSUMED_SHARE = 0.5
 _TRAINING = 3.5
+# A long call is made twice where there is time for this many.
+_CALLS_WITH_WARM_UP = 6
 
 Attend = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 
@@ -55,8 +57,10 @@ ON_CPU = ("flash",)
 class DenseAttention:
     """Query heads over K/V heads; [1, heads, S, D] tensors."""
 
-    def __init__(self, context: Context, num_heads: int, num_kv_heads: int) -> None:
+    def __init__(self, context: Context, num_heads: int, num_kv_heads: int, once_s: float = 0.0) -> None:
+        """once_s: about the seconds of a call."""
         self.context, self.num_heads, self.num_kv_heads = context, num_heads, num_kv_heads
+        self.once_s = once_s
 
     def prefill(self, seq_len: int) -> tuple[float, str]:
         """Return seconds of the forward, and who had the least."""
@@ -90,18 +94,22 @@ class DenseAttention:
 
     def _fastest(self, what: str, seq_len: int, step: Callable[[Attend], object]) -> tuple[float, str]:
         """Time all candidates, or above ALL_BACKENDS_UP_TO the best so far and others where it fails."""
-        found: dict[str, float] = {}
+        context, found = self.context, {}
         # one token's attention is short at every length
         every = seq_len <= ALL_BACKENDS_UP_TO or what == "decode"
+        # a library's first call at a shape looks for its way to compute it
+        warm = every or context.clock.left_s > _CALLS_WITH_WARM_UP * self.once_s
         for name in self._order(what):
             with self._noting(name, what, seq_len):
                 attend = CANDIDATES[name]()
-                call = lambda attend=attend: step(attend)  # noqa: E731
-                if what == "decode" and self.context.uses_graphs:
-                    found[name] = self.context.clock.graph_seconds(call)
+
+                def call(attend: Attend = attend) -> object:
+                    return step(attend)
+
+                if what == "decode":
+                    found[name], _ = context.short_seconds(f"dense decode by {name}", call)
                 else:
-                    # a long call's kernels have run at smaller sizes
-                    found[name] = self.context.clock.seconds(call, warm=every)
+                    found[name] = context.clock.seconds(call, warm=warm)
             if found and not every:
                 break
         if not found:
@@ -125,10 +133,10 @@ class DenseAttention:
             pass
         except Exception as error:
             # every library has its own errors for what it does not take
-            if "CUDA error" in str(error):
-                raise
             text = str(error).partition("\n")[0]
             self.context.note(f"dense {what} at {seq_len} by {name}: {type(error).__name__}: {text}")
+            if not self.context.device_works():
+                raise
             self.context.clock.forget_memory()
 
 
@@ -153,16 +161,20 @@ class DensePart:
         sizes = self.context.sizes
         return min(sizes.num_heads, max(1, MOST_VALUES // (self.seq_len * sizes.head_dim)))
 
-    def _need_s(self, factor: float) -> float:
-        """Seconds of one backend's call, or of all of them with a warm-up each."""
+    def _once_s(self, factor: float) -> float:
+        """About the seconds of one call."""
         context, share = self.context, self._heads / self.context.sizes.num_heads
         once = share * factor * context.sizes.dense_flops(self.seq_len)
-        once /= ASSUMED_SHARE * context.rates.matmul_flops
-        return once * (4 if self.seq_len <= ALL_BACKENDS_UP_TO else 1)
+        return once / (ASSUMED_SHARE * context.rates.matmul_flops)
+
+    def _need_s(self, factor: float) -> float:
+        """Seconds of one backend's call, or of two backends with a warm-up each."""
+        return self._once_s(factor) * (4 if self.seq_len <= ALL_BACKENDS_UP_TO else 1)
 
     def _measure(self, what: str, factor: float) -> None:
         sizes, heads = self.context.sizes, self._heads
-        attention = DenseAttention(self.context, heads, max(1, heads // sizes.heads_per_group))
+        kv_heads = max(1, heads // sizes.heads_per_group)
+        attention = DenseAttention(self.context, heads, kv_heads, self._once_s(factor))
         call = attention.prefill if what == "prefill" else attention.training
         seconds, by = call(self.seq_len)
         flops = factor * sizes.dense_flops(self.seq_len)

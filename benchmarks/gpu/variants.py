@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.gpu.check import check_cases
 from benchmarks.gpu.context import Context, Step
-from benchmarks.gpu.decode import decode_seconds, decode_step
+from benchmarks.gpu.decode import decode_step
 from benchmarks.gpu.ours import checks_of_attention, groups_at_once
 from benchmarks.gpu.patches import Change, changed
 from benchmarks.gpu.problem import IndexBranch, make_groups, make_index, select
@@ -151,4 +151,4 @@ class VariantsPart:
         return seconds * context.sizes.num_kv_heads / groups
 
     def _decode_s(self) -> float:
-        return decode_seconds(self.context, decode_step(self.context, self.seq_len))[0]
+        return self.context.short_seconds(DECODE, decode_step(self.context, self.seq_len))[0]

@@ -1,7 +1,18 @@
 """Set before torch is imported anywhere, and inherited by every process that a test starts."""
 
 import os
+from pathlib import Path
+
+import pytest
 
 # Megatron compiles small functions on their first call: seconds of C++ compilation that help nothing here.
 # The launcher sets the same for workers on the CPU.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+GPU_TESTS = Path(__file__).with_name("gpu")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m gpu` open no other files: they import packages that a machine with GPUs may lack."""
+    if config.getoption("markexpr") != "gpu" or collection_path == Path(__file__).parent:
+        return None
+    return None if collection_path.is_relative_to(GPU_TESTS) else True

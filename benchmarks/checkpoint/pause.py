@@ -53,7 +53,8 @@ MODES = {
 def train(run_dir: Path, *overrides: str) -> list[dict[str, Any]]:
     """Run msa-train; returns metrics.jsonl."""
     command = [sys.executable, "-m", "launchers.train", *MODEL, f"run_dir={run_dir}", *overrides]
-    environ = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    folders = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
     subprocess.run(command, check=True, cwd=ROOT, env=environ, stdout=sys.stderr)
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 

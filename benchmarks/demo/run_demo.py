@@ -26,7 +26,8 @@ WARM_UP_STEPS = 2
 def train(run_dir: Path, *overrides: str) -> float:
     """Run msa-train; returns wall seconds."""
     arguments = [sys.executable, "-m", "launchers.train", "run=demo", f"run_dir={run_dir}", *overrides]
-    environ = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    folders = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
     start = time.perf_counter()
     subprocess.run(arguments, check=True, cwd=ROOT, env=environ, stdout=sys.stderr)
     return time.perf_counter() - start

@@ -40,4 +40,4 @@ def _dense_kl(tensors: Tensors, sizes: LayerSizes, kernel: str, T: int) -> list[
 
     ours = grads.dq_index.transpose(0, 1), grads.dk_index, grads.kl.view(1)
     both = zip(NAMES, ours, plain(q.dtype), plain(torch.float64), strict=True)
-    return [against_plain(f"dense {name}", a, b, c) for name, a, b, c in both]
+    return [against_plain(f"dense kl: {name}", a, b, c) for name, a, b, c in both]

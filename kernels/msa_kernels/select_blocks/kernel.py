@@ -57,7 +57,7 @@ def _scores(
 ):
     """Products of rows from `row` and keys from `key` on: [BLOCK_M, TILE_N] fp32; q: rows, if one chunk."""
     if NUM_CHUNKS == 1:
-        return tl.dot(q, tl.trans(k_desc.load([key, 0])))
+        return tl.dot(q, tl.trans(k_desc.load([key, 0])), input_precision="ieee")
     else:
         scores = tl.zeros([BLOCK_M, TILE_N], tl.float32)
         for chunk in tl.range(0, NUM_CHUNKS, num_stages=NUM_STAGES):

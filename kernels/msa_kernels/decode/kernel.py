@@ -7,7 +7,7 @@ USE_DOT: products on tensor cores. Without it (fp32, whose digits they would dro
 import triton
 import triton.language as tl
 
-from msa_kernels.select_blocks.kernel import NO_BLOCK
+from msa_kernels.select_blocks.kernel_rows import NO_BLOCK
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from msa_kernels.decode.kernel import (
     decode_scores_kernel,
     merge_parts_kernel,
 )
-from msa_kernels.select_blocks.kernel import merge_kernel
+from msa_kernels.select_blocks.kernel_merge import merge_kernel
 
 # Candidates that one program ranks: 64 values and ids per thread with 4 warps
 _MAX_CANDIDATES = 8192

@@ -9,7 +9,7 @@ import pytest
 import torch
 from msa_kernels.block_sparse_attention.choice import unsupported
 from msa_kernels.block_sparse_attention.pool import BlockPool, KlTerm, PoolGrads, PoolOutput, pool_forward
-from msa_kernels.block_sparse_attention.schedule import build_schedule
+from msa_kernels.block_sparse_attention.schedule import build_schedule, queries_per_portion
 from msa_kernels.block_sparse_attention.work_list import build_work_list
 from torch import Tensor
 
@@ -174,6 +174,18 @@ def test_items_example() -> None:
     assert items.entry[:3].tolist() == [0, 0, 1]
     assert items.begin[:3].tolist() == [0, 2, 3]
     assert items.stop[:3].tolist() == [2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("num_queries", "most", "length"),
+    [
+        (16384, 13797, 8192), (130, 101, 64), (129, 4096, 192), (640, 639, 320), (7, 64, 64),
+        (100, 63, 63), (5, 1, 1), (5, 0, 1), (0, 200, 64),
+    ],
+)  # fmt: skip
+def test_queries_per_portion(num_queries: int, most: int, length: int) -> None:
+    """Equal portions on aligned borders; where fewer than 64 queries fit, as many as fit."""
+    assert queries_per_portion(num_queries, most) == length
 
 
 M3 = Shape(

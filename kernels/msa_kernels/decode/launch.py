@@ -43,7 +43,7 @@ def decode_attention_triton(
         config: tile shapes; None: by shape.
         num_parts: programs that share the blocks of a sequence and group; None: what fills the device.
     """
-    seq_lens = seq_lens.to(q.device, non_blocking=True)
+    seq_lens = seq_lens.to(q.device, non_blocking=True).contiguous()
     dim = _padded(max(q.shape[-1], q_index.shape[-1]))
     if config is None:
         config = decode_config(element_bytes=q.element_size(), dim=dim, block_size=block_size)

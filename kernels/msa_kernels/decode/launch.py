@@ -81,6 +81,11 @@ def _converts_fp8(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
+def _blocks_per_program(config: DecodeConfig, num_blocks: int) -> int:
+    """Of so many blocks in all: what the configuration says at most, fewer where programs would be few."""
+    return max(1, min(config.blocks_per_program, triton.cdiv(num_blocks, _WANTED_PROGRAMS)))
+
+
 def _block_scores(
     q_index: Tensor,
     cache: DecodeCache,
@@ -95,7 +100,7 @@ def _block_scores(
     num_blocks = triton.cdiv(cache.capacity, block_size)
     scores = torch.empty(batch, num_groups, num_blocks, dtype=torch.float32, device=q_index.device)
     keys = cache.k_index if cache.k_index.stride(2) == 1 else cache.k_index.contiguous()
-    per_program = max(1, min(config.blocks_per_program, num_blocks * batch // _WANTED_PROGRAMS))
+    per_program = _blocks_per_program(config, num_blocks * batch)
     table, page_size, pages_per_sequence = _pages(cache, seq_lens)
     scale = cache.k_index_scale
     if cache.has_fp8_keys:

@@ -22,6 +22,13 @@ def check_integer(**tensors: Tensor) -> None:
             raise ValueError(f"{name}.dtype={tensor.dtype}: must be int32 or int64; convert it")
 
 
+def check_int64(**tensors: Tensor) -> None:
+    """Raise ValueError unless all tensors hold int64, as kernels that get their address take for granted."""
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.int64:
+            raise ValueError(f"{name}.dtype={tensor.dtype}: must be int64; convert it")
+
+
 def check_same_device(**tensors: Tensor | None) -> None:
     """Raise ValueError unless all tensors lie on the device of the first."""
     first_name, first = next(iter(tensors.items()))

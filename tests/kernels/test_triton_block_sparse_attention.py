@@ -8,8 +8,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 from msa_kernels.block_sparse_attention.choice import unsupported
+from msa_kernels.block_sparse_attention.configs import ATTEND_BACKWARD_CANDIDATES
 from msa_kernels.block_sparse_attention.pool import BlockPool, KlTerm, PoolGrads, PoolOutput, pool_forward
-from msa_kernels.block_sparse_attention.schedule import build_schedule
+from msa_kernels.block_sparse_attention.schedule import build_schedule, queries_per_portion
 from msa_kernels.block_sparse_attention.work_list import build_work_list
 from torch import Tensor
 
@@ -176,6 +177,18 @@ def test_items_example() -> None:
     assert items.stop[:3].tolist() == [2, 3, 4]
 
 
+@pytest.mark.parametrize(
+    ("num_queries", "most", "length"),
+    [
+        (16384, 13797, 8192), (130, 101, 64), (129, 4096, 192), (640, 639, 320), (7, 64, 64),
+        (100, 63, 63), (5, 1, 1), (5, 0, 1), (0, 200, 64),
+    ],
+)  # fmt: skip
+def test_queries_per_portion(num_queries: int, most: int, length: int) -> None:
+    """Equal portions on aligned borders; where fewer than 64 queries fit, as many as fit."""
+    assert queries_per_portion(num_queries, most) == length
+
+
 M3 = Shape(
     heads=16, dim=128, index_dim=128, block_size=128, seq_len=256, starts=(0, 256), num_queries=6, topk=2
 )
@@ -228,6 +241,53 @@ def test_shipped_configurations_fit_hopper(name: str) -> None:
     assert dtype == torch.float32 or all("wgmma" in kernel.ptx for kernel in attend_kernels)
     if shape.part_bytes:
         assert {kernel.constants.get("ADD") for kernel in attend_kernels} == {None, False, True}
+
+
+def launch_candidate(number: int, shape: Shape, dtype: torch.dtype) -> None:
+    """`launch_all` with one of the backward's configurations that are to be timed."""
+    from msa_kernels.block_sparse_attention import configs
+
+    with pytest.MonkeyPatch.context() as patch:
+        candidate = configs.ATTEND_BACKWARD_CANDIDATES[number]
+        patch.setattr(configs, "ATTEND_BACKWARD", (candidate, *configs.ATTEND_BACKWARD))
+        launch_all(shape, dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize("number", range(len(ATTEND_BACKWARD_CANDIDATES)))
+def test_candidates_fit_hopper(number: int) -> None:
+    """Taken where the table is replaced, and without spills in the M3 shape."""
+    config = ATTEND_BACKWARD_CANDIDATES[number]
+    kernels = compiled_kernels(launch_candidate, number, *SHIPPED["m3"])
+    assert_fits_hopper(kernels)
+    backward = [kernel for kernel in kernels if kernel.name == "attend_backward_kernel"]
+    assert {kernel.constants["ADD"] for kernel in backward} == {False, True}
+    for kernel in backward:
+        assert (kernel.constants["ROWS"], kernel.num_warps) == (config.rows, config.num_warps)
+        print(f"{config}: {kernel.registers} registers, {kernel.shared_bytes} B")
+
+
+@needs_triton
+def test_candidates_equal_the_definition() -> None:
+    """In fp16, as tables of 16 bits are not taken for fp32."""
+    shape = Shape(block_size=128, dim=64, index_dim=16, seq_len=256, starts=(0, 256), heads=2, groups=1)
+    problem = make_problem(shape, torch.float16)
+    merged, want = run_triton(run_pools, problem, shape)
+    for number in range(len(ATTEND_BACKWARD_CANDIDATES)):
+        got = run_triton(run_candidate, number, problem, merged)
+        for field in dataclasses.fields(PoolGrads):
+            a, b = getattr(got[0], field.name), getattr(want[0], field.name)
+            assert_rows_close(a, b.double(), TOLERANCE[torch.float16])
+
+
+def run_candidate(number: int, problem: PoolProblem, merged: PoolOutput) -> list[PoolGrads]:
+    """The backward with one of the configurations that are to be timed."""
+    from msa_kernels.block_sparse_attention import configs
+
+    with pytest.MonkeyPatch.context() as patch:
+        candidate = configs.ATTEND_BACKWARD_CANDIDATES[number]
+        patch.setattr(configs, "ATTEND_BACKWARD", (candidate, *configs.ATTEND_BACKWARD))
+        return attend_backward(problem, merged, "triton")
 
 
 @pytest.mark.parametrize(

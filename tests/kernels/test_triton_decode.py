@@ -120,6 +120,33 @@ def test_any_number_of_parts(num_parts: int) -> None:
     assert worst_row(lse, want[1]) < 1e-6
 
 
+def _launch_candidate(number: int, *args: Any, **arguments: Any) -> Any:
+    """A configuration to be timed, with as few programs as it takes; blocks per program at 1M tokens."""
+    from msa_kernels.decode import launch
+    from msa_kernels.decode.configs import CANDIDATES
+
+    config = CANDIDATES[number]
+    at_1m = launch._blocks_per_program(config, 8192)
+    before, launch._WANTED_PROGRAMS = launch._WANTED_PROGRAMS, 1
+    try:
+        return at_1m, *_launch(*args, config=config, **arguments)
+    finally:
+        launch._WANTED_PROGRAMS = before
+
+
+@pytest.mark.parametrize(("number", "per_program"), [(0, 4), (1, 32)])
+def test_candidates(number: int, per_program: int) -> None:
+    """Several blocks per program, the last one's partly not there."""
+    rows = _rows((2, 640, 2, 16), 16, [640, 77], torch.float32)
+    inputs = (*_queries(2, 4, 2, 16, 16, torch.float32), torch.tensor([640, 77]))
+    arguments: dict[str, Any] = {"block_size": 16, "topk": 5, "local_blocks": 1, "softmax_scale": 0.25}
+    at_1m, out, _, blocks = run_triton(_launch_candidate, number, rows, *inputs, **arguments)
+    want = _decode([part.double() for part in rows], None, *inputs, kernel="reference", **arguments)
+    assert at_1m == per_program
+    assert torch.equal(blocks, want[2])
+    assert worst_row(out, want[0]) < 1e-6
+
+
 def _decode_fp8(
     rows: list[Tensor], table: Tensor | None, *inputs: Tensor, native: bool, **arguments: Any
 ) -> Any:

@@ -121,6 +121,57 @@ def test_configurations_select_alike(config: tuple[Any, ...]) -> None:
     assert torch.equal(got, select_blocks_reference(q, k, starts, **arguments)[0])
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize(
+    ("config", "block_size", "local_blocks", "num_splits", "cu_seqlens", "position"),
+    [
+        ((64, 16, 4, 4), 32, 1, 1, [0, 480], None),
+        ((64, 16, 4, 2), 32, 2, 3, [0, 64, 96, 480], None),
+        (
+            (32, 16, 4, 2, 256, True),
+            32,
+            1,
+            1,
+            [0, 96, 160, 384, 480],
+            [0, 31, 95, 96, 159, 160, 383, 385, 479],
+        ),
+        ((32, 16, 4, 2, 256, True), 64, 1, 2, [0, 128, 192, 448], [0, 127, 128, 191, 192, 300, 447]),
+        ((64, 16, 4, 2, 16), 48, 2, 1, [0, 96, 480], None),
+    ],
+    ids=["halves", "documents_in_parts", "scattered", "quarters_in_parts", "thirds_channels_in_chunks"],
+)
+def test_parts_of_blocks_select_alike(
+    dtype: torch.dtype,
+    config: tuple[Any, ...],
+    block_size: int,
+    local_blocks: int,
+    num_splits: int,
+    cu_seqlens: list[int],
+    position: list[int] | None,
+) -> None:
+    """Tiles of keys smaller than a block: its best token may lie in any of them. Ties, padding queries."""
+    where = torch.arange(cu_seqlens[-1])[-75:] if position is None else torch.tensor(position)
+    q = _small_integers((len(where), 3, 32), dtype, 9)
+    k, starts = _small_integers((cu_seqlens[-1], 32), dtype, 10), torch.tensor(cu_seqlens)
+    valid = torch.rand(len(where), generator=torch.Generator().manual_seed(12)) > 0.1
+    arguments: dict[str, Any] = {"block_size": block_size, "topk": 5, "local_blocks": local_blocks}
+    arguments |= {"position": where, "query_valid": valid}
+    got = run_triton(_launch, q, k, starts, config=config, num_splits=num_splits, **arguments)
+    assert torch.equal(got, select_blocks_reference(q, k, starts, **arguments)[0])
+
+
+@pytest.mark.parametrize("num_splits", [8, 16])
+def test_many_parts_of_a_range(num_splits: int) -> None:
+    """As many candidates per row as a long divided range has; of a short row, the last parts are empty."""
+    q, k = _small_integers((3, 2, 16), torch.float32, 13), _small_integers((1024, 16), torch.float32, 14)
+    # so that not all good scores are equal
+    k[:, 0] = torch.linspace(-1, 1, 1024).mul(16).round() / 16
+    position, starts = torch.tensor([20, 500, 1023]), torch.tensor([0, 1024])
+    arguments: dict[str, Any] = {"block_size": 2, "topk": 16, "position": position}
+    got = run_triton(_launch, q, k, starts, num_splits=num_splits, config=(16, 32, 4, 2), **arguments)
+    assert torch.equal(got, select_blocks(q, k, starts, kernel="cpu", **arguments))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_random_scores(dtype: torch.dtype) -> None:
     """Where last chosen and first refused score are apart by more than rounding, the ids are equal."""
@@ -147,8 +198,9 @@ def test_random_scores(dtype: torch.dtype) -> None:
         ((128, 64, 4, 2), 1, 16, 1, None),
         ((64, 64, 4, 2, 16), 2, 16, 3, [0, 7, 47, 48, 95, 96, 97, 200, 383]),
         ((64, 32, 4, 2), 1, 48, 1, [0, 30, 47, 48, 240, 383]),
+        ((64, 16, 4, 2), 1, 48, 1, None),
     ],
-    ids=["default", "three_parts", "tiles_of_blocks", "scattered", "odd_block"],
+    ids=["default", "three_parts", "tiles_of_blocks", "scattered", "odd_block", "parts_of_blocks"],
 )
 def test_lse_of_selected_tokens(
     dtype: torch.dtype,
@@ -217,14 +269,16 @@ def test_bad_arguments(change: dict[str, Any], words: str) -> None:
 
 def _launch_shipped(shapes: list[tuple[int, int, int, str]], lse_scale: float | None) -> None:
     """Launch each (index head dim, block size, top-k, dtype), M3's with every configuration for it."""
-    from msa_kernels.select_blocks.configs import MAIN
+    from msa_kernels.select_blocks.configs import CANDIDATES, MAIN
     from msa_kernels.select_blocks.launch import select_blocks_triton
 
     for dim, block_size, topk, dtype_name in shapes:
         dtype = getattr(torch, dtype_name)
         q, k = torch.zeros(1024, 4, dim, dtype=dtype), torch.zeros(8192, dim, dtype=dtype)
         is_m3 = (dim, block_size, topk, dtype) == (128, 128, 16, torch.bfloat16)
-        for config in MAIN if is_m3 else [None]:
+        # with the log-sum-exp, blocks are not divided, and most candidates would be one configuration
+        candidates = CANDIDATES if lse_scale is None else ()
+        for config in (*MAIN, *candidates) if is_m3 else [None]:
             select_blocks_triton(
                 q, k, torch.tensor([0, 8192]), block_size=block_size, topk=topk, config=config,
                 num_splits=2 if config is MAIN[0] else 1,
@@ -249,10 +303,14 @@ def test_compiles_for_hopper(lse_scale: float | None) -> None:
         for kernel in scoring
         if kernel.constants["BLOCK_SIZE"] == 128 and kernel.constants["CHUNK"] == 128
     ]
-    assert len(m3) == 3
+    assert len(m3) == (7 if lse_scale is None else 3)
     for kernel in m3:
         assert "wgmma.mma_async" in kernel.ptx
         assert "cp.async.bulk.tensor" in kernel.ptx
-        if kernel.num_warps == 4:
+        print(
+            f"{kernel.constants['BLOCK_M']} x {kernel.constants['TILE_N']}, {kernel.num_warps} warps, "
+            f"{kernel.constants['NUM_STAGES']} stages: {kernel.registers} registers, {kernel.shared_bytes} B"
+        )
+        if kernel.constants["NUM_STAGES"] != 3:
             assert 2 * (kernel.shared_bytes + 1024) <= 233472
-            assert 2 * 128 * kernel.registers <= 65536
+            assert 2 * 32 * kernel.num_warps * kernel.registers <= 65536

@@ -43,12 +43,15 @@ INDEX_LSE = (
 )
 # Larger blocks are taken in parts of max_block.
 ATTEND_BACKWARD = (
-    # 64 rows would suit the tensor cores better, but spill 8 to 96 bytes per thread.
     TileConfig(128, 128, 2, rows=32, num_warps=8, num_stages=2),
     TileConfig(256, 128, 2, rows=32, num_warps=8, num_stages=2, separate=True),
     TileConfig(128, 32, 4, rows=16, num_warps=8, num_stages=1),
     TileConfig(256, 16, 4, rows=16, num_warps=8, num_stages=1),
 )
+# To be timed on a GPU in front of ATTEND_BACKWARD: 64 rows suit the tensor cores better, and fit without a
+# second stage, which hides no load of this loop anyway. M3's shape at temperature 1 spills nothing; another
+# temperature 24 to 56 bytes per thread, odd sizes 8 to 24.
+ATTEND_BACKWARD_CANDIDATES = (TileConfig(128, 128, 2, rows=64, num_warps=8, num_stages=1),)
 KL_BACKWARD = (
     TileConfig(128, 128, 2, rows=32, num_warps=8, num_stages=2),
     TileConfig(256, 64, 2, rows=32, num_warps=8, num_stages=2),

@@ -12,9 +12,10 @@ import torch
 import triton
 from torch import Tensor
 
+from msa_kernels.arguments import check_int64
 from msa_kernels.block_sparse_attention import configs, kernel
 from msa_kernels.block_sparse_attention.pool import BlockPool, PoolOutput, SparseQueries
-from msa_kernels.block_sparse_attention.schedule import Items, Schedule, build_schedule
+from msa_kernels.block_sparse_attention.schedule import Items, Schedule, build_schedule, queries_per_portion
 from msa_kernels.block_sparse_attention.window import TokenWindow
 from msa_kernels.tiles import padded
 
@@ -108,7 +109,8 @@ class Portion:
         windowed = self.queries.window is not None
         sizes = self.sizes
         return {
-            "M": sizes.M,
+            # read for masks alone: without them the same kernel serves any number of groups
+            "M": sizes.M if masked else 1,
             "K": sizes.K,
             "B": sizes.B,
             "BP": padded(sizes.B),
@@ -120,13 +122,21 @@ class Portion:
 def portions(
     queries: SparseQueries, pool: BlockPool, entries: Tensor, max_pairs: int
 ) -> Iterator[tuple[slice, Portion]]:
-    """Queries in portions of at most `max_pairs` pairs (row, slot), or of one query."""
+    """Queries in portions of at most `max_pairs` pairs (row, slot), or of one query.
+
+    Raises:
+        ValueError: on block ids, positions or borders of windows of another dtype than int64.
+    """
+    check_int64(**{"pool.block": pool.block, "queries.position": queries.position})
+    if queries.window is not None:
+        borders = {"window.start": queries.window.start, "window.sink_stop": queries.window.sink_stop}
+        check_int64(**borders)
     sizes = sizes_of(queries, pool, entries)
-    kv, per_query = pool.kv.contiguous(), sizes.M * sizes.K
+    pool = replace(pool, kv=pool.kv.contiguous(), block=pool.block.contiguous())
     k_index = None if queries.k_index is None else queries.k_index.contiguous()
     # Offsets into tensors of pairs have 32 bits in the kernels.
     most = (2**31 - 1) // max(sizes.G * sizes.D, sizes.B, sizes.index_dim)
-    step = max(1, min(max_pairs, most) // per_query)
+    step = queries_per_portion(entries.shape[0], min(max_pairs, most) // (sizes.M * sizes.K))
     for begin in range(0, entries.shape[0], step):
         chunk = slice(begin, begin + step)
         window = queries.window
@@ -142,7 +152,7 @@ def portions(
         )
         ids = entries[chunk].contiguous()
         schedule = build_schedule(ids, pool.block, part.position, window, block_size=sizes.B)
-        yield chunk, Portion(part, replace(pool, kv=kv), sizes, schedule)
+        yield chunk, Portion(part, pool, sizes, schedule)
 
 
 def forward(queries: SparseQueries, pool: BlockPool, entries: Tensor) -> PoolOutput:

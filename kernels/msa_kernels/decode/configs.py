@@ -8,7 +8,7 @@ class DecodeConfig:
     """Tiles and resources of the scoring and the attention programs."""
 
     blocks_per_program: int
-    """Blocks that one scoring program reads at most: few, so that all end at nearly the same time."""
+    """Blocks that one scoring program reads at most; fewer where the device would not be full otherwise."""
     tile_n: int
     """Keys per step of the attention at most."""
     num_warps: int
@@ -16,8 +16,15 @@ class DecodeConfig:
     """Tiles in flight per program."""
 
 
-# 16-bit inputs: index key tiles of 32 KB, 69 KB of shared memory, three programs per multiprocessor
+# 16-bit inputs, index key tiles of 32 KB. Of a flat cache three lie in shared memory, 102,656 B: two programs
+# per multiprocessor. Of pages, whose numbers are loaded first, two do, 69,892 B: three programs.
 MAIN = DecodeConfig(blocks_per_program=4, tile_n=64, num_warps=4, num_stages=3)
+# To be timed on a GPU: many short programs, which end at nearly the same time, or no more than run at a time,
+# which start up once (32 blocks each for one sequence of 1M tokens).
+CANDIDATES = (
+    MAIN,
+    DecodeConfig(blocks_per_program=32, tile_n=64, num_warps=4, num_stages=3),
+)
 LARGE_TILES = DecodeConfig(blocks_per_program=4, tile_n=64, num_warps=8, num_stages=1)
 # fp32 is multiplied without tensor cores; a whole block of index keys is in registers then
 FLOAT32 = DecodeConfig(blocks_per_program=4, tile_n=32, num_warps=8, num_stages=1)

@@ -7,7 +7,7 @@ USE_DOT: products on tensor cores. Without it (fp32, whose digits they would dro
 import triton
 import triton.language as tl
 
-from msa_kernels.select_blocks.kernel import NO_BLOCK
+from msa_kernels.select_blocks.kernel_rows import NO_BLOCK
 
 
 @triton.jit
@@ -97,7 +97,7 @@ def decode_scores_kernel(
         else:
             k = tl.load(source + dim[None, :], is_key, 0.0)
         if USE_DOT:
-            scores = tl.dot(k, tl.trans(q))
+            scores = tl.dot(k, tl.trans(q), input_precision="ieee")
             if FP8:
                 scores *= scale[:, None]
             if TILE_N > BLOCK_SIZE:
@@ -221,7 +221,7 @@ def decode_attention_kernel(
         k = tl.load(k_source + dim[None, :], is_token, 0.0)
         v = tl.load(v_source + dim[None, :], is_token, 0.0)
         if USE_DOT:
-            scores = tl.dot(q, tl.trans(k))
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         else:
             scores = tl.sum(k * q, axis=1)[None, :]
         scores = tl.where(seen[None, :], scores * scale_log2, float("-inf"))
@@ -233,7 +233,7 @@ def decode_attention_kernel(
         total = total * shrink + tl.sum(weight, axis=1)
         acc = acc * shrink[:, None]
         if USE_DOT:
-            acc += tl.dot(weight.to(v.dtype), v)
+            acc += tl.dot(weight.to(v.dtype), v, input_precision="ieee")
         else:
             acc += tl.sum(v * tl.trans(weight), axis=0)[None, :]
         peak = new_peak

@@ -14,7 +14,7 @@ from msa_kernels.decode.kernel import (
     decode_scores_kernel,
     merge_parts_kernel,
 )
-from msa_kernels.select_blocks.kernel import merge_kernel
+from msa_kernels.select_blocks.kernel_merge import merge_kernel
 
 # Candidates that one program ranks: 64 values and ids per thread with 4 warps
 _MAX_CANDIDATES = 8192
@@ -43,7 +43,7 @@ def decode_attention_triton(
         config: tile shapes; None: by shape.
         num_parts: programs that share the blocks of a sequence and group; None: what fills the device.
     """
-    seq_lens = seq_lens.to(q.device, non_blocking=True)
+    seq_lens = seq_lens.to(q.device, non_blocking=True).contiguous()
     dim = _padded(max(q.shape[-1], q_index.shape[-1]))
     if config is None:
         config = decode_config(element_bytes=q.element_size(), dim=dim, block_size=block_size)
@@ -81,6 +81,11 @@ def _converts_fp8(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
+def _blocks_per_program(config: DecodeConfig, num_blocks: int) -> int:
+    """Of so many blocks in all: what the configuration says at most, fewer where programs would be few."""
+    return max(1, min(config.blocks_per_program, triton.cdiv(num_blocks, _WANTED_PROGRAMS)))
+
+
 def _block_scores(
     q_index: Tensor,
     cache: DecodeCache,
@@ -95,7 +100,7 @@ def _block_scores(
     num_blocks = triton.cdiv(cache.capacity, block_size)
     scores = torch.empty(batch, num_groups, num_blocks, dtype=torch.float32, device=q_index.device)
     keys = cache.k_index if cache.k_index.stride(2) == 1 else cache.k_index.contiguous()
-    per_program = max(1, min(config.blocks_per_program, num_blocks * batch // _WANTED_PROGRAMS))
+    per_program = _blocks_per_program(config, num_blocks * batch)
     table, page_size, pages_per_sequence = _pages(cache, seq_lens)
     scale = cache.k_index_scale
     if cache.has_fp8_keys:

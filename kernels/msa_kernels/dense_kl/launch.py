@@ -81,7 +81,7 @@ def dense_kl_part(
         "STAGES": config.num_stages,
         "num_warps": config.num_warps,
     }
-    lse, lse_index = lse.contiguous(), lse_index.contiguous()
+    lse, lse_index = lse.float().contiguous(), lse_index.float().contiguous()
     tiles = max(1, DIFFERENCE_BYTES // (M * K * q.element_size() * config.rows))
     step = min(tiles * config.rows, Q)
     difference = k_index.new_empty(M * step * K)

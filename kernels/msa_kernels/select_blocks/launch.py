@@ -8,7 +8,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from msa_kernels.select_blocks.configs import SelectConfig, select_config
-from msa_kernels.select_blocks.kernel import merge_kernel, select_blocks_kernel
+from msa_kernels.select_blocks.kernel import select_blocks_kernel
+from msa_kernels.select_blocks.kernel_merge import merge_kernel
 
 # Programs per multiprocessor to aim for: two run at a time, the rest evens out their lengths.
 _PROGRAMS_PER_PROCESSOR = 8
@@ -61,12 +62,11 @@ def select_blocks_triton(
             with_lse=with_lse,
         )
     chunk = min(dim, config.chunk)
-    tile_blocks = max(1, config.tile_n // block_size) if block_size & (block_size - 1) == 0 else 1
-    tile_n = max(16, triton.next_power_of_2(tile_blocks * block_size))
+    tile_n, tile_blocks, parts = _key_tile(config.tile_n, block_size, with_lse)
     num_tiles = triton.cdiv(num_rows, config.block_m)
     if num_splits is None:
         num_splits = _num_splits(q_index.device, num_tiles, k_index.shape[0] // block_size, slots)
-    starts = cu_seqlens.to(q_index.device, non_blocking=True)
+    starts = cu_seqlens.to(q_index.device, non_blocking=True).contiguous()
     num_docs = starts.numel() - 1
     offset = query_offset if position is None else 0
     shared = {
@@ -120,6 +120,7 @@ def select_blocks_triton(
         BLOCK_M=config.block_m,
         TILE_N=tile_n,
         TILE_BLOCKS=tile_blocks,
+        PARTS=parts,
         NUM_STAGES=config.num_stages,
         num_warps=config.num_warps,
     )
@@ -143,6 +144,17 @@ def select_blocks_triton(
             num_warps=4,
         )
     return out, lse
+
+
+def _key_tile(wanted: int, block_size: int, with_lse: bool) -> tuple[int, int, int]:
+    """Keys of a tile, a power of two, of which at least 16; the blocks that it holds; its number in a block.
+
+    Example: 64 wanted are 4 blocks of 16, one of 48 and padding, or a half of one of 128.
+    """
+    if not with_lse and 16 <= wanted < block_size and block_size % wanted == 0:
+        return wanted, 1, block_size // wanted
+    blocks = max(1, wanted // block_size) if block_size & (block_size - 1) == 0 else 1
+    return max(16, triton.next_power_of_2(blocks * block_size)), blocks, 1
 
 
 def _num_splits(device: torch.device, num_tiles: int, num_blocks: int, slots: int) -> int:

@@ -70,7 +70,7 @@ class Context:
         self.records, self.kernel = records, kernel
         self.device = torch.device(device)
         self.smoke, self.scale = smoke, TINY if smoke else GPU
-        self.clock = Clock(self.device, deadline)
+        self.clock = Clock(self.device, deadline, quick=smoke)
         self.tensors = Tensors(self.device, self.scale.dtype, seed)
 
     @property

@@ -16,7 +16,9 @@ from tests.kernels import test_triton_dense_kl as dense_kl
 from tests.kernels.test_triton_block_sparse_attention import run_pools
 
 pytestmark = needs_triton
-POOLS = Shape(window=21, topk=4, num_queries=20, groups=1, heads=1, part_bytes=2**11)
+POOLS = Shape(
+    window=21, topk=4, num_queries=9, seq_len=48, starts=(0, 48), groups=1, heads=1, part_bytes=2**11
+)
 
 
 def strided(tensor: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.plan import PartSpec
-from benchmarks.gpu.records import CRASHED, Record, Records
+from benchmarks.gpu.records import CRASHED, LEFT_OUT, Record, Records
 
 ROOT = Path(__file__).resolve().parents[2]
 # Imports, and the device's first call
@@ -93,6 +93,10 @@ class Supervisor:
         for child in self._children:
             _signal(child, signal.SIGKILL)
             child.process.wait()
+        self._read()
+        for child in self._children:
+            if child.step is not None:
+                self._end(child, LEFT_OUT, "the run was ended")
         self._children = []
         if self._spare is not None:
             self._spare.kill()
@@ -120,9 +124,9 @@ class Supervisor:
                     if again:
                         waiting.insert(0, child.part)
             if self._left_s < -_GRACE_S:
-                # children look at the time themselves before each step
+                # children look at the time themselves before each step: these are late
+                complete = complete and not self._children
                 self.stop()
-                return False
         return complete
 
     @property
@@ -190,7 +194,7 @@ class Supervisor:
         why = self._why(child, code)
         if child.step is not None:
             self._ended[child.part.name].append(child.step)
-            self.records.append("end", part=child.part.name, step=child.step, status=CRASHED, why=why)
+            self._end(child, CRASHED, why)
         if child.begun:
             self._empty[child.part.name] = 0
             return True, child.step is None
@@ -200,6 +204,9 @@ class Supervisor:
             self.records.append("note", text=f"{child.part.name}: not begun, {why}")
             self._read()
         return again, False
+
+    def _end(self, child: _Child, status: str, why: str) -> None:
+        self.records.append("end", part=child.part.name, step=child.step, status=status, why=why)
 
     def _why(self, child: _Child, code: int) -> str:
         text = f"no end after {child.part.limit_s:.0f} s" if child.hung else _describe(code)

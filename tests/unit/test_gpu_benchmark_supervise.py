@@ -131,6 +131,10 @@ def test_time_that_is_up_leaves_the_rest_out(tmp_path: Path) -> None:
     assert time.monotonic() - begin < 30
     assert ("bad", "first") in run.made()
     assert not any(name == "good" for name, _ in run.made())
+    ends = [(end["step"], end["status"]) for end in run.records.read() if end["kind"] == "end"]
+    assert ends == [("first", "done"), ("second", "left out")]
+    notes = [record["text"] for record in run.records.read() if record["kind"] == "note"]
+    assert notes == ["good: left out, the time is up"]
 
 
 def test_records_of_many_writers_are_whole(tmp_path: Path) -> None:

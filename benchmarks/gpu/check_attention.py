@@ -130,15 +130,17 @@ def _limits(problem: AttentionProblem, kernel: str) -> list[Change]:
     if kernel != "triton":
         return []
     q, (T, M, K), case = problem.inputs[0], problem.block_indices.shape, problem.case
-    part_bytes = T * M * K * q.shape[2] * q.shape[3] * q.element_size() // case.portions
+    size = q.element_size()
+    pairs, row_bytes = T * M * K // case.portions, q.shape[2] * q.shape[3] * size
+    kl_bytes = 4 * problem.block_size + problem.inputs[4].shape[1] * size
     changes: list[Change] = []
     if case.portions > 1:
-        changes += [
-            (_FORWARD, "FORWARD_PART_BYTES", part_bytes),
-            (_BACKWARD, "BACKWARD_PART_BYTES", part_bytes),
-        ]
+        changes.append((_FORWARD, "FORWARD_PART_BYTES", pairs * row_bytes))
+        changes.append((_BACKWARD, "BACKWARD_PART_BYTES", pairs * (row_bytes + kl_bytes)))
     if case.split_lists:
-        changes += [(_FORWARD, "FORWARD_PAIRS_PER_ITEM", 8), (_BACKWARD, "BACKWARD_PAIRS_PER_ITEM", 8)]
+        # a quarter of the queries of a portion that select a block, on average
+        item = max(1, T * K * problem.block_size // (problem.inputs[1].shape[0] * case.portions * 4))
+        changes += [(_FORWARD, "FORWARD_PAIRS_PER_ITEM", item), (_BACKWARD, "BACKWARD_PAIRS_PER_ITEM", item)]
     return changes
 
 

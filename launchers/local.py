@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import uuid
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,13 +17,15 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, W
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SignalException, SubprocessContext
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
-from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from launchers.command_line import STOPPED
 from launchers.failure import WorkerFailure, report
 from launchers.join import Node
+from launchers.private_store import OneMachine, private_store
 from launchers.worker import LAUNCHER_PID, TRAINING
+from msa_train.parallel.job_store import STORE_FILE
 from msa_train.training import stop
 
 MONITOR_INTERVAL_S = 0.1
@@ -141,19 +144,19 @@ def launch_workers(
     """
     stop.listen()
     os.environ[LAUNCHER_PID] = str(os.getpid())
-    if node is None and os.path.exists("/sys/class/net/lo"):
-        # all workers are here; a host name that does not resolve must not matter
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if "LOGLEVEL" not in os.environ:
         _silence_elastic()
     logs = config_path.parent / "logs" / time.strftime("%Y%m%d-%H%M%S")
     arguments = ("-m", "launchers.worker", str(config_path), entry)
-    agent = LocalAgent(_worker_spec(num_processes, arguments, node), RunDirLogs(logs))
-    try:
-        result = cast(RunResult, agent.run())
-    except SignalException as error:
-        print(f"msa-train: stopped by {error.sigval.name}", file=sys.stderr, flush=True)
-        return 128 + error.sigval
+    with ExitStack() as stack:
+        if _is_alone(node):
+            _stay_on_this_machine(stack)
+        agent = LocalAgent(_worker_spec(num_processes, arguments, node), RunDirLogs(logs))
+        try:
+            result = cast(RunResult, agent.run())
+        except SignalException as error:
+            print(f"msa-train: stopped by {error.sigval.name}", file=sys.stderr, flush=True)
+            return 128 + error.sigval
     if not result.is_failed():
         return _good_end(config_path.parent, alone=node is None)
     first_rank = node.rank * num_processes if node else 0
@@ -164,6 +167,19 @@ def launch_workers(
     world_size = num_processes * (node.count if node else 1)
     print(report(failures, world_size=world_size, first_rank=first_rank), file=sys.stderr, flush=True)
     return 1
+
+
+def _is_alone(node: Node | None) -> bool:
+    """Whether all workers of the job are on this machine."""
+    return node is None or node.count == 1
+
+
+def _stay_on_this_machine(stack: ExitStack) -> None:
+    """Workers meet in a file that is the user's alone, and connect over the loopback interface."""
+    os.environ[STORE_FILE] = str(stack.enter_context(private_store()))
+    if os.path.exists("/sys/class/net/lo"):
+        # a host name that does not resolve must not matter
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
 def _good_end(run_dir: Path, *, alone: bool) -> int:
@@ -183,33 +199,27 @@ def _worker_spec(num_processes: int, arguments: tuple[str, ...], node: Node | No
         local_world_size=num_processes,
         entrypoint=sys.executable,
         args=arguments,
-        rdzv_handler=get_rendezvous_handler(_rendezvous(node)),
+        rdzv_handler=_rendezvous(node),
         max_restarts=0,
         monitor_interval=MONITOR_INTERVAL_S,
         local_addr=local_addr,
     )
 
 
-def _rendezvous(node: Node | None) -> RendezvousParameters:
-    if node is None:
-        return RendezvousParameters(
-            backend="c10d",
-            # port 0: the store binds a free port itself, and workers are told which
-            endpoint="127.0.0.1:0",
-            run_id=uuid.uuid4().hex,
-            min_nodes=1,
-            max_nodes=1,
-            local_addr="127.0.0.1",
-        )
+def _rendezvous(node: Node | None) -> RendezvousHandler:
+    if node is None or _is_alone(node):
+        return OneMachine(uuid.uuid4().hex)
     # Ranks follow the order of the nodes that Slurm gave; c10d would sort host names, node10 before node2.
-    return RendezvousParameters(
-        backend="static",
-        endpoint=f"{node.head}:{node.port}",
-        run_id=node.start,
-        min_nodes=node.count,
-        max_nodes=node.count,
-        rank=node.rank,
-        timeout=RENDEZVOUS_S,
+    return get_rendezvous_handler(
+        RendezvousParameters(
+            backend="static",
+            endpoint=f"{node.head}:{node.port}",
+            run_id=node.start,
+            min_nodes=node.count,
+            max_nodes=node.count,
+            rank=node.rank,
+            timeout=RENDEZVOUS_S,
+        )
     )
 
 

@@ -1,6 +1,7 @@
 """Starts torch.distributed and Megatron's process groups. The one place that reads Megatron's globals."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -13,6 +14,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from msa_train.config import ExchangeConfig, ParallelConfig
 from msa_train.parallel.collectives import CpComm
 from msa_train.parallel.exchange_groups import build_comm
+from msa_train.parallel.job_store import open_store
 
 
 @dataclass(slots=True)
@@ -60,8 +62,19 @@ class Groups:
         return self.comm.fresh()
 
 
-def init_distributed(*, device: torch.device, timeout_s: int) -> None:
-    """Join the job described by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; nccl on GPUs, else gloo."""
+def init_distributed(
+    *, device: torch.device, timeout_s: int, say: Callable[[str], None] = lambda text: None
+) -> None:
+    """Join the job that the environment describes (see `open_store`); nccl on GPUs, else gloo.
+
+    Args:
+        device: of this rank.
+        timeout_s: longest wait for the other ranks, and of a collective, in seconds.
+        say: is told for whom this rank waits, if that takes long.
+
+    Raises:
+        JobIncompleteError: if not all ranks come in time.
+    """
     if dist.is_initialized():
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -69,6 +82,7 @@ def init_distributed(*, device: torch.device, timeout_s: int) -> None:
         torch.cuda.set_device(device)
     dist.init_process_group(
         backend,
+        store=open_store(os.environ, timeout_s=timeout_s, say=say),
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
         timeout=timedelta(seconds=timeout_s),

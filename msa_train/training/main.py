@@ -31,7 +31,7 @@ def run_worker(config: RunConfig) -> None:
     """Train as one rank of the job that RANK, LOCAL_RANK, WORLD_SIZE and MASTER_* describe."""
     torch.set_num_threads(config.launcher.threads_per_process)
     device = choose_device(config)
-    init_distributed(device=device, timeout_s=config.launcher.timeout_s)
+    init_distributed(device=device, timeout_s=config.launcher.timeout_s, say=_warn)
     groups = build_groups(
         config.parallel,
         device=device,
@@ -63,6 +63,10 @@ def run_worker(config: RunConfig) -> None:
             report(config, groups, last, steps=steps, seconds=seconds, stream=sys.stdout)
     dist.barrier()
     destroy_groups(groups)
+
+
+def _warn(text: str) -> None:
+    print(f"msa-train: {text}", file=sys.stderr, flush=True)
 
 
 def _tell_stopped(config: RunConfig, stopped: stop.Stopped) -> None:

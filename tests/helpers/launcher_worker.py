@@ -4,13 +4,13 @@ import os
 import signal
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from msa_train.config import RunConfig
+from msa_train.parallel.groups import init_distributed
 from msa_train.training import stop
 
 FAIL_AT_STEP = 3
@@ -21,7 +21,7 @@ def run(config: RunConfig) -> None:
 
     Asked to stop, it saves nothing.
     """
-    dist.init_process_group("gloo", timeout=timedelta(seconds=config.launcher.timeout_s))
+    init_distributed(device=torch.device("cpu"), timeout_s=config.launcher.timeout_s)
     rank, behaviour = dist.get_rank(), os.environ.get("TEST_WORKER", "")
     run_dir = Path(config.run_dir)
     (run_dir / f"pid{rank}").write_text(str(os.getpid()))

@@ -126,6 +126,22 @@ def test_exception_is_shown_with_rank_and_traceback(start: Start) -> None:
     wait_gone(pids)
 
 
+def test_nobody_else_can_reach_the_stores(start: Start) -> None:
+    launch = start()
+    workers = [psutil.Process(pid) for pid in launch.wait_for_steps()]
+    store = Path(workers[0].environ()["MSA_TRAIN_STORE"])
+    assert store.is_file()
+    assert store.parent.stat().st_mode & 0o777 == 0o700
+    for process in (psutil.Process(launch.process.pid), *workers):
+        listening = [item.laddr.ip for item in process.net_connections() if item.status == psutil.CONN_LISTEN]
+        assert set(listening) <= {"127.0.0.1", "::1"}, (process, listening)
+        # gloo's, of the workers; the agent needs none
+        assert bool(listening) == (process in workers)
+    launch.process.terminate()
+    launch.end(DOWN_WITHIN_S)
+    assert not store.parent.exists()
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_killed_worker_takes_the_job_down(start: Start, rank: int) -> None:
     launch = start()

@@ -10,9 +10,11 @@ from datetime import timedelta
 from pathlib import Path
 
 from launchers.command_line import Parser, run_command
-from launchers.join import expand_nodelist, slurm_port
+from launchers.job_token import read_token, token_path
+from launchers.join import expand_nodelist, slurm_generation, slurm_port
 from launchers.node_facts import Facts, Wanted, complaints, gather_facts
 from launchers.node_links import Answer, Head, answer_head, slow_nodes
+from msa_train.config import one_line, printable
 
 BAD_NODES = Path("slurm") / "bad_nodes"
 DESCRIPTION = """\
@@ -50,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _check(_parser().parse_args(argv), find_place())
         except NodesAreBadError as error:
             bad.append(str(error))
-            print(f"msa-preflight: {error}", file=sys.stderr, flush=True)
+            print(f"msa-preflight: {one_line(error)}", file=sys.stderr, flush=True)
 
     return run_command("msa-preflight", run) or int(bool(bad))
 
@@ -87,9 +89,10 @@ def _check(arguments: argparse.Namespace, place: Place) -> None:
     )
     facts = gather_facts(arguments.run_dir, count_gpus=wanted.gpus > 0, timeout_s=arguments.timeout_s / 2)
     run_dir, timeout_s = Path(arguments.run_dir), arguments.timeout_s
+    token = _token(facts, place, run_dir, timeout_s) if len(place.nodes) > 1 else b""
     if place.rank == 0:
-        _judge(facts, wanted, place, run_dir, timeout_s)
-    elif not _answer(facts, place, run_dir, timeout_s):
+        _judge(facts, wanted, place, run_dir, timeout_s, token)
+    elif not _answer(facts, place, run_dir, timeout_s, token):
         return
     if len(place.nodes) > 1:
         seconds = _time_all_reduce(place, arguments.megabytes, timeout_s)
@@ -101,10 +104,23 @@ def _check(arguments: argparse.Namespace, place: Place) -> None:
             )
 
 
-def _judge(facts: Facts, wanted: Wanted, place: Place, run_dir: Path, timeout_s: float) -> None:
+def _token(facts: Facts, place: Place, run_dir: Path, timeout_s: float) -> bytes:
+    """What tells this job's nodes from strangers. Rank 0 makes it where the batch script has not."""
+    path = token_path(run_dir, slurm_generation(os.environ))
+    try:
+        return read_token(path, create=place.rank == 0, timeout_s=timeout_s / 2)
+    except OSError as error:
+        # the first node then misses this one, and says that it is silent
+        raise NodesAreBadError(
+            f"{facts.node}: run_dir={run_dir}: cannot be used here ({error.strerror}: {path}); "
+            "it must be on a file system that all nodes share"
+        ) from error
+
+
+def _judge(facts: Facts, wanted: Wanted, place: Place, run_dir: Path, timeout_s: float, token: bytes) -> None:
     """Rank 0: hear all others, print a line for each, name the bad."""
     answers = {0: Answer(facts=facts, clock_s=0.0, echo_s=0.0)}
-    head = Head(place.port, len(place.nodes)) if len(place.nodes) > 1 else None
+    head = Head(place.port, len(place.nodes), token) if len(place.nodes) > 1 else None
     if head is not None:
         answers |= head.ask_all(timeout_s)
     links = {place.nodes[rank]: answer.echo_s for rank, answer in answers.items() if rank}
@@ -137,11 +153,11 @@ def _line(node: str, answer: Answer) -> str:
     )
 
 
-def _answer(facts: Facts, place: Place, run_dir: Path, timeout_s: float) -> bool:
+def _answer(facts: Facts, place: Place, run_dir: Path, timeout_s: float, token: bytes) -> bool:
     """Another rank: whether to go on."""
     head = place.nodes[0]
     try:
-        return answer_head(head, place.port, place.rank, facts, timeout_s)
+        return answer_head(head, place.port, place.rank, facts, token, timeout_s)
     except OSError as error:
         # this node alone may be cut off: the first one then names it, and knows better
         if not (run_dir / BAD_NODES).exists():
@@ -155,7 +171,8 @@ def _name(run_dir: Path, texts: Sequence[str]) -> None:
     """Leave a line "node: what is wrong" for each: Slurm may lose what is printed by a step that it ends."""
     path = run_dir / BAD_NODES
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+    # a line break in what a node says would put another name into the list of those to exclude
+    path.write_text("".join(f"{printable(text)}\n" for text in texts), encoding="utf-8")
 
 
 def _time_all_reduce(place: Place, megabytes: float, timeout_s: float) -> float:

@@ -1,11 +1,12 @@
 """What one node says about itself before training. Standard library and psutil; torch only to count GPUs."""
 
+import math
 import os
 import socket
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import psutil
@@ -57,6 +58,24 @@ def gather_facts(run_dir: str, *, count_gpus: bool, timeout_s: float) -> Facts:
         write_s=write_s,
         write_error=error,
     )
+
+
+def read_facts(content: object) -> Facts:
+    """Check what a node has sent about itself.
+
+    Raises:
+        ValueError: if something is missing, unknown, of another type or no finite number.
+    """
+    types = {field.name: field.type for field in fields(Facts)}
+    if not isinstance(content, dict) or set(content) != set(types):
+        raise ValueError("facts of a node: must have exactly the fields of Facts")
+    for name, kind in types.items():
+        value = content[name]
+        # JSON writes 3.0 as 3.0, but True is an int to Python, and NaN a float
+        good = type(value) is kind or (kind is float and type(value) is int)
+        if not good or (kind is not str and not math.isfinite(value)):
+            raise ValueError(f"facts of a node: {name} is none of {kind}")
+    return Facts(**content)
 
 
 def complaints(facts: Facts, wanted: Wanted, clock_s: float) -> list[str]:

@@ -42,6 +42,7 @@ from msa_train.config.stages import (
     stage_at,
     total_steps,
 )
+from msa_train.config.text import one_line, printable
 
 __all__ = [
     "Activation",
@@ -82,7 +83,9 @@ __all__ = [
     "check_rules",
     "check_time",
     "longest_seq_len",
+    "one_line",
     "plan_stages",
+    "printable",
     "resolve_engine",
     "stage_at",
     "total_steps",

@@ -1,15 +1,19 @@
 """Nodes that look at themselves and at each other before training; several nodes are threads here."""
 
+import json
+import socket
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from launchers.node_check import BAD_NODES, main
+from launchers.job_token import read_token, sign, token_path
+from launchers.node_check import BAD_NODES, _name, main
 from launchers.node_facts import Facts, Wanted, complaints, gather_facts
-from launchers.node_links import Head, answer_head, slow_nodes
+from launchers.node_links import Head, Link, answer_head, slow_nodes
 
+TOKEN = b"0" * 64
 GOOD = {"gpus": 8, "cpus": 64, "memory_gb": 500.0, "write_s": 0.1, "write_error": ""}
 
 
@@ -47,12 +51,12 @@ def test_slow_link_stands_out_among_three() -> None:
 
 
 def test_head_hears_all_that_answer_and_misses_the_silent() -> None:
-    head = Head(0, 4)
+    head = Head(0, 4, TOKEN)
     port = head._server.getsockname()[1]
     told: dict[int, bool] = {}
 
     def node(rank: int) -> None:
-        told[rank] = answer_head("127.0.0.1", port, rank, facts(gpus=rank), timeout_s=20)
+        told[rank] = answer_head("127.0.0.1", port, rank, facts(gpus=rank), TOKEN, timeout_s=20)
 
     # rank 3 never starts
     threads = [threading.Thread(target=node, args=(rank,), daemon=True) for rank in (1, 2)]
@@ -70,13 +74,108 @@ def test_head_hears_all_that_answer_and_misses_the_silent() -> None:
 
 
 def test_node_without_a_first_one_gives_up() -> None:
-    head = Head(0, 2)
+    head = Head(0, 2, TOKEN)
     port = head._server.getsockname()[1]
-    head._server.close()
+    head.close()
     start = time.monotonic()
     with pytest.raises(OSError):
-        answer_head("127.0.0.1", port, 1, facts(), timeout_s=0.5)
+        answer_head("127.0.0.1", port, 1, facts(), TOKEN, timeout_s=0.5)
     assert time.monotonic() - start < 20
+
+
+def greet(port: int, token: bytes, content: object) -> socket.socket:
+    """A stranger's connection, with what it says signed by its token."""
+    connection = socket.create_connection(("127.0.0.1", port))
+    challenge = Link(connection, 20).read_line()
+    hello = json.dumps(content).encode()
+    connection.sendall(f"{sign(token, b'hello', challenge, hello)} ".encode() + hello + b"\n")
+    return connection
+
+
+def test_strangers_keep_nobody_waiting_and_are_not_believed() -> None:
+    head = Head(0, 3, TOKEN)
+    port = head._server.getsockname()[1]
+    mine = {**GOOD, "node": "n", "gpus": 0}
+    connections = [socket.create_connection(("127.0.0.1", port)) for _ in range(8)]
+    for connection, said in zip(
+        connections[2:], (b"{", b"{}\n", b"[1]\n", b"\xff\n", b"[" * 9999 + b"\n"), strict=False
+    ):
+        connection.sendall(said)
+    connections.append(greet(port, b"1" * 64, {"rank": 1, "facts": mine, "challenge": "x"}))
+    told: list[bool] = []
+    threads = [
+        threading.Thread(
+            target=lambda rank=rank: told.append(answer_head("127.0.0.1", port, rank, facts(), TOKEN, 20)),
+            daemon=True,
+        )
+        for rank in (1, 2)
+    ]
+    for thread in threads:
+        thread.start()
+    answers = head.ask_all(timeout_s=20)
+    head.tell_all(go_on=True)
+    for thread in threads:
+        thread.join(20)
+    assert {rank: answer.facts.gpus for rank, answer in answers.items()} == {1: 8, 2: 8}
+    assert told == [True, True]
+    for connection in connections:
+        connection.close()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"rank": 77, "facts": {**GOOD, "node": "n"}, "challenge": "x"},
+        {"rank": 0, "facts": {**GOOD, "node": "n"}, "challenge": "x"},
+        {"rank": True, "facts": {**GOOD, "node": "n"}, "challenge": "x"},
+        {"rank": 1, "facts": {**GOOD, "node": "n"}},
+        {"rank": 1, "facts": {"x": 1}, "challenge": "x"},
+        {"rank": 1, "facts": {**GOOD, "node": "n", "gpus": "8"}, "challenge": "x"},
+        {"rank": 1, "facts": {**GOOD, "node": "n", "memory_gb": float("nan")}, "challenge": "x"},
+        [1],
+        {},
+    ],
+)
+def test_odd_words_of_a_node_bring_nobody_down(content: object) -> None:
+    head = Head(0, 2, TOKEN)
+    with greet(head._server.getsockname()[1], TOKEN, content) as connection:
+        # it is refused, and the first node is still there
+        assert connection.recv(1) == b""
+    assert head.ask_all(timeout_s=0.01) == {}
+    head.close()
+
+
+def test_a_node_does_not_believe_a_false_first_one() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def play_the_first() -> None:
+            connection, _ = server.accept()
+            connection.sendall(b"challenge\n")
+            Link(connection, 20).read_line()
+            connection.sendall(b"go on " + b"0" * 64 + b"\n")
+
+        threading.Thread(target=play_the_first, daemon=True).start()
+        with pytest.raises(ConnectionError, match="does not belong to this job"):
+            answer_head("127.0.0.1", server.getsockname()[1], 1, facts(), TOKEN, timeout_s=20)
+
+
+def test_token_is_made_once_and_must_be_private(tmp_path: Path) -> None:
+    path = token_path(tmp_path, "7.0")
+    with pytest.raises(FileNotFoundError):
+        read_token(path, create=False, timeout_s=0)
+    token = read_token(path, create=True, timeout_s=0)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert read_token(path, create=True, timeout_s=0) == token
+    assert len(token) == 64
+    path.chmod(0o640)
+    with pytest.raises(ValueError, match="readable by you alone"):
+        read_token(path, create=False, timeout_s=0)
+
+
+def test_what_a_node_says_adds_no_line_to_the_bad_nodes(tmp_path: Path) -> None:
+    _name(tmp_path, ["gpu01: run_dir cannot be written: \x1b]0;x\x07\nnode99: y"])
+    (line,) = (tmp_path / BAD_NODES).read_text().splitlines()
+    assert line == r"gpu01: run_dir cannot be written: \x1b]0;x\x07\nnode99: y"
 
 
 def test_command_names_a_bad_node(

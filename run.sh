@@ -90,7 +90,7 @@ set_up_system() {
     local name module
     for name in train convert simulate checkpoint submit status preflight=node_check; do
         module=${name#*=} name=${name%=*}
-        printf '#!/bin/sh\nexec "%s" -m launchers.%s "$@"\n' "$PWD/$venv/bin/python" "$module" >"$venv/bin/msa-$name"
+        printf '#!/bin/sh\nexec "%s" -P -m launchers.%s "$@"\n' "$PWD/$venv/bin/python" "$module" >"$venv/bin/msa-$name"
         chmod +x "$venv/bin/msa-$name"
     done
     echo "$stamp" >"$venv/stamp"

@@ -5,6 +5,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from launchers.code_path import python_path
 from launchers.groups import shipped_file
 from msa_train.config import ClusterConfig, ContainerRuntime, Tasks
 
@@ -80,8 +81,10 @@ def _environment(job: Job, cluster: ClusterConfig) -> list[str]:
     if cluster.venv and not cluster.container:
         lines.append(f"source {shlex.quote(cluster.venv)}/bin/activate")
     variables = {**cluster.environment, **cluster.network}
-    if job.python_path:
-        variables = {"PYTHONPATH": job.python_path, **variables}
+    own_python = not cluster.venv and not cluster.container
+    # what lies in the folder of the command is not imported
+    safe = {"PYTHONPATH": python_path(job.python_path, with_code=own_python), "PYTHONSAFEPATH": "1"}
+    variables = {**{name: value for name, value in safe.items() if value}, **variables}
     return lines + [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
 
 

@@ -20,6 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
+from launchers.code_path import worker_arguments
 from launchers.command_line import STOPPED
 from launchers.failure import WorkerFailure, report
 from launchers.join import Node
@@ -147,7 +148,8 @@ def launch_workers(
     if "LOGLEVEL" not in os.environ:
         _silence_elastic()
     logs = config_path.parent / "logs" / time.strftime("%Y%m%d-%H%M%S")
-    arguments = ("-m", "launchers.worker", str(config_path), entry)
+    # torch fills in $-names of arguments
+    arguments = tuple(text.replace("$", "$$") for text in worker_arguments(str(config_path), entry))
     with ExitStack() as stack:
         if _is_alone(node):
             _stay_on_this_machine(stack)

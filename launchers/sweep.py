@@ -13,6 +13,7 @@ import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from launchers.code_path import python_path
 from launchers.compose import compose_run, run_config
 from launchers.groups import config_dir
 from launchers.join import joined_environment
@@ -98,7 +99,10 @@ def hydra_arguments(request: "Request", cluster: ClusterConfig, base: Path, swep
     """What Hydra is told: the overrides, where runs go, and how Slurm is asked."""
     fixed = sorted({_key(text) for text in request.run} - swept | {"run_dir"})
     setup = ["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK", *cluster.setup]
-    setup += [f"export {name}={value}" for name, value in {**cluster.environment, **cluster.network}.items()]
+    # what lies in the folder of the command is not imported
+    safe = {"PYTHONSAFEPATH": "1", "PYTHONPATH": python_path(os.environ.get("PYTHONPATH", ""))}
+    variables = {**safe, **cluster.environment, **cluster.network}
+    setup += [f"export {name}={value}" for name, value in variables.items()]
     more: dict[str, str] = {}
     for option in cluster.sbatch:
         name, _, value = option.lstrip("-").partition("=")

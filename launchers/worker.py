@@ -1,4 +1,4 @@
-"""One worker process: `python -m launchers.worker CONFIG.yaml`, or `run_entry` under torchrun and srun."""
+"""One worker process: `launchers.worker CONFIG.yaml`, or `run_entry` under torchrun and srun."""
 
 import ctypes
 import faulthandler

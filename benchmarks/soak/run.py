@@ -164,8 +164,9 @@ def ranks(processes: list[psutil.Process]) -> list[psutil.Process]:
         with contextlib.suppress(psutil.Error):
             words = process.cmdline()
             for module in found:
-                # the name alone is a word also of srun's command line
-                if words[1:3] == ["-m", module]:
+                # the name alone is a word also of srun's command line; workers are started by `-P -c CODE`
+                started = words[1:3] == ["-m", module] or (words[1:3] == ["-P", "-c"] and module in words[3])
+                if started:
                     found[module].append(process)
     return found["launchers.worker"] or found["launchers.train"]
 

@@ -1,5 +1,6 @@
 """Jobs for Slurm, as far as they can be checked without one: settings, script, refusals, sweeps."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,21 @@ def test_containers() -> None:
 def test_venv_or_the_python_that_submits() -> None:
     assert "source /shared/venv/bin/activate" in lines(ClusterConfig(venv="/shared/venv"))
     assert f"train=({sys.executable} -m launchers.train)" in lines(ClusterConfig())
+
+
+def test_nothing_is_imported_from_the_folder_of_the_command() -> None:
+    """This code is, wherever it is, and an empty part of PYTHONPATH is that folder too."""
+    root = str(Path(__file__).parents[2])
+    for cluster, folders in ((ClusterConfig(), (root, f"{root}/kernels")), (ClusterConfig(venv="/v"), ())):
+        job = dataclasses.replace(JOB, python_path=":/mine:")
+        text = batch_script(job, cluster).splitlines()
+        assert "export PYTHONSAFEPATH=1" in text
+        assert f"export PYTHONPATH={':'.join([*folders, '/mine'])}" in text
+    request = read_request(["cluster=local_cpu", "run=smoke", "optim.lr=1e-3,2e-3", "-m"])
+    told = hydra_arguments(request, ClusterConfig(), Path("/runs"), {"optim.lr"})
+    (setup,) = [text for text in told if text.startswith("hydra.launcher.setup=")]
+    assert "export PYTHONSAFEPATH=1" in setup
+    assert f"export PYTHONPATH={root}:{root}/kernels" in setup
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,17 @@
 """What the commands beside msa-train share: parsing, and how a failure is told."""
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from launchers.output import steady_output
+from msa_train.config import one_line
+
 # exit codes of all commands; STOPPED: saved before the end, to be started again (EX_TEMPFAIL of sysexits.h)
-USER_ERROR, STOPPED, INTERRUPTED = 2, 75, 130
+MACHINE_ERROR, USER_ERROR, STOPPED, INTERRUPTED = 1, 2, 75, 130
 
 
 def leave(code: int) -> NoReturn:
@@ -16,8 +20,10 @@ def leave(code: int) -> NoReturn:
     Python would first take apart all modules and objects: a second of work after torch was imported, in which
     destructors of process groups can wait for other ranks for ever.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        # what can no longer be printed must not change the code
+        with contextlib.suppress(Exception):
+            stream.flush()
     os._exit(code)
 
 
@@ -38,16 +44,23 @@ def run_command(name: str, run: Callable[[], int | None], *, when_interrupted: s
         when_interrupted: what to add after Ctrl-C.
 
     Returns:
-        Exit code: 0 or what `run` returns, 2 for bad input or files, 130 if interrupted.
+        Exit code: 0 or what `run` returns, 1 if stdout could not be written, 2 for bad input or files, 130 if
+        interrupted. A reader of stdout that leaves, as in `| head`, changes nothing.
     """
+    with steady_output() as output:
+        code = _run(name, run, when_interrupted)
+        output.flush()
+        if output.error is not None and not code:
+            print(f"{name}: error: stdout cannot be written ({output.error.strerror})", file=sys.stderr)
+            return MACHINE_ERROR
+        return code
+
+
+def _run(name: str, run: Callable[[], int | None], when_interrupted: str) -> int:
     try:
         return run() or 0
-    except BrokenPipeError:
-        # `... | head`; the interpreter must not try to flush again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except (ValueError, OSError) as error:
-        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(f"{name}: error: {one_line(error)}", file=sys.stderr, flush=True)
         return USER_ERROR
     except KeyboardInterrupt:
         print(f"{name}: stopped by SIGINT{when_interrupted}", file=sys.stderr)

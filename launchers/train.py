@@ -10,14 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from launchers.command_line import INTERRUPTED, USER_ERROR, leave
+from launchers.command_line import INTERRUPTED, MACHINE_ERROR, USER_ERROR, leave
 from launchers.compose import compose_run, config_to_yaml
 from launchers.help import help_text
 from launchers.join import Node, joined_environment, joined_node
+from launchers.output import steady_output
 from launchers.preflight import Layout, check_files, describe, plan_layout, set_worker_environment
 from launchers.run_dir import CONFIG_NAME, claim_run_dir, disk_warning, write_config
 from launchers.worker import run_entry
-from msa_train.config import RunConfig
+from msa_train.config import RunConfig, one_line
 from msa_train.training import stop
 
 OPTIONS = {
@@ -40,11 +41,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments, those of the process by default.
 
     Returns:
-        Exit code: 0, 1 after a worker failed, 2 for bad input, 75 if asked to stop and saved (0 under
-        torchrun and srun, which kill the others of a rank that ends otherwise), 128 + signal if stopped
-        otherwise.
+        Exit code: 0, 1 after a worker failed or where the output of an option is lost, 2 for bad input, 75 if
+        asked to stop and saved (0 under torchrun and srun, which kill the others of a rank that ends
+        otherwise), 128 + signal if stopped otherwise.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # options all print something, and nothing else; a run has more to show for itself
+    trains = not any(text.startswith("-") and text in OPTIONS for text in arguments)
+    with steady_output("msa-train: warning: stdout is lost, the run goes on" if trains else "") as output:
+        code = _answer(arguments)
+        output.flush()
+        if not trains and output.error is not None and not code:
+            print(f"msa-train: error: stdout cannot be written ({output.error.strerror})", file=sys.stderr)
+            return MACHINE_ERROR
+        return code
+
+
+def _answer(arguments: list[str]) -> int:
     try:
         return _run(arguments)
     except ValueError as error:
@@ -52,10 +65,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("msa-train: stopped by SIGINT", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
-        # `msa-train --help | head`; the interpreter must not try to flush again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def _run(arguments: list[str]) -> int:
@@ -160,7 +169,7 @@ def _refuse(error: ValueError) -> int:
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
         time.sleep(OTHER_RANKS_WAIT_S)
         return USER_ERROR
-    print(f"msa-train: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    print(f"msa-train: error: {one_line(error)}", file=sys.stderr, flush=True)
     return USER_ERROR
 
 

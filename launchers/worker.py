@@ -16,20 +16,23 @@ from pathlib import Path
 
 from launchers.command_line import leave
 from launchers.compose import load_run
+from launchers.output import steady_output
 from msa_train.config import RunConfig
 from msa_train.training import stop
 
 TRAINING = "msa_train.training.main:run_worker"
 LAUNCHER_PID = "MSA_TRAIN_LAUNCHER_PID"
 PR_SET_PDEATHSIG = 1
+_STDOUT_LOST = "msa-train: warning: stdout is lost, the run goes on"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry under the local launcher. Arguments: CONFIG.yaml and, for tests, another MODULE:FUNCTION."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     _follow_launcher()
-    run_entry(load_run(arguments[0]), *arguments[1:])
-    leave(0)
+    with steady_output(_STDOUT_LOST):
+        run_entry(load_run(arguments[0]), *arguments[1:])
+        leave(0)
 
 
 def run_entry(config: RunConfig, entry: str = TRAINING) -> None:
@@ -47,12 +50,13 @@ def run_entry(config: RunConfig, entry: str = TRAINING) -> None:
         # the order in which they are launched is then that in which a GPU begins them: Megatron launches the
         # collectives of tensor parallelism just before the products that hide them
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    try:
-        module, _, function = entry.partition(":")
-        getattr(importlib.import_module(module), function)(config)
-    except Exception as error:
-        _record(error)
-        leave(1)
+    with steady_output(_STDOUT_LOST):
+        try:
+            module, _, function = entry.partition(":")
+            getattr(importlib.import_module(module), function)(config)
+        except Exception as error:
+            _record(error)
+            leave(1)
 
 
 def accept_fallbacks() -> None:

@@ -39,7 +39,7 @@ def joined_node(environ: Mapping[str, str]) -> Node | None:
         raise ValueError(f"{WORKERS_PER_NODE}={workers}: must be the number of workers that a node starts")
     nodes = _step_nodes(environ)
     return Node(
-        rank=int(environ["SLURM_PROCID"]),
+        rank=_number(environ, "SLURM_PROCID"),
         count=_step_tasks(environ),
         num_workers=int(workers),
         head=environ.get("MASTER_ADDR") or nodes[0],
@@ -68,8 +68,41 @@ def joined_environment(environ: Mapping[str, str]) -> dict[str, str] | None:
                 f"RANK={environ['RANK']}: a process that is told its rank needs {', '.join(missing)} too; "
                 "start it with torchrun, or unset RANK and WORLD_SIZE"
             )
+        _check_numbers(environ)
         return {name: environ[name] for name in TORCHRUN_VARIABLES}
     return _slurm_environment(environ)
+
+
+def said_by(environ: Mapping[str, str]) -> str:
+    """The variables that made this process one of several: they may be left over, or those of a shell.
+
+    Example: "RANK=0 and WORLD_SIZE=4".
+    """
+    names = ("RANK", "WORLD_SIZE")
+    if not all(name in environ for name in names):
+        names = ("SLURM_PROCID", _tasks_variable(environ))
+    return " and ".join(f"{name}={environ[name]}" for name in names if name in environ)
+
+
+def _check_numbers(environ: Mapping[str, str]) -> None:
+    ends = {"WORLD_SIZE": (1, 10**6), "RANK": (0, 0), "LOCAL_RANK": (0, 10**6), "MASTER_PORT": (1, 65535)}
+    for name, (lowest, highest) in ends.items():
+        highest = highest or int(environ["WORLD_SIZE"]) - 1
+        if not lowest <= _number(environ, name) <= highest:
+            raise ValueError(
+                f"{name}={environ[name]}: must be from {lowest} to {highest}; start all ranks with torchrun, "
+                "or unset RANK and WORLD_SIZE to train on this machine alone"
+            )
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    text = environ[name].strip()
+    if not text.isascii() or not text.isdecimal():
+        raise ValueError(
+            f"{name}={environ[name]}: must be a number, as torchrun and srun set it; unset it to train "
+            "on this machine alone"
+        )
+    return int(text)
 
 
 def _slurm_environment(environ: Mapping[str, str]) -> dict[str, str] | None:
@@ -82,7 +115,7 @@ def _slurm_environment(environ: Mapping[str, str]) -> dict[str, str] | None:
     if re.fullmatch(r"[^,]+", environ.get("CUDA_VISIBLE_DEVICES", "")):
         local_rank = "0"
     return {
-        "RANK": environ["SLURM_PROCID"],
+        "RANK": str(_number(environ, "SLURM_PROCID")),
         "WORLD_SIZE": str(num_tasks),
         "LOCAL_RANK": local_rank,
         "MASTER_ADDR": environ.get("MASTER_ADDR") or nodes[0],
@@ -92,7 +125,12 @@ def _slurm_environment(environ: Mapping[str, str]) -> dict[str, str] | None:
 
 def _step_tasks(environ: Mapping[str, str]) -> int:
     # SLURM_NTASKS speaks of the job; a step of another size has its own number
-    return int(environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS") or 1)
+    name = _tasks_variable(environ)
+    return _number(environ, name) if environ.get(name) else 1
+
+
+def _tasks_variable(environ: Mapping[str, str]) -> str:
+    return "SLURM_STEP_NUM_TASKS" if environ.get("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS"
 
 
 def _step_nodes(environ: Mapping[str, str]) -> list[str]:
@@ -106,8 +144,9 @@ def _step_nodes(environ: Mapping[str, str]) -> list[str]:
 
 
 def _step_port(environ: Mapping[str, str]) -> int:
-    own = slurm_port(environ.get("SLURM_JOB_ID", "0"), environ["SLURM_STEP_ID"])
-    return int(environ.get("MASTER_PORT") or own)
+    if environ.get("MASTER_PORT"):
+        return _number(environ, "MASTER_PORT")
+    return slurm_port(environ.get("SLURM_JOB_ID", "0"), environ["SLURM_STEP_ID"])
 
 
 def slurm_port(job_id: str, step_id: str) -> int:

@@ -26,7 +26,7 @@ from launchers.failure import WorkerFailure, report
 from launchers.join import Node
 from launchers.private_store import OneMachine, private_store
 from launchers.worker import LAUNCHER_PID, TRAINING
-from msa_train.parallel.job_store import STORE_FILE
+from msa_train.config.environment import STORE_FILE
 from msa_train.training import stop
 
 MONITOR_INTERVAL_S = 0.1

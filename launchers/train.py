@@ -13,12 +13,13 @@ from typing import NoReturn
 from launchers.command_line import INTERRUPTED, MACHINE_ERROR, USER_ERROR, leave
 from launchers.compose import compose_run, config_to_yaml
 from launchers.help import help_text
-from launchers.join import Node, joined_environment, joined_node
+from launchers.join import Node, joined_environment, joined_node, said_by
 from launchers.output import steady_output
 from launchers.preflight import Layout, check_files, describe, plan_layout, set_worker_environment
 from launchers.run_dir import CONFIG_NAME, claim_run_dir, disk_warning, write_config
 from launchers.worker import run_entry
 from msa_train.config import RunConfig, one_line
+from msa_train.config.environment import SAID_BY
 from msa_train.training import stop
 
 OPTIONS = {
@@ -87,6 +88,8 @@ def _run(arguments: list[str]) -> int:
     node = joined_node(os.environ)
     job = None if node else joined_environment(os.environ)
     joined = node.count * node.num_workers if node else int(job["WORLD_SIZE"]) if job else None
+    if job:
+        _tell_joined(job)
     layout = plan_layout(config, joined_world_size=joined)
     set_worker_environment(config, layout)
     if "check" in options:
@@ -96,6 +99,17 @@ def _run(arguments: list[str]) -> int:
     if node:
         return _launch_node(config, layout, node)
     return _join(config, layout, job) if job else _launch(config, layout)
+
+
+def _tell_joined(job: dict[str, str]) -> None:
+    """Before any wait: the variables may be left over, or those of an interactive shell."""
+    os.environ[SAID_BY] = said_by(os.environ)
+    if job["RANK"] == "0":
+        where, others = f"{job['MASTER_ADDR']}:{job['MASTER_PORT']}", int(job["WORLD_SIZE"]) - 1
+        _say(
+            f"joining a job at {where} as rank 0, {others} more are to come: {os.environ[SAID_BY]} say so; "
+            "unset these variables to train on this machine alone"
+        )
 
 
 def _launch(config: RunConfig, layout: Layout) -> int:
@@ -167,8 +181,8 @@ def _option(text: str) -> str:
 
 def _refuse(error: ValueError) -> int:
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
+        # rank 0 says it, and its end is that of all; where it does not, this is no rank of a job
         time.sleep(OTHER_RANKS_WAIT_S)
-        return USER_ERROR
     print(f"msa-train: error: {one_line(error)}", file=sys.stderr, flush=True)
     return USER_ERROR
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from launchers.command_line import leave
 from launchers.compose import load_run
 from launchers.output import steady_output
-from msa_train.config import RunConfig
+from msa_train.config import RunConfig, one_line, printable
 from msa_train.training import stop
 
 TRAINING = "msa_train.training.main:run_worker"
@@ -92,7 +92,7 @@ def _follow_launcher() -> None:
 
 def _record(error: Exception) -> None:
     rank = os.environ.get("RANK", "0")
-    text = "".join(traceback.format_exception(error))
+    text = "" if _is_plain(error) else "".join(traceback.format_exception(error))
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
         now = time.time()
@@ -105,7 +105,14 @@ def _record(error: Exception) -> None:
         partial.replace(file)
     # The local launcher prints the first failure; rank 0 shares its terminal and must not repeat or drown it.
     if LAUNCHER_PID not in os.environ or rank != "0":
-        print(f"msa-train: rank {rank} failed\n{text}", file=sys.stderr, flush=True)
+        told = f"failed\n{printable(text, keep=chr(10))}" if text else f"failed: {one_line(error)}"
+        print(f"msa-train: rank {rank} {told}", file=sys.stderr, flush=True)
+
+
+def _is_plain(error: Exception) -> bool:
+    """Whether the text says all: no rank has done anything yet that a traceback could explain."""
+    module = sys.modules.get("msa_train.parallel.job_store")
+    return module is not None and isinstance(error, module.JobIncompleteError)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,8 @@ from datetime import timedelta
 
 from torch.distributed import FileStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-# Set by a launcher all of whose workers are on this machine: a file that its user alone can open.
-STORE_FILE = "MSA_TRAIN_STORE"
-# Set where torchrun or srun has started the ranks: the variables that say so.
-SAID_BY = "MSA_TRAIN_SAID_BY"
+from msa_train.config.environment import SAID_BY, STORE_FILE
+
 # Seconds between looks for missing ranks, and until it is said for whom a rank waits.
 POLL_S, SAY_AFTER_S = 0.5, 10.0
 _AGENT_HOSTS = "TORCHELASTIC_USE_AGENT_STORE"

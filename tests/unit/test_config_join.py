@@ -2,15 +2,19 @@
 
 import pytest
 
+from launchers import train
 from launchers.join import (
     WORKERS_PER_NODE,
     Node,
     expand_nodelist,
     joined_environment,
     joined_node,
+    said_by,
     slurm_generation,
     slurm_port,
 )
+from launchers.train import main
+from msa_train.config.environment import SAID_BY
 
 TORCHRUN = {
     "RANK": "3",
@@ -48,6 +52,27 @@ def test_incomplete_torchrun_names_what_is_missing() -> None:
     environ = {key: value for key, value in TORCHRUN.items() if key != "MASTER_ADDR"}
     with pytest.raises(ValueError, match=r"RANK=3: .* MASTER_ADDR too; start it with torchrun"):
         joined_environment(environ)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("RANK", "8"), ("RANK", "-1"), ("WORLD_SIZE", "x"), ("LOCAL_RANK", "²"), ("MASTER_PORT", "0")],
+)
+def test_leftover_variables_that_make_no_sense(name: str, value: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}={value}: must be .*unset"):
+        joined_environment({**TORCHRUN, name: value})
+
+
+@pytest.mark.parametrize("name", ["SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"])
+def test_numbers_of_slurm_are_checked(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}=x: must be a number"):
+        joined_environment({**SRUN, name: "x"})
+
+
+def test_who_said_that_there_are_several() -> None:
+    assert said_by(TORCHRUN) == said_by({**SRUN, **TORCHRUN}) == "RANK=3 and WORLD_SIZE=8"
+    assert said_by(SRUN) == "SLURM_PROCID=5 and SLURM_NTASKS=8"
+    assert said_by({**SRUN, "SLURM_STEP_NUM_TASKS": "4"}) == "SLURM_PROCID=5 and SLURM_STEP_NUM_TASKS=4"
 
 
 def test_srun() -> None:
@@ -116,3 +141,27 @@ def test_port_depends_on_job_and_step() -> None:
     ports = {slurm_port(job, step) for job in ("1", "2") for step in ("0", "1")}
     assert len(ports) == 4
     assert all(20000 <= port < 30000 for port in ports)
+
+
+def test_the_command_says_at_once_what_it_joins(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the settings are refused because of it."""
+    for name, value in {**TORCHRUN, "RANK": "0", "WORLD_SIZE": "4", SAID_BY: ""}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["run=smoke", "train.global_batch_size=1", "launcher.device=cpu", "--check"]) == 2
+    told = capsys.readouterr()
+    assert told.out == (
+        "joining a job at node1:29500 as rank 0, 3 more are to come: RANK=0 and WORLD_SIZE=4 say so; "
+        "unset these variables to train on this machine alone\n"
+    )
+    assert "train.global_batch_size=1: must be a multiple" in told.err
+
+
+def test_a_leftover_rank_does_not_silence_a_refusal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train, "OTHER_RANKS_WAIT_S", 0.0)
+    monkeypatch.setenv("RANK", "3")
+    assert main(["run=smoke", "train.stepss=2"]) == 2
+    assert "did you mean train.steps?" in capsys.readouterr().err

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from launchers.command_line import Parser, run_command
+from launchers.output import say
+from msa_train.config import printable
 from msa_train.training.checkpoint_store import (
     MANIFEST_NAME,
     META_NAME,
@@ -86,12 +88,12 @@ def _parser() -> argparse.ArgumentParser:
 def _ls(arguments: argparse.Namespace) -> int:
     rows = [_row(folder) for path in arguments.paths for folder in _folders(path)]
     if arguments.json:
-        print(json.dumps(rows, indent=1))
+        say(json.dumps(rows, indent=1), lines=True)
         return 0
-    cells = [[*_COLUMNS], *([str(_text(row, name)) for name in _COLUMNS] for row in rows)]
+    cells = [[*_COLUMNS], *([printable(_text(row, name)) for name in _COLUMNS] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(_COLUMNS))]
     for line in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        say("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
     return 0
 
 
@@ -132,7 +134,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     for path in arguments.paths:
         for folder in _folders(path):
             reason = verify_folder(folder, full=not arguments.quick)
-            print(f"{folder}: {reason or 'sound'}", flush=True)
+            say(f"{folder}: {reason or 'sound'}")
             code = DAMAGED if reason else code
     return code
 
@@ -145,9 +147,9 @@ def _prune(arguments: argparse.Namespace) -> int:
     store = _store(arguments.path)
     word = "would be removed" if arguments.dry_run else "removed"
     for step in store.prune(arguments.keep_last, arguments.keep_every, dry_run=arguments.dry_run):
-        print(f"{store.path(step)}: {word}")
+        say(f"{store.path(step)}: {word}")
     kept = ", ".join(map(str, store.steps())) if not arguments.dry_run else "see above"
-    print(f"kept: {kept}")
+    say(f"kept: {kept}")
     return 0
 
 
@@ -166,19 +168,19 @@ def _diff(arguments: argparse.Namespace) -> int:
             for one in found.different
         }
         content = {"settings": found.settings, "missing": found.missing, "extra": found.extra}
-        print(json.dumps({**content, "different": tensors, "num_equal": found.num_equal}, indent=1))
+        say(json.dumps({**content, "different": tensors, "num_equal": found.num_equal}, indent=1), lines=True)
         return 0 if found.is_empty else DIFFERENT
     for name, (ours, theirs) in found.settings.items():
-        print(f"{name}: {ours}, {theirs}")
+        say(f"{name}: {ours}, {theirs}")
     for key in found.missing:
-        print(f"{key}: only in {first}")
+        say(f"{key}: only in {first}")
     for key in found.extra:
-        print(f"{key}: only in {second}")
+        say(f"{key}: only in {second}")
     for one in found.different:
         numbers = f"{one.num_different} of {one.num_elements} differ, by up to {one.max_abs:.3g}"
-        print(f"{one.key}: {'; '.join([*one.notes, *([numbers] if one.num_different else [])])}")
+        say(f"{one.key}: {'; '.join([*one.notes, *([numbers] if one.num_different else [])])}")
     counts = f"{found.num_equal} tensors are equal, {len(found.different)} differ"
-    print(f"{counts}; largest difference {found.worst:.3g}")
+    say(f"{counts}; largest difference {found.worst:.3g}")
     return 0 if found.is_empty else DIFFERENT
 
 

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from launchers.output import steady_output
+from launchers.machine import check_current_folder
+from launchers.output import say, steady_output
 from msa_train.config import one_line
 
 # exit codes of all commands; STOPPED: saved before the end, to be started again (EX_TEMPFAIL of sysexits.h)
@@ -51,17 +52,18 @@ def run_command(name: str, run: Callable[[], int | None], *, when_interrupted: s
         code = _run(name, run, when_interrupted)
         output.flush()
         if output.error is not None and not code:
-            print(f"{name}: error: stdout cannot be written ({output.error.strerror})", file=sys.stderr)
+            say(f"{name}: error: stdout cannot be written ({output.error.strerror})", error=True)
             return MACHINE_ERROR
         return code
 
 
 def _run(name: str, run: Callable[[], int | None], when_interrupted: str) -> int:
     try:
+        check_current_folder()
         return run() or 0
     except (ValueError, OSError) as error:
-        print(f"{name}: error: {one_line(error)}", file=sys.stderr, flush=True)
+        say(f"{name}: error: {one_line(error)}", error=True)
         return USER_ERROR
     except KeyboardInterrupt:
-        print(f"{name}: stopped by SIGINT{when_interrupted}", file=sys.stderr)
+        say(f"{name}: stopped by SIGINT{when_interrupted}", error=True)
         return INTERRUPTED

@@ -6,7 +6,6 @@ ValueError of one line that names the value, the rule and the fix.
 
 import difflib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
@@ -23,6 +22,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launchers.groups import GROUPS, config_dir, group_options
+from launchers.machine import expand_user
 from msa_train.config import RunConfig, StageConfig
 
 ConfigStore.instance().store(name="schema", node=RunConfig)
@@ -121,8 +121,8 @@ def run_config(node: Any) -> RunConfig:
     config = OmegaConf.to_object(node)
     assert isinstance(config, RunConfig), f"the schema is RunConfig, not {type(config)}"
     # shells leave the ~ of run_dir=~/x alone
-    config.run_dir = os.path.expanduser(config.run_dir)
-    config.checkpoint.load = os.path.expanduser(config.checkpoint.load)
+    config.run_dir = expand_user("run_dir", config.run_dir)
+    config.checkpoint.load = expand_user("checkpoint.load", config.checkpoint.load)
     return config
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from launchers.command_line import Parser, run_command
 from launchers.imported_conf import copy_rest, copy_tokenizer, write_conf
+from launchers.output import say
 from launchers.worker import accept_fallbacks
 
 DESCRIPTION = """\
@@ -107,16 +108,16 @@ def _import(arguments: argparse.Namespace) -> None:
     plan = plan_import(source, hf)
     if arguments.dry_run:
         for span in plan.table.spans:
-            print(_mapping(span.name, span.name_row, span.num_rows, span.key, span.key_row))
+            say(_mapping(span.name, span.name_row, span.num_rows, span.key, span.key_row))
         for name in plan.unplaced:
-            print(f"{name} -> no place")
-        _say(
+            say(f"{name} -> no place")
+        say(
             f"{len(plan.table.hf_shapes)} tensors, {_size(plan.num_bytes)}; {len(plan.unplaced)} without a "
             "place; nothing was written"
         )
         return
     for name in plan.unplaced:
-        _say(f"no place: {name}")
+        say(f"no place: {name}")
     check_unplaced(plan.unplaced, skip=arguments.skip_unplaced)
     _check_space(target, plan.num_bytes)
     progress = _Progress("imported", plan.num_bytes)
@@ -130,10 +131,10 @@ def _import(arguments: argparse.Namespace) -> None:
     progress.end()
     tokenizer = copy_tokenizer(source, target / "tokenizer")
     conf = write_conf(target, hf.model, hf.attention, tokenizer=tokenizer, source=str(source))
-    _say(f"checkpoint: {folder}")
-    _say(f"train it:   msa-train --config-dir {shlex.quote(str(conf))} run=imported data.corpus=/your/text")
+    say(f"checkpoint: {folder}")
+    say(f"train it:   msa-train --config-dir {shlex.quote(str(conf))} run=imported data.corpus=/your/text")
     if tokenizer is None:
-        _say(f"            {source} has no tokenizer.json: add data.tokenizer=PATH")
+        say(f"            {source} has no tokenizer.json: add data.tokenizer=PATH")
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -161,11 +162,11 @@ def _export(arguments: argparse.Namespace) -> None:
     )
     if arguments.dry_run:
         for span in plan.table.spans:
-            print(_mapping(span.key, span.key_row, span.num_rows, span.name, span.name_row))
+            say(_mapping(span.key, span.key_row, span.num_rows, span.name, span.name_row))
         for name in plan.copied:
-            print(f"copied from {arguments.like}: {name}")
+            say(f"copied from {arguments.like}: {name}")
         tensors = sum(map(len, plan.files.values()))
-        _say(f"{tensors} tensors in {len(plan.files)} files, {_size(plan.num_bytes)}; nothing was written")
+        say(f"{tensors} tensors in {len(plan.files)} files, {_size(plan.num_bytes)}; nothing was written")
         return
     _check_space(target, plan.num_bytes)
     progress = _Progress("exported", plan.num_bytes)
@@ -173,7 +174,7 @@ def _export(arguments: argparse.Namespace) -> None:
     progress.end()
     if arguments.like is not None:
         copy_rest(arguments.like, target)
-    _say(
+    say(
         f"{folder} -> {target}: {len(plan.files)} files, {len(plan.copied)} tensors copied from another "
         "checkpoint"
     )
@@ -193,11 +194,11 @@ class _Progress:
         now = time.monotonic()
         if now - self.last > (0.2 if self.on_terminal else PROGRESS_S):
             self.last = now
-            print(self._text(now), end="\r" if self.on_terminal else "\n", flush=True)
+            say(self._text(now), end="\r" if self.on_terminal else "\n")
 
     def end(self) -> None:
         """All is done."""
-        print(self._text(time.monotonic()), flush=True)
+        say(self._text(time.monotonic()))
 
     def _text(self, now: float) -> str:
         seconds = max(now - self.begin, 1e-3)
@@ -232,10 +233,6 @@ def _size(num_bytes: int) -> str:
         if num_bytes >= UNITS[unit]:
             return f"{num_bytes / UNITS[unit]:.1f} {unit}"
     return f"{num_bytes / 1000:.1f} KB"
-
-
-def _say(message: str) -> None:
-    print(message, flush=True)
 
 
 if __name__ == "__main__":

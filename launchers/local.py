@@ -24,6 +24,7 @@ from launchers.code_path import worker_arguments
 from launchers.command_line import STOPPED
 from launchers.failure import WorkerFailure, report
 from launchers.join import Node
+from launchers.output import say
 from launchers.private_store import OneMachine, private_store
 from launchers.worker import LAUNCHER_PID, TRAINING
 from msa_train.config.environment import STORE_FILE
@@ -157,7 +158,7 @@ def launch_workers(
         try:
             result = cast(RunResult, agent.run())
         except SignalException as error:
-            print(f"msa-train: stopped by {error.sigval.name}", file=sys.stderr, flush=True)
+            say(f"msa-train: stopped by {error.sigval.name}", error=True)
             return 128 + error.sigval
     if not result.is_failed():
         return _good_end(config_path.parent, alone=node is None)
@@ -167,7 +168,7 @@ def launch_workers(
         for rank, item in result.failures.items()
     }
     world_size = num_processes * (node.count if node else 1)
-    print(report(failures, world_size=world_size, first_rank=first_rank), file=sys.stderr, flush=True)
+    say(report(failures, world_size=world_size, first_rank=first_rank), lines=True, error=True)
     return 1
 
 
@@ -190,7 +191,7 @@ def _good_end(run_dir: Path, *, alone: bool) -> int:
         return 0
     if stopped.saved:
         return STOPPED
-    print(f"msa-train: stopped by {stopped.signal}", file=sys.stderr, flush=True)
+    say(f"msa-train: stopped by {stopped.signal}", error=True)
     return 128 + signal.Signals[stopped.signal]
 
 

@@ -14,6 +14,7 @@ from launchers.job_token import read_token, token_path
 from launchers.join import expand_nodelist, slurm_generation, slurm_port
 from launchers.node_facts import Facts, Wanted, complaints, gather_facts
 from launchers.node_links import Answer, Head, answer_head, slow_nodes
+from launchers.output import say
 from msa_train.config import one_line, printable
 
 BAD_NODES = Path("slurm") / "bad_nodes"
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _check(_parser().parse_args(argv), find_place())
         except NodesAreBadError as error:
             bad.append(str(error))
-            print(f"msa-preflight: {one_line(error)}", file=sys.stderr, flush=True)
+            say(f"msa-preflight: {one_line(error)}", error=True)
 
     return run_command("msa-preflight", run) or int(bool(bad))
 
@@ -98,10 +99,7 @@ def _check(arguments: argparse.Namespace, place: Place) -> None:
         seconds = _time_all_reduce(place, arguments.megabytes, timeout_s)
         if place.rank == 0:
             rate = arguments.megabytes / 1000 / seconds
-            print(
-                f"all-reduce of {arguments.megabytes:g} MB: {seconds * 1000:.0f} ms ({rate:.2f} GB/s)",
-                flush=True,
-            )
+            say(f"all-reduce of {arguments.megabytes:g} MB: {seconds * 1000:.0f} ms ({rate:.2f} GB/s)")
 
 
 def _token(facts: Facts, place: Place, run_dir: Path, timeout_s: float) -> bytes:
@@ -135,7 +133,7 @@ def _judge(facts: Facts, wanted: Wanted, place: Place, run_dir: Path, timeout_s:
             found.append(f"its link took {answer.echo_s * 1000:.0f} ms for 1 MiB and back, others far less")
         if found:
             bad[node] = found
-        print(_line(node, answer), flush=True)
+        say(_line(node, answer))
     if head is not None:
         head.tell_all(go_on=not bad)
     if bad:

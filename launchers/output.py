@@ -18,6 +18,19 @@ from msa_train.config import printable
 _KEPT = "\n\r\t"
 
 
+def say(text: object, *, lines: bool = False, error: bool = False, end: str = "\n") -> None:
+    """Print what may hold text from files or names, at once; all commands print by this.
+
+    Args:
+        text: anything; its str().
+        lines: whether it has line breaks and tabs of its own; else they are escaped too.
+        error: to stderr.
+        end: what follows.
+    """
+    shown = printable(text, keep="\n\t" if lines else "")
+    print(shown, end=end, file=sys.stderr if error else sys.stdout, flush=True)
+
+
 class SteadyStream:
     """A text stream whose writes do not fail; what else it is, is the stream's."""
 
@@ -66,7 +79,7 @@ class SteadyStream:
             self.error = error
         if self._warning:
             text, self._warning = f"{self._warning} ({error.strerror})", ""
-            print(text, file=sys.stderr, flush=True)
+            say(text, error=True)
 
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from launchers.machine import expand_user
 from launchers.model_size import model_size
 from launchers.run_dir import check_writable
 from launchers.worker import accept_fallbacks
@@ -132,6 +133,9 @@ def check_files(config: RunConfig, *, say: Callable[[str], None]) -> None:
         ValueError: naming the value, the rule and the fix.
     """
     check_writable(config.run_dir)
+    for name in ("corpus", "tokenizer", "cache_dir"):
+        # where there is no home; they are expanded where they are read
+        expand_user(f"data.{name}", getattr(config.data, name))
     accept_fallbacks()
     # the first imports numpy, the second torch; a mistake in the configuration need not wait for them
     from msa_train.data import prepare_corpus

@@ -94,7 +94,8 @@ def write_config(config: RunConfig) -> Path:
 
 def write_keeping(path: Path, text: str) -> None:
     """Write a file whole or not at all; an earlier one that differs is kept: config.20260101-120000.yaml."""
-    if path.exists() and path.read_text(encoding="utf-8") != text:
+    # bytes: an earlier one may be damaged
+    if path.exists() and path.read_bytes() != text.encode():
         written = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
         path.replace(path.with_name(f"{path.stem}.{written}{path.suffix}"))
     partial = path.with_name(f".{path.name}.partial")

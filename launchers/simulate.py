@@ -8,6 +8,7 @@ from pathlib import Path
 
 from launchers.command_line import Parser, run_command
 from launchers.groups import group_options
+from launchers.output import say
 from launchers.simulate_question import read_question, read_shape
 
 DESCRIPTION = """\
@@ -175,7 +176,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         _print_json(answer_data(result))
     else:
-        print(answer_text(result))
+        say(answer_text(result), lines=True)
 
 
 def _scale(arguments: argparse.Namespace) -> None:
@@ -189,7 +190,7 @@ def _scale(arguments: argparse.Namespace) -> None:
     if arguments.json:
         _print_json(scaling_data(points))
     else:
-        print(scaling_text(points, weak=not arguments.strong))
+        say(scaling_text(points, weak=not arguments.strong), lines=True)
 
 
 def _tables(arguments: argparse.Namespace) -> None:
@@ -197,7 +198,7 @@ def _tables(arguments: argparse.Namespace) -> None:
 
     shape = read_shape("m3", "msa", element_bytes=2, trains_index=True)
     for path in write_tables(arguments.out, shape):
-        print(path)
+        say(path)
 
 
 def _measure(arguments: argparse.Namespace) -> None:
@@ -218,7 +219,7 @@ def _measure(arguments: argparse.Namespace) -> None:
         shape, num_tokens=arguments.tokens, seq_len=arguments.seq_len, precision=arguments.precision
     )
     write_rates(arguments.out, rates, command)
-    print(f"{arguments.out}: use it with --rates {arguments.out}")
+    say(f"{arguments.out}: use it with --rates {arguments.out}")
 
 
 def _compare(arguments: argparse.Namespace) -> None:
@@ -228,11 +229,11 @@ def _compare(arguments: argparse.Namespace) -> None:
     if arguments.json:
         _print_json(comparison_data(rows))
     else:
-        print(comparison_text(rows))
+        say(comparison_text(rows), lines=True)
 
 
 def _print_json(data: object) -> None:
-    print(json.dumps(data, indent=1))
+    say(json.dumps(data, indent=1), lines=True)
 
 
 if __name__ == "__main__":

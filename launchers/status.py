@@ -10,6 +10,7 @@ from typing import Any
 
 from launchers.command_line import Parser, run_command
 from launchers.compose import load_run
+from launchers.output import say
 from launchers.run_dir import CONFIG_NAME
 from launchers.slurm_jobs import FOLDER, ask_slurm, submitted_job
 from msa_train.config import plan_stages, total_steps
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
         arguments = parser.parse_args(argv)
         status = read_status(arguments.run_dir)
-        print(json.dumps(status, indent=1) if arguments.json else format_status(status), flush=True)
+        say(json.dumps(status, indent=1) if arguments.json else format_status(status), lines=True)
 
     return run_command("msa-status", run)
 

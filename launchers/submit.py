@@ -16,6 +16,7 @@ from launchers.command_line import run_command
 from launchers.compose import compose_run, config_to_yaml
 from launchers.compose_cluster import compose_cluster
 from launchers.groups import CLUSTER, group_options
+from launchers.output import say
 from launchers.placement import check_placement
 from launchers.preflight import check_files, describe, plan_layout
 from launchers.run_dir import write_keeping
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> None:
     if not arguments or {"--help", "-h"} & set(arguments):
         table = "\n".join(f"  {name:<14} {text}" for name, text in group_options(CLUSTER).items())
-        print(USAGE.format(clusters=table))
+        say(USAGE.format(clusters=table), lines=True)
         return
     request = read_request(arguments)
     cluster = compose_cluster(request.cluster, request.of_cluster, request.config_dirs)
@@ -147,13 +148,13 @@ def submit(request: Request, cluster: ClusterConfig) -> str:
     )
     script = batch_script(job, cluster)
     if request.dry_run:
-        print(script, end="", flush=True)
+        say(script, lines=True, end="")
         return ""
     check_no_job(run_dir)
-    check_files(config, say=_say)
-    _say(f"{describe(config, layout)}; {request.nodes} nodes of {cluster.workers}")
+    check_files(config, say=say)
+    say(f"{describe(config, layout)}; {request.nodes} nodes of {cluster.workers}")
     for line in check_placement(config.parallel, num_nodes=request.nodes, workers=cluster.workers):
-        print(f"msa-submit: warning: {line}", file=sys.stderr, flush=True)
+        say(f"msa-submit: warning: {line}", error=True)
     folder = run_dir / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     write_keeping(folder / SCRIPT_NAME, script)
@@ -171,7 +172,9 @@ def submit(request: Request, cluster: ClusterConfig) -> str:
         "code": version,
     }
     write_keeping(folder / JOB_NAME, json.dumps(facts, indent=1) + "\n")
-    _say(f"script {folder / SCRIPT_NAME}\noutput {folder / f'job-{job_id}.out'}\njob {job_id}")
+    say(f"script {folder / SCRIPT_NAME}")
+    say(f"output {folder / f'job-{job_id}.out'}")
+    say(f"job {job_id}")
     return job_id
 
 
@@ -189,10 +192,6 @@ def _sbatch(script: Path) -> str:
         raise ValueError(f"sbatch refuses {script}: {done.stderr.strip() or done.stdout.strip()}")
     # "12345", or "12345;cluster"
     return done.stdout.strip().partition(";")[0]
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from launchers.code_path import python_path
 from launchers.compose import compose_run, run_config
 from launchers.groups import config_dir
 from launchers.join import joined_environment
+from launchers.output import say
 from launchers.preflight import check_files, describe, plan_layout, set_worker_environment
 from launchers.run_dir import claim_run_dir, write_config
 from launchers.worker import run_entry
@@ -53,18 +54,18 @@ def submit_sweep(request: "Request", cluster: ClusterConfig) -> None:
             joined_world_size=request.nodes * cluster.workers,
             gpus_per_node=cluster.gpus_per_node,
         )
-        print(f"{', '.join(text for text in overrides if _key(text) in swept)}: {describe(config, layout)}")
+        say(f"{', '.join(text for text in overrides if _key(text) in swept)}: {describe(config, layout)}")
         if not request.dry_run:
             check_files(config, say=print)
     base = Path(compose_run(combinations[0], request.config_dirs).run_dir).absolute()
     arguments = hydra_arguments(request, cluster, base, swept)
     if request.dry_run:
-        print("\n".join(arguments), flush=True)
+        say("\n".join(arguments), lines=True)
         return
     sys.stdout.flush()
     sys.argv = ["msa-submit", "--multirun", *arguments]
     hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(train_job)()
-    print(_results(base), flush=True)
+    say(_results(base), lines=True)
 
 
 def expand(overrides: Sequence[str]) -> tuple[set[str], list[list[str]]]:
@@ -149,7 +150,7 @@ def train_job(node: Any) -> None:
     os.environ.update(job)
     if job["RANK"] == "0":
         with claim_run_dir(config.run_dir):
-            print(describe(config, layout), flush=True)
+            say(describe(config, layout))
             write_config(config)
             run_entry(config)
     else:

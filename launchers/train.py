@@ -14,7 +14,8 @@ from launchers.command_line import INTERRUPTED, MACHINE_ERROR, USER_ERROR, leave
 from launchers.compose import compose_run, config_to_yaml
 from launchers.help import help_text
 from launchers.join import Node, joined_environment, joined_node, said_by
-from launchers.output import steady_output
+from launchers.machine import accept_log_level, check_current_folder, check_loopback, raise_file_limit
+from launchers.output import say, steady_output
 from launchers.preflight import Layout, check_files, describe, plan_layout, set_worker_environment
 from launchers.run_dir import CONFIG_NAME, claim_run_dir, disk_warning, write_config
 from launchers.worker import run_entry
@@ -53,18 +54,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _answer(arguments)
         output.flush()
         if not trains and output.error is not None and not code:
-            print(f"msa-train: error: stdout cannot be written ({output.error.strerror})", file=sys.stderr)
+            say(f"msa-train: error: stdout cannot be written ({output.error.strerror})", error=True)
             return MACHINE_ERROR
         return code
 
 
 def _answer(arguments: list[str]) -> int:
     try:
+        check_current_folder()
         return _run(arguments)
     except ValueError as error:
         return _refuse(error)
+    except OSError as error:
+        say(f"msa-train: error: {one_line(error)}", error=True)
+        return MACHINE_ERROR
     except KeyboardInterrupt:
-        print("msa-train: stopped by SIGINT", file=sys.stderr)
+        say("msa-train: stopped by SIGINT", error=True)
         return INTERRUPTED
 
 
@@ -73,17 +78,17 @@ def _run(arguments: list[str]) -> int:
     options = [_option(text) for text in arguments if text.startswith("-")]
     overrides = [text for text in arguments if not text.startswith("-")]
     if "help" in options:
-        print(help_text(), flush=True)
+        say(help_text(), lines=True)
         return 0
     if "version" in options:
-        print(f"msa-train {_version()}", flush=True)
+        say(f"msa-train {_version()}")
         return 0
     if not options:
         # the time is up soon, says Slurm: noted even now, acted on after the first step
         stop.listen(signal.SIGUSR1)
     config = compose_run(overrides, config_dirs)
     if "cfg" in options:
-        print(config_to_yaml(config), end="", flush=True)
+        say(config_to_yaml(config), lines=True, end="")
         return 0
     node = joined_node(os.environ)
     job = None if node else joined_environment(os.environ)
@@ -92,13 +97,21 @@ def _run(arguments: list[str]) -> int:
         _tell_joined(job)
     layout = plan_layout(config, joined_world_size=joined)
     set_worker_environment(config, layout)
+    _check_machine(layout, on_one=joined is None or (node is not None and node.count == 1))
     if "check" in options:
-        check_files(config, say=_say)
-        _say(describe(config, layout))
+        check_files(config, say=say)
+        say(describe(config, layout))
         return 0
     if node:
         return _launch_node(config, layout, node)
     return _join(config, layout, job) if job else _launch(config, layout)
+
+
+def _check_machine(layout: Layout, *, on_one: bool) -> None:
+    accept_log_level()
+    raise_file_limit(layout.world_size)
+    if on_one:
+        check_loopback()
 
 
 def _tell_joined(job: dict[str, str]) -> None:
@@ -106,7 +119,7 @@ def _tell_joined(job: dict[str, str]) -> None:
     os.environ[SAID_BY] = said_by(os.environ)
     if job["RANK"] == "0":
         where, others = f"{job['MASTER_ADDR']}:{job['MASTER_PORT']}", int(job["WORLD_SIZE"]) - 1
-        _say(
+        say(
             f"joining a job at {where} as rank 0, {others} more are to come: {os.environ[SAID_BY]} say so; "
             "unset these variables to train on this machine alone"
         )
@@ -146,11 +159,11 @@ def _join(config: RunConfig, layout: Layout, job: dict[str, str]) -> int:
 
 
 def _prepare(config: RunConfig, layout: Layout) -> None:
-    _say(describe(config, layout))
+    say(describe(config, layout))
     warning = disk_warning(config)
     if warning:
-        print(f"msa-train: warning: {warning}", file=sys.stderr, flush=True)
-    check_files(config, say=_say)
+        say(f"msa-train: warning: {warning}", error=True)
+    check_files(config, say=say)
 
 
 def _take_config_dirs(arguments: list[str]) -> tuple[list[str], list[Path]]:
@@ -183,12 +196,8 @@ def _refuse(error: ValueError) -> int:
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
         # rank 0 says it, and its end is that of all; where it does not, this is no rank of a job
         time.sleep(OTHER_RANKS_WAIT_S)
-    print(f"msa-train: error: {one_line(error)}", file=sys.stderr, flush=True)
+    say(f"msa-train: error: {one_line(error)}", error=True)
     return USER_ERROR
-
-
-def _say(message: str) -> None:
-    print(message, flush=True)
 
 
 def _version() -> str:

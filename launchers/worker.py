@@ -16,8 +16,8 @@ from pathlib import Path
 
 from launchers.command_line import leave
 from launchers.compose import load_run
-from launchers.output import steady_output
-from msa_train.config import RunConfig, one_line, printable
+from launchers.output import say, steady_output
+from msa_train.config import RunConfig, one_line
 from msa_train.training import stop
 
 TRAINING = "msa_train.training.main:run_worker"
@@ -105,8 +105,8 @@ def _record(error: Exception) -> None:
         partial.replace(file)
     # The local launcher prints the first failure; rank 0 shares its terminal and must not repeat or drown it.
     if LAUNCHER_PID not in os.environ or rank != "0":
-        told = f"failed\n{printable(text, keep=chr(10))}" if text else f"failed: {one_line(error)}"
-        print(f"msa-train: rank {rank} {told}", file=sys.stderr, flush=True)
+        told = f"failed\n{text}" if text else f"failed: {one_line(error)}"
+        say(f"msa-train: rank {rank} {told}", lines=True, error=True)
 
 
 def _is_plain(error: Exception) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from msa_train.config import Device, Engine, RunConfig, plan_stages, resolve_engine, total_steps
+from msa_train.config import Device, Engine, RunConfig, plan_stages, printable, resolve_engine, total_steps
 from msa_train.data import load_datasets
 from msa_train.parallel.groups import Groups, build_groups, destroy_groups, init_distributed
 from msa_train.training import stop
@@ -66,12 +66,12 @@ def run_worker(config: RunConfig) -> None:
 
 
 def _warn(text: str) -> None:
-    print(f"msa-train: {text}", file=sys.stderr, flush=True)
+    print(printable(f"msa-train: {text}"), file=sys.stderr, flush=True)
 
 
 def _tell_stopped(config: RunConfig, stopped: stop.Stopped) -> None:
     state = "another start goes on from here" if stopped.saved else "nothing is saved, by checkpoint.every=0"
-    print(f"stopped by {stopped.signal} after step {stopped.step}: {state}", flush=True)
+    print(printable(f"stopped by {stopped.signal} after step {stopped.step}: {state}"), flush=True)
     stop.write_stopped(config.run_dir, stopped)
 
 

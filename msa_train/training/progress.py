@@ -8,6 +8,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 from msa_train.config import Progress as ProgressKind
+from msa_train.config import printable
 
 LINE_INTERVAL_S = 3.0
 _BAR = "{percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
@@ -78,11 +79,11 @@ class Progress:
             self._print_line()
 
     def note(self, text: str) -> None:
-        """Print a line of its own, above the bar where there is one."""
+        """Print a line of its own, above the bar where there is one; names in it may hold anything."""
         if self._bar is not None:
-            self._bar.write(text, file=self.stream)
+            self._bar.write(printable(text), file=self.stream)
         else:
-            print(text, file=self.stream, flush=True)
+            print(printable(text), file=self.stream, flush=True)
 
     def close(self) -> None:
         """End the report; the last step is shown even if it came too soon after the one before."""
@@ -92,7 +93,7 @@ class Progress:
             self._print_line()
 
     def _print_line(self) -> None:
-        print(self._unprinted, file=self.stream, flush=True)
+        print(printable(self._unprinted), file=self.stream, flush=True)
         self._unprinted, self._last_line_s = "", self._clock()
 
     def _time(self, step: int) -> None:

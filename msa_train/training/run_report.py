@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any, TextIO
 
-from msa_train.config import KvExchange, RunConfig
+from msa_train.config import KvExchange, RunConfig, printable
 from msa_train.parallel.groups import Groups
 from msa_train.training.metrics import METRICS_NAME, TENSORBOARD_NAME, read_metrics
 from msa_train.training.progress import format_count, format_duration
@@ -36,7 +36,7 @@ def report(
         rows.append(("watch it", f"tensorboard --logdir {Path(config.run_dir) / TENSORBOARD_NAME}"))
     # run=NAME alone would not do: the other settings of the command line count too
     rows.append(("train on", f"the same command with train.steps={2 * steps}"))
-    print(f"\n{format_table(rows)}", file=stream, flush=True)
+    print(printable(f"\n{format_table(rows)}", keep="\n"), file=stream, flush=True)
 
 
 def _summary(

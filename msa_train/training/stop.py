@@ -64,13 +64,24 @@ def write_stopped(run_dir: str | Path, stopped: Stopped) -> None:
 
 
 def read_stopped(run_dir: str | Path) -> Stopped | None:
-    """The mark of the last start, None if that did not stop early."""
+    """The mark of the last start, None if that did not stop early.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    path = Path(run_dir) / STOPPED_NAME
     try:
-        content = json.loads((Path(run_dir) / STOPPED_NAME).read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())
+        content.pop("time", None)
+        stopped = Stopped(**content)
+        signal.Signals[stopped.signal]
+        if type(stopped.step) is not int or type(stopped.saved) is not bool:
+            raise TypeError("step and saved")
     except FileNotFoundError:
         return None
-    content.pop("time", None)
-    return Stopped(**content)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: is damaged; remove it") from error
+    return stopped
 
 
 def clear_stopped(run_dir: str | Path) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from msa_train.config import printable
 from msa_train.training.checkpoint_store import write_json
 from msa_train.training.metrics import json_ready
 
@@ -22,11 +23,12 @@ def write_summary(run_dir: str | Path, summary: Mapping[str, Any]) -> Path:
 
 
 def format_table(rows: Sequence[tuple[str, str]]) -> str:
-    """Names and values in two aligned columns.
+    """Names and values in two aligned columns; what a terminal would act on is escaped.
 
     Example: [("steps", "400"), ("final lm_loss", "2.31")] ->
         steps          400
         final lm_loss  2.31
     """
-    width = max((len(name) for name, _ in rows), default=0)
-    return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in rows)
+    shown = [(printable(name), printable(value)) for name, value in rows]
+    width = max((len(name) for name, _ in shown), default=0)
+    return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in shown)

@@ -7,6 +7,8 @@ import threading
 import time
 from types import TracebackType
 
+from msa_train.config import printable
+
 HUNG = 70
 "exit code of a process that the watchdog ended"
 # A thread of Python cannot run while another one keeps the interpreter; the one of faulthandler can.
@@ -55,11 +57,10 @@ class Watchdog:
                 self._bark(silent_s)
 
     def _bark(self, silent_s: float) -> None:
-        print(
+        text = (
             f"msa-train: {self.name}: no progress for {silent_s:.0f} s since {self._last} "
-            f"(watchdog.timeout_s={self.timeout_s:g}); its threads stand here, then it ends:",
-            file=sys.stderr,
-            flush=True,
+            f"(watchdog.timeout_s={self.timeout_s:g}); its threads stand here, then it ends:"
         )
+        print(printable(text), file=sys.stderr, flush=True)
         faulthandler.dump_traceback(all_threads=True)
         os._exit(HUNG)

@@ -1,5 +1,6 @@
 """Output that is lost ends nothing and hides no exit code; nothing reaches a terminal raw."""
 
+import ast
 import errno
 import io
 import os
@@ -10,9 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from launchers.checkpoint import main as checkpoint_main
 from launchers.command_line import run_command
 from launchers.output import SteadyStream, steady_output
+from launchers.status import main as status_main
 from launchers.train import main
+from msa_train.training.summary import format_table
 
 ROOT = Path(__file__).parents[2]
 
@@ -105,3 +109,44 @@ def test_closed_streams_are_not_given_to_the_next_file(tmp_path: Path) -> None:
     )
     assert done.returncode == 0
     assert (tmp_path / "file").read_text() == "True"
+
+
+def test_nothing_is_printed_unescaped() -> None:
+    """Every print() goes through `printable`, which `say` does for the commands."""
+    found = []
+    for path in [*(ROOT / "launchers").glob("*.py"), *(ROOT / "msa_train").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if (
+                not isinstance(node, ast.Call)
+                or not isinstance(node.func, ast.Name)
+                or node.func.id != "print"
+            ):
+                continue
+            (text,) = node.args
+            escaped = isinstance(text, ast.Call) and getattr(text.func, "id", "") == "printable"
+            if not escaped and not (path.name == "output.py" and getattr(text, "id", "") == "shown"):
+                found.append(f"{path}:{node.lineno}")
+    assert found == []
+
+
+def test_names_and_errors_cannot_act_on_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "a\x1b]0;t\x07\nkept: 9"
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "manifest.json").write_text("[]")
+    for command in (
+        lambda: checkpoint_main(["verify", str(tmp_path / name)]),
+        lambda: checkpoint_main(["ls", str(tmp_path / name)]),
+        lambda: checkpoint_main(["verify", str(tmp_path / f"{name}x")]),
+        lambda: status_main([str(tmp_path / f"{name}x")]),
+        lambda: main([f"run={name}"]),
+        lambda: main([f"--{name}"]),
+    ):
+        assert command() in (0, 1, 2)
+        told = capsys.readouterr()
+        text = told.out + told.err
+        assert "\x1b" not in text
+        assert "\nkept: 9" not in text, text
+        assert text.isprintable() or set(text) - set("\n") == set(filter(str.isprintable, text)), text
+    assert "\\x1b" in format_table([("node", "\x1b[2J")])

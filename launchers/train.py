@@ -109,7 +109,7 @@ def _run(arguments: list[str]) -> int:
 
 def _check_machine(layout: Layout, *, on_one: bool) -> None:
     accept_log_level()
-    raise_file_limit(layout.world_size)
+    raise_file_limit(layout.world_size, on_gpu=layout.on_gpu)
     if on_one:
         check_loopback()
 

@@ -239,7 +239,7 @@ def test_second_launcher_on_a_run_dir_is_refused(tmp_path: Path, capsys: pytest.
 def test_other_ranks_of_a_job_leave_the_message_to_rank_0(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its end is theirs; where it is not, RANK is left over from another job, and silence would be a riddle."""
+    """Its end is theirs; where it is not, RANK is left over, and silence would be a riddle."""
     before: list[str] = []
     monkeypatch.setattr(train.time, "sleep", lambda seconds: before.append(capsys.readouterr().err))
     monkeypatch.setenv("RANK", "1")

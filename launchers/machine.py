@@ -5,9 +5,9 @@ import os
 import resource
 import socket
 
-# Descriptors of a rank on the CPU, most of them gloo's: 100 with 2 ranks and 105 with 4 were counted. Each group
-# has a listening socket, an epoll and more, and a socket to each rank that it talks to, at most to all. On GPUs
-# one group, for checkpoints, is gloo's.
+# Descriptors of a rank on the CPU, most of them gloo's: 100 with 2 ranks, 105 with 4. Each group has a
+# listening socket, an epoll and more, and a socket to each rank that it talks to, at most to all. On GPUs one
+# group, for checkpoints, is gloo's.
 _FILES, _FILES_PER_RANK, _FILES_PER_GPU_RANK = 128, 10, 1
 _MOST_FILES = 2**20
 _CONNECT_S = 10.0

@@ -150,8 +150,8 @@ def set_worker_environment(config: RunConfig, layout: Layout) -> None:
     """Variables that must stand before torch is imported; inherited by workers."""
     os.environ["OMP_NUM_THREADS"] = str(config.launcher.threads_per_process)
     os.environ["MKL_NUM_THREADS"] = str(config.launcher.threads_per_process)
-    # Every group of gloo's would connect all of its ranks at once; so it connects those that talk: 33 sockets of
-    # a rank in place of 51 with 4 ranks, where 2 have 27 in place of 33.
+    # A group of gloo's would connect all of its ranks at once; so it connects those that talk: a rank of 4
+    # has 33 sockets in place of 51, one of 2 has 27 in place of 33.
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     if not layout.on_gpu:
         # some Megatron functions compile at first use, which costs minutes on a CPU and buys nothing

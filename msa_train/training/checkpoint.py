@@ -23,9 +23,11 @@ from msa_train.training.checkpoint_store import (
     find_checkpoint,
     read_manifest,
     read_meta,
+    stored_damage,
     structure_damage,
 )
 from msa_train.training.engine import Engine
+from msa_train.training.load_strategy import LoadStrategy, check_common
 from msa_train.training.rng import RNG_KEY, rng_shard, set_rng_state
 from msa_train.training.save_strategy import first_failure
 from msa_train.training.together import CheckpointError, together
@@ -136,7 +138,11 @@ def verify_distributed(path: str | Path, group: dist.ProcessGroup | None = None)
         On all ranks the same: None if the checkpoint is sound, else what is wrong with it.
     """
     folder, rank = Path(path), dist.get_rank()
-    reason = together(lambda: structure_damage(folder) if rank == 0 else None, group)[0]
+
+    def check_structure() -> str | None:
+        return (structure_damage(folder) or stored_damage(folder)) if rank == 0 else None
+
+    reason = together(check_structure, group)[0]
     if reason is not None:
         return reason
 
@@ -193,9 +199,12 @@ def _read_shards(template: dict[str, Any], path: str | Path) -> tuple[dict[str, 
 
 def _read(template: dict[str, Any], path: str | Path) -> tuple[dict[str, Any], set[str], set[str]]:
     """State, keys that were not asked for, keys that are lacking."""
+    check_common(Path(path))
     try:
         # Keys that one rank alone does not find must not make it leave alone, so they are only returned.
-        loaded: Any = dist_checkpointing.load(template, str(path), strict=StrictHandling.RETURN_ALL)
+        loaded: Any = dist_checkpointing.load(
+            template, str(path), sharded_strategy=LoadStrategy(), strict=StrictHandling.RETURN_ALL
+        )
     except CheckpointException as error:
         raise CheckpointError(first_failure(error)) from error
     return loaded

@@ -17,10 +17,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import __version__ as megatron_version
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 
 import msa_train
 from msa_train.config import CheckpointConfig, SaveFailure
+from msa_train.model.checkpoint_pickles import check_object
 from msa_train.training.checkpoint_store import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -30,7 +32,7 @@ from msa_train.training.checkpoint_store import (
     write_json,
 )
 from msa_train.training.rng import RNG_KEY, rng_shard, rng_state
-from msa_train.training.save_strategy import shards_to_write, write_shards
+from msa_train.training.save_strategy import Shards, shards_to_write, write_shards
 from msa_train.training.snapshot import HostBuffers, Snapshot
 from msa_train.training.together import CheckpointError, together
 
@@ -203,8 +205,11 @@ class CheckpointSaver:
             sharded: Any
             sharded, plain = save_preprocess(state, validate_access_integrity=False)
             if dist.get_rank() == 0:
-                _check_readable(plain)
-            taken.append(self._buffers.take(shards_to_write(sharded), plain))
+                _check_readable(plain, f"common data {sorted(plain)}")
+            shards = shards_to_write(sharded)
+            if not self._is_validated:
+                _check_objects(shards)
+            taken.append(self._buffers.take(shards, plain))
             return taken[0].num_bytes
 
         def validate() -> None:
@@ -305,16 +310,21 @@ def _failure_text(step: int, error: Exception) -> str:
     return f"checkpoint of step {step} could not be saved: {error}"
 
 
-def _check_readable(plain: dict[str, Any]) -> None:
-    """Megatron reads common data with weights_only; find out now, not when it is needed."""
+def _check_objects(shards: Shards) -> None:
+    for key, entries in shards.items():
+        for entry in entries:
+            if isinstance(entry, ShardedObject):
+                _check_readable(entry.data, f"object {key}")
+
+
+def _check_readable(value: Any, name: str) -> None:
+    """Nothing but plain values and tensors is read from a checkpoint; find out now, not when it is needed."""
     buffer = io.BytesIO()
-    torch.save(plain, buffer)
-    buffer.seek(0)
+    torch.save(value, buffer)
     try:
-        torch.load(buffer, weights_only=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TypeError(f"common data {sorted(plain)} must be plain values and tensors ({reason})") from error
+        check_object(buffer.getvalue(), name)
+    except ValueError as error:
+        raise TypeError(f"{name} must be plain values and tensors ({error.__cause__})") from error
 
 
 def _files_of_rank(folder: Path, rank: int) -> Iterable[Path]:

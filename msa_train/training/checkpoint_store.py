@@ -7,8 +7,9 @@ run_dir/checkpoints/
     .step_00000200.partial/     being written, or left by a crash
     latest -> step_00000100     moved when another one is published
 
-CRC-32 because the enemy is a disk or a crash, not a forger, and it is several times faster than any digest of
-hashlib. The form of manifest.json stays as it is, whatever meta.json's format_version becomes.
+CRC-32 because its enemy is a disk or a crash, and it is several times faster than any digest of hashlib. It
+is no signature: against a forger, nothing in a checkpoint is executed, see checkpoint_pickles.py. The form of
+manifest.json stays as it is, whatever meta.json's format_version becomes.
 """
 
 import errno
@@ -27,6 +28,7 @@ from typing import Any
 
 import msa_train
 from msa_train.config import AttentionKind, RunConfig
+from msa_train.model.checkpoint_pickles import METADATA_NAME, metadata_damage, objects_damage
 from msa_train.training.generation import check_generation
 from msa_train.training.stage_record import check_recorded_stages
 
@@ -274,7 +276,10 @@ def fingerprint(config: RunConfig) -> dict[str, object]:
 
 def verify_folder(folder: Path, *, full: bool) -> str | None:
     """As CheckpointStore.verify, for any checkpoint folder."""
-    return structure_damage(folder) or (_first_checksum_damage(folder) if full else None)
+    reason = structure_damage(folder)
+    if reason is None and full:
+        reason = stored_damage(folder) or _first_checksum_damage(folder)
+    return reason
 
 
 def structure_damage(folder: Path) -> str | None:
@@ -285,14 +290,21 @@ def structure_damage(folder: Path) -> str | None:
             size = (folder / name).stat().st_size
             if size != entry["size"]:
                 return f"{_file_words(name)}: {size} bytes instead of {entry['size']}"
-        reason = checksum_damage(folder, META_NAME, files[META_NAME]["crc32"])
-        return reason or _meta_damage(folder)
+        reason = checksum_damage(folder, META_NAME, files[META_NAME]["crc32"]) or _meta_damage(folder)
+        if reason is None and METADATA_NAME in files:
+            reason = metadata_damage(folder)
+        return reason
     except FileNotFoundError as error:
         return f"{_file_words(Path(error.filename).relative_to(folder).as_posix())}: missing"
     except OSError as error:
         return f"{error.filename}: {error.strerror}"
     except ValueError as error:
         return str(error)
+
+
+def stored_damage(folder: Path) -> str | None:
+    """What is wrong with stored objects, of a folder whose structure is sound: a stranger's could be code."""
+    return objects_damage(folder) if METADATA_NAME in read_manifest(folder) else None
 
 
 def checksum_damage(folder: Path, name: str, crc32: str) -> str | None:
@@ -404,7 +416,9 @@ def _newest_sound(
             # before the checksums, which take long
             notes = _check_usable(read_meta(folder), folder, config, own=own)
             size = sum(entry["size"] for entry in read_manifest(folder).values())
-            reason = _first_checksum_damage(folder) if size <= full_check_bytes else None
+            reason = stored_damage(folder)
+            if reason is None and size <= full_check_bytes:
+                reason = _first_checksum_damage(folder)
             if reason is None:
                 return _found(folder, damaged, notes, config, own=own)
         damaged.append((folder, reason))

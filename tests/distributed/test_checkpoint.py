@@ -1,6 +1,8 @@
 """Checkpoints of real Megatron sharded tensors, written and read by gloo ranks."""
 
+import io
 import os
+import pickle
 import random
 import resource
 import shutil
@@ -18,7 +20,12 @@ from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
 from msa_train.config import RunConfig
-from msa_train.training.checkpoint import find_verified_checkpoint, load_checkpoint, verify_distributed
+from msa_train.training.checkpoint import (
+    find_verified_checkpoint,
+    load_checkpoint,
+    load_weights,
+    verify_distributed,
+)
 from msa_train.training.checkpoint_save import save_checkpoint
 from msa_train.training.checkpoint_store import CheckpointStore, check_resume, fingerprint
 from msa_train.training.rng import RNG_KEY, rng_state, set_rng_state
@@ -175,6 +182,59 @@ def test_two_ranks_save_and_load(saved: Path) -> None:
 @pytest.mark.parametrize(("world_size", "scenario"), [(1, load_by_other_layout), (4, load_by_four)])
 def test_other_layouts_load(saved: Path, world_size: int, scenario: Callable[..., None]) -> None:
     run_ranks(world_size, scenario, CheckpointStore(saved).path(1), timeout_s=TIMEOUT_S)
+
+
+class Bomb:
+    """Creates a file when it is unpickled by somebody who trusts it."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.marker,)
+
+
+def dumped(value: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def load_bombs(rank: int, world_size: int, source: Path, folder: Path) -> None:
+    """However a bomb is put in, and even where torch trusts all files, loading ends and nothing is run."""
+    marker = folder / "executed"
+    metadata = pickle.loads((source / ".metadata").read_bytes())
+    index = next(index for index in metadata.storage_data if index.fqn.startswith("kind"))
+    place, bomb = metadata.storage_data[index], dumped(Bomb(marker))
+    objects = (source / place.relative_path).read_bytes()
+    place.offset, place.length = len(objects), len(bomb)
+    bombs = {
+        "metadata": {".metadata": pickle.dumps(Bomb(marker))},
+        "object": {".metadata": pickle.dumps(metadata), place.relative_path: objects + bomb},
+        "common": {"common.pt": bomb},
+    }
+    for name, files in bombs.items():
+        path = folder / name / source.name
+        if rank == 0:
+            shutil.copytree(source, path)
+            for file, content in files.items():
+                (path / file).write_bytes(content)
+        dist.barrier()
+        for template in (sharded_state(rank, world_size, fill=False), {}):
+            text = failure_of(lambda path=path, template=template: load_checkpoint(path, template))
+            assert "names " in text, (name, text)
+            if name == "object":
+                break
+    text = failure_of(lambda: load_weights(folder / "metadata" / source.name, {}))
+    assert "names " in text, text
+    assert not marker.exists()
+
+
+def test_code_in_a_checkpoint_is_not_run(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    run_ranks(2, load_bombs, CheckpointStore(saved).path(1), tmp_path, timeout_s=TIMEOUT_S)
 
 
 def damaged_by_byte(rank: int, world_size: int, folder: Path) -> None:

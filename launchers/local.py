@@ -4,6 +4,7 @@ import inspect
 import logging
 import math
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -146,7 +147,7 @@ def launch_workers(
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if "LOGLEVEL" not in os.environ:
         _silence_elastic()
-    logs = config_path.parent / "logs" / time.strftime("%Y%m%d-%H%M%S")
+    logs = _new_logs(config_path.parent)
     arguments = ("-m", "launchers.worker", str(config_path), entry)
     agent = LocalAgent(_worker_spec(num_processes, arguments, node), RunDirLogs(logs))
     try:
@@ -164,6 +165,20 @@ def launch_workers(
     world_size = num_processes * (node.count if node else 1)
     print(report(failures, world_size=world_size, first_rank=first_rank), file=sys.stderr, flush=True)
     return 1
+
+
+def _new_logs(run_dir: Path) -> Path:
+    """A folder for the output of this start, made here so that nobody has placed links in it.
+
+    Example: logs/20260101-120000, or logs/20260101-120000-5be1c3d2 where another node has made that.
+    """
+    logs = run_dir / "logs" / time.strftime("%Y%m%d-%H%M%S")
+    try:
+        logs.mkdir(parents=True)
+    except FileExistsError:
+        logs = logs.with_name(f"{logs.name}-{secrets.token_hex(4)}")
+        logs.mkdir()
+    return logs
 
 
 def _good_end(run_dir: Path, *, alone: bool) -> int:

@@ -13,6 +13,7 @@ from launchers.command_line import Parser, run_command
 from launchers.join import expand_nodelist, slurm_port
 from launchers.node_facts import Facts, Wanted, complaints, gather_facts
 from launchers.node_links import Answer, Head, answer_head, slow_nodes
+from msa_train.files import new_file
 
 BAD_NODES = Path("slurm") / "bad_nodes"
 DESCRIPTION = """\
@@ -155,7 +156,8 @@ def _name(run_dir: Path, texts: Sequence[str]) -> None:
     """Leave a line "node: what is wrong" for each: Slurm may lose what is printed by a step that it ends."""
     path = run_dir / BAD_NODES
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+    with new_file(path) as file:
+        file.write("".join(f"{text}\n" for text in texts))
 
 
 def _time_all_reduce(place: Place, megabytes: float, timeout_s: float) -> float:

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import zlib
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ from typing import Any
 
 import msa_train
 from msa_train.config import AttentionKind, RunConfig
+from msa_train.files import new_file
 from msa_train.model.checkpoint_pickles import METADATA_NAME, metadata_damage, objects_damage
 from msa_train.training.generation import check_generation
 from msa_train.training.stage_record import check_recorded_stages
@@ -153,9 +155,9 @@ class CheckpointStore:
 
     def _point_latest(self, target: Path) -> None:
         """`latest` leads to a finished checkpoint at every moment; there is none where links are unknown."""
-        partial, link = self.folder / f".{LATEST_NAME}.partial", self.folder / LATEST_NAME
+        name = f".{LATEST_NAME}.{secrets.token_hex(8)}.partial"
+        partial, link = self.folder / name, self.folder / LATEST_NAME
         try:
-            partial.unlink(missing_ok=True)
             partial.symlink_to(target.name)
             partial.replace(link)
         except OSError:
@@ -366,13 +368,9 @@ def free_bytes(path: Path) -> int:
 
 def write_json(path: Path, value: object) -> None:
     """Write a file that appears whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with new_file(path) as file:
         json.dump(value, file, indent=1, allow_nan=False)
         file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _find(config: RunConfig, full_check_bytes: float, known_damaged: Mapping[Path, str]) -> Found | None:

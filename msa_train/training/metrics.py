@@ -7,10 +7,12 @@ named numbers. Layers count from 1, groups from 0.
 
 import json
 import math
-import os
+import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from msa_train.files import new_file, open_to_append
 
 METRICS_NAME, TENSORBOARD_NAME = "metrics.jsonl", "tensorboard"
 
@@ -108,13 +110,18 @@ class MetricsWriter:
         path = self._folder / METRICS_NAME
         if path.exists():
             _drop_after(path, resume_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = open_to_append(path)
         self._tensorboard: Any = None
         if self._with_tensorboard:
             # takes seconds to import
             from torch.utils.tensorboard import SummaryWriter
 
-            writer = SummaryWriter(str(self._folder / TENSORBOARD_NAME), purge_step=resume_step + 1)
+            writer = SummaryWriter(
+                str(self._folder / TENSORBOARD_NAME),
+                purge_step=resume_step + 1,
+                # a name that nobody can have placed a link under
+                filename_suffix=f".{secrets.token_hex(8)}",
+            )
             self._tensorboard = writer
             self._tensorboard.add_custom_scalars(CHARTS)
 
@@ -216,14 +223,10 @@ def _tag(key: str, index: str) -> str:
 
 def _drop_after(path: Path, resume_step: int) -> None:
     """Keep whole lines up to resume_step; the file is replaced at once."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with new_file(path) as file:
         for line, entry in _entries(path):
             if entry["step"] <= resume_step:
                 file.write(line + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launchers.command_line import Parser, run_command
+from launchers.command_line import Parser, number, run_command
 from msa_train.training.checkpoint_store import (
     MANIFEST_NAME,
     META_NAME,
@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     diff.add_argument("first", metavar="A", type=Path, help="run_dir or checkpoint folder")
     diff.add_argument("second", metavar="B", type=Path)
     diff.add_argument(
-        "--tolerance", type=float, default=0.0, metavar="X", help="differences up to X are none"
+        "--tolerance", type=number, default=0.0, metavar="X", help="differences up to X are none"
     )
     diff.add_argument("--json", action="store_true", help="print JSON instead of lines")
     diff.set_defaults(run=_diff)

@@ -1,6 +1,7 @@
 """What the commands beside msa-train share: parsing, and how a failure is told."""
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -19,6 +20,14 @@ def leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def number(text: str) -> float:
+    """The `type` of an option with a number: what is not finite would turn comparisons round."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is no finite number")
+    return value
 
 
 class Parser(argparse.ArgumentParser):

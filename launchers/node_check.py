@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from launchers.command_line import Parser, run_command
+from launchers.command_line import Parser, number, run_command
 from launchers.join import expand_nodelist, slurm_port
 from launchers.node_facts import Facts, Wanted, complaints, gather_facts
 from launchers.node_links import Answer, Head, answer_head, slow_nodes
@@ -73,12 +73,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--gpus", type=int, default=0, metavar="N", help="of a node (0)")
     parser.add_argument("--cpus", type=int, default=1, metavar="N", help="of a node (1)")
-    parser.add_argument("--memory-gb", type=float, default=0.0, metavar="X", help="free memory of a node (0)")
     parser.add_argument(
-        "--clock-s", type=float, default=2.0, metavar="X", help="largest error of a clock (2)"
+        "--memory-gb", type=number, default=0.0, metavar="X", help="free memory of a node (0)"
     )
-    parser.add_argument("--megabytes", type=float, default=16.0, metavar="X", help="of the all-reduce (16)")
-    parser.add_argument("--timeout-s", type=float, default=60.0, metavar="X", help="for an answer (60)")
+    parser.add_argument(
+        "--clock-s", type=number, default=2.0, metavar="X", help="largest error of a clock (2)"
+    )
+    parser.add_argument("--megabytes", type=number, default=16.0, metavar="X", help="of the all-reduce (16)")
+    parser.add_argument("--timeout-s", type=number, default=60.0, metavar="X", help="for an answer (60)")
     return parser
 
 

@@ -4,7 +4,7 @@ A failure of one rank is raised on every rank with its cause. That takes care ab
 two exchanges no rank may leave alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from msa_train.training.checkpoint_store import (
     structure_damage,
 )
 from msa_train.training.engine import Engine
+from msa_train.training.finite_state import NotFiniteError, check_loaded
 from msa_train.training.load_strategy import LoadStrategy, check_common
 from msa_train.training.rng import RNG_KEY, rng_shard, set_rng_state
 from msa_train.training.save_strategy import first_failure
@@ -53,6 +54,7 @@ def load_checkpoint(
 
     Raises:
         CheckpointError: if the checkpoint lacks keys of the template or has others, or cannot be read.
+        NotFiniteError: if numbers in it are not finite.
     """
     meta, template = read_meta(Path(path)), dict(sharded_state_template)
     if meta.get("world_size") == dist.get_world_size():
@@ -76,6 +78,7 @@ def load_checkpoint(
         raise CheckpointError(f"checkpoint {path} could not be loaded: {error}{hint}") from error
     if complaints:
         raise CheckpointError(f"checkpoint {path} is not of this model: it {'; it '.join(complaints)}")
+    check_loaded(path, {key: value for key, value in state.items() if key != RNG_KEY}, group)
     return state
 
 
@@ -108,6 +111,7 @@ def load_weights(
 
     Raises:
         CheckpointError: if other parts of the model are missing or left over, or the files cannot be read.
+        NotFiniteError: if numbers in it are not finite.
     """
     state: dict[str, Any] = {}
 
@@ -128,6 +132,7 @@ def load_weights(
     if any(texts):
         complaints = "; it ".join(text for text in texts if text)
         raise CheckpointError(f"checkpoint {path} is not of this model: it {complaints}")
+    check_loaded(path, state["model"], group)
     return state["model"], lacking
 
 
@@ -188,6 +193,32 @@ def find_verified_checkpoint(
         if found is None or reason is None:
             return found
         known_damaged[found.path] = reason
+
+
+def load_newest(
+    config: RunConfig, load: Callable[[Found], None], *, known_damaged: Mapping[Path, str] | None = None
+) -> Found | None:
+    """Load the newest checkpoint that is sound and finite. All ranks call it.
+
+    Args:
+        config: the whole run.
+        load: reads one and raises NotFiniteError on all ranks if it cannot be used.
+        known_damaged: reason by folder, of checkpoints that must not be used.
+
+    Returns:
+        What was loaded, None where there is no checkpoint.
+
+    Raises:
+        ValueError: as `find_checkpoint`, on all ranks.
+    """
+    passed_over = dict(known_damaged or {})
+    while (found := find_verified_checkpoint(config, known_damaged=passed_over)) is not None:
+        try:
+            load(found)
+            return found
+        except NotFiniteError as error:
+            passed_over[found.path] = error.reason
+    return None
 
 
 def _read_shards(template: dict[str, Any], path: str | Path) -> tuple[dict[str, Any], set[str]]:

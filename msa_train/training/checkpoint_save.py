@@ -31,9 +31,11 @@ from msa_train.training.checkpoint_store import (
     file_entry,
     write_json,
 )
+from msa_train.training.divergence import diverged
+from msa_train.training.finite_state import listed, not_finite
 from msa_train.training.rng import RNG_KEY, rng_shard, rng_state
 from msa_train.training.save_strategy import Shards, shards_to_write, write_shards
-from msa_train.training.snapshot import HostBuffers, Snapshot
+from msa_train.training.snapshot import HostBuffers, Snapshot, tensors_of
 from msa_train.training.together import CheckpointError, together
 
 # A rank may be this far behind the others with its files
@@ -137,6 +139,7 @@ class CheckpointSaver:
         Raises:
             CheckpointError: naming the rank and the cause, with `wait` or where on_failure=end. No folder is
                 published.
+            DivergedError: if weights or moments are not finite.
         """
         begin = self._clock()
         ended = self.wait()
@@ -201,7 +204,7 @@ class CheckpointSaver:
         assert len(state) == len(common) + len(given) + 1, "common and sharded_state share a key"
         taken: list[Snapshot] = []
 
-        def copy() -> int:
+        def copy() -> tuple[int, set[str]]:
             sharded: Any
             sharded, plain = save_preprocess(state, validate_access_integrity=False)
             if dist.get_rank() == 0:
@@ -209,18 +212,23 @@ class CheckpointSaver:
             shards = shards_to_write(sharded)
             if not self._is_validated:
                 _check_objects(shards)
-            taken.append(self._buffers.take(shards, plain))
-            return taken[0].num_bytes
+            spoilt = not_finite(tensors_of(shards))
+            if not spoilt:
+                taken.append(self._buffers.take(shards, plain))
+            return taken[0].num_bytes if taken else 0, spoilt
 
         def validate() -> None:
             save_preprocess(state, validate_access_integrity=True)
 
-        num_bytes = sum(together(copy, self.group))
+        copied = together(copy, self.group)
+        names = listed(spoilt for _, spoilt in copied)
+        if names:
+            raise diverged(step, f"the update left {names} not finite", self.store)
         if not self._is_validated:
             # the same in all saves of a run
             together(validate, self.group)
             self._is_validated = True
-        return taken[0], num_bytes
+        return taken[0], sum(num_bytes for num_bytes, _ in copied)
 
     def _write(self, report: SaveReport, snapshot: Snapshot, num_bytes: int, meta: dict[str, Any]) -> None:
         """Write and publish, again where that fails and retries are left; never raises."""

@@ -23,11 +23,13 @@ from msa_train.config import RunConfig
 from msa_train.training.checkpoint import (
     find_verified_checkpoint,
     load_checkpoint,
+    load_newest,
     load_weights,
     verify_distributed,
 )
 from msa_train.training.checkpoint_save import save_checkpoint
 from msa_train.training.checkpoint_store import CheckpointStore, check_resume, fingerprint
+from msa_train.training.divergence import DivergedError
 from msa_train.training.rng import RNG_KEY, rng_state, set_rng_state
 from msa_train.training.together import CheckpointError
 from tests.helpers.spawn import run_ranks
@@ -235,6 +237,48 @@ def test_code_in_a_checkpoint_is_not_run(
 ) -> None:
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     run_ranks(2, load_bombs, CheckpointStore(saved).path(1), tmp_path, timeout_s=TIMEOUT_S)
+
+
+def spoilt_weights(rank: int, world_size: int, folder: Path) -> None:
+    """Numbers that are not finite on one rank: not saved by any, and an older checkpoint that has none."""
+    store, config = CheckpointStore(folder), RunConfig(run_dir=str(folder))
+    save(folder, 1)
+    for value, place in ((float("nan"), "w"), (float("inf"), "w"), (float("-inf"), "moment")):
+        state = sharded_state(rank, world_size)
+        if place == "w" and rank == 1:
+            state["model"]["w"].data[-1, -1] = value
+        elif place == "moment":
+            state["optimizer"]["moment"].data[0, 0] = value
+        with pytest.raises(
+            DivergedError, match=rf"^step 2: the update left {place}\S* not finite; the step is"
+        ):
+            save(folder, 2, sharded_state=state)
+        dist.barrier()
+        assert store.steps() == [1]
+    # as versions before saved it
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("msa_train.training.checkpoint_save.not_finite", lambda _: set[str]())
+        state = sharded_state(rank, world_size)
+        if rank == 1:
+            state["model"]["w"].data[0, 0] = float("nan")
+        save(folder, 2, sharded_state=state)
+    loaded: list[Any] = []
+    found = load_newest(
+        config,
+        lambda found: loaded.append(load_checkpoint(found.path, sharded_state(rank, world_size, fill=False))),
+    )
+    assert found is not None
+    assert found.messages == [
+        "checkpoint step_2 is damaged (not finite: model.w) and is skipped; going on from step 1"
+    ]
+    (state,) = loaded
+    check_state(state, rank, world_size)
+    save(folder, 2)
+    assert store.verify(2) is None
+
+
+def test_numbers_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path: Path) -> None:
+    run_ranks(2, spoilt_weights, tmp_path, timeout_s=TIMEOUT_S)
 
 
 def damaged_by_byte(rank: int, world_size: int, folder: Path) -> None:

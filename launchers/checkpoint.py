@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from launchers.command_line import Parser, number, run_command
+from launchers.worker import accept_fallbacks
+from msa_train.model.checkpoint_pickles import METADATA_NAME
 from msa_train.training.checkpoint_store import (
     MANIFEST_NAME,
     META_NAME,
@@ -58,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     ls.add_argument("paths", metavar="RUN_DIR", type=Path, nargs="+", help="run_dir or checkpoint folder")
     ls.add_argument("--json", action="store_true", help="print JSON instead of a table")
     ls.set_defaults(run=_ls)
-    verify = commands.add_parser("verify", help="read every file and compare checksums")
+    verify = commands.add_parser("verify", help="read every file: checksums, numbers not finite")
     verify.add_argument("paths", metavar="RUN_DIR", type=Path, nargs="+", help="run_dir or checkpoint folder")
     verify.add_argument("--quick", action="store_true", help="names and sizes only")
     verify.set_defaults(run=_verify)
@@ -132,9 +134,19 @@ def _verify(arguments: argparse.Namespace) -> int:
     for path in arguments.paths:
         for folder in _folders(path):
             reason = verify_folder(folder, full=not arguments.quick)
+            if reason is None and not arguments.quick and METADATA_NAME in read_manifest(folder):
+                reason = _values_damage(folder)
             print(f"{folder}: {reason or 'sound'}", flush=True)
             code = DAMAGED if reason else code
     return code
+
+
+def _values_damage(folder: Path) -> str | None:
+    # torch takes seconds
+    accept_fallbacks()
+    from msa_train.training.checkpoint_diff import values_damage
+
+    return values_damage(folder)
 
 
 def _prune(arguments: argparse.Namespace) -> int:
@@ -153,8 +165,6 @@ def _prune(arguments: argparse.Namespace) -> int:
 
 def _diff(arguments: argparse.Namespace) -> int:
     # torch takes seconds
-    from launchers.worker import accept_fallbacks
-
     accept_fallbacks()
     from msa_train.training.checkpoint_diff import diff_checkpoints
 

@@ -129,6 +129,17 @@ def test_commands_refuse_a_bomb_in_one_line(
     assert not marker.exists()
 
 
+def test_numbers_that_are_not_finite_are_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert checkpoint_command.main(["verify", str(folder)]) == 0
+    content = (folder / "__0_0.distcp").read_bytes()
+    last = torch.tensor([6.0, 7.0]).numpy().tobytes()
+    assert content.count(last) == 1
+    replace(folder, "__0_0.distcp", content.replace(last, torch.tensor([6.0, torch.nan]).numpy().tobytes()))
+    assert checkpoint_command.main(["verify", "--quick", str(folder)]) == 0
+    assert checkpoint_command.main(["verify", str(folder)]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == f"{folder}: not finite: w"
+
+
 def test_metadata_that_are_no_pickle_are_damage(folder: Path) -> None:
     true = (folder / ".metadata").read_bytes()
     for content in (b"", b"\x80", true[:-20], b"(" * 1000, pickle.dumps([1]), pickle.dumps({})):

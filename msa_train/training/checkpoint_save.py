@@ -257,9 +257,9 @@ class CheckpointSaver:
 
         def begin() -> None:
             if rank == 0:
-                store.clear()
+                report.notes += store.clear()
                 store.check_space(report.num_bytes + _OTHER_BYTES)
-                store.begin(step)
+                store.make_partial(step)
 
         together(begin, self.group)
         write_shards(snapshot.shards, snapshot.common, folder, self.group)

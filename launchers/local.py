@@ -163,7 +163,8 @@ def launch_workers(
         for rank, item in result.failures.items()
     }
     world_size = num_processes * (node.count if node else 1)
-    print(report(failures, world_size=world_size, first_rank=first_rank), file=sys.stderr, flush=True)
+    text = report(failures, world_size=world_size, first_rank=first_rank, log_folder=logs)
+    print(text, file=sys.stderr, flush=True)
     return 1
 
 

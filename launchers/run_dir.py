@@ -108,7 +108,13 @@ def write_keeping(path: Path, text: str) -> None:
     """Write a file whole or not at all; an earlier one that differs is kept: config.20260101-120000.yaml."""
     if path.exists() and path.read_text(encoding="utf-8") != text:
         written = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
-        path.replace(path.with_name(f"{path.stem}.{written}{path.suffix}"))
+        kept = path.with_name(f"{path.stem}.{written}{path.suffix}")
+        # after a clock that went back, or a copy that kept no times
+        number = 1
+        while os.path.lexists(kept):
+            number += 1
+            kept = path.with_name(f"{path.stem}.{written}-{number}{path.suffix}")
+        path.replace(kept)
     with new_file(path) as file:
         file.write(text)
 

@@ -17,7 +17,7 @@ from launchers.join import Node, joined_environment, joined_node
 from launchers.preflight import Layout, check_files, describe, plan_layout, set_worker_environment
 from launchers.run_dir import CONFIG_NAME, claim_run_dir, disk_warning, write_config
 from launchers.worker import run_entry
-from msa_train.config import RunConfig
+from msa_train.config import RunConfig, contradictions
 from msa_train.training import stop
 
 OPTIONS = {
@@ -81,6 +81,7 @@ def _run(arguments: list[str]) -> int:
     layout = plan_layout(config, joined_world_size=joined)
     set_worker_environment(config, layout)
     if "check" in options:
+        _warn(config)
         check_files(config, say=_say)
         _say(describe(config, layout))
         return 0
@@ -124,10 +125,14 @@ def _join(config: RunConfig, layout: Layout, job: dict[str, str]) -> int:
 
 def _prepare(config: RunConfig, layout: Layout) -> None:
     _say(describe(config, layout))
-    warning = disk_warning(config)
-    if warning:
-        print(f"msa-train: warning: {warning}", file=sys.stderr, flush=True)
+    _warn(config, disk_warning(config))
     check_files(config, say=_say)
+
+
+def _warn(config: RunConfig, *more: str | None) -> None:
+    for text in (*contradictions(config), *more):
+        if text:
+            print(f"msa-train: warning: {text}", file=sys.stderr, flush=True)
 
 
 def _take_config_dirs(arguments: list[str]) -> tuple[list[str], list[Path]]:

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launchers.command_line import Parser, run_command
+from launchers.command_line import Parser, number, run_command
 from launchers.output import say
+from launchers.worker import accept_fallbacks
 from msa_train.config import printable
+from msa_train.model.checkpoint_pickles import METADATA_NAME
 from msa_train.training.checkpoint_store import (
     MANIFEST_NAME,
     META_NAME,
@@ -60,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     ls.add_argument("paths", metavar="RUN_DIR", type=Path, nargs="+", help="run_dir or checkpoint folder")
     ls.add_argument("--json", action="store_true", help="print JSON instead of a table")
     ls.set_defaults(run=_ls)
-    verify = commands.add_parser("verify", help="read every file and compare checksums")
+    verify = commands.add_parser("verify", help="read every file: checksums, numbers not finite")
     verify.add_argument("paths", metavar="RUN_DIR", type=Path, nargs="+", help="run_dir or checkpoint folder")
     verify.add_argument("--quick", action="store_true", help="names and sizes only")
     verify.set_defaults(run=_verify)
@@ -78,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     diff.add_argument("first", metavar="A", type=Path, help="run_dir or checkpoint folder")
     diff.add_argument("second", metavar="B", type=Path)
     diff.add_argument(
-        "--tolerance", type=float, default=0.0, metavar="X", help="differences up to X are none"
+        "--tolerance", type=number, default=0.0, metavar="X", help="differences up to X are none"
     )
     diff.add_argument("--json", action="store_true", help="print JSON instead of lines")
     diff.set_defaults(run=_diff)
@@ -134,9 +136,19 @@ def _verify(arguments: argparse.Namespace) -> int:
     for path in arguments.paths:
         for folder in _folders(path):
             reason = verify_folder(folder, full=not arguments.quick)
+            if reason is None and not arguments.quick and METADATA_NAME in read_manifest(folder):
+                reason = _values_damage(folder)
             say(f"{folder}: {reason or 'sound'}")
             code = DAMAGED if reason else code
     return code
+
+
+def _values_damage(folder: Path) -> str | None:
+    # torch takes seconds
+    accept_fallbacks()
+    from msa_train.training.checkpoint_diff import values_damage
+
+    return values_damage(folder)
 
 
 def _prune(arguments: argparse.Namespace) -> int:
@@ -155,8 +167,6 @@ def _prune(arguments: argparse.Namespace) -> int:
 
 def _diff(arguments: argparse.Namespace) -> int:
     # torch takes seconds
-    from launchers.worker import accept_fallbacks
-
     accept_fallbacks()
     from msa_train.training.checkpoint_diff import diff_checkpoints
 

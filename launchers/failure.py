@@ -1,5 +1,6 @@
 """Which worker failed first, and what to tell the user about it."""
 
+import os
 import re
 import signal
 import socket
@@ -17,6 +18,8 @@ SECONDARY = re.compile(
 LOG_TAIL_LINES = 30
 # A hard end is noticed by polling, after ranks that hear of it through a closed connection
 NOTICED_LATE_S = 1.0
+# less than this and a traceback may not fit
+_ROOM_BYTES = 2**16
 
 
 @dataclass(kw_only=True, slots=True)
@@ -55,13 +58,20 @@ def first_failure(failures: Mapping[int, WorkerFailure]) -> WorkerFailure:
     return min(failures.values(), key=order)
 
 
-def report(failures: Mapping[int, WorkerFailure], *, world_size: int, first_rank: int = 0) -> str:
+def report(
+    failures: Mapping[int, WorkerFailure],
+    *,
+    world_size: int,
+    first_rank: int = 0,
+    log_folder: Path | None = None,
+) -> str:
     """Text for the terminal: rank, cause, traceback, and how the others ended.
 
     Args:
         failures: by rank.
         world_size: ranks of the job.
         first_rank: the first one on this machine.
+        log_folder: where workers write to.
     """
     first = first_failure(failures)
     lines = [
@@ -74,7 +84,7 @@ def report(failures: Mapping[int, WorkerFailure], *, world_size: int, first_rank
     for rank in sorted(failures):
         if failures[rank] is not first:
             lines.append(f"  afterwards rank {rank}: {_afterwards(failures[rank])}")
-    return "\n".join(lines) + "\n" + _details(first)
+    return "\n".join(lines) + "\n" + _details(first, log_folder)
 
 
 def _cause(failure: WorkerFailure) -> str:
@@ -103,11 +113,23 @@ def _afterwards(failure: WorkerFailure) -> str:
     return "stopped by the launcher"
 
 
-def _details(first: WorkerFailure) -> str:
+def _details(first: WorkerFailure, log_folder: Path | None) -> str:
     if first.traceback:
         return first.traceback.rstrip()
     if first.log and first.log.is_file():
         tail = first.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL_LINES:]
         if tail:
             return "the last lines it wrote:\n" + "\n".join(tail)
-    return "it left no traceback"
+    return f"it left no traceback{_full_disk(log_folder)}"
+
+
+def _full_disk(folder: Path | None) -> str:
+    """Why there may be no traceback: what a worker would have written to has no room for it."""
+    if folder is None:
+        return ""
+    try:
+        disk = os.statvfs(folder)
+    except OSError:
+        return ""
+    is_full = disk.f_bavail * disk.f_frsize < _ROOM_BYTES or (disk.f_files and not disk.f_favail)
+    return f"; the disk of {folder} is full" if is_full else ""

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from msa_train.config import AttentionConfig, ModelConfig
+from msa_train.files import new_file
 
 NAME = "imported"
 SEQ_LEN = 8192
@@ -70,7 +71,8 @@ def write_conf(
     texts = {"model": _group(model, source), "attention": _group(attention, source), "run": run}
     for group, text in texts.items():
         (conf / group).mkdir(parents=True, exist_ok=True)
-        (conf / group / f"{NAME}.yaml").write_text(text, encoding="utf-8")
+        with new_file(conf / group / f"{NAME}.yaml") as file:
+            file.write(text)
     return conf
 
 
@@ -79,7 +81,7 @@ def copy_tokenizer(source: Path, target: Path) -> Path | None:
     for name in _TOKENIZER_FILES:
         if (source / name).is_file():
             target.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / name, target / name)
+            _copy(source / name, target / name)
     return target / "tokenizer.json" if (target / "tokenizer.json").is_file() else None
 
 
@@ -88,7 +90,12 @@ def copy_rest(source: Path, target: Path) -> None:
     for path in sorted(source.iterdir()):
         own = path.name in ("config.json", "README.md") or path.name.endswith((".safetensors", ".index.json"))
         if path.is_file() and not own and not path.name.startswith("."):
-            shutil.copyfile(path, target / path.name)
+            _copy(path, target / path.name)
+
+
+def _copy(source: Path, target: Path) -> None:
+    with source.open("rb") as file, new_file(target, "wb") as copy:
+        shutil.copyfileobj(file, copy)
 
 
 def _group(section: Any, source: str) -> str:

@@ -4,6 +4,7 @@ import inspect
 import logging
 import math
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -148,7 +149,7 @@ def launch_workers(
     os.environ[LAUNCHER_PID] = str(os.getpid())
     if "LOGLEVEL" not in os.environ:
         _silence_elastic()
-    logs = config_path.parent / "logs" / time.strftime("%Y%m%d-%H%M%S")
+    logs = _new_logs(config_path.parent)
     # torch fills in $-names of arguments
     arguments = tuple(text.replace("$", "$$") for text in worker_arguments(str(config_path), entry))
     with ExitStack() as stack:
@@ -168,7 +169,8 @@ def launch_workers(
         for rank, item in result.failures.items()
     }
     world_size = num_processes * (node.count if node else 1)
-    say(report(failures, world_size=world_size, first_rank=first_rank), lines=True, error=True)
+    text = report(failures, world_size=world_size, first_rank=first_rank, log_folder=logs)
+    say(text, lines=True, error=True)
     return 1
 
 
@@ -183,6 +185,20 @@ def _stay_on_this_machine(stack: ExitStack) -> None:
     if os.path.exists("/sys/class/net/lo"):
         # a host name that does not resolve must not matter
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
+def _new_logs(run_dir: Path) -> Path:
+    """A folder for the output of this start, made here so that nobody has placed links in it.
+
+    Example: logs/20260101-120000, or logs/20260101-120000-5be1c3d2 where another node has made that.
+    """
+    logs = run_dir / "logs" / time.strftime("%Y%m%d-%H%M%S")
+    try:
+        logs.mkdir(parents=True)
+    except FileExistsError:
+        logs = logs.with_name(f"{logs.name}-{secrets.token_hex(4)}")
+        logs.mkdir()
+    return logs
 
 
 def _good_end(run_dir: Path, *, alone: bool) -> int:

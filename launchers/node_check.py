@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from launchers.command_line import Parser, run_command
+from launchers.command_line import Parser, number, run_command
 from launchers.job_token import read_token, token_path
 from launchers.join import expand_nodelist, slurm_generation, slurm_port
 from launchers.node_facts import Facts, Wanted, complaints, gather_facts
 from launchers.node_links import Answer, Head, answer_head, slow_nodes
 from launchers.output import say
 from msa_train.config import one_line, printable
+from msa_train.files import new_file
 
 BAD_NODES = Path("slurm") / "bad_nodes"
 DESCRIPTION = """\
@@ -75,12 +76,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--gpus", type=int, default=0, metavar="N", help="of a node (0)")
     parser.add_argument("--cpus", type=int, default=1, metavar="N", help="of a node (1)")
-    parser.add_argument("--memory-gb", type=float, default=0.0, metavar="X", help="free memory of a node (0)")
     parser.add_argument(
-        "--clock-s", type=float, default=2.0, metavar="X", help="largest error of a clock (2)"
+        "--memory-gb", type=number, default=0.0, metavar="X", help="free memory of a node (0)"
     )
-    parser.add_argument("--megabytes", type=float, default=16.0, metavar="X", help="of the all-reduce (16)")
-    parser.add_argument("--timeout-s", type=float, default=60.0, metavar="X", help="for an answer (60)")
+    parser.add_argument(
+        "--clock-s", type=number, default=2.0, metavar="X", help="largest error of a clock (2)"
+    )
+    parser.add_argument("--megabytes", type=number, default=16.0, metavar="X", help="of the all-reduce (16)")
+    parser.add_argument("--timeout-s", type=number, default=60.0, metavar="X", help="for an answer (60)")
     return parser
 
 
@@ -169,8 +172,9 @@ def _name(run_dir: Path, texts: Sequence[str]) -> None:
     """Leave a line "node: what is wrong" for each: Slurm may lose what is printed by a step that it ends."""
     path = run_dir / BAD_NODES
     path.parent.mkdir(parents=True, exist_ok=True)
-    # a line break in what a node says would put another name into the list of those to exclude
-    path.write_text("".join(f"{printable(text)}\n" for text in texts), encoding="utf-8")
+    with new_file(path) as file:
+        # a line break in what a node says would put another name into the list of those to exclude
+        file.write("".join(f"{printable(text)}\n" for text in texts))
 
 
 def _time_all_reduce(place: Place, megabytes: float, timeout_s: float) -> float:

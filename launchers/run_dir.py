@@ -14,10 +14,14 @@ from launchers.compose import config_to_yaml
 from launchers.join import slurm_generation
 from launchers.model_size import model_size
 from msa_train.config import RunConfig
+from msa_train.files import new_file, open_to_append, remove_partials
+from msa_train.training.bad_steps import LOG_NAME as BAD_STEPS_NAME
 from msa_train.training.generation import take_over
+from msa_train.training.metrics import METRICS_NAME
 from msa_train.training.stop import clear_stopped
 
 CONFIG_NAME = "config.yaml"
+_LOCK_NAME = ".lock"
 # parameters and AdamW's master weights and two moments, fp32
 CHECKPOINT_BYTES_PER_PARAMETER = 16
 
@@ -26,8 +30,15 @@ def check_writable(run_dir: str) -> None:
     """Write a file where run_dir is or would be, and leave nothing behind.
 
     Raises:
-        ValueError: if that is not possible.
+        ValueError: if that is not possible, or a file that a run appends to is a link.
     """
+    for name in (_LOCK_NAME, METRICS_NAME, BAD_STEPS_NAME):
+        if (Path(run_dir) / name).is_symlink():
+            target = os.readlink(Path(run_dir) / name)
+            raise ValueError(
+                f"run_dir={run_dir}: {name} is a link to {target}, and links are not written through; remove "
+                "the link, or use another run_dir"
+            )
     folder = Path(run_dir).absolute()
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
@@ -54,7 +65,7 @@ def claim_run_dir(run_dir: str) -> TextIO:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         check_writable(run_dir)
-        lock = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 (kept open while the run lasts)
+        lock = open_to_append(folder / _LOCK_NAME)
     except OSError as error:
         raise _unwritable(run_dir, error) from error
     try:
@@ -74,6 +85,7 @@ def claim_run_dir(run_dir: str) -> TextIO:
     lock.truncate(0)
     lock.write(f"pid {os.getpid()} on {socket.gethostname()}, start {start}")
     lock.flush()
+    remove_partials(folder)
     take_over(run_dir, start)
     clear_stopped(run_dir)
     return lock
@@ -97,10 +109,15 @@ def write_keeping(path: Path, text: str) -> None:
     # bytes: an earlier one may be damaged
     if path.exists() and path.read_bytes() != text.encode():
         written = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
-        path.replace(path.with_name(f"{path.stem}.{written}{path.suffix}"))
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+        kept = path.with_name(f"{path.stem}.{written}{path.suffix}")
+        # after a clock that went back, or a copy that kept no times
+        number = 1
+        while os.path.lexists(kept):
+            number += 1
+            kept = path.with_name(f"{path.stem}.{written}-{number}{path.suffix}")
+        path.replace(kept)
+    with new_file(path) as file:
+        file.write(text)
 
 
 def disk_warning(config: RunConfig) -> str | None:

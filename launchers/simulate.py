@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launchers.command_line import Parser, run_command
+from launchers.command_line import Parser, number, run_command
 from launchers.groups import group_options
 from launchers.output import say
 from launchers.simulate_question import read_question, read_shape
@@ -115,13 +115,13 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-index-balance", action="store_true", help="every rank scores its own queries")
     parser.add_argument(
-        "--hot-share", type=float, default=0.75, metavar="X", help="see exchange.hot_share (0.75)"
+        "--hot-share", type=number, default=0.75, metavar="X", help="see exchange.hot_share (0.75)"
     )
     parser.add_argument("--fp32", action="store_true", help="4 bytes per number on the wire instead of 2")
     parser.add_argument("--no-kl", action="store_true", help="the index branch is frozen")
     what = parser.add_argument_group("selections: one of --f, --alike-tokens, --selections")
     what.add_argument(
-        "--f", type=float, metavar="X", help="share of the remote (block, group) pairs selected"
+        "--f", type=number, metavar="X", help="share of the remote (block, group) pairs selected"
     )
     what.add_argument("--alike-tokens", type=int, metavar="N", help="neighbouring queries that choose alike")
     what.add_argument(
@@ -130,13 +130,13 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--layer", type=int, metavar="N", help="of the recording; default: its first")
     what.add_argument("--sink-blocks", type=int, default=1, metavar="N", help="first blocks all select (1)")
     what.add_argument(
-        "--popular-share", type=float, default=0.5, metavar="X", help="picks of popular blocks (0.5)"
+        "--popular-share", type=number, default=0.5, metavar="X", help="picks of popular blocks (0.5)"
     )
     what.add_argument(
-        "--popular-exponent", type=float, default=1.0, metavar="X", help="of their Zipf law (1)"
+        "--popular-exponent", type=number, default=1.0, metavar="X", help="of their Zipf law (1)"
     )
     what.add_argument(
-        "--distance-exponent", type=float, default=1.0, metavar="X", help="of the other picks (1)"
+        "--distance-exponent", type=number, default=1.0, metavar="X", help="of the other picks (1)"
     )
     what.add_argument("--seed", type=int, default=0, metavar="N")
 

@@ -19,7 +19,7 @@ from launchers.output import say, steady_output
 from launchers.preflight import Layout, check_files, describe, plan_layout, set_worker_environment
 from launchers.run_dir import CONFIG_NAME, claim_run_dir, disk_warning, write_config
 from launchers.worker import run_entry
-from msa_train.config import RunConfig, one_line
+from msa_train.config import RunConfig, contradictions, one_line
 from msa_train.config.environment import SAID_BY
 from msa_train.training import stop
 
@@ -99,6 +99,7 @@ def _run(arguments: list[str]) -> int:
     set_worker_environment(config, layout)
     _check_machine(layout, on_one=joined is None or (node is not None and node.count == 1))
     if "check" in options:
+        _warn(config)
         check_files(config, say=say)
         say(describe(config, layout))
         return 0
@@ -160,10 +161,14 @@ def _join(config: RunConfig, layout: Layout, job: dict[str, str]) -> int:
 
 def _prepare(config: RunConfig, layout: Layout) -> None:
     say(describe(config, layout))
-    warning = disk_warning(config)
-    if warning:
-        say(f"msa-train: warning: {warning}", error=True)
+    _warn(config, disk_warning(config))
     check_files(config, say=say)
+
+
+def _warn(config: RunConfig, *more: str | None) -> None:
+    for text in (*contradictions(config), *more):
+        if text:
+            say(f"msa-train: warning: {text}", error=True)
 
 
 def _take_config_dirs(arguments: list[str]) -> tuple[list[str], list[Path]]:

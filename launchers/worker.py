@@ -93,18 +93,22 @@ def _follow_launcher() -> None:
 def _record(error: Exception) -> None:
     rank = os.environ.get("RANK", "0")
     text = "" if _is_plain(error) else "".join(traceback.format_exception(error))
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    file, is_recorded = os.environ.get("TORCHELASTIC_ERROR_FILE"), False
     if file:
         now = time.time()
         extra = {"py_callstack": text, "timestamp": str(int(now)), "time": now}
         message = f"{type(error).__name__}: {error}"
         partial = Path(f"{file}.partial")
-        partial.write_text(
-            json.dumps({"message": {"message": message, "extraInfo": extra}}), encoding="utf-8"
-        )
-        partial.replace(file)
+        content = json.dumps({"message": {"message": message, "extraInfo": extra}})
+        try:
+            partial.write_text(content, encoding="utf-8")
+            partial.replace(file)
+            is_recorded = True
+        except OSError as full:
+            # the disk may be what failed in the first place; the terminal takes it in any case
+            say(f"msa-train: {file}: {full.strerror}", error=True)
     # The local launcher prints the first failure; rank 0 shares its terminal and must not repeat or drown it.
-    if LAUNCHER_PID not in os.environ or rank != "0":
+    if LAUNCHER_PID not in os.environ or rank != "0" or not is_recorded:
         told = f"failed\n{text}" if text else f"failed: {one_line(error)}"
         say(f"msa-train: rank {rank} {told}", lines=True, error=True)
 

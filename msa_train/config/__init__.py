@@ -1,6 +1,7 @@
 """Typed configuration: dataclasses, their choices, and the rules between them. Standard library only."""
 
 from msa_train.config.cluster import ClusterConfig, ContainerRuntime, Tasks, check_cluster, check_time
+from msa_train.config.contradictions import contradictions
 from msa_train.config.model import AttentionConfig, ModelConfig
 from msa_train.config.options import (
     Activation,
@@ -82,6 +83,7 @@ __all__ = [
     "check_cluster",
     "check_rules",
     "check_time",
+    "contradictions",
     "longest_seq_len",
     "one_line",
     "plan_stages",

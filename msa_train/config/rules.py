@@ -6,6 +6,7 @@ Each violation is a ValueError of one line: name=value, the rule, the fix.
 import math
 from collections.abc import Callable
 
+from msa_train.config.number_rules import check_finite_numbers
 from msa_train.config.options import (
     AttentionKernel,
     BadStep,
@@ -18,6 +19,9 @@ from msa_train.config.options import (
 )
 from msa_train.config.run import RunConfig
 from msa_train.config.stage_rules import check_stages
+
+# below it fp32 has no full precision, and processors may take the number for 0
+_SMALLEST_FP32 = 1.2e-38
 
 
 def resolve_engine(config: RunConfig, *, has_gpu: bool) -> Engine:
@@ -40,6 +44,7 @@ def check_rules(config: RunConfig, *, world_size: int, has_gpu: bool) -> None:
     """
     rules: tuple[Callable[[RunConfig], None], ...] = (
         _names,
+        check_finite_numbers,
         _positive_sizes,
         check_stages,
         _sequence,
@@ -100,7 +105,6 @@ def _positive_sizes(config: RunConfig) -> None:
         "watchdog.timeout_s": config.watchdog.timeout_s,
         "data.seed": config.data.seed,
         "train.seed": train.seed,
-        "optim.eps": config.optim.eps,
         "model.shared_expert_hidden_size": config.model.shared_expert_hidden_size,
         "model.router_bias_update_rate": config.model.router_bias_update_rate,
     }
@@ -281,6 +285,11 @@ def _training(config: RunConfig) -> None:
         )
     if not (optim.muon_lr > 0 and math.isfinite(optim.muon_lr)):
         raise ValueError(f"optim.muon_lr={optim.muon_lr}: must be positive and finite")
+    if optim.eps < _SMALLEST_FP32:
+        raise ValueError(
+            f"optim.eps={optim.eps}: must be at least {_SMALLEST_FP32}, as weights without a gradient divide "
+            "0 by it in fp32; use optim.eps=1e-8"
+        )
     for name in ("beta1", "beta2", "muon_momentum"):
         if not 0 <= getattr(optim, name) < 1:
             raise ValueError(f"optim.{name}={getattr(optim, name)}: must be from 0 to below 1")

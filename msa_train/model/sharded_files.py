@@ -31,7 +31,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-METADATA_NAME, COMMON_NAME, CONFIG_NAME = ".metadata", "common.pt", "metadata.json"
+from msa_train.model.checkpoint_pickles import COMMON_NAME, METADATA_NAME, read_metadata
+
+CONFIG_NAME = "metadata.json"
 
 
 class ShardedWriter:
@@ -141,12 +143,15 @@ class _CountingFile(io.RawIOBase):
 
 
 class ShardedReader:
-    """Reads rows of a checkpoint's tensors, in whatever boxes they were written, and nothing else."""
+    """Reads rows of a checkpoint's tensors, in whatever boxes they were written, and nothing else.
+
+    Raises:
+        ValueError: one line, if `.metadata` is not of a checkpoint.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        with (folder / METADATA_NAME).open("rb") as file:
-            metadata: Metadata = pickle.load(file)
+        metadata: Metadata = read_metadata(folder)
         self._places: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
         entries = metadata.state_dict_metadata.items()
         self._tensors = {key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)}

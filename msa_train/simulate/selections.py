@@ -20,11 +20,12 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from msa_train.files import new_file
 from msa_train.simulate.placement import Placement
 
 FORMAT = "msa_selections 1"
@@ -128,8 +129,12 @@ class SelectionRecorder:
             raise ValueError(f"{path}: no layer was recorded; call add first")
         layers = sorted(self._bits)
         path.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(path, "wb") as file:
+            self._write(file, layers, source)
+
+    def _write(self, file: IO[bytes], layers: list[int], source: str) -> None:
         np.savez_compressed(
-            path,
+            file,
             format=FORMAT,
             seq_len=self.seq_len,
             block_size=self.block_size,

@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any
 
 from msa_train.config import BadStep, TrainConfig
+from msa_train.files import open_to_append
 
 LOG_NAME = "bad_steps.jsonl"
 
@@ -146,5 +147,5 @@ class BadSteps:
 
 def log_event(run_dir: str | Path, event: Mapping[str, Any]) -> None:
     """Append to run_dir/bad_steps.jsonl, which nothing shortens; rank 0 only."""
-    with (Path(run_dir).expanduser() / LOG_NAME).open("a", encoding="utf-8") as file:
+    with open_to_append(Path(run_dir).expanduser() / LOG_NAME) as file:
         file.write(json.dumps(event) + "\n")

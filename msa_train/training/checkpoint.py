@@ -4,7 +4,7 @@ A failure of one rank is raised on every rank with its cause. That takes care ab
 two exchanges no rank may leave alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,12 @@ from msa_train.training.checkpoint_store import (
     find_checkpoint,
     read_manifest,
     read_meta,
+    stored_damage,
     structure_damage,
 )
 from msa_train.training.engine import Engine
+from msa_train.training.finite_state import NotFiniteError, check_loaded
+from msa_train.training.load_strategy import LoadStrategy, check_common
 from msa_train.training.rng import RNG_KEY, rng_shard, set_rng_state
 from msa_train.training.save_strategy import first_failure
 from msa_train.training.together import CheckpointError, together
@@ -51,6 +54,7 @@ def load_checkpoint(
 
     Raises:
         CheckpointError: if the checkpoint lacks keys of the template or has others, or cannot be read.
+        NotFiniteError: if numbers in it are not finite.
     """
     meta, template = read_meta(Path(path)), dict(sharded_state_template)
     if meta.get("world_size") == dist.get_world_size():
@@ -74,6 +78,7 @@ def load_checkpoint(
         raise CheckpointError(f"checkpoint {path} could not be loaded: {error}{hint}") from error
     if complaints:
         raise CheckpointError(f"checkpoint {path} is not of this model: it {'; it '.join(complaints)}")
+    check_loaded(path, {key: value for key, value in state.items() if key != RNG_KEY}, group)
     return state
 
 
@@ -106,6 +111,7 @@ def load_weights(
 
     Raises:
         CheckpointError: if other parts of the model are missing or left over, or the files cannot be read.
+        NotFiniteError: if numbers in it are not finite.
     """
     state: dict[str, Any] = {}
 
@@ -126,6 +132,7 @@ def load_weights(
     if any(texts):
         complaints = "; it ".join(text for text in texts if text)
         raise CheckpointError(f"checkpoint {path} is not of this model: it {complaints}")
+    check_loaded(path, state["model"], group)
     return state["model"], lacking
 
 
@@ -136,7 +143,11 @@ def verify_distributed(path: str | Path, group: dist.ProcessGroup | None = None)
         On all ranks the same: None if the checkpoint is sound, else what is wrong with it.
     """
     folder, rank = Path(path), dist.get_rank()
-    reason = together(lambda: structure_damage(folder) if rank == 0 else None, group)[0]
+
+    def check_structure() -> str | None:
+        return (structure_damage(folder) or stored_damage(folder)) if rank == 0 else None
+
+    reason = together(check_structure, group)[0]
     if reason is not None:
         return reason
 
@@ -184,6 +195,32 @@ def find_verified_checkpoint(
         known_damaged[found.path] = reason
 
 
+def load_newest(
+    config: RunConfig, load: Callable[[Found], None], *, known_damaged: Mapping[Path, str] | None = None
+) -> Found | None:
+    """Load the newest checkpoint that is sound and finite. All ranks call it.
+
+    Args:
+        config: the whole run.
+        load: reads one and raises NotFiniteError on all ranks if it cannot be used.
+        known_damaged: reason by folder, of checkpoints that must not be used.
+
+    Returns:
+        What was loaded, None where there is no checkpoint.
+
+    Raises:
+        ValueError: as `find_checkpoint`, on all ranks.
+    """
+    passed_over = dict(known_damaged or {})
+    while (found := find_verified_checkpoint(config, known_damaged=passed_over)) is not None:
+        try:
+            load(found)
+            return found
+        except NotFiniteError as error:
+            passed_over[found.path] = error.reason
+    return None
+
+
 def _read_shards(template: dict[str, Any], path: str | Path) -> tuple[dict[str, Any], set[str]]:
     """State, and what this rank has to say about the keys."""
     state, not_asked_for, lacking = _read(template, path)
@@ -193,9 +230,12 @@ def _read_shards(template: dict[str, Any], path: str | Path) -> tuple[dict[str, 
 
 def _read(template: dict[str, Any], path: str | Path) -> tuple[dict[str, Any], set[str], set[str]]:
     """State, keys that were not asked for, keys that are lacking."""
+    check_common(Path(path))
     try:
         # Keys that one rank alone does not find must not make it leave alone, so they are only returned.
-        loaded: Any = dist_checkpointing.load(template, str(path), strict=StrictHandling.RETURN_ALL)
+        loaded: Any = dist_checkpointing.load(
+            template, str(path), sharded_strategy=LoadStrategy(), strict=StrictHandling.RETURN_ALL
+        )
     except CheckpointException as error:
         raise CheckpointError(first_failure(error)) from error
     return loaded

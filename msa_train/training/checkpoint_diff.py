@@ -10,6 +10,7 @@ import torch
 from msa_train.model.sharded_files import ShardedReader
 from msa_train.training.checkpoint_formats import current_key
 from msa_train.training.checkpoint_store import read_meta
+from msa_train.training.finite_state import listed, not_finite
 
 PIECE_BYTES = 16 * 2**20
 # meta.json's other entries follow from these or change with every save
@@ -83,6 +84,19 @@ def diff_checkpoints(
         num_equal=num_equal,
         worst=worst,
     )
+
+
+def values_damage(folder: Path) -> str | None:
+    """Which tensors of a checkpoint are not finite: "not finite: a, b"; None if all are."""
+    reader = ShardedReader(folder)
+
+    def read() -> Iterator[tuple[str, torch.Tensor]]:
+        for key, shape in reader.shapes().items():
+            for first_row, count in pieces(shape):
+                yield key, reader.rows(key, first_row, count)
+
+    names = listed([not_finite(read())])
+    return f"not finite: {names}" if names else None
 
 
 def _diff_meta(first: dict[str, Any], second: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

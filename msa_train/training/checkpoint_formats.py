@@ -6,7 +6,6 @@
     and nothing else of the optimizer; how often it was stepped stands in meta.json
 """
 
-import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch.distributed.checkpoint.metadata import Metadata
+
+from msa_train.model.checkpoint_pickles import read_metadata
 
 # Of one parameter, in the order that engines list them
 STATE_NAMES = ("fp32_param", "exp_avg", "exp_avg_sq")
@@ -36,8 +37,7 @@ def match_format(template: dict[str, Any], path: Path, format_version: int) -> d
     """
     if format_version > 1:
         return template
-    with (path / ".metadata").open("rb") as file:
-        metadata: Metadata = pickle.load(file)
+    metadata: Metadata = read_metadata(path)
     if not any(key.startswith(_OLD_WEIGHTS) for key in metadata.state_dict_metadata):
         return template
     return rename_keys(template, _WEIGHTS, _OLD_WEIGHTS)

@@ -17,10 +17,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import __version__ as megatron_version
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 
 import msa_train
 from msa_train.config import CheckpointConfig, SaveFailure
+from msa_train.model.checkpoint_pickles import check_object
 from msa_train.training.checkpoint_store import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -29,9 +31,11 @@ from msa_train.training.checkpoint_store import (
     file_entry,
     write_json,
 )
+from msa_train.training.divergence import diverged
+from msa_train.training.finite_state import listed, not_finite
 from msa_train.training.rng import RNG_KEY, rng_shard, rng_state
-from msa_train.training.save_strategy import shards_to_write, write_shards
-from msa_train.training.snapshot import HostBuffers, Snapshot
+from msa_train.training.save_strategy import Shards, shards_to_write, write_shards
+from msa_train.training.snapshot import HostBuffers, Snapshot, tensors_of
 from msa_train.training.together import CheckpointError, together
 
 # A rank may be this far behind the others with its files
@@ -135,6 +139,7 @@ class CheckpointSaver:
         Raises:
             CheckpointError: naming the rank and the cause, with `wait` or where on_failure=end. No folder is
                 published.
+            DivergedError: if weights or moments are not finite.
         """
         begin = self._clock()
         ended = self.wait()
@@ -199,23 +204,31 @@ class CheckpointSaver:
         assert len(state) == len(common) + len(given) + 1, "common and sharded_state share a key"
         taken: list[Snapshot] = []
 
-        def copy() -> int:
+        def copy() -> tuple[int, set[str]]:
             sharded: Any
             sharded, plain = save_preprocess(state, validate_access_integrity=False)
             if dist.get_rank() == 0:
-                _check_readable(plain)
-            taken.append(self._buffers.take(shards_to_write(sharded), plain))
-            return taken[0].num_bytes
+                _check_readable(plain, f"common data {sorted(plain)}")
+            shards = shards_to_write(sharded)
+            if not self._is_validated:
+                _check_objects(shards)
+            spoilt = not_finite(tensors_of(shards))
+            if not spoilt:
+                taken.append(self._buffers.take(shards, plain))
+            return taken[0].num_bytes if taken else 0, spoilt
 
         def validate() -> None:
             save_preprocess(state, validate_access_integrity=True)
 
-        num_bytes = sum(together(copy, self.group))
+        copied = together(copy, self.group)
+        names = listed(spoilt for _, spoilt in copied)
+        if names:
+            raise diverged(step, f"the update left {names} not finite", self.store)
         if not self._is_validated:
             # the same in all saves of a run
             together(validate, self.group)
             self._is_validated = True
-        return taken[0], num_bytes
+        return taken[0], sum(num_bytes for num_bytes, _ in copied)
 
     def _write(self, report: SaveReport, snapshot: Snapshot, num_bytes: int, meta: dict[str, Any]) -> None:
         """Write and publish, again where that fails and retries are left; never raises."""
@@ -244,9 +257,9 @@ class CheckpointSaver:
 
         def begin() -> None:
             if rank == 0:
-                store.clear()
+                report.notes += store.clear()
                 store.check_space(report.num_bytes + _OTHER_BYTES)
-                store.begin(step)
+                store.make_partial(step)
 
         together(begin, self.group)
         write_shards(snapshot.shards, snapshot.common, folder, self.group)
@@ -305,16 +318,21 @@ def _failure_text(step: int, error: Exception) -> str:
     return f"checkpoint of step {step} could not be saved: {error}"
 
 
-def _check_readable(plain: dict[str, Any]) -> None:
-    """Megatron reads common data with weights_only; find out now, not when it is needed."""
+def _check_objects(shards: Shards) -> None:
+    for key, entries in shards.items():
+        for entry in entries:
+            if isinstance(entry, ShardedObject):
+                _check_readable(entry.data, f"object {key}")
+
+
+def _check_readable(value: Any, name: str) -> None:
+    """Nothing but plain values and tensors is read from a checkpoint; find out now, not when it is needed."""
     buffer = io.BytesIO()
-    torch.save(plain, buffer)
-    buffer.seek(0)
+    torch.save(value, buffer)
     try:
-        torch.load(buffer, weights_only=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TypeError(f"common data {sorted(plain)} must be plain values and tensors ({reason})") from error
+        check_object(buffer.getvalue(), name)
+    except ValueError as error:
+        raise TypeError(f"{name} must be plain values and tensors ({error.__cause__})") from error
 
 
 def _files_of_rank(folder: Path, rank: int) -> Iterable[Path]:

@@ -7,8 +7,9 @@ run_dir/checkpoints/
     .step_00000200.partial/     being written, or left by a crash
     latest -> step_00000100     moved when another one is published
 
-CRC-32 because the enemy is a disk or a crash, not a forger, and it is several times faster than any digest of
-hashlib. The form of manifest.json stays as it is, whatever meta.json's format_version becomes.
+CRC-32 because its enemy is a disk or a crash, and it is several times faster than any digest of hashlib. It
+is no signature: against a forger, nothing in a checkpoint is executed, see checkpoint_pickles.py. The form of
+manifest.json stays as it is, whatever meta.json's format_version becomes.
 """
 
 import errno
@@ -16,6 +17,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import zlib
 from collections.abc import Mapping
@@ -27,6 +29,8 @@ from typing import Any
 
 import msa_train
 from msa_train.config import AttentionKind, RunConfig
+from msa_train.files import new_file
+from msa_train.model.checkpoint_pickles import METADATA_NAME, metadata_damage, objects_damage
 from msa_train.training.generation import check_generation
 from msa_train.training.stage_record import check_recorded_stages
 
@@ -85,6 +89,7 @@ class CheckpointStore:
     def __init__(self, run_dir: str | Path) -> None:
         self.folder = Path(run_dir).expanduser() / "checkpoints"
         self._last_published: int | None = None
+        self._left_over: set[str] = set()
 
     def path(self, step: int) -> Path:
         """Folder of a published step."""
@@ -101,12 +106,18 @@ class CheckpointStore:
         matches = [_PUBLISHED.fullmatch(path.name) for path in self.folder.iterdir() if path.is_dir()]
         return sorted(int(match[1]) for match in matches if match)
 
-    def clear(self) -> None:
-        """Make the folder of all checkpoints, and remove what earlier crashes left in it."""
+    def clear(self) -> list[str]:
+        """Make the folder of all checkpoints, and remove what earlier crashes left in it.
+
+        Another process may be removing the same, and some of it may be impossible to remove.
+
+        Returns:
+            A line about each leftover that stays, once.
+        """
         check_generation(self.folder.parent)
         self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(".step_*"):
-            shutil.rmtree(leftover)
+        notes = [self._discard(leftover) for leftover in self.folder.glob(".step_*")]
+        return [note for note in notes if note]
 
     def check_space(self, num_bytes: int) -> None:
         """Refuse to begin what cannot be finished.
@@ -127,8 +138,18 @@ class CheckpointStore:
     def begin(self, step: int) -> Path:
         """Make the folder to write into, after removing what earlier crashes left."""
         self.clear()
-        self.partial(step).mkdir()
-        return self.partial(step)
+        return self.make_partial(step)
+
+    def make_partial(self, step: int) -> Path:
+        """Make the folder to write into; what could not be removed under its name is moved out of its way."""
+        partial = self.partial(step)
+        if os.path.lexists(partial):
+            hidden = self._hidden(partial)
+            partial.rename(hidden)
+            # told by `clear` under its first name
+            self._left_over.add(hidden.name)
+        partial.mkdir()
+        return partial
 
     def publish(self, step: int) -> Path:
         """Bring the written folder to the disk and make it visible in one rename."""
@@ -139,25 +160,64 @@ class CheckpointStore:
             _sync(path)
         check_generation(self.folder.parent)
         # Only a run that went back behind a damaged checkpoint comes to the same step again.
-        replaced = self.folder / f".{target.name}.replaced"
-        if target.exists():
+        replaced = self._hidden(target)
+        if os.path.lexists(target):
             target.rename(replaced)
         partial.rename(target)
         _sync(self.folder)
-        shutil.rmtree(replaced, ignore_errors=True)
+        self._discard(replaced)
         self._last_published = step
         self._point_latest(target)
         return target
 
     def _point_latest(self, target: Path) -> None:
         """`latest` leads to a finished checkpoint at every moment; there is none where links are unknown."""
-        partial, link = self.folder / f".{LATEST_NAME}.partial", self.folder / LATEST_NAME
+        name = f".{LATEST_NAME}.{secrets.token_hex(8)}.partial"
+        partial, link = self.folder / name, self.folder / LATEST_NAME
         try:
-            partial.unlink(missing_ok=True)
             partial.symlink_to(target.name)
+            self._take_away_copy(link)
             partial.replace(link)
         except OSError:
             partial.unlink(missing_ok=True)
+
+    def _take_away_copy(self, link: Path) -> None:
+        """A tool that follows links has made a folder of `latest`: a checkpoint again, or one too many."""
+        if link.is_symlink() or not link.is_dir():
+            return
+        hidden = self._hidden(link)
+        link.rename(hidden)
+        try:
+            own = self.path(read_meta(hidden)["step"])
+        except (OSError, ValueError, KeyError, TypeError):
+            own = None
+        if own is not None and not os.path.lexists(own) and structure_damage(hidden) is None:
+            hidden.rename(own)
+        else:
+            self._discard(hidden)
+
+    def _hidden(self, path: Path) -> Path:
+        """A name for what is to be removed, which nobody else has."""
+        name = path.name.strip(".").removeprefix("step_")
+        return self.folder / f".step_{name}.{secrets.token_hex(8)}.removed"
+
+    def _discard(self, path: Path) -> str:
+        """Remove a folder, or a link and not what it leads to; returns why it stays, once, if it does."""
+        try:
+            if path.is_symlink() or not path.is_dir():
+                path.unlink(missing_ok=True)
+            else:
+                # as far as possible, whoever else removes the same; then again, for the reason
+                shutil.rmtree(path, ignore_errors=True)
+                if path.exists():
+                    shutil.rmtree(path)
+        except FileNotFoundError:
+            return ""
+        except OSError as error:
+            if path.name not in self._left_over:
+                self._left_over.add(path.name)
+                return f"{path} is left over and could not be removed ({error.strerror}); remove it by hand"
+        return ""
 
     def remove_after(self, step: int) -> list[int]:
         """Remove published checkpoints of later steps, newest first: the run has gone back to this one."""
@@ -171,9 +231,13 @@ class CheckpointStore:
     def _remove(self, step: int) -> None:
         check_generation(self.folder.parent)
         # out of sight first: a removal that is cut short must not look like a damaged checkpoint
-        hidden = self.folder / f".{self.path(step).name}.removed"
-        self.path(step).rename(hidden)
-        shutil.rmtree(hidden)
+        hidden = self._hidden(self.path(step))
+        try:
+            self.path(step).rename(hidden)
+        except FileNotFoundError:
+            # another process was faster
+            return
+        self._discard(hidden)
 
     def abandon(self, step: int) -> None:
         """Remove what was written of a step that will not be published, as far as possible."""
@@ -274,7 +338,10 @@ def fingerprint(config: RunConfig) -> dict[str, object]:
 
 def verify_folder(folder: Path, *, full: bool) -> str | None:
     """As CheckpointStore.verify, for any checkpoint folder."""
-    return structure_damage(folder) or (_first_checksum_damage(folder) if full else None)
+    reason = structure_damage(folder)
+    if reason is None and full:
+        reason = stored_damage(folder) or _first_checksum_damage(folder)
+    return reason
 
 
 def structure_damage(folder: Path) -> str | None:
@@ -285,14 +352,23 @@ def structure_damage(folder: Path) -> str | None:
             size = (folder / name).stat().st_size
             if size != entry["size"]:
                 return f"{_file_words(name)}: {size} bytes instead of {entry['size']}"
-        reason = checksum_damage(folder, META_NAME, files[META_NAME]["crc32"])
-        return reason or _meta_damage(folder)
+        reason = checksum_damage(folder, META_NAME, files[META_NAME]["crc32"]) or _meta_damage(folder)
+        if reason is None and METADATA_NAME in files:
+            reason = metadata_damage(folder)
+        return reason
     except FileNotFoundError as error:
-        return f"{_file_words(Path(error.filename).relative_to(folder).as_posix())}: missing"
+        name = Path(error.filename).relative_to(folder).as_posix()
+        hint = "; some tools leave out names with a dot when they copy" if name == METADATA_NAME else ""
+        return f"{_file_words(name)}: missing{hint}"
     except OSError as error:
         return f"{error.filename}: {error.strerror}"
     except ValueError as error:
         return str(error)
+
+
+def stored_damage(folder: Path) -> str | None:
+    """What is wrong with stored objects, of a folder whose structure is sound: a stranger's could be code."""
+    return objects_damage(folder) if METADATA_NAME in read_manifest(folder) else None
 
 
 def checksum_damage(folder: Path, name: str, crc32: str) -> str | None:
@@ -354,13 +430,9 @@ def free_bytes(path: Path) -> int:
 
 def write_json(path: Path, value: object) -> None:
     """Write a file that appears whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with new_file(path) as file:
         json.dump(value, file, indent=1, allow_nan=False)
         file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _find(config: RunConfig, full_check_bytes: float, known_damaged: Mapping[Path, str]) -> Found | None:
@@ -404,7 +476,9 @@ def _newest_sound(
             # before the checksums, which take long
             notes = _check_usable(read_meta(folder), folder, config, own=own)
             size = sum(entry["size"] for entry in read_manifest(folder).values())
-            reason = _first_checksum_damage(folder) if size <= full_check_bytes else None
+            reason = stored_damage(folder)
+            if reason is None and size <= full_check_bytes:
+                reason = _first_checksum_damage(folder)
             if reason is None:
                 return _found(folder, damaged, notes, config, own=own)
         damaged.append((folder, reason))

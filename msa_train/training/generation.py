@@ -7,6 +7,8 @@ writes its generation into run_dir; who finds another one there has been superse
 import os
 from pathlib import Path
 
+from msa_train.files import new_file
+
 GENERATION_NAME = ".generation"
 VARIABLE = "MSA_TRAIN_GENERATION"
 
@@ -24,9 +26,8 @@ def take_over(run_dir: str | Path, generation: str) -> None:
     """Make this the start that may write; for the one process that has claimed run_dir."""
     os.environ[VARIABLE] = generation
     path = Path(run_dir) / GENERATION_NAME
-    partial = path.with_name(f"{GENERATION_NAME}.{generation}.partial")
-    partial.write_text(generation + "\n", encoding="utf-8")
-    partial.replace(path)
+    with new_file(path) as file:
+        file.write(generation + "\n")
 
 
 def check_generation(run_dir: str | Path) -> None:

@@ -214,7 +214,10 @@ class Trainer:
         log = self.engine.forward.selection_log = SelectionLog(self.config, self.groups, step)
         result = self.engine.train_step(batch, rates, self.guard.accept(batch))
         self.engine.forward.selection_log = None
-        log.save()
+        try:
+            log.save()
+        except OSError as error:
+            self._note(f"step {step}: the selections could not be recorded: {error}; training goes on")
         return result
 
     def validate(self) -> dict[str, float]:
@@ -245,8 +248,10 @@ class Trainer:
             return
         values |= self._save_metrics
         self._save_metrics = {}
-        self.reporting.writer.write(step, values)
+        notes = self.reporting.writer.write(step, values)
         self.reporting.progress.update(step, **values)
+        for note in notes:
+            self._note(note)
 
     def save(self, step: int, *, wait: bool = False) -> None:
         """Save a checkpoint after `step` steps; `wait`: until it is visible, or raise if it cannot be."""

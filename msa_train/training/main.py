@@ -16,8 +16,8 @@ from msa_train.config import Device, Engine, RunConfig, plan_stages, printable, 
 from msa_train.data import load_datasets
 from msa_train.parallel.groups import Groups, build_groups, destroy_groups, init_distributed
 from msa_train.training import stop
-from msa_train.training.checkpoint import find_verified_checkpoint, load_weights, restore
-from msa_train.training.checkpoint_store import CheckpointStore
+from msa_train.training.checkpoint import load_newest, load_weights, restore
+from msa_train.training.checkpoint_store import CheckpointStore, Found
 from msa_train.training.engine import Engine as TrainingEngine
 from msa_train.training.loop import Data, Reporting, Trainer
 from msa_train.training.megatron_engine import MegatronEngine
@@ -115,16 +115,23 @@ def resume(config: RunConfig, engine: TrainingEngine) -> Resumed:
 
     The run's own checkpoint comes first, else `checkpoint.load`.
     """
-    found = find_verified_checkpoint(config)
+    lacking: set[str] = set()
+
+    def load(found: Found) -> None:
+        if found.weights_only:
+            template = engine.sharded_state(loading=True)["model"]
+            weights, not_there = load_weights(found.path, template)
+            engine.load_weights(weights)
+            lacking.update(not_there)
+        else:
+            restore(found, engine)
+
+    found = load_newest(config, load)
     if found is None:
         return Resumed(0, [])
     if found.weights_only:
-        template = engine.sharded_state(loading=True)["model"]
-        weights, lacking = load_weights(found.path, template)
-        engine.load_weights(weights)
         lines = [*found.messages, f"starting from the weights of {found.path}", *_new_branches(lacking)]
         return Resumed(0, lines)
-    restore(found, engine)
     origin = "" if found.own else f" of {found.path}"
     lines = [*found.messages, f"going on from step {found.step}{origin}"]
     return Resumed(found.step, lines, found.meta.get("bad_steps", {}))

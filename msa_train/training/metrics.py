@@ -8,9 +8,13 @@ named numbers. Layers count from 1, groups from 0.
 import json
 import math
 import os
+import secrets
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from msa_train.files import new_file, open_to_append
 
 METRICS_NAME, TENSORBOARD_NAME = "metrics.jsonl", "tensorboard"
 
@@ -95,58 +99,122 @@ CHARTS = {
 }
 
 
+# of lines that wait for space on the disk; what comes after these is not kept
+_MAX_WAITING_BYTES = 2**26
+# written steps after which a TensorBoard file that could not be written is followed by another
+_TRY_AGAIN_AFTER = 100
+
+
 class MetricsWriter:
-    """Appends to the metrics of a run, after dropping what a killed run wrote beyond its last checkpoint."""
+    """Appends to the metrics of a run, after dropping what a killed run wrote beyond its last checkpoint.
+
+    A full disk does not end a run: lines wait in memory until they can be written, and TensorBoard's points
+    are left out until then.
+    """
 
     def __init__(self, run_dir: str | Path, *, tensorboard: bool, resume_step: int) -> None:
         folder = Path(run_dir).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._with_tensorboard = folder, tensorboard
+        self._waiting, self._writes, self._try_again = b"", 0, 0
         self._open(resume_step)
 
     def _open(self, resume_step: int) -> None:
         path = self._folder / METRICS_NAME
         if path.exists():
             _drop_after(path, resume_step)
-        self._file = path.open("a", encoding="utf-8")
-        self._tensorboard: Any = None
-        if self._with_tensorboard:
-            # takes seconds to import
-            from torch.utils.tensorboard import SummaryWriter
+        self._file = open_to_append(path)
+        self._tensorboard: Any = self._new_tensorboard(resume_step + 1) if self._with_tensorboard else None
 
-            writer = SummaryWriter(str(self._folder / TENSORBOARD_NAME), purge_step=resume_step + 1)
-            self._tensorboard = writer
-            self._tensorboard.add_custom_scalars(CHARTS)
+    def _new_tensorboard(self, first_step: int) -> Any:
+        # takes seconds to import
+        from torch.utils.tensorboard import SummaryWriter
+
+        threading.excepthook = _quiet_about_disks
+        writer = SummaryWriter(
+            str(self._folder / TENSORBOARD_NAME),
+            purge_step=first_step,
+            # a name that nobody can have placed a link under
+            filename_suffix=f".{secrets.token_hex(8)}",
+        )
+        writer.add_custom_scalars(CHARTS)
+        return writer
 
     def go_back(self, step: int) -> None:
         """Drop what comes after a step, from which the run goes on in another way."""
         self.close()
         self._open(step)
 
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
+    def write(self, step: int, values: Mapping[str, Any]) -> list[str]:
         """Add one step.
 
         Args:
             step: optimizer steps made; greater than in earlier calls.
             values: numbers and lists by name, see the module. Not-a-number and infinity become null in
                 metrics.jsonl and their names are listed under "nonfinite".
+
+        Returns:
+            What to tell the user: where something could not be written, and where it can be again.
         """
+        self._writes += 1
+        return [*self._write_line(step, values), *self._write_points(step, values)]
+
+    def _write_line(self, step: int, values: Mapping[str, Any]) -> list[str]:
         plain, nonfinite = json_ready(values)
         line = {"step": step, **plain, **({"nonfinite": nonfinite} if nonfinite else {})}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
-        if self._tensorboard is not None:
+        had_to_wait = bool(self._waiting)
+        if len(self._waiting) < _MAX_WAITING_BYTES:
+            self._waiting += json.dumps(line, allow_nan=False).encode() + b"\n"
+        error = self._flush()
+        if error is not None:
+            path = self._folder / METRICS_NAME
+            later = "training goes on, and they are written when they can be"
+            return [] if had_to_wait else [f"step {step}: {path}: {error.strerror}; {later}"]
+        return [f"step {step}: {METRICS_NAME} is written again"] if had_to_wait else []
+
+    def _flush(self) -> OSError | None:
+        """Write what waits, as much as there is room for; says what kept it."""
+        try:
+            while self._waiting:
+                # no buffer between: a line that is cut off goes on where it was cut
+                self._waiting = self._waiting[os.write(self._file.fileno(), self._waiting) :]
+        except OSError as error:
+            return error
+        return None
+
+    def _write_points(self, step: int, values: Mapping[str, Any]) -> list[str]:
+        if not self._with_tensorboard or (self._tensorboard is None and self._writes < self._try_again):
+            return []
+        is_new = self._tensorboard is None
+        try:
+            writer = self._tensorboard = self._tensorboard or self._new_tensorboard(step)
             for key, value in values.items():
                 for tag, number in scalars(key, value):
-                    self._tensorboard.add_scalar(tag, number, step)
+                    writer.add_scalar(tag, number, step)
             # a kill -9 must not cost points that the checkpoint already covers
-            self._tensorboard.flush()
+            writer.flush()
+        except OSError as error:
+            # its thread has ended, so this file is over
+            self._tensorboard, self._try_again = None, self._writes + _TRY_AGAIN_AFTER
+            path, left = self._folder / TENSORBOARD_NAME, f"its points are left out, {METRICS_NAME} has them"
+            return [] if is_new else [f"step {step}: {path}: {error.strerror}; {left}"]
+        return [f"step {step}: {TENSORBOARD_NAME} is written again"] if is_new else []
 
     def close(self) -> None:
-        """Finish both files."""
+        """Finish both files, as far as the disk allows."""
+        self._flush()
         self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        try:
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+        except OSError:
+            pass
+
+
+def _quiet_about_disks(thread: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread prints a traceback where it cannot write; `write` says that in a line."""
+    if not (isinstance(thread.exc_value, OSError) and type(thread.thread).__name__ == "_AsyncWriterThread"):
+        threading.__excepthook__(thread)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -216,14 +284,10 @@ def _tag(key: str, index: str) -> str:
 
 def _drop_after(path: Path, resume_step: int) -> None:
     """Keep whole lines up to resume_step; the file is replaced at once."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with new_file(path) as file:
         for line, entry in _entries(path):
             if entry["step"] <= resume_step:
                 file.write(line + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -26,11 +26,14 @@ def report(
     """
     history = read_metrics(Path(config.run_dir) / METRICS_NAME)
     summary = _summary(config, groups, last, history, steps, seconds)
-    path = write_summary(config.run_dir, summary)
+    try:
+        path = str(write_summary(config.run_dir, summary))
+    except OSError as error:
+        path = f"could not be written: {error.strerror}"
     rows = [*_loss_rows(summary), *_exchange_rows(summary)]
     rows += [
         ("metrics", str(Path(config.run_dir) / METRICS_NAME)),
-        ("summary", str(path)),
+        ("summary", path),
     ]
     if config.logging.tensorboard:
         rows.append(("watch it", f"tensorboard --logdir {Path(config.run_dir) / TENSORBOARD_NAME}"))

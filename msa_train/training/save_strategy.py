@@ -20,9 +20,9 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from msa_train.model.checkpoint_pickles import COMMON_NAME
 from msa_train.training.together import CheckpointError, together
 
-COMMON_NAME = "common.pt"
 Shards = dict[str, list[ShardedTensor | ShardedObject]]
 
 

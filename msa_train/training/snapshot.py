@@ -1,6 +1,7 @@
 """A copy in host memory of what one rank writes to a checkpoint, taken while the training stands still."""
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,6 +60,14 @@ class HostBuffers:
             buffer = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
             self._buffers[place] = buffer
         return buffer.copy_(source, non_blocking=source.is_cuda)
+
+
+def tensors_of(shards: Shards) -> Iterator[tuple[str, Tensor]]:
+    """Key and data of every tensor, where they are."""
+    for key, entries in shards.items():
+        for entry in entries:
+            if isinstance(entry, ShardedTensor):
+                yield key, _data(entry)
 
 
 def _data(entry: ShardedTensor) -> Tensor:

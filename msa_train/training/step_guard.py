@@ -10,7 +10,7 @@ from msa_train.config import RunConfig, Stage, plan_stages, stage_at
 from msa_train.parallel.groups import Groups
 from msa_train.training.bad_steps import BadSteps, RollbackError, log_event
 from msa_train.training.batch import StepBatch
-from msa_train.training.checkpoint import find_verified_checkpoint, restore
+from msa_train.training.checkpoint import load_newest, restore
 from msa_train.training.checkpoint_store import CheckpointStore
 from msa_train.training.divergence import check_finite, diverged
 from msa_train.training.engine import Accept, Engine
@@ -100,9 +100,8 @@ class StepGuard:
         later = {self.store.path(step): "later" for step in saved if step > bad.last_good}
         if len(later) == len(saved):
             raise diverged(bad.step, f"{bad.reason}; there is no checkpoint to go back to", self.store)
-        found = find_verified_checkpoint(self.config, known_damaged=later)
+        found = load_newest(self.config, lambda found: restore(found, self.engine), known_damaged=later)
         assert found is not None, "the store has checkpoints"
-        restore(found, self.engine)
         tokens = self._tokens(bad.step) - self._tokens(found.step)
         event = {"from_step": bad.step, "to_step": found.step, "tokens": tokens, "reason": bad.reason}
         self.bad_steps.go_back(found.meta.get("bad_steps", {}), event, tokens)

@@ -5,12 +5,13 @@ leaves a note here; the training loop looks at it after every step, saves and en
 """
 
 import json
-import os
 import signal
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
+
+from msa_train.files import new_file
 
 STOPPED_NAME = "stopped.json"
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
@@ -54,13 +55,9 @@ def requested() -> int:
 def write_stopped(run_dir: str | Path, stopped: Stopped) -> None:
     """Leave the mark that another start shall go on; it appears whole or not at all."""
     path = Path(run_dir) / STOPPED_NAME
-    partial = path.with_name(f".{STOPPED_NAME}.partial")
     text = json.dumps({**asdict(stopped), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
-    with partial.open("w", encoding="utf-8") as file:
+    with new_file(path) as file:
         file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def read_stopped(run_dir: str | Path) -> Stopped | None:

@@ -1,6 +1,8 @@
 """Checkpoints of real Megatron sharded tensors, written and read by gloo ranks."""
 
+import io
 import os
+import pickle
 import random
 import resource
 import shutil
@@ -18,9 +20,16 @@ from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
 from msa_train.config import RunConfig
-from msa_train.training.checkpoint import find_verified_checkpoint, load_checkpoint, verify_distributed
+from msa_train.training.checkpoint import (
+    find_verified_checkpoint,
+    load_checkpoint,
+    load_newest,
+    load_weights,
+    verify_distributed,
+)
 from msa_train.training.checkpoint_save import save_checkpoint
 from msa_train.training.checkpoint_store import CheckpointStore, check_resume, fingerprint
+from msa_train.training.divergence import DivergedError
 from msa_train.training.rng import RNG_KEY, rng_state, set_rng_state
 from msa_train.training.together import CheckpointError
 from tests.helpers.spawn import run_ranks
@@ -175,6 +184,101 @@ def test_two_ranks_save_and_load(saved: Path) -> None:
 @pytest.mark.parametrize(("world_size", "scenario"), [(1, load_by_other_layout), (4, load_by_four)])
 def test_other_layouts_load(saved: Path, world_size: int, scenario: Callable[..., None]) -> None:
     run_ranks(world_size, scenario, CheckpointStore(saved).path(1), timeout_s=TIMEOUT_S)
+
+
+class Bomb:
+    """Creates a file when it is unpickled by somebody who trusts it."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.marker,)
+
+
+def dumped(value: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def load_bombs(rank: int, world_size: int, source: Path, folder: Path) -> None:
+    """However a bomb is put in, and even where torch trusts all files, loading ends and nothing is run."""
+    marker = folder / "executed"
+    metadata = pickle.loads((source / ".metadata").read_bytes())
+    index = next(index for index in metadata.storage_data if index.fqn.startswith("kind"))
+    place, bomb = metadata.storage_data[index], dumped(Bomb(marker))
+    objects = (source / place.relative_path).read_bytes()
+    place.offset, place.length = len(objects), len(bomb)
+    bombs = {
+        "metadata": {".metadata": pickle.dumps(Bomb(marker))},
+        "object": {".metadata": pickle.dumps(metadata), place.relative_path: objects + bomb},
+        "common": {"common.pt": bomb},
+    }
+    for name, files in bombs.items():
+        path = folder / name / source.name
+        if rank == 0:
+            shutil.copytree(source, path)
+            for file, content in files.items():
+                (path / file).write_bytes(content)
+        dist.barrier()
+        for template in (sharded_state(rank, world_size, fill=False), {}):
+            text = failure_of(lambda path=path, template=template: load_checkpoint(path, template))
+            assert "names " in text, (name, text)
+            if name == "object":
+                break
+    text = failure_of(lambda: load_weights(folder / "metadata" / source.name, {}))
+    assert "names " in text, text
+    assert not marker.exists()
+
+
+def test_code_in_a_checkpoint_is_not_run(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    run_ranks(2, load_bombs, CheckpointStore(saved).path(1), tmp_path, timeout_s=TIMEOUT_S)
+
+
+def spoilt_weights(rank: int, world_size: int, folder: Path) -> None:
+    """Numbers that are not finite on one rank: not saved by any, and an older checkpoint that has none."""
+    store, config = CheckpointStore(folder), RunConfig(run_dir=str(folder))
+    save(folder, 1)
+    for value, place in ((float("nan"), "w"), (float("inf"), "w"), (float("-inf"), "moment")):
+        state = sharded_state(rank, world_size)
+        if place == "w" and rank == 1:
+            state["model"]["w"].data[-1, -1] = value
+        elif place == "moment":
+            state["optimizer"]["moment"].data[0, 0] = value
+        with pytest.raises(
+            DivergedError, match=rf"^step 2: the update left {place}\S* not finite; the step is"
+        ):
+            save(folder, 2, sharded_state=state)
+        dist.barrier()
+        assert store.steps() == [1]
+    # as versions before saved it
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("msa_train.training.checkpoint_save.not_finite", lambda _: set[str]())
+        state = sharded_state(rank, world_size)
+        if rank == 1:
+            state["model"]["w"].data[0, 0] = float("nan")
+        save(folder, 2, sharded_state=state)
+    loaded: list[Any] = []
+    found = load_newest(
+        config,
+        lambda found: loaded.append(load_checkpoint(found.path, sharded_state(rank, world_size, fill=False))),
+    )
+    assert found is not None
+    assert found.messages == [
+        "checkpoint step_2 is damaged (not finite: model.w) and is skipped; going on from step 1"
+    ]
+    (state,) = loaded
+    check_state(state, rank, world_size)
+    save(folder, 2)
+    assert store.verify(2) is None
+
+
+def test_numbers_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path: Path) -> None:
+    run_ranks(2, spoilt_weights, tmp_path, timeout_s=TIMEOUT_S)
 
 
 def damaged_by_byte(rank: int, world_size: int, folder: Path) -> None:

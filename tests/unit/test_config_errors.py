@@ -120,7 +120,7 @@ MISTAKES = [
     (["run=demo", "parallel.ep_size=3"], "parallel.ep_size=3", "use one of 1, 2, 4, 8"),
     (["run=demo", "launcher.num_processes=4"], "train.global_batch_size=1", "use train.global_batch_size=2"),
     (["run=demo", "optim.lr=0"], "optim.lr=0", "must be positive"),
-    (["run=demo", "optim.lr=nan"], "optim.lr=nan", "must be positive"),
+    (["run=demo", "optim.lr=nan"], "optim.lr=nan", "must be a finite number"),
     (["run=demo", "attention.index_head_dim=8"], "attention.index_head_dim=8", "model.rotary_dim=24"),
     (["run=demo", "data.validation_fraction=0"], "train.validate_every=60", "use train.validate_every=0"),
     (["run=demo", "launcher.device=cpu", "engine=megatron"], "engine=megatron", "use engine=torch"),
@@ -277,6 +277,14 @@ def test_earlier_config_is_kept_if_it_differs(tmp_path: Path) -> None:
     assert load_run(write_config(config)) == config
     (earlier,) = tmp_path.glob("config.2*.yaml")
     assert load_run(earlier).train.steps == config.train.steps - 1
+
+
+def test_no_kept_config_is_lost_when_clocks_go_back(tmp_path: Path) -> None:
+    for name in ("one", "two", "three", "four"):
+        path = write_config(compose_run(["run=smoke", f"run_dir={tmp_path}", f"name={name}"]))
+        os.utime(path, (10**9, 10**9))
+    kept = [load_run(str(path)).name for path in sorted(tmp_path.glob("config*.yaml"))]
+    assert sorted(kept) == ["four", "one", "three", "two"]
 
 
 def test_disk_warning_names_the_sizes(tmp_path: Path) -> None:

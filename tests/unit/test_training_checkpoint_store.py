@@ -1,5 +1,6 @@
 """Checkpoint folders without any tensors in them: publishing, damage, choice."""
 
+import errno
 import json
 import os
 import re
@@ -338,6 +339,125 @@ def test_begin_removes_leftovers_and_abandon_its_own(tmp_path: Path) -> None:
     store.abandon(200)
     assert store.steps() == [100]
     assert not partial.exists()
+
+
+def move_away(store: CheckpointStore, step: int, elsewhere: Path) -> Path:
+    """As people do with a checkpoint for which a disk is too small: moved, and a link left in its place."""
+    target = elsewhere / store.path(step).name
+    target.parent.mkdir(exist_ok=True)
+    shutil.move(store.path(step), target)
+    store.path(step).symlink_to(target)
+    return target
+
+
+def test_a_checkpoint_that_is_a_link_is_removed_and_replaced_as_such(tmp_path: Path) -> None:
+    config = config_of(tmp_path / "run")
+    store = save(config, 100, 200)
+    moved = [move_away(store, step, tmp_path / "archive") for step in (100, 200)]
+    assert store.steps() == [100, 200]
+    assert [store.verify(step) for step in (100, 200)] == [None, None]
+    truncate(moved[1])
+    store = save(config, 200)
+    assert store.verify(200) is None
+    assert not store.path(200).is_symlink()
+    assert store.prune(1) == [100]
+    assert names(store) == ["latest", "step_00000200"]
+    # what the links led to is another's to remove
+    assert all((folder / "meta.json").is_file() for folder in moved)
+    # a link that leads nowhere is none of the steps, and in nobody's way
+    store.path(300).symlink_to(tmp_path / "gone")
+    save(config, 300)
+    assert store.verify(300) is None
+
+
+def test_links_and_files_among_leftovers_are_removed(tmp_path: Path) -> None:
+    store = save(config_of(tmp_path / "run"), 100)
+    (tmp_path / "other").mkdir()
+    (store.folder / ".step_00000100.removed").symlink_to(tmp_path / "other")
+    (store.folder / ".step_00000200.partial").touch()
+    assert store.clear() == []
+    assert names(store) == ["latest", "step_00000100"]
+    assert (tmp_path / "other").is_dir()
+
+
+def test_leftovers_that_stay_are_told_once_and_in_nobodys_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(tmp_path)
+    store = save(config, 100)
+    busy = store.partial(200)
+    (busy / "inner").mkdir(parents=True)
+    remove_tree = shutil.rmtree
+
+    def refuse(path: Path, ignore_errors: bool = False) -> None:
+        if "200" in path.name and (path / "inner").exists():
+            if not ignore_errors:
+                raise OSError(errno.EBUSY, "Device or resource busy", str(path / "inner"))
+            return
+        remove_tree(path, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr(checkpoint_store.shutil, "rmtree", refuse)
+    (note,) = store.clear()
+    assert (
+        note == f"{busy} is left over and could not be removed (Device or resource busy); remove it by hand"
+    )
+    fill(store.make_partial(200), 200, config)
+    store.publish(200)
+    assert store.verify(200) is None
+    assert store.clear() == []
+    assert store.prune(1) == [100]
+    (left,) = (name for name in names(store) if name not in ("latest", "step_00000200"))
+    assert left.startswith(".step_")
+
+
+def test_two_may_prune_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run and msa-checkpoint prune: what one finds gone, the other has removed."""
+    store = save(config_of(tmp_path), 100, 200, 300, 400)
+    remove_tree = shutil.rmtree
+
+    def removed_meanwhile(path: Path, ignore_errors: bool = False) -> None:
+        remove_tree(path, ignore_errors=True)
+        if not ignore_errors:
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(path))
+
+    monkeypatch.setattr(checkpoint_store.shutil, "rmtree", removed_meanwhile)
+    (store.folder / ".step_00000100.removed").mkdir()
+    assert store.clear() == []
+    steps = store.steps
+
+    def seen_before_the_other(self: CheckpointStore) -> list[int]:
+        found = steps()
+        remove_tree(self.path(200), ignore_errors=True)
+        return found
+
+    monkeypatch.setattr(CheckpointStore, "steps", seen_before_the_other)
+    assert store.prune(1) == [300, 200, 100]
+    assert names(store) == ["latest", "step_00000400"]
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["beside", "alone"])
+def test_latest_that_a_copy_made_a_folder_is_a_link_again(tmp_path: Path, kept: bool) -> None:
+    config = config_of(tmp_path)
+    store = save(config, 100, 200)
+    link = store.folder / "latest"
+    link.unlink()
+    shutil.copytree(store.path(200), link)
+    if not kept:
+        shutil.rmtree(store.path(200))
+    save(config, 300)
+    assert link.readlink() == Path("step_00000300")
+    assert names(store) == ["latest", "step_00000100", "step_00000200", "step_00000300"]
+    assert store.verify(200) is None
+
+
+def test_names_with_a_dot_that_a_copy_left_out(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    folder = store.begin(100)
+    (folder / ".metadata").touch()
+    fill(folder, 100, config_of(tmp_path))
+    (store.publish(100) / ".metadata").unlink()
+    reason = store.verify(100) or ""
+    assert reason == "file .metadata: missing; some tools leave out names with a dot when they copy"
 
 
 def test_publish_needs_a_manifest(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """metrics.jsonl, TensorBoard and the summary, written and read back."""
 
+import errno
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG
 
+from msa_train.training import metrics
 from msa_train.training.metrics import MetricsWriter, json_ready, read_metrics, scalars
 from msa_train.training.summary import format_table, write_summary
 
@@ -104,6 +107,47 @@ def test_restart_without_checkpoint_starts_over(tmp_path: Path) -> None:
     assert [entry["step"] for entry in read_metrics(tmp_path)] == [1, 2]
     events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     assert [event.step for event in events.Scalars("loss/lm")] == [1, 2]
+
+
+def full_disk(*_: object) -> int:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_keeps_metrics_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.write
+    writer = MetricsWriter(tmp_path, tensorboard=False, resume_step=0)
+    assert writer.write(1, {"lm_loss": 1.0}) == []
+    with monkeypatch.context() as full:
+        # there is room for some bytes of the second line
+        full.setattr(
+            metrics.os, "write", lambda file, data: write(file, data[:5]) if len(data) > 30 else full_disk()
+        )
+        (note,) = writer.write(2, {"lm_loss": 2.0})
+        assert note.startswith(f"step 2: {tmp_path / 'metrics.jsonl'}: No space left on device; training")
+        full.setattr(metrics.os, "write", full_disk)
+        assert writer.write(3, {"lm_loss": 3.0}) == []
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1]
+    assert writer.write(4, {"lm_loss": 4.0}) == ["step 4: metrics.jsonl is written again"]
+    writer.close()
+    assert [row["lm_loss"] for row in read_metrics(tmp_path)] == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_a_full_disk_costs_points_of_tensorboard_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "_TRY_AGAIN_AFTER", 2)
+    writer = MetricsWriter(tmp_path, tensorboard=True, resume_step=0)
+    writer.write(1, {"lm_loss": 1.0})
+    monkeypatch.setattr(writer._tensorboard, "flush", full_disk)
+    (note,) = writer.write(2, {"lm_loss": 2.0})
+    assert note.startswith(f"step 2: {tmp_path / 'tensorboard'}: No space left on device; ")
+    assert writer.write(3, {"lm_loss": 3.0}) == []
+    assert writer.write(4, {"lm_loss": 4.0}) == ["step 4: tensorboard is written again"]
+    monkeypatch.setattr(writer._tensorboard, "close", full_disk)
+    writer.close()
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    assert {event.step for event in events.Scalars("loss/lm")} >= {1, 4}
 
 
 def test_the_custom_scalars_page_has_charts(tmp_path: Path) -> None:

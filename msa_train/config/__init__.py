@@ -42,6 +42,7 @@ from msa_train.config.stages import (
     stage_at,
     total_steps,
 )
+from msa_train.config.text_rules import check_text, check_texts
 
 __all__ = [
     "Activation",
@@ -80,6 +81,8 @@ __all__ = [
     "WatchdogConfig",
     "check_cluster",
     "check_rules",
+    "check_text",
+    "check_texts",
     "check_time",
     "longest_seq_len",
     "plan_stages",

@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass, field
 from enum import Enum
 
+from msa_train.config.text_rules import check_text, texts
+
 DURATION = re.compile(r"(\d+-)?\d+(:\d+){0,2}")
 
 
@@ -82,6 +84,8 @@ def check_cluster(cluster: ClusterConfig) -> None:
     Raises:
         ValueError: naming the value, the rule and the fix.
     """
+    for name, value in texts(cluster, "cluster."):
+        check_text(name, value)
     for name in ("gpus_per_node", "workers_per_node", "max_restarts", "min_memory_gb", "signal_lead_s"):
         if getattr(cluster, name) < 0:
             raise ValueError(f"cluster.{name}={getattr(cluster, name)}: must not be negative")

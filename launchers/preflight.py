@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from launchers.model_size import model_size
 from launchers.run_dir import check_writable
@@ -123,10 +123,16 @@ def describe(config: RunConfig, layout: Layout) -> str:
     )
 
 
-def check_files(config: RunConfig, *, say: Callable[[str], None]) -> None:
+def check_files(config: RunConfig, *, say: Callable[[str], None], workers_follow: bool = False) -> None:
     """Check run_dir, the corpus and the checkpoint that the run would start from.
 
     The tokenized corpus is left in data.cache_dir, so that workers find it.
+
+    Args:
+        config: the whole run.
+        say: gets one line per event.
+        workers_follow: workers start at once and load the packs themselves; else they are made here too, of
+            every length that a stage asks for, so that no refusal is left for later.
 
     Raises:
         ValueError: naming the value, the rule and the fix.
@@ -134,10 +140,14 @@ def check_files(config: RunConfig, *, say: Callable[[str], None]) -> None:
     check_writable(config.run_dir)
     accept_fallbacks()
     # the first imports numpy, the second torch; a mistake in the configuration need not wait for them
-    from msa_train.data import prepare_corpus
+    from msa_train.data import load_datasets, prepare_corpus
     from msa_train.training.checkpoint_store import check_resume
 
     prepare_corpus(config.data, vocab_size=config.model.vocab_size, log=say)
+    if not workers_follow:
+        for seq_len in dict.fromkeys(stage.seq_len for stage in plan_stages(config)):
+            data = replace(config.data, seq_len=seq_len)
+            load_datasets(data, block_size=config.attention.block_size, vocab_size=config.model.vocab_size)
     for message in check_resume(config):
         say(message)
 

@@ -94,6 +94,7 @@ def _positive_sizes(config: RunConfig) -> None:
         "checkpoint.retries": config.checkpoint.retries,
         "train.max_rollbacks": train.max_rollbacks,
         "optim.warmup_steps": config.optim.warmup_steps,
+        "optim.schedule_steps": config.optim.schedule_steps,
         "optim.clip_grad": config.optim.clip_grad,
         "optim.weight_decay": config.optim.weight_decay,
         "launcher.num_processes": config.launcher.num_processes,

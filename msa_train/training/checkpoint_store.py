@@ -28,6 +28,7 @@ from typing import Any
 import msa_train
 from msa_train.config import AttentionKind, RunConfig
 from msa_train.training.generation import check_generation
+from msa_train.training.resume_rules import check_index_moments, schedule_notes
 from msa_train.training.stage_record import check_recorded_stages
 
 # see checkpoint_formats.py
@@ -473,6 +474,9 @@ def _check_usable(meta: dict[str, Any], folder: Path, config: RunConfig, *, own:
     _check_data_position(meta, folder, config, own=own)
     if own:
         check_recorded_stages(meta, config)
+    if own or not _weights_only(meta, config):
+        check_index_moments(folder, config)
+        notes += schedule_notes(meta, config)
     return notes
 
 

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from launchers.memory import check_memory
 from launchers.model_size import model_size
 from launchers.run_dir import check_writable
 from launchers.worker import accept_fallbacks
@@ -75,6 +76,8 @@ def plan_layout(
             f"launcher.num_processes={world_size}: one process per GPU and this machine has {num_gpus}; use "
             f"launcher.num_processes={num_gpus} or less, launcher.device=cpu, or more nodes with torchrun"
         )
+    if joined_world_size is None and not num_gpus:
+        check_memory(config, world_size)
     return Layout(world_size=world_size, on_gpu=num_gpus > 0)
 
 

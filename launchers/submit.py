@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -107,8 +108,8 @@ def read_request(arguments: Sequence[str]) -> Request:
         elif key == "time":
             request.time = value
         elif key == "nodes":
-            if not value.isdecimal() or int(value) < 1:
-                raise ValueError(f"nodes={value}: must be a number of nodes; use nodes=2")
+            if not re.fullmatch("0*[1-9][0-9]{0,4}", value):
+                raise ValueError(f"nodes={value}: must be a number of nodes from 1 to 99999; use nodes=2")
             request.nodes = int(value)
         elif key.startswith(f"{CLUSTER}."):
             request.of_cluster.append(text)

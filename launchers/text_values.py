@@ -41,6 +41,10 @@ def check_references(key: str, value: str) -> None:
     Raises:
         ValueError: naming the value, the rule and the fix.
     """
+    if value == "???":
+        raise ValueError(
+            f"{key}=???: stands for a value that is missing, and would become the default; set it"
+        )
     if "${" in _REFERENCE.sub("", value):
         raise ValueError(
             f"{key}={value}: only other keys may stand in ${{...}}, as in ${{name}}; on the command line let "

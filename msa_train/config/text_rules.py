@@ -5,8 +5,11 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import cast
 
-MAX_BYTES = 4096
-"as long as a path may be on Linux"
+MAX_BYTES = 2048
+"half of what Linux takes for a path: files in a folder have names too"
+MAX_NAME_BYTES = 255
+"of a file or folder"
+_PATHS = {"name", "run_dir", "data.corpus", "data.tokenizer", "data.cache_dir", "checkpoint.load"}
 # Control characters, the separators of lines and paragraphs, halves of pairs: bytes that are not UTF-8
 _UNFIT_CATEGORIES = {"Cc", "Zl", "Zp", "Cs"}
 # They make a terminal show something else than what is stored.
@@ -28,6 +31,11 @@ def check_text(name: str, value: str) -> None:
             )
     if len(value.encode("utf-8")) > MAX_BYTES:
         raise ValueError(f"{name}={value[:40]}...: must be at most {MAX_BYTES} bytes long; use a shorter one")
+    longest = max(len(part.encode("utf-8")) for part in value.split("/"))
+    if name in _PATHS and longest > MAX_NAME_BYTES:
+        raise ValueError(
+            f"{name}={value[:40]}...: no file or folder has a name of {longest} bytes; use a shorter one"
+        )
 
 
 def check_texts(config: object) -> None:

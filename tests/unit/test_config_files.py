@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers.compose import compose_run
+from launchers.compose import compose_run, config_to_yaml, load_run
 from launchers.compose_cluster import compose_cluster
 from launchers.groups import config_dir
 from launchers.submit import main as submit
@@ -122,6 +122,36 @@ def test_text_stays_as_it_is_written(value: str) -> None:
     assert compose_run(["run=smoke", f"name=x{value}"]).name == f"x{value}"
     config = compose_run(["run=smoke", f"data.corpus={value}", f"name={quoted(value)}"])
     assert (config.data.corpus, config.name) == (value, value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        (f"run_dir=/tmp/{'ü' * 128}", "no file or folder has a name of 256 bytes"),
+        (f"checkpoint.load=/tmp/{'x' * 256}/y", "no file or folder"),
+        (f"data.corpus={'x' * 256}", "no file or folder"),
+        (f"data.text_field={'x' * 2049}", "at most 2048 bytes"),
+        ("data.corpus=\udcff", "not UTF-8"),
+        ("data.corpus=???", "would become the default"),
+        ("data.corpus='???'", "would become the default"),
+    ],
+)
+def test_text_that_no_path_can_be(setting: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refusal(capsys, "run=smoke", setting)
+    assert line.startswith(f"msa-train: error: {setting.partition('=')[0]}=")
+    assert says in line
+    many = "full," * 60 + "msa"
+    assert compose_run(["run=smoke", "model.num_layers=61", f"model.layer_attention={many}"])
+
+
+def test_text_reaches_the_workers(tmp_path: Path) -> None:
+    """Through the file that the launcher writes and they read."""
+    config, path = compose_run(["run=smoke"]), tmp_path / "config.yaml"
+    numbers = ["12:30", "1_000", "0x10", "0o7", "010", "2024-01-02", ".5", "1.", ".inf", "1e5", "1E+5", "+1"]
+    for value in [*TEXTS, *numbers, "on", "=", "<<", "????", "- a", "a: b", " a ", "", "\u00e9" * 90]:
+        config.data.corpus = config.data.text_field = value
+        path.write_text(config_to_yaml(config), encoding="utf-8")
+        assert load_run(path) == config, value
 
 
 def test_quotes_that_are_written_are_no_part_of_the_text() -> None:

@@ -1,5 +1,6 @@
 """The batch script of a job: head and settings from a cluster's file, the rest from slurm/train.sbatch."""
 
+import re
 import shlex
 import sys
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from launchers.code_path import python_path
 from launchers.groups import shipped_file
 from msa_train.config import ClusterConfig, ContainerRuntime, Tasks
 
+_NEEDS_QUOTES = re.compile(r"""[\s#"'\\]""")
 COMMON = "# === The same in every job from here on.\n"
 
 
@@ -48,6 +50,36 @@ def batch_script(job: Job, cluster: ClusterConfig) -> str:
     return "\n".join(lines) + "\n\n" + COMMON + common
 
 
+def quote(value: str) -> str:
+    """A value as sbatch reads it in the head, where a blank ends it and a # begins a comment.
+
+    Example: my job -> "my job".
+    """
+    if not _NEEDS_QUOTES.search(value):
+        return value
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+def _quote_option(option: str) -> str:
+    """An option from a cluster's file; one in which quotes are written already stays as it is."""
+    name, equals, value = option.partition("=")
+    if not equals or re.search(r"""[\s"'\\]""", name) or re.search(r"""["'\\]""", value):
+        return option
+    return f"{name}={quote(value)}"
+
+
+def output_pattern(folder: Path) -> str:
+    """File of a job's output, in which Slurm replaces %j, and nothing else.
+
+    Raises:
+        ValueError: where Slurm has no way to write the folder's name.
+    """
+    if "\\" in str(folder):
+        raise ValueError(f"run_dir={folder.parent}: Slurm drops every \\ of it; use a folder without one")
+    return f"{str(folder).replace('%', '%%')}/job-%j.out"
+
+
 def sbatch_options(job: Job, cluster: ClusterConfig) -> list[str]:
     """Options of sbatch, one per line of the head."""
     tasks, cpus = cluster.workers, cluster.cpus_per_worker
@@ -61,8 +93,8 @@ def sbatch_options(job: Job, cluster: ClusterConfig) -> list[str]:
         "gpus-per-node": cluster.gpus_per_node or "",
     }
     return [
-        f"--job-name={job.name}",
-        *(f"--{name}={value}" for name, value in optional.items() if value != ""),
+        f"--job-name={quote(job.name)}",
+        *(f"--{name}={quote(str(value))}" for name, value in optional.items() if value != ""),
         f"--nodes={job.nodes}",
         f"--ntasks-per-node={tasks}",
         f"--cpus-per-task={cpus}",
@@ -71,9 +103,18 @@ def sbatch_options(job: Job, cluster: ClusterConfig) -> list[str]:
         "--requeue" if cluster.requeue else "--no-requeue",
         "--open-mode=append",
         f"--signal=B:USR1@{cluster.signal_lead_s}",
-        f"--output={job.run_dir / 'slurm' / 'job-%j.out'}",
-        *cluster.sbatch,
+        f"--output={quote(output_pattern(job.run_dir / 'slurm'))}",
+        *(_quote_option(option) for option in cluster.sbatch),
     ]
+
+
+def _mount(folder: Path) -> str:
+    """A folder under its own name inside a container."""
+    if re.search("[,:]", str(folder)):
+        raise ValueError(
+            f"{folder}: a folder with , or : in its name cannot be shown to a container; use another folder"
+        )
+    return f"{folder}:{folder}"
 
 
 def _environment(job: Job, cluster: ClusterConfig) -> list[str]:
@@ -94,7 +135,9 @@ def _settings(job: Job, cluster: ClusterConfig) -> list[str]:
         train, check = ([sys.executable, "-m", f"launchers.{name}"] for name in ("train", "node_check"))
     srun, inside = list(cluster.srun), []
     # what a container must see of the host
-    mounts = [f"{folder}:{folder}" for folder in (job.folder, job.run_dir)] + cluster.container_mounts
+    mounts: list[str] = []
+    if cluster.container:
+        mounts = [_mount(folder) for folder in (job.folder, job.run_dir)] + cluster.container_mounts
     if cluster.container and cluster.container_runtime is ContainerRuntime.pyxis:
         srun += [f"--container-image={cluster.container}", f"--container-mounts={','.join(mounts)}"]
         srun.append(f"--container-workdir={job.folder}")

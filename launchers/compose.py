@@ -5,7 +5,6 @@ ValueError of one line that names the value, the rule and the fix.
 """
 
 import difflib
-import json
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
@@ -21,9 +20,11 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from launchers.config_files import check_config_dirs
 from launchers.groups import GROUPS, config_dir, group_options
 from launchers.machine import expand_user
-from msa_train.config import RunConfig, StageConfig
+from launchers.text_values import check_all_references, check_references, literal, quoted
+from msa_train.config import RunConfig, StageConfig, check_texts
 
 ConfigStore.instance().store(name="schema", node=RunConfig)
 
@@ -41,13 +42,10 @@ def compose_run(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> R
     Raises:
         ValueError: naming the value, the rule and the fix.
     """
-    for folder in config_dirs:
-        if not any((folder / group).is_dir() for group in GROUPS):
-            raise ValueError(
-                f"--config-dir={folder}: holds none of the folders {', '.join(GROUPS)}; name another"
-            )
+    check_config_dirs(config_dirs, text_keys())
     parsed = [_parse(text) for text in overrides]
-    given = [text for text in overrides if not text.lstrip("+").startswith("stages.")]
+    written = [hydra_override(text) for text in overrides]
+    given = [text for text in written if not text.startswith("stages.")]
     stages = _stage_names(given, config_dirs)
     keys = known_keys(stages)
     schema = OmegaConf.structured(RunConfig)
@@ -61,16 +59,14 @@ def compose_run(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> R
         choices = ", ".join(f"run={name}" for name in group_options("run", config_dirs))
         raise ValueError(f"run: none is chosen and there is no default; use one of {choices}")
     try:
-        return run_config(_compose(overrides, config_dirs))
+        return run_config(_compose(written, config_dirs))
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ValueError(_explain(error, keys)) from error
 
 
 def _compose(overrides: Sequence[str], config_dirs: Sequence[Path]) -> Any:
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        # every key exists, so that a leading + changes nothing; Hydra would refuse it
-        given = [text.lstrip("+") for text in overrides]
-        return compose("config", overrides=given + _search_path(config_dirs))
+        return compose("config", overrides=[*overrides, *_search_path(config_dirs)])
 
 
 def _stage_names(overrides: Sequence[str], config_dirs: Sequence[Path]) -> list[str]:
@@ -98,6 +94,19 @@ def load_run(path: str | Path) -> RunConfig:
         raise ValueError(f"{path}: {_explain(error, known_keys())}") from error
 
 
+def text_keys() -> set[str]:
+    """Dotted keys whose values are text."""
+    return {key for key, kind in known_keys().items() if kind is str}
+
+
+def hydra_override(text: str) -> str:
+    """KEY=VALUE as Hydra reads it: names and text in quotes, so that they stay as they were written."""
+    # every key exists, so that a leading + changes nothing; Hydra would refuse it
+    text = text.lstrip("+")
+    key = text.partition("=")[0]
+    return literal(text) if key in GROUPS or key in text_keys() else text
+
+
 def known_keys(stages: Sequence[str] = ()) -> dict[str, Any]:
     """Type of every dotted key, e.g. {"train.steps": int, "engine": Engine}; stages: their names."""
     return _walk(RunConfig, "", stages)
@@ -117,12 +126,18 @@ def _walk(section: type, prefix: str, stages: Sequence[str]) -> dict[str, Any]:
 
 
 def run_config(node: Any) -> RunConfig:
-    """The typed configuration that a node of the schema stands for."""
+    """The typed configuration that a node of the schema stands for.
+
+    Raises:
+        ValueError: naming a value that refers to something else than a key, or a text that cannot be stored.
+    """
+    check_all_references(node)
     config = OmegaConf.to_object(node)
     assert isinstance(config, RunConfig), f"the schema is RunConfig, not {type(config)}"
     # shells leave the ~ of run_dir=~/x alone
     config.run_dir = expand_user("run_dir", config.run_dir)
     config.checkpoint.load = expand_user("checkpoint.load", config.checkpoint.load)
+    check_texts(config)
     return config
 
 
@@ -142,7 +157,7 @@ def _parse(text: str) -> Override:
     if text.startswith("--"):
         raise ValueError(f"{text}: options take no value; a setting is written without dashes: {text[2:]}")
     try:
-        override = OverridesParser.create().parse_override(text)
+        override = OverridesParser.create().parse_override(hydra_override(text))
     except HydraException:
         fix = f"""'{key}="{value}"'"""
         raise ValueError(f"{text}: cannot be read as key=value; quote the value, as in {fix}") from None
@@ -157,7 +172,7 @@ def _parse(text: str) -> Override:
 def _search_path(config_dirs: Sequence[Path]) -> list[str]:
     if not config_dirs:
         return []
-    places = ", ".join(json.dumps(f"file://{folder.absolute()}") for folder in config_dirs)
+    places = ", ".join(quoted(f"file://{folder.absolute()}") for folder in config_dirs)
     return [f"hydra.searchpath=[{places}]"]
 
 
@@ -176,6 +191,7 @@ def _check_value(text: str, override: Override, keys: dict[str, Any], schema: An
     key, value = override.key_or_group, text.partition("=")[2]
     if key not in keys:
         raise ValueError(f"{key}={value}: {_unknown_key(key, keys)}")
+    check_references(key, value)
     try:
         OmegaConf.update(schema, key, override.value())
     except OmegaConfBaseException:

@@ -12,6 +12,7 @@ OPTIONS = """\
 options:
   --check           check everything, the corpus and the checkpoint included, print one line, start nothing
   --cfg             print the resolved configuration as YAML, with every key, and stop
+  --cfg=KEY         print the value of one key and stop, as in --cfg=run_dir
   --config-dir DIR  take options of the groups from DIR/model, DIR/run and so on, too; may be repeated
   --version         print the version and stop
   --help            print this text and stop"""

@@ -3,9 +3,10 @@
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from launchers.machine import expand_user
+from launchers.memory import check_memory
 from launchers.model_size import model_size
 from launchers.run_dir import check_writable
 from launchers.worker import accept_fallbacks
@@ -76,6 +77,8 @@ def plan_layout(
             f"launcher.num_processes={world_size}: one process per GPU and this machine has {num_gpus}; use "
             f"launcher.num_processes={num_gpus} or less, launcher.device=cpu, or more nodes with torchrun"
         )
+    if joined_world_size is None and not num_gpus:
+        check_memory(config, world_size)
     return Layout(world_size=world_size, on_gpu=num_gpus > 0)
 
 
@@ -124,10 +127,16 @@ def describe(config: RunConfig, layout: Layout) -> str:
     )
 
 
-def check_files(config: RunConfig, *, say: Callable[[str], None]) -> None:
+def check_files(config: RunConfig, *, say: Callable[[str], None], workers_follow: bool = False) -> None:
     """Check run_dir, the corpus and the checkpoint that the run would start from.
 
     The tokenized corpus is left in data.cache_dir, so that workers find it.
+
+    Args:
+        config: the whole run.
+        say: gets one line per event.
+        workers_follow: workers start at once and load the packs themselves; else they are made here too, of
+            every length that a stage asks for, so that no refusal is left for later.
 
     Raises:
         ValueError: naming the value, the rule and the fix.
@@ -138,10 +147,14 @@ def check_files(config: RunConfig, *, say: Callable[[str], None]) -> None:
         expand_user(f"data.{name}", getattr(config.data, name))
     accept_fallbacks()
     # the first imports numpy, the second torch; a mistake in the configuration need not wait for them
-    from msa_train.data import prepare_corpus
+    from msa_train.data import load_datasets, prepare_corpus
     from msa_train.training.checkpoint_store import check_resume
 
     prepare_corpus(config.data, vocab_size=config.model.vocab_size, log=say)
+    if not workers_follow:
+        for seq_len in dict.fromkeys(stage.seq_len for stage in plan_stages(config)):
+            data = replace(config.data, seq_len=seq_len)
+            load_datasets(data, block_size=config.attention.block_size, vocab_size=config.model.vocab_size)
     for message in check_resume(config):
         say(message)
 

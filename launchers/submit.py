@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from launchers.placement import check_placement
 from launchers.preflight import check_files, describe, plan_layout
 from launchers.run_dir import write_keeping
 from launchers.slurm_jobs import FOLDER, JOB_NAME, SCRIPT_NAME, check_no_job
-from msa_train.config import ClusterConfig, check_time
+from msa_train.config import ClusterConfig, check_text, check_time
 
 USAGE = """\
 msa-submit run=NAME cluster=NAME nodes=N time=HH:MM:SS [KEY=VALUE ...] [--dry-run]
@@ -108,8 +109,8 @@ def read_request(arguments: Sequence[str]) -> Request:
         elif key == "time":
             request.time = value
         elif key == "nodes":
-            if not value.isdecimal() or int(value) < 1:
-                raise ValueError(f"nodes={value}: must be a number of nodes; use nodes=2")
+            if not re.fullmatch("0*[1-9][0-9]{0,4}", value):
+                raise ValueError(f"nodes={value}: must be a number of nodes from 1 to 99999; use nodes=2")
             request.nodes = int(value)
         elif key.startswith(f"{CLUSTER}."):
             request.of_cluster.append(text)
@@ -133,14 +134,16 @@ def submit(request: Request, cluster: ClusterConfig) -> str:
         joined_world_size=request.nodes * cluster.workers,
         gpus_per_node=cluster.gpus_per_node,
     )
-    run_dir = Path(config.run_dir).absolute()
+    run_dir, folder = Path(config.run_dir).absolute(), Path.cwd()
+    for name, path in (("run_dir", run_dir), ("the current folder", folder)):
+        check_text(name, str(path))
     config.run_dir = str(run_dir)
     given = [text for text in request.run if text.partition("=")[0].lstrip("+") != "run_dir"]
     options = [f"--config-dir={folder.absolute()}" for folder in request.config_dirs]
     job = Job(
         name=config.name,
         run_dir=run_dir,
-        folder=Path.cwd(),
+        folder=folder,
         nodes=request.nodes,
         time=request.time,
         arguments=[*options, *given, f"run_dir={run_dir}"],
@@ -155,13 +158,13 @@ def submit(request: Request, cluster: ClusterConfig) -> str:
     say(f"{describe(config, layout)}; {request.nodes} nodes of {cluster.workers}")
     for line in check_placement(config.parallel, num_nodes=request.nodes, workers=cluster.workers):
         say(f"msa-submit: warning: {line}", error=True)
-    folder = run_dir / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    write_keeping(folder / SCRIPT_NAME, script)
-    write_keeping(folder / "config.yaml", config_to_yaml(config))
+    written = run_dir / FOLDER
+    written.mkdir(parents=True, exist_ok=True)
+    write_keeping(written / SCRIPT_NAME, script)
+    write_keeping(written / "config.yaml", config_to_yaml(config))
     version, diff = code_version()
-    write_keeping(folder / "code.diff", diff)
-    job_id = _sbatch(folder / SCRIPT_NAME)
+    write_keeping(written / "code.diff", diff)
+    job_id = _sbatch(written / SCRIPT_NAME)
     facts = {
         "job_id": job_id,
         "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -171,9 +174,9 @@ def submit(request: Request, cluster: ClusterConfig) -> str:
         "time": request.time,
         "code": version,
     }
-    write_keeping(folder / JOB_NAME, json.dumps(facts, indent=1) + "\n")
-    say(f"script {folder / SCRIPT_NAME}")
-    say(f"output {folder / f'job-{job_id}.out'}")
+    write_keeping(written / JOB_NAME, json.dumps(facts, indent=1) + "\n")
+    say(f"script {written / SCRIPT_NAME}")
+    say(f"output {written / f'job-{job_id}.out'}")
     say(f"job {job_id}")
     return job_id
 

@@ -2,8 +2,8 @@
 
 import importlib
 import itertools
-import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +14,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from launchers.code_path import python_path
-from launchers.compose import compose_run, run_config
+from launchers.compose import compose_run, run_config, text_keys
 from launchers.groups import config_dir
 from launchers.join import joined_environment
 from launchers.output import say
 from launchers.preflight import check_files, describe, plan_layout, set_worker_environment
 from launchers.run_dir import claim_run_dir, write_config
+from launchers.text_values import literal, quoted, split_choices
 from launchers.worker import run_entry
 from msa_train.config import ClusterConfig, check_time
 from msa_train.training.metrics import read_metrics
@@ -80,6 +81,11 @@ def expand(overrides: Sequence[str]) -> tuple[set[str], list[list[str]]]:
     swept: set[str] = set()
     choices: list[list[str]] = []
     for text in overrides:
+        if _key(text) in text_keys():
+            values = split_choices(text.partition("=")[2])
+            swept |= {_key(text)} if len(values) > 1 else set()
+            choices.append([f"{_key(text)}={value}" for value in values] if len(values) > 1 else [text])
+            continue
         try:
             override = OverridesParser.create().parse_override(text)
         except HydraException:
@@ -103,7 +109,7 @@ def hydra_arguments(request: "Request", cluster: ClusterConfig, base: Path, swep
     # what lies in the folder of the command is not imported
     safe = {"PYTHONSAFEPATH": "1", "PYTHONPATH": python_path(os.environ.get("PYTHONPATH", ""))}
     variables = {**safe, **cluster.environment, **cluster.network}
-    setup += [f"export {name}={value}" for name, value in variables.items()]
+    setup += [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
     more: dict[str, str] = {}
     for option in cluster.sbatch:
         name, _, value = option.lstrip("-").partition("=")
@@ -124,8 +130,8 @@ def hydra_arguments(request: "Request", cluster: ClusterConfig, base: Path, swep
         "setup": setup,
         "additional_parameters": more or None,
     }
-    given = [text for text in request.run if _key(text) != "run_dir"]
-    folders = ",".join(json.dumps(f"file://{folder.absolute()}") for folder in request.config_dirs)
+    given = [_as_hydra_reads(text) for text in request.run if _key(text) != "run_dir"]
+    folders = ",".join(quoted(f"file://{folder.absolute()}") for folder in request.config_dirs)
     return [
         *given,
         *([f"hydra.searchpath=[{folders}]"] if folders else []),
@@ -143,6 +149,8 @@ def hydra_arguments(request: "Request", cluster: ClusterConfig, base: Path, swep
 
 def train_job(node: Any) -> None:
     """One process of one run; started by submitit, one for each worker."""
+    # names the folder of the sweep, which Hydra knows and the other keys do not
+    node.run_dir = str(node.run_dir)
     config = run_config(node)
     job = joined_environment(os.environ) or _ALONE
     layout = plan_layout(config, joined_world_size=int(job["WORLD_SIZE"]))
@@ -172,10 +180,27 @@ def _key(text: str) -> str:
     return text.partition("=")[0].lstrip("+")
 
 
+def _as_hydra_reads(text: str) -> str:
+    """An override with its value, or all its values, as they were written."""
+    key, value = _key(text), text.partition("=")[2]
+    if key not in text_keys():
+        return text.lstrip("+")
+    return f"{key}=" + ",".join(_plain_or_quoted(part) for part in split_choices(value))
+
+
+def _plain_or_quoted(value: str) -> str:
+    """Without quotes where Hydra reads it as it is: values become names of folders."""
+    try:
+        is_plain = OverridesParser.create().parse_override(f"key={value}").value() == value
+    except HydraException:
+        is_plain = False
+    return value if is_plain else literal(f"key={value}").partition("=")[2]
+
+
 def _literal(value: Any) -> str:
     """A value as Hydra's grammar reads it."""
-    return json.dumps(value) if not isinstance(value, dict) else _mapping(value)
-
-
-def _mapping(value: dict[str, str]) -> str:
-    return "{" + ",".join(f"{key}:{json.dumps(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_literal(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(_literal(item) for item in value) + "]"
+    return quoted(value) if isinstance(value, str) else str(value)

@@ -1,17 +1,19 @@
 """The msa-train command."""
 
 import difflib
+import functools
 import importlib.metadata
 import os
 import signal
 import sys
 import time
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 from typing import NoReturn
 
 from launchers.command_line import INTERRUPTED, MACHINE_ERROR, USER_ERROR, leave
-from launchers.compose import compose_run, config_to_yaml
+from launchers.compose import EVERY_KEY, compose_run, config_to_yaml, known_keys
 from launchers.help import help_text
 from launchers.join import Node, joined_environment, joined_node, said_by
 from launchers.machine import accept_log_level, check_current_folder, check_loopback, raise_file_limit
@@ -88,7 +90,9 @@ def _run(arguments: list[str]) -> int:
         stop.listen(signal.SIGUSR1)
     config = compose_run(overrides, config_dirs)
     if "cfg" in options:
-        say(config_to_yaml(config), lines=True, end="")
+        keys = [text.partition("=")[2] for text in arguments if text.startswith("--cfg=")]
+        values = "\n".join(_value(config, key) for key in keys)
+        say(values or config_to_yaml(config).rstrip(), lines=True)
         return 0
     node = joined_node(os.environ)
     job = None if node else joined_environment(os.environ)
@@ -162,7 +166,7 @@ def _join(config: RunConfig, layout: Layout, job: dict[str, str]) -> int:
 def _prepare(config: RunConfig, layout: Layout) -> None:
     say(describe(config, layout))
     _warn(config, disk_warning(config))
-    check_files(config, say=say)
+    check_files(config, say=say, workers_follow=True)
 
 
 def _warn(config: RunConfig, *more: str | None) -> None:
@@ -188,7 +192,21 @@ def _take_config_dirs(arguments: list[str]) -> tuple[list[str], list[Path]]:
     return rest, folders
 
 
+def _value(config: RunConfig, key: str) -> str:
+    """One value as scripts want it: without quotes, names of choices as they are written."""
+    if key not in known_keys(list(config.stages)):
+        raise ValueError(f"--cfg={key}: there is no such key; {EVERY_KEY}")
+    value = functools.reduce(
+        lambda part, name: part[name] if isinstance(part, dict) else getattr(part, name),
+        key.split("."),
+        config,
+    )
+    return str(value.value if isinstance(value, Enum) else value)
+
+
 def _option(text: str) -> str:
+    if text.startswith("--cfg="):
+        return "cfg"
     if text not in OPTIONS:
         known = [*OPTIONS, CONFIG_DIR]
         match = difflib.get_close_matches(text.partition("=")[0], known, n=1)

@@ -44,6 +44,7 @@ from msa_train.config.stages import (
     total_steps,
 )
 from msa_train.config.text import one_line, printable
+from msa_train.config.text_rules import check_text, check_texts
 
 __all__ = [
     "Activation",
@@ -82,6 +83,8 @@ __all__ = [
     "WatchdogConfig",
     "check_cluster",
     "check_rules",
+    "check_text",
+    "check_texts",
     "check_time",
     "contradictions",
     "longest_seq_len",

@@ -4,9 +4,19 @@ import re
 from dataclasses import dataclass, field
 from enum import Enum
 
+from msa_train.config.limits import COUNT, LONGEST_WAIT_S, check_size
 from msa_train.config.number_rules import check_finite_numbers
+from msa_train.config.text_rules import check_text, texts
 
-DURATION = re.compile(r"(\d+-)?\d+(:\d+){0,2}")
+DURATION = re.compile(r"(\d{1,4}-)?\d{1,9}(:\d{1,9}){0,2}", re.ASCII)
+LONGEST_JOB_S = 3650 * 24 * 3600
+_LIMITS = {
+    "gpus_per_node": 1024,
+    "workers_per_node": 1024,
+    "cpus_per_worker": 2**16,
+    "signal_lead_s": LONGEST_WAIT_S,
+    "max_restarts": COUNT,
+}
 
 
 class Tasks(Enum):
@@ -85,9 +95,13 @@ def check_cluster(cluster: ClusterConfig) -> None:
         ValueError: naming the value, the rule and the fix.
     """
     check_finite_numbers(cluster, "cluster.")
+    for name, value in texts(cluster, "cluster."):
+        check_text(name, value)
     for name in ("gpus_per_node", "workers_per_node", "max_restarts", "min_memory_gb", "signal_lead_s"):
         if getattr(cluster, name) < 0:
             raise ValueError(f"cluster.{name}={getattr(cluster, name)}: must not be negative")
+    for name, limit in _LIMITS.items():
+        check_size(f"cluster.{name}", getattr(cluster, name), limit)
     if cluster.cpus_per_worker < 1:
         raise ValueError(f"cluster.cpus_per_worker={cluster.cpus_per_worker}: must be at least 1")
     if not cluster.workers:
@@ -130,4 +144,6 @@ def check_time(time: str, cluster: ClusterConfig) -> int:
             f"time={time}: leaves nothing to train in, as saving begins up to cluster.signal_lead_s="
             f"{cluster.signal_lead_s} + 60 s before its end; use more time or a smaller lead"
         )
+    if total > LONGEST_JOB_S:
+        raise ValueError(f"time={time}: must be at most {LONGEST_JOB_S // 86400} days; use less")
     return total

@@ -1,8 +1,13 @@
 """Shape of the model and of its attention."""
 
+import re
 from dataclasses import dataclass
 
 from msa_train.config.options import Activation, AttentionKernel, AttentionKind, QkNorm
+
+_COUNT = re.compile("0*[1-9][0-9]{0,8}")
+MAX_LAYERS = 10_000
+"the attention of each is listed when a configuration is made"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -55,6 +60,8 @@ class ModelConfig:
         _positive(self, ["num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim"])
         _positive(self, ["vocab_size", "ffn_hidden_size", "num_experts", "moe_router_topk"])
         _positive(self, ["moe_ffn_hidden_size"])
+        if self.num_layers > MAX_LAYERS:
+            raise ValueError(f"model.num_layers={self.num_layers}: must be at most {MAX_LAYERS}; correct it")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"model.num_kv_heads={self.num_kv_heads}: must divide model.num_heads={self.num_heads}"
@@ -80,17 +87,17 @@ class ModelConfig:
         kinds: list[AttentionKind] = []
         for part in self.layer_attention.split(","):
             name, _, count = part.strip().partition("*")
-            if name not in AttentionKind.__members__ or (count and not count.isdecimal()):
+            if name not in AttentionKind.__members__ or (count and not _COUNT.fullmatch(count)):
                 raise ValueError(
                     f"model.layer_attention={self.layer_attention}: '{part}' is not one of "
-                    f"{', '.join(AttentionKind.__members__)} with an optional '*count'"
+                    f"{', '.join(AttentionKind.__members__)} with an optional '*count' from 1 on"
+                )
+            if len(kinds) + int(count or 1) > self.num_layers:
+                raise ValueError(
+                    f"model.layer_attention={self.layer_attention}: names more layers than "
+                    f"model.num_layers={self.num_layers}; use fewer"
                 )
             kinds += [AttentionKind[name]] * int(count or 1)
-        if len(kinds) > self.num_layers:
-            raise ValueError(
-                f"model.layer_attention={self.layer_attention}: names {len(kinds)} layers, "
-                f"model.num_layers={self.num_layers}"
-            )
         return kinds + [kinds[-1]] * (self.num_layers - len(kinds))
 
 

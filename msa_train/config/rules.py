@@ -6,6 +6,7 @@ Each violation is a ValueError of one line: name=value, the rule, the fix.
 import math
 from collections.abc import Callable
 
+from msa_train.config.limits import check_sizes, check_total
 from msa_train.config.number_rules import check_finite_numbers
 from msa_train.config.options import (
     AttentionKernel,
@@ -43,10 +44,12 @@ def check_rules(config: RunConfig, *, world_size: int, has_gpu: bool) -> None:
         ValueError: naming the value, the rule and the fix.
     """
     rules: tuple[Callable[[RunConfig], None], ...] = (
-        _names,
         check_finite_numbers,
+        check_sizes,
+        _names,
         _positive_sizes,
         check_stages,
+        check_total,
         _sequence,
         _index_heads,
         _kernel,
@@ -99,6 +102,7 @@ def _positive_sizes(config: RunConfig) -> None:
         "checkpoint.retries": config.checkpoint.retries,
         "train.max_rollbacks": train.max_rollbacks,
         "optim.warmup_steps": config.optim.warmup_steps,
+        "optim.schedule_steps": config.optim.schedule_steps,
         "optim.clip_grad": config.optim.clip_grad,
         "optim.weight_decay": config.optim.weight_decay,
         "launcher.num_processes": config.launcher.num_processes,
@@ -225,7 +229,7 @@ def _experts(config: RunConfig) -> None:
     if num_experts % ep_size:
         raise ValueError(
             f"parallel.ep_size={ep_size}: must divide model.num_experts={num_experts}; "
-            f"use one of {', '.join(str(n) for n in range(1, num_experts + 1) if num_experts % n == 0)}"
+            f"use one of {_divisors(num_experts)}"
         )
 
 
@@ -251,10 +255,9 @@ def _exchange(config: RunConfig) -> None:
             f"exchange.ranks_per_node={nodes}: must be a number of ranks; use 0 for none, -1 for a machine's"
         )
     if nodes > 0 and cp_size % nodes:
-        fitting = ", ".join(str(n) for n in range(1, cp_size + 1) if cp_size % n == 0)
         raise ValueError(
             f"exchange.ranks_per_node={nodes}: must divide parallel.cp_size={cp_size}; use one of 0, "
-            f"{fitting}"
+            f"{_divisors(cp_size)}"
         )
     if nodes and kind in (KvExchange.all_gather, KvExchange.ring):
         raise ValueError(
@@ -329,7 +332,7 @@ def _world(config: RunConfig, world_size: int) -> None:
         raise ValueError(
             f"parallel.ep_size={parallel.ep_size}: must divide the {stage} ranks of a pipeline stage "
             f"(launcher.num_processes={world_size} / parallel.pp_size={parallel.pp_size}); "
-            f"use one of {', '.join(str(n) for n in range(1, stage + 1) if stage % n == 0)}"
+            f"use one of {_divisors(stage)}"
         )
     dp_size = world_size // unit
     if config.train.global_batch_size % dp_size:
@@ -338,6 +341,12 @@ def _world(config: RunConfig, world_size: int) -> None:
             f"parallel size {dp_size} (launcher.num_processes={world_size} / {unit}); use "
             f"train.global_batch_size={-(-config.train.global_batch_size // dp_size) * dp_size}"
         )
+
+
+def _divisors(number: int) -> str:
+    """ "1, 2, 3, 6" of 6; by trial up to the root, so that a million ranks cost nothing."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return ", ".join(str(n) for n in sorted({*small, *(number // n for n in small)}))
 
 
 def _engine(config: RunConfig, has_gpu: bool) -> None:

@@ -91,6 +91,8 @@ class OptimConfig:
     min_lr_ratio: float = 0.1
     "final learning rate as a share of lr"
     schedule: LrSchedule = LrSchedule.cosine
+    schedule_steps: int = 0
+    "steps over which it goes, at its last value from then on; 0: those of the whole run"
     warmup_steps: int = 100
     decay_fraction: float = 0.2
     "share of the steps over which wsd decays"

@@ -32,6 +32,7 @@ from msa_train.config import AttentionKind, RunConfig
 from msa_train.files import new_file
 from msa_train.model.checkpoint_pickles import METADATA_NAME, metadata_damage, objects_damage
 from msa_train.training.generation import check_generation
+from msa_train.training.resume_rules import check_index_moments, schedule_notes
 from msa_train.training.stage_record import check_recorded_stages
 
 # see checkpoint_formats.py
@@ -547,6 +548,9 @@ def _check_usable(meta: dict[str, Any], folder: Path, config: RunConfig, *, own:
     _check_data_position(meta, folder, config, own=own)
     if own:
         check_recorded_stages(meta, config)
+    if own or not _weights_only(meta, config):
+        check_index_moments(folder, config)
+        notes += schedule_notes(meta, config)
     return notes
 
 

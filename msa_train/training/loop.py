@@ -24,6 +24,7 @@ from msa_train.training.generation import own_generation
 from msa_train.training.lr_schedule import Rates, stage_rates
 from msa_train.training.metrics import MetricsWriter
 from msa_train.training.progress import Progress
+from msa_train.training.resume_rules import schedule_record
 from msa_train.training.selection_log import SelectionLog
 from msa_train.training.step_guard import StepGuard
 from msa_train.training.step_metrics import StepMetrics, router_bias_range
@@ -265,6 +266,7 @@ class Trainer:
                 "fingerprint": fingerprint(config),
                 "stages": [stage.record() for stage in self.stages if stage.first_step < step],
                 "tokens": stage_at(self.stages, step - 1).tokens_at(step, config.train.global_batch_size),
+                "schedule": schedule_record(config, step),
                 "optimizer_updates": step - self.bad_steps.skipped,
                 "bad_steps": self.bad_steps.record(),
                 "engine": self.engine.name,

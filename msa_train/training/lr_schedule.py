@@ -27,15 +27,16 @@ def learning_rate(step: int, optim: OptimConfig, total_steps: int) -> float:
     """Learning rate of one update.
 
     The warm-up rises linearly and reaches optim.lr at update `warmup_steps - 1`; cosine and wsd reach
-    `min_lr_ratio * lr` at the last update.
+    `min_lr_ratio * lr` at the last update of the schedule and stay there.
 
     Args:
         step: updates made before this one: 0 for the first, total_steps - 1 for the last.
         optim: the schedule.
-        total_steps: updates of the whole run.
+        total_steps: updates of the whole run, and of the schedule unless optim.schedule_steps is set.
 
     Example: lr=1, warmup_steps=2, total_steps=5, cosine to 0 -> 0.5, 1, 0.75, 0.25, 0.
     """
+    total_steps = optim.schedule_steps or total_steps
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps
     last, peak = total_steps - 1, max(optim.warmup_steps - 1, 0)

@@ -8,6 +8,7 @@ from msa_train.config import KvExchange, RunConfig, printable
 from msa_train.parallel.groups import Groups
 from msa_train.training.metrics import METRICS_NAME, TENSORBOARD_NAME, read_metrics
 from msa_train.training.progress import format_count, format_duration
+from msa_train.training.resume_rules import train_on_settings
 from msa_train.training.summary import format_table, write_summary
 
 
@@ -38,7 +39,7 @@ def report(
     if config.logging.tensorboard:
         rows.append(("watch it", f"tensorboard --logdir {Path(config.run_dir) / TENSORBOARD_NAME}"))
     # run=NAME alone would not do: the other settings of the command line count too
-    rows.append(("train on", f"the same command with train.steps={2 * steps}"))
+    rows.append(("train on", f"the same command with {' '.join(train_on_settings(config, steps))}"))
     print(printable(f"\n{format_table(rows)}", keep="\n"), file=stream, flush=True)
 
 

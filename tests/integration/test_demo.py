@@ -24,7 +24,7 @@ def test_demo_trains_reports_and_goes_on(tmp_path: Path) -> None:
     assert table["all-gather or ring would move"].endswith("of it moved)")
     assert float(table["f, share of remote blocks selected"].split()[0]) <= 1
     assert table["watch it"] == f"tensorboard --logdir {run_dir}/tensorboard"
-    assert table["train on"] == "the same command with train.steps=6"
+    assert table["train on"] == "the same command with train.steps=6"  # within the warm-up
     for name in ("config.yaml", "metrics.jsonl", "summary.json", "tensorboard", "logs"):
         assert (run_dir / name).exists()
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["latest", "step_00000003"]

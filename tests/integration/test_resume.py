@@ -12,6 +12,7 @@ from unittest.mock import ANY
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from launchers.train import main
 from msa_train.training.metrics import read_metrics
 from tests.helpers.training_command import DOWN_WITHIN_S, Training, last_step, train, wait_gone, without_times
 from tests.integration.conftest import STEPS, FinishedRun
@@ -110,6 +111,24 @@ def test_finished_run_has_nothing_to_do(finished: FinishedRun, tmp_path: Path) -
     assert read_metrics(run_dir) == read_metrics(finished.run_dir)
     summary |= {"seconds_this_start": ANY, "world_size": 1, "cp_size": 1, "ep_size": 1}
     assert json.loads((run_dir / "summary.json").read_text()) == summary
+
+
+def test_check_refuses_what_the_workers_would(
+    finished: FinishedRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A KL loss that is switched off takes the optimizer's state of the index branch away."""
+    for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHDYNAMO_DISABLE"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    settings = [*finished.settings, f"run_dir={finished.run_dir}", f"train.steps={STEPS + 1}"]
+    assert main([*settings, "attention.kl_weight=0", "--check"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("msa-train: error: attention.kl_weight=0: the checkpoint in ")
+    assert error.count("\n") == 1
+    # frozen in a way that keeps the state, or without the state
+    assert main([*settings, "optim.index_lr_scale=0", "--check"]) == 0
+    from_weights = [f"checkpoint.load={finished.run_dir}", "checkpoint.load_weights_only=true"]
+    own = [f"run_dir={finished.run_dir.parent / 'other'}", "attention.kl_weight=0"]
+    assert main([*settings, *own, *from_weights, "--check"]) == 0
 
 
 def _kill_a_worker(training: Training) -> None:

@@ -66,7 +66,7 @@ MISTAKES = [
         "checkpoint.keep_every=100",
         "use checkpoint.keep_every=120",
     ),
-    (["run=demo", "data.corpus=a b=c"], "data.corpus=a b=c", "quote the value"),
+    (["run=demo", 'data.corpus="a"b'], 'data.corpus="a"b', "quote the value"),
     (["run=demo", "run_dir=${nowhere}"], "run_dir", "nowhere"),
     (["run=demo", "run_dir="], "run_dir=", "use run_dir=runs/mine"),
     (["run=demo", "data.corpus="], "data.corpus=", "stdlib"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from launchers.batch_script import COMMON, Job, batch_script, script_path
+from launchers.compose import compose_run
 from launchers.compose_cluster import compose_cluster
 from launchers.groups import CLUSTER, group_options
 from launchers.placement import check_placement
@@ -184,3 +185,17 @@ def test_sweep_asks_slurm_for_what_the_cluster_says(tmp_path: Path) -> None:
         'hydra.job.config.override_dirname.exclude_keys=["run", "run_dir"]',
         "optim.lr=1,2",
     } <= set(arguments)
+
+
+def test_sweep_over_text_that_looks_like_a_number(tmp_path: Path) -> None:
+    overrides = ["run=smoke", 'name=2024_01,b,"c,d"', "optim.lr=1"]
+    swept, combinations = expand(overrides)
+    assert swept == {"name"}
+    assert [compose_run(row).name for row in combinations] == ["2024_01", "b", "c,d"]
+    request = read_request(["-m", "cluster=x", *overrides, "data.text_field=1e5"])
+    cluster = ClusterConfig(environment={"GREETING": "it's me"})
+    arguments = hydra_arguments(request, cluster, tmp_path / "a=b, ü", swept)
+    assert {'name="2024_01",b,"c,d"', 'data.text_field="1e5"', f'hydra.sweep.dir="{tmp_path}/a=b, ü"'} <= set(
+        arguments
+    )
+    assert any("export GREETING='it'\\\"'\\\"'s me'" in text for text in arguments)

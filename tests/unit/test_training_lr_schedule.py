@@ -73,3 +73,14 @@ def test_constant_ignores_the_minimum() -> None:
 def test_steps_after_the_end_keep_the_minimum() -> None:
     optim = OptimConfig(lr=1.0, min_lr_ratio=0.1, warmup_steps=0)
     assert learning_rate(500, optim, 100) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("schedule", list(LrSchedule))
+def test_a_schedule_shorter_than_the_run_stays_at_its_last_rate(schedule: LrSchedule) -> None:
+    short = rates(20, schedule=schedule, warmup_steps=4, min_lr_ratio=0.1)
+    long = rates(40, schedule=schedule, warmup_steps=4, min_lr_ratio=0.1, schedule_steps=20)
+    assert long == short + [short[-1]] * 20
+
+
+def test_a_schedule_longer_than_the_run_is_cut_off() -> None:
+    assert rates(10, warmup_steps=2, schedule_steps=40) == rates(40, warmup_steps=2)[:10]

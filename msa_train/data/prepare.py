@@ -1,27 +1,34 @@
 """From the data settings to packs: find or build the token files, split them, pack them."""
 
-import hashlib
-import json
-import shutil
+import os
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from msa_train.config import DataConfig
+from msa_train.data.cache import (
+    DOCUMENTS_NAME,
+    Documents,
+    build,
+    cache_key,
+    cache_root,
+    check_cache,
+    read_documents,
+    write_documents,
+)
 from msa_train.data.corpus import iterate_documents
 from msa_train.data.dataset import PackedDataset
-from msa_train.data.sources import Source, corpus_error, find_indexed, find_source
+from msa_train.data.durable import digest, file_crc32, sample_crc32
+from msa_train.data.sources import INDEXED_SUFFIXES, Source, corpus_error, find_indexed, find_source
 from msa_train.data.split import choose_held_out, hash_indices, hash_name, split_store
 from msa_train.data.store import TokenStore, write_store
 from msa_train.data.tokenizer import Tokenizer, build_tokenizer
 
-_FORMAT = 1
-"part of every cache key; raise it when the files' content or meaning changes"
 _BATCH_BYTES = 16 << 20
 _REPORT_EVERY_S = 30.0
 
@@ -43,16 +50,13 @@ class Corpus:
     "bytes per label, over the held-out documents if there are any; loss / ln 2 / this is bits per byte"
     tokenizer_vocab_size: int | None
     "rows that the tokenizer needs; None if the corpus is a .bin/.idx"
+    tokenizer: str | None
+    "changes when any token id can change; None if the corpus is a .bin/.idx"
+    content: str
+    "changes when any token, or the name of any document, does; copies elsewhere have the same"
+    sizes: dict[str, int]
+    "bytes of each file beside the prefix, by name"
     description: str
-
-
-@dataclass(slots=True)
-class _Documents:
-    """Parallel arrays over the documents of a corpus of text, kept beside the tokens."""
-
-    hashes: npt.NDArray[np.uint64]
-    num_bytes: npt.NDArray[np.int64]
-    num_tokens: npt.NDArray[np.int64]
 
 
 def prepare_corpus(data: DataConfig, *, vocab_size: int, log: Log | None = None) -> Corpus:
@@ -112,6 +116,9 @@ def _describe_indexed(prefix: str, store: TokenStore, corpus: str, vocab_size: i
     if store.num_tokens == 0:
         raise corpus_error(corpus, f"{prefix}.bin is empty; give a corpus with at least one token")
     largest = store.check_sample(vocab_size)
+    sizes = {
+        os.path.basename(prefix + suffix): os.path.getsize(prefix + suffix) for suffix in INDEXED_SUFFIXES
+    }
     return Corpus(
         prefix=prefix,
         num_documents=store.num_documents,
@@ -119,12 +126,15 @@ def _describe_indexed(prefix: str, store: TokenStore, corpus: str, vocab_size: i
         num_bytes=None,
         bytes_per_token=None,
         tokenizer_vocab_size=None,
+        tokenizer=None,
+        content=digest([*sizes.values(), file_crc32(prefix + ".idx"), sample_crc32(prefix + ".bin")]),
+        sizes=sizes,
         description=f"{prefix}.bin/.idx: {store.num_documents:,} documents, {store.num_tokens:,} tokens, "
         f"ids up to {largest} in a sample",
     )
 
 
-def _prepare_text(data: DataConfig, vocab_size: int, log: Log) -> tuple[Corpus, _Documents]:
+def _prepare_text(data: DataConfig, vocab_size: int, log: Log) -> tuple[Corpus, Documents]:
     tokenizer = build_tokenizer(data)
     if tokenizer.vocab_size > vocab_size:
         enough = -(-tokenizer.vocab_size // 64) * 64
@@ -133,56 +143,18 @@ def _prepare_text(data: DataConfig, vocab_size: int, log: Log) -> tuple[Corpus, 
             f"model.vocab_size={vocab_size} is too small; use model.vocab_size={enough}"
         )
     source = find_source(data.corpus)
-    folder = _cache_root(data) / _cache_key(data, source, tokenizer)
+    folder = cache_root(data) / cache_key(data, source, tokenizer)
     if not folder.exists():
         log(f"tokenizing {source.description}, {source.num_bytes / 1e6:.1f} MB, into {folder}")
-        _build(data, source, tokenizer, folder, log)
+        build(data, folder, lambda partial: _write_files(data, source, tokenizer, partial, log))
     corpus, documents = _read_cache(data, folder, source, tokenizer)
     log(corpus.description)
     return corpus, documents
 
 
-def _cache_root(data: DataConfig) -> Path:
-    root = Path(data.cache_dir).expanduser().absolute()
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"data.cache_dir={data.cache_dir}: cannot be created ({error.strerror}); "
-            "give a folder that can be written to"
-        ) from error
-    return root
-
-
-def _cache_key(data: DataConfig, source: Source, tokenizer: Tokenizer) -> str:
-    parts = [_FORMAT, source.is_stdlib, source.fingerprint(), tokenizer.fingerprint, data.text_field]
-    return hashlib.sha256(json.dumps(parts).encode("ascii")).hexdigest()[:24]
-
-
-def _build(data: DataConfig, source: Source, tokenizer: Tokenizer, folder: Path, log: Log) -> None:
-    """Write the token files beside `folder` and move them there in one step.
-
-    Of several processes that do so at once, the first to finish wins; what the others wrote is the same.
-    """
-    partial = folder.with_name(f"{folder.name}.partial-{uuid.uuid4().hex}")
-    try:
-        partial.mkdir()
-    except OSError as error:
-        raise ValueError(
-            f"data.cache_dir={data.cache_dir}: cannot be written ({error.strerror}); give another folder"
-        ) from error
-    try:
-        _write_files(data, source, tokenizer, partial, log)
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not folder.exists():
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _write_files(data: DataConfig, source: Source, tokenizer: Tokenizer, folder: Path, log: Log) -> None:
+def _write_files(
+    data: DataConfig, source: Source, tokenizer: Tokenizer, folder: Path, log: Log
+) -> dict[str, Any]:
     hashes: list[int] = []
     num_bytes: list[int] = []
     num_tokens: list[int] = []
@@ -198,14 +170,9 @@ def _write_files(data: DataConfig, source: Source, tokenizer: Tokenizer, folder:
     write_store(str(folder / "corpus"), documents(), vocab_size=tokenizer.vocab_size)
     if not hashes:
         raise corpus_error(data.corpus, "holds no text, all documents are empty; give another path")
-    np.savez(
-        folder / "documents.npz",
-        hashes=np.array(hashes, np.uint64),
-        num_bytes=np.array(num_bytes, np.int64),
-        num_tokens=np.array(num_tokens, np.int64),
-    )
-    summary = {
-        "format": _FORMAT,
+    arrays = (np.array(hashes, np.uint64), np.array(num_bytes, np.int64), np.array(num_tokens, np.int64))
+    write_documents(folder / DOCUMENTS_NAME, Documents(*arrays))
+    return {
         "source": source.description,
         "num_documents": len(hashes),
         "num_tokens": sum(num_tokens),
@@ -213,7 +180,6 @@ def _write_files(data: DataConfig, source: Source, tokenizer: Tokenizer, folder:
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "eod_id": tokenizer.eod_id,
     }
-    (folder / "corpus.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
 
 def _batches(
@@ -243,12 +209,9 @@ def _batches(
 
 def _read_cache(
     data: DataConfig, folder: Path, source: Source, tokenizer: Tokenizer
-) -> tuple[Corpus, _Documents]:
-    try:
-        with np.load(folder / "documents.npz") as arrays:
-            documents = _Documents(arrays["hashes"], arrays["num_bytes"], arrays["num_tokens"])
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"data.cache_dir={data.cache_dir}: {folder} is damaged; remove it") from error
+) -> tuple[Corpus, Documents]:
+    content, sizes = check_cache(data, folder)
+    documents = read_documents(folder)
     num_documents, num_tokens = len(documents.hashes), int(documents.num_tokens.sum())
     num_bytes = int(documents.num_bytes.sum())
     return Corpus(
@@ -258,12 +221,15 @@ def _read_cache(
         num_bytes=num_bytes,
         bytes_per_token=_bytes_per_label(documents, data.validation_fraction),
         tokenizer_vocab_size=tokenizer.vocab_size,
+        tokenizer=tokenizer.fingerprint,
+        content=content,
+        sizes=sizes,
         description=f"{source.description}: {num_documents:,} documents, {num_tokens:,} tokens, "
         f"{num_bytes / 1e6:.1f} MB of text",
     ), documents
 
 
-def _bytes_per_label(documents: _Documents, fraction: float) -> float | None:
+def _bytes_per_label(documents: Documents, fraction: float) -> float | None:
     """Bytes of text per position that has a label; a document has one label less than tokens."""
     counted = choose_held_out(documents.hashes, documents.num_tokens, fraction)
     if not counted.any():

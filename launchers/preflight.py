@@ -123,10 +123,15 @@ def describe(config: RunConfig, layout: Layout) -> str:
     )
 
 
-def check_files(config: RunConfig, *, say: Callable[[str], None]) -> None:
+def check_files(config: RunConfig, *, say: Callable[[str], None], hand_on: bool = False) -> None:
     """Check run_dir, the corpus and the checkpoint that the run would start from.
 
-    The tokenized corpus is left in data.cache_dir, so that workers find it.
+    The tokenized corpus is left in data.cache_dir.
+
+    Args:
+        config: the whole run.
+        say: gets one line per event.
+        hand_on: leave in run_dir, which this process holds, what workers need to train on just this corpus.
 
     Raises:
         ValueError: naming the value, the rule and the fix.
@@ -135,11 +140,16 @@ def check_files(config: RunConfig, *, say: Callable[[str], None]) -> None:
     accept_fallbacks()
     # the first imports numpy, the second torch; a mistake in the configuration need not wait for them
     from msa_train.data import prepare_corpus
-    from msa_train.training.checkpoint_store import check_resume
+    from msa_train.training import data_record
+    from msa_train.training.checkpoint_store import find_to_resume
 
-    prepare_corpus(config.data, vocab_size=config.model.vocab_size, log=say)
-    for message in check_resume(config):
+    corpus = prepare_corpus(config.data, vocab_size=config.model.vocab_size, log=say)
+    found = find_to_resume(config)
+    record, messages = data_record.resume_record(config, corpus, found)
+    for message in (*(found.messages if found else []), *messages):
         say(message)
+    if hand_on:
+        data_record.hand_on(config, corpus, record)
 
 
 def set_worker_environment(config: RunConfig, layout: Layout) -> None:

@@ -146,6 +146,7 @@ def train_job(node: Any) -> None:
     if job["RANK"] == "0":
         with claim_run_dir(config.run_dir):
             print(describe(config, layout), flush=True)
+            check_files(config, say=print, hand_on=True)
             write_config(config)
             run_entry(config)
     else:

@@ -127,7 +127,7 @@ def _prepare(config: RunConfig, layout: Layout) -> None:
     warning = disk_warning(config)
     if warning:
         print(f"msa-train: warning: {warning}", file=sys.stderr, flush=True)
-    check_files(config, say=_say)
+    check_files(config, say=_say, hand_on=True)
 
 
 def _take_config_dirs(arguments: list[str]) -> tuple[list[str], list[Path]]:

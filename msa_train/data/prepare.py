@@ -75,34 +75,37 @@ def prepare_corpus(data: DataConfig, *, vocab_size: int, log: Log | None = None)
     log = log or _ignore
     prefix = None if data.corpus == "stdlib" else find_indexed(data.corpus)
     if prefix is None:
-        return _prepare_text(data, vocab_size, log)[0]
+        return _prepare_text(data, vocab_size, log)
     if data.tokenizer != "bytes":
         log(f"data.tokenizer={data.tokenizer}: ignored, data.corpus={data.corpus} is tokenized already")
+    prefix = os.path.abspath(prefix)
     corpus = _describe_indexed(prefix, TokenStore(prefix, corpus=data.corpus), data.corpus, vocab_size)
     log(corpus.description)
     return corpus
 
 
 def load_datasets(
-    data: DataConfig, *, block_size: int, vocab_size: int
+    data: DataConfig, *, block_size: int, vocab_size: int, prepared: Corpus | None = None
 ) -> tuple[PackedDataset, PackedDataset | None, Corpus]:
     """Training packs, validation packs (None if nothing is held out) and the corpus.
 
-    Called by every worker after `prepare_corpus`; reads the files' times and sizes again, but not the files.
+    Args:
+        data: the settings.
+        block_size: alignment of documents in a pack.
+        vocab_size: rows of the embedding.
+        prepared: what `prepare_corpus` returned for these settings: every worker is given it, so that all
+            train on what was announced, and nobody looks for files or compares checksums again.
 
     Raises:
         ValueError: one line naming the setting, what is wrong and the fix.
     """
-    prefix = None if data.corpus == "stdlib" else find_indexed(data.corpus)
-    if prefix is None:
-        corpus, documents = _prepare_text(data, vocab_size, _ignore)
-        store, hashes = TokenStore(corpus.prefix, corpus=data.corpus), documents.hashes
+    corpus = prepared or prepare_corpus(data, vocab_size=vocab_size)
+    _check_unchanged(data, corpus)
+    store = TokenStore(corpus.prefix, corpus=data.corpus)
+    if corpus.num_bytes is None:
+        hashes = hash_indices(store.num_documents)
     else:
-        store = TokenStore(prefix, corpus=data.corpus)
-        corpus, hashes = (
-            _describe_indexed(prefix, store, data.corpus, vocab_size),
-            hash_indices(store.num_documents),
-        )
+        hashes = read_documents(Path(corpus.prefix).parent).hashes
     train, validation = split_store(store, hashes, fraction=data.validation_fraction, vocab_size=vocab_size)
     train_packs, validation_packs = (
         view and PackedDataset(view, seq_len=data.seq_len, block_size=block_size, seed=data.seed)
@@ -110,6 +113,23 @@ def load_datasets(
     )
     assert train_packs is not None, "a corpus has at least one document to train on"
     return train_packs, validation_packs, corpus
+
+
+def _check_unchanged(data: DataConfig, corpus: Corpus) -> None:
+    """Compare sizes with those that were seen when the corpus was prepared, perhaps on another machine."""
+    for name, size in corpus.sizes.items():
+        path = Path(corpus.prefix).with_name(name)
+        try:
+            found = path.stat().st_size
+        except OSError as error:
+            raise corpus_error(
+                data.corpus, f"{path} cannot be read here ({error.strerror}); share it"
+            ) from error
+        if found != size:
+            raise corpus_error(
+                data.corpus,
+                f"{path} has {found} bytes, {size} when the run was prepared; start the run again",
+            )
 
 
 def _describe_indexed(prefix: str, store: TokenStore, corpus: str, vocab_size: int) -> Corpus:
@@ -134,7 +154,7 @@ def _describe_indexed(prefix: str, store: TokenStore, corpus: str, vocab_size: i
     )
 
 
-def _prepare_text(data: DataConfig, vocab_size: int, log: Log) -> tuple[Corpus, Documents]:
+def _prepare_text(data: DataConfig, vocab_size: int, log: Log) -> Corpus:
     tokenizer = build_tokenizer(data)
     if tokenizer.vocab_size > vocab_size:
         enough = -(-tokenizer.vocab_size // 64) * 64
@@ -147,9 +167,9 @@ def _prepare_text(data: DataConfig, vocab_size: int, log: Log) -> tuple[Corpus, 
     if not folder.exists():
         log(f"tokenizing {source.description}, {source.num_bytes / 1e6:.1f} MB, into {folder}")
         build(data, folder, lambda partial: _write_files(data, source, tokenizer, partial, log))
-    corpus, documents = _read_cache(data, folder, source, tokenizer)
+    corpus = _read_cache(data, folder, source, tokenizer)
     log(corpus.description)
-    return corpus, documents
+    return corpus
 
 
 def _write_files(
@@ -207,9 +227,7 @@ def _batches(
         yield names, texts
 
 
-def _read_cache(
-    data: DataConfig, folder: Path, source: Source, tokenizer: Tokenizer
-) -> tuple[Corpus, Documents]:
+def _read_cache(data: DataConfig, folder: Path, source: Source, tokenizer: Tokenizer) -> Corpus:
     content, sizes = check_cache(data, folder)
     documents = read_documents(folder)
     num_documents, num_tokens = len(documents.hashes), int(documents.num_tokens.sum())
@@ -226,7 +244,7 @@ def _read_cache(
         sizes=sizes,
         description=f"{source.description}: {num_documents:,} documents, {num_tokens:,} tokens, "
         f"{num_bytes / 1e6:.1f} MB of text",
-    ), documents
+    )
 
 
 def _bytes_per_label(documents: Documents, fraction: float) -> float | None:

@@ -18,6 +18,7 @@ from msa_train.parallel.groups import Groups, build_groups, destroy_groups, init
 from msa_train.training import stop
 from msa_train.training.checkpoint import find_verified_checkpoint, load_weights, restore
 from msa_train.training.checkpoint_store import CheckpointStore
+from msa_train.training.data_record import handed_on, record_of
 from msa_train.training.engine import Engine as TrainingEngine
 from msa_train.training.loop import Data, Reporting, Trainer
 from msa_train.training.megatron_engine import MegatronEngine
@@ -72,15 +73,18 @@ def _tell_stopped(config: RunConfig, stopped: stop.Stopped) -> None:
 
 
 def load_data(config: RunConfig) -> Data:
-    """Packs of every length that a stage asks for."""
+    """Packs of every length that a stage asks for, of the corpus that the launcher has announced."""
     train, validation = {}, {}
+    given = handed_on(config)
+    prepared, record = given or (None, None)
     for seq_len in dict.fromkeys(stage.seq_len for stage in plan_stages(config)):
         train[seq_len], validation[seq_len], corpus = load_datasets(
             replace(config.data, seq_len=seq_len),
             block_size=config.attention.block_size,
             vocab_size=config.model.vocab_size,
+            prepared=prepared,
         )
-    return Data(train, validation, corpus)
+    return Data(train, validation, corpus, record or record_of(config, corpus))
 
 
 def choose_device(config: RunConfig) -> torch.device:

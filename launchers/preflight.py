@@ -143,7 +143,8 @@ def check_files(config: RunConfig, *, say: Callable[[str], None], hand_on: bool 
     from msa_train.training import data_record
     from msa_train.training.checkpoint_store import find_to_resume
 
-    corpus = prepare_corpus(config.data, vocab_size=config.model.vocab_size, log=say)
+    vocab_size = config.model.vocab_size
+    corpus = prepare_corpus(config.data, vocab_size=vocab_size, log=say, run_dir=config.run_dir)
     found = find_to_resume(config)
     record, messages = data_record.resume_record(config, corpus, found)
     for message in (*(found.messages if found else []), *messages):

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from msa_train.config import DataConfig
 from msa_train.data.durable import digest, file_crc32, sample_crc32, sync, sync_tree
+from msa_train.data.listing import TAG_NAME, TAG_TEXT
 from msa_train.data.sources import Source
 from msa_train.data.tokenizer import Tokenizer
 
@@ -30,8 +31,7 @@ FORMAT = 2
 "part of every cache key; raise it when the files' content or meaning changes"
 FULL_CHECK_BYTES = 8 << 30
 "above this only samples of a file are compared with its checksum"
-DOCUMENTS_NAME, MANIFEST_NAME, TAG_NAME = "documents.dat", "corpus.json", "CACHEDIR.TAG"
-TAG_TEXT = "Signature: 8a477f597d28d172789f06886806bc55\n# tokenized corpora of msa_train\n"
+DOCUMENTS_NAME, MANIFEST_NAME = "documents.dat", "corpus.json"
 _NAMES = ("corpus.bin", "corpus.idx", DOCUMENTS_NAME)
 
 

@@ -10,7 +10,8 @@ from typing import BinaryIO, cast
 
 import zstandard
 
-from msa_train.data.sources import Source, SourceFile, corpus_error, unreadable
+from msa_train.data.errors import corpus_error, unreadable
+from msa_train.data.sources import Source, SourceFile
 
 # Git's rule for what is not text; it also catches UTF-16, images and compressed files.
 _BINARY_PROBE_BYTES = 8192
@@ -124,9 +125,9 @@ def _record_text(corpus: str, place: str, line: bytes, text_field: str) -> bytes
 
 
 def _lines(name: str, stream: BinaryIO) -> Iterable[bytes]:
-    if name.endswith(".gz"):
+    if name.lower().endswith(".gz"):
         return gzip.GzipFile(fileobj=stream)
-    if name.endswith(".zst"):
+    if name.lower().endswith(".zst"):
         return _split_lines(_zstd_chunks(stream))
     return stream
 

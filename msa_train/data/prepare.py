@@ -24,7 +24,8 @@ from msa_train.data.cache import (
 from msa_train.data.corpus import iterate_documents
 from msa_train.data.dataset import PackedDataset
 from msa_train.data.durable import digest, file_crc32, sample_crc32
-from msa_train.data.sources import INDEXED_SUFFIXES, Source, corpus_error, find_indexed, find_source
+from msa_train.data.errors import corpus_error
+from msa_train.data.sources import INDEXED_SUFFIXES, Source, find_indexed, find_source
 from msa_train.data.split import choose_held_out, hash_indices, hash_name, split_store
 from msa_train.data.store import TokenStore, write_store
 from msa_train.data.tokenizer import Tokenizer, build_tokenizer
@@ -59,7 +60,7 @@ class Corpus:
     description: str
 
 
-def prepare_corpus(data: DataConfig, *, vocab_size: int, log: Log | None = None) -> Corpus:
+def prepare_corpus(data: DataConfig, *, vocab_size: int, log: Log | None = None, run_dir: str = "") -> Corpus:
     """Check the data settings and build the token files if they are missing.
 
     Called once before the workers start; harmless when repeated, also by several processes at once.
@@ -68,6 +69,7 @@ def prepare_corpus(data: DataConfig, *, vocab_size: int, log: Log | None = None)
         data: the settings.
         vocab_size: rows of the embedding.
         log: gets one line per event.
+        run_dir: of the run that is prepared, which is no data even if it lies inside the corpus.
 
     Raises:
         ValueError: one line naming the setting, what is wrong and the fix.
@@ -75,7 +77,8 @@ def prepare_corpus(data: DataConfig, *, vocab_size: int, log: Log | None = None)
     log = log or _ignore
     prefix = None if data.corpus == "stdlib" else find_indexed(data.corpus)
     if prefix is None:
-        return _prepare_text(data, vocab_size, log)
+        own = [folder for folder in (os.path.expanduser(data.cache_dir), run_dir) if folder]
+        return _prepare_text(data, vocab_size, log, own)
     if data.tokenizer != "bytes":
         log(f"data.tokenizer={data.tokenizer}: ignored, data.corpus={data.corpus} is tokenized already")
     prefix = os.path.abspath(prefix)
@@ -154,7 +157,7 @@ def _describe_indexed(prefix: str, store: TokenStore, corpus: str, vocab_size: i
     )
 
 
-def _prepare_text(data: DataConfig, vocab_size: int, log: Log) -> Corpus:
+def _prepare_text(data: DataConfig, vocab_size: int, log: Log, own: list[str]) -> Corpus:
     tokenizer = build_tokenizer(data)
     if tokenizer.vocab_size > vocab_size:
         enough = -(-tokenizer.vocab_size // 64) * 64
@@ -162,7 +165,7 @@ def _prepare_text(data: DataConfig, vocab_size: int, log: Log) -> Corpus:
             f"data.tokenizer={data.tokenizer}: needs {tokenizer.vocab_size} rows, "
             f"model.vocab_size={vocab_size} is too small; use model.vocab_size={enough}"
         )
-    source = find_source(data.corpus)
+    source = find_source(data.corpus, own)
     folder = cache_root(data) / cache_key(data, source, tokenizer)
     if not folder.exists():
         log(f"tokenizing {source.description}, {source.num_bytes / 1e6:.1f} MB, into {folder}")

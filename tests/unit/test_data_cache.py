@@ -12,7 +12,8 @@ import pytest
 
 from msa_train.config import DataConfig
 from msa_train.data import Corpus, cache, load_datasets, prepare, prepare_corpus
-from msa_train.data.cache import DOCUMENTS_NAME, MANIFEST_NAME, TAG_NAME
+from msa_train.data.cache import DOCUMENTS_NAME, MANIFEST_NAME
+from msa_train.data.listing import TAG_NAME
 
 
 def _data(tmp_path: Path, **settings: object) -> DataConfig:

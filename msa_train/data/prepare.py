@@ -26,7 +26,7 @@ from msa_train.data.dataset import PackedDataset
 from msa_train.data.durable import digest, file_crc32, sample_crc32
 from msa_train.data.errors import corpus_error
 from msa_train.data.sources import INDEXED_SUFFIXES, Source, find_indexed, find_source
-from msa_train.data.split import choose_held_out, hash_indices, hash_name, split_store
+from msa_train.data.split import check_labels, choose_held_out, hash_indices, hash_name, split_store
 from msa_train.data.store import TokenStore, write_store
 from msa_train.data.tokenizer import Tokenizer, build_tokenizer
 
@@ -82,7 +82,7 @@ def prepare_corpus(data: DataConfig, *, vocab_size: int, log: Log | None = None,
     if data.tokenizer != "bytes":
         log(f"data.tokenizer={data.tokenizer}: ignored, data.corpus={data.corpus} is tokenized already")
     prefix = os.path.abspath(prefix)
-    corpus = _describe_indexed(prefix, TokenStore(prefix, corpus=data.corpus), data.corpus, vocab_size)
+    corpus = _describe_indexed(data, TokenStore(prefix, corpus=data.corpus), vocab_size)
     log(corpus.description)
     return corpus
 
@@ -135,10 +135,14 @@ def _check_unchanged(data: DataConfig, corpus: Corpus) -> None:
             )
 
 
-def _describe_indexed(prefix: str, store: TokenStore, corpus: str, vocab_size: int) -> Corpus:
+def _describe_indexed(data: DataConfig, store: TokenStore, vocab_size: int) -> Corpus:
+    prefix = store.prefix
     if store.num_tokens == 0:
-        raise corpus_error(corpus, f"{prefix}.bin is empty; give a corpus with at least one token")
+        raise corpus_error(data.corpus, f"{prefix}.bin is empty; give a corpus with at least one token")
     largest = store.check_sample(vocab_size)
+    held_out = check_labels(
+        data.corpus, hash_indices(store.num_documents), store.lengths, fraction=data.validation_fraction
+    )
     sizes = {
         os.path.basename(prefix + suffix): os.path.getsize(prefix + suffix) for suffix in INDEXED_SUFFIXES
     }
@@ -153,7 +157,7 @@ def _describe_indexed(prefix: str, store: TokenStore, corpus: str, vocab_size: i
         content=digest([*sizes.values(), file_crc32(prefix + ".idx"), sample_crc32(prefix + ".bin")]),
         sizes=sizes,
         description=f"{prefix}.bin/.idx: {store.num_documents:,} documents, {store.num_tokens:,} tokens, "
-        f"ids up to {largest} in a sample",
+        f"ids up to {largest} in a sample{_held_out_words(data, held_out)}",
     )
 
 
@@ -233,6 +237,9 @@ def _batches(
 def _read_cache(data: DataConfig, folder: Path, source: Source, tokenizer: Tokenizer) -> Corpus:
     content, sizes = check_cache(data, folder)
     documents = read_documents(folder)
+    held_out = check_labels(
+        data.corpus, documents.hashes, documents.num_tokens, fraction=data.validation_fraction
+    )
     num_documents, num_tokens = len(documents.hashes), int(documents.num_tokens.sum())
     num_bytes = int(documents.num_bytes.sum())
     return Corpus(
@@ -246,7 +253,7 @@ def _read_cache(data: DataConfig, folder: Path, source: Source, tokenizer: Token
         content=content,
         sizes=sizes,
         description=f"{source.description}: {num_documents:,} documents, {num_tokens:,} tokens, "
-        f"{num_bytes / 1e6:.1f} MB of text",
+        f"{num_bytes / 1e6:.1f} MB of text{_held_out_words(data, held_out)}",
     )
 
 
@@ -257,6 +264,10 @@ def _bytes_per_label(documents: Documents, fraction: float) -> float | None:
         counted = np.ones_like(counted)
     num_labels = int((documents.num_tokens[counted] - 1).sum())
     return int(documents.num_bytes[counted].sum()) / num_labels if num_labels else None
+
+
+def _held_out_words(data: DataConfig, held_out: int) -> str:
+    return "" if held_out or not data.validation_fraction else "; too little to hold anything out"
 
 
 def _ignore(line: str) -> None:

@@ -9,7 +9,7 @@ import zstandard
 MAX_LINE_BYTES = 128 << 20
 "a record; the longest books have a hundredth, and reading one takes several times its size in memory"
 # Text of people packs to a third, logs to a hundredth; gzip ends at 1,032, zstd at several ten thousand.
-MAX_RATIO, RATIO_FREE_BYTES = 250, 256 << 20
+MAX_RATIO, RATIO_FREE_BYTES = 250, 64 << 20
 _READ_BYTES = 1 << 17
 # One call unpacks all that it is given, and 4 bytes can stand for 128 KiB: so at most 32 MiB come at once.
 _ZSTD_READ_BYTES = 1 << 10

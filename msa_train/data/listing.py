@@ -7,7 +7,7 @@ read, and takes `data[1]/*.txt` for a class of characters although there is a fo
 import fnmatch
 import glob
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Hashable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,6 +43,11 @@ def split_glob(pattern: Path) -> tuple[Path, tuple[str, ...]]:
     return root, tuple(part for i, part in enumerate(parts) if parts[i : i + 2] != ["**", "**"])
 
 
+def file_number(path: str | Path, status: os.stat_result) -> Hashable:
+    """The same for all paths to one file or folder. Some network file systems number all of them 0."""
+    return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(path)
+
+
 def list_files(corpus: str, root: Path, parts: tuple[str, ...], own: Collection[str]) -> Listing:
     """Everything below `root` that is no folder and matches, hidden names only where the pattern has the dot.
 
@@ -52,7 +57,7 @@ def list_files(corpus: str, root: Path, parts: tuple[str, ...], own: Collection[
         corpus: the setting, for messages.
         root: where to begin.
         parts: patterns of the names on the way; `**` stands for any number of folders.
-        own: real paths of folders that are no data besides those that are marked.
+        own: folders that are no data besides those that are marked; they need not exist.
 
     Raises:
         ValueError: if a folder cannot be read, or `root` itself belongs to a run or a cache.
@@ -60,17 +65,18 @@ def list_files(corpus: str, root: Path, parts: tuple[str, ...], own: Collection[
     listing = Listing()
     if not root.is_dir():
         return listing
-    seen: set[tuple[str, int]] = set()
+    not_data = {number for folder in own if (number := _number(folder)) is not None}
+    seen: set[tuple[Hashable, int]] = set()
     # a stack of our own: folders may be nested deeper than Python's calls
     waiting = [(str(root), parts)]
     while waiting:
         folder, left = waiting.pop()
-        real = os.path.realpath(folder)
-        if (real, len(left)) in seen:
+        number = _number(folder)
+        if (number, len(left)) in seen:
             continue
-        seen.add((real, len(left)))
+        seen.add((number, len(left)))
         entries = _entries(corpus, folder)
-        if real in own or _is_of_a_run_or_cache(entries):
+        if number in not_data or _is_of_a_run_or_cache(entries):
             if folder == str(root):
                 raise corpus_error(
                     corpus,
@@ -106,6 +112,14 @@ def _visit(
                 listing.paths.append(entry.path)
         elif rest:
             yield entry.path, rest
+
+
+def _number(folder: str) -> Hashable:
+    """None where there is none, or nothing can be said about it."""
+    try:
+        return file_number(folder, os.stat(folder))
+    except OSError:
+        return None
 
 
 def _entries(corpus: str, folder: str) -> dict[str, os.DirEntry[str]]:

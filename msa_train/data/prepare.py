@@ -2,6 +2,7 @@
 
 import os
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,9 +183,8 @@ def _prepare_text(data: DataConfig, vocab_size: int, log: Log, own: list[str]) -
 def _write_files(
     data: DataConfig, source: Source, tokenizer: Tokenizer, folder: Path, log: Log
 ) -> dict[str, Any]:
-    hashes: list[int] = []
-    num_bytes: list[int] = []
-    num_tokens: list[int] = []
+    # lists of Python's numbers would take 120 bytes for a document instead of 24
+    hashes, num_bytes, num_tokens = array("Q"), array("q"), array("q")
 
     def documents() -> Iterator[npt.NDArray[np.int32]]:
         for names, texts in _batches(data, source, tokenizer, log):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from msa_train.data.errors import corpus_error, unreadable
-from msa_train.data.listing import WHOLE_FOLDER, Listing, list_files, split_glob
+from msa_train.data.listing import WHOLE_FOLDER, Listing, file_number, list_files, split_glob
 
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines", ".json")
 "files of these names hold a record in each line, whatever the case of the letters"
@@ -103,16 +103,15 @@ def find_source(corpus: str, own: Collection[str] = ()) -> Source:
         return _stdlib()
     path = Path(corpus).expanduser()
     mode = _mode(corpus, path)
-    not_data = {os.path.realpath(folder) for folder in own}
     listing = Listing()
     if stat.S_ISDIR(mode):
         root, kind = path, "folder"
-        listing = list_files(corpus, path, WHOLE_FOLDER, not_data)
+        listing = list_files(corpus, path, WHOLE_FOLDER, own)
     elif mode:
         root, kind, listing.paths = path.parent, "file", [str(path)]
     elif glob.has_magic(corpus):
         root, parts = split_glob(path)
-        kind, listing = "glob", list_files(corpus, root, parts, not_data)
+        kind, listing = "glob", list_files(corpus, root, parts, own)
     else:
         raise corpus_error(corpus, "does not exist; give a file, folder or glob, or 'stdlib'")
     if not listing.paths:
@@ -168,8 +167,6 @@ def _source_file(corpus: str, path: Path, root: Path, document: str = "") -> Sou
     name = path.relative_to(root).as_posix()
     # Surrogates stand for bytes of a file name that are not UTF-8; JSON and hashes want text.
     name = name.encode("utf-8", "backslashreplace").decode("utf-8")
-    # Some network file systems number all files 0.
-    number = (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(path)
     return SourceFile(
         path=str(path.absolute()),
         name=name,
@@ -177,7 +174,7 @@ def _source_file(corpus: str, path: Path, root: Path, document: str = "") -> Sou
         size=status.st_size,
         mtime_ns=status.st_mtime_ns,
         ctime_ns=status.st_ctime_ns,
-        identity=(number, status.st_size, status.st_mtime_ns),
+        identity=(file_number(path, status), status.st_size, status.st_mtime_ns),
     )
 
 

@@ -41,6 +41,7 @@ def run_worker(config: RunConfig) -> None:
     )
     start = time.perf_counter()
     data = load_data(config)
+    check_agreement(data, groups.device)
     engine = build_engine(config, groups)
     store = CheckpointStore(config.run_dir)
     resumed = resume(config, engine)
@@ -85,6 +86,25 @@ def load_data(config: RunConfig) -> Data:
             prepared=prepared,
         )
     return Data(train, validation, corpus, record or record_of(config, corpus))
+
+
+def check_agreement(data: Data, device: torch.device) -> None:
+    """Make sure that all ranks have the same documents. All ranks call it; 16 bytes each.
+
+    They can differ where folders are not shared: then a rank finds no record, and what lies on its machine.
+
+    Raises:
+        ValueError: on all ranks, if one has others.
+    """
+    own = int(data.corpus.content, 16) >> 1
+    extremes = torch.tensor([own, -own], dtype=torch.int64, device=device)
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    largest, smallest = int(extremes[0]), -int(extremes[1])
+    if largest != smallest:
+        raise ValueError(
+            f"data.corpus={data.record.corpus}: is not the same on all machines, {socket.gethostname()} has "
+            f"{data.corpus.prefix}; put run_dir, data.corpus and data.cache_dir on disks that all share"
+        )
 
 
 def choose_device(config: RunConfig) -> torch.device:

@@ -122,13 +122,13 @@ def test_what_is_unpacked_comes_in_parts(tmp_path: Path) -> None:
     assert path.stat().st_size < 100_000
     tracemalloc.start()
     try:
-        with open(path, "rb") as stream, pytest.raises(BoundError, match="128 MiB without an end of line"):
+        with open(path, "rb") as stream, pytest.raises(BoundError, match="250 times its size"):
             list(iterate_lines(path.name, stream))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     # the line so far, and one part, which the library puts together from pieces
-    assert peak < lines.MAX_LINE_BYTES + (2 * 32 << 20) + (16 << 20)
+    assert peak < lines.RATIO_FREE_BYTES + (2 * 32 << 20) + (16 << 20)
 
 
 def test_text_beyond_the_bound(tmp_path: Path) -> None:

@@ -7,13 +7,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from launchers.preflight import check_files
 from msa_train.config import CheckpointConfig, DataConfig, RunConfig
 from msa_train.data import prepare_corpus
 from msa_train.training.checkpoint_store import find_to_resume
 from msa_train.training.data_record import RECORD_NAME, hand_on, handed_on, record_of, resume_record
-from msa_train.training.main import load_data
+from msa_train.training.main import check_agreement, load_data
 from tests.unit.test_data_tokenizer import byte_tokenizer_json
 from tests.unit.test_training_checkpoint_store import save
 
@@ -190,6 +192,24 @@ def test_workers_notice_that_the_files_are_others(tmp_path: Path) -> None:
     Path(corpus.prefix + ".bin").unlink()
     with pytest.raises(ValueError, match=r"data.corpus=.*corpus\.bin cannot be read here .*; share it"):
         load_data(config)
+
+
+def test_ranks_with_other_documents_end_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = _config(tmp_path)
+    data, cpu = load_data(config), torch.device("cpu")
+    _other_text(config)
+    other = int(load_data(config).corpus.content, 16) >> 1
+    everyone = [torch.tensor([other, -other])]
+
+    def all_reduce(tensor: torch.Tensor, op: object) -> None:
+        assert op == dist.ReduceOp.MAX
+        tensor.copy_(torch.stack([tensor, *everyone]).amax(0))
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    with pytest.raises(ValueError, match=r"data.corpus=.*: is not the same on all machines, .*; put run_dir"):
+        check_agreement(data, cpu)
+    everyone.clear()
+    check_agreement(data, cpu)
 
 
 def test_a_check_leaves_no_record_and_a_damaged_one_is_one_line(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from msa_train.config import RunConfig
+from msa_train.config import RunConfig, plan_stages, stage_at
 from msa_train.data import Corpus
 from msa_train.training.checkpoint_store import Found
 
@@ -73,15 +73,16 @@ def resume_record(config: RunConfig, corpus: Corpus, found: Found | None) -> tup
     then: dict[str, Any] = meta if isinstance(meta, dict) else {}
     changes = [*_changes(now, then, found.step), *_batch_change(config, found)]
     now.since_step, now.before = then.get("since_step", 0), then.get("before", [])
+    notes = _length_change(config, found)
     if not changes:
-        return now, []
+        return now, notes
     if not config.checkpoint.accept_other_data:
         rule, fix = changes[0]
         raise ValueError(f"{rule}; {fix}, or {SWITCH} if it is meant{_others(changes)}")
     if then:
         now.before = [*now.before, {key: value for key, value in then.items() if key != "before"}]
     now.since_step = found.step
-    return now, [f"{rule} (accepted)" for rule, _ in changes]
+    return now, [*(f"{rule} (accepted)" for rule, _ in changes), *notes]
 
 
 def _changes(now: DataRecord, then: dict[str, Any], step: int) -> list[tuple[str, str]]:
@@ -127,6 +128,19 @@ def _batch_change(config: RunConfig, found: Found) -> list[tuple[str, str]]:
     rule = f"the checkpoint of step {step} has used {consumed} packs, {consumed / step:g} per step, so "
     rule += f"{abs(step * batch - consumed)} packs would be {told}"
     return [(f"train.global_batch_size={batch}: {rule}", f"use train.global_batch_size={consumed / step:g}")]
+
+
+def _length_change(config: RunConfig, found: Found) -> list[str]:
+    """Longer packs are what another run's checkpoint is often loaded for, so this is only said."""
+    stages: Any = found.meta.get("stages")
+    then = stages[-1].get("seq_len") if stages and not found.own else None
+    now = stage_at(plan_stages(config), max(found.step - 1, 0)).seq_len
+    if then is None or then == now:
+        return []
+    return [
+        f"data.seq_len={now}: {found.path.name} was trained with packs of {then} tokens; now the packs are "
+        "others, and documents that it has seen may come again before the rest"
+    ]
 
 
 def hand_on(config: RunConfig, corpus: Corpus, record: DataRecord) -> None:

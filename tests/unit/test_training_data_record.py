@@ -145,6 +145,20 @@ def test_batch_size_of_a_checkpoint_of_another_run(tmp_path: Path) -> None:
     assert len(_said(config)) == 1
 
 
+def test_another_length_is_said(tmp_path: Path) -> None:
+    first = _saved(_config(tmp_path))
+    record = handed_on(first)
+    assert record is not None
+    save(first, STEP + 1, data=asdict(record[1]), stages=[{"seq_len": 256}])
+    config = _config(tmp_path, load=first.run_dir, name="other")
+    lines: list[str] = []
+    check_files(config, say=lines.append)
+    assert len(lines) == 1
+    config.data.seq_len = 512
+    check_files(config, say=lines.append)
+    assert lines[-1].startswith("data.seq_len=512: step_00000005 was trained with packs of 256 tokens")
+
+
 def test_weights_alone_go_with_any_data(tmp_path: Path) -> None:
     config = _config(tmp_path, load=_saved(_config(tmp_path)).run_dir, name="other")
     config.train.global_batch_size, config.checkpoint.load_weights_only = 2, True

@@ -15,7 +15,8 @@ from msa_train.training.checkpoint_store import Found
 
 RECORD_NAME = "data.json"
 SWITCH = "checkpoint.accept_other_data=true"
-_PREPARED_FOR = ("corpus", "tokenizer", "text_field", "validation_fraction", "cache_dir")
+# Of the data settings these change nothing about what is prepared: stages have their own lengths.
+_NOT_PREPARED_FOR = {"seq_len", "seed"}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -175,6 +176,6 @@ def handed_on(config: RunConfig) -> tuple[Corpus, DataRecord] | None:
 
 
 def _prepared_for(config: RunConfig) -> dict[str, Any]:
-    settings = {name: getattr(config.data, name) for name in _PREPARED_FOR}
+    settings = {name: value for name, value in asdict(config.data).items() if name not in _NOT_PREPARED_FOR}
     # relative paths mean what they meant to the launcher, whose folder its workers share
     return {**settings, "vocab_size": config.model.vocab_size}

@@ -143,14 +143,3 @@ def test_byte_tokenizer_needs_257_rows(tmp_path: Path) -> None:
         ValueError, match=r"data.tokenizer=bytes: needs 257 rows, .*=256 is too small; .*=320"
     ):
         prepare_corpus(data, vocab_size=256)
-
-
-def byte_tokenizer_json(folder: Path) -> Path:
-    """A tokenizer of one id per byte, which are not the bytes' own."""
-    vocab = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer: Any = Tokenizer(models.BPE(vocab={**vocab, "<|endoftext|>": len(vocab)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.add_special_tokens(["<|endoftext|>"])
-    path = folder / "byte_tokenizer.json"
-    tokenizer.save(str(path))
-    return path

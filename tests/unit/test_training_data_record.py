@@ -16,7 +16,7 @@ from msa_train.data import prepare_corpus
 from msa_train.training.checkpoint_store import find_to_resume
 from msa_train.training.data_record import RECORD_NAME, hand_on, handed_on, record_of, resume_record
 from msa_train.training.main import check_agreement, load_data
-from tests.unit.test_data_tokenizer import byte_tokenizer_json
+from tests.helpers.byte_tokenizer import byte_tokenizer_json
 from tests.unit.test_training_checkpoint_store import save
 
 STEP = 4

@@ -127,16 +127,17 @@ def describe(config: RunConfig, layout: Layout) -> str:
     )
 
 
-def check_files(config: RunConfig, *, say: Callable[[str], None], workers_follow: bool = False) -> None:
+def check_files(config: RunConfig, *, say: Callable[[str], None], hand_on: bool = False) -> None:
     """Check run_dir, the corpus and the checkpoint that the run would start from.
 
-    The tokenized corpus is left in data.cache_dir, so that workers find it.
+    The tokenized corpus is left in data.cache_dir.
 
     Args:
         config: the whole run.
         say: gets one line per event.
-        workers_follow: workers start at once and load the packs themselves; else they are made here too, of
-            every length that a stage asks for, so that no refusal is left for later.
+        hand_on: workers start at once and load the packs themselves: leave in run_dir, which this process
+            holds, what they need to train on just this corpus. Else packs of every length that a stage asks
+            for are made here too, so that no refusal is left for later.
 
     Raises:
         ValueError: naming the value, the rule and the fix.
@@ -148,15 +149,22 @@ def check_files(config: RunConfig, *, say: Callable[[str], None], workers_follow
     accept_fallbacks()
     # the first imports numpy, the second torch; a mistake in the configuration need not wait for them
     from msa_train.data import load_datasets, prepare_corpus
-    from msa_train.training.checkpoint_store import check_resume
+    from msa_train.training import data_record
+    from msa_train.training.checkpoint_store import find_to_resume
 
-    prepare_corpus(config.data, vocab_size=config.model.vocab_size, log=say)
-    if not workers_follow:
+    vocab_size = config.model.vocab_size
+    corpus = prepare_corpus(config.data, vocab_size=vocab_size, log=say, run_dir=config.run_dir)
+    if not hand_on:
         for seq_len in dict.fromkeys(stage.seq_len for stage in plan_stages(config)):
             data = replace(config.data, seq_len=seq_len)
-            load_datasets(data, block_size=config.attention.block_size, vocab_size=config.model.vocab_size)
-    for message in check_resume(config):
+            block_size = config.attention.block_size
+            load_datasets(data, block_size=block_size, vocab_size=vocab_size, prepared=corpus)
+    found = find_to_resume(config)
+    record, messages = data_record.resume_record(config, corpus, found)
+    for message in (*(found.messages if found else []), *messages):
         say(message)
+    if hand_on:
+        data_record.hand_on(config, corpus, record)
 
 
 def set_worker_environment(config: RunConfig, layout: Layout) -> None:

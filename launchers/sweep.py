@@ -159,6 +159,7 @@ def train_job(node: Any) -> None:
     if job["RANK"] == "0":
         with claim_run_dir(config.run_dir):
             say(describe(config, layout))
+            check_files(config, say=say, hand_on=True)
             write_config(config)
             run_entry(config)
     else:

@@ -166,7 +166,7 @@ def _join(config: RunConfig, layout: Layout, job: dict[str, str]) -> int:
 def _prepare(config: RunConfig, layout: Layout) -> None:
     say(describe(config, layout))
     _warn(config, disk_warning(config))
-    check_files(config, say=say, workers_follow=True)
+    check_files(config, say=say, hand_on=True)
 
 
 def _warn(config: RunConfig, *more: str | None) -> None:

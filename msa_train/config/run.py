@@ -155,6 +155,8 @@ class CheckpointConfig:
     "run_dir or checkpoint folder to start from when run_dir has none; any parallel layout"
     load_weights_only: bool = False
     "take weights alone from `load` and begin at step 0; an index branch that it lacks is drawn anew"
+    accept_other_data: bool = False
+    "go on although corpus, tokenizer, validation_fraction, seed or batch size are not the checkpoint's"
 
 
 @dataclass(kw_only=True, slots=True)

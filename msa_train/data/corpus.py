@@ -1,22 +1,35 @@
 """Documents of a corpus, one after another."""
 
 import codecs
-import gzip
 import itertools
 import json
+import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import BinaryIO, cast
 
 import zstandard
 
-from msa_train.data.sources import Source, SourceFile, corpus_error, unreadable
+from msa_train.data.errors import corpus_error, unreadable
+from msa_train.data.lines import BoundError, iterate_lines
+from msa_train.data.sources import Source, SourceFile
 
 # Git's rule for what is not text; it also catches UTF-16, images and compressed files.
 _BINARY_PROBE_BYTES = 8192
-_READ_BYTES = 1 << 17
-# zstd refuses the windows that its --long option makes unless told otherwise.
-_ZSTD_WINDOW_BYTES = 1 << 31
+_PACKED = {
+    "gzip": (b"\x1f\x8b",),
+    "zstd": (b"\x28\xb5\x2f\xfd",),
+    "bzip2": tuple(b"BZh%d1AY&SY" % level for level in range(1, 10)),
+    "xz": (b"\xfd7zXZ",),
+    "lz4": (b"\x04\x22\x4d\x18",),
+    "zip": (b"PK\x03\x04",),
+}
+"how files begin; short ones may have no zero byte"
+MAX_TEXT_BYTES = 1 << 30
+"a file of plain text is one document, which is tokenized whole: that takes ten times its size in memory"
+_JSON_FIX = (
+    "write a record in each line (jq -c '.[]' turns an array into that), or call it .txt if it is a text"
+)
 
 
 def iterate_documents(source: Source, *, text_field: str, needs_utf8: bool) -> Iterator[tuple[str, bytes]]:
@@ -52,19 +65,37 @@ def _grouped_documents(source: Source) -> Iterator[tuple[str, bytes]]:
 
 
 def _read(corpus: str, file: SourceFile) -> bytes:
+    if file.size > MAX_TEXT_BYTES:
+        raise corpus_error(
+            corpus,
+            f"{file.path} has {file.size:,} bytes in one document, at most {MAX_TEXT_BYTES:,}; split it, "
+            "or make it JSONL with a document in each line",
+        )
     try:
         with open(file.path, "rb") as stream:
-            return stream.read()
+            text = stream.read(file.size + 1)
+            _check_unchanged(corpus, file, stream)
     except OSError as error:
         raise unreadable(corpus, file.path, error) from error
+    return text
+
+
+def _check_unchanged(corpus: str, file: SourceFile, stream: BinaryIO) -> None:
+    """What is kept of a file is found again by size and time, so it must be the file of that time."""
+    status = os.fstat(stream.fileno())
+    if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
+        raise corpus_error(
+            corpus, f"{file.path} has changed since it was listed; start again when it is complete"
+        )
 
 
 def _read_text(corpus: str, file: SourceFile, needs_utf8: bool) -> bytes:
     text = _read(corpus, file)
-    if b"\0" in text[:_BINARY_PROBE_BYTES]:
+    packed = next((name for name, begins in _PACKED.items() if text.startswith(begins)), None)
+    if packed or b"\0" in text[:_BINARY_PROBE_BYTES]:
         raise corpus_error(
             corpus,
-            f"{file.path} is not text (it has a zero byte); "
+            f"{file.path} is not text (it {f'is a {packed} file' if packed else 'has a zero byte'}); "
             "decompress or convert it to UTF-8, or use a glob that leaves it out",
         )
     position = _utf8_error(text) if needs_utf8 else None
@@ -87,23 +118,29 @@ def _utf8_error(text: bytes) -> int | None:
 
 def _jsonl_documents(corpus: str, file: SourceFile, text_field: str) -> Iterator[tuple[str, bytes]]:
     number = 0
+    # .json is the name of other things too
+    is_json = file.name.lower().removesuffix(".gz").removesuffix(".zst").endswith(".json")
+    fix = _JSON_FIX if is_json else "correct or remove the line"
     try:
         with open(file.path, "rb") as stream:
-            for number, line in enumerate(_lines(file.name, stream), 1):
+            for number, line in enumerate(iterate_lines(file.name, stream), 1):
                 if line.strip():
                     place = f"{file.path}:{number}"
-                    yield f"{file.document}:{number}", _record_text(corpus, place, line, text_field)
+                    yield f"{file.document}:{number}", _record_text(corpus, place, line, text_field, fix)
+            _check_unchanged(corpus, file, stream)
+    except BoundError as error:
+        raise corpus_error(corpus, f"{file.path}:{number + 1} {error}") from error
     except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
         raise unreadable(corpus, f"{file.path}:{number + 1}", error) from error
 
 
-def _record_text(corpus: str, place: str, line: bytes, text_field: str) -> bytes:
+def _record_text(corpus: str, place: str, line: bytes, text_field: str, fix: str) -> bytes:
     try:
         record: object = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise corpus_error(corpus, f"{place} is not JSON ({error}); correct or remove the line") from error
+        raise corpus_error(corpus, f"{place} is not JSON ({error}); {fix}") from error
     if not isinstance(record, dict):
-        raise corpus_error(corpus, f"{place} is not a JSON object; each line must be one, with its text")
+        raise corpus_error(corpus, f"{place} is not a JSON object, which each line must be; {fix}")
     fields = cast(dict[str, object], record)
     if text_field not in fields:
         keys = ", ".join(itertools.islice(fields, 8)) or "none"
@@ -121,38 +158,3 @@ def _record_text(corpus: str, place: str, line: bytes, text_field: str) -> bytes
         raise corpus_error(
             corpus, f"{place} holds half of a surrogate pair, which is no character; correct the line"
         ) from error
-
-
-def _lines(name: str, stream: BinaryIO) -> Iterable[bytes]:
-    if name.endswith(".gz"):
-        return gzip.GzipFile(fileobj=stream)
-    if name.endswith(".zst"):
-        return _split_lines(_zstd_chunks(stream))
-    return stream
-
-
-def _zstd_chunks(stream: BinaryIO) -> Iterator[bytes]:
-    # The library's own stream_reader takes a file that was cut off for a complete one, hence decompressobj.
-    decoder: zstandard.ZstdDecompressionObj | None = None
-    while chunk := stream.read(_READ_BYTES):
-        while chunk:
-            if decoder is None:
-                decoder = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES).decompressobj()
-            yield decoder.decompress(chunk)
-            chunk = b""
-            if decoder.eof:
-                chunk, decoder = decoder.unused_data, None
-    if decoder is not None:
-        raise EOFError("the file ends in the middle of a frame")
-
-
-def _split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    pending: list[bytes] = []
-    for chunk in chunks:
-        first, *others = chunk.split(b"\n")
-        pending.append(first)
-        if others:
-            yield b"".join(pending)
-            yield from others[:-1]
-            pending = [others[-1]]
-    yield b"".join(pending)

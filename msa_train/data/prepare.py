@@ -1,27 +1,36 @@
 """From the data settings to packs: find or build the token files, split them, pack them."""
 
-import hashlib
-import json
-import shutil
+import os
 import time
-import uuid
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from msa_train.config import DataConfig
+from msa_train.data.cache import (
+    DOCUMENTS_NAME,
+    Documents,
+    build,
+    cache_key,
+    cache_root,
+    check_cache,
+    read_documents,
+    write_documents,
+)
 from msa_train.data.corpus import iterate_documents
 from msa_train.data.dataset import PackedDataset
-from msa_train.data.sources import Source, corpus_error, find_indexed, find_source
-from msa_train.data.split import choose_held_out, hash_indices, hash_name, split_store
+from msa_train.data.durable import digest, file_crc32, sample_crc32
+from msa_train.data.errors import corpus_error
+from msa_train.data.sources import INDEXED_SUFFIXES, Source, find_indexed, find_source
+from msa_train.data.split import check_labels, choose_held_out, hash_indices, hash_name, split_store
 from msa_train.data.store import TokenStore, write_store
 from msa_train.data.tokenizer import Tokenizer, build_tokenizer
 
-_FORMAT = 1
-"part of every cache key; raise it when the files' content or meaning changes"
 _BATCH_BYTES = 16 << 20
 _REPORT_EVERY_S = 30.0
 
@@ -43,19 +52,16 @@ class Corpus:
     "bytes per label, over the held-out documents if there are any; loss / ln 2 / this is bits per byte"
     tokenizer_vocab_size: int | None
     "rows that the tokenizer needs; None if the corpus is a .bin/.idx"
+    tokenizer: str | None
+    "changes when any token id can change; None if the corpus is a .bin/.idx"
+    content: str
+    "changes when any token, or the name of any document, does; copies elsewhere have the same"
+    sizes: dict[str, int]
+    "bytes of each file beside the prefix, by name"
     description: str
 
 
-@dataclass(slots=True)
-class _Documents:
-    """Parallel arrays over the documents of a corpus of text, kept beside the tokens."""
-
-    hashes: npt.NDArray[np.uint64]
-    num_bytes: npt.NDArray[np.int64]
-    num_tokens: npt.NDArray[np.int64]
-
-
-def prepare_corpus(data: DataConfig, *, vocab_size: int, log: Log | None = None) -> Corpus:
+def prepare_corpus(data: DataConfig, *, vocab_size: int, log: Log | None = None, run_dir: str = "") -> Corpus:
     """Check the data settings and build the token files if they are missing.
 
     Called once before the workers start; harmless when repeated, also by several processes at once.
@@ -64,6 +70,7 @@ def prepare_corpus(data: DataConfig, *, vocab_size: int, log: Log | None = None)
         data: the settings.
         vocab_size: rows of the embedding.
         log: gets one line per event.
+        run_dir: of the run that is prepared, which is no data even if it lies inside the corpus.
 
     Raises:
         ValueError: one line naming the setting, what is wrong and the fix.
@@ -71,34 +78,38 @@ def prepare_corpus(data: DataConfig, *, vocab_size: int, log: Log | None = None)
     log = log or _ignore
     prefix = None if data.corpus == "stdlib" else find_indexed(data.corpus)
     if prefix is None:
-        return _prepare_text(data, vocab_size, log)[0]
+        own = [folder for folder in (os.path.expanduser(data.cache_dir), run_dir) if folder]
+        return _prepare_text(data, vocab_size, log, own)
     if data.tokenizer != "bytes":
         log(f"data.tokenizer={data.tokenizer}: ignored, data.corpus={data.corpus} is tokenized already")
-    corpus = _describe_indexed(prefix, TokenStore(prefix, corpus=data.corpus), data.corpus, vocab_size)
+    prefix = os.path.abspath(prefix)
+    corpus = _describe_indexed(data, TokenStore(prefix, corpus=data.corpus), vocab_size)
     log(corpus.description)
     return corpus
 
 
 def load_datasets(
-    data: DataConfig, *, block_size: int, vocab_size: int
+    data: DataConfig, *, block_size: int, vocab_size: int, prepared: Corpus | None = None
 ) -> tuple[PackedDataset, PackedDataset | None, Corpus]:
     """Training packs, validation packs (None if nothing is held out) and the corpus.
 
-    Called by every worker after `prepare_corpus`; reads the files' times and sizes again, but not the files.
+    Args:
+        data: the settings.
+        block_size: alignment of documents in a pack.
+        vocab_size: rows of the embedding.
+        prepared: what `prepare_corpus` returned for these settings: every worker is given it, so that all
+            train on what was announced, and nobody looks for files or compares checksums again.
 
     Raises:
         ValueError: one line naming the setting, what is wrong and the fix.
     """
-    prefix = None if data.corpus == "stdlib" else find_indexed(data.corpus)
-    if prefix is None:
-        corpus, documents = _prepare_text(data, vocab_size, _ignore)
-        store, hashes = TokenStore(corpus.prefix, corpus=data.corpus), documents.hashes
+    corpus = prepared or prepare_corpus(data, vocab_size=vocab_size)
+    _check_unchanged(data, corpus)
+    store = TokenStore(corpus.prefix, corpus=data.corpus)
+    if corpus.num_bytes is None:
+        hashes = hash_indices(store.num_documents)
     else:
-        store = TokenStore(prefix, corpus=data.corpus)
-        corpus, hashes = (
-            _describe_indexed(prefix, store, data.corpus, vocab_size),
-            hash_indices(store.num_documents),
-        )
+        hashes = read_documents(Path(corpus.prefix).parent).hashes
     train, validation = split_store(store, hashes, fraction=data.validation_fraction, vocab_size=vocab_size)
     train_packs, validation_packs = (
         view and PackedDataset(view, seq_len=data.seq_len, block_size=block_size, seed=data.seed)
@@ -108,10 +119,34 @@ def load_datasets(
     return train_packs, validation_packs, corpus
 
 
-def _describe_indexed(prefix: str, store: TokenStore, corpus: str, vocab_size: int) -> Corpus:
+def _check_unchanged(data: DataConfig, corpus: Corpus) -> None:
+    """Compare sizes with those that were seen when the corpus was prepared, perhaps on another machine."""
+    for name, size in corpus.sizes.items():
+        path = Path(corpus.prefix).with_name(name)
+        try:
+            found = path.stat().st_size
+        except OSError as error:
+            raise corpus_error(
+                data.corpus, f"{path} cannot be read here ({error.strerror}); share it"
+            ) from error
+        if found != size:
+            raise corpus_error(
+                data.corpus,
+                f"{path} has {found} bytes, {size} when the run was prepared; start the run again",
+            )
+
+
+def _describe_indexed(data: DataConfig, store: TokenStore, vocab_size: int) -> Corpus:
+    prefix = store.prefix
     if store.num_tokens == 0:
-        raise corpus_error(corpus, f"{prefix}.bin is empty; give a corpus with at least one token")
+        raise corpus_error(data.corpus, f"{prefix}.bin is empty; give a corpus with at least one token")
     largest = store.check_sample(vocab_size)
+    held_out = check_labels(
+        data.corpus, hash_indices(store.num_documents), store.lengths, fraction=data.validation_fraction
+    )
+    sizes = {
+        os.path.basename(prefix + suffix): os.path.getsize(prefix + suffix) for suffix in INDEXED_SUFFIXES
+    }
     return Corpus(
         prefix=prefix,
         num_documents=store.num_documents,
@@ -119,12 +154,15 @@ def _describe_indexed(prefix: str, store: TokenStore, corpus: str, vocab_size: i
         num_bytes=None,
         bytes_per_token=None,
         tokenizer_vocab_size=None,
+        tokenizer=None,
+        content=digest([*sizes.values(), file_crc32(prefix + ".idx"), sample_crc32(prefix + ".bin")]),
+        sizes=sizes,
         description=f"{prefix}.bin/.idx: {store.num_documents:,} documents, {store.num_tokens:,} tokens, "
-        f"ids up to {largest} in a sample",
+        f"ids up to {largest} in a sample{_held_out_words(data, held_out)}",
     )
 
 
-def _prepare_text(data: DataConfig, vocab_size: int, log: Log) -> tuple[Corpus, _Documents]:
+def _prepare_text(data: DataConfig, vocab_size: int, log: Log, own: list[str]) -> Corpus:
     tokenizer = build_tokenizer(data)
     if tokenizer.vocab_size > vocab_size:
         enough = -(-tokenizer.vocab_size // 64) * 64
@@ -132,60 +170,21 @@ def _prepare_text(data: DataConfig, vocab_size: int, log: Log) -> tuple[Corpus, 
             f"data.tokenizer={data.tokenizer}: needs {tokenizer.vocab_size} rows, "
             f"model.vocab_size={vocab_size} is too small; use model.vocab_size={enough}"
         )
-    source = find_source(data.corpus)
-    folder = _cache_root(data) / _cache_key(data, source, tokenizer)
+    source = find_source(data.corpus, own)
+    folder = cache_root(data) / cache_key(data, source, tokenizer)
     if not folder.exists():
         log(f"tokenizing {source.description}, {source.num_bytes / 1e6:.1f} MB, into {folder}")
-        _build(data, source, tokenizer, folder, log)
-    corpus, documents = _read_cache(data, folder, source, tokenizer)
+        build(data, folder, lambda partial: _write_files(data, source, tokenizer, partial, log))
+    corpus = _read_cache(data, folder, source, tokenizer)
     log(corpus.description)
-    return corpus, documents
+    return corpus
 
 
-def _cache_root(data: DataConfig) -> Path:
-    root = Path(data.cache_dir).expanduser().absolute()
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"data.cache_dir={data.cache_dir}: cannot be created ({error.strerror}); "
-            "give a folder that can be written to"
-        ) from error
-    return root
-
-
-def _cache_key(data: DataConfig, source: Source, tokenizer: Tokenizer) -> str:
-    parts = [_FORMAT, source.is_stdlib, source.fingerprint(), tokenizer.fingerprint, data.text_field]
-    return hashlib.sha256(json.dumps(parts).encode("ascii")).hexdigest()[:24]
-
-
-def _build(data: DataConfig, source: Source, tokenizer: Tokenizer, folder: Path, log: Log) -> None:
-    """Write the token files beside `folder` and move them there in one step.
-
-    Of several processes that do so at once, the first to finish wins; what the others wrote is the same.
-    """
-    partial = folder.with_name(f"{folder.name}.partial-{uuid.uuid4().hex}")
-    try:
-        partial.mkdir()
-    except OSError as error:
-        raise ValueError(
-            f"data.cache_dir={data.cache_dir}: cannot be written ({error.strerror}); give another folder"
-        ) from error
-    try:
-        _write_files(data, source, tokenizer, partial, log)
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not folder.exists():
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _write_files(data: DataConfig, source: Source, tokenizer: Tokenizer, folder: Path, log: Log) -> None:
-    hashes: list[int] = []
-    num_bytes: list[int] = []
-    num_tokens: list[int] = []
+def _write_files(
+    data: DataConfig, source: Source, tokenizer: Tokenizer, folder: Path, log: Log
+) -> dict[str, Any]:
+    # lists of Python's numbers would take 120 bytes for a document instead of 24
+    hashes, num_bytes, num_tokens = array("Q"), array("q"), array("q")
 
     def documents() -> Iterator[npt.NDArray[np.int32]]:
         for names, texts in _batches(data, source, tokenizer, log):
@@ -198,14 +197,9 @@ def _write_files(data: DataConfig, source: Source, tokenizer: Tokenizer, folder:
     write_store(str(folder / "corpus"), documents(), vocab_size=tokenizer.vocab_size)
     if not hashes:
         raise corpus_error(data.corpus, "holds no text, all documents are empty; give another path")
-    np.savez(
-        folder / "documents.npz",
-        hashes=np.array(hashes, np.uint64),
-        num_bytes=np.array(num_bytes, np.int64),
-        num_tokens=np.array(num_tokens, np.int64),
-    )
-    summary = {
-        "format": _FORMAT,
+    arrays = (np.array(hashes, np.uint64), np.array(num_bytes, np.int64), np.array(num_tokens, np.int64))
+    write_documents(folder / DOCUMENTS_NAME, Documents(*arrays))
+    return {
         "source": source.description,
         "num_documents": len(hashes),
         "num_tokens": sum(num_tokens),
@@ -213,7 +207,6 @@ def _write_files(data: DataConfig, source: Source, tokenizer: Tokenizer, folder:
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "eod_id": tokenizer.eod_id,
     }
-    (folder / "corpus.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
 
 def _batches(
@@ -241,14 +234,12 @@ def _batches(
         yield names, texts
 
 
-def _read_cache(
-    data: DataConfig, folder: Path, source: Source, tokenizer: Tokenizer
-) -> tuple[Corpus, _Documents]:
-    try:
-        with np.load(folder / "documents.npz") as arrays:
-            documents = _Documents(arrays["hashes"], arrays["num_bytes"], arrays["num_tokens"])
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"data.cache_dir={data.cache_dir}: {folder} is damaged; remove it") from error
+def _read_cache(data: DataConfig, folder: Path, source: Source, tokenizer: Tokenizer) -> Corpus:
+    content, sizes = check_cache(data, folder)
+    documents = read_documents(folder)
+    held_out = check_labels(
+        data.corpus, documents.hashes, documents.num_tokens, fraction=data.validation_fraction
+    )
     num_documents, num_tokens = len(documents.hashes), int(documents.num_tokens.sum())
     num_bytes = int(documents.num_bytes.sum())
     return Corpus(
@@ -258,18 +249,25 @@ def _read_cache(
         num_bytes=num_bytes,
         bytes_per_token=_bytes_per_label(documents, data.validation_fraction),
         tokenizer_vocab_size=tokenizer.vocab_size,
+        tokenizer=tokenizer.fingerprint,
+        content=content,
+        sizes=sizes,
         description=f"{source.description}: {num_documents:,} documents, {num_tokens:,} tokens, "
-        f"{num_bytes / 1e6:.1f} MB of text",
-    ), documents
+        f"{num_bytes / 1e6:.1f} MB of text{_held_out_words(data, held_out)}",
+    )
 
 
-def _bytes_per_label(documents: _Documents, fraction: float) -> float | None:
+def _bytes_per_label(documents: Documents, fraction: float) -> float | None:
     """Bytes of text per position that has a label; a document has one label less than tokens."""
     counted = choose_held_out(documents.hashes, documents.num_tokens, fraction)
     if not counted.any():
         counted = np.ones_like(counted)
     num_labels = int((documents.num_tokens[counted] - 1).sum())
     return int(documents.num_bytes[counted].sum()) / num_labels if num_labels else None
+
+
+def _held_out_words(data: DataConfig, held_out: int) -> str:
+    return "" if held_out or not data.validation_fraction else "; too little to hold anything out"
 
 
 def _ignore(line: str) -> None:

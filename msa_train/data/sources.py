@@ -7,11 +7,16 @@ import os
 import platform
 import stat
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+from msa_train.data.errors import corpus_error, unreadable
+from msa_train.data.listing import WHOLE_FOLDER, Listing, file_number, list_files, split_glob
+
+RECORD_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines", ".json")
+"files of these names hold a record in each line, whatever the case of the letters"
+PACKED_SUFFIXES = ("", ".gz", ".zst")
 INDEXED_SUFFIXES = (".bin", ".idx")
 
 _NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
@@ -28,11 +33,16 @@ class SourceFile:
     "name of the document that it is, or becomes part of"
     size: int
     mtime_ns: int
+    ctime_ns: int
+    "of the last change of content or owner; unlike mtime_ns, copying tools cannot set it back"
+    identity: tuple[object, ...]
+    "the same for all paths to one file"
 
     @property
     def is_jsonl(self) -> bool:
         """Whether each line is a document."""
-        return self.name.endswith(JSONL_SUFFIXES)
+        endings = tuple(kind + packed for kind in RECORD_SUFFIXES for packed in PACKED_SUFFIXES)
+        return self.name.lower().endswith(endings)
 
 
 @dataclass(slots=True)
@@ -51,14 +61,9 @@ class Source:
         return sum(file.size for file in self.files)
 
     def fingerprint(self) -> str:
-        """Hash of every file's path, size and time of change."""
-        rows = [(file.path, file.document, file.size, file.mtime_ns) for file in self.files]
+        """Hash of every file's path, size and times of change."""
+        rows = [(f.path, f.document, f.size, f.mtime_ns, f.ctime_ns) for f in self.files]
         return hashlib.sha256(json.dumps(rows).encode("ascii")).hexdigest()
-
-
-def corpus_error(corpus: str, problem: str) -> ValueError:
-    """The one line that reports a bad corpus."""
-    return ValueError(f"data.corpus={corpus}: {problem}")
 
 
 def find_indexed(corpus: str) -> str | None:
@@ -80,11 +85,16 @@ def find_indexed(corpus: str) -> str | None:
     return prefix
 
 
-def find_source(corpus: str) -> Source:
+def find_source(corpus: str, own: Collection[str] = ()) -> Source:
     """List the files of a corpus of text.
 
     'stdlib' is the running Python's standard library. Otherwise a file, a glob (`**` goes into folders), or a
-    folder, of which everything is taken apart from hidden files and folders.
+    folder, of which everything is taken apart from hidden files and folders. A file that is found by several
+    paths counts once. Folders of runs and caches are left out.
+
+    Args:
+        corpus: the setting.
+        own: folders of this run (run_dir, data.cache_dir), which need not exist.
 
     Raises:
         ValueError: if there is nothing, or something that cannot be a text.
@@ -92,22 +102,54 @@ def find_source(corpus: str) -> Source:
     if corpus == "stdlib":
         return _stdlib()
     path = Path(corpus).expanduser()
-    if path.is_dir():
-        root, paths, kind = path, list(_walk(corpus, path)), "folder"
-    elif path.exists():
-        root, paths, kind = path.parent, [path], "file"
+    mode = _mode(corpus, path)
+    listing = Listing()
+    if stat.S_ISDIR(mode):
+        root, kind = path, "folder"
+        listing = list_files(corpus, path, WHOLE_FOLDER, own)
+    elif mode:
+        root, kind, listing.paths = path.parent, "file", [str(path)]
     elif glob.has_magic(corpus):
-        root, kind = _glob_root(path), "glob"
-        paths = [Path(found) for found in glob.iglob(str(path), recursive=True)]
-        paths = [found for found in dict.fromkeys(paths) if not found.is_dir()]
+        root, parts = split_glob(path)
+        kind, listing = "glob", list_files(corpus, root, parts, own)
     else:
         raise corpus_error(corpus, "does not exist; give a file, folder or glob, or 'stdlib'")
-    if not paths:
+    if not listing.paths:
         what = "holds no file that is not hidden" if kind == "folder" else "matches no file"
         raise corpus_error(corpus, f"{what}; give another path")
-    files = [_source_file(corpus, file, root) for file in paths]
+    files = [_source_file(corpus, Path(file), root) for file in listing.paths]
     files.sort(key=lambda file: file.name)
-    return Source(corpus, f"{len(files)} file(s) of {kind} {corpus}", files)
+    kept = _each_once(files)
+    told = _told(kept, len(files) - len(kept), listing.left_out)
+    return Source(corpus, f"{len(kept)} file(s) of {kind} {corpus} ({told})", kept)
+
+
+def _mode(corpus: str, path: Path) -> int:
+    """Kind of the file, 0 where there is none."""
+    try:
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return 0
+    except OSError as error:
+        raise unreadable(corpus, str(path), error) from error
+
+
+def _each_once(files: list[SourceFile]) -> list[SourceFile]:
+    """Of several paths to one file the first, but rather one whose name says that its lines are records."""
+    first: dict[tuple[object, ...], SourceFile] = {}
+    for file in sorted(files, key=lambda file: not file.is_jsonl):
+        first.setdefault(file.identity, file)
+    return [file for file in files if first[file.identity] is file]
+
+
+def _told(files: list[SourceFile], repeated: int, left_out: list[str]) -> str:
+    """What was found, in words: "2 of records, 1 of plain text; left out: 1 folder(s) of runs or caches"."""
+    records = sum(file.is_jsonl for file in files)
+    counts = ((records, "of records"), (len(files) - records, "of plain text"))
+    found = ", ".join(f"{count} {what}" for count, what in counts if count)
+    missing = ((repeated, "more path(s) to the same files"), (len(left_out), "folder(s) of runs or caches"))
+    left = ", ".join(f"{count} {what}" for count, what in missing if count)
+    return f"{found}; left out: {left}" if left else found
 
 
 def _source_file(corpus: str, path: Path, root: Path, document: str = "") -> SourceFile:
@@ -119,39 +161,21 @@ def _source_file(corpus: str, path: Path, root: Path, document: str = "") -> Sou
         raise unreadable(corpus, str(path), error) from error
     if not stat.S_ISREG(status.st_mode):
         raise corpus_error(
-            corpus, f"{path} is not a regular file; remove it or use a glob that leaves it out"
+            corpus,
+            f"{path} is not a regular file but a pipe or a device; write its content to one, or leave it out",
         )
     name = path.relative_to(root).as_posix()
     # Surrogates stand for bytes of a file name that are not UTF-8; JSON and hashes want text.
     name = name.encode("utf-8", "backslashreplace").decode("utf-8")
-    return SourceFile(str(path.absolute()), name, document or name, status.st_size, status.st_mtime_ns)
-
-
-def unreadable(corpus: str, place: str, error: Exception) -> ValueError:
-    """The one line that reports a file which the system, or a decompressor, cannot read."""
-    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    return corpus_error(corpus, f"{place} cannot be read ({reason}); repair it or leave it out")
-
-
-def _walk(corpus: str, root: Path) -> Iterator[Path]:
-    def fail(error: OSError) -> None:
-        raise unreadable(corpus, str(error.filename), error)
-
-    # Links to folders are followed, for corpora are often put together from them; `seen` ends their circles.
-    seen: set[str] = set()
-    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=fail):
-        real = os.path.realpath(folder)
-        if real in seen:
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        yield from (Path(folder, name) for name in names if not name.startswith("."))
-
-
-def _glob_root(pattern: Path) -> Path:
-    fixed = [part for part in pattern.parents if not glob.has_magic(str(part))]
-    return fixed[0]
+    return SourceFile(
+        path=str(path.absolute()),
+        name=name,
+        document=document or name,
+        size=status.st_size,
+        mtime_ns=status.st_mtime_ns,
+        ctime_ns=status.st_ctime_ns,
+        identity=(file_number(path, status), status.st_size, status.st_mtime_ns),
+    )
 
 
 def _stdlib() -> Source:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from msa_train.data.errors import corpus_error
 from msa_train.data.store import TokenStore
 
 _MIN_TAIL_TOKENS = 2
@@ -94,22 +95,68 @@ def split_store(
 
     Empty documents are left out of both. A single document gives its tail to validation.
     """
-    kept = store.lengths > 0
-    begin, lengths, hashes = store.begin[kept], store.lengths[kept], hashes[kept]
+    train, held_out = _sides(store.begin, store.lengths, hashes, fraction)
+    views = [DocumentView(store, *side, vocab_size) for side in (train, held_out)]
+    return views[0], views[1] if len(views[1].lengths) else None
+
+
+def check_labels(
+    corpus: str, hashes: npt.NDArray[np.uint64], lengths: npt.NDArray[np.int64], *, fraction: float
+) -> int:
+    """Make sure that there is something to predict: a document of n tokens has n - 1 labels.
+
+    Args:
+        corpus: the setting, for messages.
+        hashes: [num_documents] hash of each name.
+        lengths: [num_documents] tokens.
+        fraction: share to hold out.
+
+    Returns:
+        Number of held-out documents.
+
+    Raises:
+        ValueError: if there is no label on one of the sides, whose loss would be 0 all the time.
+    """
+    (_, train), (_, held_out) = _sides(np.zeros_like(lengths), lengths, hashes, fraction)
+    if not np.any(train > 1):
+        raise corpus_error(
+            corpus,
+            f"none of the {len(train)} documents to train on has two tokens, so there is nothing to predict; "
+            "join them to longer ones",
+        )
+    if len(held_out) and not np.any(held_out > 1):
+        raise corpus_error(
+            corpus,
+            f"none of the {len(held_out)} held-out documents has two tokens, so there is nothing to predict; "
+            "use another data.validation_fraction, or 0 with train.validate_every=0",
+        )
+    return len(held_out)
+
+
+_Side = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+"begin and length of each document"
+
+
+def _sides(
+    begin: npt.NDArray[np.int64],
+    lengths: npt.NDArray[np.int64],
+    hashes: npt.NDArray[np.uint64],
+    fraction: float,
+) -> tuple[_Side, _Side]:
+    """Training and held-out documents, without the empty ones."""
+    kept = lengths > 0
+    begin, lengths, hashes = begin[kept], lengths[kept], hashes[kept]
     if fraction > 0 and len(lengths) == 1:
-        return _split_tail(DocumentView(store, begin, lengths, vocab_size), fraction)
+        return _split_tail(begin, lengths, fraction)
     held_out = choose_held_out(hashes, lengths, fraction)
-    train = DocumentView(store, begin[~held_out], lengths[~held_out], vocab_size)
-    if not held_out.any():
-        return train, None
-    return train, DocumentView(store, begin[held_out], lengths[held_out], vocab_size)
+    return (begin[~held_out], lengths[~held_out]), (begin[held_out], lengths[held_out])
 
 
-def _split_tail(whole: DocumentView, fraction: float) -> tuple[DocumentView, DocumentView | None]:
-    length = int(whole.lengths[0])
+def _split_tail(
+    begin: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], fraction: float
+) -> tuple[_Side, _Side]:
+    length = int(lengths[0])
     tail = max(round(length * fraction), _MIN_TAIL_TOKENS)
     if length - tail < _MIN_TAIL_TOKENS:
-        return whole, None
-    head = DocumentView(whole.store, whole.begin, whole.lengths - tail, whole.vocab_size)
-    begin = whole.begin + (length - tail)
-    return head, DocumentView(whole.store, begin, np.array([tail], np.int64), whole.vocab_size)
+        return (begin, lengths), (begin[:0], lengths[:0])
+    return (begin, lengths - tail), (begin + (length - tail), np.array([tail], np.int64))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from msa_train.data.sources import corpus_error
+from msa_train.data.errors import corpus_error
 
 _INDEX_MAGIC = b"MMIDIDX\x00\x00"
 _INDEX_HEADER = struct.Struct("<9sQBQQ")
@@ -53,8 +53,19 @@ class TokenStore:
             raise corpus_error(corpus, f"sequences of {prefix}.bin are not in order; write the pair again")
         edges = np.concatenate([[0], sequence_ends])[self._document_indices()]
         self.begin, self.lengths = edges[:-1].copy(), np.diff(edges)
-        if int(edges[-1]) * self._dtype.itemsize > os.path.getsize(prefix + ".bin"):
-            raise corpus_error(corpus, f"{prefix}.bin is shorter than its .idx says; copy it again")
+        if np.any(index.sequence_lengths < 0):
+            raise self._bad_documents()
+        told, size = int(edges[-1]) * self._dtype.itemsize, os.path.getsize(prefix + ".bin")
+        if size < told:
+            raise corpus_error(
+                corpus, f"{prefix}.bin is shorter than its .idx says ({size} bytes, {told}); copy both again"
+            )
+        if size > told:
+            raise corpus_error(
+                corpus,
+                f"{prefix}.bin has {size} bytes, and its .idx speaks of {told}: they do not belong together; "
+                "copy both again",
+            )
 
     def _document_indices(self) -> npt.NDArray[np.int64]:
         indices = np.array(self._dataset.document_indices)
@@ -149,5 +160,15 @@ def _check_pair(prefix: str, corpus: str) -> None:
         raise corpus_error(corpus, f"{prefix}.bin holds no integers (type code {code}); write the pair again")
     if num_sequences == 0 or sizes[1] == 0:
         raise corpus_error(corpus, f"{prefix}.bin is empty; give a corpus with at least one token")
-    if num_edges < 2 or sizes[0] < _INDEX_HEADER.size + 12 * num_sequences + 8 * num_edges:
+    told = _INDEX_HEADER.size + 12 * num_sequences + 8 * num_edges
+    if num_edges < 2 or sizes[0] < told:
         raise corpus_error(corpus, f"{prefix}.idx is cut off; copy it again")
+    if sizes[0] == told + num_sequences:
+        raise corpus_error(
+            corpus,
+            f"{prefix}.idx has modes, for several kinds of sequences (multimodal); write the pair without",
+        )
+    if sizes[0] > told:
+        raise corpus_error(
+            corpus, f"{prefix}.idx has {sizes[0]} bytes, {told} by its own numbers; copy both files again"
+        )

@@ -318,8 +318,17 @@ def check_resume(config: RunConfig) -> list[str]:
     Raises:
         ValueError: as `find_checkpoint`.
     """
-    found = _find(config, FULL_CHECK_BYTES, {})
+    found = find_to_resume(config)
     return found.messages if found else []
+
+
+def find_to_resume(config: RunConfig) -> Found | None:
+    """The checkpoint that this run will start from, checked as far as `check_resume` does.
+
+    Raises:
+        ValueError: as `find_checkpoint`.
+    """
+    return _find(config, FULL_CHECK_BYTES, {})
 
 
 def fingerprint(config: RunConfig) -> dict[str, object]:
@@ -573,7 +582,7 @@ def _check_data_position(meta: dict[str, Any], folder: Path, config: RunConfig, 
         raise ValueError(
             f"train.global_batch_size={batch}: checkpoint {_short(folder)} has used {consumed} packs, "
             f"{consumed / step:g} per step; use train.global_batch_size={consumed / step:g}, or another "
-            f"run_dir with checkpoint.load={config.run_dir}"
+            f"run_dir with checkpoint.load={config.run_dir} and checkpoint.accept_other_data=true"
         )
 
 

@@ -4,7 +4,7 @@ import math
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from msa_train.training.bad_steps import RollbackError
 from msa_train.training.batch import StepBatch, make_batch
 from msa_train.training.checkpoint_save import CheckpointSaver, SaveReport
 from msa_train.training.checkpoint_store import CheckpointStore, fingerprint
+from msa_train.training.data_record import DataRecord
 from msa_train.training.divergence import not_finite
 from msa_train.training.engine import Engine, StepResult
 from msa_train.training.generation import own_generation
@@ -38,6 +39,8 @@ class Data:
     train: dict[int, PackedDataset]
     validation: dict[int, PackedDataset | None]
     corpus: Corpus
+    record: DataRecord
+    "kept in every checkpoint"
 
 
 @dataclass(slots=True)
@@ -264,6 +267,7 @@ class Trainer:
             meta={
                 "consumed_samples": step * config.train.global_batch_size,
                 "fingerprint": fingerprint(config),
+                "data": asdict(self.data.record),
                 "stages": [stage.record() for stage in self.stages if stage.first_step < step],
                 "tokens": stage_at(self.stages, step - 1).tokens_at(step, config.train.global_batch_size),
                 "schedule": schedule_record(config, step),

@@ -18,6 +18,7 @@ from msa_train.parallel.groups import Groups, build_groups, destroy_groups, init
 from msa_train.training import stop
 from msa_train.training.checkpoint import load_newest, load_weights, restore
 from msa_train.training.checkpoint_store import CheckpointStore, Found
+from msa_train.training.data_record import handed_on, record_of
 from msa_train.training.engine import Engine as TrainingEngine
 from msa_train.training.loop import Data, Reporting, Trainer
 from msa_train.training.megatron_engine import MegatronEngine
@@ -40,6 +41,7 @@ def run_worker(config: RunConfig) -> None:
     )
     start = time.perf_counter()
     data = load_data(config)
+    check_agreement(data, groups.device)
     engine = build_engine(config, groups)
     store = CheckpointStore(config.run_dir)
     resumed = resume(config, engine)
@@ -76,15 +78,37 @@ def _tell_stopped(config: RunConfig, stopped: stop.Stopped) -> None:
 
 
 def load_data(config: RunConfig) -> Data:
-    """Packs of every length that a stage asks for."""
+    """Packs of every length that a stage asks for, of the corpus that the launcher has announced."""
     train, validation = {}, {}
+    given = handed_on(config)
+    prepared, record = given or (None, None)
     for seq_len in dict.fromkeys(stage.seq_len for stage in plan_stages(config)):
         train[seq_len], validation[seq_len], corpus = load_datasets(
             replace(config.data, seq_len=seq_len),
             block_size=config.attention.block_size,
             vocab_size=config.model.vocab_size,
+            prepared=prepared,
         )
-    return Data(train, validation, corpus)
+    return Data(train, validation, corpus, record or record_of(config, corpus))
+
+
+def check_agreement(data: Data, device: torch.device) -> None:
+    """Make sure that all ranks have the same documents. All ranks call it; 16 bytes each.
+
+    They can differ where folders are not shared: then a rank finds no record, and what lies on its machine.
+
+    Raises:
+        ValueError: on all ranks, if one has others.
+    """
+    own = int(data.corpus.content, 16) >> 1
+    extremes = torch.tensor([own, -own], dtype=torch.int64, device=device)
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    largest, smallest = int(extremes[0]), -int(extremes[1])
+    if largest != smallest:
+        raise ValueError(
+            f"data.corpus={data.record.corpus}: is not the same on all machines, {socket.gethostname()} has "
+            f"{data.corpus.prefix}; put run_dir, data.corpus and data.cache_dir on disks that all share"
+        )
 
 
 def choose_device(config: RunConfig) -> torch.device:

@@ -12,6 +12,8 @@ from unittest.mock import ANY
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from launchers.compose import compose_run
+from launchers.preflight import check_files
 from launchers.train import main
 from msa_train.training.metrics import read_metrics
 from tests.helpers.training_command import DOWN_WITHIN_S, Training, last_step, train, wait_gone, without_times
@@ -129,6 +131,20 @@ def test_check_refuses_what_the_workers_would(
     from_weights = [f"checkpoint.load={finished.run_dir}", "checkpoint.load_weights_only=true"]
     own = [f"run_dir={finished.run_dir.parent / 'other'}", "attention.kl_weight=0"]
     assert main([*settings, *own, *from_weights, "--check"]) == 0
+
+
+def test_checkpoints_know_their_data(finished: FinishedRun, tmp_path: Path) -> None:
+    """Another order is refused, of a run's own checkpoint and of another's; the record has what was read."""
+    folder = max((finished.run_dir / "checkpoints").glob("step_*"))
+    record = json.loads((folder / "meta.json").read_text())["data"]
+    assert (record["num_documents"], record["since_step"], record["before"]) == (60, 0, [])
+    assert json.loads((finished.run_dir / "data.json").read_text())["record"] == record
+    own = (f"run_dir={finished.run_dir}",)
+    for start in (own, (f"run_dir={tmp_path}", f"checkpoint.load={finished.run_dir}")):
+        settings = (*finished.settings, *start, TO_THE_END)
+        check_files(compose_run(settings), say=lambda _: None)
+        with pytest.raises(ValueError, match=r"^data.seed=7: .*; use data.seed=1234, or checkpoint.accept_"):
+            check_files(compose_run([*settings, "data.seed=7"]), say=lambda _: None)
 
 
 def _kill_a_worker(training: Training) -> None:

@@ -2,7 +2,6 @@
 
 import gzip
 import os
-import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,24 +10,17 @@ import pytest
 import zstandard
 
 from msa_train.config import DataConfig
-from msa_train.data import load_datasets, prepare_corpus
+from msa_train.data import load_datasets
 from msa_train.data.store import write_store
-
-
-def _message(tmp_path: Path, corpus: object, **settings: object) -> str:
-    data = DataConfig(corpus=str(corpus), cache_dir=str(tmp_path / "cache"), **settings)  # pyright: ignore
-    with pytest.raises(ValueError) as caught:
-        prepare_corpus(data, vocab_size=257)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert message.startswith("data.")
-    assert "=" in message
-    assert ";" in message, "says what to do"
-    return message
+from tests.helpers.data_messages import refusal
 
 
 def _zip(content: bytes) -> bytes:
     return gzip.compress(content, mtime=0)
+
+
+def _zst(content: bytes) -> bytes:
+    return zstandard.ZstdCompressor().compress(content)
 
 
 JSONL_CASES: dict[str, tuple[str, bytes, str]] = {
@@ -53,6 +45,18 @@ JSONL_CASES: dict[str, tuple[str, bytes, str]] = {
         zstandard.ZstdCompressor().compress(b'{"text": "%s"}\n' % os.urandom(999).hex().encode())[:500],
         "the file ends in the middle of a frame",
     ),
+    "array_in_json": (
+        "c.json",
+        b'[\n {"text": "a"},\n {"text": "b"}\n]\n',
+        "jq -c '.[]' turns an array into that",
+    ),
+    "one_line_array_in_json": (
+        "c.json",
+        b'[{"text": "a"}]',
+        "c.json:1 is not a JSON object",
+    ),
+    "one_object_in_json": ("package.json", b'{\n "name": "a"\n}\n', "or call it .txt if it is a text"),
+    "case_of_the_ending": ("c.JSONL.GZ", _zip(b'{"text": "a"}\nx'), "c.JSONL.GZ:2 is not JSON"),
     "zst_broken": (
         "c.jsonl.zst",
         zstandard.ZstdCompressor().compress(b'{"text": "a"}\n' * 9) + b"rest",
@@ -65,7 +69,7 @@ JSONL_CASES: dict[str, tuple[str, bytes, str]] = {
 def test_jsonl(tmp_path: Path, case: str) -> None:
     name, content, expected = JSONL_CASES[case]
     (tmp_path / name).write_bytes(content)
-    assert expected in _message(tmp_path, tmp_path / name)
+    assert expected in refusal(tmp_path, tmp_path / name)
 
 
 def _empty_folder(root: Path) -> object:
@@ -144,47 +148,7 @@ def _bin_in_a_folder(root: Path) -> object:
 def test_corpus(tmp_path: Path, make: Callable[[Path], object], expected: str) -> None:
     root = tmp_path / "root"
     root.mkdir()
-    assert expected in _message(tmp_path, make(root))
-
-
-def _pair(tmp_path: Path) -> Path:
-    write_store(str(tmp_path / "c"), [np.arange(100, dtype=np.int32)], vocab_size=100)
-    return tmp_path / "c"
-
-
-def _edit_index(prefix: Path, offset: int, layout: str, value: object) -> None:
-    content = bytearray(prefix.with_suffix(".idx").read_bytes())
-    struct.pack_into(layout, content, offset, value)
-    prefix.with_suffix(".idx").write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    ("offset", "layout", "value", "expected"),
-    [
-        (0, "3s", b"XXX", "no index of Megatron"),
-        (9, "<Q", 7, "no index of Megatron"),
-        (17, "<B", 6, "holds no integers"),
-        (17, "<B", 99, "holds no integers"),
-        (18, "<Q", 0, "is empty"),
-        (18, "<Q", 10**6, "is cut off"),
-        (26, "<Q", 0, "is cut off"),
-        (34, "<i", 5000, "is shorter than its .idx says"),
-        (38, "<q", 8, "are not in order"),
-        (54, "<q", 0, "do not cover its sequences"),
-    ],
-)
-def test_broken_index(tmp_path: Path, offset: int, layout: str, value: object, expected: str) -> None:
-    prefix = _pair(tmp_path)
-    _edit_index(prefix, offset, layout, value)
-    assert expected in _message(tmp_path, prefix)
-
-
-def test_bin_without_tokens(tmp_path: Path) -> None:
-    prefix = _pair(tmp_path)
-    prefix.with_suffix(".bin").write_bytes(b"")
-    assert "is empty" in _message(tmp_path, prefix)
-    prefix.with_suffix(".idx").write_bytes(b"")
-    assert "no index of Megatron" in _message(tmp_path, prefix)
+    assert expected in refusal(tmp_path, make(root))
 
 
 @pytest.mark.parametrize(("token", "expected"), [(257, "token id 257"), (-3, "negative token id -3")])
@@ -192,7 +156,7 @@ def test_ids_outside_the_vocabulary(tmp_path: Path, token: int, expected: str) -
     tokens = np.arange(256, dtype=np.int32)
     tokens[-1] = token
     write_store(str(tmp_path / "c"), [tokens], vocab_size=100_000)
-    message = _message(tmp_path, tmp_path / "c")
+    message = refusal(tmp_path, tmp_path / "c")
     assert expected in message
     data = DataConfig(corpus=str(tmp_path / "c"), seq_len=64)
     with pytest.raises(ValueError, match=expected):
@@ -200,4 +164,4 @@ def test_ids_outside_the_vocabulary(tmp_path: Path, token: int, expected: str) -
 
 
 def test_message_names_the_value(tmp_path: Path) -> None:
-    assert _message(tmp_path, "/nowhere").startswith("data.corpus=/nowhere: does not exist; ")
+    assert refusal(tmp_path, "/nowhere").startswith("data.corpus=/nowhere: does not exist; ")

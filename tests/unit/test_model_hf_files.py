@@ -20,10 +20,10 @@ from msa_train.model.safetensors_files import (
     NewTensor,
     RowReader,
     pack_files,
-    read_header,
     read_index,
     write_file,
 )
+from msa_train.model.safetensors_header import read_header
 from msa_train.model.sharded_files import ShardedReader, ShardedWriter
 from tests.helpers.hf_files import read_tensors, small_m2, small_m3, write_checkpoint
 

@@ -50,17 +50,22 @@ def read_header(path: Path) -> dict[str, Entry]:
     """
     try:
         with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            header = _header(file, size)
-            first = file.tell()
-        entries = [_entry(path, name, one, first) for name, one in header.items() if name != "__metadata__"]
-        _check_metadata(header.get("__metadata__"))
-        entries.sort(key=lambda item: (item[1].begin, item[1].end))
-        end = _check_places(entries, first)
+            return parse_header(path, file, os.fstat(file.fileno()).st_size)
     except FileNotFoundError:
         raise ValueError(f"{path}: does not exist; fetch it, or name the folder that holds it") from None
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def parse_header(path: Path, file: BinaryIO, size: int) -> dict[str, Entry]:
+    """The same of an open file of so many bytes; errors as of `read_header`."""
+    try:
+        header = _header(file, size)
+        first = file.tell()
+        entries = [_entry(path, name, one, first) for name, one in header.items() if name != "__metadata__"]
+        _check_metadata(header.get("__metadata__"))
+        entries.sort(key=lambda item: (item[1].begin, item[1].end))
+        end = _check_places(entries, first)
     except (ValueError, struct.error) as error:
         raise ValueError(f"{path}: is not a safetensors file ({error}); fetch it again") from None
     if size != end:

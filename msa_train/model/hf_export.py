@@ -229,7 +229,10 @@ def _config_like(
     like: Path, model: ModelConfig, attention: AttentionConfig, ignore: Collection[str]
 ) -> dict[str, Any]:
     """config.json of `like`, which must mean this model but for what an extension changes."""
-    config = extend_hf_config(read_config_file(like), model, attention)
+    given = read_config_file(like)
+    # what can be read can be changed
+    read_hf_config(given, ignore=ignore)
+    config = extend_hf_config(given, model, attention)
     theirs, ours = read_hf_config(config, ignore=ignore), write_hf_config(model, attention, dtype="float32")
     if theirs.fp8_block is not None:
         raise ValueError(f"{like}: has 8-bit weights, which are not written; export without --like")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launchers.command_line import Parser, run_command
-from launchers.imported_conf import copy_rest, copy_tokenizer, write_conf
+from launchers.imported_conf import copy_files, rest_files, tokenizer_files, write_conf
 from launchers.worker import accept_fallbacks
 
 DESCRIPTION = """\
@@ -118,7 +118,8 @@ def _import(arguments: argparse.Namespace) -> None:
     for name in plan.unplaced:
         _say(f"no place: {name}")
     check_unplaced(plan.unplaced, skip=arguments.skip_unplaced)
-    _check_space(target, plan.num_bytes)
+    tokenizer = tokenizer_files(source)
+    _check_space(target, plan.num_bytes + _size_of(tokenizer))
     progress = _Progress("imported", plan.num_bytes)
     folder = publish_weights(
         target,
@@ -128,11 +129,12 @@ def _import(arguments: argparse.Namespace) -> None:
         source=str(source),
     )
     progress.end()
-    tokenizer = copy_tokenizer(source, target / "tokenizer")
-    conf = write_conf(target, hf.model, hf.attention, tokenizer=tokenizer, source=str(source))
+    copy_files(tokenizer, target / "tokenizer")
+    json_file = target / "tokenizer/tokenizer.json" if "tokenizer.json" in tokenizer else None
+    conf = write_conf(target, hf.model, hf.attention, tokenizer=json_file, source=str(source))
     _say(f"checkpoint: {folder}")
     _say(f"train it:   msa-train --config-dir {shlex.quote(str(conf))} run=imported data.corpus=/your/text")
-    if tokenizer is None:
+    if json_file is None:
         _say(f"            {source} has no tokenizer.json: add data.tokenizer=PATH")
 
 
@@ -167,12 +169,12 @@ def _export(arguments: argparse.Namespace) -> None:
         tensors = sum(map(len, plan.files.values()))
         _say(f"{tensors} tensors in {len(plan.files)} files, {_size(plan.num_bytes)}; nothing was written")
         return
-    _check_space(target, plan.num_bytes)
+    rest = rest_files(arguments.like) if arguments.like is not None else {}
+    _check_space(target, plan.num_bytes + _size_of(rest))
     progress = _Progress("exported", plan.num_bytes)
     write_export(plan, target, progress.add)
     progress.end()
-    if arguments.like is not None:
-        copy_rest(arguments.like, target)
+    copy_files(rest, target)
     _say(
         f"{folder} -> {target}: {len(plan.files)} files, {len(plan.copied)} tensors copied from another "
         "checkpoint"
@@ -210,6 +212,10 @@ class _Progress:
 def _mapping(one: str, one_row: int, count: int, other: str, other_row: int) -> str:
     """q_proj.weight [0:16] -> linear_qkv.weight [0:16]."""
     return f"{one} [{one_row}:{one_row + count}] -> {other} [{other_row}:{other_row + count}]"
+
+
+def _size_of(files: dict[str, Path]) -> int:
+    return sum(path.stat().st_size for path in files.values())
 
 
 def _check_space(target: Path, needed: int) -> None:

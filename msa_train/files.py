@@ -118,9 +118,9 @@ def read_json(folder: Path, name: str, max_bytes: int) -> dict[str, Any]:
 
 def is_plain_name(name: object) -> bool:
     """Whether this can name a file in a folder: no separators, all of it can be printed, not hidden."""
-    return (
-        isinstance(name, str) and name.isprintable() and "/" not in name and not name.startswith((".", "~"))
-    )
+    if not isinstance(name, str) or not name.isprintable() or "/" in name:
+        return False
+    return bool(name) and not name.startswith(".")
 
 
 def one_line(text: str, limit: int = 160) -> str:

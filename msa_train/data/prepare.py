@@ -196,6 +196,9 @@ def _write_files(data: DataConfig, source: Source, tokenizer: Tokenizer, folder:
                 yield np.append(tokens, np.int32(tokenizer.eod_id))
 
     write_store(str(folder / "corpus"), documents(), vocab_size=tokenizer.vocab_size)
+    findings = tokenizer.findings()
+    for line in findings:
+        log(line)
     if not hashes:
         raise corpus_error(data.corpus, "holds no text, all documents are empty; give another path")
     np.savez(
@@ -212,6 +215,7 @@ def _write_files(data: DataConfig, source: Source, tokenizer: Tokenizer, folder:
         "num_bytes": sum(num_bytes),
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "eod_id": tokenizer.eod_id,
+        "findings": findings,
     }
     (folder / "corpus.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 

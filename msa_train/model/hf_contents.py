@@ -84,7 +84,7 @@ def dtype_warning(config: dict[str, Any], dtypes: Collection[torch.dtype]) -> st
             given = part.get(name) if isinstance(part, dict) else None
             if isinstance(given, str) and given not in ("auto", *stored):
                 return (
-                    f"config.json says {name}={one_line(given)}, the weights are {' and '.join(sorted(stored))}"
-                    "; is it the config.json of these files?"
+                    f"config.json says {name}={one_line(given)}, the weights are "
+                    f"{' and '.join(sorted(stored))}; is it the config.json of these files?"
                 )
     return None

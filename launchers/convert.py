@@ -11,7 +11,7 @@ from pathlib import Path
 from launchers.command_line import Parser, run_command
 from launchers.imported_conf import copy_files, rest_files, tokenizer_files, write_conf
 from launchers.worker import accept_fallbacks
-from msa_train.files import one_line
+from msa_train.foreign_files import one_line
 
 DESCRIPTION = """\
 Converts between Hugging Face checkpoints (minimax_m2, the language model of minimax_m3_vl) and checkpoints of

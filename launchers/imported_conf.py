@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from msa_train.config import AttentionConfig, ModelConfig
-from msa_train.files import member, open_regular
+from msa_train.foreign_files import member, open_regular
 
 NAME = "imported"
 SEQ_LEN = 8192

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from msa_train.files import one_line, parse_json, read_limited
+from msa_train.foreign_files import one_line, parse_json, read_limited
 
 # The first one that a tokenizer has is taken. The last but one is DeepSeek's, whose bars are not ASCII.
 END_OF_DOCUMENT_NAMES = (

@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import Any
 
 from msa_train.config import Activation, AttentionConfig, AttentionKind, ModelConfig, QkNorm
-from msa_train.files import one_line
+from msa_train.foreign_files import one_line
 from msa_train.model.hf_config_fields import SPARSE, SPARSE_FIELDS, Family, Fields
 from msa_train.model.hf_config_rotary import read_rotary
 

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from enum import Enum
 from typing import Any
 
-from msa_train.files import one_line
+from msa_train.foreign_files import one_line
 
 SPARSE = "minimax_m3_sparse"
 SPARSE_FIELDS = {

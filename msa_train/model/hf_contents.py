@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msa_train.files import one_line
+from msa_train.foreign_files import one_line
 from msa_train.model.hf_names import Span
 
 _NAMED = 4

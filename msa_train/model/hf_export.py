@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from msa_train.config import AttentionConfig, ModelConfig
-from msa_train.files import read_json
+from msa_train.foreign_files import read_json
 from msa_train.model.hf_config import read_hf_config
 from msa_train.model.hf_config_fields import Family
 from msa_train.model.hf_config_write import (

@@ -16,7 +16,7 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from msa_train.files import is_plain_name, member, one_line, open_regular, read_json
+from msa_train.foreign_files import is_plain_name, member, one_line, open_regular, read_json
 from msa_train.model.safetensors_header import Entry, read_header
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"

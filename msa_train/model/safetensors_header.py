@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from msa_train.files import one_line, open_regular, parse_json
+from msa_train.foreign_files import one_line, open_regular, parse_json
 
 MAX_HEADER_BYTES = 100 * 2**20
 _BITS = {

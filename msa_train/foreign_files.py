@@ -116,6 +116,30 @@ def read_json(folder: Path, name: str, max_bytes: int) -> dict[str, Any]:
     return value
 
 
+def read_record(path: Path, kinds: dict[str, Any]) -> dict[str, Any]:
+    """Some values of a small JSON object beside a run; texts are one line.
+
+    Args:
+        path: of the file.
+        kinds: type of each value, by name; others are left out.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: one line, if it is damaged.
+    """
+    try:
+        content = parse_json(read_limited(path, MIB))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read ({one_line(str(error))}); remove it") from None
+    for name, kind in kinds.items():
+        if not isinstance(content, dict) or type(content.get(name)) is not kind:
+            raise ValueError(f"{path}: is damaged ({name} is not there or of another kind); remove it")
+    values = {name: content[name] for name in kinds}
+    return {name: one_line(value) if isinstance(value, str) else value for name, value in values.items()}
+
+
 def is_plain_name(name: object) -> bool:
     """Whether this can name a file in a folder: no separators, all of it can be printed, not hidden."""
     if not isinstance(name, str) or not name.isprintable() or "/" in name:

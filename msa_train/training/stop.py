@@ -8,9 +8,11 @@ import json
 import os
 import signal
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import FrameType
+
+from msa_train.foreign_files import read_record
 
 STOPPED_NAME = "stopped.json"
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
@@ -64,12 +66,17 @@ def write_stopped(run_dir: str | Path, stopped: Stopped) -> None:
 
 
 def read_stopped(run_dir: str | Path) -> Stopped | None:
-    """The mark of the last start, None if that did not stop early."""
+    """The mark of the last start, None if that did not stop early.
+
+    Raises:
+        ValueError: one line, if the file is damaged.
+    """
     try:
-        content = json.loads((Path(run_dir) / STOPPED_NAME).read_text(encoding="utf-8"))
+        content = read_record(
+            Path(run_dir) / STOPPED_NAME, {field.name: field.type for field in fields(Stopped)}
+        )
     except FileNotFoundError:
         return None
-    content.pop("time", None)
     return Stopped(**content)
 
 

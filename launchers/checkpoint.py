@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launchers.command_line import Parser, run_command
+from msa_train.foreign_files import one_line
 from msa_train.training.checkpoint_store import (
     MANIFEST_NAME,
     META_NAME,
@@ -121,10 +122,10 @@ def _text(row: dict[str, Any], name: str) -> object:
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value))
     if name == "size":
         return f"{value / 1e9:.3g} GB" if value >= 1e8 else f"{value / 1e6:.3g} MB"
-    if name == "layout":
+    if name == "layout" and row["sound"] is True:
         sizes = [f"{size}{value[f'{size}_size']}" for size in _SIZES if value.get(f"{size}_size", 1) > 1]
         return " ".join(sizes) or "1 process"
-    return "yes" if value is True else value
+    return "yes" if value is True else one_line(str(value))
 
 
 def _verify(arguments: argparse.Namespace) -> int:

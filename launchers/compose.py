@@ -105,7 +105,7 @@ def load_run(path: str | Path) -> RunConfig:
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
     except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: {_explain(error, known_keys())}") from error
+        raise ValueError(f"{path}: {one_line(_explain(error, known_keys()), 400)}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {one_line(str(error), 400)}") from error
 

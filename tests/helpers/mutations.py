@@ -1,6 +1,7 @@
 """Files as damage, mistakes and malice leave them, from good ones; the same for the same random generator."""
 
 import json
+from copy import deepcopy
 from random import Random
 from typing import Any
 
@@ -66,11 +67,11 @@ def _change(rng: Random, value: Any) -> None:
         elif what == 1 and isinstance(value, dict):
             value[str(rng.choice(ODD))] = value.pop(key)
         elif what == 2 and isinstance(value, dict):
-            value[str(rng.choice(ODD))] = rng.choice(ODD)
+            value[str(rng.choice(ODD))] = deepcopy(rng.choice(ODD))
         elif what == 3 and type(value[key]) in (int, float):
             value[key] = rng.choice(
                 (-value[key], value[key] + 1, value[key] * 2, str(value[key]), [value[key]])
             )
         else:
-            value[key] = rng.choice(ODD)
+            value[key] = deepcopy(rng.choice(ODD))
         return

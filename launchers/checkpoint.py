@@ -125,10 +125,10 @@ def _text(row: dict[str, Any], name: str) -> object:
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value))
     if name == "size":
         return f"{value / 1e9:.3g} GB" if value >= 1e8 else f"{value / 1e6:.3g} MB"
-    if name == "layout":
+    if name == "layout" and row["sound"] is True:
         sizes = [f"{size}{value[f'{size}_size']}" for size in _SIZES if value.get(f"{size}_size", 1) > 1]
         return " ".join(sizes) or "1 process"
-    return "yes" if value is True else value
+    return "yes" if value is True else str(value)
 
 
 def _verify(arguments: argparse.Namespace) -> int:

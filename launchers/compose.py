@@ -17,7 +17,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launchers.config_files import check_config_dirs
@@ -25,9 +25,12 @@ from launchers.groups import GROUPS, config_dir, group_options
 from launchers.machine import expand_user
 from launchers.text_values import check_all_references, check_references, literal, quoted
 from msa_train.config import RunConfig, StageConfig, check_texts
+from msa_train.foreign_files import one_line, read_limited
+from msa_train.foreign_yaml import check_yaml
 
 ConfigStore.instance().store(name="schema", node=RunConfig)
 
+_MAX_CONFIG_BYTES = 2**20
 EVERY_KEY = "every key is printed by: msa-train run=demo --cfg"
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
@@ -89,9 +92,18 @@ def load_run(path: str | Path) -> RunConfig:
         ValueError: where the file does not hold a RunConfig.
     """
     try:
-        return run_config(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path)))
+        text = read_limited(Path(path), _MAX_CONFIG_BYTES).decode("utf-8")
+        check_yaml(text)
+        given = OmegaConf.create(text)
+        if not isinstance(given, DictConfig):
+            raise ValueError("holds no settings by name")
+        return run_config(OmegaConf.merge(OmegaConf.structured(RunConfig), given))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
     except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: {_explain(error, known_keys())}") from error
+        raise ValueError(f"{path}: {one_line(_explain(error, known_keys()), 400)}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {one_line(str(error), 400)}") from error
 
 
 def text_keys() -> set[str]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launchers.command_line import Parser, run_command
-from launchers.imported_conf import copy_rest, copy_tokenizer, write_conf
+from launchers.imported_conf import copy_files, rest_files, tokenizer_files, write_conf
 from launchers.output import say
 from launchers.worker import accept_fallbacks
 
@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="leave out tensors that have no place, e.g. the vision tower",
     )
+    into.add_argument("--allow-zeros", action="store_true", help="keep matrices that are zeros all over")
     into.add_argument(
         "--dequantize", action="store_true", help="make bf16 of 8-bit weights with block scales"
     )
@@ -77,6 +78,11 @@ def _parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--shard-size", default="5GB", metavar="SIZE", help="largest file, e.g. 500MB (default 5GB)"
     )
+    out.add_argument(
+        "--no-checksums",
+        action="store_true",
+        help="trust the checkpoint's files, e.g. after msa-checkpoint verify",
+    )
     out.add_argument("--max-positions", type=int, metavar="N", help="max_position_embeddings of config.json")
     for command in (into, out):
         command.add_argument("--dry-run", action="store_true", help="list the mapping and write nothing")
@@ -94,12 +100,14 @@ def _import(arguments: argparse.Namespace) -> None:
     # megatron and torch take seconds: --help and mistakes in the arguments need not wait for them
     accept_fallbacks()
     from msa_train.model.hf_config import read_hf_config
+    from msa_train.model.hf_contents import ContentCheck, dtype_warning
     from msa_train.model.hf_export import read_config_file
     from msa_train.model.hf_import import check_unplaced, plan_import, write_import
     from msa_train.training.weights_checkpoint import publish_weights
 
     source, target = arguments.source, arguments.target
-    hf = read_hf_config(read_config_file(source), ignore=arguments.ignore_field)
+    config = read_config_file(source)
+    hf = read_hf_config(config, ignore=arguments.ignore_field)
     if hf.fp8_block is not None and not arguments.dequantize:
         raise ValueError(
             "quantization_config.quant_method=fp8: the weights have 8 bits; --dequantize makes bf16 of them, "
@@ -119,21 +127,26 @@ def _import(arguments: argparse.Namespace) -> None:
     for name in plan.unplaced:
         say(f"no place: {name}")
     check_unplaced(plan.unplaced, skip=arguments.skip_unplaced)
-    _check_space(target, plan.num_bytes)
+    tokenizer = tokenizer_files(source)
+    _warn([dtype_warning(config, plan.dtypes)])
+    check = ContentCheck(plan.table.hf_shapes, allow_zeros=arguments.allow_zeros)
+    _check_space(target, plan.num_bytes + _size_of(tokenizer))
     progress = _Progress("imported", plan.num_bytes)
     folder = publish_weights(
         target,
         hf.model,
         hf.attention,
-        lambda folder: write_import(plan, folder, progress.add),
+        lambda folder: write_import(plan, folder, progress.add, check=check),
         source=str(source),
     )
     progress.end()
-    tokenizer = copy_tokenizer(source, target / "tokenizer")
-    conf = write_conf(target, hf.model, hf.attention, tokenizer=tokenizer, source=str(source))
+    _warn(check.warnings())
+    copy_files(tokenizer, target / "tokenizer")
+    json_file = target / "tokenizer/tokenizer.json" if "tokenizer.json" in tokenizer else None
+    conf = write_conf(target, hf.model, hf.attention, tokenizer=json_file, source=str(source))
     say(f"checkpoint: {folder}")
     say(f"train it:   msa-train --config-dir {shlex.quote(str(conf))} run=imported data.corpus=/your/text")
-    if tokenizer is None:
+    if json_file is None:
         say(f"            {source} has no tokenizer.json: add data.tokenizer=PATH")
 
 
@@ -142,13 +155,20 @@ def _export(arguments: argparse.Namespace) -> None:
     import torch
 
     from msa_train.model.hf_config_write import DEFAULT_MAX_POSITIONS
-    from msa_train.model.hf_export import plan_export, write_export
+    from msa_train.model.hf_export import plan_export, read_config_file, write_export
     from msa_train.training.weights_checkpoint import checkpoint_folder, shape_of
 
     source, target = arguments.source, arguments.target
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target}: exists already; name a new folder")
     folder = checkpoint_folder(source)
+    shard_bytes = _bytes(arguments.shard_size)
+    rest: dict[str, Path] = {}
+    if arguments.like is not None:
+        read_config_file(arguments.like)
+        rest = rest_files(arguments.like)
+    if not arguments.no_checksums:
+        _check_checksums(folder, only_small=arguments.dry_run)
     model, attention = shape_of(folder)
     plan = plan_export(
         folder,
@@ -156,7 +176,7 @@ def _export(arguments: argparse.Namespace) -> None:
         attention,
         like=arguments.like,
         dtype={"bf16": torch.bfloat16, "fp32": torch.float32, None: None}[arguments.dtype],
-        shard_bytes=_bytes(arguments.shard_size),
+        shard_bytes=shard_bytes,
         max_positions=arguments.max_positions or DEFAULT_MAX_POSITIONS,
         ignore=arguments.ignore_field,
     )
@@ -168,12 +188,11 @@ def _export(arguments: argparse.Namespace) -> None:
         tensors = sum(map(len, plan.files.values()))
         say(f"{tensors} tensors in {len(plan.files)} files, {_size(plan.num_bytes)}; nothing was written")
         return
-    _check_space(target, plan.num_bytes)
+    _check_space(target, plan.num_bytes + _size_of(rest))
     progress = _Progress("exported", plan.num_bytes)
     write_export(plan, target, progress.add)
     progress.end()
-    if arguments.like is not None:
-        copy_rest(arguments.like, target)
+    copy_files(rest, target)
     say(
         f"{folder} -> {target}: {len(plan.files)} files, {len(plan.copied)} tensors copied from another "
         "checkpoint"
@@ -213,6 +232,31 @@ def _mapping(one: str, one_row: int, count: int, other: str, other_row: int) -> 
     return f"{one} [{one_row}:{one_row + count}] -> {other} [{other_row}:{other_row + count}]"
 
 
+def _check_checksums(folder: Path, *, only_small: bool) -> None:
+    """Read the checkpoint's files once before a number of them is written on; few of them for --dry-run."""
+    from msa_train.training.checkpoint_store import checksum_damage, read_manifest
+
+    entries = {
+        name: entry
+        for name, entry in read_manifest(folder).items()
+        if not only_small or not name.endswith(".distcp")
+    }
+    progress = _Progress("checked", sum(entry["size"] for entry in entries.values()))
+    for name, entry in entries.items():
+        reason = checksum_damage(folder, name, entry["crc32"])
+        if reason is not None:
+            raise ValueError(
+                f"checkpoint {folder}: is damaged ({reason}); name another one, or fetch the file again"
+            )
+        progress.add(entry["size"])
+    if not only_small:
+        progress.end()
+
+
+def _size_of(files: dict[str, Path]) -> int:
+    return sum(path.stat().st_size for path in files.values())
+
+
 def _check_space(target: Path, needed: int) -> None:
     from msa_train.training.checkpoint_store import free_bytes
 
@@ -233,6 +277,12 @@ def _size(num_bytes: int) -> str:
         if num_bytes >= UNITS[unit]:
             return f"{num_bytes / UNITS[unit]:.1f} {unit}"
     return f"{num_bytes / 1000:.1f} KB"
+
+
+def _warn(lines: Sequence[str | None]) -> None:
+    for line in lines:
+        if line is not None:
+            say(f"msa-convert: warning: {line}", error=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What an import leaves beside the weights: a configuration folder that trains them, and the tokenizer."""
 
 import json
+import os
 import shutil
 from dataclasses import asdict
 from enum import Enum
@@ -11,6 +12,7 @@ import yaml
 
 from msa_train.config import AttentionConfig, ModelConfig
 from msa_train.files import new_file
+from msa_train.foreign_files import member, open_regular
 
 NAME = "imported"
 SEQ_LEN = 8192
@@ -76,26 +78,49 @@ def write_conf(
     return conf
 
 
-def copy_tokenizer(source: Path, target: Path) -> Path | None:
-    """Copy the tokenizer's files; returns tokenizer.json, or None where there is none."""
-    for name in _TOKENIZER_FILES:
-        if (source / name).is_file():
-            target.mkdir(parents=True, exist_ok=True)
-            _copy(source / name, target / name)
-    return target / "tokenizer.json" if (target / "tokenizer.json").is_file() else None
+def tokenizer_files(source: Path) -> dict[str, Path]:
+    """The tokenizer's files in a Hugging Face folder: name to the file that is read, links followed.
+
+    Raises:
+        ValueError: one line, for a link out of the folder and for what is no regular file.
+    """
+    return _regular_files(source, [name for name in _TOKENIZER_FILES if os.path.lexists(source / name)])
 
 
-def copy_rest(source: Path, target: Path) -> None:
-    """Copy what else a Hugging Face folder holds: tokenizer, code, licence; not the weights or model card."""
-    for path in sorted(source.iterdir()):
-        own = path.name in ("config.json", "README.md") or path.name.endswith((".safetensors", ".index.json"))
-        if path.is_file() and not own and not path.name.startswith("."):
-            _copy(path, target / path.name)
+def rest_files(source: Path) -> dict[str, Path]:
+    """What else a Hugging Face folder holds: tokenizer, code, licence; not the weights, model card, folders.
+
+    Raises:
+        ValueError: as `tokenizer_files`.
+    """
+    own = ("config.json", "README.md"), (".safetensors", ".index.json")
+    names = [path.name for path in sorted(source.iterdir())]
+    names = [name for name in names if name not in own[0] and not name.endswith(own[1])]
+    return _regular_files(source, [name for name in names if not name.startswith(".")])
 
 
-def _copy(source: Path, target: Path) -> None:
-    with source.open("rb") as file, new_file(target, "wb") as copy:
-        shutil.copyfileobj(file, copy)
+def copy_files(files: dict[str, Path], target: Path) -> None:
+    """Copy files, each under its name, into a folder that is made if there are any."""
+    for name, path in files.items():
+        target.mkdir(parents=True, exist_ok=True)
+        with open_regular(path) as content, new_file(target / name, "wb") as copy:
+            shutil.copyfileobj(content, copy)
+
+
+def _regular_files(folder: Path, names: list[str]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for name in names:
+        try:
+            real = member(folder, name)
+            if real.is_dir():
+                continue
+            open_regular(real).close()
+        except OSError as error:
+            raise ValueError(
+                f"{folder / name}: cannot be read ({error.strerror}); repair or remove it"
+            ) from None
+        found[name] = real
+    return found
 
 
 def _group(section: Any, source: str) -> str:

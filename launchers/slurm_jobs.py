@@ -1,8 +1,10 @@
 """What Slurm says about jobs, and the job that a run_dir belongs to."""
 
-import json
+import re
 import subprocess
 from pathlib import Path
+
+from msa_train.foreign_files import read_record
 
 FOLDER, SCRIPT_NAME, JOB_NAME = "slurm", "job.sbatch", "job.json"
 ANSWER_WITHIN_S = 30
@@ -18,11 +20,24 @@ def ask_slurm(*command: str) -> str | None:
 
 
 def submitted_job(run_dir: Path) -> str:
-    """Id of the job that msa-submit submitted last for this run, empty if there is none."""
+    """Id of the job that msa-submit submitted last for this run, empty if there is none.
+
+    Raises:
+        ValueError: one line, if the file that says so is damaged.
+    """
+    path = run_dir / FOLDER / JOB_NAME
     try:
-        return str(json.loads((run_dir / FOLDER / JOB_NAME).read_text(encoding="utf-8"))["job_id"])
+        job: str = read_record(path, {"job_id": str})["job_id"]
     except FileNotFoundError:
         return ""
+    if not is_job(job):
+        raise ValueError(f"{path}: is damaged (job_id={job} is no number of a job); remove it")
+    return job
+
+
+def is_job(text: str) -> bool:
+    """Whether a text is the number of a job, and no option of the command that it is given to."""
+    return re.fullmatch(r"\d[\d_+.]*", text) is not None
 
 
 def check_no_job(run_dir: Path) -> None:

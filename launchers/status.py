@@ -12,8 +12,9 @@ from launchers.command_line import Parser, run_command
 from launchers.compose import load_run
 from launchers.output import say
 from launchers.run_dir import CONFIG_NAME
-from launchers.slurm_jobs import FOLDER, ask_slurm, submitted_job
+from launchers.slurm_jobs import FOLDER, ask_slurm, is_job, submitted_job
 from msa_train.config import plan_stages, total_steps
+from msa_train.foreign_files import one_line, open_regular
 from msa_train.training.checkpoint_store import CheckpointStore
 from msa_train.training.metrics import METRICS_NAME
 from msa_train.training.progress import format_count, format_duration
@@ -22,6 +23,13 @@ from msa_train.training.summary import format_table
 
 DESCRIPTION = "Prints how far a run is: its Slurm job, step, loss, speed, time left, checkpoints, restarts."
 TAIL_BYTES = 2**18
+# of entries of metrics.jsonl that tell of a step
+_OF_A_STEP = {
+    "step": (int,),
+    "lm_loss": (int, float, type(None)),
+    "tokens_per_s": (int, float),
+    "step_time_s": (int, float),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -130,14 +138,20 @@ def _progress(run_dir: Path) -> dict[str, Any]:
     config, rows = load_run(config_path), _last_rows(metrics)
     if not rows:
         return {}
-    last, total = rows[-1], total_steps(config)
+    last, total, stages = rows[-1], total_steps(config), plan_stages(config)
+    stage = last.get("stage", 0)
+    if type(stage) is not int or not 0 <= stage < len(stages):
+        raise ValueError(
+            f"{metrics}: is of stage {one_line(str(stage))}, {config_path} has {len(stages)} of them; name a "
+            "run whose files belong together"
+        )
     found: dict[str, Any] = {
         "step": last["step"],
         "total_steps": total,
-        "lm_loss": last["lm_loss"] if last.get("lm_loss") is not None else float("nan"),
+        "lm_loss": last["lm_loss"] if last["lm_loss"] is not None else float("nan"),
         "tokens_per_s": last["tokens_per_s"],
         "age_s": time.time() - metrics.stat().st_mtime,
-        "stage": plan_stages(config)[last.get("stage", 0)].name,
+        "stage": stages[stage].name,
     }
     if last["step"] < total:
         times = sorted(row["step_time_s"] for row in rows)
@@ -161,27 +175,39 @@ def _starts(run_dir: Path) -> list[list[str]]:
     path = run_dir / FOLDER / "starts.tsv"
     if not path.exists():
         return []
-    rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
-    return [row for row in rows if len(row) == 5 and row[1] == rows[-1][1]]
+    rows = [[one_line(part) for part in line.split("\t")] for line in _tail(path).splitlines()]
+    rows = [row for row in rows if len(row) == 5 and is_job(row[1])]
+    return [row for row in rows if row[1] == rows[-1][1]]
 
 
 def _last_rows(path: Path) -> list[dict[str, Any]]:
     """The last entries of metrics.jsonl that have a loss, without reading all of a long run."""
-    with path.open("rb") as file:
-        file.seek(0, os.SEEK_END)
-        size = file.tell()
-        file.seek(max(size - TAIL_BYTES, 0))
-        lines = file.read().decode("utf-8", errors="replace").splitlines()
     rows = []
-    for line in lines[1:] if size > TAIL_BYTES else lines:
+    for line in _tail(path).split("\n"):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             # cut short by a kill
             continue
-        if "lm_loss" in row:
+        if (
+            isinstance(row, dict)
+            and "lm_loss" in row
+            and all(type(row.get(name)) in kinds for name, kinds in _OF_A_STEP.items())
+        ):
             rows.append(row)
     return rows
+
+
+def _tail(path: Path) -> str:
+    """The last whole lines of a file that grows."""
+    try:
+        with open_regular(path) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - TAIL_BYTES, 0))
+            text = file.read(TAIL_BYTES).decode("utf-8", errors="replace")
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); remove it") from None
+    return text.partition("\n")[2] if size > TAIL_BYTES else text
 
 
 def _seconds(text: str) -> int | None:

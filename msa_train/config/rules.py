@@ -144,6 +144,8 @@ def _sequence(config: RunConfig) -> None:
         raise ValueError(
             f"data.validation_fraction={config.data.validation_fraction}: must be from 0 to below 1"
         )
+    if not 0 <= config.data.max_unknown <= 1:
+        raise ValueError(f"data.max_unknown={config.data.max_unknown}: must be a share, from 0 to 1")
     if config.train.validate_every and not config.data.validation_fraction:
         raise ValueError(
             f"train.validate_every={config.train.validate_every}: no document is held out with "

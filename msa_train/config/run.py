@@ -67,6 +67,10 @@ class DataConfig:
     "'stdlib' (source files of this Python), or a file, folder or glob of text, JSONL or Megatron .bin/.idx"
     tokenizer: str = "bytes"
     "'bytes', or the path of a tokenizer.json"
+    special_tokens: bool = False
+    "take special tokens of the tokenizer that are written in a text for what they name; false: for text"
+    max_unknown: float = 0.01
+    "largest share of unknown tokens or lost characters with which a tokenizer is accepted"
     text_field: str = "text"
     "key of the text in JSONL records"
     seq_len: int = 8192

@@ -195,6 +195,9 @@ def _write_files(
                 yield np.append(tokens, np.int32(tokenizer.eod_id))
 
     write_store(str(folder / "corpus"), documents(), vocab_size=tokenizer.vocab_size)
+    findings = tokenizer.findings()
+    for line in findings:
+        log(line)
     if not hashes:
         raise corpus_error(data.corpus, "holds no text, all documents are empty; give another path")
     arrays = (np.array(hashes, np.uint64), np.array(num_bytes, np.int64), np.array(num_tokens, np.int64))
@@ -206,6 +209,7 @@ def _write_files(
         "num_bytes": sum(num_bytes),
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "eod_id": tokenizer.eod_id,
+        "findings": findings,
     }
 
 

@@ -1,28 +1,12 @@
-"""Tokenizers: plain bytes, or a `tokenizer.json`."""
+"""Tokenizers: plain bytes, or a `tokenizer.json` (json_tokenizer.py)."""
 
-import hashlib
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from msa_train.config import DataConfig
-
-# The first one that a tokenizer has is taken. The last but one is DeepSeek's, whose bars are not ASCII.
-END_OF_DOCUMENT_NAMES = (
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "</s>",
-    "<eos>",
-    "<|eos|>",
-    "[EOS]",
-    "[e~[",
-    "<end_of_sentence>",
-    "<\uff5cend\u2581of\u2581sentence\uff5c>",
-    "[SEP]",
-)
 
 
 class Tokenizer(Protocol):
@@ -55,6 +39,14 @@ class Tokenizer(Protocol):
         """Token ids of many texts; may use several cores."""
         ...
 
+    def findings(self) -> list[str]:
+        """What was lost or met in all texts so far, a line each.
+
+        Raises:
+            ValueError: if so much was lost that the tokens do not stand for the text.
+        """
+        ...
+
 
 class ByteTokenizer:
     """Ids 0 to 255 are the bytes themselves, 256 ends a document."""
@@ -72,55 +64,9 @@ class ByteTokenizer:
         """One id per byte of each text."""
         return [self.encode(text) for text in texts]
 
-
-class JsonTokenizer:
-    """A `tokenizer.json`, read by the `tokenizers` library.
-
-    Special tokens that its post-processor would add are left out; documents end with `eod_id` instead.
-    Truncation and padding that the file asks for are switched off: they would drop text without a word.
-
-    Raises:
-        ValueError: if the file is missing or unreadable, or has no token that can end a document.
-    """
-
-    needs_utf8 = True
-
-    def __init__(self, path: str) -> None:
-        # Imported here because the launcher and byte-level runs have no use for it.
-        from tokenizers import Tokenizer as LibraryTokenizer
-
-        file = Path(path).expanduser()
-        try:
-            content = file.read_bytes()
-            tokenizer: Any = LibraryTokenizer.from_buffer(content)
-        except OSError as error:
-            raise ValueError(
-                f"data.tokenizer={path}: cannot be read ({error.strerror}); "
-                "give the path of a tokenizer.json, or 'bytes'"
-            ) from error
-        except Exception as error:  # the library raises nothing narrower
-            reason = (str(error).splitlines() or [""])[0]
-            raise ValueError(
-                f"data.tokenizer={path}: is not a tokenizer.json of the tokenizers library ({reason}); "
-                "save it again with Tokenizer.save()"
-            ) from error
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        vocab: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocab.values(), default=-1) + 1
-        self.eod_id = _find_end_of_document(path, vocab)
-        self.fingerprint = f"json-1-{hashlib.sha256(content).hexdigest()}"
-        self._tokenizer = tokenizer
-
-    def encode(self, text: bytes) -> npt.NDArray[np.int32]:
-        """Token ids of one UTF-8 text."""
-        return self.encode_batch([text])[0]
-
-    def encode_batch(self, texts: Sequence[bytes]) -> list[npt.NDArray[np.int32]]:
-        """Token ids of UTF-8 texts, on all cores (threads of the library)."""
-        decoded = [text.decode("utf-8") for text in texts]
-        encodings = self._tokenizer.encode_batch_fast(decoded, add_special_tokens=False)
-        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+    def findings(self) -> list[str]:
+        """Nothing can be lost."""
+        return []
 
 
 def build_tokenizer(data: DataConfig) -> Tokenizer:
@@ -129,14 +75,9 @@ def build_tokenizer(data: DataConfig) -> Tokenizer:
     Raises:
         ValueError: if it cannot be used.
     """
-    return ByteTokenizer() if data.tokenizer == "bytes" else JsonTokenizer(data.tokenizer)
+    if data.tokenizer == "bytes":
+        return ByteTokenizer()
+    # the launcher and byte-level runs have no use for the library
+    from msa_train.data.json_tokenizer import JsonTokenizer
 
-
-def _find_end_of_document(path: str, vocab: dict[str, int]) -> int:
-    for name in END_OF_DOCUMENT_NAMES:
-        if name in vocab:
-            return vocab[name]
-    names = ", ".join(name for name in END_OF_DOCUMENT_NAMES if name.isascii())
-    raise ValueError(
-        f"data.tokenizer={path}: has no token that ends a document; add one of {names} to the tokenizer"
-    )
+    return JsonTokenizer(data.tokenizer, special_tokens=data.special_tokens, max_unknown=data.max_unknown)

@@ -4,6 +4,8 @@ from collections.abc import Collection
 from enum import Enum
 from typing import Any
 
+from msa_train.foreign_files import one_line
+
 SPARSE = "minimax_m3_sparse"
 SPARSE_FIELDS = {
     "index_n_heads": "sparse_num_index_heads",
@@ -28,6 +30,9 @@ _NO_EFFECT = {
     # looked at before the other fields
     *("quantization_config", "quantization"),
 }
+
+
+_LARGEST = 1e30
 
 
 class Family(Enum):
@@ -102,25 +107,70 @@ _FIXED_IN_BOTH: dict[str, tuple[Any, ...]] = {
 
 
 class Fields:
-    """The fields of one config.json, each taken once; what is left over is refused."""
+    """The fields of one config.json, each taken once; what is left over is refused.
+
+    Numbers, texts and lists are taken as what they are: "64", true and null are no numbers, in transformers
+    neither.
+    """
 
     def __init__(self, values: dict[str, Any], place: str, family: Family, ignore: Collection[str]) -> None:
         ignored = {name.removeprefix(place) for name in ignore} | _NO_EFFECT
         self.left = {name: value for name, value in values.items() if name not in ignored}
         self.place, self.family = place, family
 
-    def take(self, name: str, default: Any = None) -> Any:
-        """Value of a field, or its default."""
-        value = self.left.pop(name, None)
-        return self.default(name, default) if value is None else value
-
     def default(self, name: str, default: Any = None) -> Any:
         """What an absent field means."""
         return _DEFAULTS[self.family].get(name, default)
 
+    def whole(self, name: str, *, least: int = 1) -> int:
+        """A whole number that has a default."""
+        return self.as_whole(name, self.left.pop(name, self.default(name)), least=least)
+
+    def as_whole(self, name: str, value: Any, *, least: int = 1) -> int:
+        """The value of a field as a size."""
+        if type(value) is not int or not least <= value < 2**31:
+            raise self.refusal(name, value, f"must be a whole number from {least} on")
+        return value
+
+    def number(self, name: str, default: float | None = None, *, above: float = 0.0) -> float:
+        """A finite number above another one."""
+        return self.as_number(name, self.left.pop(name, self.default(name, default)), above=above)
+
+    def as_number(self, name: str, value: Any, *, above: float = 0.0) -> float:
+        """The value of a field as a finite number."""
+        if type(value) not in (int, float) or not above < value < _LARGEST:
+            raise self.refusal(name, value, f"must be a number above {above:g}")
+        return float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        """A field that is true or false."""
+        value = self.left.pop(name, default)
+        if not isinstance(value, bool):
+            raise self.refusal(name, value, "must be true or false")
+        return value
+
+    def mapping(self, name: str) -> dict[str, Any]:
+        """A copy of an object, empty where it is absent or null."""
+        value = self.left.pop(name, None)
+        if value is not None and not isinstance(value, dict):
+            raise self.refusal(name, value, "must be an object")
+        return dict(value or {})
+
+    def values(self, name: str) -> list[Any] | None:
+        """A list, None where it is absent or null."""
+        return self.as_list(name, self.left.pop(name, None))
+
+    def as_list(self, name: str, value: Any) -> list[Any] | None:
+        """The value of a field as a list of texts and numbers."""
+        if value is not None and (
+            not isinstance(value, list) or any(type(one) in (list, dict) for one in value)
+        ):
+            raise self.refusal(name, value, "must be a list of an entry per layer")
+        return value
+
     def refusal(self, name: str, value: Any, rule: str) -> ValueError:
         """The error for a field."""
-        return ValueError(f"{self.place}{name}={value}: {rule}")
+        return ValueError(f"{self.place}{one_line(name, 80)}={one_line(str(value), 80)}: {rule}")
 
     def check_fixed(self) -> None:
         """Refuse other values than the one that is implemented."""
@@ -137,7 +187,7 @@ class Fields:
             if value not in (None, False, 0, "", [], {}):
                 raise self.refusal(
                     name,
-                    str(value)[:60],
+                    value,
                     "this field is not known here and may change the model; if it does not, "
-                    f"--ignore-field {name}",
+                    f"--ignore-field {one_line(name, 80)}",
                 )

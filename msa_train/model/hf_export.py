@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from msa_train.config import AttentionConfig, ModelConfig
+from msa_train.foreign_files import read_json
 from msa_train.model.hf_config import read_hf_config
 from msa_train.model.hf_config_fields import Family
 from msa_train.model.hf_config_write import (
@@ -24,7 +25,6 @@ from msa_train.model.hf_config_write import (
 from msa_train.model.hf_names import M2_NAMING, M3_TEXT_NAMING, Span, TensorTable, build_table, detect_naming
 from msa_train.model.safetensors_files import (
     INDEX_NAME,
-    Entry,
     NewTensor,
     RowReader,
     dtype_name,
@@ -34,11 +34,13 @@ from msa_train.model.safetensors_files import (
     read_index,
     write_file,
 )
+from msa_train.model.safetensors_header import Entry
 from msa_train.model.sharded_files import ShardedReader
 
 CONFIG_NAME = "config.json"
 SHARD_BYTES = 5 * 10**9
 PIECE_BYTES = 16 * 2**20
+_MAX_CONFIG_BYTES = 16 * 2**20
 _MASTER = "optimizer.state.fp32_param."
 _BIAS = ".router.expert_bias"
 
@@ -227,7 +229,10 @@ def _config_like(
     like: Path, model: ModelConfig, attention: AttentionConfig, ignore: Collection[str]
 ) -> dict[str, Any]:
     """config.json of `like`, which must mean this model but for what an extension changes."""
-    config = extend_hf_config(read_config_file(like), model, attention)
+    given = read_config_file(like)
+    # what can be read can be changed
+    read_hf_config(given, ignore=ignore)
+    config = extend_hf_config(given, model, attention)
     theirs, ours = read_hf_config(config, ignore=ignore), write_hf_config(model, attention, dtype="float32")
     if theirs.fp8_block is not None:
         raise ValueError(f"{like}: has 8-bit weights, which are not written; export without --like")
@@ -261,18 +266,7 @@ def read_config_file(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: one line, if it is not there or no JSON object.
     """
-    path = folder / CONFIG_NAME
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(
-            f"{path}: cannot be read ({error.strerror}); name a Hugging Face checkpoint folder"
-        ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError):
-        value = None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: is not a JSON object; fetch the file again")
-    return value
+    return read_json(folder, CONFIG_NAME, _MAX_CONFIG_BYTES)
 
 
 def _write_json(path: Path, value: object) -> None:

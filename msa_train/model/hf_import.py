@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from msa_train.model.hf_config import HfModel
+from msa_train.model.hf_contents import ContentCheck
 from msa_train.model.hf_names import Span, TensorTable, build_table, detect_naming
 from msa_train.model.hf_weights import StoredWeights
 from msa_train.model.sharded_files import ShardedWriter
@@ -44,6 +45,12 @@ class ImportPlan:
         """Of the tensors that have a place."""
         shapes = self.table.hf_shapes.items()
         return sum(math.prod(shape) * self.weights.dtype(name).itemsize for name, shape in shapes)
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """Types of the matrices that have a place."""
+        shapes = self.table.hf_shapes.items()
+        return {self.weights.dtype(name) for name, shape in shapes if len(shape) > 1}
 
 
 def plan_import(folder: Path, hf: HfModel) -> ImportPlan:
@@ -94,7 +101,12 @@ def check_unplaced(unplaced: Collection[str], *, skip: bool) -> None:
 
 
 def write_import(
-    plan: ImportPlan, folder: Path, progress: Callable[[int], None], *, box_bytes: int = BOX_BYTES
+    plan: ImportPlan,
+    folder: Path,
+    progress: Callable[[int], None],
+    *,
+    check: ContentCheck | None = None,
+    box_bytes: int = BOX_BYTES,
 ) -> dict[str, Any]:
     """Write the checkpoint files.
 
@@ -102,11 +114,16 @@ def write_import(
         plan: from `plan_import`.
         folder: exists and is empty.
         progress: told the bytes of each box.
+        check: looks at the numbers; None: the usual one, whose warnings nobody hears.
         box_bytes: see `boxes`.
 
     Returns:
         Size and checksum of each file by name, for the manifest.
+
+    Raises:
+        ValueError: one line, for weights that are damaged.
     """
+    check = check or ContentCheck(plan.table.hf_shapes)
     writer, weights = ShardedWriter(folder), plan.weights
     try:
         for box in boxes(plan, box_bytes):
@@ -114,7 +131,9 @@ def write_import(
             rows = piece.view(-1, *box.sizes[-1:]) if len(box.sizes) > 1 else piece
             at = 0
             for span in box.spans:
-                weights.read_into(span.name, span.name_row, rows[at : at + span.num_rows])
+                part = rows[at : at + span.num_rows]
+                weights.read_into(span.name, span.name_row, part)
+                check.add(span, part)
                 at += span.num_rows
             writer.add(box.key, plan.table.shapes[box.key], box.offsets, piece)
             progress(piece.nbytes)

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from msa_train.model.safetensors_files import DTYPES, Entry, RowReader, read_index
+from msa_train.model.safetensors_files import DTYPES, RowReader, read_index
+from msa_train.model.safetensors_header import Entry
 
 SCALE_SUFFIX = "_scale_inv"
 _FP8 = "F8_E4M3"

@@ -1,36 +1,30 @@
 """Reading rows of safetensors files, and writing files of which no tensor is ever held whole.
 
-The safetensors package maps files into memory to read and wants all tensors of a file to write. The format is
-simple: 8 bytes length of the header (little endian), the header (JSON: dtype, shape and byte range of each
-tensor), the bytes.
+The safetensors package maps files into memory to read and wants all tensors of a file to write. The format
+stands in `safetensors_header.py`.
 """
 
+import errno
 import json
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
 import torch
 from torch import Tensor
 
+from msa_train.foreign_files import is_plain_name, member, one_line, open_regular, read_json
+from msa_train.model.safetensors_header import Entry, read_header
+
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_MAX_HEADER_BYTES = 100 * 2**20
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A tensor in a file: dtype as safetensors spells it, first and last byte (exclusive) in the file."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
+_SUFFIX = ".safetensors"
+# 25,000 tensors of M3 take 3 MB
+_MAX_INDEX_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,64 +53,50 @@ def read_index(folder: Path) -> dict[str, Entry]:
     """All tensors of a checkpoint folder by name, in the order of the files.
 
     Raises:
-        ValueError: one line, if there is no checkpoint, a file is missing or cut short, or the index names
-            tensors that its files do not hold.
+        ValueError: one line, if there is no checkpoint, a file is missing, damaged or a link out of the
+            folder, or a tensor is not in the file that the index names.
     """
-    index = folder / INDEX_NAME
-    if index.is_file():
-        try:
-            places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
-            raise ValueError(f"{index}: is not JSON with a weight_map; fetch the file again") from None
-        files = sorted(set(places.values()))
-    else:
-        files, places = [SINGLE_NAME], {}
+    places = _read_places(folder)
     entries: dict[str, Entry] = {}
-    for name in files:
-        for tensor, entry in read_header(folder / name).items():
+    for name in sorted(set(places.values())) or [SINGLE_NAME]:
+        for tensor, entry in read_header(_file_of(folder, name)).items():
             if tensor in entries:
                 raise ValueError(
-                    f"tensor {tensor}: is in {entries[tensor].file.name} and in {name}; keep one"
+                    f"tensor {one_line(tensor)}: is in {entries[tensor].file.name} and in {name}; keep one"
                 )
-            entries[tensor] = entry
-    lacking = [name for name in places if name not in entries]
-    if lacking:
-        raise ValueError(
-            f"tensor {lacking[0]}: {INDEX_NAME} says it is in {places[lacking[0]]}, where it is not; fetch "
-            "both files again"
-        )
+            entries[tensor] = replace(entry, file=folder / name)
+    for tensor, name in places.items():
+        if tensor not in entries or entries[tensor].file.name != name:
+            raise ValueError(
+                f"tensor {one_line(tensor)}: {INDEX_NAME} says it is in {name}, where it is not; fetch both "
+                "files again"
+            )
     return entries
 
 
-def read_header(path: Path) -> dict[str, Entry]:
-    """Tensors of one file, by place.
+def _read_places(folder: Path) -> dict[str, str]:
+    """File of each tensor, from the index; empty where there is none."""
+    index = folder / INDEX_NAME
+    if not os.path.lexists(index):
+        return {}
+    places = read_json(folder, INDEX_NAME, _MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ValueError(f"{index}: is not JSON with a weight_map; fetch the file again")
+    for tensor, name in places.items():
+        if not is_plain_name(name) or not name.endswith(_SUFFIX):
+            raise ValueError(
+                f"{index}: says that {one_line(tensor)} is in {one_line(str(name))}, which must be the "
+                f"name of a {_SUFFIX} file in the folder; fetch the file again"
+            )
+    return places
 
-    Raises:
-        ValueError: one line, if it is missing, no safetensors file, or cut short.
-    """
+
+def _file_of(folder: Path, name: str) -> Path:
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > _MAX_HEADER_BYTES:
-                raise ValueError
-            header = json.loads(file.read(length))
-            size = os.fstat(file.fileno()).st_size
-        header.pop("__metadata__", None)
-        first = 8 + length
-        entries = {
-            name: Entry(path, one["dtype"], tuple(one["shape"]), *(first + at for at in one["data_offsets"]))
-            for name, one in header.items()
-        }
-    except FileNotFoundError:
-        raise ValueError(f"{path}: does not exist; fetch it, or name the folder that holds it") from None
+        return member(folder, name)
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error):
-        raise ValueError(f"{path}: is not a safetensors file; fetch it again") from None
-    needed = max((entry.end for entry in entries.values()), default=0)
-    if size < needed:
-        raise ValueError(f"{path}: has {size} of {needed} bytes; fetch it again")
-    return dict(sorted(entries.items(), key=lambda item: item[1].begin))
+        reason = "does not exist" if error.errno == errno.ENOENT else f"cannot be read ({error.strerror})"
+        raise ValueError(f"{folder / name}: {reason}; fetch it, or name the folder that holds it") from None
 
 
 class RowReader:
@@ -142,7 +122,7 @@ class RowReader:
     def _open(self, path: Path) -> IO[bytes]:
         if self._file is None or self._path != path:
             self.close()
-            self._path, self._file = path, path.open("rb")
+            self._path, self._file = path, open_regular(path)
         return self._file
 
     def close(self) -> None:

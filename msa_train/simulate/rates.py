@@ -1,9 +1,11 @@
 """Kernel rates: how fast a device does the parts of a layer, measured or assumed, with sources."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from msa_train.foreign_files import one_line
 from msa_train.simulate.files import read_mapping
 
 RATE_NAMES = (
@@ -51,7 +53,7 @@ class KernelRates:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"kind={self.kind}: must be one of {', '.join(KINDS)}")
+            raise ValueError(f"kind={one_line(self.kind)}: must be one of {', '.join(KINDS)}")
         for name in RATE_NAMES:
             value = getattr(self, name)
             if value < 0 or (value == 0 and name != "layer_overhead_s"):
@@ -81,7 +83,8 @@ def load_rates(name_or_path: str) -> KernelRates:
     rates = values.get("rates")
     if not isinstance(rates, dict):
         raise ValueError(f"{path}: rates is missing; it must map each of {', '.join(RATE_NAMES)}")
-    unknown, missing = sorted(set(rates) - set(RATE_NAMES)), [n for n in RATE_NAMES if n not in rates]
+    unknown = sorted(one_line(str(name)) for name in rates if name not in RATE_NAMES)
+    missing = [name for name in RATE_NAMES if name not in rates]
     if unknown or missing:
         what = f"{unknown[0]} is not a rate" if unknown else f"{missing[0]} is missing"
         raise ValueError(f"{path}: {what}; needed are {', '.join(RATE_NAMES)}")
@@ -107,6 +110,9 @@ def _has_source(name: str, rate: Any) -> bool:
 
 def _number(name: str, value: Any) -> float:
     try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"rates.{name}={value}: must be a number") from None
+        number = float(value)
+        if not math.isfinite(number):
+            raise ValueError
+        return number
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"rates.{name}={one_line(str(value))}: must be a number") from None

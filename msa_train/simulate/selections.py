@@ -16,7 +16,6 @@ Chunks are unions over neighbouring queries, so that a recording of millions of 
 serves every layout and number of ranks whose shards are whole chunks.
 """
 
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,12 +26,7 @@ from numpy.typing import NDArray
 
 from msa_train.files import new_file
 from msa_train.simulate.placement import Placement
-
-FORMAT = "msa_selections 1"
-_FIELDS = (
-    "format", "seq_len", "block_size", "num_kv_heads", "topk", "first_token", "num_tokens", "chunk_tokens",
-    "cu_seqlens", "layers", "needed_bits", "sample_position", "sample_blocks", "source",
-)  # fmt: skip
+from msa_train.simulate.selection_files import FORMAT, read_part
 
 Bits = NDArray[np.bool_]
 
@@ -219,7 +213,7 @@ def read_selections(path: Path) -> list[RecordedSelections]:
     paths = sorted(path.glob("*.npz")) if path.is_dir() else [path]
     if not paths:
         raise ValueError(f"{path}: holds no .npz part of a recording; name another folder")
-    parts = sorted((_read_part(part) for part in paths), key=lambda part: int(part["first_token"]))
+    parts = sorted((read_part(part) for part in paths), key=lambda part: int(part["first_token"]))
     first = parts[0]
     for name in ("seq_len", "block_size", "num_kv_heads", "topk", "chunk_tokens", "cu_seqlens", "layers"):
         if any(not np.array_equal(part[name], first[name]) for part in parts):
@@ -251,29 +245,3 @@ def read_selections(path: Path) -> list[RecordedSelections]:
         )
         for row, layer in enumerate(first["layers"])
     ]
-
-
-def _read_part(path: Path) -> dict[str, NDArray]:
-    if not path.is_file():
-        raise ValueError(
-            f"{path}: cannot be read (no such file); name a recording, a file or a folder of parts"
-        )
-    try:
-        with np.load(path, allow_pickle=False) as part:
-            fields = {name: part[name] for name in part.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"{path}: is not an .npz file ({' '.join(str(error).split())}); record again"
-        ) from error
-    missing = [name for name in _FIELDS if name not in fields]
-    if missing or str(fields["format"]) != FORMAT:
-        raise ValueError(
-            f"{path}: is not a recording of selections ({FORMAT}); record it with SelectionRecorder"
-        )
-    shape = fields["needed_bits"].shape
-    num_blocks = int(fields["seq_len"]) // int(fields["block_size"])
-    chunks = int(fields["num_tokens"]) // int(fields["chunk_tokens"])
-    expected = (fields["layers"].shape[0], chunks, int(fields["num_kv_heads"]), -(-num_blocks // 8))
-    if shape != expected:
-        raise ValueError(f"{path}: needed_bits.shape={shape}: must be {expected}; record again")
-    return fields

@@ -41,6 +41,14 @@ META_NAME, MANIFEST_NAME, LATEST_NAME = "meta.json", "manifest.json", "latest"
 # meta.json's "content" of a checkpoint without optimizer; absent where there is everything
 WEIGHTS_CONTENT = "weights"
 FULL_CHECK_BYTES = 8 * 2**30
+_OPTIONAL: dict[str, dict[str, type]] = {
+    "layout": {f"{name}_size": int for name in ("dp", "cp", "ep", "tp", "pp")},
+    "bad_steps": {
+        **dict.fromkeys(("in_a_row", "skipped", "passed_over_tokens"), int),
+        **dict.fromkeys(("rollbacks", "recent_losses"), list),
+    },
+}
+"parts of meta.json that may be absent, with the kinds of their values"
 _PUBLISHED = re.compile(r"step_(\d{8,})")
 _READ_BYTES = 4 * 2**20
 _NAMED_DAMAGED = 4
@@ -280,7 +288,8 @@ class CheckpointStore:
         """Whether a run can go on from it whatever comes: not from one saved among bad steps."""
         if self.verify(step, full=False) is not None:
             return False
-        return not read_meta(self.path(step)).get("bad_steps", {}).get("in_a_row", 0)
+        record = read_meta(self.path(step)).get("bad_steps", {})
+        return not (isinstance(record, dict) and record.get("in_a_row"))
 
     def verify(self, step: int, *, full: bool = True) -> str | None:
         """None if the checkpoint is sound, else what is wrong with it.
@@ -607,6 +616,13 @@ def _meta_damage(folder: Path) -> str | None:
     for name, kind in {"step": int, "consumed_samples": int, "fingerprint": dict}.items():
         if not isinstance(meta.get(name), kind):
             return f"{META_NAME}: has no {name}"
+    # absent where another program or an older version wrote it
+    for name, kinds in _OPTIONAL.items():
+        values = meta.get(name, {})
+        if not isinstance(values, dict) or any(
+            type(value) is not kinds.get(key, type(value)) for key, value in values.items()
+        ):
+            return f"{META_NAME}: {name} is damaged"
     match = _PUBLISHED.fullmatch(folder.name)
     if match and int(match[1]) != meta["step"]:
         return f"{META_NAME}: is of step {meta['step']}"

@@ -7,11 +7,12 @@ leaves a note here; the training loop looks at it after every step, saves and en
 import json
 import signal
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import FrameType
 
 from msa_train.files import new_file
+from msa_train.foreign_files import read_record
 
 STOPPED_NAME = "stopped.json"
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
@@ -64,21 +65,16 @@ def read_stopped(run_dir: str | Path) -> Stopped | None:
     """The mark of the last start, None if that did not stop early.
 
     Raises:
-        ValueError: if it is damaged.
+        ValueError: one line, if the file is damaged.
     """
     path = Path(run_dir) / STOPPED_NAME
     try:
-        content = json.loads(path.read_bytes())
-        content.pop("time", None)
-        stopped = Stopped(**content)
-        signal.Signals[stopped.signal]
-        if type(stopped.step) is not int or type(stopped.saved) is not bool:
-            raise TypeError("step and saved")
+        content = read_record(path, {field.name: field.type for field in fields(Stopped)})
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: is damaged; remove it") from error
-    return stopped
+    if content["signal"] not in signal.Signals.__members__:
+        raise ValueError(f"{path}: is damaged; remove it")
+    return Stopped(**content)
 
 
 def clear_stopped(run_dir: str | Path) -> None:

@@ -5,6 +5,7 @@ state, random number generators and data position; meta.json says `"content": "w
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields
 from enum import Enum
 from pathlib import Path
@@ -53,6 +54,8 @@ def publish_weights(
     store = CheckpointStore(run_dir)
     if store.steps():
         raise ValueError(f"{run_dir}: has checkpoints already; name another folder, or remove {store.folder}")
+    made = [path for path in (run_dir, store.folder) if not path.exists()]
+    made = [path for path in run_dir.parents if not path.exists()] + made
     folder = store.begin(0)
     try:
         files = write(folder)
@@ -72,6 +75,10 @@ def publish_weights(
         return store.publish(0)
     except BaseException:
         store.abandon(0)
+        for path in sorted(made, reverse=True):
+            # not if something else is in it by now
+            with suppress(OSError):
+                path.rmdir()
         raise
 
 

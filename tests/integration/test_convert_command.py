@@ -194,6 +194,35 @@ def test_models_that_hugging_face_does_not_know(tmp_path: Path, capsys: pytest.C
     assert "is damaged (meta.json" in err
 
 
+def test_damage_on_either_side_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights that cannot be trained are not imported, one flipped bit of a checkpoint is not exported."""
+    write_checkpoint(tmp_path / "hf", small_m2(), M2_NAMING, shard_bytes=10**9)
+    weights = tmp_path / "hf/model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-8] + b"\xff" * 8)
+    code, _, err = run(capsys, "import", tmp_path / "hf", tmp_path / "new" / "ours")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "holds numbers that are not finite" in err
+    assert not (tmp_path / "new").exists()
+
+    weights.write_bytes(content)
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    (tmp_path / "hf/config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    code, _, err = run(capsys, "import", tmp_path / "hf", tmp_path / "ours")
+    assert (code, err.count("\n")) == (0, 1)
+    assert err.startswith("msa-convert: warning: config.json says dtype=bfloat16, the weights are float32; ")
+
+    file = next((tmp_path / "ours/checkpoints/step_00000000").glob("*.distcp"))
+    damaged = bytearray(file.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    file.write_bytes(damaged)
+    code, _, err = run(capsys, "export", tmp_path / "ours", tmp_path / "back")
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"is damaged (model file {file.name}: checksum); name another one" in err
+    assert not (tmp_path / "back").exists()
+    assert run(capsys, "export", tmp_path / "ours", tmp_path / "back", "--no-checksums")[0] == 0
+
+
 def test_help_needs_no_torch() -> None:
     text = (
         "import sys; from launchers import convert\ntry: convert.main(['--help'])\nexcept SystemExit: pass\n"

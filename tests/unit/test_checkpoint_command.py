@@ -75,6 +75,30 @@ def test_ls(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert row["size"] > sum(path.stat().st_size for path in newer.glob("*.distcp"))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"layout": "x"},
+        {"layout": {"cp_size": "2"}},
+        {"layout": None},
+        {"bad_steps": []},
+        {"bad_steps": {"rollbacks": 5}},
+        {"bad_steps": {"in_a_row": "\x1b[2J"}},
+    ],
+)
+def test_meta_of_other_kinds_is_damage(
+    change: dict[str, object], runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copy_as(runs / "torch", 10)
+    change_meta(folder, engine="\x1b[2Jtorch", **change)
+    code, out, err = run(capsys, "ls", runs / "torch")
+    assert (code, err) == (0, "")
+    assert all(line.isprintable() for line in out.splitlines())
+    assert out.splitlines()[2].endswith(f"{META_NAME}: {next(iter(change))} is damaged")
+    assert run(capsys, "verify", folder)[0] == 1
+    assert run(capsys, "prune", runs / "torch", "--keep-last", 1, "--dry-run")[0] == 0
+
+
 def test_verify(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     newer = copy_as(runs / "torch", 4)
     assert run(capsys, "verify", runs / "torch", runs / "megatron")[0] == 0

@@ -1,5 +1,7 @@
 """Tokenizers, made here with the tokenizers library."""
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +108,10 @@ def test_missing_file(tmp_path: Path) -> None:
     assert "is a directory" in _error(tmp_path, tmp_path).lower()
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"not json\n", b"\xff\xfe", b'{"model": {"type": "BPE"}}'])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{}", b"not json\n", b"\xff\xfe", b'{"model": {"type": "BPE"}}', b"[" * 100_000, b"[]", b"[NaN]"],
+)
 def test_unreadable_file(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "t.json").write_bytes(content)
     assert "is not a tokenizer.json of the tokenizers library" in _error(tmp_path, tmp_path / "t.json")
@@ -143,3 +148,146 @@ def test_byte_tokenizer_needs_257_rows(tmp_path: Path) -> None:
         ValueError, match=r"data.tokenizer=bytes: needs 257 rows, .*=256 is too small; .*=320"
     ):
         prepare_corpus(data, vocab_size=256)
+
+
+def _bytes_tokenizer(path: Path, *, special: bool = True, ignore_merges: bool = False) -> Path:
+    """A token per byte, <|endoftext|> for the end of a document, <|im_start|> besides."""
+    vocab = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    vocab |= {"<|endoftext|>": 256}
+    tokenizer: Any = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=ignore_merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not ignore_merges)
+    tokenizer.decoder = decoders.ByteLevel()
+    (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(["<|endoftext|>", "<|im_start|>"])
+    tokenizer.save(str(path))
+    return path
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_special_tokens_in_a_text_are_text(special: bool, tmp_path: Path) -> None:
+    """The end of a document is none, even where the file calls it an ordinary added token."""
+    path = _bytes_tokenizer(tmp_path / "t.json", special=special)
+    tokenizer, text = build_tokenizer(DataConfig(tokenizer=str(path))), b"a <|endoftext|> b <|endoftext|>"
+    ids = tokenizer.encode(text)
+    assert tokenizer.eod_id == 256
+    assert len(ids) == len(text)
+    assert (ids != 256).all()
+    lines = tokenizer.findings()
+    assert lines == [
+        f"data.tokenizer={path}: 2 special tokens are written in the text, most often <|endoftext|> (2); "
+        "they are taken for text"
+    ]
+    named = build_tokenizer(DataConfig(tokenizer=str(path), special_tokens=True))
+    assert named.encode(text + b"<|im_start|>")[[2, -2, -1]].tolist() == [256, 256, 257]
+    assert named.fingerprint != tokenizer.fingerprint
+    assert "they are taken for what they name (data.special_tokens=true)" in named.findings()[0]
+
+
+def test_no_word_of_a_vocabulary_ends_a_document(tmp_path: Path) -> None:
+    """Where the vocabulary has the end as a word too, a text with this word is cut there."""
+    path = _bytes_tokenizer(tmp_path / "t.json", ignore_merges=True)
+    library: Any = Tokenizer.from_file(str(path))
+    library.encode_special_tokens = True
+    assert 256 in library.encode("<|endoftext|>", add_special_tokens=False).ids
+    tokenizer = build_tokenizer(DataConfig(tokenizer=str(path)))
+    text = "<|endoftext|>"
+    assert library.decode(tokenizer.encode(text.encode()).tolist(), skip_special_tokens=False) == text
+    assert 256 not in tokenizer.encode(b"<|endoftext|>")
+
+    ordinary = tmp_path / "ordinary.json"
+    Tokenizer(models.WordLevel({"</s>": 0, "a": 1, "?": 2}, unk_token="?")).save(str(ordinary))
+    with pytest.raises(
+        ValueError, match=r"</s> is an ordinary entry of its vocabulary, which text can give, .*; add"
+    ):
+        build_tokenizer(DataConfig(tokenizer=str(ordinary)))
+
+
+def _lossy(kind: str) -> Any:
+    """Tokenizers of words a and b."""
+    made: dict[str, Any] = {
+        "BPE": models.BPE(vocab={"a": 0, "b": 1}, merges=[]),
+        "BPE with unknown": models.BPE(vocab={"a": 0, "b": 1, "?": 2}, merges=[], unk_token="?"),
+        "Unigram": models.Unigram([("a", -1.0), ("b", -2.0)]),
+        "Unigram with unknown": models.Unigram([("a", -1.0), ("b", -2.0), ("?", -9.0)], unk_id=2),
+        "WordPiece": models.WordPiece({"a": 0, "b": 1}, unk_token="?"),
+        "WordPiece with unknown": models.WordPiece({"a": 0, "b": 1, "?": 2}, unk_token="?"),
+        "WordLevel": models.WordLevel({"a": 0, "b": 1}, unk_token="?"),
+        "WordLevel with unknown": models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"),
+    }
+    tokenizer: Any = Tokenizer(made[kind])
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["</s>"])
+    return tokenizer
+
+
+LOSSES = {
+    "BPE": "2 of 8 characters have no token and are lost, 25.0% where data.max_unknown=0.01 are allowed; ",
+    "BPE with unknown": "2 of 8 tokens are the unknown one, 25.0% where",
+    "Unigram": "cannot encode the corpus (",
+    "Unigram with unknown": "1 of 7 tokens are the unknown one, 14.3% where",
+    "WordPiece": "cannot encode the corpus (",
+    "WordPiece with unknown": "1 of 7 tokens are the unknown one, 14.3% where",
+    "WordLevel": "cannot encode the corpus (",
+    "WordLevel with unknown": "1 of 7 tokens are the unknown one, 14.3% where",
+}
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_text_that_a_tokenizer_loses(kind: str, tmp_path: Path) -> None:
+    """Refused above a share, told below it; nothing is left in the cache."""
+    path = tmp_path / "t.json"
+    _lossy(kind).save(str(path))
+    message = _error(tmp_path, path, text="a b a b a b \u4f60\u597d".encode())
+    assert message.startswith(f"data.tokenizer={path}: {LOSSES[kind]}"), message
+    assert not list((tmp_path / "cache").iterdir())
+    data = _data(tmp_path, tmp_path / "a.txt", path)
+    data.max_unknown = 0.5
+    told: list[str] = []
+    if "cannot" in LOSSES[kind]:
+        with pytest.raises(ValueError, match="cannot encode the corpus"):
+            prepare_corpus(data, vocab_size=300)
+    else:
+        prepare_corpus(data, vocab_size=300, log=told.append)
+        assert any(
+            line.startswith(f"data.tokenizer={path}: {LOSSES[kind].partition(',')[0]} (") for line in told
+        )
+
+
+def test_known_text_is_not_told(tmp_path: Path) -> None:
+    for kind in LOSSES:
+        _lossy(kind).save(str(tmp_path / "t.json"))
+        tokenizer = build_tokenizer(DataConfig(tokenizer=str(tmp_path / "t.json")))
+        assert tokenizer.encode(b"a b  a\n").tolist() == [0, 1, 0]
+        assert tokenizer.findings() == []
+
+
+def test_tokens_are_no_matter_of_chance(tmp_path: Path) -> None:
+    """Dropout is for training a tokenizer's user on noise; a cache would keep one throw of the dice."""
+    path = _tokenizer_json(tmp_path)
+    want = build_tokenizer(DataConfig(tokenizer=str(path))).encode(TEXT.encode())
+    settings = json.loads(path.read_text())
+    settings["model"]["dropout"] = 0.5
+    path.write_text(json.dumps(settings))
+    assert build_tokenizer(DataConfig(tokenizer=str(path))).encode(TEXT.encode()).tolist() == want.tolist()
+
+
+def test_tokenizer_that_is_no_regular_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, reason in (("/dev/zero", "a device"), (f"{tmp_path}/pipe", "a pipe")):
+        message = _error(tmp_path, Path(path))
+        assert message.startswith(
+            f"data.tokenizer={path}: cannot be read (is {reason}, not a regular file); give"
+        )
+
+
+def test_panics_of_the_library_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are no Exception."""
+    path = _tokenizer_json(tmp_path)
+
+    class Panic(BaseException):
+        pass
+
+    def panic(*_arguments: object) -> None:
+        raise Panic("called `Option::unwrap()`\non a `None` value")
+
+    monkeypatch.setattr("tokenizers.Tokenizer.from_str", panic)
+    assert "is not a tokenizer.json of the tokenizers library (called `Option::" in _error(tmp_path, path)

@@ -166,8 +166,46 @@ REFUSED = {
     "sparse_attention_config.sparse_disable_index_value=": m3(sparse_disable_index_value=[0] * 60),
     "rotary_dim=32: transformers rotates 64 of 128": m3(rotary_dim=32),
     "rotary_dim=64: transformers rotates 128 of 128": m3(partial_rotary_factor=...),
-    "rope_parameters.rope_type=yarn: ": m3(rope_scaling={"rope_type": "yarn", "factor": 2.0}),
-    "rope_theta=5000000: rope_parameters say 1.0": m3(rope_parameters={"rope_theta": 1.0}),
+    "rope_scaling.rope_type=yarn: ": m3(rope_scaling={"rope_type": "yarn", "factor": 2.0}),
+    "rope_scaling.type=linear: is not implemented here": m3(
+        rope_parameters={"rope_type": "default", "rope_theta": 5e6},
+        rope_scaling={"type": "linear", "factor": 2.0},
+    ),
+    "rope_scaling={'partial_rotary_factor': 1.0}: transformers takes this in place of rope_parameters": m3(
+        rope_parameters={"rope_theta": 5e6}, rope_scaling={"partial_rotary_factor": 1.0}
+    ),
+    "rope_parameters.factor=2.0: ": m3(rope_parameters={"rope_type": "default", "factor": 2.0}),
+    "rope_scaling=linear: must be an object": m3(rope_scaling="linear"),
+    "rope_theta=5e+06: rope_parameters say 1;": m3(rope_parameters={"rope_theta": 1.0}),
+    "rope_theta=5e6: must be a number above 0": m3(rope_theta="5e6"),
+    "rope_theta=0: must be a number above 0": m3(rope_theta=0),
+    "partial_rotary_factor=0.5: must be a number": m3(partial_rotary_factor="0.5"),
+    "hidden_size=6144: must be a whole number from 1 on": m3(hidden_size="6144"),
+    "hidden_size=6144.0: ": m3(hidden_size=6144.0),
+    "hidden_size=None: ": m3(hidden_size=None),
+    "hidden_size=True: ": m3(hidden_size=True),
+    "hidden_size=[6144]: ": m3(hidden_size=[6144]),
+    "hidden_size=-1: ": m3(hidden_size=-1),
+    "hidden_size=1000000000000: ": m3(hidden_size=10**12),
+    "num_hidden_layers=100000: must be at most 4,096": m3(num_hidden_layers=100_000),
+    "num_local_experts=100000: must be at most 1,048,576 over all 60 layers": m3(num_local_experts=100_000),
+    "num_attention_heads=100000: must be at most 1,048,576 over all": m3(num_attention_heads=100_000),
+    "num_experts=64: num_local_experts says 128": m3(num_experts=64),
+    "rms_norm_eps=inf: must be a number above 0": m3(rms_norm_eps=float("inf")),
+    "rms_norm_eps=1e-06: ": m3(rms_norm_eps="1e-06"),
+    "rms_norm_eps=None: ": m3(rms_norm_eps=None),
+    "tie_word_embeddings=false: must be true or false": m3(tie_word_embeddings="false"),
+    "moe_layer_freq=1: must be a list": m3(moe_layer_freq=1),
+    "layer_types=[['full_attention']]: must be a list of an entry per layer": m3(
+        layer_types=[["full_attention"]]
+    ),
+    "sparse_attention_config.sparse_attention_freq=1: must be a list": m3(sparse_attention_freq=1),
+    "index_topk_blocks=16: must be a whole number": m3(sparse_topk_blocks="16"),
+    "index_topk_blocks=None: ": m3(sparse_topk_blocks=None),
+    "quantization_config.weight_block_size=0: ": M2
+    | {"quantization_config": {"quant_method": "fp8", "weight_block_size": [0, 128]}},
+    "attn_type_list=5: must be a list": M2 | {"attn_type_list": 5},
+    "evil ?]0;x?=5: this field is not known here": M2 | {"evil \x1b]0;x\x07": 5},
     "new_field=3: this field is not known here": m3(new_field=3),
     "quantization_config.quant_method=mxfp8: ": M2
     | {"quantization_config": {"quant_method": "mxfp8", "weight_block_size": [1, 32]}},
@@ -195,6 +233,19 @@ def test_extension_changes_theta_and_selection(config: dict[str, Any]) -> None:
     if hf.family is Family.m3:
         hf.attention.topk, hf.attention.block_size, hf.attention.local_blocks = 32, 64, 2
     assert read_hf_config(extend_hf_config(config, hf.model, hf.attention)) == hf
+
+
+def test_what_is_said_twice_may_agree() -> None:
+    rope = {"rope_type": "default", "rope_theta": 5000000, "partial_rotary_factor": 0.5}
+    want = read_hf_config(m3())
+    assert read_hf_config(m3(rope_parameters=rope)) == want
+    assert read_hf_config(m3(rope_scaling=rope, rope_parameters=rope)) == want
+    assert read_hf_config(m3(rope_scaling=None, rope_parameters=rope, rope_theta=None)) == want
+    few = M2 | {"num_experts": 256}
+    assert read_hf_config(few) == read_hf_config(M2)
+    del few["num_local_experts"]
+    few["num_experts"] = 128
+    assert read_hf_config(few).model.num_experts == 128
 
 
 def test_fields_can_be_ignored() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from msa_train.model.hf_config import read_hf_config
+from msa_train.model.hf_contents import ContentCheck, dtype_warning
 from msa_train.model.hf_export import plan_export, read_config_file, write_export
 from msa_train.model.hf_import import BOX_BYTES, Box, boxes, check_unplaced, plan_import, write_import
 from msa_train.model.hf_names import M2_NAMING, M3_NAMING, M3_TEXT_NAMING, Naming
@@ -19,11 +20,12 @@ from msa_train.model.safetensors_files import (
     SINGLE_NAME,
     NewTensor,
     RowReader,
+    dtype_name,
     pack_files,
-    read_header,
     read_index,
     write_file,
 )
+from msa_train.model.safetensors_header import read_header
 from msa_train.model.sharded_files import ShardedReader, ShardedWriter
 from tests.helpers.hf_files import read_tensors, small_m2, small_m3, write_checkpoint
 
@@ -357,3 +359,65 @@ def test_a_failed_export_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space"):
         write_export(plan_export(ours, *small_m2()), tmp_path / "back", fail)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "ours"]
+
+
+def rewrite(folder: Path, tensors: dict[str, Tensor]) -> None:
+    new = [
+        NewTensor(key, dtype_name(t.dtype), tuple(t.shape), t.nbytes, lambda t=t: iter([t]))
+        for key, t in tensors.items()
+    ]
+    write_file(folder / SINGLE_NAME, new, ignore)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.1.self_attn.k_norm.weight"])
+def test_numbers_that_are_not_finite_are_refused(name: str, value: float, tmp_path: Path) -> None:
+    tensors = write_checkpoint(
+        tmp_path / "hf", small_m2(), M2_NAMING, dtype=torch.bfloat16, shard_bytes=10**9
+    )
+    tensors[name][7] = value
+    rewrite(tmp_path / "hf", tensors)
+    with pytest.raises(ValueError, match=rf"^tensor {name}: row 7 holds numbers that are not finite; "):
+        convert(tmp_path / "hf", tmp_path / "ours")
+
+
+def test_half_a_file_of_zeros_is_refused(tmp_path: Path) -> None:
+    """A download that reserved its space and broke off."""
+    write_checkpoint(tmp_path / "hf", small_m3(), M3_TEXT_NAMING, shard_bytes=10**9)
+    path = tmp_path / "hf" / SINGLE_NAME
+    content = path.read_bytes()
+    for share in (0.2, 0.5, 0.8):
+        kept = int(share * len(content))
+        path.write_bytes(content[:kept] + bytes(len(content) - kept))
+        with pytest.raises(ValueError, match=r"^tensor \S+: is zeros all over, .*or --allow-zeros"):
+            convert(tmp_path / "hf", tmp_path / f"ours{share}")
+
+
+def test_rows_of_zeros_are_told(tmp_path: Path) -> None:
+    """Tokens that do not exist may have such rows; vectors and a matrix that is meant so may be zeros."""
+    tensors = write_checkpoint(tmp_path / "hf", small_m2(), M2_NAMING, shard_bytes=10**9)
+    tensors["lm_head.weight"][50:] = 0
+    tensors["model.norm.weight"][:] = 0
+    matrix = "model.layers.0.self_attn.o_proj.weight"
+    tensors[matrix][:] = 0
+    rewrite(tmp_path / "hf", tensors)
+    plan = plan_import(tmp_path / "hf", read_hf_config(read_config_file(tmp_path / "hf")))
+    (tmp_path / "ours").mkdir()
+    with pytest.raises(ValueError, match=rf"^tensor {matrix}: is zeros all over"):
+        write_import(plan, tmp_path / "ours", ignore, check=ContentCheck(plan.table.hf_shapes))
+    check = ContentCheck(plan.table.hf_shapes, allow_zeros=True)
+    write_import(plan, tmp_path / "ours", ignore, check=check, box_bytes=500)
+    assert sorted(check.warnings()) == [
+        "tensor lm_head.weight: 11 of 61 rows are zeros",
+        f"tensor {matrix}: 24 of 24 rows are zeros",
+    ]
+
+
+def test_dtype_of_another_model_is_told() -> None:
+    stored = {torch.bfloat16}
+    assert dtype_warning({"dtype": "bfloat16"}, stored) is None
+    assert dtype_warning({"torch_dtype": "auto", "text_config": {"dtype": "bfloat16"}}, stored) is None
+    assert dtype_warning({"dtype": ["x"]}, stored) is None
+    line = dtype_warning({"text_config": {"torch_dtype": "float32"}}, stored)
+    assert line is not None
+    assert line.startswith("config.json says torch_dtype=float32, the weights are bfloat16; ")

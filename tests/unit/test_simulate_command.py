@@ -183,7 +183,7 @@ def test_clusters_from_files(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     ):
         load_cluster(str(path))
     path.write_text("a: [")
-    with pytest.raises(ValueError, match="is not valid YAML or JSON"):
+    with pytest.raises(ValueError, match="is not YAML"):
         load_cluster(str(path))
     path.write_text("- 3")
     with pytest.raises(ValueError, match="must hold names with values, holds list"):

@@ -186,7 +186,7 @@ class Trainer:
         probed = config.logging.attention_every > 0 and step % config.logging.attention_every == 0
         batch = make_batch(packs, groups, probe_seed=config.train.seed + step if probed else None)
         result = self._train(step, stage, batch, rates)
-        counts = self.guard.count()
+        counts = self.guard.count(result)
         values: dict[str, Any] = {"lr": rates.backbone, "index_lr": rates.index, "stage": stage.index}
         shown = step % config.logging.every == 0 or self._due(step, config.train.validate_every)
         # The norm is the same on all ranks: all of them gather what led to it.

@@ -38,8 +38,8 @@ class StepBatch:
     """packs: this data-parallel rank's; the counts are over all ranks' packs of the step.
 
     num_labels: tokens with a label, the divisor of the language-model loss. num_tokens: real tokens, the
-    divisor of the KL loss. num_packs: packs. probe_seed: seed of the queries of the first pack whose
-    attention is looked at; None: of none.
+    divisor of the KL loss. num_packs: packs. probe_seed: seed of the queries whose attention is looked at, in
+    the first pack of the step; None: of none. has_first: whether that pack is among this rank's.
     """
 
     packs: Sequence[Pack]
@@ -47,10 +47,11 @@ class StepBatch:
     num_tokens: int
     num_packs: int
     probe_seed: int | None = None
+    has_first: bool = True
 
     def probe_seed_of(self, pack: Pack) -> int | None:
-        """The seed, for the first pack."""
-        return self.probe_seed if pack is self.packs[0] else None
+        """The seed, for the first pack of the step: the same queries however packs are dealt."""
+        return self.probe_seed if self.has_first and pack is self.packs[0] else None
 
 
 def make_batch(packs: Sequence[Pack], groups: Groups, *, probe_seed: int | None = None) -> StepBatch:
@@ -66,6 +67,7 @@ def make_batch(packs: Sequence[Pack], groups: Groups, *, probe_seed: int | None 
         num_tokens=max(num_tokens, 1),
         num_packs=num_packs,
         probe_seed=probe_seed,
+        has_first=groups.dp_rank == 0,
     )
 
 

@@ -3,24 +3,20 @@
 import ctypes
 import faulthandler
 import importlib
-import json
 import logging
 import os
 import signal
 import sys
-import time
-import traceback
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 from launchers.command_line import leave
 from launchers.compose import load_run
 from msa_train.config import RunConfig
 from msa_train.training import stop
+from msa_train.training.last_words import LAUNCHER_PID, record
 
 TRAINING = "msa_train.training.main:run_worker"
-LAUNCHER_PID = "MSA_TRAIN_LAUNCHER_PID"
 PR_SET_PDEATHSIG = 1
 
 
@@ -51,7 +47,7 @@ def run_entry(config: RunConfig, entry: str = TRAINING) -> None:
         module, _, function = entry.partition(":")
         getattr(importlib.import_module(module), function)(config)
     except Exception as error:
-        _record(error)
+        record(error)
         leave(1)
 
 
@@ -84,24 +80,6 @@ def _follow_launcher() -> None:
     # it may have ended before the request was made
     if os.getppid() != int(launcher):
         os._exit(1)
-
-
-def _record(error: Exception) -> None:
-    rank = os.environ.get("RANK", "0")
-    text = "".join(traceback.format_exception(error))
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if file:
-        now = time.time()
-        extra = {"py_callstack": text, "timestamp": str(int(now)), "time": now}
-        message = f"{type(error).__name__}: {error}"
-        partial = Path(f"{file}.partial")
-        partial.write_text(
-            json.dumps({"message": {"message": message, "extraInfo": extra}}), encoding="utf-8"
-        )
-        partial.replace(file)
-    # The local launcher prints the first failure; rank 0 shares its terminal and must not repeat or drown it.
-    if LAUNCHER_PID not in os.environ or rank != "0":
-        print(f"msa-train: rank {rank} failed\n{text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from msa_train.parallel.exchange_cost import ExchangeRates
 from msa_train.parallel.exchange_plan import ExchangeShape
-from msa_train.parallel.faults import FaultWatch
+from msa_train.parallel.fault_watch import FaultWatch
 from msa_train.parallel.messages import start_messages, start_row_exchange
 
 # torch 2.13 renamed these two and warns about the old names; 2.11 has only the old ones.

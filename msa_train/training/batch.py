@@ -26,6 +26,7 @@ from msa_train.model.transformer_config import DTYPES
 from msa_train.parallel.attention_probe import ProbeQueries, sample_queries
 from msa_train.parallel.collectives import CpComm
 from msa_train.parallel.exchange_cost import choose_full_exchange
+from msa_train.parallel.fault_watch import watched
 from msa_train.parallel.groups import Groups
 from msa_train.parallel.head_exchange import token_order
 from msa_train.parallel.layout import ShardLayout
@@ -59,7 +60,8 @@ def make_batch(packs: Sequence[Pack], groups: Groups, *, probe_seed: int | None 
     labels = sum(int((pack.labels != IGNORE_LABEL).sum()) for pack in packs)
     tokens = sum(int(pack.doc_lengths.sum()) for pack in packs)
     counts = torch.tensor([labels, tokens, len(packs)], dtype=torch.int64, device=groups.device)
-    dist.all_reduce(counts, group=groups.dp)
+    with watched("step_counts"):
+        dist.all_reduce(counts, group=groups.dp)
     num_labels, num_tokens, num_packs = counts.tolist()
     return StepBatch(
         packs=packs,

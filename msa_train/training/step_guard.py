@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from msa_train.config import RunConfig, Stage, plan_stages, stage_at
+from msa_train.parallel.fault_watch import watched
 from msa_train.parallel.groups import Groups
 from msa_train.training.bad_steps import BadSteps, RollbackError, log_event
 from msa_train.training.batch import StepBatch
@@ -48,7 +49,8 @@ class StepGuard:
             counted = result.lm_loss_sum if self.engine.counts_loss() else 0.0
             kl_sum = sum(float(kl) for kl in result.stats.kl.values())
             total = torch.tensor([counted, kl_sum], dtype=torch.float64, device=self.groups.device)
-            dist.all_reduce(total)
+            with watched("judge"):
+                dist.all_reduce(total)
             loss_sum, kl = total.tolist()
             loss = loss_sum / batch.num_labels
             complaint = self.bad_steps.complaint(loss, result.grad_norm, kl)

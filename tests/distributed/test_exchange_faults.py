@@ -197,8 +197,8 @@ def test_the_others_end_and_name_the_lost_rank(scene: Scene, errors: dict[str, d
     survivors = errors[scene.name]
     assert sorted(survivors) == [rank for rank in range(scene.size) if rank != VICTIM], "a rank hung"
     for rank, text in survivors.items():
-        assert f"cp rank {rank} lost the others" in text
-        assert f"cp rank {VICTIM} does not answer and is dead or stalled" in text, text
+        assert f"rank {rank} lost the others" in text
+        assert f": rank {VICTIM} does not answer and is dead or stalled; " in text, text
         assert "\n" not in text
     # What is on the wire together is waited for one after the other.
     together = (

@@ -20,6 +20,7 @@ from msa_train.parallel.faults import (
     describe,
     has_lost_others,
     is_out_of_memory,
+    reason_of,
 )
 
 # Of the process, which is in one job: for collectives that know no `CpComm`.
@@ -129,7 +130,16 @@ class FaultWatch:
         if is_out_of_memory(error):
             return error
         self._site = Site(layer, purpose, True, num_bytes)
-        return self._explain(" ".join(str(error).split()), set())
+        return self._explain(reason_of(error), set())
+
+    def ending(self, error: Exception) -> Exception:
+        """What a rank ends with that has raised this anywhere: names who was lost, or tells the others."""
+        if isinstance(error, RuntimeError) and has_lost_others(error):
+            site = self._site
+            return self.failure(site.layer, site.purpose, site.num_bytes, error)
+        if not isinstance(error, ExchangeError):
+            self.tell(error)
+        return error
 
     def tell(self, error: BaseException) -> None:
         """This rank ends by an error of its own; the others will say so when they miss it."""
@@ -151,7 +161,7 @@ class FaultWatch:
         try:
             verdict = self._ask(silent)
         except Exception as error:
-            why = " ".join(str(error).split())[:100]
+            why = reason_of(error)[:100]
             return ExchangeError(
                 f"{here}: {lost}; the job's store is gone too, its host may be missing ({why})"
             )

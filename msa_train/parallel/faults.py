@@ -14,6 +14,7 @@ import re
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 # Seconds between looks at the store, and until a rank that does not answer counts as missing.
 POLL_S = 0.5
@@ -49,6 +50,13 @@ _POINTS = {
     "full_kv": "fetching keys and values of a full-attention layer",
     "full_kv_again": "fetching keys and values of a full-attention layer again",
     "full_kv_grad": "returning gradients of keys and values of a full-attention layer",
+    "index_query": "moving index queries to ranks with less work",
+    "full_query": "moving queries of a full-attention layer to ranks with less work",
+    "full_query_grad": "returning gradients of queries that moved",
+    "heads": "trading tokens for KV groups",
+    "heads_grad": "returning gradients of traded tokens",
+    "probe": "comparing the selection with full attention",
+    "calibration": "measuring rates of the exchange",
     "expert": "exchanging tokens with the experts' ranks",
     "step_counts": "counting the tokens of a step",
     "grad": "reducing gradients",
@@ -72,7 +80,15 @@ class ExchangeError(RuntimeError):
 
 def has_lost_others(error: BaseException) -> bool:
     """Whether a collective raised this because another rank is gone or late."""
-    return isinstance(error, RuntimeError) and bool(_LOST.search(f"{type(error).__name__}: {error}"))
+    # Errors of our own may quote such words, and say more.
+    if type(error) is not RuntimeError and not isinstance(error, dist.DistError):
+        return False
+    return bool(_LOST.search(f"{type(error).__name__}: {error}"))
+
+
+def reason_of(error: BaseException) -> str:
+    """Its text on one line, without the places in the source of libraries that gloo and NCCL begin with."""
+    return " ".join(re.sub(r"\[/[^\]]*\]", "", str(error)).split())
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -38,9 +38,10 @@ def run_worker(config: RunConfig) -> None:
     try:
         _work(config, device, watch)
     except Exception as error:
-        if watch is not None:
-            watch.tell(error)
-        raise
+        ending = error if watch is None else watch.ending(error)
+        if ending is error:
+            raise
+        raise ending from error
 
 
 def _work(config: RunConfig, device: torch.device, watch: FaultWatch | None) -> None:

@@ -8,7 +8,8 @@ from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
 
 from msa_train.parallel import fault_watch
 from msa_train.parallel.fault_watch import FaultWatch, watched
-from msa_train.parallel.faults import ExchangeError, has_lost_others, is_out_of_memory
+from msa_train.parallel.faults import ExchangeError, has_lost_others, is_out_of_memory, reason_of
+from msa_train.training.together import CheckpointError
 
 TIMEOUT_S = 20.0
 
@@ -154,8 +155,21 @@ def test_collectives_of_the_run_name_their_point() -> None:
         raise RuntimeError("shapes differ")
 
 
+def test_what_no_point_has_named_is_named_at_the_end() -> None:
+    """Of a collective within a library; errors that say more stay what they are."""
+    first, second = ranks_of(2)
+    second._answer()
+    first.at(1, "kv", 0)
+    lost = first.ending(RuntimeError("Connection closed by peer"))
+    assert str(lost).startswith("layer 1, fetching keys and values (kv): rank 0 lost the others (Connection")
+    own = CheckpointError("checkpoint of step 3 could not be saved: rank 1: TimeoutError: timed out")
+    assert ranks_of(2)[0].ending(own) is own
+
+
 def test_what_a_lost_rank_looks_like() -> None:
     for text in ("Connection closed by peer", "Timed out waiting 20000ms for send operation", "Broken pipe"):
         assert has_lost_others(RuntimeError(text))
+    gloo = RuntimeError("[/x/gloo/pair.cc:5] Timed out waiting\n20000ms")
+    assert reason_of(gloo) == "Timed out waiting 20000ms"
     assert not has_lost_others(RuntimeError("the size of tensor a must match"))
     assert not is_out_of_memory(RuntimeError("Connection closed by peer"))

@@ -94,10 +94,11 @@ class AllToAllDispatcher(MoETokenDispatcher):
         num_local_experts: int,
         config: MsaTransformerConfig,
         pg_collection: ProcessGroupCollection,
-        layer_number: int = 0,
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
-        self.num_local_experts, self.layer_number = num_local_experts, layer_number
+        self.num_local_experts = num_local_experts
+        # for messages; 0 until it is known
+        self.layer_number = 0
 
     def dispatch_preprocess(
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
@@ -197,6 +198,11 @@ class ExpertLayer(MoELayer):
     ) -> None:
         pg_collection = pg_collection or get_default_pg_collection()
         super().__init__(config, submodules, layer_number, pg_collection, **kwargs)
-        self.token_dispatcher = AllToAllDispatcher(
-            self.num_local_experts, config, pg_collection, layer_number or 0
-        )
+        self.token_dispatcher = AllToAllDispatcher(self.num_local_experts, config, pg_collection)
+        self.token_dispatcher.layer_number = layer_number or 0
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Megatron's layers tell it after they have built this one."""
+        super().set_layer_number(layer_number)
+        assert isinstance(self.token_dispatcher, AllToAllDispatcher), "built here"
+        self.token_dispatcher.layer_number = layer_number

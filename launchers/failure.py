@@ -12,7 +12,8 @@ from pathlib import Path
 SECONDARY = re.compile(
     r"connection (closed|reset|refused|was closed)|broken pipe|socket (closed|timeout)|timed out|timeout"
     r"|remote process exited|peer closed|communicator (was|is) aborted|ncclRemoteError|ncclSystemError"
-    r"|read error|write error|DistStoreError|DistNetworkError|recvValue failed|failed to (recv|send)",
+    r"|read error|write error|DistStoreError|DistNetworkError|recvValue failed|failed to (recv|send)"
+    r"|lost the others|no answer from the job's store",
     re.IGNORECASE,
 )
 LOG_TAIL_LINES = 30

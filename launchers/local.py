@@ -27,13 +27,14 @@ from launchers.failure import WorkerFailure, report
 from launchers.join import Node
 from launchers.output import say
 from launchers.private_store import OneMachine, private_store
-from launchers.worker import LAUNCHER_PID, TRAINING
+from launchers.worker import TRAINING
 from msa_train.config.environment import STORE_FILE
 from msa_train.training import stop
+from msa_train.training.last_words import LAUNCHER_PID
 
 MONITOR_INTERVAL_S = 0.1
-# between the polite signal and SIGKILL for workers that have lost another one
-GRACE_S = 10
+# between SIGINT, which ends a worker at once, and SIGKILL for those that are stopped
+GRACE_S = 3
 # until workers are asked again to stop: one that was just starting may not have heard it
 ASK_AGAIN_S = 5.0
 # for all nodes to come together

@@ -3,25 +3,21 @@
 import ctypes
 import faulthandler
 import importlib
-import json
 import logging
 import os
 import signal
 import sys
-import time
-import traceback
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 from launchers.command_line import leave
 from launchers.compose import load_run
-from launchers.output import say, steady_output
-from msa_train.config import RunConfig, one_line
+from launchers.output import steady_output
+from msa_train.config import RunConfig
 from msa_train.training import stop
+from msa_train.training.last_words import LAUNCHER_PID, record
 
 TRAINING = "msa_train.training.main:run_worker"
-LAUNCHER_PID = "MSA_TRAIN_LAUNCHER_PID"
 PR_SET_PDEATHSIG = 1
 _STDOUT_LOST = "msa-train: warning: stdout is lost, the run goes on"
 
@@ -55,7 +51,7 @@ def run_entry(config: RunConfig, entry: str = TRAINING) -> None:
             module, _, function = entry.partition(":")
             getattr(importlib.import_module(module), function)(config)
         except Exception as error:
-            _record(error)
+            record(error)
             leave(1)
 
 
@@ -88,35 +84,6 @@ def _follow_launcher() -> None:
     # it may have ended before the request was made
     if os.getppid() != int(launcher):
         os._exit(1)
-
-
-def _record(error: Exception) -> None:
-    rank = os.environ.get("RANK", "0")
-    text = "" if _is_plain(error) else "".join(traceback.format_exception(error))
-    file, is_recorded = os.environ.get("TORCHELASTIC_ERROR_FILE"), False
-    if file:
-        now = time.time()
-        extra = {"py_callstack": text, "timestamp": str(int(now)), "time": now}
-        message = f"{type(error).__name__}: {error}"
-        partial = Path(f"{file}.partial")
-        content = json.dumps({"message": {"message": message, "extraInfo": extra}})
-        try:
-            partial.write_text(content, encoding="utf-8")
-            partial.replace(file)
-            is_recorded = True
-        except OSError as full:
-            # the disk may be what failed in the first place; the terminal takes it in any case
-            say(f"msa-train: {file}: {full.strerror}", error=True)
-    # The local launcher prints the first failure; rank 0 shares its terminal and must not repeat or drown it.
-    if LAUNCHER_PID not in os.environ or rank != "0" or not is_recorded:
-        told = f"failed\n{text}" if text else f"failed: {one_line(error)}"
-        say(f"msa-train: rank {rank} {told}", lines=True, error=True)
-
-
-def _is_plain(error: Exception) -> bool:
-    """Whether the text says all: no rank has done anything yet that a traceback could explain."""
-    module = sys.modules.get("msa_train.parallel.job_store")
-    return module is not None and isinstance(error, module.JobIncompleteError)
 
 
 if __name__ == "__main__":

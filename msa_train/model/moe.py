@@ -26,6 +26,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from torch import Tensor
 
 from msa_train.model.transformer_config import MsaTransformerConfig
+from msa_train.parallel.fault_watch import watched
 from msa_train.parallel.messages import start_row_exchange
 
 _ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
@@ -96,6 +97,8 @@ class AllToAllDispatcher(MoETokenDispatcher):
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
         self.num_local_experts = num_local_experts
+        # for messages; 0 until it is known
+        self.layer_number = 0
 
     def dispatch_preprocess(
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
@@ -107,7 +110,8 @@ class AllToAllDispatcher(MoETokenDispatcher):
         counts = routing_map.sum(0).view(self.ep_size, self.num_local_experts)
         # received[p, l]: tokens that rank p sends to local expert l.
         received = torch.empty_like(counts)
-        dist.all_to_all_single(received, counts, group=self.ep_group)
+        with watched("expert", self.layer_number):
+            dist.all_to_all_single(received, counts, group=self.ep_group)
         on_host = torch.stack((counts, received)).cpu()
         self.received = on_host[1]
         self.send, self.receive = on_host.sum(2).tolist()
@@ -119,8 +123,8 @@ class AllToAllDispatcher(MoETokenDispatcher):
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens and their probabilities to the experts' ranks."""
         return (
-            _AllToAll.apply(self.ep_group, hidden_states, self.receive, self.send),
-            _AllToAll.apply(self.ep_group, probs, self.receive, self.send),
+            _AllToAll.apply(self.ep_group, hidden_states, self.receive, self.send, self.layer_number),
+            _AllToAll.apply(self.ep_group, probs, self.receive, self.send, self.layer_number),
         )
 
     def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,7 +147,7 @@ class AllToAllDispatcher(MoETokenDispatcher):
 
     def token_combine(self, hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
         """Expert outputs back to the tokens' ranks."""
-        return _AllToAll.apply(self.ep_group, hidden_states, self.send, self.receive)
+        return _AllToAll.apply(self.ep_group, hidden_states, self.send, self.receive, self.layer_number)
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
         """Sum each token's expert outputs, in the original order."""
@@ -161,19 +165,22 @@ class _AllToAll(torch.autograd.Function):
     """Uneven all-to-all of rows; the gradient takes the way back."""
 
     @staticmethod
-    def forward(ctx: Any, group: dist.ProcessGroup, x: Tensor, receive: list[int], send: list[int]) -> Tensor:
-        ctx.arguments = (group, receive, send)
+    def forward(
+        ctx: Any, group: dist.ProcessGroup, x: Tensor, receive: list[int], send: list[int], layer: int
+    ) -> Tensor:
+        ctx.arguments = (group, receive, send, layer)
         if group.size() == 1:
             return x.clone()
         out, x = x.new_empty(sum(receive), *x.shape[1:]), x.contiguous()
-        for work in start_row_exchange(group, out, x, receive, send):
-            work.wait()
+        with watched("expert", layer):
+            for work in start_row_exchange(group, out, x, receive, send):
+                work.wait()
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        group, receive, send = ctx.arguments
-        return None, _AllToAll.apply(group, grad, send, receive), None, None
+        group, receive, send, layer = ctx.arguments
+        return None, _AllToAll.apply(group, grad, send, receive, layer), None, None, None
 
 
 class ExpertLayer(MoELayer):
@@ -192,3 +199,10 @@ class ExpertLayer(MoELayer):
         pg_collection = pg_collection or get_default_pg_collection()
         super().__init__(config, submodules, layer_number, pg_collection, **kwargs)
         self.token_dispatcher = AllToAllDispatcher(self.num_local_experts, config, pg_collection)
+        self.token_dispatcher.layer_number = layer_number or 0
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Megatron's layers tell it after they have built this one."""
+        super().set_layer_number(layer_number)
+        assert isinstance(self.token_dispatcher, AllToAllDispatcher), "built here"
+        self.token_dispatcher.layer_number = layer_number

@@ -59,11 +59,14 @@ def global_block(owner: Tensor, local_block: Tensor, layout: ShardLayout) -> Ten
 class BlockRequests:
     """The agreed exchange of one layer call, kept for the backward pass and for recomputation.
 
-    kind: selected, or all_gather where `auto` chose that (then there is no plan).
+    kind: selected, or all_gather where `auto` chose that (then there is no plan). spoilt: whether a rank has
+    index keys, keys or values that are not finite. A selection made by such keys is none, and may not take
+    them: the output of the call is NaN on all ranks, so that the step is judged bad.
     """
 
     kind: KvExchange
     plan: RankPlan | None = None
+    spoilt: bool = False
 
 
 @dataclass(slots=True)
@@ -93,7 +96,7 @@ def exchange_requests(
         terms: see RequestTerms.
 
     Raises:
-        ExchangeError: a rank's request does not fit, or its index keys, keys or values are not finite.
+        ExchangeError: a rank's request does not fit.
     """
     shape = ExchangeShape(
         cp_size=layout.cp_size,
@@ -119,9 +122,13 @@ def exchange_requests(
     flat, marked, own, counts, most = _split(numbers, [part.numel() for part in parts])
     by_rank = [flat[i : i + _HEADER] for i in range(0, len(flat), _HEADER)]
     check_requests(by_rank, marked, own, comm.layer)
+    bad_values = find_bad_values(by_rank, comm.layer)
+    comm.bad_values += bad_values
     if terms.kind is KvExchange.auto and not _selected_pays(shape, most, counts, comm, terms):
-        return BlockRequests(KvExchange.all_gather)
-    return BlockRequests(KvExchange.selected, plan_rank(demand, layout.cp_rank, counts))
+        return BlockRequests(KvExchange.all_gather, spoilt=bool(bad_values))
+    return BlockRequests(
+        KvExchange.selected, plan_rank(demand, layout.cp_rank, counts), spoilt=bool(bad_values)
+    )
 
 
 def _introduce(shape: ExchangeShape, device: torch.device, comm: CpComm) -> None:
@@ -189,13 +196,18 @@ def check_requests(headers: list[list[int]], marked: list[int], own: list[int], 
                 f"{where} announces {header[6]} pairs and marks {pairs}"
                 + (", some of them its own" if own_marks else "")
             )
-        bad = [
-            name
-            for name, bit in (("index keys", _BAD_INDEX_KEYS), ("keys or values", _BAD_KEY_VALUES))
-            if header[7] & bit
-        ]
+
+
+def find_bad_values(headers: list[list[int]], layer: int) -> list[str]:
+    """What is not finite, by rank; the step goes on, for all ranks must come to its end to judge it."""
+    names = (("index keys", _BAD_INDEX_KEYS), ("keys or values", _BAD_KEY_VALUES))
+    found = []
+    for rank, header in enumerate(headers):
+        bad = [name for name, bit in names if header[7] & bit]
         if bad:
-            raise ExchangeError(f"{where} has NaN or infinity in its {' and '.join(bad)}")
+            where = f"{describe(layer, 'request')}: cp rank {rank}"
+            found.append(f"{where} has NaN or infinity in its {' and '.join(bad)}")
+    return found
 
 
 def _busiest(demand: Demand) -> Tensor:

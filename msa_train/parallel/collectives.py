@@ -17,7 +17,7 @@ from torch import Tensor
 
 from msa_train.parallel.exchange_cost import ExchangeRates
 from msa_train.parallel.exchange_plan import ExchangeShape
-from msa_train.parallel.faults import FaultWatch
+from msa_train.parallel.fault_watch import FaultWatch
 from msa_train.parallel.messages import start_messages, start_row_exchange
 
 # torch 2.13 renamed these two and warns about the old names; 2.11 has only the old ones.
@@ -114,7 +114,7 @@ class CpComm:
     inner, outer: the same for the ranks of this node, and for those in the same place of every node; None
     without nodes. heads, sequence: the same for neighbours that trade tokens for KV groups, and for the ranks
     that then hold the same groups; None where `cp_head_size` is 1. rates: measured, for `kv_exchange=auto`.
-    met: shapes of requests that all ranks compared.
+    met: shapes of requests that all ranks compared. bad_values: where keys or values were not finite.
     """
 
     group: dist.ProcessGroup | None
@@ -133,10 +133,11 @@ class CpComm:
     sequence: "CpComm | None" = None
     rates: ExchangeRates | None = None
     met: set[ExchangeShape] = field(default_factory=set)
+    bad_values: list[str] = field(default_factory=list)
 
     def fresh(self) -> "CpComm":
         """The same collectives with counters of their own."""
-        return self._everywhere(traffic=Traffic(), exposed=ExposedTime())
+        return self._everywhere(traffic=Traffic(), exposed=ExposedTime(), bad_values=[])
 
     def of_layer(self, layer: int) -> "CpComm":
         """The same collectives, whose messages name this layer."""

@@ -14,7 +14,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from msa_train.config import ExchangeConfig, KvExchange
 from msa_train.parallel.collectives import CpComm
 from msa_train.parallel.exchange_cost import ExchangeRates, Line, fit_line
-from msa_train.parallel.faults import FaultWatch
+from msa_train.parallel.fault_watch import FaultWatch
 
 # Bytes that the busiest rank moves in the measured collectives, and how often each is repeated.
 _MEASURED_BYTES = (4096, 4 * 2**20)
@@ -28,6 +28,7 @@ def build_comm(
     device: torch.device,
     timeout_s: float,
     head_size: int = 1,
+    watch: FaultWatch | None = None,
 ) -> CpComm:
     """Collectives of this rank's context-parallel group; called by all ranks of the job together.
 
@@ -39,13 +40,20 @@ def build_comm(
         timeout_s: longest wait.
         head_size: neighbours that trade tokens for KV groups; with more than one, nodes and rates are those
             of the ranks that hold the same groups.
+        watch: of the job; None: one of this group is started.
 
     Raises:
         ValueError: nodes that were detected do not divide the group.
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     comm = CpComm(
-        group, rank, size, overlap=exchange.overlap, timeout_s=timeout_s, device=device, watch=_watch(group)
+        group,
+        rank,
+        size,
+        overlap=exchange.overlap,
+        timeout_s=timeout_s,
+        device=device,
+        watch=watch or _watch(group),
     )
     if head_size > 1:
         heads, sequence = _split(group, head_size, timeout_s)

@@ -10,11 +10,16 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch.distributed.distributed_c10d import _get_default_store
 
 from msa_train.config import ExchangeConfig, ParallelConfig
 from msa_train.parallel.collectives import CpComm
 from msa_train.parallel.exchange_groups import build_comm
+from msa_train.parallel.fault_watch import FaultWatch
+from msa_train.parallel.faults import BEAT_S, GRACE_S, ExchangeError
 from msa_train.parallel.job_store import open_store
+
+NCCL_SPARE_S = BEAT_S + GRACE_S
 
 
 @dataclass(slots=True)
@@ -85,7 +90,7 @@ def init_distributed(
         store=open_store(os.environ, timeout_s=timeout_s, say=say),
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
-        timeout=timedelta(seconds=timeout_s),
+        timeout=timedelta(seconds=_limit_s(device, timeout_s)),
     )
 
 
@@ -95,8 +100,9 @@ def build_groups(
     device: torch.device,
     timeout_s: int = 600,
     exchange: ExchangeConfig | None = None,
+    watch: FaultWatch | None = None,
 ) -> Groups:
-    """Create Megatron's groups over the initialised world.
+    """Create Megatron's groups over the initialised world. watch: of the job, if there is one.
 
     Expert parallelism spans tensor, context and data parallel ranks of a pipeline stage (Megatron's order
     tp-cp-ep-dp-pp), so ep_size may exceed the data-parallel size.
@@ -107,7 +113,8 @@ def build_groups(
         context_parallel_size=parallel.cp_size,
         expert_model_parallel_size=parallel.ep_size,
         expert_tensor_parallel_size=1,
-        distributed_timeout_minutes=max(1, -(-timeout_s // 60)),
+        # a fraction of a minute is as good
+        distributed_timeout_minutes=_limit_s(device, timeout_s) / 60,  # pyright: ignore[reportArgumentType]
     )
     # No dropout anywhere, so the tracker that does nothing is enough and works without a GPU.
     model_parallel_cuda_manual_seed(1, inference_rng_tracker=True, force_reset_rng=True)
@@ -140,8 +147,32 @@ def build_groups(
             device,
             timeout_s,
             head_size=parallel.cp_head_size,
+            watch=watch,
         ),
     )
+
+
+def start_watch(timeout_s: float, give_up: Callable[[ExchangeError], None]) -> FaultWatch | None:
+    """Watch all ranks of the initialised world from now on; None where this rank is alone.
+
+    Args:
+        timeout_s: longest silence of a rank, in seconds.
+        give_up: called by a thread when a rank is lost, to end this process wherever it stands.
+    """
+    world_size = dist.get_world_size()
+    if world_size == 1:
+        return None
+    watch = FaultWatch(
+        _get_default_store(), range(world_size), dist.get_rank(), timeout_s=timeout_s, give_up=give_up
+    )
+    watch.start()
+    watch.make_current()
+    return watch
+
+
+def _limit_s(device: torch.device, timeout_s: float) -> float:
+    """When a collective ends by itself. NCCL ends the process without naming anyone: after the watch."""
+    return timeout_s + (NCCL_SPARE_S if device.type == "cuda" else 0.0)
 
 
 def _group(group: object) -> dist.ProcessGroup:

@@ -41,7 +41,7 @@ def agree(
         branch. with_backward: whether gradients will come back.
 
     Raises:
-        ExchangeError: a rank asks for what does not fit, or has keys or values that are not finite.
+        ExchangeError: a rank asks for what does not fit.
     """
     if kind not in (KvExchange.selected, KvExchange.auto):
         return BlockRequests(kind)

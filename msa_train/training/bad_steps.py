@@ -46,14 +46,15 @@ class BadSteps:
         """Whether steps are judged before they are taken; it costs one small all-reduce."""
         return self.config.bad_step is not BadStep.end or self.config.spike_factor > 0
 
-    def complaint(self, loss: float, grad_norm: float) -> str:
+    def complaint(self, loss: float, grad_norm: float, kl: float = 0.0) -> str:
         """What is wrong with a step, empty if nothing is.
 
         Args:
             loss: mean over all tokens of the step.
             grad_norm: global, before clipping.
+            kl: of the index branches, any multiple of it.
         """
-        bad = {"lm_loss": loss, "grad_norm": grad_norm}
+        bad = {"lm_loss": loss, "kl_loss": kl, "grad_norm": grad_norm}
         named = [f"{name}={value}" for name, value in bad.items() if not math.isfinite(value)]
         if named:
             return f"{', '.join(named)}: not finite"

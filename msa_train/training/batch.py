@@ -26,6 +26,7 @@ from msa_train.model.transformer_config import DTYPES
 from msa_train.parallel.attention_probe import ProbeQueries, sample_queries
 from msa_train.parallel.collectives import CpComm
 from msa_train.parallel.exchange_cost import choose_full_exchange
+from msa_train.parallel.fault_watch import watched
 from msa_train.parallel.groups import Groups
 from msa_train.parallel.head_exchange import token_order
 from msa_train.parallel.layout import ShardLayout
@@ -38,8 +39,8 @@ class StepBatch:
     """packs: this data-parallel rank's; the counts are over all ranks' packs of the step.
 
     num_labels: tokens with a label, the divisor of the language-model loss. num_tokens: real tokens, the
-    divisor of the KL loss. num_packs: packs. probe_seed: seed of the queries of the first pack whose
-    attention is looked at; None: of none.
+    divisor of the KL loss. num_packs: packs. probe_seed: seed of the queries whose attention is looked at, in
+    the first pack of the step; None: of none. has_first: whether that pack is among this rank's.
     """
 
     packs: Sequence[Pack]
@@ -47,10 +48,11 @@ class StepBatch:
     num_tokens: int
     num_packs: int
     probe_seed: int | None = None
+    has_first: bool = True
 
     def probe_seed_of(self, pack: Pack) -> int | None:
-        """The seed, for the first pack."""
-        return self.probe_seed if pack is self.packs[0] else None
+        """The seed, for the first pack of the step: the same queries however packs are dealt."""
+        return self.probe_seed if self.has_first and pack is self.packs[0] else None
 
 
 def make_batch(packs: Sequence[Pack], groups: Groups, *, probe_seed: int | None = None) -> StepBatch:
@@ -58,7 +60,8 @@ def make_batch(packs: Sequence[Pack], groups: Groups, *, probe_seed: int | None 
     labels = sum(int((pack.labels != IGNORE_LABEL).sum()) for pack in packs)
     tokens = sum(int(pack.doc_lengths.sum()) for pack in packs)
     counts = torch.tensor([labels, tokens, len(packs)], dtype=torch.int64, device=groups.device)
-    dist.all_reduce(counts, group=groups.dp)
+    with watched("step_counts"):
+        dist.all_reduce(counts, group=groups.dp)
     num_labels, num_tokens, num_packs = counts.tolist()
     return StepBatch(
         packs=packs,
@@ -66,6 +69,7 @@ def make_batch(packs: Sequence[Pack], groups: Groups, *, probe_seed: int | None 
         num_tokens=max(num_tokens, 1),
         num_packs=num_packs,
         probe_seed=probe_seed,
+        has_first=groups.dp_rank == 0,
     )
 
 

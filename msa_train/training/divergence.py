@@ -14,20 +14,21 @@ class DivergedError(RuntimeError):
     """A loss or the gradient is not finite."""
 
 
-def check_finite(step: int, values: Mapping[str, Any], store: CheckpointStore) -> None:
+def check_finite(step: int, values: Mapping[str, Any], store: CheckpointStore, where: str = "") -> None:
     """Refuse to go on from a step that has spoilt the weights.
 
     Args:
         step: that was made.
         values: its metrics.
         store: of the run's checkpoints.
+        where: it was first met, follows what is not finite.
 
     Raises:
         DivergedError: in one line, what is not finite and where to go on from.
     """
     bad = not_finite(values)
     if bad:
-        raise diverged(step, f"{', '.join(bad)}: not finite", store)
+        raise diverged(step, f"{', '.join(bad)}: not finite{where}", store)
 
 
 def not_finite(values: Mapping[str, Any]) -> list[str]:

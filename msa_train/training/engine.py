@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,9 +16,6 @@ from msa_train.parallel.collectives import ExposedTime, Traffic
 from msa_train.parallel.groups import Groups
 from msa_train.training.batch import PackForward, StepBatch
 from msa_train.training.lr_schedule import Rates
-
-# Of this rank's loss sum and the global gradient norm; the same answer on all ranks
-Accept = Callable[[float, float], bool]
 
 
 @dataclass(slots=True)
@@ -34,8 +31,14 @@ class StepResult:
     stats: LayerStats
     traffic: Traffic
     exposed: ExposedTime
+    bad_values: list[str] = field(default_factory=list[str])
+    "where the exchange met keys or values that are not finite"
     is_taken: bool = True
     "false: the weights, the optimizer and the experts' bias are as before"
+
+
+# Of what the step would leave, before the update; the same answer on all ranks
+Accept = Callable[[StepResult], bool]
 
 
 class Engine(ABC):

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from msa_train.parallel.fault_watch import watched
 from msa_train.parallel.groups import Groups
 
 # Gradients are reduced in pieces of this many elements: a collective of the whole buffer would need as much
@@ -39,13 +40,15 @@ class FlatGradients:
         ):
             if group.size() > 1:
                 for piece in buffer.flat.split(_BUCKET_ELEMENTS):
-                    dist.all_reduce(piece, group=group)
+                    with watched("grad"):
+                        dist.all_reduce(piece, group=group)
 
     def norm(self) -> float:
         """Global L2 norm; each expert counts once, the same value on every rank."""
         dense = self.dense.flat.square().sum(dtype=torch.float64)
         expert = self.expert.flat.square().sum(dtype=torch.float64)
-        dist.all_reduce(expert, group=self.groups.ep)
+        with watched("grad_norm"):
+            dist.all_reduce(expert, group=self.groups.ep)
         return float((dense + expert).sqrt())
 
     def scale(self, factor: float) -> None:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from msa_train.config import RunConfig, Stage, StageAttention, plan_stages, stage_at, total_steps
 from msa_train.data import BatchStream, Corpus, PackedDataset
+from msa_train.parallel.fault_watch import watched
 from msa_train.parallel.groups import Groups
 from msa_train.training import stop
 from msa_train.training.bad_steps import RollbackError
@@ -153,7 +154,8 @@ class Trainer:
     def _stops(self, step: int, *, saved: bool) -> bool:
         """Whether any rank was asked to stop: then all stop after the same step, which is saved."""
         asked = torch.tensor([stop.requested()], device=self.groups.device)
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        with watched("stop"):
+            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         number = int(asked)
         if not number or step == self.total_steps:
             return False
@@ -190,7 +192,7 @@ class Trainer:
         probed = config.logging.attention_every > 0 and step % config.logging.attention_every == 0
         batch = make_batch(packs, groups, probe_seed=config.train.seed + step if probed else None)
         result = self._train(step, stage, batch, rates)
-        counts = self.guard.count()
+        counts = self.guard.count(result)
         values: dict[str, Any] = {"lr": rates.backbone, "index_lr": rates.index, "stage": stage.index}
         shown = step % config.logging.every == 0 or self._due(step, config.train.validate_every)
         # The norm is the same on all ranks: all of them gather what led to it.
@@ -214,15 +216,20 @@ class Trainer:
         """The step, its selections recorded where they are due."""
         every, sparse = self.config.logging.selections_every, stage.attention is StageAttention.sparse
         if not (sparse and every > 0 and step % every == 0):
-            return self.engine.train_step(batch, rates, self.guard.accept(batch))
+            return self._take(batch, rates)
         log = self.engine.forward.selection_log = SelectionLog(self.config, self.groups, step)
-        result = self.engine.train_step(batch, rates, self.guard.accept(batch))
+        result = self._take(batch, rates)
         self.engine.forward.selection_log = None
         try:
             log.save()
         except OSError as error:
             self._note(f"step {step}: the selections could not be recorded: {error}; training goes on")
         return result
+
+    def _take(self, batch: StepBatch, rates: Rates) -> StepResult:
+        # Megatron's collectives have no other name
+        with watched("step"):
+            return self.engine.train_step(batch, rates, self.guard.accept(batch))
 
     def validate(self) -> dict[str, float]:
         """Mean loss of the held-out packs, the same ones each time, attending as the stage does."""
@@ -236,11 +243,13 @@ class Trainer:
         labels = sum(dataset[i].num_labels for i in range(count))
         total = 0.0
         for i, pack in enumerate(packs):
-            loss_sum = self.engine.evaluate([pack])
+            with watched("validation"):
+                loss_sum = self.engine.evaluate([pack])
             if i * dp_size + dp_rank < count and self.engine.counts_loss():
                 total += loss_sum
         loss = torch.tensor(total, dtype=torch.float64, device=self.groups.device)
-        dist.all_reduce(loss)
+        with watched("validation"):
+            dist.all_reduce(loss)
         values = {"val_loss": float(loss) / max(labels, 1)}
         if self.data.corpus.bytes_per_token:
             bits = values["val_loss"] / torch.log(torch.tensor(2.0, dtype=torch.float64)).item()

@@ -14,12 +14,14 @@ import torch.distributed as dist
 
 from msa_train.config import Device, Engine, RunConfig, plan_stages, printable, resolve_engine, total_steps
 from msa_train.data import load_datasets
-from msa_train.parallel.groups import Groups, build_groups, destroy_groups, init_distributed
+from msa_train.parallel.fault_watch import FaultWatch, watched
+from msa_train.parallel.groups import Groups, build_groups, destroy_groups, init_distributed, start_watch
 from msa_train.training import stop
 from msa_train.training.checkpoint import load_newest, load_weights, restore
 from msa_train.training.checkpoint_store import CheckpointStore, Found
 from msa_train.training.data_record import handed_on, record_of
 from msa_train.training.engine import Engine as TrainingEngine
+from msa_train.training.last_words import end_by
 from msa_train.training.loop import Data, Reporting, Trainer
 from msa_train.training.megatron_engine import MegatronEngine
 from msa_train.training.metrics import MetricsWriter
@@ -33,12 +35,25 @@ def run_worker(config: RunConfig) -> None:
     torch.set_num_threads(config.launcher.threads_per_process)
     device = choose_device(config)
     init_distributed(device=device, timeout_s=config.launcher.timeout_s, say=_warn)
-    groups = build_groups(
-        config.parallel,
-        device=device,
-        timeout_s=config.launcher.timeout_s,
-        exchange=config.exchange,
-    )
+    watch = start_watch(config.launcher.timeout_s, end_by)
+    try:
+        _work(config, device, watch)
+    except Exception as error:
+        ending = error if watch is None else watch.ending(error)
+        if ending is error:
+            raise
+        raise ending from error
+
+
+def _work(config: RunConfig, device: torch.device, watch: FaultWatch | None) -> None:
+    with watched("set_up"):
+        groups = build_groups(
+            config.parallel,
+            device=device,
+            timeout_s=config.launcher.timeout_s,
+            exchange=config.exchange,
+            watch=watch,
+        )
     start = time.perf_counter()
     data = load_data(config)
     check_agreement(data, groups.device)
@@ -63,7 +78,8 @@ def run_worker(config: RunConfig) -> None:
             seconds = time.perf_counter() - start
             steps = max(total_steps(config), first_step)
             report(config, groups, last, steps=steps, seconds=seconds, stream=sys.stdout)
-    dist.barrier()
+    with watched("end"):
+        dist.barrier()
     destroy_groups(groups)
 
 

@@ -100,21 +100,22 @@ class MegatronEngine(Engine):
         losses = self._run(batch.packs, batch, comm, stats, forward_only=False)
         self._zero_frozen_gradients()
         self._set_rates(rates)
-        grad_norm = 0.0 if accept is None else self._grad_norm()
-        is_taken = accept is None or accept(losses, grad_norm)
-        if is_taken:
-            _, grad_norm, _ = self.optimizer.step()
-        for bias, before in [] if is_taken else biases:
-            bias.copy_(before)
-        self._keep_bias_fp32()
-        return StepResult(
+        result = StepResult(
             lm_loss_sum=losses,
-            grad_norm=float(grad_norm or 0.0),
-            is_taken=is_taken,
+            grad_norm=0.0 if accept is None else self._grad_norm(),
             stats=stats,
             traffic=comm.traffic,
             exposed=comm.exposed,
+            bad_values=comm.bad_values,
         )
+        result.is_taken = accept is None or accept(result)
+        if result.is_taken:
+            _, grad_norm, _ = self.optimizer.step()
+            result.grad_norm = float(grad_norm or 0.0)
+        for bias, before in [] if result.is_taken else biases:
+            bias.copy_(before)
+        self._keep_bias_fp32()
+        return result
 
     def _grad_norm(self) -> float:
         """As the optimizer's step will find it, before clipping; it prepares the gradients again."""

@@ -7,13 +7,14 @@ import torch
 import torch.distributed as dist
 
 from msa_train.config import RunConfig, Stage, plan_stages, stage_at
+from msa_train.parallel.fault_watch import watched
 from msa_train.parallel.groups import Groups
 from msa_train.training.bad_steps import BadSteps, RollbackError, log_event
 from msa_train.training.batch import StepBatch
 from msa_train.training.checkpoint import load_newest, restore
 from msa_train.training.checkpoint_store import CheckpointStore
-from msa_train.training.divergence import check_finite, diverged
-from msa_train.training.engine import Accept, Engine
+from msa_train.training.divergence import check_finite, diverged, not_finite
+from msa_train.training.engine import Accept, Engine, StepResult
 from msa_train.training.together import together
 
 
@@ -31,6 +32,12 @@ class StepGuard:
         self.config, self.groups, self.engine, self.store = config, groups, engine, store
         self.bad_steps = BadSteps(config.train)
         self._judged = _Judged()
+        self._bad_values: list[str] = []
+
+    @property
+    def complaint(self) -> str:
+        """What is wrong with the step that was judged last, empty if nothing is."""
+        return self._judged.complaint
 
     def accept(self, batch: StepBatch) -> Accept | None:
         """What the engine asks before it takes the step; None where all steps are taken."""
@@ -38,18 +45,30 @@ class StepGuard:
         if not self.bad_steps.judges:
             return None
 
-        def judge(loss_sum: float, grad_norm: float) -> bool:
-            counted = loss_sum if self.engine.counts_loss() else 0.0
-            total = torch.tensor(counted, dtype=torch.float64, device=self.groups.device)
-            dist.all_reduce(total)
-            loss = float(total) / batch.num_labels
-            self._judged = _Judged(loss, grad_norm, self.bad_steps.complaint(loss, grad_norm))
-            return not self._judged.complaint
+        def judge(result: StepResult) -> bool:
+            counted = result.lm_loss_sum if self.engine.counts_loss() else 0.0
+            kl_sum = sum(float(kl) for kl in result.stats.kl.values())
+            total = torch.tensor([counted, kl_sum], dtype=torch.float64, device=self.groups.device)
+            with watched("judge"):
+                dist.all_reduce(total)
+            loss_sum, kl = total.tolist()
+            loss = loss_sum / batch.num_labels
+            complaint = self.bad_steps.complaint(loss, result.grad_norm, kl)
+            if complaint:
+                complaint += self._where(result.bad_values)
+            self._judged = _Judged(loss, result.grad_norm, complaint)
+            return not complaint
 
         return judge
 
-    def count(self) -> dict[str, Any]:
+    def _where(self, bad_values: list[str]) -> str:
+        """Where the first rank that knows met them; all ranks ask at once, and only in bad steps."""
+        known = [found[0] for found in together(lambda: bad_values[:1], None) if found]
+        return f" ({known[0]})" if known else ""
+
+    def count(self, result: StepResult) -> dict[str, Any]:
         """Count the step that was just made or left out; what the metrics say about it."""
+        self._bad_values = result.bad_values
         if not self.bad_steps.judges:
             return {}
         if not self._judged.complaint:
@@ -75,7 +94,8 @@ class StepGuard:
         """
         judged = self._judged
         if not judged.complaint:
-            check_finite(step, values, self.store)
+            where = self._where(self._bad_values) if not_finite(values) else ""
+            check_finite(step, values, self.store, where)
             return ""
         try:
             text = self.bad_steps.verdict(step, judged.complaint)

@@ -20,6 +20,7 @@ from msa_train.model.gpt import MsaGptModel
 from msa_train.model.moe import SigmoidRouter
 from msa_train.model.transformer_config import DTYPES
 from msa_train.parallel.attention_probe import ProbeSums
+from msa_train.parallel.fault_watch import watched
 from msa_train.parallel.groups import Groups
 from msa_train.training.attention_metrics import attention_metrics
 from msa_train.training.batch import StepBatch
@@ -103,7 +104,8 @@ class StepMetrics:
             "exposed": torch.tensor([exposed.get(name, 0.0) for name in _PURPOSES], dtype=torch.float64),
         }
         flat = torch.cat([part.flatten() for part in parts.values()]).to(self.groups.device)
-        dist.all_reduce(flat)
+        with watched("metrics"):
+            dist.all_reduce(flat)
         sums = dict(zip(parts, flat.cpu().split([part.numel() for part in parts.values()]), strict=True))
         sums = {name: total.view(parts[name].shape) for name, total in sums.items()}
         values: dict[str, Any] = {
@@ -197,7 +199,8 @@ class StepMetrics:
         else:
             used = psutil.Process().memory_info().rss
         largest = torch.tensor(float(used), dtype=torch.float64, device=device)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        with watched("metrics"):
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return {"memory_gib": float(largest) / 2**30}
 
 

@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from msa_train.parallel.fault_watch import watched
 from msa_train.training.generation import SupersededError
 
 T = TypeVar("T")
@@ -37,7 +38,8 @@ def together(work: Callable[[], T], group: dist.ProcessGroup | None) -> list[T]:
         cause, text = error, f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
         is_final = isinstance(error, SupersededError)
     outcomes: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(outcomes, (text, is_final, result), group=group)
+    with watched("save"):
+        dist.all_gather_object(outcomes, (text, is_final, result), group=group)
     failures = list(dict.fromkeys(text for text, *_ in outcomes if text))
     if failures:
         is_final = any(final for _, final, _ in outcomes)

@@ -71,18 +71,19 @@ class TorchEngine(Engine):
             loss_sum += losses.detach().sum(dtype=torch.float64)
         self.gradients.reduce()
         grad_norm = self.gradients.norm()
-        is_taken = accept is None or accept(float(loss_sum), grad_norm)
-        if is_taken:
-            self._update(rates, grad_norm)
-            self._update_expert_bias()
-        return StepResult(
+        result = StepResult(
             lm_loss_sum=float(loss_sum),
             grad_norm=grad_norm,
-            is_taken=is_taken,
             stats=stats,
             traffic=comm.traffic,
             exposed=comm.exposed,
+            bad_values=comm.bad_values,
         )
+        result.is_taken = accept is None or accept(result)
+        if result.is_taken:
+            self._update(rates, grad_norm)
+            self._update_expert_bias()
+        return result
 
     def _update(self, rates: Rates, norm: float) -> None:
         """Clip and step; norm: of the gradients."""

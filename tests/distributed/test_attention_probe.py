@@ -1,14 +1,16 @@
 """Recall and entropy of sampled queries: a plain dense definition in fp64, the same on 1 to 4 ranks."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from msa_kernels import select_blocks
 from torch import Tensor
 
-from msa_train.config import CpLayout
+from msa_train.config import CpLayout, Engine, Precision
 from msa_train.parallel import attention_probe
 from msa_train.parallel.attention_probe import (
     ProbeSums,
@@ -17,10 +19,17 @@ from msa_train.parallel.attention_probe import (
     sample_queries,
 )
 from msa_train.parallel.collectives import CpComm
+from msa_train.parallel.groups import build_groups
 from msa_train.parallel.layout import ShardLayout
 from msa_train.parallel.sequence_plan import make_plan
+from msa_train.training.checkpoint_store import CheckpointStore
+from msa_train.training.loop import Trainer
+from msa_train.training.main import load_data
+from msa_train.training.torch_engine import TorchEngine
 from tests.helpers.compare import assert_rows_close
+from tests.helpers.resume_runs import Case, Layout, resume_config
 from tests.helpers.spawn import run_ranks
+from tests.helpers.training_command import write_corpus
 
 S, BLOCK_SIZE, TOPK, M, G, D = 192, 4, 3, 2, 3, 8
 SCALE = 0.9
@@ -146,6 +155,27 @@ def test_does_not_depend_on_the_number_of_ranks(
     for _, sums in found:
         assert_rows_close(sums, want, 1e-12)
         assert torch.equal(ProbeSums.from_flat(sums).hit_count, ProbeSums.from_flat(want).hit_count)
+
+
+def recalls(rank: int, world_size: int, folder: str) -> dict[str, float]:
+    """Of two steps of a run with every rank a replica."""
+    layout = Layout(engine=Engine.torch, world_size=world_size, precision=Precision.fp64)
+    config = resume_config(layout, Path(folder), Case(layout=layout))
+    config.train.steps, config.logging.attention_every, config.logging.attention_queries = 2, 2, 6
+    groups = build_groups(config.parallel, device=torch.device("cpu"), exchange=config.exchange)
+    store = CheckpointStore(f"{folder}/run{world_size}")
+    trainer = Trainer(config, groups, TorchEngine(config, groups), load_data(config), store, None)
+    values = trainer.run(0)
+    parallel_state.destroy_model_parallel()
+    return {key: values[key] for key in ("block_recall", "score_recall", "attention_entropy", "lm_loss")}
+
+
+def test_does_not_depend_on_the_number_of_replicas(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus")
+    (want,) = run_ranks(1, recalls, str(tmp_path))
+    for found in run_ranks(2, recalls, str(tmp_path)):
+        assert found == pytest.approx(want, rel=1e-10)
+    assert 0 < want["block_recall"] < 1
 
 
 def test_low_precision_inputs_are_summed_in_fp32() -> None:

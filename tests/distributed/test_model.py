@@ -13,7 +13,7 @@ from msa_train.data import IGNORE_LABEL
 from msa_train.model import cross_entropy
 from msa_train.model.cross_entropy import linear_cross_entropy
 from msa_train.model.index_branch import is_index_parameter
-from msa_train.model.moe import SigmoidRouter
+from msa_train.model.moe import ExpertLayer, SigmoidRouter
 from msa_train.model.pack_params import LayerStats
 from msa_train.parallel.groups import build_groups
 from msa_train.training.batch import make_batch
@@ -159,6 +159,17 @@ def check_router_buffers_stay_fp32() -> None:
     parallel_state.destroy_model_parallel()
 
 
+def check_experts_know_their_layer() -> None:
+    """For the message when a rank is lost there."""
+    engine = engine_of(small_config())
+    found = [m.token_dispatcher for m in engine.model.modules() if isinstance(m, ExpertLayer)]
+    assert found
+    layers = [m.layer_number for m in engine.model.modules() if isinstance(m, ExpertLayer)]
+    assert [dispatcher.layer_number for dispatcher in found] == layers  # type: ignore[attr-defined]
+    assert 0 not in layers
+    parallel_state.destroy_model_parallel()
+
+
 def check_padding_does_not_leak() -> None:
     """Other tokens in padding places change no loss."""
     engine = engine_of(small_config())
@@ -183,6 +194,7 @@ CHECKS: dict[str, Any] = {
         check_frozen_index_branch_stays,
         check_padding_is_routed_nowhere,
         check_router_buffers_stay_fp32,
+        check_experts_know_their_layer,
         check_padding_does_not_leak,
     )
 }

@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 
 from msa_train.config import RunConfig
-from msa_train.parallel.groups import init_distributed
+from msa_train.parallel.fault_watch import watched
+from msa_train.parallel.groups import init_distributed, start_watch
 from msa_train.training import stop
+from msa_train.training.last_words import end_by
 
 FAIL_AT_STEP = 3
 
@@ -22,6 +24,8 @@ def run(config: RunConfig) -> None:
     Asked to stop, it saves nothing.
     """
     init_distributed(device=torch.device("cpu"), timeout_s=config.launcher.timeout_s)
+    watch = start_watch(config.launcher.timeout_s, end_by)
+    assert watch is not None, "there are several ranks"
     rank, behaviour = dist.get_rank(), os.environ.get("TEST_WORKER", "")
     run_dir = Path(config.run_dir)
     (run_dir / f"pid{rank}").write_text(str(os.getpid()))
@@ -29,7 +33,8 @@ def run(config: RunConfig) -> None:
     for step in range(config.train.steps):
         if rank == 1 and step == FAIL_AT_STEP:
             _misbehave(behaviour)
-        dist.all_reduce(torch.ones(100_000))
+        with watched("step"):
+            dist.all_reduce(torch.ones(100_000))
         asked = torch.tensor([stop.requested()])
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         if asked.item():
@@ -40,6 +45,7 @@ def run(config: RunConfig) -> None:
             break
         (run_dir / f"step{rank}").write_text(str(step))
         time.sleep(0.01)
+    watch.close()
     dist.destroy_process_group()
     print(f"rank {rank} ends", flush=True)
 

@@ -173,7 +173,9 @@ def test_stopped_worker_is_ended_by_the_collective_timeout(start: Start) -> None
     pids = launch.wait_for_steps()
     code, _, errors = launch.end(5 + DOWN_WITHIN_S)
     assert code == 1
-    assert errors.startswith("msa-train: rank 0 of 2 failed:"), errors
+    first_line = errors.splitlines()[0]
+    assert first_line.startswith("msa-train: rank 0 of 2 failed: ExchangeError: "), errors
+    assert "rank 1 does not answer and is dead or stalled" in first_line
     assert "afterwards rank 1: did not answer" in errors
     wait_gone(pids)
 

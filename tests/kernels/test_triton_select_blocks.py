@@ -82,6 +82,19 @@ def test_equals_definition(
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("kernel", ["triton", "cpu", "reference"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_selects_blocks_that_exist(value: float, kernel: str) -> None:
+    """Others are asked for these blocks before the step is found to be bad."""
+    q, k = _small_integers((64, 2, 16), torch.float32, 6), _small_integers((256, 16), torch.float32, 7)
+    q[3::7, 1], k[20:180:3] = value, value
+    arguments: dict[str, Any] = {"block_size": 16, "topk": 3, "query_offset": 192, "kernel": kernel}
+    ids = run_triton(select_blocks, q, k, torch.tensor([0, 128, 256]), **arguments)
+    own = (torch.arange(192, 256) // 16)[:, None, None]
+    assert ((ids == -1) | ((ids >= 8) & (ids <= own))).all()
+    assert ((ids[..., 1:] != ids[..., :-1]) | (ids[..., 1:] == -1)).all(), "none twice"
+
+
 @pytest.mark.parametrize("num_splits", [1, 3], ids=["whole_range", "three_parts"])
 def test_ties_go_to_the_lower_block(num_splits: int) -> None:
     """All scores equal: the first blocks win, also where they come from different programs."""

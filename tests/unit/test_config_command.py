@@ -85,6 +85,10 @@ def ended(rank: int, exit_code: int, time_s: float, error: str = "", here: bool 
 
 
 CLOSED = "RuntimeError: Connection closed by peer [127.0.0.1]:1234"
+LOST = (
+    "ExchangeError: layer 3, reducing gradients (grad): rank 1 has failed (...); rank 0 lost the others (eof)"
+)
+NO_MEMORY = "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"
 TIMEOUT = "RuntimeError: Timed out waiting 5000ms for recv operation to complete"
 
 
@@ -99,6 +103,8 @@ TIMEOUT = "RuntimeError: Timed out waiting 5000ms for recv operation to complete
         # an exception, and a rank that hung and was killed
         ([ended(0, -signal.SIGKILL, 20.0, here=True), ended(1, 1, 10.0, "ValueError: b")], 1),
         ([ended(0, 1, 10.0, TIMEOUT), ended(1, -signal.SIGKILL, 20.0, here=True)], 0),
+        # the others have lost a rank without memory, and end before it has told its story
+        ([ended(0, 1, 10.0, LOST), ended(1, 1, 12.0, NO_MEMORY), ended(2, 1, 9.0, LOST)], 1),
         # a rank that leaves without a word, and one stopped for it
         ([ended(0, -signal.SIGTERM, 10.2, here=True), ended(1, 7, 10.1)], 1),
         # several break off, one of its own

@@ -3,7 +3,7 @@
 import pytest
 
 from msa_train.config import KvExchange
-from msa_train.parallel.block_requests import check_requests
+from msa_train.parallel.block_requests import check_requests, find_bad_values
 from msa_train.parallel.exchange_cost import (
     ExchangeRates,
     Line,
@@ -70,7 +70,6 @@ def test_full_attention_gathers_where_that_is_faster() -> None:
         ({5: 2}, "cp rank 2 asks with ranks per node 2, the others with 3"),
         ({0: 1}, "cp rank 2 sent something that is no request of this version"),
         ({6: 9}, "cp rank 2 announces 9 pairs and marks 7"),
-        ({7: 3}, "cp rank 2 has NaN or infinity in its index keys and keys or values"),
     ],
 )
 def test_requests_that_do_not_fit(changed: dict[int, int], text: str) -> None:
@@ -80,6 +79,16 @@ def test_requests_that_do_not_fit(changed: dict[int, int], text: str) -> None:
     with pytest.raises(ExchangeError) as caught:
         check_requests([fitting, fitting, odd], [7] * 3, [0] * 3, 3)
     assert str(caught.value) == f"layer 3, exchanging block requests (request): {text}"
+
+
+def test_values_that_are_not_finite_are_told_and_not_refused() -> None:
+    fitting = [0x4D5341_0001, 3, 3, 2, 5, 3, 7, 0]
+    odd = [*fitting[:7], 3]
+    check_requests([fitting, fitting, odd], [7] * 3, [0] * 3, 3)
+    assert find_bad_values([fitting, fitting], 3) == []
+    (text,) = find_bad_values([fitting, fitting, odd], 3)
+    point = "layer 3, exchanging block requests (request)"
+    assert text == f"{point}: cp rank 2 has NaN or infinity in its index keys and keys or values"
 
 
 def test_no_rank_asks_itself() -> None:

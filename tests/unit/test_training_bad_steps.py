@@ -17,6 +17,7 @@ def test_what_is_not_finite_is_bad() -> None:
     assert steps.complaint(1.0, 2.0) == ""
     assert steps.complaint(math.nan, 2.0) == "lm_loss=nan: not finite"
     assert steps.complaint(1.0, math.inf) == "grad_norm=inf: not finite"
+    assert steps.complaint(1.0, 2.0, math.inf) == "kl_loss=inf: not finite"
 
 
 def test_spikes_are_measured_against_the_median() -> None:

@@ -13,6 +13,7 @@ from msa_train.foreign_files import one_line
 from msa_train.model.hf_names import Span
 
 _NAMED = 4
+_PIECE_BYTES = 4 * 2**20
 
 
 @dataclass(slots=True)
@@ -40,7 +41,10 @@ class ContentCheck:
             ValueError: one line, for numbers that are not finite, and for a matrix that is zeros all over.
         """
         is_matrix = rows.dim() > 1
-        largest = rows.abs().amax(-1) if is_matrix else rows.abs()
+        # a few rows at a time: a copy of a whole box would double what an import takes
+        step = max(1, _PIECE_BYTES // (rows[0].nbytes or 1)) if is_matrix else len(rows)
+        parts = (part.abs() for part in rows.split(step))
+        largest = torch.cat([part.amax(-1) if is_matrix else part for part in parts])
         finite = torch.isfinite(largest)
         if not bool(finite.all()):
             row = span.name_row + int(finite.int().argmin())

@@ -138,7 +138,7 @@ def test_a_failed_import_publishes_nothing(imported: Path, tmp_path: Path) -> No
     with pytest.raises(OSError, match="No space"):
         publish_weights(tmp_path, hf.model, hf.attention, fail, source="test")
     assert CheckpointStore(tmp_path).steps() == []
-    assert list((tmp_path / "checkpoints").iterdir()) == []
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def write_sparse_checkpoint(folder: Path) -> int:
@@ -205,6 +205,6 @@ def growth(*arguments: str | Path) -> int:
 def test_memory_stays_below_a_shard(tmp_path: Path) -> None:
     total = write_sparse_checkpoint(tmp_path / "hf")
     assert total > 2 * GROWTH_BYTES
-    assert growth("import", tmp_path / "hf", tmp_path / "ours") < GROWTH_BYTES
+    assert growth("import", tmp_path / "hf", tmp_path / "ours", "--allow-zeros") < GROWTH_BYTES
     assert growth("export", tmp_path / "ours", tmp_path / "back", "--shard-size", "100MB") < GROWTH_BYTES
     assert len(list((tmp_path / "back").glob("*.safetensors"))) > 2

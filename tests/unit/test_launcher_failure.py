@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from launchers import failure, worker
+from launchers import failure
 from launchers.failure import WorkerFailure, report
+from msa_train.training.last_words import LAUNCHER_PID, record
 
 
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,12 +29,12 @@ def test_a_traceback_that_cannot_be_recorded_goes_to_the_terminal(
     rank: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", rank)
-    monkeypatch.setenv(worker.LAUNCHER_PID, str(os.getpid()))
+    monkeypatch.setenv(LAUNCHER_PID, str(os.getpid()))
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "missing" / "rank.json"))
-    worker._record(ValueError("the cause"))
+    record(ValueError("the cause"))
     assert "ValueError: the cause" in capsys.readouterr().err
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "rank.json"))
-    worker._record(ValueError("the cause"))
+    record(ValueError("the cause"))
     assert "the cause" in (tmp_path / "rank.json").read_text()
     # the launcher tells that of rank 0
     assert ("the cause" in capsys.readouterr().err) == (rank != "0")

@@ -108,7 +108,7 @@ def test_a_recording(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (("run", *SMALL, "--f", "1", "--alike-tokens", "2"), "selections=--f, --alike-tokens: give exactly"),
         (("run", *SMALL, "--f", "0.7"), "f=0.7: with this layout and these documents a rank may see 0.500 o"),
         (("run", *SMALL, "--f", "-1"), "f=-1.0: must be from 0 to 1"),
-        (("run", *SMALL, "--f", "x"), "argument --f: invalid float value: 'x'; see msa-simulate --help"),
+        (("run", *SMALL, "--f", "x"), "argument --f: invalid number value: 'x'; see msa-simulate --help"),
         (("run", *SMALL, "--alike-tokens", "96"), "alike_tokens=96: must be a multiple or a divisor of bloc"),
         (("run", "--seq-len", "64", "--cp-size", "1", "--f", "0"), "seq_len=64: must be a multiple of"),
         (("run", "--seq-len", "1Q", "--cp-size", "1", "--f", "0"), "1Q: must be a positive number of tokens"),

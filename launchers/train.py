@@ -169,10 +169,12 @@ def _prepare(config: RunConfig, layout: Layout) -> None:
     check_files(config, say=say, hand_on=True)
 
 
-def _warn(config: RunConfig, *more: str | None) -> None:
-    for text in (*contradictions(config), *more):
-        if text:
-            say(f"msa-train: warning: {text}", error=True)
+def _warn(config: RunConfig, disk: str | None = None) -> None:
+    for text in contradictions(config):
+        # allowed, and meant by who tries a few steps: said with what else the run is
+        say(f"warning: {text}")
+    if disk:
+        say(f"msa-train: warning: {disk}", error=True)
 
 
 def _take_config_dirs(arguments: list[str]) -> tuple[list[str], list[Path]]:

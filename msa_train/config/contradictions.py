@@ -13,7 +13,7 @@ def contradictions(config: RunConfig) -> list[str]:
 def _warm_ups(config: RunConfig) -> list[str]:
     steps, warm_up = total_steps(config), config.optim.warmup_steps
     found: list[str] = []
-    if warm_up >= steps > 0:
+    if warm_up > steps > 0:
         found.append(
             f"optim.warmup_steps={warm_up}: the run ends after {steps} steps, before the learning rate has "
             f"reached optim.lr={config.optim.lr:g}; use optim.warmup_steps={steps // 10}, or more steps"
@@ -22,7 +22,7 @@ def _warm_ups(config: RunConfig) -> list[str]:
     for stage in plan_stages(config):
         length = min(stage.num_steps, left)
         left -= length
-        if stage.warmup_steps >= length > 0 and config.stages:
+        if stage.warmup_steps > length > 0 and config.stages:
             found.append(
                 f"stages.{stage.name}.warmup_steps={stage.warmup_steps}: the stage ends after {length} steps,"
                 f" before its learning rates have risen; use stages.{stage.name}.warmup_steps={length // 10}"

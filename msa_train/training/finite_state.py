@@ -23,20 +23,21 @@ class NotFiniteError(CheckpointError):
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> set[str]:
     """Names of tensors that hold a number which is not finite.
 
-    One pass without a copy, a small part of an update's time; the host waits for a GPU once.
+    One pass without a copy, a small part of an update's time; the host waits once for each device.
     """
-    names: list[str] = []
-    ends: list[Tensor] = []
+    ends: dict[torch.device, list[tuple[str, Tensor]]] = {}
     for name, tensor in tensors:
         # types of 8 bits know neither order nor infinity
         if tensor.numel() and tensor.is_floating_point() and tensor.element_size() > 1:
-            names.append(name)
             # what is not a number goes through to both
-            ends.append(torch.stack(torch.aminmax(tensor.detach())).double())
-    if not names:
-        return set()
-    is_finite = torch.stack(ends).isfinite().all(dim=1).tolist()
-    return {name for name, finite in zip(names, is_finite, strict=True) if not finite}
+            both = torch.stack(torch.aminmax(tensor.detach())).double()
+            # step counts of an optimizer lie on the host, its moments on a GPU
+            ends.setdefault(tensor.device, []).append((name, both))
+    found: set[str] = set()
+    for pairs in ends.values():
+        is_finite = torch.stack([both for _, both in pairs]).isfinite().all(dim=1).tolist()
+        found |= {name for (name, _), finite in zip(pairs, is_finite, strict=True) if not finite}
+    return found
 
 
 def listed(names: Iterable[set[str]]) -> str:

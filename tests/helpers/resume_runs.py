@@ -140,9 +140,10 @@ class Record:
         self.rows: list[dict[str, Any]] = []
         self.notes: list[str] = []
 
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
+    def write(self, step: int, values: Mapping[str, Any]) -> list[str]:
         """See MetricsWriter."""
         self.rows.append({"step": step, **values})
+        return []
 
     def update(self, step: int, **values: Any) -> None:
         """See Progress."""

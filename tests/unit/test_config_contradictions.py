@@ -9,10 +9,10 @@ from launchers.compose import compose_run
 from msa_train.config import contradictions
 
 CASES = {
-    "train.steps=4 optim.warmup_steps=4": "optim.warmup_steps=4: the run ends after 4 steps, ",
+    "train.steps=4 optim.warmup_steps=5": "optim.warmup_steps=5: the run ends after 4 steps, ",
     "train.steps=30 optim.warmup_steps=100": "use optim.warmup_steps=3, or more steps",
-    "stages=warmup stages.dense_warmup.tokens=4096 stages.dense_warmup.warmup_steps=2": (
-        "stages.dense_warmup.warmup_steps=2: the stage ends after 2 steps, "
+    "stages=warmup stages.dense_warmup.tokens=4096 stages.dense_warmup.warmup_steps=3": (
+        "stages.dense_warmup.warmup_steps=3: the stage ends after 2 steps, "
     ),
     "logging.every=21": "logging.every=21: no step is shown or written to metrics.jsonl, ",
     "checkpoint.load_weights_only=true": "has no effect without checkpoint.load; ",
@@ -41,4 +41,4 @@ def test_checking_a_run_tells_them(capsys: pytest.CaptureFixture[str], tmp_path:
     settings = ["run=smoke", f"data.corpus={corpus}", f"data.cache_dir={tmp_path}", f"run_dir={tmp_path}"]
     settings += ["launcher.device=cpu", "data.validation_fraction=0", "train.validate_every=0"]
     assert train.main([*settings, "train.steps=2", "--check"]) == 0
-    assert "msa-train: warning: optim.warmup_steps=4: the run ends after 2 steps" in capsys.readouterr().err
+    assert "warning: optim.warmup_steps=4: the run ends after 2 steps" in capsys.readouterr().out

@@ -91,8 +91,9 @@ def check_window_hides_the_rest() -> None:
     local.tokens[20] = (local.tokens[20] + 1) % 61
     change = (engine.forward(engine.model, local, params) - before).abs()
     assert not change[:20].any()
-    assert change[20 + reach] > 0
-    assert not change[20 + reach + 1 :].any()
+    assert change[20 + reach] > 1e-6
+    # an expert's products may round a token otherwise when another token has left it; some processors do
+    assert change[20 + reach + 1 :].max() < 1e-13
     parallel_state.destroy_model_parallel()
 
 

@@ -183,6 +183,8 @@ def run_cases(
     engines = {case.layout.engine for phase in phases for case, _ in phase}
     if Engine.megatron in engines and devices.chosen() == "cpu":
         cuda_shim.install()
+    # a rank that leaves while another one still connects to it ends that one
+    dist.barrier()
     dist.destroy_process_group()
     for number, phase in enumerate(phases):
         for case, members in phase:

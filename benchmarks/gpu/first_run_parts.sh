@@ -53,7 +53,7 @@ part_trainer() {
     if [[ "$device" == cuda ]]; then demo+=(engine=megatron); fi
     if $smoke; then
         half=4 smoke_steps=4
-        common+=(data.seq_len=512 "data.corpus=$root/msa_train" "train.steps=$smoke_steps")
+        common+=(data.seq_len=512 "data.corpus=$root/msa_train/**/*.py" "train.steps=$smoke_steps")
     fi
     demo+=("checkpoint.every=$half" "train.validate_every=$half" "run_dir=$runs/demo" "data.cache_dir=$runs/cache")
     mkdir -p "$runs" "$out/trainer"

@@ -5,6 +5,7 @@ Megatron is imported inside functions: it takes seconds, and finding a prepared 
 
 import os
 import struct
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -41,7 +42,10 @@ class TokenStore:
         _check_pair(prefix, corpus)
         self.corpus, self.prefix = corpus, prefix
         try:
-            self._dataset = IndexedDataset(prefix)
+            with warnings.catch_warnings():
+                # newer Megatrons ask for a rank to log by, which a launcher that checks does not have
+                warnings.filterwarnings("ignore", message="Could not determine rank")
+                self._dataset = IndexedDataset(prefix)
         except AssertionError as error:
             raise self._bad_documents() from error
         index = self._dataset.index

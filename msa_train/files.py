@@ -60,6 +60,19 @@ def open_to_append(path: Path) -> TextIO:
     return open(descriptor, "a+", encoding="utf-8")
 
 
+def sync(path: Path) -> None:
+    """Bring one file, or the names in one folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # some network file systems cannot sync a folder
+        if error.errno != errno.EINVAL or not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)
+
+
 def remove_partials(folder: Path) -> None:
     """Remove what `new_file` has left where its process was killed; nobody may be writing into the folder."""
     for path in folder.iterdir():

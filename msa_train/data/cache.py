@@ -22,10 +22,11 @@ import numpy as np
 import numpy.typing as npt
 
 from msa_train.config import DataConfig
-from msa_train.data.durable import digest, file_crc32, sample_crc32, sync, sync_tree
+from msa_train.data.durable import digest, file_crc32, sample_crc32, sync_tree
 from msa_train.data.listing import TAG_NAME, TAG_TEXT
 from msa_train.data.sources import Source
 from msa_train.data.tokenizer import Tokenizer
+from msa_train.files import sync
 
 FORMAT = 2
 "part of every cache key; raise it when the files' content or meaning changes"

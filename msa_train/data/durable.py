@@ -1,6 +1,5 @@
 """Files that survive a power cut, and what tells whether they did. Standard library only."""
 
-import errno
 import hashlib
 import json
 import os
@@ -8,6 +7,8 @@ import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
+
+from msa_train.files import sync
 
 _READ_BYTES = 4 << 20
 _SAMPLE_WINDOWS, _SAMPLE_BYTES = 64, 128 << 10
@@ -17,19 +18,6 @@ def sync_tree(folder: Path) -> None:
     """Bring a folder and everything in it to the disk."""
     for path in (*folder.rglob("*"), folder):
         sync(path)
-
-
-def sync(path: Path) -> None:
-    """Bring one file, or the names in one folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # some network file systems cannot sync a folder
-        if error.errno != errno.EINVAL or not path.is_dir():
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def file_crc32(path: str | Path) -> int:

@@ -12,7 +12,6 @@ is no signature: against a forger, nothing in a checkpoint is executed, see chec
 manifest.json stays as it is, whatever meta.json's format_version becomes.
 """
 
-import errno
 import json
 import math
 import os
@@ -29,7 +28,7 @@ from typing import Any
 
 import msa_train
 from msa_train.config import AttentionKind, RunConfig
-from msa_train.files import new_file
+from msa_train.files import new_file, sync
 from msa_train.model.checkpoint_pickles import METADATA_NAME, metadata_damage, objects_damage
 from msa_train.training.generation import check_generation
 from msa_train.training.resume_rules import check_index_moments, schedule_notes
@@ -166,14 +165,14 @@ class CheckpointStore:
         for name in (META_NAME, MANIFEST_NAME):
             assert (partial / name).is_file(), f"{name} must be written before step {step} is published"
         for path in (*partial.rglob("*"), partial):
-            _sync(path)
+            sync(path)
         check_generation(self.folder.parent)
         # Only a run that went back behind a damaged checkpoint comes to the same step again.
         replaced = self._hidden(target)
         if os.path.lexists(target):
             target.rename(replaced)
         partial.rename(target)
-        _sync(self.folder)
+        sync(self.folder)
         self._discard(replaced)
         self._last_published = step
         self._point_latest(target)
@@ -649,15 +648,3 @@ def _short(folder: Path) -> str:
     """step_00000200 -> step_200; other names as they are."""
     match = _PUBLISHED.fullmatch(folder.name)
     return f"step_{int(match[1])}" if match else folder.name
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # some network file systems cannot sync a folder
-        if error.errno != errno.EINVAL or not path.is_dir():
-            raise
-    finally:
-        os.close(descriptor)

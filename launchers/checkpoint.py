@@ -8,12 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launchers.command_line import Parser, number, run_command
-from launchers.output import say
+from launchers.cli.command_line import Parser, number, run_command
+from launchers.cli.output import say
 from launchers.worker import accept_fallbacks
-from msa_train.config import printable
-from msa_train.model.checkpoint_pickles import METADATA_NAME
-from msa_train.training.checkpoint_store import (
+from msa_train.checkpoint.store import (
     MANIFEST_NAME,
     META_NAME,
     CheckpointStore,
@@ -22,6 +20,8 @@ from msa_train.training.checkpoint_store import (
     structure_damage,
     verify_folder,
 )
+from msa_train.checkpoint.torch_dist.safe_pickles import METADATA_NAME
+from msa_train.config import printable
 
 DESCRIPTION = "Lists, verifies, removes and compares checkpoints of msa-train."
 EPILOG = """\
@@ -146,7 +146,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _values_damage(folder: Path) -> str | None:
     # torch takes seconds
     accept_fallbacks()
-    from msa_train.training.checkpoint_diff import values_damage
+    from msa_train.checkpoint.diff import values_damage
 
     return values_damage(folder)
 
@@ -168,7 +168,7 @@ def _prune(arguments: argparse.Namespace) -> int:
 def _diff(arguments: argparse.Namespace) -> int:
     # torch takes seconds
     accept_fallbacks()
-    from msa_train.training.checkpoint_diff import diff_checkpoints
+    from msa_train.checkpoint.diff import diff_checkpoints
 
     first, second = (_one(path) for path in (arguments.first, arguments.second))
     found = diff_checkpoints(first, second, tolerance=arguments.tolerance)

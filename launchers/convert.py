@@ -8,9 +8,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launchers.command_line import Parser, run_command
-from launchers.imported_conf import copy_files, rest_files, tokenizer_files, write_conf
-from launchers.output import say
+from launchers.cli.command_line import Parser, run_command
+from launchers.cli.output import say
+from launchers.hydra_config.imported_options import copy_files, rest_files, tokenizer_files, write_conf
 from launchers.worker import accept_fallbacks
 
 DESCRIPTION = """\
@@ -99,11 +99,11 @@ def _parser() -> argparse.ArgumentParser:
 def _import(arguments: argparse.Namespace) -> None:
     # megatron and torch take seconds: --help and mistakes in the arguments need not wait for them
     accept_fallbacks()
-    from msa_train.model.hf_config import read_hf_config
-    from msa_train.model.hf_contents import ContentCheck, dtype_warning
-    from msa_train.model.hf_export import read_config_file
-    from msa_train.model.hf_import import check_unplaced, plan_import, write_import
-    from msa_train.training.weights_checkpoint import publish_weights
+    from msa_train.checkpoint.weights_only import publish_weights
+    from msa_train.convert.config_read import read_hf_config
+    from msa_train.convert.contents import ContentCheck, dtype_warning
+    from msa_train.convert.export_hf import read_config_file
+    from msa_train.convert.import_hf import check_unplaced, plan_import, write_import
 
     source, target = arguments.source, arguments.target
     config = read_config_file(source)
@@ -154,9 +154,9 @@ def _export(arguments: argparse.Namespace) -> None:
     accept_fallbacks()
     import torch
 
-    from msa_train.model.hf_config_write import DEFAULT_MAX_POSITIONS
-    from msa_train.model.hf_export import plan_export, read_config_file, write_export
-    from msa_train.training.weights_checkpoint import checkpoint_folder, shape_of
+    from msa_train.checkpoint.weights_only import checkpoint_folder, shape_of
+    from msa_train.convert.config_write import DEFAULT_MAX_POSITIONS
+    from msa_train.convert.export_hf import plan_export, read_config_file, write_export
 
     source, target = arguments.source, arguments.target
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -234,7 +234,7 @@ def _mapping(one: str, one_row: int, count: int, other: str, other_row: int) -> 
 
 def _check_checksums(folder: Path, *, only_small: bool) -> None:
     """Read the checkpoint's files once before a number of them is written on; few of them for --dry-run."""
-    from msa_train.training.checkpoint_store import checksum_damage, read_manifest
+    from msa_train.checkpoint.store import checksum_damage, read_manifest
 
     entries = {
         name: entry
@@ -258,7 +258,7 @@ def _size_of(files: dict[str, Path]) -> int:
 
 
 def _check_space(target: Path, needed: int) -> None:
-    from msa_train.training.checkpoint_store import free_bytes
+    from msa_train.checkpoint.store import free_bytes
 
     free = free_bytes(target)
     if free < needed:

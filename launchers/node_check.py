@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from launchers.command_line import Parser, number, run_command
-from launchers.job_token import read_token, token_path
-from launchers.join import expand_nodelist, slurm_generation, slurm_port
-from launchers.node_facts import Facts, Wanted, complaints, gather_facts
-from launchers.node_links import Answer, Head, answer_head, slow_nodes
-from launchers.output import say
+from launchers.cli.command_line import Parser, number, run_command
+from launchers.cli.output import say
+from launchers.local.job_environment import expand_nodelist, slurm_generation, slurm_port
+from launchers.slurm.job_token import read_token, token_path
+from launchers.slurm.node_facts import Facts, Wanted, complaints, gather_facts
+from launchers.slurm.node_links import Answer, Head, answer_head, slow_nodes
 from msa_train.config import one_line, printable
-from msa_train.files import new_file
+from msa_train.runtime.atomic_files import new_file
 
 BAD_NODES = Path("slurm") / "bad_nodes"
 DESCRIPTION = """\

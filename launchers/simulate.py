@@ -6,10 +6,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launchers.command_line import Parser, number, run_command
-from launchers.groups import group_options
-from launchers.output import say
-from launchers.simulate_question import read_question, read_shape
+from launchers.cli.command_line import Parser, number, run_command
+from launchers.cli.output import say
+from launchers.cli.simulate_arguments import read_question, read_shape
+from launchers.hydra_config.options import group_options
 
 DESCRIPTION = """\
 A model of the time of one attention layer, forward and backward, in every way of bringing keys and values to
@@ -125,7 +125,10 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--alike-tokens", type=int, metavar="N", help="neighbouring queries that choose alike")
     what.add_argument(
-        "--selections", type=Path, metavar="PATH", help="a recording (msa_train/simulate/selections.py)"
+        "--selections",
+        type=Path,
+        metavar="PATH",
+        help="a recording (msa_train/simulate/selections/recorded.py)",
     )
     what.add_argument("--layer", type=int, metavar="N", help="of the recording; default: its first")
     what.add_argument("--sink-blocks", type=int, default=1, metavar="N", help="first blocks all select (1)")
@@ -169,7 +172,7 @@ def _schemes(text: str) -> list[str]:
 
 def _run(arguments: argparse.Namespace) -> None:
     question, selections = read_question(arguments)
-    from msa_train.simulate.report import answer_data, answer_text
+    from msa_train.simulate.reports.text import answer_data, answer_text
     from msa_train.simulate.study import answer
 
     result = answer(question, selections(question))
@@ -183,7 +186,7 @@ def _scale(arguments: argparse.Namespace) -> None:
     if arguments.selections is not None and not arguments.strong:
         raise ValueError("--selections: a recording has one length, weak scaling has many; add --strong")
     question, selections = read_question(arguments)
-    from msa_train.simulate.report import scaling_data, scaling_text
+    from msa_train.simulate.reports.text import scaling_data, scaling_text
     from msa_train.simulate.study import scaling
 
     points = scaling(question, selections, arguments.sizes, weak=not arguments.strong)
@@ -194,7 +197,7 @@ def _scale(arguments: argparse.Namespace) -> None:
 
 
 def _tables(arguments: argparse.Namespace) -> None:
-    from msa_train.simulate.tables import write_tables
+    from msa_train.simulate.reports.tables import write_tables
 
     shape = read_shape("m3", "msa", element_bytes=2, trains_index=True)
     for path in write_tables(arguments.out, shape):
@@ -223,7 +226,11 @@ def _measure(arguments: argparse.Namespace) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from msa_train.simulate.compare import compare_file, comparison_data, comparison_text
+    from msa_train.simulate.reports.predicted_vs_measured import (
+        compare_file,
+        comparison_data,
+        comparison_text,
+    )
 
     rows = compare_file(arguments.file, arguments.rates)
     if arguments.json:

@@ -8,18 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launchers.command_line import Parser, run_command
-from launchers.compose import load_run
-from launchers.output import say
-from launchers.run_dir import CONFIG_NAME
-from launchers.slurm_jobs import FOLDER, ask_slurm, is_job, submitted_job
+from launchers.cli.command_line import Parser, run_command
+from launchers.cli.output import say
+from launchers.hydra_config.compose import load_run
+from launchers.local.run_dir import CONFIG_NAME
+from launchers.slurm.jobs import FOLDER, ask_slurm, is_job, submitted_job
+from msa_train.checkpoint.store import CheckpointStore
 from msa_train.config import plan_stages, total_steps
-from msa_train.foreign_files import one_line, open_regular
-from msa_train.training.checkpoint_store import CheckpointStore
-from msa_train.training.metrics import METRICS_NAME
-from msa_train.training.progress import format_count, format_duration
-from msa_train.training.stop import read_stopped
-from msa_train.training.summary import format_table
+from msa_train.runtime.preemption import read_stopped
+from msa_train.runtime.untrusted_files import one_line, open_regular
+from msa_train.training.metrics.progress import format_count, format_duration
+from msa_train.training.metrics.tables import format_table
+from msa_train.training.metrics.writer import METRICS_NAME
 
 DESCRIPTION = "Prints how far a run is: its Slurm job, step, loss, speed, time left, checkpoints, restarts."
 TAIL_BYTES = 2**18

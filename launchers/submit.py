@@ -11,17 +11,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launchers.batch_script import Job, batch_script
-from launchers.code_version import code_version
-from launchers.command_line import run_command
-from launchers.compose import compose_run, config_to_yaml
-from launchers.compose_cluster import compose_cluster
-from launchers.groups import CLUSTER, group_options
-from launchers.output import say
-from launchers.placement import check_placement
-from launchers.preflight import check_files, describe, plan_layout
-from launchers.run_dir import write_keeping
-from launchers.slurm_jobs import FOLDER, JOB_NAME, SCRIPT_NAME, check_no_job
+from launchers.cli.command_line import run_command
+from launchers.cli.output import say
+from launchers.hydra_config.compose import compose_run, config_to_yaml
+from launchers.hydra_config.compose_cluster import compose_cluster
+from launchers.hydra_config.options import CLUSTER, group_options
+from launchers.local.launch_checks import check_files, describe, plan_layout
+from launchers.local.run_dir import write_keeping
+from launchers.slurm.batch_script import Job, batch_script
+from launchers.slurm.code_version import code_version
+from launchers.slurm.jobs import FOLDER, JOB_NAME, SCRIPT_NAME, check_no_job
+from launchers.slurm.placement import check_placement
 from msa_train.config import ClusterConfig, check_text, check_time
 
 USAGE = """\
@@ -80,7 +80,7 @@ def _run(arguments: list[str]) -> None:
     check_time(request.time, cluster)
     if request.sweep:
         # Hydra's own entry point is not needed for a single job
-        from launchers.sweep import submit_sweep
+        from launchers.slurm.sweep import submit_sweep
 
         submit_sweep(request, cluster)
         return

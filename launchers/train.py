@@ -12,18 +12,18 @@ from enum import Enum
 from pathlib import Path
 from typing import NoReturn
 
-from launchers.command_line import INTERRUPTED, MACHINE_ERROR, USER_ERROR, leave
-from launchers.compose import EVERY_KEY, compose_run, config_to_yaml, known_keys
-from launchers.help import help_text
-from launchers.join import Node, joined_environment, joined_node, said_by
-from launchers.machine import accept_log_level, check_current_folder, check_loopback, raise_file_limit
-from launchers.output import say, steady_output
-from launchers.preflight import Layout, check_files, describe, plan_layout, set_worker_environment
-from launchers.run_dir import CONFIG_NAME, claim_run_dir, disk_warning, write_config
+from launchers.cli.command_line import INTERRUPTED, MACHINE_ERROR, USER_ERROR, leave
+from launchers.cli.help import help_text
+from launchers.cli.output import say, steady_output
+from launchers.hydra_config.compose import EVERY_KEY, compose_run, config_to_yaml, known_keys
+from launchers.local.job_environment import Node, joined_environment, joined_node, said_by
+from launchers.local.launch_checks import Layout, check_files, describe, plan_layout, set_worker_environment
+from launchers.local.machine import accept_log_level, check_current_folder, check_loopback, raise_file_limit
+from launchers.local.run_dir import CONFIG_NAME, claim_run_dir, disk_warning, write_config
 from launchers.worker import run_entry
 from msa_train.config import RunConfig, contradictions, one_line
 from msa_train.config.environment import SAID_BY
-from msa_train.training import stop
+from msa_train.runtime import preemption as stop
 
 OPTIONS = {
     "--help": "help",
@@ -134,13 +134,13 @@ def _launch(config: RunConfig, layout: Layout) -> int:
     with claim_run_dir(config.run_dir):
         _prepare(config, layout)
         # imports torch, which checks and help must not wait for
-        from launchers.local import launch_workers
+        from launchers.local.elastic_agent import launch_workers
 
         return launch_workers(write_config(config), layout.world_size)
 
 
 def _launch_node(config: RunConfig, layout: Layout, node: Node) -> int:
-    from launchers.local import launch_workers
+    from launchers.local.elastic_agent import launch_workers
 
     # the others wait for node 0 at the rendezvous, so they find what it has written
     if node.rank:

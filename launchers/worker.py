@@ -10,14 +10,14 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from launchers.command_line import leave
-from launchers.compose import load_run
-from launchers.output import steady_output
+from launchers.cli.command_line import leave
+from launchers.cli.output import steady_output
+from launchers.hydra_config.compose import load_run
 from msa_train.config import RunConfig
-from msa_train.training import stop
-from msa_train.training.last_words import LAUNCHER_PID, record
+from msa_train.runtime import preemption as stop
+from msa_train.runtime.last_words import LAUNCHER_PID, record
 
-TRAINING = "msa_train.training.main:run_worker"
+TRAINING = "msa_train.training.worker:run_worker"
 PR_SET_PDEATHSIG = 1
 _STDOUT_LOST = "msa-train: warning: stdout is lost, the run goes on"
 

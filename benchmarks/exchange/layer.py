@@ -21,9 +21,9 @@ from benchmarks.exchange.formulas import (
 from benchmarks.exchange.schemes import KeepAndAllReduce, Scheme
 from benchmarks.exchange.selections import select, shape_for
 from msa_train.config import KvExchange
-from msa_train.parallel.collectives import CpComm
-from msa_train.parallel.cp_sparse_attention import SparseCall, cp_sparse_attention
-from msa_train.parallel.layout import ShardLayout
+from msa_train.parallel.attention.cp_sparse import SparseCall, cp_sparse_attention
+from msa_train.parallel.comm.cp_comm import CpComm
+from msa_train.parallel.sharding.shard_layout import ShardLayout
 
 INPUTS = ("q", "k", "v", "q_index", "k_index")
 

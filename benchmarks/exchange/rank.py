@@ -24,8 +24,8 @@ from benchmarks.exchange.schemes import SCHEMES, make_comm
 from benchmarks.exchange.selections import remote_pairs
 from benchmarks.exchange.source_times import timed_sources
 from msa_train.config import KvExchange
-from msa_train.parallel.collectives import CpComm
-from msa_train.parallel.exchange_groups import measure_rates
+from msa_train.parallel.comm.cp_comm import CpComm
+from msa_train.parallel.comm.topology import measure_rates
 
 _MMAP_THRESHOLD = -3
 _PORT = 29500

@@ -23,14 +23,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.exchange.selections import RECORDED
-from launchers.compose import load_run
+from launchers.hydra_config.compose import load_run
 from msa_train.config import ParallelConfig, RunConfig
 from msa_train.data import load_datasets
-from msa_train.model.attention import MsaSelfAttention
-from msa_train.model.pack_params import LayerStats
-from msa_train.parallel.groups import build_groups, destroy_groups
-from msa_train.training.main import resume
-from msa_train.training.torch_engine import TorchEngine
+from msa_train.model.attention.base import MsaSelfAttention
+from msa_train.model.inputs.pack_params import LayerStats
+from msa_train.parallel.process_groups import build_groups, destroy_groups
+from msa_train.training.engines.torch_engine import TorchEngine
+from msa_train.training.worker import resume
 
 
 @torch.no_grad()

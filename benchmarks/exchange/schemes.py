@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from msa_train.config import ExchangeConfig, KvExchange
-from msa_train.parallel.collectives import CpComm, Pending
-from msa_train.parallel.exchange_groups import build_comm
+from msa_train.parallel.comm.cp_comm import CpComm, Pending
+from msa_train.parallel.comm.topology import build_comm
 
 
 class KeepAndAllReduce(CpComm):

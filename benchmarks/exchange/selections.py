@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.exchange.formulas import LayerShape
-from msa_train.parallel.block_requests import needed_pairs
-from msa_train.parallel.layout import ShardLayout
+from msa_train.parallel.kv_exchange.requests import needed_pairs
+from msa_train.parallel.sharding.shard_layout import ShardLayout
 
 RECORDED = Path(__file__).with_name("recorded_selection.npz")
 TRAINED = "trained"

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from msa_train.parallel import cp_sparse_attention as layer
-from msa_train.parallel.layout import ShardLayout
+from msa_train.parallel.attention import cp_sparse as layer
+from msa_train.parallel.sharding.shard_layout import ShardLayout
 
 NAMES = ("forward_own", "forward_others", "backward_own", "backward_others")
 

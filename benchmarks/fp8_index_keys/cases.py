@@ -21,12 +21,12 @@ from benchmarks.learning.measure import block_mass
 from benchmarks.learning.recipe import BLOCK_SIZE, SEQ_LEN, TOPK, Variant, run_config
 from benchmarks.learning.run_one import build_tasks
 from msa_train.config import RunConfig, plan_stages, stage_at
-from msa_train.model.attention import MsaSelfAttention
-from msa_train.model.pack_params import LayerStats
-from msa_train.parallel.groups import build_groups, destroy_groups
-from msa_train.training.batch import make_batch
-from msa_train.training.lr_schedule import stage_rates
-from msa_train.training.torch_engine import TorchEngine
+from msa_train.model.attention.base import MsaSelfAttention
+from msa_train.model.inputs.pack_params import LayerStats
+from msa_train.parallel.process_groups import build_groups, destroy_groups
+from msa_train.training.engines.torch_engine import TorchEngine
+from msa_train.training.optim.lr_schedule import stage_rates
+from msa_train.training.step_batch import make_batch
 
 # M3's: four KV groups, index head dim 128, 16 blocks of 128
 _GROUPS, _DIM, _BLOCK, _TOPK = 4, 128, 128, 16

@@ -9,19 +9,19 @@ from dataclasses import dataclass, replace
 import torch
 from msa_kernels import window_blocks
 from msa_kernels.block_sparse_attention.op import pack_blocks, unpack_blocks
-from msa_kernels.block_sparse_attention.pool import (
+from msa_kernels.block_sparse_attention.reference import (
+    attention_reference,
+    kl_reference,
+    selection_mask,
+    window_mask,
+)
+from msa_kernels.block_sparse_attention.tiled import (
     BlockPool,
     KlTerm,
     PoolOutput,
     SparseQueries,
     pool_backward,
     pool_forward,
-)
-from msa_kernels.block_sparse_attention.reference import (
-    attention_reference,
-    kl_reference,
-    selection_mask,
-    window_mask,
 )
 from msa_kernels.block_sparse_attention.window import TokenWindow
 from msa_kernels.full_attention.op import merge_parts

@@ -83,7 +83,7 @@ def _select(problem: SelectionProblem, sizes: LayerSizes, kernel: str, num_split
     if num_splits is None or kernel != "triton":
         return select_blocks(*tensors, **shape, kernel=kernel)
     # the operator itself divides ranges where there are few rows
-    from msa_kernels.select_blocks.launch import select_blocks_triton
+    from msa_kernels.select_blocks.triton.launch import select_blocks_triton
 
     return select_blocks_triton(*tensors, **shape, num_splits=num_splits)[0]
 

@@ -20,7 +20,7 @@ from benchmarks.gpu.variants import BACKWARD, DECODE, SCORING, variants
 
 # Tokens of the inputs: two portions of the backward, whose second adds to the first.
 SEQ_LEN = 2**13
-_LAUNCH_BACKWARD = "msa_kernels.block_sparse_attention.launch_backward"
+_LAUNCH_BACKWARD = "msa_kernels.block_sparse_attention.triton.backward"
 
 
 @contextlib.contextmanager
@@ -89,7 +89,7 @@ def compile_calls(context: Context, seq_lens: list[int]) -> dict[str, Callable[[
 
 def _scoring(context: Context, changes: Any) -> None:
     """Long sequences have enough queries not to divide the keys among programs."""
-    whole = ("msa_kernels.select_blocks.launch", "_num_splits", lambda *_: 1)
+    whole = ("msa_kernels.select_blocks.triton.launch", "_num_splits", lambda *_: 1)
     with changed((whole, *changes)):
         select(make_index(context.tensors, context.sizes, SEQ_LEN), context.sizes, context.kernel)
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from benchmarks.gpu.problem import IndexBranch, LayerSizes, Tensors
 from msa_train.config import AttentionKernel, KvExchange
-from msa_train.parallel.collectives import CpComm
-from msa_train.parallel.cp_sparse_attention import SparseCall, cp_sparse_attention
-from msa_train.parallel.layout import ShardLayout
+from msa_train.parallel.attention.cp_sparse import SparseCall, cp_sparse_attention
+from msa_train.parallel.comm.cp_comm import CpComm
+from msa_train.parallel.sharding.shard_layout import ShardLayout
 
 
 @dataclass(slots=True)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import cached_property
 
 import torch
-from msa_kernels.block_sparse_attention.pool import KlTerm, pool_backward, pool_forward
+from msa_kernels.block_sparse_attention.tiled import KlTerm, pool_backward, pool_forward
 from torch import Tensor
 
 from benchmarks.gpu.context import Context, Step

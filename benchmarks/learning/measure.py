@@ -14,9 +14,9 @@ from torch import Tensor
 
 from benchmarks.learning.retrieval_task import LookupPack, Symbols
 from msa_train.data import IGNORE_LABEL
-from msa_train.model.attention import MsaSelfAttention
-from msa_train.model.pack_params import LayerStats
-from msa_train.training.torch_engine import TorchEngine
+from msa_train.model.attention.base import MsaSelfAttention
+from msa_train.model.inputs.pack_params import LayerStats
+from msa_train.training.engines.torch_engine import TorchEngine
 
 DISTANCE_EDGES = (0, 128, 256, 512, 1024, 2048)
 CP_SIZES = (2, 4, 8, 16)

@@ -27,10 +27,10 @@ from benchmarks.learning.retrieval_task import RetrievalTask
 from benchmarks.machine import machine
 from msa_train.config import RunConfig, plan_stages, stage_at
 from msa_train.data import load_datasets
-from msa_train.parallel.groups import build_groups, destroy_groups
-from msa_train.training.batch import make_batch
-from msa_train.training.lr_schedule import stage_rates
-from msa_train.training.torch_engine import TorchEngine
+from msa_train.parallel.process_groups import build_groups, destroy_groups
+from msa_train.training.engines.torch_engine import TorchEngine
+from msa_train.training.optim.lr_schedule import stage_rates
+from msa_train.training.step_batch import make_batch
 
 EVAL_SEED = 2**31
 "held-out packs are the same for all seeds"

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 from benchmarks.machine import command, machine
-from msa_train.training.metrics import read_metrics
+from msa_train.training.metrics.writer import read_metrics
 from tests.helpers.slurm_cluster import SlurmCluster, ended, powered_on
 from tests.helpers.training_command import TINY, last_step, train, without_times, write_corpus
 

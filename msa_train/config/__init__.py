@@ -1,7 +1,6 @@
 """Typed configuration: dataclasses, their choices, and the rules between them. Standard library only."""
 
 from msa_train.config.cluster import ClusterConfig, ContainerRuntime, Tasks, check_cluster, check_time
-from msa_train.config.contradictions import contradictions
 from msa_train.config.model import AttentionConfig, ModelConfig
 from msa_train.config.options import (
     Activation,
@@ -22,7 +21,9 @@ from msa_train.config.options import (
     SaveFailure,
     StageAttention,
 )
-from msa_train.config.rules import check_rules, resolve_engine
+from msa_train.config.rules.contradictions import contradictions
+from msa_train.config.rules.run_rules import check_rules, resolve_engine
+from msa_train.config.rules.text import check_text, check_texts
 from msa_train.config.run import (
     CheckpointConfig,
     DataConfig,
@@ -44,7 +45,6 @@ from msa_train.config.stages import (
     total_steps,
 )
 from msa_train.config.text import one_line, printable
-from msa_train.config.text_rules import check_text, check_texts
 
 __all__ = [
     "Activation",

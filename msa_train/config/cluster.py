@@ -4,9 +4,9 @@ import re
 from dataclasses import dataclass, field
 from enum import Enum
 
-from msa_train.config.limits import COUNT, LONGEST_WAIT_S, check_size
-from msa_train.config.number_rules import check_finite_numbers
-from msa_train.config.text_rules import check_text, texts
+from msa_train.config.rules.limits import COUNT, LONGEST_WAIT_S, check_size
+from msa_train.config.rules.numbers import check_finite_numbers
+from msa_train.config.rules.text import check_text, texts
 
 DURATION = re.compile(r"(\d{1,4}-)?\d{1,9}(:\d{1,9}){0,2}", re.ASCII)
 LONGEST_JOB_S = 3650 * 24 * 3600

@@ -12,7 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from msa_train.config import DataConfig
-from msa_train.data.cache import (
+from msa_train.data.corpora.documents import iterate_documents
+from msa_train.data.corpora.sources import INDEXED_SUFFIXES, Source, find_indexed, find_source
+from msa_train.data.dataset import PackedDataset
+from msa_train.data.errors import corpus_error
+from msa_train.data.split import check_labels, choose_held_out, hash_indices, hash_name, split_store
+from msa_train.data.token_cache.cache import (
     DOCUMENTS_NAME,
     Documents,
     build,
@@ -22,14 +27,9 @@ from msa_train.data.cache import (
     read_documents,
     write_documents,
 )
-from msa_train.data.corpus import iterate_documents
-from msa_train.data.dataset import PackedDataset
-from msa_train.data.durable import digest, file_crc32, sample_crc32
-from msa_train.data.errors import corpus_error
-from msa_train.data.sources import INDEXED_SUFFIXES, Source, find_indexed, find_source
-from msa_train.data.split import check_labels, choose_held_out, hash_indices, hash_name, split_store
-from msa_train.data.store import TokenStore, write_store
-from msa_train.data.tokenizer import Tokenizer, build_tokenizer
+from msa_train.data.token_cache.store import TokenStore, write_store
+from msa_train.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
+from msa_train.runtime.checksums import digest, file_crc32, sample_crc32
 
 _BATCH_BYTES = 16 << 20
 _REPORT_EVERY_S = 30.0

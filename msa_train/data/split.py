@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from msa_train.data.errors import corpus_error
-from msa_train.data.store import TokenStore
+from msa_train.data.token_cache.store import TokenStore
 
 _MIN_TAIL_TOKENS = 2
 "the fewest tokens of which one has a label"

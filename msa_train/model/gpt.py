@@ -32,21 +32,21 @@ from torch import Tensor
 
 from msa_train.config import AttentionKind, RunConfig, longest_seq_len
 from msa_train.data import IGNORE_LABEL
-from msa_train.model.attention import (
+from msa_train.model.attention.base import (
     AttentionSubmodules,
     FullSelfAttention,
     MsaSelfAttention,
     WindowSelfAttention,
 )
-from msa_train.model.cross_entropy import linear_cross_entropy
-from msa_train.model.layer import MsaTransformerLayer
-from msa_train.model.moe import ExpertLayer, SigmoidRouter
-from msa_train.model.norm import RMSNorm
+from msa_train.model.layers.cross_entropy import linear_cross_entropy
+from msa_train.model.layers.moe import ExpertLayer, SigmoidRouter
+from msa_train.model.layers.norm import RMSNorm
 from msa_train.model.transformer_config import (
     MsaTransformerConfig,
     attention_kind,
     build_transformer_config,
 )
+from msa_train.model.transformer_layer import MsaTransformerLayer
 
 _ATTENTION = {
     AttentionKind.full: FullSelfAttention,

@@ -14,7 +14,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
-from msa_train.model.norm import RMSNorm
+from msa_train.model.layers.norm import RMSNorm
 from msa_train.model.transformer_config import MsaTransformerConfig
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")

@@ -16,7 +16,7 @@ import torch
 import yaml
 from msa_kernels import select_blocks
 from msa_kernels.block_sparse_attention.op import pack_blocks
-from msa_kernels.block_sparse_attention.pool import (
+from msa_kernels.block_sparse_attention.tiled import (
     BlockPool,
     KlTerm,
     SparseQueries,
@@ -26,8 +26,8 @@ from msa_kernels.block_sparse_attention.pool import (
 from msa_kernels.full_attention.op import attention_part, attention_part_backward
 from torch import Tensor
 
-from msa_train.simulate.rates import RATE_NAMES
-from msa_train.simulate.shape import BACKWARD_FACTOR, LayerShape
+from msa_train.simulate.inputs.layer_shape import BACKWARD_FACTOR, LayerShape
+from msa_train.simulate.inputs.rates import RATE_NAMES
 
 ROUNDS = 3
 

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from msa_train.simulate.full_layer import FullLayer
-from msa_train.simulate.layouts import share_index
-from msa_train.simulate.msa_layer import MsaLayer, MsaWork
-from msa_train.simulate.question import Question
-from msa_train.simulate.replay import collect_wants
-from msa_train.simulate.selections import Selections
-from msa_train.simulate.setup import SchemeReport, Setup
+from msa_train.simulate.costs.demand import collect_wants
+from msa_train.simulate.costs.full_layer import FullLayer
+from msa_train.simulate.costs.layer_costs import SchemeReport, Setup
+from msa_train.simulate.costs.msa_layer import MsaLayer, MsaWork
+from msa_train.simulate.inputs.layouts import share_index
+from msa_train.simulate.inputs.scenario import Question
+from msa_train.simulate.selections.recorded import Selections
 
 BASE_RANKS = 8
 "scaling is told relative to this many ranks"

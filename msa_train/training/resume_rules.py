@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from msa_train.config import AttentionKind, LrSchedule, RunConfig, total_steps
-from msa_train.training.lr_schedule import learning_rate
+from msa_train.training.optim.lr_schedule import learning_rate
 
 INDEX_NAME = ".metadata"
 "Megatron's list of all tensors; a pickle, of which only the text is looked at"

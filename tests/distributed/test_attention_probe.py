@@ -10,22 +10,22 @@ from megatron.core import parallel_state
 from msa_kernels import select_blocks
 from torch import Tensor
 
+from msa_train.checkpoint.store import CheckpointStore
 from msa_train.config import CpLayout, Engine, Precision
-from msa_train.parallel import attention_probe
-from msa_train.parallel.attention_probe import (
+from msa_train.parallel.attention import selection_recall as attention_probe
+from msa_train.parallel.attention.selection_recall import (
     ProbeSums,
     num_buckets,
     probe_attention,
     sample_queries,
 )
-from msa_train.parallel.collectives import CpComm
-from msa_train.parallel.groups import build_groups
-from msa_train.parallel.layout import ShardLayout
-from msa_train.parallel.sequence_plan import make_plan
-from msa_train.training.checkpoint_store import CheckpointStore
-from msa_train.training.loop import Trainer
-from msa_train.training.main import load_data
-from msa_train.training.torch_engine import TorchEngine
+from msa_train.parallel.comm.cp_comm import CpComm
+from msa_train.parallel.process_groups import build_groups
+from msa_train.parallel.sharding.partition import make_plan
+from msa_train.parallel.sharding.shard_layout import ShardLayout
+from msa_train.training.engines.torch_engine import TorchEngine
+from msa_train.training.trainer import Trainer
+from msa_train.training.worker import load_data
 from tests.helpers.compare import assert_rows_close
 from tests.helpers.resume_runs import Case, Layout, resume_config
 from tests.helpers.spawn import run_ranks

@@ -11,15 +11,15 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from msa_train.checkpoint.store import CheckpointStore
 from msa_train.config import BadStep, Engine, KvExchange, Recompute, RunConfig
-from msa_train.parallel.groups import build_groups
-from msa_train.training.checkpoint_store import CheckpointStore
-from msa_train.training.divergence import DivergedError
-from msa_train.training.engine import Engine as TrainingEngine
-from msa_train.training.loop import Trainer
-from msa_train.training.main import load_data
-from msa_train.training.megatron_engine import MegatronEngine
-from msa_train.training.torch_engine import TorchEngine
+from msa_train.parallel.process_groups import build_groups
+from msa_train.training.engines.engine import Engine as TrainingEngine
+from msa_train.training.engines.megatron_engine import MegatronEngine
+from msa_train.training.engines.torch_engine import TorchEngine
+from msa_train.training.stability.finite_check import DivergedError
+from msa_train.training.trainer import Trainer
+from msa_train.training.worker import load_data
 from tests.distributed.test_bad_steps import digest
 from tests.helpers import cuda_shim
 from tests.helpers.resume_runs import Case, Layout, resume_config

@@ -19,19 +19,19 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
-from msa_train.config import RunConfig
-from msa_train.training.checkpoint import (
+from msa_train.checkpoint.all_ranks import CheckpointError
+from msa_train.checkpoint.load import (
     find_verified_checkpoint,
     load_checkpoint,
     load_newest,
     load_weights,
     verify_distributed,
 )
-from msa_train.training.checkpoint_save import save_checkpoint
-from msa_train.training.checkpoint_store import CheckpointStore, check_resume, fingerprint
-from msa_train.training.divergence import DivergedError
-from msa_train.training.rng import RNG_KEY, rng_state, set_rng_state
-from msa_train.training.together import CheckpointError
+from msa_train.checkpoint.save import save_checkpoint
+from msa_train.checkpoint.store import CheckpointStore, check_resume, fingerprint
+from msa_train.checkpoint.torch_dist.rng_state import RNG_KEY, rng_state, set_rng_state
+from msa_train.config import RunConfig
+from msa_train.training.stability.finite_check import DivergedError
 from tests.helpers.spawn import run_ranks
 
 ROWS, COLUMNS, EXPERTS = 8, 6, 4
@@ -257,7 +257,7 @@ def spoilt_weights(rank: int, world_size: int, folder: Path) -> None:
         assert store.steps() == [1]
     # as versions before saved it
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("msa_train.training.checkpoint_save.not_finite", lambda _: set[str]())
+        patch.setattr("msa_train.checkpoint.save.not_finite", lambda _: set[str]())
         state = sharded_state(rank, world_size)
         if rank == 1:
             state["model"]["w"].data[0, 0] = float("nan")
@@ -353,7 +353,7 @@ def failing_saves(rank: int, world_size: int, folder: Path, small_disk: Path | N
             if rank == 0 and stage == "publish":
                 patch.setattr(store, "publish", no_space)
             elif rank == 0:
-                patch.setattr("msa_train.training.save_strategy.save_config", no_space)
+                patch.setattr("msa_train.checkpoint.torch_dist.writer.save_config", no_space)
             meta = {"consumed_samples": 1, "fingerprint": {}, "layout": {}}
             text = failure_of(
                 lambda meta=meta: save_checkpoint(

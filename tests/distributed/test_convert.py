@@ -11,22 +11,22 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
+from msa_train.checkpoint.load import load_checkpoint
+from msa_train.checkpoint.save import save_checkpoint
+from msa_train.checkpoint.store import CheckpointStore, fingerprint, verify_folder
+from msa_train.checkpoint.weights_only import checkpoint_folder, publish_weights, shape_of
 from msa_train.config import DataConfig, Engine, ParallelConfig, Precision, RunConfig, TrainConfig
-from msa_train.model.hf_config import read_hf_config
-from msa_train.model.hf_config_write import write_hf_config
-from msa_train.model.hf_export import plan_export, read_config_file, write_export
-from msa_train.model.hf_import import plan_import, write_import
-from msa_train.model.hf_names import M3_NAMING, M3_TEXT_NAMING, build_table
-from msa_train.model.safetensors_files import DTYPES, INDEX_NAME
-from msa_train.parallel.groups import build_groups
-from msa_train.training.checkpoint import load_checkpoint
-from msa_train.training.checkpoint_save import save_checkpoint
-from msa_train.training.checkpoint_store import CheckpointStore, fingerprint, verify_folder
-from msa_train.training.engine import Engine as TrainingEngine
-from msa_train.training.engine import checkpoint_metadata
-from msa_train.training.megatron_engine import MegatronEngine
-from msa_train.training.torch_engine import TorchEngine
-from msa_train.training.weights_checkpoint import checkpoint_folder, publish_weights, shape_of
+from msa_train.convert.config_read import read_hf_config
+from msa_train.convert.config_write import write_hf_config
+from msa_train.convert.export_hf import plan_export, read_config_file, write_export
+from msa_train.convert.import_hf import plan_import, write_import
+from msa_train.convert.safetensors_files import DTYPES, INDEX_NAME
+from msa_train.convert.tensor_map import M3_NAMING, M3_TEXT_NAMING, build_table
+from msa_train.parallel.process_groups import build_groups
+from msa_train.training.engines.engine import Engine as TrainingEngine
+from msa_train.training.engines.engine import checkpoint_metadata
+from msa_train.training.engines.megatron_engine import MegatronEngine
+from msa_train.training.engines.torch_engine import TorchEngine
 from tests.helpers import cuda_shim
 from tests.helpers.hf_files import read_tensors, small_m3, write_checkpoint
 from tests.helpers.spawn import run_ranks
@@ -180,7 +180,7 @@ MEASURE = """
 import resource, sys
 from launchers import convert
 import torch, megatron.core.dist_checkpointing
-import msa_train.model.hf_export, msa_train.model.hf_import, msa_train.training.weights_checkpoint
+import msa_train.convert.export_hf, msa_train.convert.import_hf, msa_train.checkpoint.weights_only
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 code = convert.main(sys.argv[1:])
 print("grown", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)

@@ -23,10 +23,10 @@ from msa_train.config import (
     StageAttention,
     StageConfig,
 )
-from msa_train.parallel import exchange_plan
-from msa_train.parallel.balance import balance, causal_work, index_work
-from msa_train.parallel.sequence_plan import SequencePlan, common, contiguous_plan, count
-from msa_train.training.step_metrics import kv_bytes_all_gather
+from msa_train.parallel.kv_exchange import plan as exchange_plan
+from msa_train.parallel.sharding.load_balance import balance, causal_work, index_work
+from msa_train.parallel.sharding.partition import SequencePlan, common, contiguous_plan, count
+from msa_train.training.metrics.collect import kv_bytes_all_gather
 from tests.helpers.compare import assert_rows_close
 from tests.helpers.model_runs import SEQ_LEN, run_steps, small_config, step_packs
 from tests.helpers.spawn import run_ranks

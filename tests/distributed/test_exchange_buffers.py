@@ -9,13 +9,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from msa_train.config import ExchangeConfig, KvExchange
-from msa_train.parallel.block_requests import needed_pairs, pairs_by_owner
-from msa_train.parallel.collectives import CpComm
-from msa_train.parallel.cp_full_attention import FullCall, cp_full_attention
-from msa_train.parallel.cp_sparse_attention import SparseCall, cp_sparse_attention
-from msa_train.parallel.exchange_groups import build_comm
-from msa_train.parallel.full_kv_exchange import make_full_plan
-from msa_train.parallel.layout import ShardLayout
+from msa_train.parallel.attention.cp_full import FullCall, cp_full_attention
+from msa_train.parallel.attention.cp_sparse import SparseCall, cp_sparse_attention
+from msa_train.parallel.comm.cp_comm import CpComm
+from msa_train.parallel.comm.topology import build_comm
+from msa_train.parallel.kv_exchange.full import make_full_plan
+from msa_train.parallel.kv_exchange.requests import needed_pairs, pairs_by_owner
+from msa_train.parallel.sharding.shard_layout import ShardLayout
 from tests.helpers.spawn import run_ranks
 
 M, G, D, BLOCK_SIZE, NL = 2, 2, 4, 2, 6

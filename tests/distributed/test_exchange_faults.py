@@ -21,14 +21,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from msa_train.config import ExchangeConfig, KvExchange
-from msa_train.parallel import exchange_plan
-from msa_train.parallel.block_requests import RequestTerms, exchange_requests
-from msa_train.parallel.collectives import CpComm
-from msa_train.parallel.cp_sparse_attention import SparseCall, cp_sparse_attention
-from msa_train.parallel.exchange_cost import PairBytes
-from msa_train.parallel.exchange_groups import build_comm
-from msa_train.parallel.faults import ExchangeError
-from msa_train.parallel.layout import ShardLayout
+from msa_train.parallel.attention.cp_sparse import SparseCall, cp_sparse_attention
+from msa_train.parallel.comm.cp_comm import CpComm
+from msa_train.parallel.comm.rank_faults import ExchangeError
+from msa_train.parallel.comm.topology import build_comm
+from msa_train.parallel.kv_exchange import plan as exchange_plan
+from msa_train.parallel.kv_exchange.cost_model import PairBytes
+from msa_train.parallel.kv_exchange.requests import RequestTerms, exchange_requests
+from msa_train.parallel.sharding.shard_layout import ShardLayout
 from tests.helpers.spawn import PRELOADED, run_ranks
 
 LAYER, VICTIM = 7, 1

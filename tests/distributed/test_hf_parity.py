@@ -9,6 +9,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from msa_train.checkpoint.load import load_checkpoint
+from msa_train.checkpoint.weights_only import checkpoint_folder, publish_weights, shape_of
 from msa_train.config import (
     DataConfig,
     Engine,
@@ -18,20 +20,18 @@ from msa_train.config import (
     RunConfig,
     TrainConfig,
 )
+from msa_train.convert.config_read import HfModel, read_hf_config
+from msa_train.convert.export_hf import plan_export, read_config_file, write_export
+from msa_train.convert.import_hf import plan_import, write_import
 from msa_train.data import IGNORE_LABEL, Pack
 from msa_train.model.gpt import forward_arguments
-from msa_train.model.hf_config import HfModel, read_hf_config
-from msa_train.model.hf_export import plan_export, read_config_file, write_export
-from msa_train.model.hf_import import plan_import, write_import
 from msa_train.model.init_weights import global_names
-from msa_train.model.pack_params import LayerStats
-from msa_train.parallel.groups import build_groups
-from msa_train.training.batch import make_batch
-from msa_train.training.checkpoint import load_checkpoint
-from msa_train.training.engine import checkpoint_metadata
-from msa_train.training.lr_schedule import Rates
-from msa_train.training.torch_engine import TorchEngine
-from msa_train.training.weights_checkpoint import checkpoint_folder, publish_weights, shape_of
+from msa_train.model.inputs.pack_params import LayerStats
+from msa_train.parallel.process_groups import build_groups
+from msa_train.training.engines.engine import checkpoint_metadata
+from msa_train.training.engines.torch_engine import TorchEngine
+from msa_train.training.optim.lr_schedule import Rates
+from msa_train.training.step_batch import make_batch
 from tests.helpers import hf_models
 from tests.helpers.compare import assert_rows_close
 from tests.helpers.hf_models import GRADIENTS, MODEL, REFERENCE, SCENARIOS, Scenario

@@ -10,15 +10,15 @@ from megatron.core import parallel_state
 
 from msa_train.config import Precision, RunConfig, StageAttention, StageConfig
 from msa_train.data import IGNORE_LABEL
-from msa_train.model import cross_entropy
-from msa_train.model.cross_entropy import linear_cross_entropy
-from msa_train.model.index_branch import is_index_parameter
-from msa_train.model.moe import ExpertLayer, SigmoidRouter
-from msa_train.model.pack_params import LayerStats
-from msa_train.parallel.groups import build_groups
-from msa_train.training.batch import make_batch
-from msa_train.training.lr_schedule import Rates
-from msa_train.training.torch_engine import TorchEngine
+from msa_train.model.attention.index_branch import is_index_parameter
+from msa_train.model.inputs.pack_params import LayerStats
+from msa_train.model.layers import cross_entropy
+from msa_train.model.layers.cross_entropy import linear_cross_entropy
+from msa_train.model.layers.moe import ExpertLayer, SigmoidRouter
+from msa_train.parallel.process_groups import build_groups
+from msa_train.training.engines.torch_engine import TorchEngine
+from msa_train.training.optim.lr_schedule import Rates
+from msa_train.training.step_batch import make_batch
 from tests.helpers.compare import assert_rows_close
 from tests.helpers.model_runs import small_config, step_packs
 from tests.helpers.spawn import run_ranks

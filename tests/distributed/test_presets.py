@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from launchers.compose import compose_run
-from launchers.model_size import model_size
+from launchers.hydra_config.compose import compose_run
+from msa_train.config.model_size import model_size
 from msa_train.model.gpt import build_model
-from msa_train.model.parameter_count import ParameterCount, count_parameters
-from msa_train.parallel.groups import build_groups
+from msa_train.parallel.process_groups import build_groups
+from tests.helpers.parameter_count import ParameterCount, count_parameters
 from tests.helpers.spawn import run_ranks
 
 # Billions, total and active: MiniMax-M2 report (arXiv 2605.26494); MiniMax-M3 model card, of the published

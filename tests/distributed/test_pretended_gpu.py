@@ -107,11 +107,11 @@ def test_equals_one_process_on_the_cpu(name: str, results: dict[str, list[dict[s
 
 # Where the host waits for a GPU in a training step, and why; otherwise it is to run ahead.
 WAITS = {
-    "model/moe.py:dispatch_preprocess": "the tokens of each expert decide how much is sent",
-    "parallel/block_requests.py:_introduce": "once for each shape",
-    "parallel/attention_probe.py:_tiles": "on steps that look at the attention",
-    "training/flat_gradients.py:norm": "the norm of the gradients, once a step",
-    "training/torch_engine.py:train_step": "the loss, once a step",
+    "model/layers/moe.py:dispatch_preprocess": "the tokens of each expert decide how much is sent",
+    "parallel/kv_exchange/requests.py:_introduce": "once for each shape",
+    "parallel/attention/selection_recall.py:_tiles": "on steps that look at the attention",
+    "training/optim/grad_buffers.py:norm": "the norm of the gradients, once a step",
+    "training/engines/torch_engine.py:train_step": "the loss, once a step",
 }
 
 

@@ -10,15 +10,15 @@ from msa_kernels import select_blocks
 from torch import Tensor
 
 from msa_train.config import ExchangeConfig, KvExchange
-from msa_train.parallel import exchange_plan
-from msa_train.parallel.cp_sparse_attention import SparseCall, cp_sparse_attention
-from msa_train.parallel.exchange_groups import build_comm
-from msa_train.parallel.layout import ShardLayout
-from msa_train.simulate.cluster import PRESETS, Cluster
-from msa_train.simulate.question import Options, Question, Scheme
-from msa_train.simulate.rates import load_rates
-from msa_train.simulate.selections import RecordedSelections, SelectionRecorder, read_selections
-from msa_train.simulate.shape import LayerShape
+from msa_train.parallel.attention.cp_sparse import SparseCall, cp_sparse_attention
+from msa_train.parallel.comm.topology import build_comm
+from msa_train.parallel.kv_exchange import plan as exchange_plan
+from msa_train.parallel.sharding.shard_layout import ShardLayout
+from msa_train.simulate.inputs.cluster import PRESETS, Cluster
+from msa_train.simulate.inputs.layer_shape import LayerShape
+from msa_train.simulate.inputs.rates import load_rates
+from msa_train.simulate.inputs.scenario import Options, Question, Scheme
+from msa_train.simulate.selections.recorded import RecordedSelections, SelectionRecorder, read_selections
 from msa_train.simulate.study import answer
 from tests.helpers.spawn import run_ranks
 

@@ -44,7 +44,7 @@ def worker(rank: int, world_size: int) -> dict[str, dict[str, Any]]:
             found[stage][name] = run_steps(config, [step_packs()[1][:1]])["steps"][0]
             parallel_state.destroy_model_parallel()
             # the import is what tells whether the warm-up's kernels ran
-            found[stage][name]["dense_kernels"] = "msa_kernels.dense_kl.launch" in sys.modules
+            found[stage][name]["dense_kernels"] = "msa_kernels.dense_kl.triton.launch" in sys.modules
     return found
 
 

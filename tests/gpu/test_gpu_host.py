@@ -18,12 +18,12 @@ pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 
+from msa_train.checkpoint.torch_dist.staging import HostBuffers
 from msa_train.config import ExchangeConfig, KvExchange, ParallelConfig
-from msa_train.parallel import collectives
-from msa_train.parallel.groups import Groups, build_groups
-from msa_train.parallel.messages import start_row_exchange
-from msa_train.parallel.to_device import to_device
-from msa_train.training.snapshot import HostBuffers
+from msa_train.parallel.comm import cp_comm as collectives
+from msa_train.parallel.comm.p2p import start_row_exchange
+from msa_train.parallel.comm.to_device import to_device
+from msa_train.parallel.process_groups import Groups, build_groups
 
 pytestmark = pytest.mark.gpu
 # Values of a tensor that is copied: more than a copy could bring between two lines of Python.

@@ -14,12 +14,12 @@ from msa_train.config import (
     RunConfig,
     TrainConfig,
 )
-from msa_train.parallel.groups import build_groups
-from msa_train.training.batch import make_batch
-from msa_train.training.engine import Engine as TrainingEngine
-from msa_train.training.lr_schedule import Rates
-from msa_train.training.megatron_engine import MegatronEngine
-from msa_train.training.torch_engine import TorchEngine
+from msa_train.parallel.process_groups import build_groups
+from msa_train.training.engines.engine import Engine as TrainingEngine
+from msa_train.training.engines.megatron_engine import MegatronEngine
+from msa_train.training.engines.torch_engine import TorchEngine
+from msa_train.training.optim.lr_schedule import Rates
+from msa_train.training.step_batch import make_batch
 from tests.helpers.packs import make_pack
 
 SEQ_LEN, BLOCK_SIZE, VOCAB = 32, 4, 16

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from msa_train.config import Activation, AttentionConfig, ModelConfig, QkNorm
-from msa_train.model.hf_config_write import write_hf_config
-from msa_train.model.hf_names import Naming, build_table
-from msa_train.model.safetensors_files import (
+from msa_train.convert.config_write import write_hf_config
+from msa_train.convert.safetensors_files import (
     DTYPES,
     INDEX_NAME,
     NewTensor,
@@ -22,6 +21,7 @@ from msa_train.model.safetensors_files import (
     read_index,
     write_file,
 )
+from msa_train.convert.tensor_map import Naming, build_table
 
 
 def small_m2() -> tuple[ModelConfig, AttentionConfig]:

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from launchers.local import launch_workers
+from launchers.local.elastic_agent import launch_workers
 
 if __name__ == "__main__":
     entry = "tests.helpers.launcher_worker:run"

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 
 from msa_train.config import RunConfig
-from msa_train.parallel.fault_watch import watched
-from msa_train.parallel.groups import init_distributed, start_watch
-from msa_train.training import stop
-from msa_train.training.last_words import end_by
+from msa_train.parallel.comm.fault_watch import watched
+from msa_train.parallel.process_groups import init_distributed, start_watch
+from msa_train.runtime import preemption as stop
+from msa_train.runtime.last_words import end_by
 
 FAIL_AT_STEP = 3
 

@@ -16,13 +16,13 @@ from msa_train.config import (
     StageConfig,
     plan_stages,
 )
-from msa_train.parallel.groups import build_groups
-from msa_train.training.batch import make_batch
-from msa_train.training.engine import Engine as TrainingEngine
-from msa_train.training.lr_schedule import Rates, stage_rates
-from msa_train.training.megatron_engine import MegatronEngine
-from msa_train.training.step_metrics import StepMetrics
-from msa_train.training.torch_engine import TorchEngine
+from msa_train.parallel.process_groups import build_groups
+from msa_train.training.engines.engine import Engine as TrainingEngine
+from msa_train.training.engines.megatron_engine import MegatronEngine
+from msa_train.training.engines.torch_engine import TorchEngine
+from msa_train.training.metrics.collect import StepMetrics
+from msa_train.training.optim.lr_schedule import Rates, stage_rates
+from msa_train.training.step_batch import make_batch
 from tests.helpers import cuda_shim
 from tests.helpers.model_runs import SEQ_LEN, small_config, step_packs
 

@@ -23,15 +23,15 @@ from msa_train.config import (
     TrainConfig,
 )
 from msa_train.data import Pack
-from msa_train.model.attention import MsaSelfAttention
+from msa_train.model.attention.base import MsaSelfAttention
 from msa_train.model.init_weights import global_names
-from msa_train.model.moe import SigmoidRouter
-from msa_train.parallel.attention_probe import ProbeSums
-from msa_train.parallel.groups import build_groups
-from msa_train.parallel.layout import ShardLayout
-from msa_train.training.batch import make_batch
-from msa_train.training.lr_schedule import Rates
-from msa_train.training.torch_engine import TorchEngine
+from msa_train.model.layers.moe import SigmoidRouter
+from msa_train.parallel.attention.selection_recall import ProbeSums
+from msa_train.parallel.process_groups import build_groups
+from msa_train.parallel.sharding.shard_layout import ShardLayout
+from msa_train.training.engines.torch_engine import TorchEngine
+from msa_train.training.optim.lr_schedule import Rates
+from msa_train.training.step_batch import make_batch
 from tests.helpers.devices import rank_device
 from tests.helpers.packs import make_pack
 

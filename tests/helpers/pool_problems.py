@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from msa_kernels import select_blocks, window_blocks
 from msa_kernels.block_sparse_attention.op import pack_blocks
-from msa_kernels.block_sparse_attention.pool import (
+from msa_kernels.block_sparse_attention.tiled import (
     BlockPool,
     KlTerm,
     PoolGrads,

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from msa_train.checkpoint.store import CheckpointStore
 from msa_train.config import (
     AttentionConfig,
     CheckpointConfig,
@@ -34,13 +35,12 @@ from msa_train.config import (
     TrainConfig,
 )
 from msa_train.data import BatchStream, Pack
-from msa_train.parallel.groups import Groups, build_groups
-from msa_train.training import loop
-from msa_train.training.checkpoint_store import CheckpointStore
-from msa_train.training.loop import Reporting, Trainer
-from msa_train.training.main import load_data, resume
-from msa_train.training.megatron_engine import MegatronEngine
-from msa_train.training.torch_engine import TorchEngine
+from msa_train.parallel.process_groups import Groups, build_groups
+from msa_train.training import trainer as loop
+from msa_train.training.engines.megatron_engine import MegatronEngine
+from msa_train.training.engines.torch_engine import TorchEngine
+from msa_train.training.trainer import Reporting, Trainer
+from msa_train.training.worker import load_data, resume
 from tests.helpers import cuda_shim, devices
 
 PROCESSES = 4

@@ -3,11 +3,11 @@
 from dataclasses import replace
 from typing import Any
 
-from msa_train.simulate.cluster import Cluster
-from msa_train.simulate.question import Options, Question, Scheme
-from msa_train.simulate.rates import KernelRates, load_rates
-from msa_train.simulate.shape import LayerShape
-from msa_train.simulate.synthetic import SyntheticSelections
+from msa_train.simulate.inputs.cluster import Cluster
+from msa_train.simulate.inputs.layer_shape import LayerShape
+from msa_train.simulate.inputs.rates import KernelRates, load_rates
+from msa_train.simulate.inputs.scenario import Options, Question, Scheme
+from msa_train.simulate.selections.synthetic import SyntheticSelections
 
 M3 = LayerShape(
     hidden_size=6144,

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from msa_train.training import stop
+from msa_train.runtime import preemption as stop
 
 STEP_S = 0.1
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from msa_train.training.metrics import METRICS_NAME, read_metrics
+from msa_train.training.metrics.writer import METRICS_NAME, read_metrics
 
 ROOT = Path(__file__).parents[2]
 RUN_WITHIN_S = 300

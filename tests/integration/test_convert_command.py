@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from launchers import convert, train
-from launchers.compose import compose_run
+from launchers.hydra_config.compose import compose_run
+from msa_train.checkpoint.store import fingerprint
 from msa_train.config import Activation, RunConfig
-from msa_train.model.hf_names import M2_NAMING, M3_NAMING, M3_TEXT_NAMING
-from msa_train.training.checkpoint_store import fingerprint
-from msa_train.training.metrics import read_metrics
+from msa_train.convert.tensor_map import M2_NAMING, M3_NAMING, M3_TEXT_NAMING
+from msa_train.training.metrics.writer import read_metrics
 from tests.helpers.hf_files import read_tensors, small_m2, small_m3, write_checkpoint
 from tests.helpers.training_command import train as train_command
 from tests.helpers.training_command import write_corpus

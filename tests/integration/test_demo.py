@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from msa_train.training.metrics import read_metrics
+from msa_train.training.metrics.writer import read_metrics
 from tests.helpers.training_command import train
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from msa_train.training.checkpoint_store import CheckpointStore
-from msa_train.training.divergence import DivergedError, check_finite
+from msa_train.checkpoint.store import CheckpointStore
+from msa_train.training.stability.finite_check import DivergedError, check_finite
 from tests.helpers.training_command import Training
 from tests.integration.test_resume import ONE_PROCESS
 

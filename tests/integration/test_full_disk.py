@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from msa_train.training.checkpoint_store import CheckpointStore
-from msa_train.training.metrics import read_metrics
+from msa_train.checkpoint.store import CheckpointStore
+from msa_train.training.metrics.writer import read_metrics
 from tests.helpers.training_command import Training, without_times
 from tests.integration.conftest import STEPS, FinishedRun
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launchers.compose import compose_run
-from launchers.run_dir import claim_run_dir, write_config
+from launchers.hydra_config.compose import compose_run
+from launchers.local.run_dir import claim_run_dir, write_config
 
 ROOT = Path(__file__).parents[2]
 # what a user is promised when a worker dies

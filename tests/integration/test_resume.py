@@ -12,10 +12,10 @@ from unittest.mock import ANY
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from launchers.compose import compose_run
-from launchers.preflight import check_files
+from launchers.hydra_config.compose import compose_run
+from launchers.local.launch_checks import check_files
 from launchers.train import main
-from msa_train.training.metrics import read_metrics
+from msa_train.training.metrics.writer import read_metrics
 from tests.helpers.training_command import DOWN_WITHIN_S, Training, last_step, train, wait_gone, without_times
 from tests.integration.conftest import STEPS, FinishedRun
 

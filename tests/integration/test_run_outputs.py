@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from msa_train.simulate.layouts import place
-from msa_train.simulate.selections import read_selections
-from msa_train.training.metrics import CHARTS, read_metrics
+from msa_train.simulate.inputs.layouts import place
+from msa_train.simulate.selections.recorded import read_selections
+from msa_train.training.metrics.writer import CHARTS, read_metrics
 from tests.helpers.training_command import (
     BLOCK_SIZE,
     GLOBAL_BATCH_SIZE,

@@ -3,10 +3,10 @@
 import signal
 from pathlib import Path
 
-from launchers.command_line import STOPPED
-from msa_train.training import stop
-from msa_train.training.checkpoint_store import CheckpointStore
-from msa_train.training.metrics import read_metrics
+from launchers.cli.command_line import STOPPED
+from msa_train.checkpoint.store import CheckpointStore
+from msa_train.runtime import preemption as stop
+from msa_train.training.metrics.writer import read_metrics
 from tests.helpers.training_command import Training, last_step, without_times
 from tests.integration.conftest import STEPS, FinishedRun
 

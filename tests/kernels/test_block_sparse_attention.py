@@ -5,19 +5,19 @@ from typing import Any
 import pytest
 import torch
 from msa_kernels import block_sparse_attention, select_blocks
-from msa_kernels.block_sparse_attention import pool as pool_module
+from msa_kernels.block_sparse_attention import tiled as pool_module
 from msa_kernels.block_sparse_attention.op import pack_blocks, unpack_blocks
-from msa_kernels.block_sparse_attention.pool import (
+from msa_kernels.block_sparse_attention.reference import (
+    attention_reference,
+    kl_reference,
+    selection_mask,
+)
+from msa_kernels.block_sparse_attention.tiled import (
     BlockPool,
     KlTerm,
     SparseQueries,
     pool_backward,
     pool_forward,
-)
-from msa_kernels.block_sparse_attention.reference import (
-    attention_reference,
-    kl_reference,
-    selection_mask,
 )
 from msa_kernels.block_sparse_attention.work_list import build_work_list
 from torch import Tensor

@@ -6,7 +6,7 @@ import pytest
 import torch
 from msa_kernels import select_blocks
 from msa_kernels.block_sparse_attention.op import whole_pack
-from msa_kernels.block_sparse_attention.pool import pool_forward
+from msa_kernels.block_sparse_attention.tiled import pool_forward
 from msa_kernels.select_blocks import lse as lse_module
 from msa_kernels.select_blocks import op as op_module
 from msa_kernels.select_blocks.reference import select_blocks_reference

@@ -9,8 +9,8 @@ import pytest
 import torch
 from msa_kernels.block_sparse_attention.choice import unsupported
 from msa_kernels.block_sparse_attention.configs import ATTEND_BACKWARD_CANDIDATES
-from msa_kernels.block_sparse_attention.pool import BlockPool, KlTerm, PoolGrads, PoolOutput, pool_forward
-from msa_kernels.block_sparse_attention.schedule import build_schedule, queries_per_portion
+from msa_kernels.block_sparse_attention.tiled import BlockPool, KlTerm, PoolGrads, PoolOutput, pool_forward
+from msa_kernels.block_sparse_attention.triton.schedule import build_schedule, queries_per_portion
 from msa_kernels.block_sparse_attention.work_list import build_work_list
 from torch import Tensor
 
@@ -58,7 +58,8 @@ def nan_filled_buffers() -> Iterator[None]:
 @contextmanager
 def limits(shape: Shape) -> Iterator[None]:
     """Portions and items as small as the shape asks for."""
-    from msa_kernels.block_sparse_attention import launch, launch_backward
+    from msa_kernels.block_sparse_attention.triton import backward as launch_backward
+    from msa_kernels.block_sparse_attention.triton import forward as launch
 
     with pytest.MonkeyPatch.context() as patch:
         if shape.part_bytes:
@@ -219,7 +220,7 @@ EVERY_SHAPE = bool(os.environ.get("MSA_KERNELS_COMPILE_ALL"))
 
 def launch_all(shape: Shape, dtype: torch.dtype) -> None:
     """Launches every kernel for this problem; nothing is looked at."""
-    from msa_kernels.block_sparse_attention import triton_path
+    from msa_kernels.block_sparse_attention import triton as triton_path
 
     problem = make_problem(shape, dtype)
     part = (problem.queries, problem.pools[0], problem.entries[0])

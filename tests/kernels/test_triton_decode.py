@@ -34,7 +34,7 @@ def _decode(rows: list[Tensor], table: Tensor | None, *inputs: Tensor, **argumen
 
 def _launch(rows: list[Tensor], *inputs: Tensor, **arguments: Any) -> Any:
     """The launch itself, for arguments that `decode_attention` does not have."""
-    from msa_kernels.decode.launch import decode_attention_triton
+    from msa_kernels.decode.triton.launch import decode_attention_triton
 
     q, q_index, seq_lens = inputs
     return decode_attention_triton(q, q_index, DecodeCache(*rows), seq_lens, **arguments)
@@ -122,8 +122,8 @@ def test_any_number_of_parts(num_parts: int) -> None:
 
 def _launch_candidate(number: int, *args: Any, **arguments: Any) -> Any:
     """A configuration to be timed, with as few programs as it takes; blocks per program at 1M tokens."""
-    from msa_kernels.decode import launch
     from msa_kernels.decode.configs import CANDIDATES
+    from msa_kernels.decode.triton import launch
 
     config = CANDIDATES[number]
     at_1m = launch._blocks_per_program(config, 8192)
@@ -151,7 +151,7 @@ def _decode_fp8(
     rows: list[Tensor], table: Tensor | None, *inputs: Tensor, native: bool, **arguments: Any
 ) -> Any:
     """With index keys in fp8, converted by the device or from their bits."""
-    from msa_kernels.decode import launch
+    from msa_kernels.decode.triton import launch
 
     q, q_index, seq_lens = inputs
     keys, scale = quantize_index_keys(rows[2])
@@ -189,7 +189,7 @@ def test_fp8_index_keys(page_size: int | None, native: bool, dtype: torch.dtype)
 
 def _decode_ranking_few(*args: Any, **arguments: Any) -> Any:
     """`_decode` with programs that rank 32 candidates at most."""
-    from msa_kernels.decode import launch
+    from msa_kernels.decode.triton import launch
 
     before, launch._MAX_CANDIDATES = launch._MAX_CANDIDATES, 32
     try:
@@ -212,7 +212,7 @@ def _launch_shipped(shapes: list[tuple[int, int, int, str]], fp8: list[bool | No
 
     fp8: for each shape, None for index keys in its dtype, True and False for conversion and bits of fp8.
     """
-    from msa_kernels.decode import launch
+    from msa_kernels.decode.triton import launch
 
     for (dim, block_size, topk, dtype_name), native in zip(shapes, fp8, strict=True):
         dtype = getattr(torch, dtype_name)

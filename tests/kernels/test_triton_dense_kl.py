@@ -42,7 +42,8 @@ def _in_small_portions(*args: Any, portion_bytes: int, own_tiles: bool, **kwargs
 
     own_tiles: 32 queries by 64 keys for all, so that several are partly filled and partly seen.
     """
-    from msa_kernels.dense_kl import configs, launch
+    from msa_kernels.dense_kl import configs
+    from msa_kernels.dense_kl.triton import launch
 
     before = configs.LSE, configs.DIFFERENCE, launch.DIFFERENCE_BYTES
     launch.DIFFERENCE_BYTES = portion_bytes

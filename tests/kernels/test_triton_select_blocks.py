@@ -29,7 +29,7 @@ def _launch(*args: Any, **kwargs: Any) -> Tensor:
 
 def _launch_with_lse(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     from msa_kernels.select_blocks.configs import SelectConfig
-    from msa_kernels.select_blocks.launch import select_blocks_triton
+    from msa_kernels.select_blocks.triton.launch import select_blocks_triton
 
     if "config" in kwargs:
         kwargs["config"] = SelectConfig(*kwargs["config"])
@@ -283,7 +283,7 @@ def test_bad_arguments(change: dict[str, Any], words: str) -> None:
 def _launch_shipped(shapes: list[tuple[int, int, int, str]], lse_scale: float | None) -> None:
     """Launch each (index head dim, block size, top-k, dtype), M3's with every configuration for it."""
     from msa_kernels.select_blocks.configs import CANDIDATES, MAIN
-    from msa_kernels.select_blocks.launch import select_blocks_triton
+    from msa_kernels.select_blocks.triton.launch import select_blocks_triton
 
     for dim, block_size, topk, dtype_name in shapes:
         dtype = getattr(torch, dtype_name)

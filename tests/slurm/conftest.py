@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers.batch_script import Job, batch_script
+from launchers.slurm.batch_script import Job, batch_script
 from msa_train.config import ClusterConfig
 from tests.helpers.slurm_cluster import NoClusterError, SlurmCluster
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers.batch_script import script_path
+from launchers.slurm.batch_script import script_path
 from msa_train.config import ClusterConfig, Tasks
 from tests.helpers.slurm_cluster import SlurmCluster, ended
 from tests.slurm.conftest import SubmitStandIn

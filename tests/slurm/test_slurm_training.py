@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launchers.submit import main as submit_main
-from msa_train.training.metrics import read_metrics
+from msa_train.training.metrics.writer import read_metrics
 from tests.helpers.slurm_cluster import SlurmCluster, ended, powered_on
 from tests.helpers.training_command import TINY, Training, last_step, without_times, write_corpus
 from tests.slurm.test_batch_script import output

@@ -16,13 +16,18 @@ from torch.distributed.checkpoint import metadata as dcp
 
 from launchers import checkpoint as checkpoint_command
 from launchers import convert
+from msa_train.checkpoint.store import file_entry, verify_folder, write_json
+from msa_train.checkpoint.torch_dist import safe_pickles as checkpoint_pickles
+from msa_train.checkpoint.torch_dist.files import ShardedReader, ShardedWriter
+from msa_train.checkpoint.torch_dist.rng_state import rng_state
+from msa_train.checkpoint.torch_dist.safe_pickles import (
+    check_object,
+    metadata_damage,
+    objects_damage,
+    read_metadata,
+)
+from msa_train.checkpoint.weights_only import publish_weights
 from msa_train.config import AttentionConfig, ModelConfig
-from msa_train.model import checkpoint_pickles
-from msa_train.model.checkpoint_pickles import check_object, metadata_damage, objects_damage, read_metadata
-from msa_train.model.sharded_files import ShardedReader, ShardedWriter
-from msa_train.training.checkpoint_store import file_entry, verify_folder, write_json
-from msa_train.training.rng import rng_state
-from msa_train.training.weights_checkpoint import publish_weights
 
 DTYPES = {value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 

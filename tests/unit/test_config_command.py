@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from launchers import train
-from launchers.compose import compose_run, load_run
-from launchers.failure import WorkerFailure, first_failure, report
-from launchers.groups import CLUSTER, GROUPS, config_dir
-from launchers.preflight import Layout, count_gpus, describe, plan_layout
+from launchers.hydra_config.compose import compose_run, load_run
+from launchers.hydra_config.options import CLUSTER, GROUPS, config_dir
+from launchers.local.failure_report import WorkerFailure, first_failure, report
+from launchers.local.launch_checks import Layout, count_gpus, describe, plan_layout
 
 
 def test_help_lists_every_run_and_option(capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,7 +55,7 @@ def test_no_visible_gpu_counts_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_world_size(
     monkeypatch: pytest.MonkeyPatch, num_gpus: int, num_processes: int, joined: int | None, expected: int
 ) -> None:
-    monkeypatch.setattr("launchers.preflight.count_gpus", lambda: num_gpus)
+    monkeypatch.setattr("launchers.local.launch_checks.count_gpus", lambda: num_gpus)
     config = compose_run(
         ["run=demo", f"launcher.num_processes={num_processes}", "train.global_batch_size=8", "engine=torch"]
     )

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launchers.compose import compose_run, config_to_yaml, known_keys, load_run
-from launchers.groups import CLUSTER, GROUPS, config_dir, group_options
-from launchers.model_size import model_size
+from launchers.hydra_config.compose import compose_run, config_to_yaml, known_keys, load_run
+from launchers.hydra_config.options import CLUSTER, GROUPS, config_dir, group_options
 from msa_train.config import AttentionKind, RunConfig, check_rules
+from msa_train.config.model_size import model_size
 
 # processes that the large runs are made for; the others run on 2
 WORLD_SIZES = {"m2_32k": 128, "m3_200k": 128, "m3_1m": 256}

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from launchers import train
-from launchers.compose import compose_run
-from msa_train.config import contradictions
+from launchers.hydra_config.compose import compose_run
+from msa_train.config.rules import contradictions
 
 CASES = {
     "train.steps=4 optim.warmup_steps=5": "optim.warmup_steps=5: the run ends after 4 steps, ",

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from launchers import train
-from launchers.compose import compose_run, load_run
-from launchers.preflight import check_kernel
-from launchers.run_dir import claim_run_dir, disk_warning, write_config
+from launchers.hydra_config.compose import compose_run, load_run
+from launchers.local.launch_checks import check_kernel
+from launchers.local.run_dir import claim_run_dir, disk_warning, write_config
 
 ROOT = Path(__file__).parents[2]
 JOB_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_ID", "SLURM_NTASKS")
@@ -136,7 +136,7 @@ MISTAKES = [
 def _alone_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in JOB_VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("launchers.preflight.count_gpus", lambda: 0)
+    monkeypatch.setattr("launchers.local.launch_checks.count_gpus", lambda: 0)
 
 
 def refuse(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -165,7 +165,7 @@ def test_missing_gpu_is_named(capsys: pytest.CaptureFixture[str]) -> None:
 def test_more_processes_than_gpus(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("launchers.preflight.count_gpus", lambda: 1)
+    monkeypatch.setattr("launchers.local.launch_checks.count_gpus", lambda: 1)
     line = refuse(["run=demo", "launcher.num_processes=2", "engine=torch"], capsys)
     assert "launcher.num_processes=2: one process per GPU and this machine has 1" in line
 
@@ -196,7 +196,7 @@ def test_triton_where_it_cannot_be_used(
     words: str,
 ) -> None:
     monkeypatch.setattr("msa_kernels.dispatch.has_triton", lambda: installed)
-    monkeypatch.setattr("launchers.preflight.count_gpus", lambda: num_gpus)
+    monkeypatch.setattr("launchers.local.launch_checks.count_gpus", lambda: num_gpus)
     monkeypatch.setenv("TRITON_INTERPRET", "1" if interpreted else "0")
     sizes = ["parallel.cp_size=1", "parallel.ep_size=1", "engine=torch", "train.precision=bf16"]
     line = refuse(

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from launchers.compose import compose_run, config_to_yaml, load_run
-from launchers.compose_cluster import compose_cluster
-from launchers.groups import config_dir
+from launchers.hydra_config.compose import compose_run, config_to_yaml, load_run
+from launchers.hydra_config.compose_cluster import compose_cluster
+from launchers.hydra_config.options import config_dir
+from launchers.hydra_config.text_values import literal, quoted, split_choices
 from launchers.submit import main as submit
-from launchers.text_values import literal, quoted, split_choices
 from launchers.train import main as train
 
 HEAD = "# @package _global_\ndefaults:\n  - override /model: tiny\n"

@@ -3,7 +3,7 @@
 import pytest
 
 from launchers import train
-from launchers.join import (
+from launchers.local.job_environment import (
     WORKERS_PER_NODE,
     Node,
     expand_nodelist,

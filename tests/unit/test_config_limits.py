@@ -6,8 +6,8 @@ from dataclasses import fields, is_dataclass, replace
 import pytest
 
 from launchers import train
-from launchers.compose import compose_run, known_keys
-from launchers.memory import check_memory, least_bytes
+from launchers.hydra_config.compose import compose_run, known_keys
+from launchers.local.memory import check_memory, least_bytes
 from launchers.submit import main as submit
 from msa_train.config import (
     ClusterConfig,
@@ -18,7 +18,7 @@ from msa_train.config import (
     check_rules,
     check_time,
 )
-from msa_train.config.limits import COUNT, LIMITS
+from msa_train.config.rules.limits import COUNT, LIMITS
 
 INTS = [key for key, kind in known_keys(["main"]).items() if kind is int]
 HUGE = 10**9
@@ -41,8 +41,8 @@ ABSURD = [
 
 @pytest.fixture(autouse=True)
 def _small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launchers.preflight.count_gpus", lambda: 0)
-    monkeypatch.setattr("launchers.memory.machine_memory", lambda: 16 * 10**9)
+    monkeypatch.setattr("launchers.local.launch_checks.count_gpus", lambda: 0)
+    monkeypatch.setattr("launchers.local.memory.machine_memory", lambda: 16 * 10**9)
 
 
 @pytest.fixture(scope="module")

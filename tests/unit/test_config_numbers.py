@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from launchers import checkpoint, simulate
-from launchers.compose import compose_run
-from launchers.preflight import plan_layout
+from launchers.hydra_config.compose import compose_run
+from launchers.local.launch_checks import plan_layout
+from msa_train.checkpoint.torch_dist.finite_state import listed, not_finite
 from msa_train.config import ClusterConfig, RunConfig, StageConfig, check_cluster
-from msa_train.config.number_rules import check_finite_numbers
-from msa_train.training.finite_state import listed, not_finite
+from msa_train.config.rules.numbers import check_finite_numbers
 
 
 def with_value(config: Any, path: list[str], value: float) -> Any:

@@ -9,9 +9,11 @@ import pytest
 import zstandard
 
 from msa_train.config import DataConfig
-from msa_train.data import corpus, lines, prepare, prepare_corpus
-from msa_train.data.lines import BoundError, iterate_lines
-from msa_train.data.sources import Source
+from msa_train.data import prepare, prepare_corpus
+from msa_train.data.corpora import documents as corpus
+from msa_train.data.corpora import lines
+from msa_train.data.corpora.lines import BoundError, iterate_lines
+from msa_train.data.corpora.sources import Source
 from tests.helpers.data_messages import refusal
 
 

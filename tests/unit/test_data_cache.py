@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from msa_train.config import DataConfig
-from msa_train.data import Corpus, cache, load_datasets, prepare, prepare_corpus
-from msa_train.data.cache import DOCUMENTS_NAME, MANIFEST_NAME
-from msa_train.data.listing import TAG_NAME
+from msa_train.data import Corpus, load_datasets, prepare, prepare_corpus
+from msa_train.data.corpora.listing import TAG_NAME
+from msa_train.data.token_cache import cache
+from msa_train.data.token_cache.cache import DOCUMENTS_NAME, MANIFEST_NAME
 
 
 def _data(tmp_path: Path, **settings: object) -> DataConfig:

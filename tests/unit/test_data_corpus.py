@@ -11,9 +11,9 @@ import zstandard
 
 from msa_train.config import DataConfig
 from msa_train.data import load_datasets, prepare_corpus
-from msa_train.data.corpus import iterate_documents
-from msa_train.data.sources import find_source
-from msa_train.data.store import TokenStore
+from msa_train.data.corpora.documents import iterate_documents
+from msa_train.data.corpora.sources import find_source
+from msa_train.data.token_cache.store import TokenStore
 
 EOD = 256
 

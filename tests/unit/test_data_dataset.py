@@ -10,7 +10,7 @@ import pytest
 
 from msa_train.data import IGNORE_LABEL, BatchStream, Pack, PackedDataset
 from msa_train.data.split import DocumentView
-from msa_train.data.store import TokenStore, write_store
+from msa_train.data.token_cache.store import TokenStore, write_store
 
 SEQ_LEN, BLOCK_SIZE, EOD = 64, 16, 65_000
 LENGTHS = [1, 2, 16, 17, 63, 64, 65, 200, 256, 5]

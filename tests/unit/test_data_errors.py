@@ -11,7 +11,7 @@ import zstandard
 
 from msa_train.config import DataConfig
 from msa_train.data import load_datasets
-from msa_train.data.store import write_store
+from msa_train.data.token_cache.store import write_store
 from tests.helpers.data_messages import refusal
 
 

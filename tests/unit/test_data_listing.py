@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from launchers.preflight import check_files
-from launchers.run_dir import claim_run_dir
+from launchers.local.launch_checks import check_files
+from launchers.local.run_dir import claim_run_dir
+from msa_train.checkpoint.data_record import handed_on
 from msa_train.config import DataConfig, RunConfig
 from msa_train.data import prepare_corpus
-from msa_train.data.listing import RUN_MARK, split_glob
-from msa_train.data.sources import find_source
-from msa_train.training.data_record import handed_on
-from msa_train.training.generation import GENERATION_NAME
+from msa_train.data.corpora.listing import RUN_MARK, split_glob
+from msa_train.data.corpora.sources import find_source
+from msa_train.runtime.fencing import GENERATION_NAME
 
 RECORD = b'{"text": "a record"}\n'
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from msa_train.data.split import check_labels, choose_held_out, hash_indices
-from msa_train.data.store import write_store
+from msa_train.data.token_cache.store import write_store
 from tests.helpers.data_messages import refusal
 
 

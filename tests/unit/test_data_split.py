@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from msa_train.data.split import choose_held_out, hash_indices, hash_name, split_store
-from msa_train.data.store import TokenStore, write_store
+from msa_train.data.token_cache.store import TokenStore, write_store
 
 
 def _store(tmp_path: Path, lengths: list[int]) -> TokenStore:

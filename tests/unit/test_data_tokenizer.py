@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from msa_train.config import DataConfig
 from msa_train.data import load_datasets, prepare_corpus
-from msa_train.data.store import TokenStore
-from msa_train.data.tokenizer import ByteTokenizer, build_tokenizer
+from msa_train.data.token_cache.store import TokenStore
+from msa_train.data.tokenizers.tokenizer import ByteTokenizer, build_tokenizer
 
 TEXT = "the cat sat on the mat; \u00fcber \u20ac. " * 5
 

@@ -17,8 +17,8 @@ from benchmarks.exchange.measure import make_part
 from benchmarks.exchange.namespaces import Rates
 from benchmarks.exchange.report import goals
 from benchmarks.exchange.selections import TRAINED, construct, remote_pairs, select, shape_for
-from msa_train.parallel.exchange_plan import ExchangeShape, find_demand, pack_bits
-from msa_train.parallel.layout import ShardLayout
+from msa_train.parallel.kv_exchange.plan import ExchangeShape, find_demand, pack_bits
+from msa_train.parallel.sharding.shard_layout import ShardLayout
 
 M3 = LayerShape(seq_len=131_072, block_size=128, bytes_per_element=2, with_kl=False)
 DEV = """Inter-|   Receive                 |  Transmit

@@ -7,17 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from launchers.local.run_dir import check_writable, claim_run_dir, write_config
 from launchers.node_check import _name
-from launchers.run_dir import check_writable, claim_run_dir, write_config
+from msa_train.checkpoint.store import CheckpointStore, write_json
 from msa_train.config import RunConfig
-from msa_train.files import new_file, open_to_append, remove_partials
-from msa_train.simulate.selections import SelectionRecorder
-from msa_train.training.bad_steps import log_event
-from msa_train.training.checkpoint_store import CheckpointStore, write_json
-from msa_train.training.generation import VARIABLE, take_over
-from msa_train.training.metrics import MetricsWriter
-from msa_train.training.stop import Stopped, write_stopped
-from msa_train.training.summary import write_summary
+from msa_train.runtime.atomic_files import new_file, open_to_append, remove_partials
+from msa_train.runtime.fencing import VARIABLE, take_over
+from msa_train.runtime.preemption import Stopped, write_stopped
+from msa_train.simulate.selections.recorded import SelectionRecorder
+from msa_train.training.metrics.tables import write_summary
+from msa_train.training.metrics.writer import MetricsWriter
+from msa_train.training.stability.skip_policy import log_event
 
 OWN = "the user's own file\n"
 

@@ -5,8 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from launchers.imported_conf import copy_files, rest_files, tokenizer_files
-from msa_train.foreign_files import member, one_line, open_regular, parse_json, read_json, read_limited
+from launchers.hydra_config.imported_options import copy_files, rest_files, tokenizer_files
+from msa_train.runtime.untrusted_files import (
+    member,
+    one_line,
+    open_regular,
+    parse_json,
+    read_json,
+    read_limited,
+)
 
 
 def test_only_regular_files_are_opened(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers.code_path import search_path, worker_arguments
+from launchers.local.code_path import search_path, worker_arguments
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from launchers import failure
-from launchers.failure import WorkerFailure, report
-from msa_train.training.last_words import LAUNCHER_PID, record
+from launchers.local import failure_report as failure
+from launchers.local.failure_report import WorkerFailure, report
+from msa_train.runtime.last_words import LAUNCHER_PID, record
 
 
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from launchers import machine
 from launchers.checkpoint import main as checkpoint_main
-from launchers.machine import accept_log_level, check_loopback, expand_user, raise_file_limit
-from launchers.run_dir import write_keeping
+from launchers.local import machine
+from launchers.local.machine import accept_log_level, check_loopback, expand_user, raise_file_limit
+from launchers.local.run_dir import write_keeping
 from launchers.status import main as status_main
 from launchers.train import main
-from msa_train.training.stop import read_stopped
+from msa_train.runtime.preemption import read_stopped
 
 
 def test_a_removed_folder(

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from launchers.checkpoint import main as checkpoint_main
-from launchers.command_line import run_command
-from launchers.output import SteadyStream, steady_output
+from launchers.cli.command_line import run_command
+from launchers.cli.output import SteadyStream, steady_output
 from launchers.status import main as status_main
 from launchers.train import main
-from msa_train.training.summary import format_table
+from msa_train.training.metrics.tables import format_table
 
 ROOT = Path(__file__).parents[2]
 
@@ -96,7 +96,7 @@ def test_one_inside_another_changes_nothing() -> None:
 def test_closed_streams_are_not_given_to_the_next_file(tmp_path: Path) -> None:
     """A file that is opened as descriptor 1 would get what is printed."""
     code = (
-        "from launchers.output import steady_output\n"
+        "from launchers.cli.output import steady_output\n"
         "with steady_output():\n"
         f"    file = open({str(tmp_path / 'file')!r}, 'w')\n"
         "    print('printed')\n"

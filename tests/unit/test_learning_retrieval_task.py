@@ -17,7 +17,7 @@ from benchmarks.learning.retrieval_task import (
 )
 from msa_train.data import IGNORE_LABEL
 from msa_train.data.split import DocumentView
-from msa_train.data.store import TokenStore, write_store
+from msa_train.data.token_cache.store import TokenStore, write_store
 
 SEQ_LEN = 512
 SYMBOLS = Symbols(first=9_000, num_keys=40, num_values=8)

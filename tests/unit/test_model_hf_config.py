@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from launchers.compose import compose_run
+from launchers.hydra_config.compose import compose_run
 from msa_train.config import ModelConfig
-from msa_train.model.hf_config import read_hf_config
-from msa_train.model.hf_config_fields import Family
-from msa_train.model.hf_config_write import extend_hf_config, family_of, write_hf_config
+from msa_train.convert.config_fields import Family
+from msa_train.convert.config_read import read_hf_config
+from msa_train.convert.config_write import extend_hf_config, family_of, write_hf_config
 from tests.helpers.hf_files import small_m2, small_m3
 
 LAYERS = 60

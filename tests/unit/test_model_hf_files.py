@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from msa_train.model.hf_config import read_hf_config
-from msa_train.model.hf_contents import ContentCheck, dtype_warning
-from msa_train.model.hf_export import plan_export, read_config_file, write_export
-from msa_train.model.hf_import import BOX_BYTES, Box, boxes, check_unplaced, plan_import, write_import
-from msa_train.model.hf_names import M2_NAMING, M3_NAMING, M3_TEXT_NAMING, Naming
-from msa_train.model.safetensors_files import (
+from msa_train.checkpoint.torch_dist.files import ShardedReader, ShardedWriter
+from msa_train.convert.config_read import read_hf_config
+from msa_train.convert.contents import ContentCheck, dtype_warning
+from msa_train.convert.export_hf import plan_export, read_config_file, write_export
+from msa_train.convert.import_hf import BOX_BYTES, Box, boxes, check_unplaced, plan_import, write_import
+from msa_train.convert.safetensors_files import (
     INDEX_NAME,
     SINGLE_NAME,
     NewTensor,
@@ -25,8 +25,8 @@ from msa_train.model.safetensors_files import (
     read_index,
     write_file,
 )
-from msa_train.model.safetensors_header import read_header
-from msa_train.model.sharded_files import ShardedReader, ShardedWriter
+from msa_train.convert.safetensors_header import read_header
+from msa_train.convert.tensor_map import M2_NAMING, M3_NAMING, M3_TEXT_NAMING, Naming
 from tests.helpers.hf_files import read_tensors, small_m2, small_m3, write_checkpoint
 
 CASES = {

@@ -4,9 +4,9 @@ from collections import Counter
 
 import pytest
 
-from launchers.compose import compose_run
-from launchers.model_size import model_size
-from msa_train.model.hf_names import (
+from launchers.hydra_config.compose import compose_run
+from msa_train.config.model_size import model_size
+from msa_train.convert.tensor_map import (
     M2_NAMING,
     M3_NAMING,
     M3_TEXT_NAMING,

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from msa_train.model.norm import RMSNorm
-from msa_train.model.pack_params import tensor_parallel_padding
-from msa_train.model.rotary import apply_rotary, rotary_table
+from msa_train.model.inputs.pack_params import tensor_parallel_padding
+from msa_train.model.layers.norm import RMSNorm
+from msa_train.model.layers.rotary import apply_rotary, rotary_table
 from tests.helpers.compare import assert_rows_close
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from launchers import convert
-from msa_train.model.hf_names import M2_NAMING
-from msa_train.model.safetensors_files import INDEX_NAME, SINGLE_NAME, read_index
-from msa_train.model.safetensors_header import Entry, parse_header, read_header
+from msa_train.convert.safetensors_files import INDEX_NAME, SINGLE_NAME, read_index
+from msa_train.convert.safetensors_header import Entry, parse_header, read_header
+from msa_train.convert.tensor_map import M2_NAMING
 from tests.helpers.hf_files import small_m2, write_checkpoint
 
 TENSORS = {

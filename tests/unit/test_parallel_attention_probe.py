@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from msa_train.config import CpLayout
-from msa_train.parallel.attention_probe import ProbeQueries, ProbeSums, num_buckets, sample_queries
-from msa_train.parallel.layout import ShardLayout
-from msa_train.parallel.sequence_plan import make_plan
-from msa_train.training.attention_metrics import attention_metrics
+from msa_train.parallel.attention.selection_recall import ProbeQueries, ProbeSums, num_buckets, sample_queries
+from msa_train.parallel.sharding.partition import make_plan
+from msa_train.parallel.sharding.shard_layout import ShardLayout
+from msa_train.training.metrics.selection_recall import attention_metrics
 
 CU_SEQLENS, DOC_LENGTHS = [0, 32, 40, 96], [29, 5, 50]
 # topk 3 of blocks of 4: a query needs 12 tokens in the blocks before its own.

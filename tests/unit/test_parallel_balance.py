@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from msa_train.config import CpLayout
-from msa_train.parallel.balance import (
+from msa_train.parallel.sharding.load_balance import (
     balance,
     balance_ring,
     causal_work,
@@ -15,8 +15,7 @@ from msa_train.parallel.balance import (
     rank_work,
     unit_tokens,
 )
-from msa_train.parallel.relayout import make_moves, make_relayout
-from msa_train.parallel.sequence_plan import (
+from msa_train.parallel.sharding.partition import (
     SequencePlan,
     common,
     contiguous_plan,
@@ -29,6 +28,7 @@ from msa_train.parallel.sequence_plan import (
     without,
     zigzag_plan,
 )
+from msa_train.parallel.sharding.redistribute import make_moves, make_relayout
 
 
 def random_pack(rng: np.random.Generator, num_blocks: int, block_size: int) -> tuple[list[int], list[int]]:

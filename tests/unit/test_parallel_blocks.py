@@ -1,19 +1,19 @@
 """Block needs and pool look-ups."""
 
 import torch
-from msa_kernels.block_sparse_attention.pool import BlockPool
+from msa_kernels.block_sparse_attention.tiled import BlockPool
 
 from msa_train.config import ExchangeConfig, KvExchange
-from msa_train.parallel.block_requests import (
+from msa_train.parallel.comm.cp_comm import CpComm
+from msa_train.parallel.kv_exchange.cost_model import PairBytes
+from msa_train.parallel.kv_exchange.requests import (
     RequestTerms,
     exchange_requests,
     needed_pairs,
     pairs_by_owner,
 )
-from msa_train.parallel.collectives import CpComm
-from msa_train.parallel.exchange_cost import PairBytes
-from msa_train.parallel.exchange_session import KvSource
-from msa_train.parallel.layout import ShardLayout
+from msa_train.parallel.kv_exchange.session import KvSource
+from msa_train.parallel.sharding.shard_layout import ShardLayout
 
 
 def test_needed_pairs_is_the_union_per_group() -> None:

@@ -3,8 +3,8 @@
 import pytest
 
 from msa_train.config import KvExchange
-from msa_train.parallel.block_requests import check_requests, find_bad_values
-from msa_train.parallel.exchange_cost import (
+from msa_train.parallel.comm.rank_faults import ExchangeError
+from msa_train.parallel.kv_exchange.cost_model import (
     ExchangeRates,
     Line,
     PairBytes,
@@ -13,8 +13,8 @@ from msa_train.parallel.exchange_cost import (
     fit_line,
     selected_cost,
 )
-from msa_train.parallel.exchange_plan import ExchangeShape
-from msa_train.parallel.faults import ExchangeError
+from msa_train.parallel.kv_exchange.plan import ExchangeShape
+from msa_train.parallel.kv_exchange.requests import check_requests, find_bad_values
 
 EVEN = Line(1e-3, 1e-9)
 RATES = ExchangeRates(EVEN, EVEN, EVEN, Line(1e-4, 1e-10), Line(2e-3, 4e-9))

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from msa_train.parallel import exchange_plan
-from msa_train.parallel.exchange_plan import (
+from msa_train.parallel.kv_exchange import plan as exchange_plan
+from msa_train.parallel.kv_exchange.plan import (
     Demand,
     ExchangeShape,
     RankPlan,

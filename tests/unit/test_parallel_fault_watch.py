@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.distributed import HashStore, Store  # type: ignore[attr-defined]
 
-from msa_train.parallel import fault_watch
-from msa_train.parallel.fault_watch import FaultWatch, watched
-from msa_train.parallel.faults import ExchangeError, has_lost_others, is_out_of_memory, reason_of
-from msa_train.training.together import CheckpointError
+from msa_train.checkpoint.all_ranks import CheckpointError
+from msa_train.parallel.comm import fault_watch
+from msa_train.parallel.comm.fault_watch import FaultWatch, watched
+from msa_train.parallel.comm.rank_faults import ExchangeError, has_lost_others, is_out_of_memory, reason_of
 
 TIMEOUT_S = 20.0
 

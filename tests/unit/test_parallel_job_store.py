@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from msa_train.config.environment import SAID_BY, STORE_FILE
-from msa_train.parallel import job_store
-from msa_train.parallel.job_store import JobIncompleteError, open_store
+from msa_train.parallel.comm import job_store
+from msa_train.parallel.comm.job_store import JobIncompleteError, open_store
 
 
 def environment(rank: int, world_size: int, **more: str) -> dict[str, str]:

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from msa_train.config import CpLayout
-from msa_train.parallel.layout import (
+from msa_train.parallel.sharding.partition import make_plan
+from msa_train.parallel.sharding.shard_layout import (
     Segment,
     ShardLayout,
     VisiblePart,
     local_segments,
     visible_parts,
 )
-from msa_train.parallel.sequence_plan import make_plan
 
 PACKS = {
     "one_long": ([0, 48], [48]),

@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 
 from launchers import simulate
-from msa_train.simulate.compare import LATENCY_S, MBIT, compare_file, comparison_data, comparison_text
+from msa_train.simulate.reports.predicted_vs_measured import (
+    LATENCY_S,
+    MBIT,
+    compare_file,
+    comparison_data,
+    comparison_text,
+)
 
 P, T, COMPUTE_S, HEADERS, CORES = 4, 1024, 0.2, 1.02, 2
 # 4 KV groups of 128 channels in fp32; 32 pairs of a rank, blocks of 128 tokens

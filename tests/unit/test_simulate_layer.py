@@ -6,10 +6,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from msa_train.simulate.cluster import PRESETS
-from msa_train.simulate.question import FullScheme, Options, Question, Scheme
-from msa_train.simulate.setup import SchemeReport
-from msa_train.simulate.shape import BACKWARD_FACTOR
+from msa_train.simulate.costs.layer_costs import SchemeReport
+from msa_train.simulate.inputs.cluster import PRESETS
+from msa_train.simulate.inputs.layer_shape import BACKWARD_FACTOR
+from msa_train.simulate.inputs.scenario import FullScheme, Options, Question, Scheme
 from msa_train.simulate.study import answer, scaling
 from tests.helpers.simulation import M3, alike, flat_cluster, question, rates, stated
 

@@ -8,11 +8,11 @@ import torch
 from msa_kernels import select_blocks
 from numpy.typing import NDArray
 
-from msa_train.parallel.block_requests import needed_pairs
-from msa_train.simulate.layouts import place
-from msa_train.simulate.replay import collect_wants
-from msa_train.simulate.selections import SelectionRecorder, read_selections
-from msa_train.simulate.synthetic import SyntheticSelections
+from msa_train.parallel.kv_exchange.requests import needed_pairs
+from msa_train.simulate.costs.demand import collect_wants
+from msa_train.simulate.inputs.layouts import place
+from msa_train.simulate.selections.recorded import SelectionRecorder, read_selections
+from msa_train.simulate.selections.synthetic import SyntheticSelections
 from tests.helpers.simulation import alike, stated
 
 S, BLOCK_SIZE, TOPK, M = 256, 4, 3, 2

@@ -5,11 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from msa_train.parallel.hot_pairs import HotSlices
-from msa_train.simulate import wire as wires
-from msa_train.simulate.cluster import PRESETS
-from msa_train.simulate.hot_slices import hot_wires, spans
-from msa_train.simulate.timeline import Among, Timeline
+from msa_train.parallel.kv_exchange.hot_blocks import HotSlices
+from msa_train.simulate.costs import collective_cost as wires
+from msa_train.simulate.costs.hot_blocks import hot_wires, spans
+from msa_train.simulate.costs.timeline import Among, Timeline
+from msa_train.simulate.inputs.cluster import PRESETS
 from tests.helpers.simulation import M3, flat_cluster
 
 NODES = flat_cluster(gpus_per_node=4, node_rate_bytes=1e10)

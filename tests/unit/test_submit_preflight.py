@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from launchers.job_token import read_token, sign, token_path
 from launchers.node_check import BAD_NODES, _name, main
-from launchers.node_facts import Facts, Wanted, complaints, gather_facts
-from launchers.node_links import Head, Link, answer_head, slow_nodes
+from launchers.slurm.job_token import read_token, sign, token_path
+from launchers.slurm.node_facts import Facts, Wanted, complaints, gather_facts
+from launchers.slurm.node_links import Head, Link, answer_head, slow_nodes
 
 TOKEN = b"0" * 64
 GOOD = {"gpus": 8, "cpus": 64, "memory_gb": 500.0, "write_s": 0.1, "write_error": ""}

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from launchers.batch_script import Job, batch_script
-from launchers.compose import compose_run
+from launchers.hydra_config.compose import compose_run
+from launchers.slurm.batch_script import Job, batch_script
 from launchers.submit import main
 from msa_train.config import ClusterConfig, ContainerRuntime
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from launchers.batch_script import COMMON, Job, batch_script, script_path
-from launchers.compose import compose_run
-from launchers.compose_cluster import compose_cluster
-from launchers.groups import CLUSTER, group_options
-from launchers.placement import check_placement
+from launchers.hydra_config.compose import compose_run
+from launchers.hydra_config.compose_cluster import compose_cluster
+from launchers.hydra_config.options import CLUSTER, group_options
+from launchers.slurm.batch_script import COMMON, Job, batch_script, script_path
+from launchers.slurm.placement import check_placement
+from launchers.slurm.sweep import expand, hydra_arguments
 from launchers.submit import main, read_request
-from launchers.sweep import expand, hydra_arguments
 from msa_train.config import ClusterConfig, ContainerRuntime, ParallelConfig, Tasks, check_time
 
 JOB = Job(

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from msa_train.config import BadStep, TrainConfig
-from msa_train.training.bad_steps import BadSteps, RollbackError
+from msa_train.training.stability.skip_policy import BadSteps, RollbackError
 
 
 def bad_steps(**settings: object) -> BadSteps:

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from msa_train.config import AttentionConfig, CheckpointConfig, ModelConfig, RunConfig
-from msa_train.training import checkpoint_store
-from msa_train.training.checkpoint_store import (
+from msa_train.checkpoint import store as checkpoint_store
+from msa_train.checkpoint.store import (
     CheckpointStore,
     check_resume,
     file_entry,
@@ -25,6 +24,7 @@ from msa_train.training.checkpoint_store import (
     verify_folder,
     write_json,
 )
+from msa_train.config import AttentionConfig, CheckpointConfig, ModelConfig, RunConfig
 
 SHARD = "__0_0.distcp"
 
@@ -513,7 +513,7 @@ def test_latest_follows(tmp_path: Path) -> None:
 
 def test_space_is_asked_for_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = save(config_of(tmp_path), 100)
-    monkeypatch.setattr("msa_train.training.checkpoint_store.free_bytes", lambda _: 2 * 10**9)
+    monkeypatch.setattr("msa_train.checkpoint.store.free_bytes", lambda _: 2 * 10**9)
     store.check_space(10**9)
     text = (
         f"it needs 3 GB and {store.folder} has 2 GB free, the checkpoint of step 100 stays; free some space"
@@ -566,6 +566,6 @@ def test_kill_between_begin_and_publish_leaves_the_previous_one(tmp_path: Path) 
 
 def test_module_is_light(tmp_path: Path) -> None:
     """The launcher checks the checkpoint before any worker, and torch, is started."""
-    code = "import sys, msa_train.training.checkpoint_store; sys.exit('torch' in sys.modules)"
+    code = "import sys, msa_train.checkpoint.store; sys.exit('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)

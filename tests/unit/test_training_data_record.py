@@ -10,12 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from launchers.preflight import check_files
+from launchers.local.launch_checks import check_files
+from msa_train.checkpoint.data_record import RECORD_NAME, hand_on, handed_on, record_of, resume_record
+from msa_train.checkpoint.store import find_to_resume
 from msa_train.config import CheckpointConfig, DataConfig, RunConfig
 from msa_train.data import prepare_corpus
-from msa_train.training.checkpoint_store import find_to_resume
-from msa_train.training.data_record import RECORD_NAME, hand_on, handed_on, record_of, resume_record
-from msa_train.training.main import check_agreement, load_data
+from msa_train.training.worker import check_agreement, load_data
 from tests.helpers.byte_tokenizer import byte_tokenizer_json
 from tests.unit.test_training_checkpoint_store import save
 

@@ -13,9 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG
 
-from msa_train.training import metrics
-from msa_train.training.metrics import MetricsWriter, json_ready, read_metrics, scalars
-from msa_train.training.summary import format_table, write_summary
+from msa_train.training.metrics import writer as metrics
+from msa_train.training.metrics.tables import format_table, write_summary
+from msa_train.training.metrics.writer import MetricsWriter, json_ready, read_metrics, scalars
 
 
 def test_tags_of_every_form_of_value() -> None:

@@ -10,7 +10,7 @@ import termios
 import pytest
 
 from msa_train.config import Progress as ProgressKind
-from msa_train.training.progress import Progress, format_count, format_duration
+from msa_train.training.metrics.progress import Progress, format_count, format_duration
 
 
 class Terminal(io.StringIO):

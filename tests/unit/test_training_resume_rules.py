@@ -16,7 +16,7 @@ from msa_train.config import (
     TrainConfig,
     plan_stages,
 )
-from msa_train.training.lr_schedule import learning_rate
+from msa_train.training.optim.lr_schedule import learning_rate
 from msa_train.training.resume_rules import (
     INDEX_NAME,
     check_index_moments,

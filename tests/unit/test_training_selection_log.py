@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from msa_train.config import AttentionConfig, CpLayout, ModelConfig, RunConfig
-from msa_train.parallel.block_requests import needed_pairs
-from msa_train.parallel.groups import Groups
-from msa_train.parallel.layout import ShardLayout
-from msa_train.parallel.sequence_plan import make_plan
-from msa_train.simulate.layouts import place
-from msa_train.simulate.selections import read_selections
-from msa_train.training.selection_log import SelectionLog, chunk_tokens
+from msa_train.parallel.kv_exchange.requests import needed_pairs
+from msa_train.parallel.process_groups import Groups
+from msa_train.parallel.sharding.partition import make_plan
+from msa_train.parallel.sharding.shard_layout import ShardLayout
+from msa_train.simulate.inputs.layouts import place
+from msa_train.simulate.selections.recorded import read_selections
+from msa_train.training.metrics.selection_recording import SelectionLog, chunk_tokens
 from tests.helpers.packs import make_pack
 
 SEQ_LEN, BLOCK_SIZE, P, M, TOPK = 96, 4, 3, 2, 3

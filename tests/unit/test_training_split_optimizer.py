@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from msa_train.config import OptimConfig, OptimizerKind
-from msa_train.training.lr_schedule import Rates
-from msa_train.training.split_optimizer import SplitOptimizer
+from msa_train.training.optim.lr_schedule import Rates
+from msa_train.training.optim.muon_adamw import SplitOptimizer
 
 HEAD_DIM = 2
 NAMES = [

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from launchers.run_dir import claim_run_dir
-from msa_train.training import stop
-from msa_train.training.checkpoint_store import CheckpointStore
-from msa_train.training.generation import VARIABLE, SupersededError, check_generation, take_over
+from launchers.local.run_dir import claim_run_dir
+from msa_train.checkpoint.store import CheckpointStore
+from msa_train.runtime import preemption as stop
+from msa_train.runtime.fencing import VARIABLE, SupersededError, check_generation, take_over
 
 MARK = stop.Stopped(step=12, signal="SIGUSR1", saved=True, generation="7.0")
 

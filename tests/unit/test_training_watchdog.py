@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from msa_train.training.watchdog import HUNG
+from msa_train.runtime.watchdog import HUNG
 
 PROGRAM = """
 import time

@@ -9,15 +9,15 @@ from msa_kernels.block_sparse_attention import configs
 from msa_kernels.dispatch import choose_kernel, dtypes_not_in_triton
 
 _MODULES = {
-    "triton": "msa_kernels.block_sparse_attention.triton_path",
-    "reference": "msa_kernels.block_sparse_attention.pool_reference",
+    "triton": "msa_kernels.block_sparse_attention.triton",
+    "reference": "msa_kernels.block_sparse_attention.tiled_reference",
 }
 
 
 def implementation(
     kernel: str, q: Tensor, kv: Tensor, q_index: Tensor | None, k_index: Tensor | None
 ) -> ModuleType | None:
-    """Module with `forward` and `backward` for this call, or None for the tiled path in pool.py.
+    """Module with `forward` and `backward` for this call, or None for the tiled path in tiled.py.
 
     Triton is imported only where it is taken.
 

@@ -64,7 +64,7 @@ def decode_attention(
     chosen = choose_kernel(kernel, q.device, _not_in_triton(q, q_index, cache, block_size, topk))
     if chosen == "triton":
         # triton is not installed everywhere
-        from msa_kernels.decode.launch import decode_attention_triton as implementation
+        from msa_kernels.decode.triton.launch import decode_attention_triton as implementation
     else:
         implementation = decode_attention_reference if chosen == "reference" else _decode_torch
     return implementation(

@@ -19,7 +19,7 @@ from msa_kernels.dense_kl.grads import DenseKlGrads
 from msa_kernels.dispatch import choose_kernel, dtypes_not_in_triton
 from msa_kernels.tiles import padded
 
-_MODULES = {"triton": "msa_kernels.dense_kl.launch", "reference": "msa_kernels.dense_kl.reference"}
+_MODULES = {"triton": "msa_kernels.dense_kl.triton.launch", "reference": "msa_kernels.dense_kl.reference"}
 _QUERY_TILE = 256
 # Elements of one teacher score tile: 8 MiB in fp32.
 _TILE_ELEMENTS = 2**21

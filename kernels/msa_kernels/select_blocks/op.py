@@ -129,7 +129,7 @@ def select_blocks(
     chosen = choose_kernel(kernel, q_index.device, unsupported)
     if chosen == "triton":
         # triton is not installed everywhere
-        from msa_kernels.select_blocks.launch import select_blocks_triton as implementation
+        from msa_kernels.select_blocks.triton.launch import select_blocks_triton as implementation
     else:
         implementation = select_blocks_reference if chosen == "reference" else _select_blocks_tiled
     block_indices, lse = implementation(

@@ -1,0 +1,282 @@
+"""Launches the Triton kernels of the backward pass: torch tensors in, torch tensors out.
+
+Imports Triton. Shapes as in forward.py.
+"""
+
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+import triton
+from torch import Tensor
+
+from msa_kernels.block_sparse_attention import configs
+from msa_kernels.block_sparse_attention.tiled import BlockPool, KlTerm, PoolGrads, SparseQueries
+from msa_kernels.block_sparse_attention.triton import backward_kernel as kernel_backward
+from msa_kernels.block_sparse_attention.triton import forward_kernel as kernel
+from msa_kernels.block_sparse_attention.triton.forward import Portion, Sizes, portions, sizes_of
+from msa_kernels.block_sparse_attention.triton.schedule import Items, Splits
+from msa_kernels.tiles import padded
+
+# Partial gradients of the queries of one portion. More queries at a time mean that K, V and their gradients,
+# 320 KiB per block and group of the M3 shape, travel less often per query.
+BACKWARD_PART_BYTES = 2**32
+# Gradients of blocks whose list was split; from this follows how long an item may be.
+SPLIT_BYTES = 2**28
+BACKWARD_PAIRS_PER_ITEM = 256
+
+
+@dataclass(slots=True)
+class _Lists:
+    """Items of one kind, and places for split lists. add: dkv and dk_index hold sums of earlier launches."""
+
+    items: Items
+    splits: Splits
+    masked: bool
+    add: bool
+
+
+@dataclass(slots=True)
+class _Rows:
+    """Query-side inputs and buffers of one portion, contiguous."""
+
+    dout: Tensor
+    delta: Tensor
+    lse: Tensor
+    lse_index: Tensor | None
+    lse_teacher: Tensor | None
+    dq_part: Tensor
+    teacher_part: Tensor | None
+    kl_weight: float
+
+
+def backward(
+    queries: SparseQueries,
+    pool: BlockPool,
+    entries: Tensor,
+    dout: Tensor,
+    delta: Tensor,
+    lse: Tensor,
+    kl_term: KlTerm | None,
+) -> PoolGrads:
+    """`pool_backward` by Triton kernels; dtypes as in `launch.forward`, dout rounded to that of q."""
+    if not queries.softmax_scale > 0.0:
+        raise ValueError(f"softmax_scale={queries.softmax_scale}: must be above 0, the kernels divide by it")
+    with_kl = kl_term is not None and queries.q_index is not None
+    grads = _allocate(queries, pool, entries, with_kl)
+    if pool.kv.shape[0] == 0 or entries.numel() == 0:
+        return grads
+    sizes = sizes_of(queries, pool, entries)
+    pair_bytes = sizes.pair_bytes + with_kl * (4 * sizes.B + sizes.index_dim * sizes.element_bytes)
+    for chunk, portion in portions(queries, pool, entries, BACKWARD_PART_BYTES // pair_bytes):
+        rows = _rows(portion, dout[chunk], delta[chunk], lse[chunk], kl_term if with_kl else None, chunk)
+        _backward_portion(portion, rows, grads, chunk)
+    return grads
+
+
+def _allocate(queries: SparseQueries, pool: BlockPool, entries: Tensor, with_kl: bool) -> PoolGrads:
+    """Every value is written by the first portion; zeros where there is nothing to compute."""
+    N, _, B, _ = pool.kv.shape
+    new = torch.zeros if N == 0 or entries.numel() == 0 else torch.empty
+    device = queries.q.device
+    grads = PoolGrads(
+        dq=new(queries.q.shape, device=device),
+        dkv=new(pool.kv.shape, device=device),
+        dq_index=None,
+        dk_index=None,
+        kl=None,
+    )
+    if with_kl:
+        assert queries.q_index is not None, "with_kl implies index queries"
+        grads.dq_index = new(queries.q_index.shape, device=device)
+        grads.dk_index = new((N, B, queries.q_index.shape[-1]), device=device)
+        grads.kl = torch.zeros((), dtype=torch.float64, device=device)
+    return grads
+
+
+def _rows(
+    portion: Portion, dout: Tensor, delta: Tensor, lse: Tensor, kl_term: KlTerm | None, chunk: slice
+) -> _Rows:
+    q, sizes, pairs = portion.queries.q, portion.sizes, portion.num_pairs
+    rows = _Rows(
+        dout=dout.to(q.dtype).contiguous(),
+        delta=delta.float().contiguous(),
+        lse=lse.float().contiguous(),
+        lse_index=None,
+        lse_teacher=None,
+        dq_part=q.new_empty(pairs, sizes.G, sizes.D),
+        teacher_part=None,
+        kl_weight=0.0,
+    )
+    if kl_term is not None:
+        rows.lse_index = kl_term.lse_index[chunk].float().contiguous()
+        if kl_term.lse_teacher is not None:
+            rows.lse_teacher = kl_term.lse_teacher[chunk].float().contiguous()
+        rows.teacher_part = torch.empty(pairs, sizes.B, device=q.device)
+        rows.kl_weight = kl_term.weight
+    return rows
+
+
+def _backward_portion(portion: Portion, rows: _Rows, grads: PoolGrads, chunk: slice) -> None:
+    """Fills in dq of `chunk`; writes (first portion) or adds to the gradients of blocks."""
+    sizes, first = portion.sizes, chunk.start == 0
+    split_bytes = 4 * sizes.B * max(2 * sizes.D, sizes.index_dim)
+    # A split list has at most twice as many parts as full items fit into it.
+    longest = triton.cdiv(2 * portion.num_pairs, max(1, SPLIT_BYTES // split_bytes))
+    longest = max(longest, BACKWARD_PAIRS_PER_ITEM)
+    lists = []
+    for masked in (False, True):
+        # The first launch of all also writes the zeros of blocks that nobody reads.
+        every_entry = first and not masked
+        items = portion.schedule.items(masked=masked, pairs_per_item=longest, every_entry=every_entry)
+        lists.append(_Lists(items, items.splits(), masked, add=not every_entry))
+    num_splits = max(1, 2 * portion.num_pairs // longest)
+    dkv_part = grads.dkv.new_empty(num_splits, *grads.dkv.shape[1:])
+    for part in lists:
+        _attend_backward(portion, rows, part, grads.dkv, dkv_part)
+        _add_splits(part, dkv_part, grads.dkv)
+    del dkv_part
+    _add_slots(portion, rows.dq_part, grads.dq[chunk], portion.queries.softmax_scale)
+    if rows.teacher_part is not None:
+        _kl_portion(portion, rows, grads, chunk, lists, num_splits)
+
+
+def _kl_portion(
+    portion: Portion, rows: _Rows, grads: PoolGrads, chunk: slice, lists: list[_Lists], num_splits: int
+) -> None:
+    """The same for the index branch, from the teacher that the attention's backward has left."""
+    assert grads.dq_index is not None, "allocated with the KL term"
+    assert grads.dk_index is not None, "allocated with the KL term"
+    assert grads.kl is not None, "allocated with the KL term"
+    q_index = portion.queries.q_index
+    assert q_index is not None, "a KL term comes with index queries"
+    scale = rows.kl_weight * portion.queries.index_scale
+    dq_part = q_index.new_empty(portion.num_pairs, portion.sizes.index_dim)
+    # Unused pairs stay 0.
+    kl_part = grads.dk_index.new_zeros(portion.num_pairs)
+    dk_part = grads.dk_index.new_empty(num_splits, *grads.dk_index.shape[1:])
+    for part in lists:
+        _kl_backward(portion, rows, part, dq_part, kl_part, grads.dk_index, dk_part)
+        _add_splits(part, dk_part, grads.dk_index)
+    _add_slots(portion, dq_part, grads.dq_index[chunk], scale)
+    grads.kl += kl_part.sum(dtype=torch.float64)
+
+
+def _attend_backward(portion: Portion, rows: _Rows, part: _Lists, dkv: Tensor, dkv_part: Tensor) -> None:
+    """Gradients of K and V, partial gradients of the queries and the teacher, of all pairs of one kind."""
+    sizes, queries = portion.sizes, portion.queries
+    config = sizes.config(configs.ATTEND_BACKWARD, split=True)
+    constants = portion.constants(masked=part.masked) | sizes.shape
+    constants["BP"] = min(constants["BP"], config.max_block)
+    unused = rows.lse
+    halves = ((False, True), (True, False)) if config.separate else ((True, True),)
+    for first_key, (with_dk, with_dv) in product(range(0, sizes.B, constants["BP"]), halves):
+        kernel_backward.attend_backward_kernel[(part.items.entry.numel(),)](
+            queries.q,
+            rows.dout,
+            rows.lse,
+            rows.delta,
+            unused if rows.lse_teacher is None else rows.lse_teacher,
+            portion.pool.kv,
+            portion.pool.block,
+            *portion.visibility,
+            *portion.work(part.items),
+            part.splits.of_item,
+            rows.dq_part,
+            unused if rows.teacher_part is None else rows.teacher_part,
+            dkv,
+            dkv_part,
+            queries.softmax_scale,
+            -1.0 / queries.softmax_scale,
+            queries.softmax_scale * kernel.LOG2E.value,
+            1.0 / queries.temperature,
+            first_key,
+            **constants,
+            ROWS=config.rows,
+            WITH_TEACHER=with_dv and rows.teacher_part is not None,
+            SOFTENED=rows.lse_teacher is not None,
+            ADD=part.add,
+            ADD_DQ=first_key > 0,
+            WITH_DK=with_dk,
+            WITH_DV=with_dv,
+            STAGES=config.num_stages,
+            num_warps=config.num_warps,
+        )
+
+
+def _kl_backward(
+    portion: Portion,
+    rows: _Rows,
+    part: _Lists,
+    dq_part: Tensor,
+    kl_part: Tensor,
+    dk_index: Tensor,
+    dk_part: Tensor,
+) -> None:
+    """Gradients and value of the KL loss, of all pairs of one kind."""
+    sizes, queries = portion.sizes, portion.queries
+    config = sizes.config(configs.KL_BACKWARD, index=True, split=True)
+    constants = portion.constants(masked=part.masked)
+    constants["BP"] = min(constants["BP"], config.max_block)
+    for first_key in range(0, sizes.B, constants["BP"]):
+        kernel_backward.kl_backward_kernel[(part.items.entry.numel(),)](
+            queries.q_index,
+            queries.k_index,
+            rows.lse_index,
+            rows.teacher_part,
+            portion.pool.block,
+            *portion.visibility,
+            *portion.work(part.items),
+            part.splits.of_item,
+            dq_part,
+            kl_part,
+            dk_index,
+            dk_part,
+            rows.kl_weight * queries.index_scale,
+            queries.index_scale * kernel.LOG2E.value,
+            first_key,
+            **constants,
+            D=sizes.index_dim,
+            DP=padded(sizes.index_dim),
+            ROWS=config.rows,
+            ADD=part.add,
+            ADD_DQ=first_key > 0,
+            STAGES=config.num_stages,
+            num_warps=config.num_warps,
+        )
+
+
+def _add_splits(part: _Lists, parts: Tensor, total: Tensor) -> None:
+    """Parts of split lists [splits, ...] into total [N, ...]."""
+    size, chunk = total[0].numel(), configs.ADD_SPLITS_CHUNK
+    kernel_backward.add_splits_kernel[(total.shape[0], triton.cdiv(size, chunk))](
+        parts,
+        part.splits.first,
+        part.splits.count,
+        total,
+        size,
+        ADD=part.add,
+        CHUNK=chunk,
+        num_warps=4,
+    )
+
+
+def _add_slots(portion: Portion, parts: Tensor, total: Tensor, scale: float) -> None:
+    """Parts of pairs [P, ...] into total [T, M, ...], times scale."""
+    sizes: Sizes = portion.sizes
+    num_rows, size = portion.num_pairs // sizes.K, parts[0].numel()
+    chunk = min(triton.next_power_of_2(size), configs.ADD_SLOTS_CHUNK)
+    rows = configs.ADD_SLOTS_TILE // chunk
+    kernel_backward.add_slots_kernel[(triton.cdiv(num_rows, rows), triton.cdiv(size, chunk))](
+        portion.schedule.used,
+        parts,
+        total,
+        num_rows,
+        scale,
+        size,
+        K=sizes.K,
+        ROWS=rows,
+        CHUNK=chunk,
+        STAGES=configs.COMBINE_STAGES,
+        num_warps=4,
+    )

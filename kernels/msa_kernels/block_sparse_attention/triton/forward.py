@@ -1,0 +1,269 @@
+"""Launches the Triton kernels of the forward pass: torch tensors in, torch tensors out.
+
+Imports Triton. Shapes: T queries, M KV groups, G query heads per group, K top-k slots, N pool entries, B
+block size, D head dim, Di index head dim.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from msa_kernels.arguments import check_int64
+from msa_kernels.block_sparse_attention import configs
+from msa_kernels.block_sparse_attention.tiled import BlockPool, PoolOutput, SparseQueries
+from msa_kernels.block_sparse_attention.triton import forward_kernel as kernel
+from msa_kernels.block_sparse_attention.triton.schedule import (
+    Items,
+    Schedule,
+    build_schedule,
+    queries_per_portion,
+)
+from msa_kernels.block_sparse_attention.window import TokenWindow
+from msa_kernels.tiles import padded
+
+# Partial results of one portion of the queries. 2 GiB hold 8,192 queries of the M3 shape in bf16: their q of
+# one group, 32 MiB, still fits the L2 cache, where it is read once per slot.
+FORWARD_PART_BYTES = 2**31
+# An item of the forward reads its block once; longer lists are split so that all processors have work.
+FORWARD_PAIRS_PER_ITEM = 64
+INDEX_PAIRS_PER_ITEM = 256
+
+
+@dataclass(slots=True)
+class Sizes:
+    """Sizes of a call, and the powers of two that hold them."""
+
+    M: int
+    K: int
+    G: int
+    D: int
+    B: int
+    index_dim: int
+    element_bytes: int
+
+    @property
+    def pair_bytes(self) -> int:
+        """Partial output of one pair (row, slot)."""
+        return self.G * self.D * self.element_bytes
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """Constants of the kernels that say how large tiles are, and how much of them is used."""
+        return {
+            "G": self.G,
+            "D": self.D,
+            "GP": triton.next_power_of_2(self.G),
+            "DP": padded(self.D),
+        }
+
+    def config(
+        self, table: tuple[configs.TileConfig, ...], *, index: bool = False, split: bool = False
+    ) -> configs.TileConfig:
+        """Tile sizes for this call, which `configs.why_not` has found to exist; split: blocks may be cut."""
+        block = padded(1 if split else self.B)
+        config = configs.pick(table, padded(self.index_dim if index else self.D), block, self.element_bytes)
+        assert config is not None, f"no configuration for {self}"
+        return config
+
+
+def sizes_of(queries: SparseQueries, pool: BlockPool, entries: Tensor) -> Sizes:
+    """Sizes of a call."""
+    _, M, G, D = queries.q.shape
+    return Sizes(
+        M=M,
+        K=entries.shape[2],
+        G=G,
+        D=D,
+        B=pool.kv.shape[2],
+        index_dim=0 if queries.q_index is None else queries.q_index.shape[-1],
+        element_bytes=queries.q.element_size(),
+    )
+
+
+@dataclass(slots=True)
+class Portion:
+    """Consecutive queries, contiguous, with their schedule over the pool."""
+
+    queries: SparseQueries
+    pool: BlockPool
+    sizes: Sizes
+    schedule: Schedule
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs (row, slot), used or not."""
+        return self.schedule.order.numel()
+
+    @property
+    def visibility(self) -> tuple[Tensor, Tensor, Tensor]:
+        """position, window start, sink stop; the last two are placeholders where there is no window."""
+        position, window = self.queries.position, self.queries.window
+        return (
+            (position, position, position) if window is None else (position, window.start, window.sink_stop)
+        )
+
+    def work(self, items: Items) -> tuple[Tensor, ...]:
+        """Arguments that describe items to a kernel."""
+        return self.schedule.order, items.entry, items.begin, items.stop, items.num_items
+
+    def constants(self, *, masked: bool) -> dict[str, Any]:
+        """Constants that all kernels over items share."""
+        windowed = self.queries.window is not None
+        sizes = self.sizes
+        return {
+            # read for masks alone: without them the same kernel serves any number of groups
+            "M": sizes.M if masked else 1,
+            "K": sizes.K,
+            "B": sizes.B,
+            "BP": padded(sizes.B),
+            "MASKED": masked,
+            "WINDOWED": masked and windowed,
+        }
+
+
+def portions(
+    queries: SparseQueries, pool: BlockPool, entries: Tensor, max_pairs: int
+) -> Iterator[tuple[slice, Portion]]:
+    """Queries in portions of at most `max_pairs` pairs (row, slot), or of one query.
+
+    Raises:
+        ValueError: on block ids, positions or borders of windows of another dtype than int64.
+    """
+    check_int64(**{"pool.block": pool.block, "queries.position": queries.position})
+    if queries.window is not None:
+        borders = {"window.start": queries.window.start, "window.sink_stop": queries.window.sink_stop}
+        check_int64(**borders)
+    sizes = sizes_of(queries, pool, entries)
+    pool = replace(pool, kv=pool.kv.contiguous(), block=pool.block.contiguous())
+    k_index = None if queries.k_index is None else queries.k_index.contiguous()
+    # Offsets into tensors of pairs have 32 bits in the kernels.
+    most = (2**31 - 1) // max(sizes.G * sizes.D, sizes.B, sizes.index_dim)
+    step = queries_per_portion(entries.shape[0], min(max_pairs, most) // (sizes.M * sizes.K))
+    for begin in range(0, entries.shape[0], step):
+        chunk = slice(begin, begin + step)
+        window = queries.window
+        if window is not None:
+            window = TokenWindow(window.start[chunk].contiguous(), window.sink_stop[chunk].contiguous())
+        part = replace(
+            queries,
+            q=queries.q[chunk].contiguous(),
+            position=queries.position[chunk].contiguous(),
+            q_index=None if queries.q_index is None else queries.q_index[chunk].contiguous(),
+            k_index=k_index,
+            window=window,
+        )
+        ids = entries[chunk].contiguous()
+        schedule = build_schedule(ids, pool.block, part.position, window, block_size=sizes.B)
+        yield chunk, Portion(part, pool, sizes, schedule)
+
+
+def forward(queries: SparseQueries, pool: BlockPool, entries: Tensor) -> PoolOutput:
+    """`pool_forward` by Triton kernels; q, kv, q_index and k_index of one dtype, fp32, fp16 or bf16."""
+    T, M, G, D = queries.q.shape
+    device, indexed = queries.q.device, queries.q_index is not None
+    out = torch.zeros(T, M, G, D, device=device)
+    lse = torch.full((T, M, G), float("-inf"), device=device)
+    lse_index = torch.full((T, M), float("-inf"), device=device) if indexed else None
+    softened = indexed and queries.temperature != 1.0
+    lse_teacher = torch.full_like(lse, float("-inf")) if softened else None
+    result = PoolOutput(out=out, lse=lse, lse_index=lse_index, lse_teacher=lse_teacher)
+    if pool.kv.shape[0] == 0 or entries.numel() == 0:
+        return result
+    max_pairs = FORWARD_PART_BYTES // sizes_of(queries, pool, entries).pair_bytes
+    for chunk, portion in portions(queries, pool, entries, max_pairs):
+        _forward_portion(portion, result, chunk)
+    return result
+
+
+def _forward_portion(portion: Portion, result: PoolOutput, chunk: slice) -> None:
+    """Fills in the rows of `chunk`."""
+    sizes, queries = portion.sizes, portion.queries
+    softened, indexed = result.lse_teacher is not None, result.lse_index is not None
+    pairs = portion.num_pairs
+    out_part = queries.q.new_empty(pairs, sizes.G, sizes.D)
+    lse_part = result.lse.new_empty(pairs, sizes.G)
+    teacher_part = torch.empty_like(lse_part) if softened else lse_part
+    index_part = result.lse.new_empty(pairs) if indexed else lse_part
+    for masked in (False, True):
+        _attend(portion, masked, out_part, lse_part, teacher_part, softened)
+        if indexed:
+            _index_lse(portion, masked, index_part)
+    out, lse = result.out[chunk], result.lse[chunk]
+    rows = max(configs.COMBINE_ROWS, triton.next_power_of_2(sizes.G))
+    num_rows = out.shape[0] * sizes.M
+    per_program = rows // triton.next_power_of_2(sizes.G)
+    kernel.combine_kernel[(triton.cdiv(num_rows, per_program),)](
+        portion.schedule.used,
+        out_part,
+        lse_part,
+        teacher_part,
+        index_part,
+        out,
+        lse,
+        lse if result.lse_teacher is None else result.lse_teacher[chunk],
+        lse if result.lse_index is None else result.lse_index[chunk],
+        num_rows,
+        K=sizes.K,
+        KP=triton.next_power_of_2(sizes.K),
+        **sizes.shape,
+        ROWS=rows,
+        SOFTENED=softened,
+        INDEXED=indexed,
+        STAGES=configs.COMBINE_STAGES,
+        num_warps=4,
+    )
+
+
+def _attend(
+    portion: Portion, masked: bool, out_part: Tensor, lse_part: Tensor, teacher_part: Tensor, softened: bool
+) -> None:
+    """Partial outputs and log-sum-exps of all pairs of one kind."""
+    sizes, queries = portion.sizes, portion.queries
+    config = sizes.config(configs.ATTEND)
+    items = portion.schedule.items(masked=masked, pairs_per_item=FORWARD_PAIRS_PER_ITEM)
+    kernel.attend_kernel[(items.entry.numel(),)](
+        queries.q,
+        portion.pool.kv,
+        portion.pool.block,
+        *portion.visibility,
+        *portion.work(items),
+        out_part,
+        lse_part,
+        teacher_part,
+        queries.softmax_scale * kernel.LOG2E.value,
+        1.0 / queries.temperature,
+        **portion.constants(masked=masked),
+        **sizes.shape,
+        ROWS=config.rows,
+        SOFTENED=softened,
+        STAGES=config.num_stages,
+        num_warps=config.num_warps,
+    )
+
+
+def _index_lse(portion: Portion, masked: bool, index_part: Tensor) -> None:
+    """Log-sum-exp of the index scores of all pairs of one kind."""
+    sizes, queries = portion.sizes, portion.queries
+    assert queries.q_index is not None, "called with an index branch only"
+    assert queries.k_index is not None, "index queries come with index keys"
+    config = sizes.config(configs.INDEX_LSE, index=True)
+    items = portion.schedule.items(masked=masked, pairs_per_item=INDEX_PAIRS_PER_ITEM)
+    kernel.index_lse_kernel[(items.entry.numel(),)](
+        queries.q_index,
+        queries.k_index,
+        portion.pool.block,
+        *portion.visibility,
+        *portion.work(items),
+        index_part,
+        queries.index_scale * kernel.LOG2E.value,
+        **portion.constants(masked=masked),
+        D=sizes.index_dim,
+        DP=padded(sizes.index_dim),
+        ROWS=config.rows,
+        STAGES=config.num_stages,
+        num_warps=config.num_warps,
+    )

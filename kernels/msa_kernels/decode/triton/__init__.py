@@ -1,0 +1,1 @@
+"""Triton kernels of decoding and their launches."""

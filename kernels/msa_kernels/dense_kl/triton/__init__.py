@@ -1,0 +1,1 @@
+"""Triton kernels of the KL loss over all keys and their launches."""

@@ -1,0 +1,1 @@
+"""Triton kernels of block selection and their launches."""

@@ -1,0 +1,145 @@
+"""From the arguments of msa-simulate to its question; mistakes are found before torch is imported."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import fields
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import yaml
+
+from launchers.hydra_config.options import config_dir, group_options
+from msa_train.config import AttentionConfig, ModelConfig
+
+if TYPE_CHECKING:
+    from msa_train.simulate.inputs.layer_shape import LayerShape
+    from msa_train.simulate.inputs.placement import Placement
+    from msa_train.simulate.inputs.scenario import Question
+    from msa_train.simulate.selections.recorded import RecordedSelections, Selections
+
+Config = TypeVar("Config", ModelConfig, AttentionConfig)
+
+
+def read_question(arguments: argparse.Namespace) -> "tuple[Question, Callable[[Question], Selections]]":
+    """The question, and what makes selections for it or for another size of it.
+
+    Raises:
+        ValueError: naming the value, the rule and the fix.
+    """
+    given = [name for name in ("f", "alike_tokens", "selections") if getattr(arguments, name) is not None]
+    if len(given) != 1:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given) or "none"
+        raise ValueError(f"selections={names}: give exactly one of --f, --alike-tokens, --selections")
+    from msa_train.simulate.inputs.cluster import load_cluster
+    from msa_train.simulate.inputs.rates import load_rates
+    from msa_train.simulate.inputs.scenario import Options, Question, Scheme, equal_documents
+
+    shape = read_shape(
+        arguments.model,
+        arguments.attention,
+        element_bytes=4 if arguments.fp32 else 2,
+        trains_index=not arguments.no_kl,
+    )
+    recorded = None if arguments.selections is None else _recorded(arguments)
+    cu_seqlens = None if recorded is None else recorded.cu_seqlens
+    if arguments.num_docs != 1:
+        if recorded is not None:
+            raise ValueError(
+                f"--num-docs={arguments.num_docs}: a recording has its own documents; leave it out"
+            )
+        cu_seqlens = equal_documents(arguments.num_docs, arguments.seq_len, shape.block_size)
+    question = Question(
+        shape=shape,
+        cluster=load_cluster(arguments.cluster),
+        rates=load_rates(arguments.rates),
+        seq_len=arguments.seq_len,
+        cp_size=arguments.cp_size,
+        layout=arguments.layout,
+        cu_seqlens=cu_seqlens,
+        schemes=[Scheme(name) for name in arguments.schemes],
+        index_balance=not arguments.no_index_balance,
+        options=Options(
+            keep_for_backward=not arguments.refetch,
+            overlap=not arguments.no_overlap,
+            recompute=arguments.recompute,
+            hot_share=arguments.hot_share,
+            head_size=arguments.cp_head_size,
+        ),
+    )
+    placement = question.placement()
+    if recorded is not None:
+        _check_fit(recorded, question, placement)
+        return question, lambda _: recorded
+    return question, _synthetic(arguments, question, placement)
+
+
+def read_shape(model: str, attention: str, *, element_bytes: int, trains_index: bool) -> "LayerShape":
+    """Sizes of a layer of a model and an attention of conf/."""
+    from msa_train.simulate.inputs.layer_shape import LayerShape
+
+    return LayerShape.of(
+        _read_config(ModelConfig, "model", model),
+        _read_config(AttentionConfig, "attention", attention),
+        element_bytes=element_bytes,
+        trains_index=trains_index,
+    )
+
+
+def _read_config(kind: type[Config], group: str, name: str) -> Config:
+    options = group_options(group)
+    if name not in options:
+        raise ValueError(f"--{group}={name}: must be one of {', '.join(options)}")
+    path = config_dir() / group / f"{name}.yaml"
+    values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for field in fields(kind):
+        if field.name in values and isinstance(field.type, type) and issubclass(field.type, Enum):
+            values[field.name] = field.type(values[field.name])
+    return kind(**values)
+
+
+def _recorded(arguments: argparse.Namespace) -> "RecordedSelections":
+    from msa_train.simulate.selections.recorded import read_selections
+
+    path: Path = arguments.selections
+    layers = read_selections(path)
+    if arguments.layer is None:
+        return layers[0]
+    for layer in layers:
+        if layer.layer == arguments.layer:
+            return layer
+    known = ", ".join(str(layer.layer) for layer in layers)
+    raise ValueError(f"--layer={arguments.layer}: {path} has layers {known}; name one of them")
+
+
+def _check_fit(recorded: "RecordedSelections", question: "Question", placement: "Placement") -> None:
+    for name, expected in (("num_kv_heads", question.shape.num_kv_heads), ("topk", question.shape.topk)):
+        value = getattr(recorded, name)
+        if value != expected:
+            raise ValueError(
+                f"{name}={value} in the recording: must be the model's {expected}; use its --model"
+            )
+    recorded.needed(placement, 0)
+
+
+def _synthetic(
+    arguments: argparse.Namespace, question: "Question", placement: "Placement"
+) -> "Callable[[Question], Selections]":
+    from msa_train.simulate.selections.synthetic import SyntheticSelections
+
+    def make(asked: "Question") -> SyntheticSelections:
+        return SyntheticSelections(
+            num_kv_heads=asked.shape.num_kv_heads,
+            topk=asked.shape.topk,
+            local_blocks=asked.shape.local_blocks,
+            f=arguments.f,
+            alike_tokens=arguments.alike_tokens,
+            sink_blocks=arguments.sink_blocks,
+            popular_share=arguments.popular_share,
+            popular_exponent=arguments.popular_exponent,
+            distance_exponent=arguments.distance_exponent,
+            seed=arguments.seed,
+        )
+
+    make(question).check(placement)
+    return make

@@ -1,0 +1,1 @@
+"""From YAML files and overrides to one checked configuration, by Hydra."""

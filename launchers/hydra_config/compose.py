@@ -1,0 +1,255 @@
+"""From command-line overrides to a typed RunConfig, and to a YAML file and back.
+
+Hydra is used as a library, for the errors of its own entry point are many lines long. Here each is a
+ValueError of one line that names the value, the rule and the fix.
+"""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from launchers.hydra_config.config_files import check_config_dirs
+from launchers.hydra_config.options import GROUPS, config_dir, group_options
+from launchers.hydra_config.text_values import check_all_references, check_references, literal, quoted
+from launchers.local.machine import expand_user
+from msa_train.config import RunConfig, StageConfig, check_texts
+from msa_train.runtime.untrusted_files import one_line, read_limited
+from msa_train.runtime.untrusted_yaml import check_yaml
+
+ConfigStore.instance().store(name="schema", node=RunConfig)
+
+_MAX_CONFIG_BYTES = 2**20
+EVERY_KEY = "every key is printed by: msa-train run=demo --cfg"
+TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def compose_run(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> RunConfig:
+    """Put a run together.
+
+    Args:
+        overrides: group choices and values, e.g. ["run=demo", "train.steps=50"].
+        config_dirs: folders with more options of the groups; ours come first.
+
+    Raises:
+        ValueError: naming the value, the rule and the fix.
+    """
+    check_config_dirs(config_dirs, text_keys())
+    parsed = [_parse(text) for text in overrides]
+    written = [hydra_override(text) for text in overrides]
+    given = [text for text in written if not text.startswith("stages.")]
+    stages = _stage_names(given, config_dirs)
+    keys = known_keys(stages)
+    schema = OmegaConf.structured(RunConfig)
+    schema.stages = {name: StageConfig() for name in stages}
+    for text, override in zip(overrides, parsed, strict=True):
+        if override.key_or_group in GROUPS:
+            _check_choice(text, override, config_dirs)
+        else:
+            _check_value(text, override, keys, schema)
+    if not any(override.key_or_group == "run" for override in parsed):
+        choices = ", ".join(f"run={name}" for name in group_options("run", config_dirs))
+        raise ValueError(f"run: none is chosen and there is no default; use one of {choices}")
+    try:
+        return run_config(_compose(written, config_dirs))
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ValueError(_explain(error, keys)) from error
+
+
+def _compose(overrides: Sequence[str], config_dirs: Sequence[Path]) -> Any:
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return compose("config", overrides=[*overrides, *_search_path(config_dirs)])
+
+
+def _stage_names(overrides: Sequence[str], config_dirs: Sequence[Path]) -> list[str]:
+    """Stages of the chosen run; none where the overrides are at fault, which is found and said later."""
+    try:
+        return [str(name) for name in _compose(overrides, config_dirs).stages]
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError):
+        return []
+
+
+def config_to_yaml(config: RunConfig) -> str:
+    """The whole configuration, nothing left to resolve."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def load_run(path: str | Path) -> RunConfig:
+    """Read a file written from `config_to_yaml`.
+
+    Raises:
+        ValueError: where the file does not hold a RunConfig.
+    """
+    try:
+        text = read_limited(Path(path), _MAX_CONFIG_BYTES).decode("utf-8")
+        check_yaml(text)
+        given = OmegaConf.create(text)
+        if not isinstance(given, DictConfig):
+            raise ValueError("holds no settings by name")
+        return run_config(OmegaConf.merge(OmegaConf.structured(RunConfig), given))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: {one_line(_explain(error, known_keys()), 400)}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {one_line(str(error), 400)}") from error
+
+
+def text_keys() -> set[str]:
+    """Dotted keys whose values are text."""
+    return {key for key, kind in known_keys().items() if kind is str}
+
+
+def hydra_override(text: str) -> str:
+    """KEY=VALUE as Hydra reads it: names and text in quotes, so that they stay as they were written."""
+    # every key exists, so that a leading + changes nothing; Hydra would refuse it
+    text = text.lstrip("+")
+    key = text.partition("=")[0]
+    return literal(text) if key in GROUPS or key in text_keys() else text
+
+
+def known_keys(stages: Sequence[str] = ()) -> dict[str, Any]:
+    """Type of every dotted key, e.g. {"train.steps": int, "engine": Engine}; stages: their names."""
+    return _walk(RunConfig, "", stages)
+
+
+def _walk(section: type, prefix: str, stages: Sequence[str]) -> dict[str, Any]:
+    keys: dict[str, Any] = {}
+    for item in fields(section):
+        if is_dataclass(item.type):
+            keys.update(_walk(item.type, f"{prefix}{item.name}.", stages))  # type: ignore[arg-type]
+        elif get_origin(item.type) is dict:
+            for name in stages:
+                keys.update(_walk(get_args(item.type)[1], f"{prefix}{item.name}.{name}.", stages))
+        else:
+            keys[prefix + item.name] = item.type
+    return keys
+
+
+def run_config(node: Any) -> RunConfig:
+    """The typed configuration that a node of the schema stands for.
+
+    Raises:
+        ValueError: naming a value that refers to something else than a key, or a text that cannot be stored.
+    """
+    check_all_references(node)
+    config = OmegaConf.to_object(node)
+    assert isinstance(config, RunConfig), f"the schema is RunConfig, not {type(config)}"
+    # shells leave the ~ of run_dir=~/x alone
+    config.run_dir = expand_user("run_dir", config.run_dir)
+    config.checkpoint.load = expand_user("checkpoint.load", config.checkpoint.load)
+    check_texts(config)
+    return config
+
+
+def _parse(text: str) -> Override:
+    key, equals, value = text.partition("=")
+    if text.startswith("~"):
+        raise ValueError(
+            f"{text}: keys cannot be removed; set a value, as in {text[1:].partition('=')[0]}=..."
+        )
+    if not equals:
+        hint = f"{key}=VALUE"
+        for group in GROUPS:
+            if key in group_options(group):
+                hint = f"{group}={key}"
+                break
+        raise ValueError(f"{text}: is not of the form key=value; use {hint}")
+    if text.startswith("--"):
+        raise ValueError(f"{text}: options take no value; a setting is written without dashes: {text[2:]}")
+    try:
+        override = OverridesParser.create().parse_override(hydra_override(text))
+    except HydraException:
+        fix = f"""'{key}="{value}"'"""
+        raise ValueError(f"{text}: cannot be read as key=value; quote the value, as in {fix}") from None
+    if override.is_sweep_override():
+        fix = f"""'{key}="{value}"'"""
+        raise ValueError(
+            f"{text}: is a sweep, one run takes one value; start it once per value, or quote: {fix}"
+        )
+    return override
+
+
+def _search_path(config_dirs: Sequence[Path]) -> list[str]:
+    if not config_dirs:
+        return []
+    places = ", ".join(quoted(f"file://{folder.absolute()}") for folder in config_dirs)
+    return [f"hydra.searchpath=[{places}]"]
+
+
+def _check_choice(text: str, override: Override, config_dirs: Sequence[Path]) -> None:
+    group, choice = override.key_or_group, override.value()
+    options = list(group_options(group, config_dirs))
+    if choice not in options:
+        value = text.partition("=")[2]
+        raise ValueError(
+            f"{group}={value}: there is no such {group}; {_nearest(value, options, f'{group}=')}"
+            f"the choices are {', '.join(options)}"
+        )
+
+
+def _check_value(text: str, override: Override, keys: dict[str, Any], schema: Any) -> None:
+    key, value = override.key_or_group, text.partition("=")[2]
+    if key not in keys:
+        raise ValueError(f"{key}={value}: {_unknown_key(key, keys)}")
+    check_references(key, value)
+    try:
+        OmegaConf.update(schema, key, override.value())
+    except OmegaConfBaseException:
+        raise ValueError(f"{key}={value}: must be {_expected(keys[key], value)}") from None
+
+
+def _unknown_key(key: str, keys: dict[str, Any]) -> str:
+    names = [*keys, *GROUPS]
+    last = key.rpartition(".")[2]
+    # cp_size=4 and paralel.cp_size=4 both mean parallel.cp_size; a shared last part beats likeness
+    same_last = [name for name in names if name.rpartition(".")[2] == last]
+    same_last = difflib.get_close_matches(key, same_last, n=3, cutoff=0.0)
+    nearest = same_last or difflib.get_close_matches(key, names, n=1)
+    if not nearest:
+        by_last = {name.rpartition(".")[2]: name for name in names}
+        nearest = [by_last[match] for match in difflib.get_close_matches(last, list(by_last), n=1)]
+    if not nearest:
+        return f"there is no such key; {EVERY_KEY}"
+    return f"there is no such key; did you mean {' or '.join(nearest)}?"
+
+
+def _nearest(value: str, options: Sequence[str], prefix: str = "") -> str:
+    match = difflib.get_close_matches(value, options, n=1)
+    return f"did you mean {prefix}{match[0]}? " if match else ""
+
+
+def _expected(kind: Any, value: str) -> str:
+    if issubclass(kind, Enum):
+        choices = list(kind.__members__)
+        return f"one of {', '.join(choices)}; {_nearest(value, choices)}".rstrip("; ")
+    name = TYPE_NAMES[kind]
+    if kind is int:
+        try:
+            return f"{name}; use {round(float(value))}"
+        except (ValueError, OverflowError):
+            return f"{name}, such as 4"
+    return name
+
+
+def _explain(error: Exception, keys: dict[str, Any]) -> str:
+    """One line for an error inside a file, where no command-line override is at fault."""
+    key = getattr(error, "full_key", None) or getattr(error.__cause__, "full_key", None)
+    lines = [line.strip() for line in str(error).splitlines()]
+    text = "; ".join(line for line in lines if line and not line.startswith(("full_key:", "object_type=")))
+    if not key:
+        return text
+    if key in keys:
+        return f"{key}: {text}"
+    return f"{key}: {text}; {_unknown_key(key, keys)}"

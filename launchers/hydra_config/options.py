@@ -1,0 +1,57 @@
+"""The configuration folder: where it lies and what can be chosen in it. Light: read by --help."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+GROUPS = (
+    "run",
+    "model",
+    "attention",
+    "parallel",
+    "exchange",
+    "data",
+    "optim",
+    "train",
+    "stages",
+    "checkpoint",
+    "logging",
+    "launcher",
+    "watchdog",
+)
+
+# Chosen by msa-submit alone: where a run computes is no part of it
+CLUSTER = "cluster"
+
+
+def config_dir() -> Path:
+    """Folder of the YAML files."""
+    return shipped_file("conf/config.yaml").parent
+
+
+def shipped_file(name: str) -> Path:
+    """A file that is no Python: inside the package of a wheel, beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package, package.parent):
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"no {name} in {package} or {package.parent}; install msa-train again")
+
+
+def group_options(group: str, config_dirs: Sequence[Path] = ()) -> dict[str, str]:
+    """Options of a group, each with the first comment of its file, e.g. {"tiny": "4 layers, ..."}.
+
+    Args:
+        group: one of GROUPS, or CLUSTER.
+        config_dirs: folders of the user's besides ours.
+    """
+    folders = (config_dir(), *config_dirs)
+    paths = [path for folder in folders for path in sorted((folder / group).glob("*.yaml"))]
+    return {path.stem: _description(path) for path in paths}
+
+
+def _description(path: Path) -> str:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        text = line.removeprefix("#").strip()
+        if line.startswith("#") and text and not text.startswith("@package"):
+            return text
+    return ""

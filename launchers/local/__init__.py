@@ -1,0 +1,1 @@
+"""One machine: its run directory, its worker processes, what they die of."""

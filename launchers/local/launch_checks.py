@@ -1,0 +1,196 @@
+"""Checks before any worker starts. Every failure is a ValueError of one line."""
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from launchers.local.machine import expand_user
+from launchers.local.memory import check_memory
+from launchers.local.run_dir import check_writable
+from launchers.worker import accept_fallbacks
+from msa_train.config import (
+    AttentionKernel,
+    AttentionKind,
+    Device,
+    Precision,
+    RunConfig,
+    check_rules,
+    plan_stages,
+    resolve_engine,
+    total_steps,
+)
+from msa_train.config.model_size import model_size
+
+CPU_PROCESSES = 2
+GPU_DEVICE_FILES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+
+
+@dataclass(kw_only=True, slots=True)
+class Layout:
+    """Processes of a run and where they compute."""
+
+    world_size: int
+    on_gpu: bool
+
+
+def count_gpus() -> int:
+    """GPUs that this process may use; torch is imported only where there can be any."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return 0
+    if not any(os.path.exists(file) for file in GPU_DEVICE_FILES) and not shutil.which("nvidia-smi"):
+        return 0
+    # not at the top of the file: it takes seconds, and machines without a GPU need none of it here
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def plan_layout(
+    config: RunConfig, *, joined_world_size: int | None = None, gpus_per_node: int | None = None
+) -> Layout:
+    """Decide number and device of the processes, and check every rule between the settings.
+
+    Args:
+        config: the whole run.
+        joined_world_size: processes of the job that torchrun or srun started, None without one.
+        gpus_per_node: of the machines that will compute, where this is not one of them.
+
+    Raises:
+        ValueError: naming the value, the rule and the fix.
+    """
+    launcher = config.launcher
+    if launcher.device is Device.cpu:
+        num_gpus = 0
+    else:
+        num_gpus = count_gpus() if gpus_per_node is None else gpus_per_node
+    if launcher.device is Device.cuda and not num_gpus:
+        raise ValueError(
+            "launcher.device=cuda: no GPU can be used here; use launcher.device=cpu, or check nvidia-smi, "
+            "CUDA_VISIBLE_DEVICES and that torch is a CUDA build"
+        )
+    world_size = joined_world_size or launcher.num_processes or num_gpus or CPU_PROCESSES
+    check_rules(config, world_size=world_size, has_gpu=num_gpus > 0)
+    check_kernel(config, on_gpu=num_gpus > 0)
+    if joined_world_size is None and 0 < num_gpus < world_size:
+        raise ValueError(
+            f"launcher.num_processes={world_size}: one process per GPU and this machine has {num_gpus}; use "
+            f"launcher.num_processes={num_gpus} or less, launcher.device=cpu, or more nodes with torchrun"
+        )
+    if joined_world_size is None and not num_gpus:
+        check_memory(config, world_size)
+    return Layout(world_size=world_size, on_gpu=num_gpus > 0)
+
+
+def check_kernel(config: RunConfig, *, on_gpu: bool) -> None:
+    """Check that Triton can be used where it is asked for.
+
+    Raises:
+        ValueError: naming the value, the rule and the fix.
+    """
+    model, attention = config.model, config.attention
+    kinds = set(model.attention_kinds())
+    if attention.kernel is not AttentionKernel.triton or kinds == {AttentionKind.full}:
+        return
+    # not at the top of the file: torch takes seconds, and all other kernels run everywhere
+    import torch
+    from msa_kernels.dispatch import choose_kernel
+    from msa_kernels.support import why_not_triton
+
+    unsupported = why_not_triton(
+        {Precision.bf16: torch.bfloat16, Precision.fp32: torch.float32}[config.train.precision],
+        num_kv_heads=model.num_kv_heads,
+        heads_per_group=model.num_heads // model.num_kv_heads,
+        head_dim=model.head_dim,
+        block_size=attention.block_size,
+        index_head_dim=attention.index_head_dim if AttentionKind.msa in kinds else 0,
+        topk=attention.topk,
+    )
+    try:
+        choose_kernel("triton", torch.device("cuda" if on_gpu else "cpu"), unsupported)
+    except ValueError as error:
+        raise ValueError(str(error).replace("kernel=", "attention.kernel=")) from None
+
+
+def describe(config: RunConfig, layout: Layout) -> str:
+    """One line about the shape of a run."""
+    parallel = config.parallel
+    dp_size = layout.world_size // (parallel.cp_size * parallel.tp_size * parallel.pp_size)
+    size = model_size(config.model, config.attention)
+    return (
+        f"{config.name}: {layout.world_size} processes on {'GPUs' if layout.on_gpu else 'the CPU'} = "
+        f"dp {dp_size} x cp {parallel.cp_size} x tp {parallel.tp_size} x pp {parallel.pp_size}, "
+        f"ep {parallel.ep_size}; engine {resolve_engine(config, has_gpu=layout.on_gpu).value}; "
+        f"{config.data.seq_len} tokens per sequence, {config.data.seq_len // parallel.cp_size} per rank; "
+        f"{_stages(config)}"
+        f"{config.model.name} {_count(size.total)} parameters, {_count(size.active)} active"
+    )
+
+
+def check_files(config: RunConfig, *, say: Callable[[str], None], hand_on: bool = False) -> None:
+    """Check run_dir, the corpus and the checkpoint that the run would start from.
+
+    The tokenized corpus is left in data.cache_dir.
+
+    Args:
+        config: the whole run.
+        say: gets one line per event.
+        hand_on: workers start at once and load the packs themselves: leave in run_dir, which this process
+            holds, what they need to train on just this corpus. Else packs of every length that a stage asks
+            for are made here too, so that no refusal is left for later.
+
+    Raises:
+        ValueError: naming the value, the rule and the fix.
+    """
+    check_writable(config.run_dir)
+    for name in ("corpus", "tokenizer", "cache_dir"):
+        # where there is no home; they are expanded where they are read
+        expand_user(f"data.{name}", getattr(config.data, name))
+    accept_fallbacks()
+    # the first imports numpy, the second torch; a mistake in the configuration need not wait for them
+    from msa_train.checkpoint import data_record
+    from msa_train.checkpoint.store import find_to_resume
+    from msa_train.data import load_datasets, prepare_corpus
+
+    vocab_size = config.model.vocab_size
+    corpus = prepare_corpus(config.data, vocab_size=vocab_size, log=say, run_dir=config.run_dir)
+    if not hand_on:
+        for seq_len in dict.fromkeys(stage.seq_len for stage in plan_stages(config)):
+            data = replace(config.data, seq_len=seq_len)
+            block_size = config.attention.block_size
+            load_datasets(data, block_size=block_size, vocab_size=vocab_size, prepared=corpus)
+    found = find_to_resume(config)
+    record, messages = data_record.resume_record(config, corpus, found)
+    for message in (*(found.messages if found else []), *messages):
+        say(message)
+    if hand_on:
+        data_record.hand_on(config, corpus, record)
+
+
+def set_worker_environment(config: RunConfig, layout: Layout) -> None:
+    """Variables that must stand before torch is imported; inherited by workers."""
+    os.environ["OMP_NUM_THREADS"] = str(config.launcher.threads_per_process)
+    os.environ["MKL_NUM_THREADS"] = str(config.launcher.threads_per_process)
+    # A group of gloo's would connect all of its ranks at once; so it connects those that talk: a rank of 4
+    # has 33 sockets in place of 51, one of 2 has 27 in place of 33.
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+    if not layout.on_gpu:
+        # some Megatron functions compile at first use, which costs minutes on a CPU and buys nothing
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    if config.launcher.device is Device.cpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def _stages(config: RunConfig) -> str:
+    """ "dense_warmup 20 + sparse 100 steps; ", or nothing without stages."""
+    if not config.stages:
+        return ""
+    left, parts = total_steps(config), []
+    for stage in plan_stages(config):
+        parts.append(f"{stage.name} {min(stage.num_steps, left)}")
+        left -= stage.num_steps
+    return f"stages {' + '.join(parts)} steps; "
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.1f}B" if number >= 1e9 else f"{number / 1e6:.1f}M"

@@ -1,0 +1,1 @@
+"""Many machines: batch scripts, checks of nodes, sweeps."""

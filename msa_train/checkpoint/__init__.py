@@ -1,0 +1,1 @@
+"""Writing, finding, checking and reading checkpoints. Knows no training."""

@@ -1,0 +1,47 @@
+"""Work that all ranks do at once and that fails on all of them if it fails on one."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from msa_train.parallel.comm.fault_watch import watched
+from msa_train.runtime.fencing import SupersededError
+
+T = TypeVar("T")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be saved or loaded. Raised on all ranks with the same text.
+
+    is_final: another try would not help, and the run must not go on: another start has taken over.
+    """
+
+    def __init__(self, text: str, *, is_final: bool = False) -> None:
+        super().__init__(text)
+        self.is_final = is_final
+
+
+def together(work: Callable[[], T], group: dist.ProcessGroup | None) -> list[T]:
+    """Do `work` on every rank and exchange the results, by rank; a failure anywhere is raised everywhere.
+
+    Raises:
+        CheckpointError: with rank and cause.
+    """
+    result, text, cause, is_final = None, "", None, False
+    try:
+        result = work()
+    except CheckpointError as error:
+        # all ranks have it already
+        cause, text, is_final = error, str(error), error.is_final
+    except Exception as error:
+        cause, text = error, f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
+        is_final = isinstance(error, SupersededError)
+    outcomes: list[Any] = [None] * dist.get_world_size(group)
+    with watched("save"):
+        dist.all_gather_object(outcomes, (text, is_final, result), group=group)
+    failures = list(dict.fromkeys(text for text, *_ in outcomes if text))
+    if failures:
+        is_final = any(final for _, final, _ in outcomes)
+        raise CheckpointError("; ".join(failures[:2]), is_final=is_final) from cause
+    return [result for *_, result in outcomes]

@@ -1,0 +1,71 @@
+"""Whether weights and moments are finite: an update can spoil them after a loss and gradient that were."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from msa_train.checkpoint.all_ranks import CheckpointError, together
+
+_NAMED = 3
+
+
+class NotFiniteError(CheckpointError):
+    """A checkpoint holds numbers that are not finite; reason: which, for the user."""
+
+    def __init__(self, path: object, names: str) -> None:
+        self.reason = f"not finite: {names}"
+        super().__init__(f"checkpoint {path} is {self.reason}")
+
+
+def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> set[str]:
+    """Names of tensors that hold a number which is not finite.
+
+    One pass without a copy, a small part of an update's time; the host waits once for each device.
+    """
+    ends: dict[torch.device, list[tuple[str, Tensor]]] = {}
+    for name, tensor in tensors:
+        # types of 8 bits know neither order nor infinity
+        if tensor.numel() and tensor.is_floating_point() and tensor.element_size() > 1:
+            # what is not a number goes through to both
+            both = torch.stack(torch.aminmax(tensor.detach())).double()
+            # step counts of an optimizer lie on the host, its moments on a GPU
+            ends.setdefault(tensor.device, []).append((name, both))
+    found: set[str] = set()
+    for pairs in ends.values():
+        is_finite = torch.stack([both for _, both in pairs]).isfinite().all(dim=1).tolist()
+        found |= {name for (name, _), finite in zip(pairs, is_finite, strict=True) if not finite}
+    return found
+
+
+def listed(names: Iterable[set[str]]) -> str:
+    """Names of all ranks as a short text, empty where there are none.
+
+    Example: [{"b"}, {"a", "b"}] -> "a, b".
+    """
+    together_names = sorted(set().union(*names))
+    more = f" and {len(together_names) - _NAMED} more" if len(together_names) > _NAMED else ""
+    return ", ".join(together_names[:_NAMED]) + more
+
+
+def check_loaded(path: object, state: Any, group: dist.ProcessGroup | None) -> None:
+    """Refuse what was loaded from a checkpoint if it is not finite on any rank. All ranks call it.
+
+    Raises:
+        NotFiniteError: on all ranks.
+    """
+    names = listed(together(lambda: not_finite(_leaves(state)), group))
+    if names:
+        raise NotFiniteError(path, names)
+
+
+def _leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Tensors of nested dicts and lists with their place: {"model": {"w": t}} -> ("model.w", t)."""
+    if isinstance(tree, Tensor):
+        yield name, tree
+    elif isinstance(tree, dict | list):
+        entries = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        for key, value in entries:
+            yield from _leaves(value, f"{name}.{key}" if name else str(key))

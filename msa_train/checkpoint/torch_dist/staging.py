@@ -1,0 +1,75 @@
+"""A copy in host memory of what one rank writes to a checkpoint, taken while the training stands still."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from torch import Tensor
+
+from msa_train.checkpoint.torch_dist.writer import Shards
+
+
+@dataclass(slots=True)
+class Snapshot:
+    """What this rank writes, and the plain data that rank 0 writes. num_bytes: of this rank's tensors."""
+
+    shards: Shards
+    common: dict[str, Any]
+    num_bytes: int
+
+
+class HostBuffers:
+    """Takes snapshots, each into the memory of the one before it, which must no longer be in use.
+
+    New memory costs more time than the copy itself: its pages are made when they are first written, and those
+    that a GPU copies to are locked.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+
+    def take(self, shards: Shards, common: dict[str, Any]) -> Snapshot:
+        """Copy everything; shards that share memory share their copy."""
+        taken: dict[tuple[Any, ...], Tensor] = {}
+        copies: Shards = {}
+        on_gpu = False
+        for key, entries in shards.items():
+            copies[key] = []
+            for entry in entries:
+                if isinstance(entry, ShardedObject):
+                    copies[key].append(replace(entry, data=copy.deepcopy(entry.data)))
+                    continue
+                source = _data(entry)
+                on_gpu |= source.is_cuda
+                view = (source.data_ptr(), tuple(source.shape), source.stride(), source.dtype)
+                if view not in taken or not source.numel():
+                    taken[view] = self._copy((key, tuple(entry.global_offset)), source)
+                copies[key].append(replace(entry, data=taken[view]))
+        if on_gpu:
+            torch.cuda.current_stream().synchronize()
+        # the same tensor under two names is written twice
+        written = sum(_data(e).nbytes for es in copies.values() for e in es if isinstance(e, ShardedTensor))
+        return Snapshot(copies, copy.deepcopy(common), written)
+
+    def _copy(self, place: tuple[str, tuple[int, ...]], source: Tensor) -> Tensor:
+        buffer = self._buffers.get(place)
+        if buffer is None or buffer.shape != source.shape or buffer.dtype != source.dtype:
+            buffer = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+            self._buffers[place] = buffer
+        return buffer.copy_(source, non_blocking=source.is_cuda)
+
+
+def tensors_of(shards: Shards) -> Iterator[tuple[str, Tensor]]:
+    """Key and data of every tensor, where they are."""
+    for key, entries in shards.items():
+        for entry in entries:
+            if isinstance(entry, ShardedTensor):
+                yield key, _data(entry)
+
+
+def _data(entry: ShardedTensor) -> Tensor:
+    assert entry.data is not None, f"{entry.key} has no data to save"
+    return entry.data.detach()

@@ -1,0 +1,139 @@
+"""Checkpoints that hold a model's weights and nothing else: what an import leaves for a training.
+
+A folder as of any checkpoint (meta.json, manifest.json, Megatron's files), of step 0, without optimizer
+state, random number generators and data position; meta.json says `"content": "weights"`.
+"""
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import fields
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from megatron.core import __version__ as megatron_version
+
+import msa_train
+from msa_train.checkpoint.store import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    META_NAME,
+    WEIGHTS_CONTENT,
+    CheckpointStore,
+    file_entry,
+    fingerprint,
+    read_meta,
+    structure_damage,
+    write_json,
+)
+from msa_train.config import AttentionConfig, ModelConfig, RunConfig
+
+
+def publish_weights(
+    run_dir: Path,
+    model: ModelConfig,
+    attention: AttentionConfig,
+    write: Callable[[Path], dict[str, dict[str, Any]]],
+    *,
+    source: str,
+) -> Path:
+    """Write and publish a weights-only checkpoint; nothing is left behind where it fails.
+
+    Args:
+        run_dir: gets checkpoints/step_00000000.
+        model, attention: shape of the model.
+        write: fills a folder and returns size and checksum of each file by name.
+        source: where the weights come from, for the reader of meta.json.
+
+    Returns:
+        The published folder.
+
+    Raises:
+        ValueError: if run_dir has checkpoints already.
+    """
+    store = CheckpointStore(run_dir)
+    if store.steps():
+        raise ValueError(f"{run_dir}: has checkpoints already; name another folder, or remove {store.folder}")
+    made = [path for path in (run_dir, store.folder) if not path.exists()]
+    made = [path for path in run_dir.parents if not path.exists()] + made
+    folder = store.begin(0)
+    try:
+        files = write(folder)
+        meta = {
+            "format_version": FORMAT_VERSION,
+            "content": WEIGHTS_CONTENT,
+            "step": 0,
+            "consumed_samples": 0,
+            "msa_train_version": msa_train.__version__,
+            "megatron_core_version": megatron_version,
+            "fingerprint": fingerprint(RunConfig(model=model, attention=attention)),
+            "source": source,
+        }
+        write_json(folder / META_NAME, meta)
+        files = files | {META_NAME: file_entry(folder / META_NAME)}
+        write_json(folder / MANIFEST_NAME, {"checksum": "crc32", "files": dict(sorted(files.items()))})
+        return store.publish(0)
+    except BaseException:
+        store.abandon(0)
+        for path in sorted(made, reverse=True):
+            # not if something else is in it by now
+            with suppress(OSError):
+                path.rmdir()
+        raise
+
+
+def checkpoint_folder(path: Path) -> Path:
+    """The checkpoint that a path means: itself, or the newest one of a run_dir.
+
+    Raises:
+        ValueError: one line, if there is none, or it is damaged.
+    """
+    folder = path
+    if not (path / META_NAME).exists():
+        store = CheckpointStore(path.parent if path.name == "checkpoints" else path)
+        steps = store.steps()
+        if not steps:
+            state = "has no checkpoint" if path.exists() else "does not exist"
+            raise ValueError(f"{path}: {state}; name a run_dir, or one of its folders checkpoints/step_*")
+        folder = store.path(steps[-1])
+    reason = structure_damage(folder)
+    if reason is not None:
+        raise ValueError(f"checkpoint {folder}: is damaged ({reason}); name another one")
+    return folder
+
+
+def shape_of(folder: Path) -> tuple[ModelConfig, AttentionConfig]:
+    """Shape of the model in a checkpoint, from its meta.json.
+
+    Settings that are not part of a model's shape, as the initial scale of weights, have their defaults.
+
+    Raises:
+        ValueError: one line, if a newer msa-train wrote it.
+    """
+    meta = read_meta(folder)
+    if meta["format_version"] > FORMAT_VERSION:
+        raise ValueError(
+            f"checkpoint {folder}: has format {meta['format_version']}, this msa-train knows up to "
+            f"{FORMAT_VERSION}; upgrade msa-train"
+        )
+    values: dict[str, Any] = meta["fingerprint"]
+    return _section(ModelConfig, "model.", values, folder), _section(
+        AttentionConfig, "attention.", values, folder
+    )
+
+
+def _section(kind: type, prefix: str, values: dict[str, Any], folder: Path) -> Any:
+    types = {field.name: field.type for field in fields(kind)}
+    # None stands for a setting that has no effect on this model
+    own = {name: value for name, value in values.items() if name.startswith(prefix) and value is not None}
+    given = {name.removeprefix(prefix): value for name, value in own.items()}
+    for name in given:
+        if name not in types:
+            raise ValueError(
+                f"checkpoint {folder}: has {prefix}{name}={given[name]}, which msa-train "
+                f"{msa_train.__version__} does not know; upgrade msa-train"
+            )
+        declared = types[name]
+        if isinstance(declared, type) and issubclass(declared, Enum):
+            given[name] = declared(given[name])
+    return kind(**given)

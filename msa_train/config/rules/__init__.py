@@ -1,0 +1,1 @@
+"""What settings must be, and the one line that says so."""

@@ -1,0 +1,1 @@
+"""Released models in and out: Hugging Face folders and our checkpoints."""

@@ -1,0 +1,180 @@
+"""Tokenized corpora on disk: built whole or not at all, checked before use.
+
+CACHE_DIR/
+    CACHEDIR.TAG                backup tools leave the folder out, and so does the search for a corpus
+    0123456789abcdef01234567/   named by the corpus' files and the tokenizer
+        corpus.bin, corpus.idx      tokens, see store.py
+        documents.dat               [3, num_documents] 64-bit little-endian: hash of the name, bytes, tokens
+        corpus.json                 sizes and CRC-32 of these files
+    ....partial-*/              being written, or left by a crash
+"""
+
+import hashlib
+import json
+import shutil
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from msa_train.config import DataConfig
+from msa_train.data.corpora.listing import TAG_NAME, TAG_TEXT
+from msa_train.data.corpora.sources import Source
+from msa_train.data.tokenizers.tokenizer import Tokenizer
+from msa_train.runtime.atomic_files import sync
+from msa_train.runtime.checksums import digest, file_crc32, sample_crc32, sync_tree
+
+FORMAT = 2
+"part of every cache key; raise it when the files' content or meaning changes"
+FULL_CHECK_BYTES = 8 << 30
+"above this only samples of a file are compared with its checksum"
+DOCUMENTS_NAME, MANIFEST_NAME = "documents.dat", "corpus.json"
+_NAMES = ("corpus.bin", "corpus.idx", DOCUMENTS_NAME)
+
+
+@dataclass(slots=True)
+class Documents:
+    """Parallel arrays over the documents of a corpus of text, kept beside the tokens."""
+
+    hashes: npt.NDArray[np.uint64]
+    num_bytes: npt.NDArray[np.int64]
+    num_tokens: npt.NDArray[np.int64]
+
+
+def cache_root(data: DataConfig) -> Path:
+    """Create `data.cache_dir`, tagged as a cache.
+
+    Raises:
+        ValueError: if that is not possible.
+    """
+    root = Path(data.cache_dir).expanduser().absolute()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if not (root / TAG_NAME).exists():
+            (root / TAG_NAME).write_text(TAG_TEXT, encoding="ascii")
+    except OSError as error:
+        raise ValueError(
+            f"data.cache_dir={data.cache_dir}: cannot be created ({error.strerror}); "
+            "give a folder that can be written to"
+        ) from error
+    return root
+
+
+def cache_key(data: DataConfig, source: Source, tokenizer: Tokenizer) -> str:
+    """Name of the folder of a corpus: what its tokens follow from."""
+    parts = [FORMAT, source.is_stdlib, source.fingerprint(), tokenizer.fingerprint, data.text_field]
+    return hashlib.sha256(json.dumps(parts).encode("ascii")).hexdigest()[:24]
+
+
+def build(data: DataConfig, folder: Path, write: Callable[[Path], dict[str, Any]]) -> None:
+    """Write the token files beside `folder`, bring them to the disk and move them there in one step.
+
+    Of several processes that do so at once, the first to finish wins; what the others wrote is the same.
+
+    Args:
+        data: the settings, for messages.
+        folder: where the files shall be.
+        write: fills a folder and returns what the reader of corpus.json should know.
+
+    Raises:
+        ValueError: if the disk does not take them, or what `write` raises.
+    """
+    partial = folder.with_name(f"{folder.name}.partial-{uuid.uuid4().hex}")
+    try:
+        partial.mkdir()
+        _publish(partial, folder, write(partial))
+    except OSError as error:
+        raise ValueError(
+            f"data.cache_dir={data.cache_dir}: cannot be written ({error.strerror or error}); give another "
+            "folder"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _publish(partial: Path, folder: Path, summary: dict[str, Any]) -> None:
+    files = {name: _entry(partial / name) for name in _NAMES}
+    manifest = {"format": FORMAT, **summary, "files": files}
+    (partial / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    sync_tree(partial)
+    try:
+        partial.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+    sync(folder.parent)
+
+
+def _entry(path: Path) -> dict[str, int]:
+    """What corpus.json says about a file. It is read back once, which is little beside the tokenizing."""
+    size, crc32 = path.stat().st_size, file_crc32(path)
+    return {"size": size, "crc32": crc32, "sample_crc32": sample_crc32(path)}
+
+
+def write_documents(path: Path, documents: Documents) -> None:
+    """Write the arrays one after another."""
+    with path.open("wb") as stream:
+        for array in (documents.hashes, documents.num_bytes, documents.num_tokens):
+            stream.write(array.astype(array.dtype.newbyteorder("<")).tobytes())
+
+
+def read_documents(folder: Path) -> Documents:
+    """The arrays of a cached corpus, [num_documents] each.
+
+    Raises:
+        ValueError: if the file cannot hold them.
+    """
+    raw = np.fromfile(folder / DOCUMENTS_NAME, "<u8").astype(np.uint64)
+    if len(raw) == 0 or len(raw) % 3:
+        raise ValueError(f"{DOCUMENTS_NAME}: holds no three arrays")
+    hashes, num_bytes, num_tokens = raw.reshape(3, -1)
+    return Documents(hashes, num_bytes.astype(np.int64), num_tokens.astype(np.int64))
+
+
+def check_cache(data: DataConfig, folder: Path) -> tuple[str, dict[str, int]]:
+    """Compare the files of a cached corpus with their sizes and checksums.
+
+    Files above FULL_CHECK_BYTES are compared in samples: a terabyte would take many minutes at every start.
+
+    Returns:
+        What changes when any token, or the name of any document, does; size of each file by name.
+
+    Raises:
+        ValueError: naming the file that is damaged.
+    """
+    try:
+        files: dict[str, dict[str, int]] = json.loads((folder / MANIFEST_NAME).read_bytes())["files"]
+        entries = {name: files[name] for name in _NAMES}
+        reasons = [f"{name}: {reason}" for name in _NAMES if (reason := _damage(folder / name, files[name]))]
+        content = digest(entries[name][key] for name in _NAMES for key in ("size", "crc32"))
+        sizes = {name: entry["size"] for name, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise damaged(data, folder, f"{MANIFEST_NAME}: lists no sizes and checksums") from error
+    except OSError as error:
+        raise damaged(data, folder, f"{error.filename}: {error.strerror}") from error
+    if reasons:
+        raise damaged(data, folder, reasons[0])
+    return content, sizes
+
+
+def _damage(path: Path, entry: dict[str, int]) -> str | None:
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        return "missing"
+    if size != entry["size"]:
+        return f"{size} bytes instead of {entry['size']}"
+    whole = size <= FULL_CHECK_BYTES
+    sound = file_crc32(path) == entry["crc32"] if whole else sample_crc32(path) == entry["sample_crc32"]
+    return None if sound else "checksum"
+
+
+def damaged(data: DataConfig, folder: Path, reason: str) -> ValueError:
+    """The one line that reports a damaged cache."""
+    return ValueError(
+        f"data.cache_dir={data.cache_dir}: {folder} is damaged ({reason}); remove it, and it is built again"
+    )

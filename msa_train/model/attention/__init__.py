@@ -1,0 +1,1 @@
+"""Attention of the model: full, sliding window, MSA."""

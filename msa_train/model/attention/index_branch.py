@@ -1,0 +1,76 @@
+"""The index branch of MSA: light queries and keys whose scores select blocks.
+
+Shapes: T local tokens, M KV groups on this tensor-parallel rank, Di index head dim.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor, nn
+
+from msa_train.model.layers.norm import RMSNorm
+from msa_train.model.layers.rotary import apply_rotary
+from msa_train.model.transformer_config import MsaTransformerConfig
+
+
+def is_index_parameter(name: str) -> bool:
+    """Whether a parameter of this name in the model belongs to an index branch."""
+    return ".index_branch." in name
+
+
+class IndexBranch(MegatronModule):
+    """One index query head per KV group and one index key head shared by all groups.
+
+    Projection, RMS norm, partial rotary embedding, as the released model has them. The input is detached:
+    the KL loss trains this branch and nothing else.
+    """
+
+    config: MsaTransformerConfig
+
+    def __init__(self, config: MsaTransformerConfig, pg_collection: ProcessGroupCollection) -> None:
+        super().__init__(config)
+        tp_size = pg_collection.tp.size()
+        self.tp_group = pg_collection.tp
+        self.num_groups = config.model.num_kv_heads // tp_size
+        self.head_dim = config.attention.index_head_dim
+        dtype, hidden = config.params_dtype, config.hidden_size
+        self.linear_q = nn.Linear(hidden, self.num_groups * self.head_dim, bias=False, dtype=dtype)
+        self.linear_k = nn.Linear(hidden, self.head_dim, bias=False, dtype=dtype)
+        self.q_norm = RMSNorm(config, self.head_dim, config.layernorm_epsilon)
+        self.k_norm = RMSNorm(config, self.head_dim, config.layernorm_epsilon)
+        if tp_size > 1:
+            self.linear_q.weight.tensor_model_parallel = True  # type: ignore[attr-defined]
+            self.linear_q.weight.partition_dim = 0  # type: ignore[attr-defined]
+            self.linear_q.weight.partition_stride = 1  # type: ignore[attr-defined]
+            # Each rank has the gradient from its own groups only; Megatron sums what is marked so.
+            self.linear_k.weight.sequence_parallel = True  # type: ignore[attr-defined]
+        if config.attention.kl_weight == 0:
+            self.requires_grad_(False)
+
+    def forward(self, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """hidden [T, 1, H] (a tensor-parallel rank's part of it) -> q_index [T, M, Di], k_index [T, Di]."""
+        x = hidden.detach()
+        if self.config.sequence_parallel:
+            x = gather_from_sequence_parallel_region(x, group=self.tp_group)
+        x = x.squeeze(1)
+        q = self.q_norm(self.linear_q(x).view(x.shape[0], self.num_groups, self.head_dim))
+        k = self.k_norm(self.linear_k(x))
+        return apply_rotary(q, rotary), apply_rotary(k, rotary)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Checkpoint entries: the query projection is cut by group over tensor-parallel ranks."""
+        state: dict[str, torch.Tensor] = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(
+            state,
+            prefix,
+            {"linear_q.weight": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=(metadata or {}).get("dp_cp_group"),
+        )

@@ -1,0 +1,99 @@
+"""One rank's share of a pack, as tensors the layers read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from msa_train.config import ParallelConfig
+from msa_train.data import Pack
+from msa_train.parallel.comm.to_device import to_device
+from msa_train.parallel.kv_exchange.full import FullPlan, make_full_plan
+from msa_train.parallel.sharding.load_balance import balance, index_work
+from msa_train.parallel.sharding.partition import Range
+from msa_train.parallel.sharding.redistribute import Relayout, make_relayout
+from msa_train.parallel.sharding.shard_layout import ShardLayout
+
+
+@dataclass(slots=True)
+class IndexPlan:
+    """Which queries this rank selects blocks for: positions, and the moves there and back (None: its own)."""
+
+    ranges: tuple[Range, ...]
+    moves: Relayout | None
+
+
+@dataclass(slots=True)
+class LocalPack:
+    """The tokens of one rank and where they lie. T local tokens, all int64 unless said.
+
+    tokens, labels: [T]; labels are IGNORE_LABEL where there is no next token.
+    position: [T] in the pack, ascending; doc_position: [T] in the token's document.
+    valid: [T] bool, False for padding.
+    cu_seqlens: [num_docs + 1] document starts of the whole pack.
+    index, full: how the ranks share the block selection and full attention; full None: no layer has it.
+    """
+
+    layout: ShardLayout
+    tokens: Tensor
+    labels: Tensor
+    position: Tensor
+    doc_position: Tensor
+    valid: Tensor
+    cu_seqlens: Tensor
+    index: IndexPlan
+    full: FullPlan | None
+
+
+def make_local_pack(
+    pack: Pack, layout: ShardLayout, parallel: ParallelConfig, device: torch.device, *, with_full: bool
+) -> LocalPack:
+    """Cut this rank's shard out of a pack that every rank of the context-parallel group holds.
+
+    with_full: whether any layer attends to everything: the plan for it takes time with many ranks.
+    """
+    cu_seqlens, doc_lengths = pack.cu_seqlens.tolist(), pack.doc_lengths.tolist()
+    position = torch.cat([torch.arange(start, stop) for start, stop in layout.ranges])
+    starts = torch.tensor(cu_seqlens)
+    document = torch.searchsorted(starts, position, right=True) - 1
+    doc_position = position - starts[document]
+    valid = doc_position < torch.tensor(doc_lengths)[document]
+    full = None
+    if with_full:
+        full = make_full_plan(
+            layout,
+            cu_seqlens,
+            doc_lengths,
+            exchange=parallel.kv_exchange,
+            balanced=parallel.balance_full_attention,
+            device=device,
+        )
+    return LocalPack(
+        layout=layout,
+        tokens=to_device(_cut(pack.tokens, layout), device),
+        labels=to_device(_cut(pack.labels, layout), device),
+        position=to_device(position, device),
+        doc_position=to_device(doc_position, device),
+        valid=to_device(valid, device),
+        cu_seqlens=to_device(starts, device),
+        index=_index_plan(layout, cu_seqlens, parallel, device),
+        full=full,
+    )
+
+
+def _cut(values: npt.NDArray[np.int64], layout: ShardLayout) -> Tensor:
+    parts = [torch.from_numpy(values[start:stop]) for start, stop in layout.ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _index_plan(
+    layout: ShardLayout, cu_seqlens: Sequence[int], parallel: ParallelConfig, device: torch.device
+) -> IndexPlan:
+    away = layout.plan
+    if parallel.balance_index and layout.cp_size > 1:
+        away = balance(layout.plan, *index_work(cu_seqlens, layout.block_size))
+    moves = make_relayout(layout.plan, away, layout.cp_rank, device)
+    return IndexPlan(ranges=away.ranges[layout.cp_rank], moves=moves)

@@ -1,0 +1,1 @@
+"""Parts of a transformer layer besides attention."""

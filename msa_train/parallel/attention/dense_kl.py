@@ -1,0 +1,128 @@
+"""KL loss of the index branch over all causal tokens of a sequence that is split over ranks.
+
+Used by the backward pass of `cp_full_attention`, which brings the keys piece by piece.
+
+Shapes: T local tokens, U queries computed here, S tokens of the pack, M KV groups, G query heads per group,
+D head dim, Di index head dim.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from msa_kernels.dense_kl.op import dense_kl_part, lse_part
+from torch import Tensor
+
+from msa_train.config import AttentionKernel
+from msa_train.parallel.comm.cp_comm import CpComm
+from msa_train.parallel.sharding.shard_layout import Segment, ShardLayout, visible_parts
+
+
+@dataclass(slots=True)
+class IndexKl:
+    """What the loss needs beside queries and keys.
+
+    all_keys: [S, Di] index keys of the whole pack, detached.
+    weight: factor of the sum over queries and groups.
+    index_scale: factor of the index scores. temperature: divides the logits of both sides.
+    on_kl: receives this rank's unweighted sum of divergences (fp64 scalar) in the backward pass.
+    kernel: implementation, see `msa_kernels.dense_kl`.
+    """
+
+    all_keys: Tensor
+    weight: float
+    index_scale: float
+    temperature: float
+    on_kl: Callable[[Tensor], None]
+    kernel: AttentionKernel = AttentionKernel.auto
+
+
+class TeacherLse:
+    """Log-sum-exp of the main branch's scores at the teacher's temperature, collected in the forward pass.
+
+    lse: [M, G, U]; the attention's own, without further work, where the temperature is 1 or there is no loss.
+    """
+
+    def __init__(self, settings: IndexKl | None, q_heads: Tensor, lse: Tensor, softmax_scale: float) -> None:
+        self.q_heads, self.lse = q_heads, lse
+        self.own = settings is not None and settings.temperature != 1.0
+        if settings is not None and self.own:
+            self.kernel = settings.kernel.value
+            self.lse = torch.full_like(lse, float("-inf"))
+            self.softmax_scale = softmax_scale / settings.temperature
+
+    def add(self, rows: slice, k_heads: Tensor, *, causal: bool) -> None:
+        """Keys [M, n, D] that the queries `rows` see."""
+        if not self.own:
+            return
+        part = lse_part(
+            self.q_heads[:, :, rows], k_heads,
+            causal=causal, softmax_scale=self.softmax_scale, kernel=self.kernel,
+        )  # fmt: skip
+        self.lse[:, :, rows] = torch.logaddexp(self.lse[:, :, rows], part)
+
+
+class DenseKl:
+    """Collects gradients and value over the pieces of keys that come by."""
+
+    def __init__(
+        self,
+        settings: IndexKl,
+        layout: ShardLayout,
+        segments: list[Segment],
+        q_heads: Tensor,
+        q_index: Tensor,
+        lse: Tensor,
+        softmax_scale: float,
+    ) -> None:
+        """segments: of the U queries.
+
+        q_heads: [M, G, U, D]; q_index: [U, M, Di]; lse: [M, G, U] of the teacher, see TeacherLse.
+        """
+        self.settings, self.layout, self.segments = settings, layout, segments
+        self.q_heads, self.index_dtype = q_heads, q_index.dtype
+        self.q_index = q_index.transpose(0, 1)
+        self.softmax_scale = softmax_scale / settings.temperature
+        self.index_scale = settings.index_scale / settings.temperature
+        self.lse, self.lse_index = lse, self._index_lse()
+        self.dq_index = torch.zeros_like(self.q_index, dtype=self.lse_index.dtype)
+        self.dk_index = torch.zeros_like(settings.all_keys, dtype=self.lse_index.dtype)
+        self.kl = torch.zeros((), dtype=torch.float64, device=q_index.device)
+
+    def _index_lse(self) -> Tensor:
+        """[M, U] normalisers of the student; the index keys are all here, so no piece is waited for."""
+        shape = self.q_index.shape[:2]
+        dtype = torch.float64 if self.q_index.dtype == torch.float64 else torch.float32
+        result = torch.full(shape, float("-inf"), dtype=dtype, device=self.q_index.device)
+        num_keys = self.settings.all_keys.shape[0]
+        for visible in (part for s in self.segments for part in visible_parts(s, 0, num_keys)):
+            part = lse_part(
+                self.q_index[:, None, visible.rows],
+                self.settings.all_keys[None, visible.start : visible.stop],
+                causal=visible.causal,
+                softmax_scale=self.index_scale,
+                kernel=self.settings.kernel.value,
+            )
+            result[:, visible.rows] = torch.logaddexp(result[:, visible.rows], part.squeeze(1))
+        return result
+
+    def add(self, rows: slice, position: int, k_heads: Tensor, *, causal: bool) -> None:
+        """Keys [M, n, D] at positions [position, position + n), seen by the queries `rows`."""
+        keys = slice(position, position + k_heads.shape[1])
+        grads = dense_kl_part(
+            self.q_heads[:, :, rows], k_heads, self.lse[:, :, rows],
+            self.q_index[:, rows], self.settings.all_keys[keys], self.lse_index[:, rows],
+            causal=causal, softmax_scale=self.softmax_scale, index_scale=self.index_scale,
+            kernel=self.settings.kernel.value,
+        )  # fmt: skip
+        self.dq_index[:, rows] += grads.dq_index
+        self.dk_index[keys] += grads.dk_index
+        self.kl += grads.kl
+
+    def finish(self, comm: CpComm) -> tuple[Tensor, Tensor]:
+        """Weighted gradients of index queries [U, M, Di] and own keys [T, Di]; reports the value."""
+        self.settings.on_kl(self.kl)
+        shards = self.layout.by_owner(self.dk_index)
+        dk_index = comm.reduce_scatter(shards, "index_key_grad") * self.settings.weight
+        dq_index = self.dq_index.transpose(0, 1) * self.settings.weight
+        return dq_index.to(self.index_dtype), dk_index.to(self.index_dtype)

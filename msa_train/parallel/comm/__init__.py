@@ -1,0 +1,1 @@
+"""Collectives and messages between ranks, watched and counted."""

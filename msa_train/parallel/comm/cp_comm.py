@@ -1,0 +1,305 @@
+"""Collectives of the context-parallel ranks: bytes counted, waits measured, failures named.
+
+Every one can be started and waited for later, so that work runs meanwhile; with `overlap=False` starting
+waits at once, which changes no result.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import Any, Generic, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from msa_train.parallel.comm.fault_watch import FaultWatch
+from msa_train.parallel.comm.p2p import start_messages, start_row_exchange
+from msa_train.parallel.kv_exchange.cost_model import ExchangeRates
+from msa_train.parallel.kv_exchange.plan import ExchangeShape
+
+# torch 2.13 renamed these two and warns about the old names; 2.11 has only the old ones.
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+_Result = TypeVar("_Result")
+# Purpose of a collective, and bytes that it brings.
+Point = tuple[str, int]
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Bytes that this rank received from other ranks, by purpose (`kv`, `kv_grad`, `index_key`, ...)."""
+
+    received: dict[str, int] = field(default_factory=dict)
+
+    def add(self, purpose: str, num_bytes: int) -> None:
+        """Count `num_bytes` more."""
+        self.received[purpose] = self.received.get(purpose, 0) + num_bytes
+
+    def __getitem__(self, purpose: str) -> int:
+        return self.received.get(purpose, 0)
+
+
+@dataclass(slots=True)
+class ExposedTime:
+    """Time in which this rank could only wait for a collective, by purpose.
+
+    On a CPU the time spent in `Pending.wait`. On a GPU the time for which its stream stood still, from events
+    that nobody waits for before the step ends.
+    """
+
+    waited_s: dict[str, float] = field(default_factory=dict)
+    events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+
+    def seconds(self) -> dict[str, float]:
+        """Totals so far; waits for the device where it is one that runs on its own."""
+        for purpose, begin, end in self.events:
+            end.synchronize()
+            self._add(purpose, begin.elapsed_time(end) / 1000)
+        self.events.clear()
+        return self.waited_s
+
+    def run(self, purpose: str, device: torch.device, wait: Callable[[], None]) -> None:
+        """Call `wait` and count how long it held this rank up."""
+        if device.type == "cuda":
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            wait()
+            end.record()
+            self.events.append((purpose, begin, end))
+            return
+        begin_s = time.perf_counter()
+        wait()
+        self._add(purpose, time.perf_counter() - begin_s)
+
+    def _add(self, purpose: str, seconds: float) -> None:
+        self.waited_s[purpose] = self.waited_s.get(purpose, 0.0) + seconds
+
+
+class Pending(Generic[_Result]):
+    """What a started collective will bring.
+
+    It holds the buffers until it has been waited for: on a GPU the collective runs on another stream, and
+    memory that was given back earlier could be used for something else while it still reads or writes.
+    """
+
+    def __init__(
+        self, comm: "CpComm", point: Point, works: list[dist.Work], result: _Result, keep: Any
+    ) -> None:
+        self.comm, self.point, self.works = comm, point, works
+        self._result, self._keep = result, keep
+
+    def wait(self) -> _Result:
+        """Block (on a GPU: the current stream only) until the result is here and the own data have left.
+
+        Raises:
+            ExchangeError: the collective failed or took longer than allowed.
+        """
+        if self.works:
+            self.comm.wait_for(self.works, self.point)
+            self.works = []
+        self._keep = None
+        return self._result
+
+
+@dataclass(slots=True)
+class CpComm:
+    """Context-parallel collectives of one rank. group None: a single rank, nothing is sent.
+
+    overlap: False waits where a collective is started. layer: whose calls these are, for messages (0: none).
+    timeout_s: longest wait on a CPU, 0 for the group's own. watch: finds out who is missing after a failure.
+    inner, outer: the same for the ranks of this node, and for those in the same place of every node; None
+    without nodes. heads, sequence: the same for neighbours that trade tokens for KV groups, and for the ranks
+    that then hold the same groups; None where `cp_head_size` is 1. rates: measured, for `kv_exchange=auto`.
+    met: shapes of requests that all ranks compared. bad_values: where keys or values were not finite.
+    """
+
+    group: dist.ProcessGroup | None
+    rank: int
+    size: int
+    traffic: Traffic = field(default_factory=Traffic)
+    exposed: ExposedTime = field(default_factory=ExposedTime)
+    overlap: bool = True
+    layer: int = 0
+    timeout_s: float = 0.0
+    watch: FaultWatch | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    inner: "CpComm | None" = None
+    outer: "CpComm | None" = None
+    heads: "CpComm | None" = None
+    sequence: "CpComm | None" = None
+    rates: ExchangeRates | None = None
+    met: set[ExchangeShape] = field(default_factory=set)
+    bad_values: list[str] = field(default_factory=list)
+
+    def fresh(self) -> "CpComm":
+        """The same collectives with counters of their own."""
+        return self._everywhere(traffic=Traffic(), exposed=ExposedTime(), bad_values=[])
+
+    def of_layer(self, layer: int) -> "CpComm":
+        """The same collectives, whose messages name this layer."""
+        return self._everywhere(layer=layer)
+
+    def _everywhere(self, **changes: Any) -> "CpComm":
+        """A copy with these fields changed, in the collectives of parts of the ranks too."""
+        parts: dict[str, CpComm | None] = {
+            "inner": self.inner, "outer": self.outer, "heads": self.heads, "sequence": self.sequence,
+        }  # fmt: skip
+        changed = {name: part._everywhere(**changes) for name, part in parts.items() if part is not None}
+        return replace(self, **changes, **changed)
+
+    def all_gather(self, x: Tensor, purpose: str) -> Tensor:
+        """x of every rank, stacked: [...] -> [size, ...]."""
+        return self.start_all_gather(x, purpose).wait()
+
+    def start_all_gather(self, x: Tensor, purpose: str, out: Tensor | None = None) -> Pending[Tensor]:
+        """Begin an all_gather; out: [size, ...] contiguous, where the result goes."""
+        if self.size == 1:
+            return self._done(x.unsqueeze(0) if out is None else out.copy_(x.unsqueeze(0)), purpose)
+        out = x.new_empty(self.size, *x.shape) if out is None else out
+        x = x.contiguous()
+        num_bytes = (self.size - 1) * x.numel() * x.element_size()
+        return self._start(
+            lambda: _gather(_rows(out), _line(x), group=self.group, async_op=True), purpose, num_bytes, out, x
+        )
+
+    def reduce_scatter(self, x: Tensor, purpose: str) -> Tensor:
+        """Sum over ranks of slice `rank`: [size, ...] -> [...]."""
+        return self.start_reduce_scatter(x, purpose).wait()
+
+    def start_reduce_scatter(self, x: Tensor, purpose: str) -> Pending[Tensor]:
+        """Begin a reduce_scatter. On a CPU it is over when this returns."""
+        if self.size == 1:
+            return self._done(x[0], purpose)
+        if x.device.type == "cpu":
+            return self._done(self._ring_reduce_scatter(x, purpose), purpose)
+        out, x = x.new_empty(x.shape[1:]), x.contiguous()
+        num_bytes = (self.size - 1) * out.numel() * x.element_size()
+        return self._start(
+            lambda: _reduce_scatter(_line(out), _rows(x), group=self.group, async_op=True),
+            purpose, num_bytes, out, x,
+        )  # fmt: skip
+
+    def _ring_reduce_scatter(self, x: Tensor, purpose: str) -> Tensor:
+        """Partial sums pass around a ring: P - 1 slices per rank, half of what gloo's all-reduce in its place
+        moves.
+
+        Example: rank r starts with slice r - 1; what it gets is slice r - 2, summed over rank r - 1, and so
+        on until its own arrives, which lacks its own part only.
+        """
+        held = x[(self.rank - 1) % self.size]
+        for step in range(2, self.size + 1):
+            (arrived,) = self.shift([held], purpose).wait()
+            held = arrived.add_(x[(self.rank - step) % self.size])
+        return held
+
+    def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int], purpose: str) -> Tensor:
+        """Rows of x, `send[r]` of them to rank r in order -> `receive[r]` rows from each rank r in order."""
+        return self.start_all_to_all(x, send, receive, purpose).wait()
+
+    def start_all_to_all(
+        self, x: Tensor, send: Sequence[int], receive: Sequence[int], purpose: str, out: Tensor | None = None
+    ) -> Pending[Tensor]:
+        """Begin an all_to_all; out: [sum(receive), ...] contiguous, where the result goes."""
+        out = x.new_empty(sum(receive), *x.shape[1:]) if out is None else out
+        if self.size == 1:
+            return self._done(out.copy_(x), purpose)
+        x = x.contiguous()
+        row_bytes = math.prod(x.shape[1:]) * x.element_size()
+        num_bytes = (sum(receive) - receive[self.rank]) * row_bytes
+        return self._start(
+            lambda: start_row_exchange(self._several, out, x, receive, send), purpose, num_bytes, out, x
+        )
+
+    def shift(self, tensors: Sequence[Tensor], purpose: str) -> Pending[list[Tensor]]:
+        """Start sending tensors to the next rank of the ring and receiving the previous rank's."""
+        incoming = [x.new_empty(x.shape) for x in tensors]
+        if self.size == 1:
+            return self._done(list(tensors), purpose)
+        arriving = [((self.rank - 1) % self.size, x) for x in incoming]
+        leaving = [((self.rank + 1) % self.size, x.contiguous()) for x in tensors]
+        num_bytes = sum(x.numel() * x.element_size() for x in tensors)
+        return self._start(
+            lambda: start_messages(self._several, arriving, leaving), purpose, num_bytes, incoming, leaving
+        )
+
+    @property
+    def _several(self) -> dist.ProcessGroup:
+        assert self.group is not None, "several ranks have a group"
+        return self.group
+
+    def _done(self, result: _Result, purpose: str) -> Pending[_Result]:
+        return Pending(self, (purpose, 0), [], result, None)
+
+    def _start(
+        self, launch: Callable[[], Any], purpose: str, num_bytes: int, result: _Result, keep: Any
+    ) -> Pending[_Result]:
+        """Launch, count, and wait at once where nothing is to run meanwhile."""
+        point = (purpose, num_bytes)
+        self.before(purpose, num_bytes)
+        try:
+            works = launch()
+        except RuntimeError as error:
+            raise self._failure(point, error) from error
+        self.traffic.add(purpose, num_bytes)
+        pending = Pending(self, point, works if isinstance(works, list) else [works], result, keep)
+        if not self.overlap:
+            pending.wait()
+        return pending
+
+    def before(self, purpose: str, num_bytes: int) -> None:
+        """Called before every collective is launched."""
+        if self.watch is not None:
+            self.watch.at(self.layer, purpose, num_bytes)
+
+    def wait_for(self, works: Sequence[dist.Work], point: Point) -> None:
+        """Wait for works, count the time; a failure becomes an ExchangeError."""
+        # On a GPU a time limit would make the host wait too; there the group's own limit holds.
+        limited = self.timeout_s > 0 and self.device.type == "cpu"
+        limit = {"timeout": timedelta(seconds=self.timeout_s)} if limited else {}
+
+        def wait() -> None:
+            for work in works:
+                work.wait(**limit)
+
+        if self.watch is not None:
+            self.watch.waits(self.layer, *point)
+        try:
+            self.exposed.run(point[0], self.device, wait)
+        except RuntimeError as error:
+            raise self._failure(point, error) from error
+        if self.watch is not None:
+            self.watch.goes_on()
+
+    def to_host(self, x: Tensor, purpose: str) -> list[int]:
+        """Numbers of a device tensor [n]; does not wait for ever for a collective that it comes from.
+
+        Raises:
+            ExchangeError: it took longer than `timeout_s`.
+        """
+        if x.device.type != "cuda":
+            return x.tolist()
+        copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        begin_s = time.monotonic()
+        while not done.query():
+            if 0 < self.timeout_s < time.monotonic() - begin_s:
+                raise self._failure((purpose, 0), RuntimeError(f"waited {self.timeout_s:.0f} s"))
+            time.sleep(0)
+        return copy.tolist()
+
+    def _failure(self, point: Point, error: RuntimeError) -> RuntimeError:
+        return error if self.watch is None else self.watch.failure(self.layer, *point, error)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Joined along the first two dimensions, as torch wants what is gathered."""
+    return x.flatten(0, 1) if x.dim() > 1 else x
+
+
+def _line(x: Tensor) -> Tensor:
+    return x if x.dim() else x.view(1)

@@ -1,0 +1,1 @@
+"""Which KV blocks travel between ranks, and by what transport."""

@@ -1,0 +1,90 @@
+"""The ways to bring remote key/value blocks to the queries, and their gradients back to the owners.
+
+Each gives the same numbers: `selected_exchange`, `all_gather_exchange`, `ring_exchange`; `auto` takes one of
+the first two for each call.
+"""
+
+from torch import Tensor
+
+from msa_train.config import ExchangeConfig, KvExchange
+from msa_train.parallel.comm.cp_comm import CpComm
+from msa_train.parallel.kv_exchange.all_gather import AllGatherSession
+from msa_train.parallel.kv_exchange.cost_model import PairBytes
+from msa_train.parallel.kv_exchange.plan import RankPlan
+from msa_train.parallel.kv_exchange.requests import BlockRequests, RequestTerms, exchange_requests
+from msa_train.parallel.kv_exchange.ring import RingSession
+from msa_train.parallel.kv_exchange.selected import SelectedSession
+from msa_train.parallel.kv_exchange.session import ExchangeSession
+from msa_train.parallel.sharding.shard_layout import ShardLayout
+
+
+def agree(
+    kind: KvExchange,
+    local: Tensor,
+    needed: Tensor,
+    layout: ShardLayout,
+    comm: CpComm,
+    settings: ExchangeConfig,
+    *,
+    k_index: Tensor | None,
+    with_backward: bool,
+) -> BlockRequests:
+    """What all ranks do in this layer call; asks the others where that depends on the selection.
+
+    Args:
+        kind: which way.
+        local: [M * NL, 2, B, D] this rank's keys and values by pair.
+        needed: [M, NB] bool, pairs that local queries selected.
+        layout, comm: this rank's shard and collectives, of this layer.
+        settings: of the exchange.
+        k_index: [T, Di] this rank's index keys, checked with the keys and values; None without an index
+        branch. with_backward: whether gradients will come back.
+
+    Raises:
+        ExchangeError: a rank asks for what does not fit.
+    """
+    if kind not in (KvExchange.selected, KvExchange.auto):
+        return BlockRequests(kind)
+    if layout.cp_size == 1:
+        return BlockRequests(KvExchange.all_gather)
+    forward = local[0].numel() * local.element_size()
+    index = 0 if k_index is None else layout.block_size * k_index.shape[-1] * local.element_size()
+    size = PairBytes(forward, forward + index if with_backward else 0)
+    terms = RequestTerms(kind, settings, size, (k_index, local))
+    return exchange_requests(needed, layout, comm, terms)
+
+
+def open_session(
+    requests: BlockRequests,
+    local: Tensor,
+    num_groups: int,
+    layout: ShardLayout,
+    comm: CpComm,
+    settings: ExchangeConfig,
+    *,
+    index_elements: int = 0,
+) -> ExchangeSession:
+    """The exchange of one layer call, as agreed.
+
+    Args:
+        requests: what all ranks agreed on, now or in an earlier identical call.
+        local: [M * NL, 2, B, D] this rank's keys and values by pair.
+        num_groups: M.
+        layout, comm: this rank's shard and collectives, of this layer.
+        settings: of the exchange.
+        index_elements: B * Di where index keys get gradients, else 0.
+    """
+    if requests.kind is KvExchange.selected:
+        plan = requests.plan
+        assert isinstance(plan, RankPlan), "an agreed exchange of selected pairs has a plan"
+        return SelectedSession(
+            local,
+            num_groups,
+            layout,
+            comm,
+            plan,
+            keep_for_backward=settings.keep_for_backward,
+            index_elements=index_elements,
+        )
+    session = AllGatherSession if requests.kind is KvExchange.all_gather else RingSession
+    return session(local, num_groups, layout, comm)

@@ -1,0 +1,203 @@
+"""`selected`: only the pairs that some local query selected travel, and only their gradients return.
+
+Attention over own pairs runs while they travel, the own pairs' gradients are computed while gradients return.
+
+Shapes: as in exchange_session; R fetched pairs, H hot pairs, E elements of one pair.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from msa_kernels.block_sparse_attention.tiled import BlockPool
+from torch import Tensor
+
+from msa_train.parallel.comm.cp_comm import CpComm, Pending
+from msa_train.parallel.kv_exchange.hot_blocks import HotBroadcast, HotReduce
+from msa_train.parallel.kv_exchange.plan import Hop, RankPlan
+from msa_train.parallel.kv_exchange.requests import global_block
+from msa_train.parallel.kv_exchange.session import (
+    ExchangeSession,
+    KvSource,
+    PairGrads,
+    add_in_rank_order,
+    grad_rows,
+)
+from msa_train.parallel.sharding.shard_layout import ShardLayout
+
+
+class SelectedSession(ExchangeSession):
+    """Flat or by nodes, whatever the plan says."""
+
+    def __init__(
+        self,
+        local: Tensor,
+        num_groups: int,
+        layout: ShardLayout,
+        comm: CpComm,
+        plan: RankPlan,
+        *,
+        keep_for_backward: bool,
+        index_elements: int,
+    ) -> None:
+        """plan: agreed with all ranks. keep_for_backward: otherwise pairs are fetched again. index_elements:
+        B * Di, gradients of a block's index keys that come back with it, 0 without the KL loss."""
+        super().__init__(local, num_groups, layout, comm)
+        self.plan, self.keep, self.index_elements = plan, keep_for_backward, index_elements
+
+    @property
+    def _has_remote(self) -> bool:
+        return self.plan.num_rows + self.plan.num_hot > 0
+
+    def sources(self) -> Iterator[KvSource]:
+        """See ExchangeSession.sources."""
+        fetch = _Fetch(self.local, self.plan, self.comm, "kv")
+        yield self.own_source()
+        fetched = fetch.finish()
+        del fetch
+        if self.keep:
+            self._fetched = fetched
+        if self._has_remote:
+            yield self._remote(fetched)
+
+    def backward(self, compute: Callable[[KvSource], PairGrads]) -> PairGrads:
+        """See ExchangeSession.backward."""
+        if self._fetched is not None:
+            returning = self._return(compute, self._fetched)
+            self._fetched = None
+            own = compute(self.own_source())
+        else:
+            fetch = _Fetch(self.local, self.plan, self.comm, "kv_again")
+            own = compute(self.own_source())
+            returning = self._return(compute, fetch.finish())
+        returning.finish(own)
+        return own
+
+    def _return(self, compute: Callable[[KvSource], PairGrads], fetched: Tensor) -> "_Return":
+        grads = compute(self._remote(fetched)) if self._has_remote else None
+        return _Return(grads, self.plan, self.comm, self.local, self.index_elements)
+
+    def _remote(self, fetched: Tensor) -> KvSource:
+        """Fetched and hot pairs as a source; own hot pairs are left to the other one."""
+        plan, layout = self.plan, self.layout
+        owner = torch.cat((plan.owner, plan.hot_owner))
+        group = torch.cat((plan.group, plan.hot_group))
+        block = global_block(owner, torch.cat((plan.block_of_owner, plan.hot_block_of_owner)), layout)
+        entry_of = torch.full(
+            (self.num_groups, layout.num_blocks), -1, dtype=torch.int64, device=block.device
+        )
+        entry = torch.arange(block.shape[0], device=block.device)
+        entry_of[group, block] = torch.where(owner == layout.cp_rank, -1, entry)
+        return KvSource(pool=BlockPool(kv=fetched, block=block), entry_of=entry_of)
+
+
+class _Fetch:
+    """Keys and values on their way to this rank; started by the constructor."""
+
+    def __init__(self, local: Tensor, plan: RankPlan, comm: CpComm, purpose: str) -> None:
+        self.local, self.plan, self.comm, self.purpose = local, plan, comm, purpose
+        self.hot = None
+        if plan.num_hot:
+            self.hot = HotBroadcast(local.index_select(0, plan.hot_pairs), plan, comm, purpose)
+        spare = 0 if self.hot is None else self.hot.num_elements
+        num_elements = plan.num_rows * local[0].numel()
+        # One buffer: hot pairs arrive behind the others, so that nothing is copied to join them.
+        self.buffer = local.new_empty(num_elements + spare)
+        self.rows = self.buffer[:num_elements].view(plan.num_rows, *local.shape[1:])
+        if len(plan.hops) == 1:
+            self.first = _send(local, plan.hops[0], comm, purpose, self.rows)
+        else:
+            assert comm.outer is not None, "a plan with nodes comes with their groups"
+            self.first = _send(local, plan.hops[0], comm.outer, f"{purpose}_outer")
+
+    def finish(self) -> Tensor:
+        """[R + H, 2, B, D]"""
+        plan, comm = self.plan, self.comm
+        transit = self.first.wait()
+        if len(plan.hops) > 1:
+            assert comm.inner is not None, "a plan with nodes comes with their groups"
+            source = _Rows(self.local, transit)
+            _send(source, plan.hops[1], comm.inner, self.purpose, self.rows).wait()
+        num_elements = self.rows.numel()
+        if self.hot is not None:
+            self.hot.finish(self.buffer[num_elements:])
+        total = (plan.num_rows + plan.num_hot) * self.local[0].numel()
+        return self.buffer[:total].view(-1, *self.local.shape[1:])
+
+
+class _Rows:
+    """Own pairs followed by rows in transit, as one source of rows without joining them."""
+
+    def __init__(self, local: Tensor, transit: Tensor) -> None:
+        self.local, self.transit = local, transit
+
+    def index_select(self, dim: int, take: Tensor) -> Tensor:
+        num_own = self.local.shape[0]
+        rows = self.local.index_select(dim, take.clamp(max=num_own - 1))
+        if self.transit.shape[0] == 0:
+            return rows
+        other = self.transit.index_select(dim, (take - num_own).clamp(min=0))
+        return torch.where((take < num_own).view(-1, *(1,) * (rows.dim() - 1)), rows, other)
+
+
+def _send(
+    source: "Tensor | _Rows", hop: Hop, comm: CpComm, purpose: str, out: Tensor | None = None
+) -> Pending[Tensor]:
+    payload = source.index_select(0, hop.take)
+    return comm.start_all_to_all(payload, hop.send, hop.receive, purpose, out)
+
+
+class _Return:
+    """Gradients of fetched pairs on their way to the owners; started by the constructor."""
+
+    def __init__(
+        self, grads: PairGrads | None, plan: RankPlan, comm: CpComm, local: Tensor, index_elements: int
+    ) -> None:
+        """grads: of all fetched pairs, None where there are none; local: own pairs, for dtype and shape."""
+        self.plan, self.comm, self.num_own = plan, comm, local.shape[0]
+        if grads is None:
+            rows = local.new_empty(0, local[0].numel() + index_elements)
+        else:
+            rows = grad_rows(grads, local.dtype)
+        self.hot = HotReduce(rows[plan.num_rows :], plan, comm) if plan.num_hot else None
+        rows, self.from_node = rows[: plan.num_rows], None
+        if len(plan.hops) == 1:
+            self.pending = _send_back(rows, plan.hops[0], comm, "kv_grad")
+            return
+        assert comm.inner is not None, "a plan with nodes comes with their groups"
+        assert comm.outer is not None, "a plan with nodes comes with their groups"
+        returned = _send_back(rows, plan.hops[1], comm.inner, "kv_grad").wait()
+        # What this rank's node wants of own pairs and of rows in transit, summed in rank order.
+        dtype = torch.promote_types(rows.dtype, torch.float32)
+        num_rows = self.num_own + sum(plan.hops[0].receive)
+        sums = torch.zeros(num_rows, rows.shape[1], dtype=dtype, device=rows.device)
+        take, sizes = plan.hops[1].take, plan.hops[1].send
+        for place, part in zip(take.split(sizes), returned.split(sizes), strict=True):
+            if part.shape[0]:
+                sums.index_add_(0, place, part.to(dtype))
+        self.from_node = sums[: self.num_own]
+        self.pending = _send_back(
+            sums[self.num_own :].to(rows.dtype), plan.hops[0], comm.outer, "kv_grad_outer"
+        )
+
+    def finish(self, own: PairGrads) -> None:
+        """Wait and add to the gradients of own pairs: by rank, with nodes by node; hot pairs last."""
+        hop, rows = self.plan.hops[0], self.pending.wait()
+        if self.from_node is None:
+            add_in_rank_order(own, hop.take, rows, hop.send)
+        else:
+            node = self.comm.rank // len(self.plan.hops[1].send)
+            everyone = torch.arange(self.num_own, device=rows.device)
+            for n, (place, part) in enumerate(
+                zip(hop.take.split(hop.send), rows.split(hop.send), strict=True)
+            ):
+                if n == node:
+                    add_in_rank_order(own, everyone, self.from_node, [self.num_own])
+                else:
+                    add_in_rank_order(own, place, part, [part.shape[0]])
+        if self.hot is not None:
+            pairs = self.plan.hot_pairs
+            add_in_rank_order(own, pairs, self.hot.finish(), [pairs.shape[0]])
+
+
+def _send_back(rows: Tensor, hop: Hop, comm: CpComm, purpose: str) -> Pending[Tensor]:
+    return comm.start_all_to_all(rows, hop.receive, hop.send, purpose)

@@ -1,0 +1,102 @@
+"""What the ways to bring remote key/value blocks to the queries have in common.
+
+A session lives from the forward to the backward pass of one layer call.
+
+Shapes: M KV groups, NB blocks of the pack, NL blocks per rank, P ranks, B block size, D head dim, Di index
+head dim. A rank's own pairs (group, block) are numbered group * NL + local block.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from msa_kernels.block_sparse_attention.tiled import BlockPool
+from torch import Tensor
+
+from msa_train.parallel.comm.cp_comm import CpComm
+from msa_train.parallel.kv_exchange.requests import global_block
+from msa_train.parallel.kv_exchange.saved_tensors import KeptTensors
+from msa_train.parallel.sharding.shard_layout import ShardLayout
+
+# Gradients of a pool: dkv [N, 2, B, D] and dk_index [N, B, Di] (None without the KL loss).
+PairGrads = tuple[Tensor, Tensor | None]
+
+
+@dataclass(slots=True)
+class KvSource:
+    """Readable pairs and where to find them. entry_of: [M, NB] int64 pool entry of a pair, -1 if absent."""
+
+    pool: BlockPool
+    entry_of: Tensor
+
+    def entries(self, block_indices: Tensor) -> Tensor:
+        """Block ids [T, M, topk] -> pool entries [T, M, topk] int64, -1 where not in this pool.
+
+        Example: entry_of [[4, -1, 7]] maps ids [[[2, 1, -1]]] to [[[7, -1, -1]]].
+        """
+        num_groups = self.entry_of.shape[0]
+        table = torch.nn.functional.pad(self.entry_of, (1, 0), value=-1)
+        ids = block_indices.long().permute(1, 0, 2).reshape(num_groups, -1) + 1
+        found = table.gather(1, ids).view(num_groups, block_indices.shape[0], -1)
+        return found.permute(1, 0, 2)
+
+
+class ExchangeSession(KeptTensors, ABC):
+    """One layer call: sources for the forward, gradients of all sources in the backward."""
+
+    def __init__(self, local: Tensor, num_groups: int, layout: ShardLayout, comm: CpComm) -> None:
+        """local: [M * NL, 2, B, D], this rank's keys and values by pair."""
+        super().__init__(local)
+        self.num_groups, self.layout, self.comm = num_groups, layout, comm
+
+    @abstractmethod
+    def sources(self) -> Iterator[KvSource]:
+        """Pools that together hold every pair this rank's queries selected."""
+
+    @abstractmethod
+    def backward(self, compute: Callable[[KvSource], PairGrads]) -> PairGrads:
+        """Call `compute` on every source and return the summed gradients of this rank's own pairs."""
+
+    def own_source(self) -> KvSource:
+        """This rank's own pairs."""
+        return self.shard_source(self.local, range(self.layout.cp_rank, self.layout.cp_rank + 1))
+
+    def shard_source(self, kv: Tensor, owners: range) -> KvSource:
+        """Pool of whole shards: kv [len(owners) * M * NL, 2, B, D], shard after shard."""
+        local, device = self.layout.num_local_blocks, kv.device
+        entry_of = torch.full((self.num_groups, self.layout.num_blocks), -1, dtype=torch.int64, device=device)
+        owner = torch.arange(owners.start, owners.stop, device=device).view(-1, 1, 1)
+        group = torch.arange(self.num_groups, device=device).view(1, -1, 1)
+        block = global_block(owner, torch.arange(local, device=device).view(1, 1, -1), self.layout)
+        block = block.expand(-1, self.num_groups, -1)
+        entry_of[group, block] = torch.arange(kv.shape[0], device=device).view(block.shape)
+        return KvSource(pool=BlockPool(kv=kv, block=block.flatten()), entry_of=entry_of)
+
+
+def add_in_rank_order(total: PairGrads, pairs: Tensor, rows: Tensor, sizes: list[int]) -> None:
+    """Add returned gradients to those of own pairs, one sender after the other: arrival changes nothing.
+
+    Args:
+        total: dkv [N, 2, B, D] and dk_index [N, B, Di] or None, changed in place.
+        pairs: [R] int64 entries of `total`, no entry twice for one sender.
+        rows: [R, 2 * B * D (+ B * Di)] in the order of `pairs`.
+        sizes: rows of each sender.
+    """
+    dkv, dk_index = total
+    width = dkv[0].numel()
+    for place, part in zip(pairs.split(sizes), rows.split(sizes), strict=True):
+        if part.shape[0] == 0:
+            continue
+        part = part.to(dkv.dtype)
+        dkv.index_add_(0, place, part[:, :width].view(-1, *dkv.shape[1:]))
+        if dk_index is not None:
+            dk_index.index_add_(0, place, part[:, width:].view(-1, *dk_index.shape[1:]))
+
+
+def grad_rows(grads: PairGrads, dtype: torch.dtype) -> Tensor:
+    """Gradients of a pool as rows for the wire: [N, 2 * B * D (+ B * Di)]."""
+    dkv, dk_index = grads
+    if dk_index is None:
+        return dkv.flatten(1).to(dtype)
+    return torch.cat((dkv.flatten(1), dk_index.flatten(1)), dim=1).to(dtype)

@@ -1,0 +1,190 @@
+"""Starts torch.distributed and Megatron's process groups. The one place that reads Megatron's globals."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch.distributed.distributed_c10d import _get_default_store
+
+from msa_train.config import ExchangeConfig, ParallelConfig
+from msa_train.parallel.comm.cp_comm import CpComm
+from msa_train.parallel.comm.fault_watch import FaultWatch
+from msa_train.parallel.comm.job_store import open_store
+from msa_train.parallel.comm.rank_faults import BEAT_S, GRACE_S, ExchangeError
+from msa_train.parallel.comm.topology import build_comm
+
+NCCL_SPARE_S = BEAT_S + GRACE_S
+
+
+@dataclass(slots=True)
+class Groups:
+    """This rank's place in the world.
+
+    dp_cp: ranks that hold the same dense parameters; expert_dp: the same experts. model_parallel: ranks
+    that hold the parts of one model (tensor and pipeline). comm: context-parallel collectives, to be copied.
+    """
+
+    collection: ProcessGroupCollection
+    device: torch.device
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    cp_rank: int
+    cp_size: int
+    dp_rank: int
+    dp_size: int
+    ep_rank: int
+    ep_size: int
+    cp: dist.ProcessGroup
+    dp: dist.ProcessGroup
+    dp_cp: dist.ProcessGroup
+    ep: dist.ProcessGroup
+    expert_dp: dist.ProcessGroup
+    model_parallel: dist.ProcessGroup
+    comm: CpComm
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes the loss."""
+        return self.pp_rank == self.pp_size - 1
+
+    def cp_comm(self) -> CpComm:
+        """Fresh context-parallel collectives with their own counters of bytes and time."""
+        return self.comm.fresh()
+
+
+def init_distributed(
+    *, device: torch.device, timeout_s: int, say: Callable[[str], None] = lambda text: None
+) -> None:
+    """Join the job that the environment describes (see `open_store`); nccl on GPUs, else gloo.
+
+    Args:
+        device: of this rank.
+        timeout_s: longest wait for the other ranks, and of a collective, in seconds.
+        say: is told for whom this rank waits, if that takes long.
+
+    Raises:
+        JobIncompleteError: if not all ranks come in time.
+    """
+    if dist.is_initialized():
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        backend,
+        store=open_store(os.environ, timeout_s=timeout_s, say=say),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=timedelta(seconds=_limit_s(device, timeout_s)),
+    )
+
+
+def build_groups(
+    parallel: ParallelConfig,
+    *,
+    device: torch.device,
+    timeout_s: int = 600,
+    exchange: ExchangeConfig | None = None,
+    watch: FaultWatch | None = None,
+) -> Groups:
+    """Create Megatron's groups over the initialised world. watch: of the job, if there is one.
+
+    Expert parallelism spans tensor, context and data parallel ranks of a pipeline stage (Megatron's order
+    tp-cp-ep-dp-pp), so ep_size may exceed the data-parallel size.
+    """
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tp_size,
+        pipeline_model_parallel_size=parallel.pp_size,
+        context_parallel_size=parallel.cp_size,
+        expert_model_parallel_size=parallel.ep_size,
+        expert_tensor_parallel_size=1,
+        # a fraction of a minute is as good
+        distributed_timeout_minutes=_limit_s(device, timeout_s) / 60,  # pyright: ignore[reportArgumentType]
+    )
+    # No dropout anywhere, so the tracker that does nothing is enough and works without a GPU.
+    model_parallel_cuda_manual_seed(1, inference_rng_tracker=True, force_reset_rng=True)
+    cp = _group(parallel_state.get_context_parallel_group())
+    return Groups(
+        collection=ProcessGroupCollection.use_mpu_process_groups(),
+        device=device,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel.tp_size,
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=parallel.pp_size,
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=parallel.cp_size,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        ep_size=parallel.ep_size,
+        cp=cp,
+        dp=_group(parallel_state.get_data_parallel_group()),
+        dp_cp=_group(parallel_state.get_data_parallel_group(with_context_parallel=True)),
+        ep=_group(parallel_state.get_expert_model_parallel_group()),
+        expert_dp=_group(parallel_state.get_expert_data_parallel_group()),
+        model_parallel=_group(parallel_state.get_model_parallel_group()),
+        comm=build_comm(
+            cp,
+            parallel.kv_exchange,
+            exchange or ExchangeConfig(),
+            device,
+            timeout_s,
+            head_size=parallel.cp_head_size,
+            watch=watch,
+        ),
+    )
+
+
+def start_watch(timeout_s: float, give_up: Callable[[ExchangeError], None]) -> FaultWatch | None:
+    """Watch all ranks of the initialised world from now on; None where this rank is alone.
+
+    Args:
+        timeout_s: longest silence of a rank, in seconds.
+        give_up: called by a thread when a rank is lost, to end this process wherever it stands.
+    """
+    world_size = dist.get_world_size()
+    if world_size == 1:
+        return None
+    watch = FaultWatch(
+        _get_default_store(), range(world_size), dist.get_rank(), timeout_s=timeout_s, give_up=give_up
+    )
+    watch.start()
+    watch.make_current()
+    return watch
+
+
+def _limit_s(device: torch.device, timeout_s: float) -> float:
+    """When a collective ends by itself. NCCL ends the process without naming anyone: after the watch."""
+    return timeout_s + (NCCL_SPARE_S if device.type == "cuda" else 0.0)
+
+
+def _group(group: object) -> dist.ProcessGroup:
+    """Narrow what torch types as "group or not a member"; every rank is in each of these groups."""
+    assert isinstance(group, dist.ProcessGroup), f"rank {dist.get_rank()} is not in a group it needs"
+    return group
+
+
+def destroy_groups(groups: Groups | None = None) -> None:
+    """Undo build_groups and init_distributed."""
+    if groups is not None and groups.comm.watch is not None:
+        groups.comm.watch.close()
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

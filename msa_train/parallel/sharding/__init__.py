@@ -1,0 +1,1 @@
+"""Which tokens lie on which context-parallel rank, and moving them."""

@@ -1,0 +1,165 @@
+"""Who computes which queries, so that all ranks have equal work. Integers; no process group needed.
+
+Work is counted per unit: a few neighbouring queries of one document. Every rank derives the same plan from
+the documents of the pack.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from msa_train.parallel.sharding.partition import SequencePlan, joined, zigzag_plan
+
+Integers = npt.NDArray[np.int64]
+
+# Tokens of a unit: fine enough for balance, coarse enough for long packs.
+_UNIT_TOKENS = 32
+# Largest work over mean work, in percent, from which on queries are moved.
+_MOVE_ABOVE = 102
+# The same up to which zigzag is good enough.
+_ZIGZAG_UP_TO = 105
+
+
+def unit_tokens(block_size: int) -> int:
+    """Largest power of two that divides a block, up to 32 tokens."""
+    return math.gcd(block_size, _UNIT_TOKENS)
+
+
+def index_work(cu_seqlens: Sequence[int], block_size: int) -> tuple[Integers, Integers]:
+    """Block scores that the queries of each unit need, padding included, and each unit's document.
+
+    Example: block_size 2, one document of 6 tokens -> [2, 4, 6]: two queries see 1, 2, 3 blocks.
+    """
+    unit, starts = unit_tokens(block_size), np.asarray(cu_seqlens, dtype=np.int64)
+    position = np.arange(0, starts[-1], unit)
+    document = np.searchsorted(starts, position, side="right") - 1
+    return unit * (position // block_size - starts[document] // block_size + 1), document
+
+
+def causal_work(
+    cu_seqlens: Sequence[int], doc_lengths: Sequence[int], block_size: int
+) -> tuple[Integers, Integers]:
+    """(query, key) pairs of full attention for the queries of each unit, and each unit's document.
+
+    Example: block_size 2, one document of 3 tokens in a slot of 6 -> [1 + 2, 3, 0].
+    """
+    unit, starts = unit_tokens(block_size), np.asarray(cu_seqlens, dtype=np.int64)
+    position = np.arange(0, starts[-1], unit)
+    document = np.searchsorted(starts, position, side="right") - 1
+    before = position - starts[document]
+    real = np.clip(np.asarray(doc_lengths, dtype=np.int64)[document] - before, 0, unit)
+    return real * before + real * (real + 1) // 2, document
+
+
+def rank_work(plan: SequencePlan, work: Integers) -> list[int]:
+    """Work of each rank, for queries dealt in whole units."""
+    unit = plan.seq_len // len(work)
+    total = np.concatenate((np.zeros(1, dtype=np.int64), work.cumsum()))
+    return [
+        sum(int(total[stop // unit] - total[start // unit]) for start, stop in ranges)
+        for ranges in plan.ranges
+    ]
+
+
+def is_balanced(loads: Sequence[int], percent: int = _MOVE_ABOVE) -> bool:
+    """Whether the largest load is at most `percent` of the mean."""
+    return 100 * max(loads) * len(loads) <= percent * sum(loads)
+
+
+def balance(home: SequencePlan, work: Integers, document: Integers) -> SequencePlan:
+    """Who computes which queries: ranks with more than the mean give some of theirs to those with less.
+
+    A giver parts with the end of its costliest document part, then of the next one: few queries, in few
+    ranges. Givers and takers line up, the largest surplus beside the largest deficit, and each taker gets
+    a run of what is given. A query moves at most once.
+
+    No rank ends up with more than the mean and one and a half of the costliest units. That is within 5% of
+    the mean where sum(L^2) / max(L) >= 60 * unit * size over the document lengths L: for one document from
+    60 units per rank on.
+
+    Args:
+        home: who holds which queries.
+        work: [U] of each unit, see `index_work` and `causal_work`.
+        document: [U] of each unit.
+
+    Returns:
+        The plan of computation, or `home` itself if that is balanced.
+    """
+    loads, size, unit = rank_work(home, work), home.size, home.seq_len // len(work)
+    total = sum(loads)
+    if is_balanced(loads):
+        return home
+    mean = total // size
+    givers = sorted((r for r in range(size) if loads[r] > mean), key=lambda r: (-loads[r], r))
+    takers = sorted((r for r in range(size) if loads[r] < mean), key=lambda r: (loads[r], r))
+    if not takers:
+        return home
+    owner = _owners(home, unit)
+    given = _given(owner, work, document, [(r, loads[r] - mean) for r in givers])
+    after = work[given].cumsum()
+    if after.size == 0:
+        return home
+    edges = _edges([mean - loads[r] for r in takers], int(after[-1]))
+    # A unit goes where its middle lies; doubled, to stay with integers.
+    place = np.searchsorted(edges, 2 * after - work[given], side="right").clip(max=len(takers) - 1)
+    owner[given] = np.asarray(takers, dtype=np.int64)[place]
+    return _plan_of(owner, unit, size)
+
+
+def balance_ring(home: SequencePlan, work: Integers, document: Integers) -> tuple[SequencePlan, SequencePlan]:
+    """Plans of queries and of keys for a ring: zigzag for both where that is balanced, as every step is then.
+
+    Otherwise keys stay and queries move as in `balance`.
+    """
+    if is_balanced(rank_work(home, work)):
+        return home, home
+    if home.seq_len % (2 * home.size * (home.seq_len // len(work))) == 0:
+        zigzag = zigzag_plan(home.seq_len, home.size)
+        if is_balanced(rank_work(zigzag, work), _ZIGZAG_UP_TO):
+            return zigzag, zigzag
+    return balance(home, work, document), home
+
+
+def _owners(plan: SequencePlan, unit: int) -> Integers:
+    owner = np.empty(plan.seq_len // unit, dtype=np.int64)
+    for rank, ranges in enumerate(plan.ranges):
+        for start, stop in ranges:
+            owner[start // unit : stop // unit] = rank
+    return owner
+
+
+def _given(owner: Integers, work: Integers, document: Integers, surpluses: list[tuple[int, int]]) -> Integers:
+    """Units that ranks give away, for (rank, surplus); what one gives too much the next gives less."""
+    given, carried = [np.zeros(0, dtype=np.int64)], 0
+    costliest = np.zeros(int(document[-1]) + 1, dtype=np.int64)
+    for rank, surplus in surpluses:
+        units = np.flatnonzero((owner == rank) & (work > 0))
+        costliest[document[units]] = 0
+        np.maximum.at(costliest, document[units], work[units])
+        units = units[np.lexsort((-units, document[units], -costliest[document[units]]))]
+        after = work[units].cumsum()
+        taken = int(np.count_nonzero(2 * after - work[units] <= 2 * (surplus + carried)))
+        given.append(units[:taken])
+        carried += surplus - int(after[taken - 1] if taken else 0)
+    return np.concatenate(given)
+
+
+def _edges(deficits: list[int], given: int) -> Integers:
+    """Where each taker's share of the given work ends, doubled; Python's integers, as products are large."""
+    total, edge, edges = sum(deficits), 0, []
+    for deficit in deficits:
+        edge += deficit
+        edges.append(2 * given * edge // total)
+    return np.asarray(edges, dtype=np.int64)
+
+
+def _plan_of(owner: Integers, unit: int, size: int) -> SequencePlan:
+    cuts = np.flatnonzero(np.diff(owner)) + 1
+    edges = [0, *cuts.tolist(), len(owner)]
+    ranges: list[list[tuple[int, int]]] = [[] for _ in range(size)]
+    for start, stop in pairwise(edges):
+        ranges[int(owner[start])].append((start * unit, stop * unit))
+    return SequencePlan(len(owner) * unit, tuple(joined(parts) for parts in ranges))

@@ -1,0 +1,130 @@
+"""Moves rows of tokens from the ranks of one plan to those of another; the gradient moves back.
+
+Shapes: T rows that a rank has before, U rows that it has after.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msa_train.parallel.comm.cp_comm import CpComm
+from msa_train.parallel.comm.to_device import to_device
+from msa_train.parallel.sharding.partition import Range, SequencePlan, common, count, rows_in
+
+# Per rank, ascending.
+Ranges = Sequence[Sequence[Range]]
+
+
+@dataclass(slots=True)
+class RowMoves:
+    """What one rank keeps, sends and receives.
+
+    num_before, num_after: its rows. kept: [K] int64 rows before, and the rows after that they become. sent:
+    rows before by destination; received: rows after by source; send, receive: how many per rank. in_order:
+    whether what is received is all there is after, row after row.
+    """
+
+    num_before: int
+    num_after: int
+    kept: tuple[Tensor, Tensor]
+    sent: Tensor
+    send: list[int]
+    received: Tensor
+    receive: list[int]
+    in_order: bool
+
+
+@dataclass(slots=True)
+class Relayout:
+    """Both ways between the plan that tokens are held by and the one they are computed by."""
+
+    there: RowMoves
+    back: RowMoves
+
+
+def make_relayout(home: SequencePlan, away: SequencePlan, rank: int, device: torch.device) -> Relayout | None:
+    """Moves of one rank; None where no token of any rank moves.
+
+    Example: rows of [(0, 4)] and [(4, 8)] to [(0, 4), (6, 8)] and [(4, 6)]: rank 1 keeps rows 0, 1 and sends
+    rows 2, 3 to rank 0, where they become rows 4, 5.
+    """
+    if home.ranges == away.ranges:
+        return None
+    there = make_moves(home.ranges, away.ranges, rank, device)
+    return Relayout(there, make_moves(away.ranges, home.ranges, rank, device))
+
+
+def make_moves(before: Ranges, after: Ranges, rank: int, device: torch.device) -> RowMoves:
+    """Moves of one rank; `after` may give a position to several ranks, then each gets a copy."""
+    mine, next_mine, ranks = before[rank], after[rank], range(len(before))
+    nothing: list[Range] = []
+    leaving = [nothing if r == rank else common(mine, after[r]) for r in ranks]
+    coming = [nothing if r == rank else common(before[r], next_mine) for r in ranks]
+    staying = common(mine, next_mine)
+    arriving = [rows for parts in coming for rows in rows_in(parts, next_mine)]
+    return RowMoves(
+        num_before=count(mine),
+        num_after=count(next_mine),
+        kept=(_indices(rows_in(staying, mine), device), _indices(rows_in(staying, next_mine), device)),
+        sent=_indices([rows for parts in leaving for rows in rows_in(parts, mine)], device),
+        send=[count(parts) for parts in leaving],
+        received=_indices(arriving, device),
+        receive=[count(parts) for parts in coming],
+        in_order=not staying and arriving == sorted(arriving),
+    )
+
+
+def busiest_rank(before: Ranges, after: Ranges) -> int:
+    """Most rows that a rank sends or receives.
+
+    Example: one document of 12 tokens on 3 ranks, each to see all before it: rank 0 sends 4 rows twice, rank
+    2 receives 8 -> 8.
+    """
+    ranks = range(len(before))
+    moved = [[0 if a == b else count(common(before[a], after[b])) for b in ranks] for a in ranks]
+    return max(max(map(sum, moved)), max(map(sum, zip(*moved, strict=True))))
+
+
+def _indices(ranges: Sequence[Range], device: torch.device) -> Tensor:
+    parts = [torch.arange(start, stop) for start, stop in ranges]
+    return to_device(torch.cat(parts), device) if parts else torch.zeros(0, dtype=torch.int64, device=device)
+
+
+def move_rows(x: Tensor, moves: RowMoves, comm: CpComm, purpose: str) -> Tensor:
+    """[T, ...] -> [U, ...], without a gradient. Every rank must call it."""
+    arrived = comm.all_to_all(x[moves.sent], moves.send, moves.receive, purpose)
+    result = x.new_empty(moves.num_after, *x.shape[1:])
+    before, after = moves.kept
+    result[after] = x[before]
+    result[moves.received] = arrived
+    return result
+
+
+def relayout(x: Tensor, moves: Relayout | None, comm: CpComm, purpose: str) -> Tensor:
+    """[T, ...] -> [U, ...]; x itself without moves. Gradients return under the purpose `{purpose}_grad`."""
+    if moves is None:
+        return x
+    return _Relayout.apply(x, moves.there, moves.back, comm, purpose)
+
+
+def restore(x: Tensor, moves: Relayout | None, comm: CpComm, purpose: str) -> Tensor:
+    """The inverse of `relayout`: [U, ...] -> [T, ...]."""
+    if moves is None:
+        return x
+    return _Relayout.apply(x, moves.back, moves.there, comm, purpose)
+
+
+class _Relayout(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, moves: RowMoves, inverse: RowMoves, comm: CpComm, purpose: str
+    ) -> Tensor:
+        ctx.inverse, ctx.comm, ctx.purpose = inverse, comm, purpose
+        return move_rows(x, moves, comm, purpose)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return move_rows(grad, ctx.inverse, ctx.comm, f"{ctx.purpose}_grad"), None, None, None, None

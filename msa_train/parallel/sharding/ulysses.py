@@ -1,0 +1,100 @@
+"""Neighbouring ranks trade tokens for KV groups: the head-parallel inner dimension of context parallelism.
+
+Before attention each of h ranks holds T tokens with all M KV groups; after `to_heads` it holds the h * T
+tokens of all h ranks with M / h groups. Selection, teacher and exchange then stay inside a group, and the
+sequence exchange runs between the ranks that hold the same groups. `to_tokens` brings outputs back.
+
+Shapes: T tokens of one rank, M KV groups, h ranks of a head group (`cp_head_size`).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msa_train.parallel.comm.cp_comm import CpComm
+from msa_train.parallel.comm.to_device import to_device
+from msa_train.parallel.sharding.partition import SequencePlan
+
+# See `token_order`.
+Order = tuple[Tensor, Tensor] | None
+_Spread = Callable[[Tensor, CpComm, str], Tensor]
+
+
+def token_order(
+    plan: SequencePlan, first_rank: int, num_ranks: int, device: torch.device
+) -> tuple[Tensor, Tensor] | None:
+    """Rows of tokens gathered by rank in the order of the pack, and the inverse; None where they are in it.
+
+    Example: zigzag over 2 ranks, positions 0 1 6 7 and 2 3 4 5 -> ([0 1 4 5 6 7 2 3], [0 1 6 7 2 3 4 5]).
+    """
+    ranges = [r for rank in range(first_rank, first_rank + num_ranks) for r in plan.ranges[rank]]
+    position = torch.cat([torch.arange(start, stop) for start, stop in ranges])
+    order = position.argsort()
+    if torch.equal(order, torch.arange(len(order))):
+        return None
+    return to_device(order, device), to_device(order.argsort(), device)
+
+
+def to_heads(x: Tensor, comm: CpComm, order: Order = None) -> Tensor:
+    """[T, M, ...] -> [h * T, M / h, ...]; group chunk r goes to rank r of the head group.
+
+    order: see `token_order`.
+
+    Example: h = 2, groups a to d: rank 0 ends with all tokens of a and b, rank 1 with all of c and d.
+    """
+    return _reordered(_Trade.apply(x, comm, _spread_groups, _spread_tokens), order, 0)
+
+
+def to_tokens(x: Tensor, comm: CpComm, order: Order = None) -> Tensor:
+    """[h * T, M / h, ...] -> [T, M, ...], the inverse of `to_heads`."""
+    return _Trade.apply(_reordered(x, order, 1), comm, _spread_tokens, _spread_groups)
+
+
+def gather_tokens(x: Tensor, comm: CpComm, order: Order = None) -> Tensor:
+    """[T, ...] -> [h * T, ...], tokens of all ranks of the head group; gradients are summed over them."""
+    return _reordered(_GatherTokens.apply(x, comm), order, 0)
+
+
+def _reordered(x: Tensor, order: Order, way: int) -> Tensor:
+    return x if order is None else x[order[way]]
+
+
+class _Trade(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, comm: CpComm, there: _Spread, back: _Spread) -> Tensor:
+        ctx.comm, ctx.back = comm, back
+        return there(x, comm, "heads")
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.back(grad, ctx.comm, "heads_grad"), None, None, None
+
+
+class _GatherTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, comm: CpComm) -> Tensor:
+        ctx.comm = comm
+        return comm.all_gather(x, "index_key").flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        shards = grad.view(ctx.comm.size, -1, *grad.shape[1:])
+        return ctx.comm.reduce_scatter(shards, "index_key_grad"), None
+
+
+def _spread_groups(x: Tensor, comm: CpComm, purpose: str) -> Tensor:
+    """[T, M, ...] -> [h * T, M / h, ...]."""
+    num_tokens, num_groups = x.shape[:2]
+    chunks = x.view(num_tokens, comm.size, num_groups // comm.size, *x.shape[2:]).transpose(0, 1)
+    rows = [num_tokens] * comm.size
+    return comm.all_to_all(chunks.reshape(comm.size * num_tokens, *chunks.shape[2:]), rows, rows, purpose)
+
+
+def _spread_tokens(x: Tensor, comm: CpComm, purpose: str) -> Tensor:
+    """[h * T, M / h, ...] -> [T, M, ...]."""
+    num_tokens = x.shape[0] // comm.size
+    rows = [num_tokens] * comm.size
+    chunks = comm.all_to_all(x, rows, rows, purpose).view(comm.size, num_tokens, *x.shape[1:])
+    return chunks.transpose(0, 1).flatten(1, 2)

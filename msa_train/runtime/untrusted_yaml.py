@@ -1,0 +1,54 @@
+"""YAML that somebody else wrote: of limited size, also after its aliases are followed."""
+
+from typing import Any
+
+import yaml
+
+from msa_train.runtime.untrusted_files import one_line
+
+MAX_NODES = 100_000
+"values of a file, each counted once for every alias that stands for it"
+
+
+def check_yaml(text: str) -> None:
+    """Look through a document without making its values.
+
+    Raises:
+        ValueError: without the path, e.g. "is not YAML (...)"; also for what is nested too deeply, contains
+            itself, or grows by its aliases.
+    """
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        size = 0 if root is None else _size(root, {})
+    except RecursionError:
+        raise ValueError("is not YAML of a sensible depth (its values are nested too deeply)") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"is not YAML ({one_line(str(error))})") from None
+    if size > MAX_NODES:
+        raise ValueError(f"holds more than {MAX_NODES:,} values, aliases followed")
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a document.
+
+    Raises:
+        ValueError: as `check_yaml`.
+    """
+    check_yaml(text)
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        # a date that is none, a mapping with a list for a key
+        raise ValueError(f"is not YAML ({one_line(str(error))})") from None
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = -1
+        children = [child for item in node.value for child in (item if isinstance(item, tuple) else (item,))]
+        known[id(node)] = 1 + sum(_size(child, known) for child in children)
+    elif known[id(node)] < 0:
+        raise ValueError("holds a value that contains itself")
+    return known[id(node)]

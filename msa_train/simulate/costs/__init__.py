@@ -1,0 +1,1 @@
+"""What a layer costs: bytes and times of its transfers and kernels."""

@@ -1,0 +1,96 @@
+"""Collectives of hot pairs (`parallel.kv_exchange.hot_blocks`): which rank holds what of every slice.
+
+All hot pairs lie one after the other in a buffer that is cut in P' equal slices.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from msa_train.simulate.costs import collective_cost as wires
+from msa_train.simulate.costs.collective_cost import Wire
+from msa_train.simulate.inputs.cluster import Cluster
+from msa_train.simulate.inputs.layer_shape import LayerShape
+
+
+@dataclass(slots=True)
+class HotWires:
+    """Collectives in order; the first `started` of each run under computing."""
+
+    forward: list[Wire]
+    backward: list[Wire]
+    started_forward: int = 1
+    started_backward: int = 1
+
+    def seconds(self, way: list[Wire], cluster: Cluster) -> tuple[float, float]:
+        """Times of what starts at once, and of what follows it."""
+        started = self.started_forward if way is self.forward else self.started_backward
+        times = [wire.time_s(cluster) for wire in way]
+        return sum(times[:started]), sum(times[started:])
+
+
+def hot_wires(hot: NDArray[np.int64], shape: LayerShape, cluster: Cluster, node_size: int) -> HotWires:
+    """Plan the broadcast and the sum.
+
+    Args:
+        hot: [u, P'] hot pairs by owner.
+        shape: of the layer.
+        cluster: as the ranks of one place see it.
+        node_size: ranks of a node, P' where the exchange is flat.
+    """
+    if not hot.any():
+        return HotWires([], [])
+    plans = [_one(place, shape, cluster, node_size) for place in hot]
+    forward = [wires.side_by_side(list(steps)) for steps in zip(*(p.forward for p in plans), strict=True)]
+    backward = [wires.side_by_side(list(steps)) for steps in zip(*(p.backward for p in plans), strict=True)]
+    return HotWires(forward, backward, started_backward=len(backward) - 1)
+
+
+def spans(hot: NDArray[np.int64], elements: int, node_size: int) -> tuple[NDArray[np.int64], int]:
+    """Elements of every rank's slice by owner, and the size of a slice.
+
+    Args:
+        hot: [P'] hot pairs by owner.
+        elements: of a pair.
+        node_size: ranks of a node.
+
+    Returns:
+        [P', P'] by rank of the slice and owner; see `HotSlices.span`.
+
+    Example: 3 ranks, hot pairs [3, 0, 2] of 2 elements: slices of 4 elements -> [[4, 0, 0], [2, 0, 2], [0,
+    0, 2]].
+    """
+    size = hot.shape[0]
+    ends = hot.cumsum() * elements
+    slice_size = -(-int(ends[-1]) // size)
+    rank = np.arange(size)
+    first = (rank % node_size * (size // node_size) + rank // node_size)[:, None] * slice_size
+    overlap = np.minimum(first + slice_size, ends) - np.maximum(first, ends - hot * elements)
+    return np.maximum(overlap, 0), slice_size
+
+
+def _one(hot: NDArray[np.int64], shape: LayerShape, cluster: Cluster, node_size: int) -> HotWires:
+    size, item = hot.shape[0], shape.element_bytes
+    parts, slice_size = spans(hot, shape.pair_bytes // item, node_size)
+    grad_parts, grad_slice = spans(hot, shape.pair_grad_bytes // item, node_size)
+    out = wires.all_to_all(parts, item, cluster)
+    home = wires.all_to_all(grad_parts.T, item, cluster)
+    if node_size == size:
+        gathered = wires.all_gather(slice_size * item, size, cluster)
+        summed = wires.all_to_all(np.full((size, size), grad_slice), item, cluster)
+        return HotWires([out, gathered], [summed, home])
+    nodes = size // node_size
+    none, ones = np.zeros(size), np.ones(size)
+    rail = ones * slice_size * item * (nodes - 1)
+    inside = ones * slice_size * item * nodes * (node_size - 1)
+    gathers = [
+        Wire(none, none, rail, rail, far_steps=nodes - 1),
+        Wire(inside, inside, none, none, near_steps=node_size - 1),
+    ]
+    inner, outer = (ones * grad_slice * item * count for count in (nodes * (node_size - 1), nodes - 1))
+    sums = [
+        Wire(inner, inner, none, none, near_steps=1),
+        Wire(none, none, outer, outer, far_steps=1),
+    ]
+    return HotWires([out, *gathers], [*sums, home])

@@ -1,0 +1,333 @@
+"""What each scheme of an MSA layer sends and when, as msa_train.parallel's sessions do it.
+
+Names of collectives are those of `CpComm.traffic`. Symbols: P' ranks of the exchange, u head-parallel places.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from msa_train.simulate.costs import collective_cost as wires
+from msa_train.simulate.costs.collective_cost import Wire
+from msa_train.simulate.costs.demand import Wants, exchange_rows, requested_by_owner
+from msa_train.simulate.costs.hot_blocks import HotWires, hot_wires
+from msa_train.simulate.costs.layer_costs import Setup
+from msa_train.simulate.costs.timeline import Among, Mark, Timeline
+from msa_train.simulate.inputs.cluster import Cluster
+
+FloatArray = NDArray[np.float64]
+FP32_BYTES = 4
+REQUEST_HEADER_BYTES = 64
+
+
+@dataclass(slots=True)
+class PassWork:
+    """Seconds of each rank over its own blocks, under which others travel, and over the others, [P'] each."""
+
+    own: FloatArray
+    others: FloatArray
+
+    @property
+    def total(self) -> FloatArray:
+        """Over all blocks."""
+        return self.own + self.others
+
+
+@dataclass(slots=True)
+class AttentionWork:
+    """What every rank computes."""
+
+    forward: PassWork
+    backward: PassWork
+
+    @classmethod
+    def divided(cls, forward_s: FloatArray, backward_s: FloatArray, own: FloatArray) -> "AttentionWork":
+        """[P'] seconds each, of which the share `own` [P'] needs own blocks only."""
+        forward, backward = (PassWork(x * own, x * (1 - own)) for x in (forward_s, backward_s))
+        return cls(forward, backward)
+
+
+@dataclass(slots=True)
+class Exchange(ABC):
+    """One scheme. traffic: collectives by purpose, [u * P'] ranks; memory_bytes: its largest buffers."""
+
+    setup: Setup
+    wants: Wants
+    work: AttentionWork
+    traffic: dict[str, list[Wire]] = field(default_factory=dict)
+    memory_bytes: float = 0.0
+
+    @property
+    def cluster(self) -> Cluster:
+        """As the ranks of one place see it."""
+        return self.setup.outer_cluster
+
+    @property
+    def size(self) -> int:
+        """P'."""
+        return self.setup.outer.cp_size
+
+    @property
+    def overlap(self) -> bool:
+        """Whether collectives run under computing."""
+        return self.setup.options.overlap
+
+    @property
+    def shard_pairs(self) -> int:
+        """Pairs that a rank owns."""
+        return self.setup.outer.order.shape[1] * self.wants.num_groups
+
+    @abstractmethod
+    def plan(self) -> None:
+        """Fill in traffic and memory."""
+
+    def before_selection(self, clocks: Timeline) -> None:  # noqa: B027
+        """Projections are done."""
+
+    @abstractmethod
+    def forward(self, clocks: Timeline, *, again: bool) -> None:
+        """From the selection to the attention's output; again: in a recomputation."""
+
+    def before_backward(self, clocks: Timeline) -> None:  # noqa: B027
+        """The output's gradient is here."""
+
+    @abstractmethod
+    def backward(self, clocks: Timeline) -> None:
+        """From the gradient of the attention's output to those of q, k, v."""
+
+    def everywhere(self, wire: Wire) -> Wire:
+        """A collective of P' ranks, once per place."""
+        return wires.side_by_side([wire] * self.setup.options.head_size)
+
+    def fullest(self, values: FloatArray) -> FloatArray:
+        """[u * P'] -> [P'], the fullest place."""
+        return values.reshape(-1, self.size).max(axis=0)
+
+    def took(self, name: str, wire: Wire) -> None:
+        """Note a collective."""
+        self.traffic.setdefault(name, []).append(wire)
+
+    def seconds(self, name: str) -> float:
+        """Time of all collectives of a purpose."""
+        return sum(wire.time_s(self.cluster) for wire in self.traffic.get(name, []))
+
+
+@dataclass(slots=True)
+class Selected(Exchange):
+    """Requested pairs from their owners, flat or by node; the first hop runs under local attention."""
+
+    hierarchical: bool = False
+    hot: HotWires = field(init=False)
+    sent: FloatArray = field(init=False)
+    fetched: FloatArray = field(init=False)
+
+    def plan(self) -> None:
+        """See Exchange.plan."""
+        shape, options = self.setup.shape, self.setup.options
+        rows = exchange_rows(
+            self.wants, self.cluster, hierarchical=self.hierarchical, hot_share=options.hot_share
+        )
+        request = REQUEST_HEADER_BYTES + self.size * self.wants.bitmap_bytes
+        self.took("request", self.everywhere(wires.all_gather(request, self.size, self.cluster)))
+        names = ["outer", ""] if len(rows.hops) == 2 else [""]
+        for name, hop in zip(names, rows.hops, strict=True):
+            self.took(_name("kv", name), hop.scaled(shape.pair_bytes))
+            self.took(_name("kv_grad", name), hop.reversed().scaled(shape.pair_grad_bytes))
+        node_size = self.cluster.gpus_per_node if self.hierarchical else self.size
+        self.hot = hot_wires(rows.hot, shape, self.cluster, node_size)
+        for name, hot in (("kv_hot", self.hot.forward), ("kv_grad_hot", self.hot.backward)):
+            for wire in hot:
+                self.took(name, wire)
+        if not options.keep_for_backward:
+            for name in [name for name in self.traffic if name.startswith("kv") and "grad" not in name]:
+                self.traffic[name.replace("kv", "kv_again", 1)] = list(self.traffic[name])
+        self.sent = self.fullest(rows.hops[0].sent + rows.hot.flatten())
+        self.fetched = self.fullest(rows.fetched + rows.hot.sum(axis=1).repeat(self.size))
+        self._count_memory(rows.hops, request)
+
+    def _count_memory(self, hops: list[Wire], request: float) -> None:
+        """Forward: requests, rows to send, in transit, fetched; backward: gradients, fp32 and on the wire."""
+        shape = self.setup.shape
+        transit = self.fullest(hops[0].received) if len(hops) == 2 else np.zeros(self.size)
+        forward = (self.sent + transit + self.fetched) * shape.pair_bytes
+        wide = 1 + FP32_BYTES / shape.element_bytes
+        backward = self.fetched * (shape.pair_bytes + wide * shape.pair_grad_bytes)
+        backward = backward + (self.sent + transit) * shape.pair_grad_bytes
+        self.memory_bytes = float(np.maximum(forward + self.size * request, backward).max())
+
+    @property
+    def _first_among(self) -> Among:
+        """Who takes part in what crosses the network; hot pairs make it everyone's."""
+        return Among.place if self.hierarchical and not self.hot.forward else Among.everyone
+
+    def forward(self, clocks: Timeline, *, again: bool) -> None:
+        """See Exchange.forward."""
+        if not again:
+            clocks.collective("request", self.seconds("request") + self.cluster.host_sync_s)
+        self._fetch(clocks, "kv", self.work.forward.own)
+        clocks.compute(self.work.forward.others)
+
+    def _fetch(self, clocks: Timeline, purpose: str, computing: FloatArray) -> None:
+        """Both hops and the hot pairs; only what starts at once is hidden."""
+        scatter_s, gather_s = self.hot.seconds(self.hot.forward, self.cluster)
+        clocks.copy(self.setup.copy_s(self.sent * self.setup.shape.pair_bytes))
+        first = f"{purpose}_outer" if self.hierarchical else purpose
+        clocks.under(
+            first, self.seconds(first) + scatter_s, computing, self._first_among, overlap=self.overlap
+        )
+        if self.hierarchical:
+            clocks.collective(purpose, self.seconds(purpose), Among.node)
+        if self.hot.forward:
+            clocks.collective(f"{purpose}_hot", gather_s)
+
+    def backward(self, clocks: Timeline) -> None:
+        """See Exchange.backward."""
+        own, shape = self.work.backward.own, self.setup.shape
+        keep = self.setup.options.keep_for_backward
+        if not keep:
+            self._fetch(clocks, "kv_again", own)
+        clocks.compute(self.work.backward.others)
+        clocks.copy(self.setup.copy_s(self.fetched * shape.pair_grad_bytes))
+        first = "kv_grad"
+        if self.hierarchical:
+            clocks.collective("kv_grad", self.seconds("kv_grad"), Among.node)
+            first = "kv_grad_outer"
+        scatter_s, home_s = self.hot.seconds(self.hot.backward, self.cluster)
+        computing = own if keep else 0 * own
+        clocks.under(
+            first, self.seconds(first) + scatter_s, computing, self._first_among, overlap=self.overlap
+        )
+        if self.hot.backward:
+            clocks.collective("kv_grad_hot", home_s)
+        clocks.copy(self.setup.copy_s(self.sent * shape.pair_grad_bytes))
+
+
+@dataclass(slots=True)
+class AllGather(Exchange):
+    """All pairs, in the backward pass again; the gather runs under attention over own pairs.
+
+    early: it starts before index scoring instead, which nothing prevents: it waits for no selection.
+    """
+
+    early: bool = False
+    _started: Mark = field(init=False)
+
+    def plan(self) -> None:
+        """See Exchange.plan."""
+        shape = self.setup.shape
+        shard, grads = self.shard_pairs * shape.pair_bytes, self.shard_pairs * shape.pair_grad_bytes
+        gather = self.everywhere(wires.all_gather(shard, self.size, self.cluster))
+        self.took("kv", gather)
+        self.took("kv_again", gather)
+        self.took("kv_grad", self.everywhere(wires.reduce_scatter(grads, self.size, self.cluster)))
+        # gathered rows, gradients of all rows in fp32 and once more on the wire
+        wide = 1 + FP32_BYTES / shape.element_bytes
+        self.memory_bytes = self.size * (shard + wide * grads)
+
+    def before_selection(self, clocks: Timeline) -> None:
+        """See Exchange.before_selection."""
+        self._started = clocks.start()
+
+    def forward(self, clocks: Timeline, *, again: bool) -> None:
+        """See Exchange.forward."""
+        self._gather(clocks, "kv", self.work.forward.own)
+        clocks.compute(self.work.forward.others)
+
+    def before_backward(self, clocks: Timeline) -> None:
+        """See Exchange.before_backward."""
+        self._started = clocks.start()
+
+    def backward(self, clocks: Timeline) -> None:
+        """See Exchange.backward."""
+        self._gather(clocks, "kv_again", self.work.backward.own)
+        clocks.compute(self.work.backward.others)
+        clocks.collective("kv_grad", self.seconds("kv_grad"))
+
+    def _gather(self, clocks: Timeline, name: str, own: FloatArray) -> None:
+        if not self.early:
+            clocks.under(name, self.seconds(name), own, overlap=self.overlap)
+            return
+        clocks.compute(own)
+        clocks.finish(name, self._started, self.seconds(name))
+
+
+@dataclass(slots=True)
+class AllGatherAllReduce(Exchange):
+    """As the nearest rival has it: one gather, kept; gradients summed on all ranks; no overlap."""
+
+    def plan(self) -> None:
+        """See Exchange.plan."""
+        shape = self.setup.shape
+        shard, grads = self.shard_pairs * shape.pair_bytes, self.shard_pairs * shape.pair_grad_bytes
+        self.took("kv", self.everywhere(wires.all_gather(shard, self.size, self.cluster)))
+        self.took("kv_grad", self.everywhere(wires.all_reduce(grads, self.size, self.cluster)))
+        self.memory_bytes = self.size * (shard + (1 + FP32_BYTES / shape.element_bytes) * grads)
+
+    def forward(self, clocks: Timeline, *, again: bool) -> None:
+        """See Exchange.forward."""
+        clocks.collective("kv", self.seconds("kv"))
+        clocks.compute(self.work.forward.total)
+
+    def backward(self, clocks: Timeline) -> None:
+        """See Exchange.backward."""
+        clocks.compute(self.work.backward.total)
+        clocks.collective("kv_grad", self.seconds("kv_grad"))
+
+
+@dataclass(slots=True)
+class Ring(Exchange):
+    """Shards go round, one arrives while a rank works on another; in the backward gradients go along."""
+
+    step: Wire = field(init=False)
+    grad_step: Wire = field(init=False)
+
+    def plan(self) -> None:
+        """See Exchange.plan."""
+        shape = self.setup.shape
+        shard = self.shard_pairs * shape.pair_bytes
+        # sums on their way stay in fp32
+        grads = self.shard_pairs * shape.pair_grad_bytes * FP32_BYTES / shape.element_bytes
+        self.step = self.everywhere(wires.shift(shard, self.size, self.cluster))
+        self.grad_step = self.everywhere(wires.shift(grads, self.size, self.cluster))
+        if self.size > 1:
+            self.took("kv", self.step.scaled(self.size - 1))
+            self.took("kv_again", self.step.scaled(self.size - 1))
+            self.took("kv_grad", self.grad_step.scaled(self.size))
+        self.memory_bytes = shard + 3 * grads
+
+    def _steps(self, work: PassWork) -> list[FloatArray]:
+        """[P'] work at each step: own shard first, then in proportion to the pairs wanted from each."""
+        rows = requested_by_owner(self.wants).astype(float)
+        rows /= np.maximum(rows.sum(axis=1, keepdims=True), 1)
+        rank, numbers = np.arange(self.size), range(1, self.size)
+        others = (work.others * rows[rank, (rank - number) % self.size] for number in numbers)
+        return [self.setup.evened(seconds) for seconds in (work.own, *others)]
+
+    def forward(self, clocks: Timeline, *, again: bool) -> None:
+        """See Exchange.forward."""
+        for number, seconds in enumerate(self._steps(self.work.forward)):
+            self._step(clocks, "kv", seconds, self.step.time_s(self.cluster) * (number < self.size - 1))
+
+    def backward(self, clocks: Timeline) -> None:
+        """See Exchange.backward."""
+        step_s, grad_s = self.step.time_s(self.cluster), self.grad_step.time_s(self.cluster)
+        for number, seconds in enumerate(self._steps(self.work.backward)):
+            # gradients of the piece before travel beside the next piece
+            self._step(clocks, "kv_again", seconds, step_s * (number < self.size - 1) + grad_s * (number > 0))
+        if self.size > 1:
+            clocks.neighbours("kv_grad", np.zeros(self.size), grad_s)
+
+    def _step(self, clocks: Timeline, name: str, seconds: FloatArray, wire_s: float) -> None:
+        if wire_s == 0:
+            clocks.compute(seconds)
+        elif self.overlap:
+            clocks.neighbours(name, seconds, wire_s)
+        else:
+            clocks.neighbours(name, np.zeros_like(seconds), wire_s)
+            clocks.compute(seconds)
+
+
+def _name(purpose: str, hop: str) -> str:
+    return f"{purpose}_{hop}" if hop else purpose

@@ -1,0 +1,271 @@
+"""One MSA layer under each scheme: its collectives, its clocks, its memory.
+
+Forward: index keys travel under the query, key and value projections; scoring and top-k; then the exchange
+(`msa_exchange`); output projection. Backward: the same the other way round.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from msa_train.parallel.kv_exchange.cost_model import (
+    ExchangeRates,
+    Line,
+    PairBytes,
+    all_gather_cost,
+    fit_line,
+    selected_cost,
+)
+from msa_train.simulate.costs import collective_cost as wires
+from msa_train.simulate.costs.collective_cost import Wire
+from msa_train.simulate.costs.demand import Wants, exchange_rows, exchange_shape
+from msa_train.simulate.costs.layer_costs import SchemeReport, Setup
+from msa_train.simulate.costs.msa_exchange import (
+    AllGather,
+    AllGatherAllReduce,
+    AttentionWork,
+    Exchange,
+    Ring,
+    Selected,
+)
+from msa_train.simulate.costs.timeline import LayerTime, Timeline
+from msa_train.simulate.inputs.cluster import Cluster
+from msa_train.simulate.inputs.layer_shape import BACKWARD_FACTOR
+from msa_train.simulate.inputs.scenario import Scheme
+
+FloatArray = NDArray[np.float64]
+BLOCK_ID_BYTES = 4
+
+
+@dataclass(slots=True)
+class MsaWork:
+    """What a layer's queries ask for, [P'] each.
+
+    tiles: (query, block) pairs that one group's queries of a rank select. wants: requests of all ranks.
+    local_share: share of the (query, block) pairs whose block is local. index_scores: (query, block) pairs
+    that each rank scores. index_moved: [P', P'] tokens whose index queries change ranks for that, by
+    receiving and holding rank.
+    """
+
+    tiles: NDArray[np.int64]
+    wants: Wants
+    local_share: FloatArray
+    index_scores: NDArray[np.int64]
+    index_moved: NDArray[np.int64]
+
+
+class MsaLayer:
+    """Times and bytes of one layer call."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        work: MsaWork,
+        *,
+        attention: AttentionWork | None = None,
+        with_projections: bool = True,
+    ) -> None:
+        """attention: what attention took where it was measured; None: by the kernels' rates.
+        with_projections: False leaves the attention alone, as the wire benchmark measures it."""
+        self.setup, self.work, self.with_projections = setup, work, with_projections
+        self.head_size, self.outer_size = setup.options.head_size, setup.outer.cp_size
+        self.cluster = setup.outer_cluster
+        shape, rates = setup.shape, setup.rates
+        self.attention = attention or self._by_rates()
+        index = shape.index_flops(work.index_scores.astype(np.float64) * shape.block_size) / self.head_size
+        self.index_s = np.asarray(setup.seconds(index, rates.index_flops))
+        projection = shape.index_projection_flops(setup.tokens)
+        self.index_projection_s = float(setup.seconds(projection, rates.projection_flops))
+
+    def _by_rates(self) -> AttentionWork:
+        setup, shape, rates = self.setup, self.setup.shape, self.setup.rates
+        tiles = self.work.tiles.astype(np.float64)
+        # a head-parallel rank has 1 / u of the heads and u times the queries
+        flops = shape.sparse_flops(tiles) / self.head_size
+        backward_s = setup.seconds(BACKWARD_FACTOR * flops, rates.sparse_backward_flops)
+        if shape.trains_index:
+            backward_s = backward_s + setup.seconds(shape.kl_flops(tiles) / self.head_size, rates.kl_flops)
+        forward_s = setup.seconds(flops, rates.sparse_forward_flops)
+        return AttentionWork.divided(np.asarray(forward_s), np.asarray(backward_s), self.work.local_share)
+
+    def report(self, scheme: Scheme) -> SchemeReport:
+        """One scheme's layer."""
+        if scheme is Scheme.auto:
+            return self.report_auto(selected=self._selected_pays())
+        exchange = self._exchange(scheme)
+        forward, backward = self._forward(exchange, again=False), self._backward(exchange)
+        traffic = {"index_key": [self._index_keys()], **exchange.traffic}
+        if self.work.index_moved.any():
+            traffic["index_query"] = list(self._index_moves())
+        if self.setup.options.recompute:
+            backward = self._forward(exchange, again=True) + backward
+            for name in ("index_key", "kv", "kv_outer", "kv_hot"):
+                if name in traffic:
+                    traffic[name] = traffic[name] * 2
+        return SchemeReport(
+            scheme.value,
+            forward,
+            backward,
+            self._with_inner(traffic),
+            exchange.memory_bytes + self._index_bytes(),
+        )
+
+    def _exchange(self, scheme: Scheme) -> Exchange:
+        parts = self.setup, self.work.wants, self.attention
+        exchange: Exchange
+        if scheme in (Scheme.selected, Scheme.selected_hierarchical):
+            # one node, or nodes of one rank: the exchange is flat then, whatever was asked for
+            several = 1 < self.cluster.num_nodes(self.outer_size) < self.outer_size
+            exchange = Selected(*parts, hierarchical=several and scheme is Scheme.selected_hierarchical)
+        elif scheme is Scheme.ring:
+            exchange = Ring(*parts)
+        elif scheme is Scheme.all_gather_all_reduce:
+            exchange = AllGatherAllReduce(*parts)
+        else:
+            exchange = AllGather(*parts, early=scheme is Scheme.all_gather_early)
+        exchange.plan()
+        return exchange
+
+    def report_auto(self, *, selected: bool) -> SchemeReport:
+        """`auto` that found selected pairs cheaper, or an all-gather."""
+        chosen = Scheme.selected_hierarchical if selected else Scheme.all_gather
+        report = self.report(chosen)
+        if not selected:
+            # the request that decided is paid for all the same
+            asked = self._exchange(Scheme.selected_hierarchical)
+            clocks = self._clocks()
+            clocks.collective("request", asked.seconds("request") + self.cluster.host_sync_s)
+            report.forward = report.forward + clocks.result()
+            report.traffic["request"] = asked.traffic["request"]
+        report.scheme, report.chosen = Scheme.auto.value, chosen
+        return report
+
+    def _selected_pays(self) -> bool:
+        """The exchange's own rule, from rates as it would measure them on this cluster."""
+        hierarchical = 1 < self.cluster.num_nodes(self.outer_size) < self.outer_size
+        setup, wants, rates = self.setup, self.work.wants, measured_rates(self.cluster, self.outer_size)
+        size = PairBytes(setup.shape.pair_bytes, setup.shape.pair_grad_bytes)
+        rows = exchange_rows(
+            wants, self.cluster, hierarchical=hierarchical, hot_share=setup.options.hot_share
+        )
+        shape = exchange_shape(wants, self.cluster, hierarchical=hierarchical, hot_share=0.0)
+        busiest = [int(max(hop.sent.max(), hop.received.max())) for hop in rows.hops]
+        fetches = 1 if setup.options.keep_for_backward else 2
+        num_hot = int(rows.hot.sum(axis=1).max())
+        cost = selected_cost(shape, busiest, num_hot, size, rates, fetches=fetches)
+        return cost <= all_gather_cost(shape, size, rates)
+
+    def _forward(self, exchange: Exchange, *, again: bool) -> LayerTime:
+        setup, clocks = self.setup, self._clocks()
+        keys = self._index_keys().time_s(self.setup.cluster)
+        clocks.compute(setup.overhead_s())
+        started = clocks.start()
+        if not setup.options.overlap:
+            clocks.finish("index_key", started, keys)
+        clocks.compute(self._projections_s())
+        self._switch_heads(clocks, self._inner_bytes_in())
+        if setup.options.overlap:
+            clocks.finish("index_key", started, keys)
+        exchange.before_selection(clocks)
+        if not again:
+            there, back = (wire.time_s(self.cluster) for wire in self._index_moves())
+            clocks.collective("index_query", there)
+            clocks.compute(self.index_s)
+            clocks.collective("index_query", back)
+        exchange.forward(clocks, again=again)
+        self._switch_heads(clocks, self._inner_bytes_out())
+        clocks.compute(self._output_s())
+        return clocks.result()
+
+    def _backward(self, exchange: Exchange) -> LayerTime:
+        clocks = self._clocks()
+        exchange.before_backward(clocks)
+        clocks.compute(2 * self._output_s())
+        self._switch_heads(clocks, self._inner_bytes_out())
+        exchange.backward(clocks)
+        self._switch_heads(clocks, self._inner_bytes_in())
+        clocks.compute(2 * self._projections_s())
+        return clocks.result()
+
+    def _projections_s(self) -> float:
+        return (self.setup.projections_s() + self.index_projection_s) * self.with_projections
+
+    def _output_s(self) -> float:
+        return self.setup.output_s() * self.with_projections
+
+    def _clocks(self) -> Timeline:
+        return Timeline(self.outer_size, self.outer_size // self.cluster.num_nodes(self.outer_size))
+
+    def _index_keys(self) -> Wire:
+        """Every rank gets all index keys, head-parallel or not."""
+        shard = self.setup.tokens * self.setup.shape.index_token_bytes
+        return wires.all_gather(shard, self.setup.cp_size, self.setup.cluster)
+
+    def _index_moves(self) -> tuple[Wire, Wire]:
+        """Index queries to the ranks that score them, block ids back."""
+        shape = self.setup.shape
+        query = shape.num_kv_heads * shape.index_head_dim * shape.element_bytes / self.head_size
+        ids = shape.num_kv_heads * shape.topk * BLOCK_ID_BYTES / self.head_size
+        there = wires.all_to_all(self.work.index_moved, query, self.cluster)
+        back = wires.all_to_all(self.work.index_moved.T, ids, self.cluster)
+        return tuple(wires.side_by_side([wire] * self.head_size) for wire in (there, back))  # type: ignore[return-value]
+
+    def _index_bytes(self) -> float:
+        return float(self.setup.outer.seq_len * self.setup.shape.index_token_bytes)
+
+    def _inner_bytes_in(self) -> float:
+        """Queries, keys, values and index queries that a rank sends to the others of its inner group."""
+        shape, heads = self.setup.shape, self.setup.shape.num_heads + 2 * self.setup.shape.num_kv_heads
+        each = heads * shape.head_dim + shape.num_kv_heads * shape.index_head_dim
+        return self._inner_share() * each * shape.element_bytes
+
+    def _inner_bytes_out(self) -> float:
+        """Outputs on their way back to the rank of their tokens."""
+        shape = self.setup.shape
+        return self._inner_share() * shape.num_heads * shape.head_dim * shape.element_bytes
+
+    def _inner_share(self) -> float:
+        return self.setup.tokens * (self.head_size - 1) / self.head_size
+
+    def _inner(self, num_bytes: float) -> Wire:
+        """An all-to-all of the inner ranks, in which each sends and receives so much."""
+        each, none = np.full(self.setup.cp_size, num_bytes), np.zeros(self.setup.cp_size)
+        if self.head_size <= self.setup.cluster.gpus_per_node:
+            return Wire(each, each, none, none, near_steps=1)
+        return Wire(none, none, each, each, far_steps=1)
+
+    def _switch_heads(self, clocks: Timeline, num_bytes: float) -> None:
+        if self.head_size > 1:
+            clocks.collective("heads", self._inner(num_bytes).time_s(self.setup.cluster))
+
+    def _with_inner(self, traffic: dict[str, list[Wire]]) -> dict[str, list[Wire]]:
+        if self.head_size == 1:
+            return traffic
+        passes = 2 + self.setup.options.recompute
+        inner = [self._inner(self._inner_bytes_in()), self._inner(self._inner_bytes_out())]
+        return {**traffic, "heads": inner * passes}
+
+
+def measured_rates(cluster: Cluster, cp_size: int) -> ExchangeRates:
+    """What timing equal collectives on this cluster gives, a short one and a long one of each kind."""
+    nodes = cluster.num_nodes(cp_size)
+    node_size, sizes = cp_size // nodes, (2.0**12, 2.0**22)
+
+    def line(move: Callable[[float], Wire]) -> Line:
+        """move: a collective in which each rank sends so many bytes."""
+        return fit_line(sizes, [move(num_bytes).time_s(cluster) for num_bytes in sizes])
+
+    def exchange(num_bytes: float, mates: NDArray[np.bool_]) -> Wire:
+        return wires.all_to_all(mates * (num_bytes / max(1, mates[0].sum() - 1)), 1.0, cluster)
+
+    rank, others = np.arange(cp_size), max(1, cp_size - 1)
+    node, place = rank // node_size, rank % node_size
+    return ExchangeRates(
+        all_to_all=line(lambda n: exchange(n, np.ones((cp_size, cp_size), dtype=bool))),
+        all_gather=line(lambda n: wires.all_gather(n / others, cp_size, cluster)),
+        reduce_scatter=line(lambda n: wires.reduce_scatter(n / others, cp_size, cluster)),
+        inner=line(lambda n: exchange(n, node[:, None] == node)),
+        outer=line(lambda n: exchange(n, place[:, None] == place)),
+    )

@@ -1,0 +1,1 @@
+"""Studies as text, tables and comparisons with measurements."""

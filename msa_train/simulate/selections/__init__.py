@@ -1,0 +1,1 @@
+"""Block selections: recorded in training, or drawn."""

@@ -1,0 +1,1 @@
+"""Model, optimizer and gradient reduction behind one interface."""

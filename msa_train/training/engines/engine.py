@@ -1,0 +1,146 @@
+"""What an engine is: gradient reduction, optimizer and schedule behind one small interface."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from msa_train.config import RunConfig, Stage
+from msa_train.data import Pack
+from msa_train.model.gpt import MsaGptModel, build_model
+from msa_train.model.init_weights import init_weights
+from msa_train.model.inputs.pack_params import LayerStats
+from msa_train.parallel.comm.cp_comm import ExposedTime, Traffic
+from msa_train.parallel.process_groups import Groups
+from msa_train.training.optim.lr_schedule import Rates
+from msa_train.training.step_batch import PackForward, StepBatch
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step leaves on one rank.
+
+    lm_loss_sum: sum of this rank's token losses, fp64; 0 where the loss is not computed or is another
+    tensor-parallel rank's too. grad_norm: global norm before clipping, the same on all ranks.
+    """
+
+    lm_loss_sum: float
+    grad_norm: float
+    stats: LayerStats
+    traffic: Traffic
+    exposed: ExposedTime
+    bad_values: list[str] = field(default_factory=list[str])
+    "where the exchange met keys or values that are not finite"
+    is_taken: bool = True
+    "false: the weights, the optimizer and the experts' bias are as before"
+
+
+# Of what the step would leave, before the update; the same answer on all ranks
+Accept = Callable[[StepResult], bool]
+
+
+class Engine(ABC):
+    """One model on this rank, trained step by step."""
+
+    name: str
+    "for meta.json"
+    model: MsaGptModel
+    "this rank's part of the model, without wrappers"
+
+    def __init__(self, config: RunConfig, groups: Groups) -> None:
+        self.config, self.groups = config, groups
+        self.forward = PackForward(config, groups)
+
+    def build_model(self) -> MsaGptModel:
+        """This rank's part of the model on its device, weights drawn by name."""
+        groups = self.groups
+        model = build_model(
+            self.config,
+            groups.collection,
+            pre_process=groups.is_first_stage,
+            post_process=groups.is_last_stage,
+        ).to(groups.device)
+        init_weights(
+            model,
+            seed=self.config.train.seed,
+            tp_rank=groups.tp_rank,
+            tp_size=groups.tp_size,
+            ep_rank=groups.ep_rank,
+        )
+        return model
+
+    def set_stage(self, stage: Stage) -> None:
+        """Train as this stage says from the next step on.
+
+        What the stage freezes gets zero gradients and learning rate 0: it does not move, its moments decay,
+        and the optimizer's count of steps goes on, so that all engines agree when it is trained again.
+        """
+        self.forward.stage = stage
+
+    @property
+    def stage(self) -> Stage:
+        """The stage that is being trained."""
+        return self.forward.stage
+
+    @property
+    def backbone_is_frozen(self) -> bool:
+        """Everything but the index branch, the experts' bias included."""
+        return self.stage.lr_scale == 0
+
+    @property
+    def index_is_frozen(self) -> bool:
+        """The index branches."""
+        return self.stage.index_lr_scale * self.config.optim.index_lr_scale == 0
+
+    @abstractmethod
+    def train_step(self, batch: StepBatch, rates: Rates, accept: Accept | None = None) -> StepResult:
+        """Forward, backward, reduction, clipping and update for one global batch.
+
+        `accept` is asked before the update, on all ranks; where it says no there is none.
+        """
+
+    @abstractmethod
+    def evaluate(self, packs: Sequence[Pack]) -> float:
+        """Sum of this rank's token losses without gradients, fp64."""
+
+    @abstractmethod
+    def sharded_state(self, *, loading: bool) -> dict[str, Any]:
+        """Model and optimizer as Megatron sharded tensors; the same keys from every engine."""
+
+    @abstractmethod
+    def load_state(self, state: dict[str, Any], updates: int) -> None:
+        """Take over what was loaded into `sharded_state(loading=True)`.
+
+        Args:
+            state: from any engine.
+            updates: that the optimizer has made; fewer than steps where steps were left out.
+        """
+
+    @abstractmethod
+    def load_weights(self, state: dict[str, Any]) -> None:
+        """Take over the model part of a state alone; what it lacks keeps its value. Before the first step."""
+
+    def counts_loss(self) -> bool:
+        """Whether this rank's loss sum is to be added: last stage, first of its tensor-parallel group."""
+        return self.groups.is_last_stage and self.groups.tp_rank == 0
+
+
+def checkpoint_metadata(groups: Groups) -> dict[str, Any]:
+    """Options of Megatron's sharded state dicts: per-layer keys, optimizer state shaped like the model."""
+    return {
+        "dp_cp_group": groups.dp_cp,
+        "non_homogeneous_layers": True,
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+    }
+
+
+@torch.no_grad()
+def reset_token_counts(model: MsaGptModel) -> None:
+    """Forget tokens counted towards the expert bias."""
+    for module in model.modules():
+        counts = getattr(module, "local_tokens_per_expert", None)
+        if counts is not None:
+            counts.zero_()

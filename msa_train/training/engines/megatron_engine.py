@@ -1,0 +1,269 @@
+"""engine=megatron: Megatron's DDP, distributed optimizer and pipeline schedules. GPUs only."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.optimizer import (
+    OptimizerConfig,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor, nn
+
+from msa_train.checkpoint.format_versions import STATE_PREFIX, rename_keys
+from msa_train.config import Precision, RunConfig, Stage
+from msa_train.data import Pack
+from msa_train.model.attention.index_branch import is_index_parameter
+from msa_train.model.inputs.pack_params import LayerStats
+from msa_train.model.layers.moe import SigmoidRouter
+from msa_train.parallel.comm.cp_comm import CpComm
+from msa_train.parallel.process_groups import Groups
+from msa_train.training.engines.engine import (
+    Accept,
+    Engine,
+    StepResult,
+    checkpoint_metadata,
+    reset_token_counts,
+)
+from msa_train.training.optim.lr_schedule import Rates
+from msa_train.training.step_batch import StepBatch
+
+_LossAndSum = tuple[Tensor, Tensor, dict[str, Tensor]]
+
+
+class MegatronEngine(Engine):
+    """Tensor, pipeline, context, expert and data parallelism by Megatron."""
+
+    name = "megatron"
+
+    def __init__(self, config: RunConfig, groups: Groups) -> None:
+        super().__init__(config, groups)
+        self.model = self.build_model()
+        self.wrapped = self._wrap()
+        self.optimizer = self._build_optimizer()
+
+    def _wrap(self) -> DistributedDataParallel:
+        module: nn.Module = self.model
+        if self.config.train.precision is Precision.bf16:
+            module = Float16Module(self.model.config, self.model)
+        options = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=self.config.parallel.overlap_grad_reduce,
+            overlap_param_gather=self.config.parallel.overlap_param_gather,
+            use_distributed_optimizer=True,
+        )
+        self.model.config.finalize_model_grads_func = _finalize
+        wrapped = DistributedDataParallel(self.model.config, options, module)
+        if options.overlap_grad_reduce:
+            # Only the last micro-batch of a step may start the reduction.
+            self.model.config.no_sync_func = wrapped.no_sync
+        return wrapped
+
+    def _build_optimizer(self) -> Any:
+        optim = self.config.optim
+        options = OptimizerConfig(
+            optimizer="adam",
+            lr=optim.lr,
+            min_lr=0.0,
+            weight_decay=optim.weight_decay,
+            adam_beta1=optim.beta1,
+            adam_beta2=optim.beta2,
+            adam_eps=optim.eps,
+            clip_grad=optim.clip_grad,
+            bf16=self.config.train.precision is Precision.bf16,
+            params_dtype=self.model.config.params_dtype,
+            use_distributed_optimizer=True,
+            overlap_param_gather=self.config.parallel.overlap_param_gather,
+        )
+        # A group of its own, by a mark that Megatron's checkpoints tell groups apart by.
+        index_branch = ParamKey(name="*.index_branch.*")
+        overrides = get_standard_config_overrides(options)
+        overrides[index_branch] = ParamGroupOverride(is_decoupled_lr=True)  # type: ignore[typeddict-unknown-key]
+        return get_megatron_optimizer(options, [self.wrapped], config_overrides=overrides)
+
+    def set_stage(self, stage: Stage) -> None:
+        """See Engine.set_stage. Parameters keep their gradient hooks: overlapped reductions wait for all."""
+        super().set_stage(stage)
+        rate = 0.0 if self.backbone_is_frozen else self.config.model.router_bias_update_rate
+        self.model.config.moe_router_bias_update_rate = rate
+
+    def train_step(self, batch: StepBatch, rates: Rates, accept: Accept | None = None) -> StepResult:
+        """See Engine.train_step."""
+        self.wrapped.train()
+        self.wrapped.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        reset_token_counts(self.model)
+        stats, comm = LayerStats(), self.groups.cp_comm()
+        # Megatron updates them before the gradient norm is known.
+        biases = [(bias, bias.clone()) for bias in self._expert_biases()] if accept is not None else []
+        losses = self._run(batch.packs, batch, comm, stats, forward_only=False)
+        self._zero_frozen_gradients()
+        self._set_rates(rates)
+        result = StepResult(
+            lm_loss_sum=losses,
+            grad_norm=0.0 if accept is None else self._grad_norm(),
+            stats=stats,
+            traffic=comm.traffic,
+            exposed=comm.exposed,
+            bad_values=comm.bad_values,
+        )
+        result.is_taken = accept is None or accept(result)
+        if result.is_taken:
+            _, grad_norm, _ = self.optimizer.step()
+            result.grad_norm = float(grad_norm or 0.0)
+        for bias, before in [] if result.is_taken else biases:
+            bias.copy_(before)
+        self._keep_bias_fp32()
+        return result
+
+    def _grad_norm(self) -> float:
+        """As the optimizer's step will find it, before clipping; it prepares the gradients again."""
+        self.optimizer.prepare_grads()
+        return float(self.optimizer.get_grad_norm())
+
+    def _expert_biases(self) -> list[Tensor]:
+        routers = [module for module in self.model.modules() if isinstance(module, SigmoidRouter)]
+        return [router.expert_bias for router in routers if router.expert_bias is not None]
+
+    def _zero_frozen_gradients(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            frozen = self.index_is_frozen if is_index_parameter(name) else self.backbone_is_frozen
+            if frozen and parameter.requires_grad:
+                parameter.main_grad.zero_()  # type: ignore[attr-defined]
+
+    def _set_rates(self, rates: Rates) -> None:
+        """Learning rate and weight decay of every group; wd_mult is 0 for vectors."""
+        optim = self.config.optim
+        for group in self.optimizer.param_groups:
+            index = group["is_decoupled_lr"]
+            group["lr"] = rates.index if index else rates.backbone
+            group["weight_decay"] = group["wd_mult"] * (
+                optim.index_weight_decay if index else optim.weight_decay
+            )
+
+    @torch.no_grad()
+    def evaluate(self, packs: Sequence[Pack]) -> float:
+        """See Engine.evaluate."""
+        self.wrapped.eval()
+        batch = StepBatch(packs=packs, num_labels=1, num_tokens=1, num_packs=len(packs))
+        return self._run(packs, batch, self.groups.cp_comm(), LayerStats(), forward_only=True)
+
+    def _run(
+        self,
+        packs: Sequence[Pack],
+        batch: StepBatch,
+        comm: CpComm,
+        stats: LayerStats,
+        *,
+        forward_only: bool,
+    ) -> float:
+        """All micro-batches through Megatron's schedule; returns this rank's loss sum."""
+        if not packs:
+            return 0.0
+
+        def forward_step(
+            packs_left: Iterator[Pack], model: nn.Module
+        ) -> tuple[Tensor, Callable[[Tensor], _LossAndSum]]:
+            pack = next(packs_left)
+            local, params = self.forward.prepare(
+                pack,
+                num_tokens=batch.num_tokens,
+                comm=comm,
+                stats=stats,
+                probe_seed=batch.probe_seed_of(pack),
+            )
+            output = self.forward(model, local, params)  # type: ignore[arg-type]
+            return output, lambda losses: _loss(losses, batch.num_labels)
+
+        reduced = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(packs),
+            model=[self.wrapped],
+            num_microbatches=len(packs),
+            # Sequence length of the activations between stages; Megatron divides by cp and tp sizes.
+            seq_length=len(packs[0].tokens),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+        return float(sum(float(entry["loss_sum"]) for entry in reduced))
+
+    def _keep_bias_fp32(self) -> None:
+        for module in self.model.modules():
+            if isinstance(module, SigmoidRouter):
+                module._maintain_float32_expert_bias()
+
+    def sharded_state(self, *, loading: bool) -> dict[str, Any]:
+        """See Engine.sharded_state."""
+        metadata = checkpoint_metadata(self.groups)
+        if self.config.parallel.overlap_param_gather:
+            # Updated parameters are still on their way to the ranks.
+            self.wrapped.start_param_sync(force_sync=True)
+        model_state = self.model.sharded_state_dict(metadata=metadata)
+        optimizer = {}
+        for number, part in enumerate(self._optimizer_parts()):
+            _allocate_moments(part)
+            # Megatron's other entries repeat the configuration; only this engine would understand them.
+            tensors = part.sharded_param_state_fully_reshardable(model_state, loading, metadata)
+            optimizer[str(number)] = rename_keys(
+                tensors, f"{STATE_PREFIX}.param.", f"{STATE_PREFIX}.fp32_param."
+            )
+        return {"model": model_state, "optimizer": optimizer}
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Any], updates: int) -> None:
+        """See Engine.load_state."""
+        self.model.load_state_dict(state["model"])
+        for number, part in enumerate(self._optimizer_parts()):
+            for moments in part.optimizer.state.values():
+                # Megatron would look for it among the tensors.
+                moments.pop("step", None)
+            part.load_parameter_state_from_fully_reshardable(state["optimizer"][str(number)])
+            _set_updates(part.optimizer, updates)
+
+    def _optimizer_parts(self) -> list[Any]:
+        """Megatron's optimizers of dense parameters and of experts, those that have any on this rank."""
+        parts = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+        return [part for part in parts if not getattr(part, "is_stub_optimizer", False)]
+
+    def load_weights(self, state: dict[str, Any]) -> None:
+        """See Engine.load_weights."""
+        self.model.load_state_dict(state, strict=False)
+        self.optimizer.reload_model_params()
+
+
+def _allocate_moments(part: Any) -> None:
+    """Moments of zero for an optimizer that was not stepped yet; Megatron's saving and loading want some."""
+    part.init_state_fn(part.optimizer, part.config)
+
+
+def _set_updates(optimizer: torch.optim.Optimizer, updates: int) -> None:
+    """PyTorch's Adam counts by parameter, those of Transformer Engine and Apex by group."""
+    if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
+        for group in optimizer.param_groups:
+            group["step"] = updates
+        return
+    for moments in optimizer.state.values():
+        moments["step"] = torch.tensor(float(updates))
+
+
+def _loss(losses: Tensor, num_labels: int) -> _LossAndSum:
+    """What Megatron's schedule asks of a loss function with per-token losses.
+
+    The loss is already divided by the global number of labels; the token count of 1 is not used, since
+    `_finalize` leaves it out.
+    """
+    total = losses.detach().sum(dtype=torch.float64)
+    one = torch.ones((), dtype=torch.int, device=losses.device)
+    return losses.sum() / num_labels, one, {"loss_sum": total}
+
+
+def _finalize(model: list[nn.Module], _num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+    """Reduce gradients and update the expert bias, without dividing by tokens once more."""
+    finalize_model_grads(model, None, **kwargs)

@@ -1,0 +1,169 @@
+"""engine=torch: gradient all-reduce and torch.optim, on any device."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.transformer.moe.moe_utils import get_updated_expert_bias
+from torch import nn
+
+from msa_train.checkpoint.format_versions import STATE_NAMES, STATE_PREFIX
+from msa_train.config import RunConfig, Stage
+from msa_train.data import Pack
+from msa_train.model.attention.index_branch import is_index_parameter
+from msa_train.model.inputs.pack_params import LayerStats
+from msa_train.model.layers.moe import SigmoidRouter
+from msa_train.parallel.process_groups import Groups
+from msa_train.training.engines.engine import (
+    Accept,
+    Engine,
+    StepResult,
+    checkpoint_metadata,
+    reset_token_counts,
+)
+from msa_train.training.optim.grad_buffers import FlatGradients
+from msa_train.training.optim.lr_schedule import Rates
+from msa_train.training.optim.muon_adamw import SplitOptimizer
+from msa_train.training.step_batch import StepBatch
+
+
+class TorchEngine(Engine):
+    """Context, expert and data parallelism with plain PyTorch parts."""
+
+    name = "torch"
+
+    def __init__(self, config: RunConfig, groups: Groups) -> None:
+        super().__init__(config, groups)
+        self.model = self.build_model()
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.gradients = FlatGradients(self.parameters, groups)
+        # 16-bit parameters are updated through fp32 copies.
+        self.masters = [
+            nn.Parameter(p.detach().float()) if p.dtype == torch.bfloat16 else p for p in self.parameters
+        ]
+        self.names = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        self.optimizer = SplitOptimizer(
+            config.optim, list(zip(self.names, self.masters, strict=True)), head_dim=config.model.head_dim
+        )
+        self.set_stage(self.stage)
+
+    def set_stage(self, stage: Stage) -> None:
+        """See Engine.set_stage. What is frozen costs no gradient work here."""
+        super().set_stage(stage)
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            frozen = self.index_is_frozen if is_index_parameter(name) else self.backbone_is_frozen
+            parameter.requires_grad_(not frozen)
+
+    def train_step(self, batch: StepBatch, rates: Rates, accept: Accept | None = None) -> StepResult:
+        """See Engine.train_step."""
+        self.model.train()
+        self.gradients.zero()
+        reset_token_counts(self.model)
+        stats, comm = LayerStats(), self.groups.cp_comm()
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.groups.device)
+        for pack in batch.packs:
+            local, params = self.forward.prepare(
+                pack,
+                num_tokens=batch.num_tokens,
+                comm=comm,
+                stats=stats,
+                probe_seed=batch.probe_seed_of(pack),
+            )
+            losses = self.forward(self.model, local, params)
+            (losses.sum() / batch.num_labels).backward()
+            loss_sum += losses.detach().sum(dtype=torch.float64)
+        self.gradients.reduce()
+        grad_norm = self.gradients.norm()
+        result = StepResult(
+            lm_loss_sum=float(loss_sum),
+            grad_norm=grad_norm,
+            stats=stats,
+            traffic=comm.traffic,
+            exposed=comm.exposed,
+            bad_values=comm.bad_values,
+        )
+        result.is_taken = accept is None or accept(result)
+        if result.is_taken:
+            self._update(rates, grad_norm)
+            self._update_expert_bias()
+        return result
+
+    def _update(self, rates: Rates, norm: float) -> None:
+        """Clip and step; norm: of the gradients."""
+        clip = self.config.optim.clip_grad
+        if clip > 0 and norm > clip:
+            # The small term as in torch and Megatron, so that the engines agree.
+            self.gradients.scale(clip / (norm + 1e-6))
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            master.grad = self.gradients.view(parameter)
+        self.optimizer.step(rates)
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            master.grad = None
+            if master is not parameter:
+                parameter.data.copy_(master.data)
+
+    @torch.no_grad()
+    def _update_expert_bias(self) -> None:
+        routers = [m for m in self.model.modules() if isinstance(m, SigmoidRouter)]
+        counts = [r.local_tokens_per_expert for r in routers if r.local_tokens_per_expert is not None]
+        biases = [r.expert_bias for r in routers if r.expert_bias is not None]
+        if not biases or self.backbone_is_frozen:
+            return
+        rate = self.config.model.router_bias_update_rate
+        updated = get_updated_expert_bias(torch.stack(counts), torch.stack(biases), rate)
+        for bias, new in zip(biases, updated, strict=True):
+            bias.copy_(new)
+
+    @torch.no_grad()
+    def evaluate(self, packs: Sequence[Pack]) -> float:
+        """See Engine.evaluate."""
+        self.model.eval()
+        total = torch.zeros((), dtype=torch.float64, device=self.groups.device)
+        for pack in packs:
+            local, params = self.forward.prepare(
+                pack, num_tokens=1, comm=self.groups.cp_comm(), stats=LayerStats()
+            )
+            total += self.forward(self.model, local, params).sum(dtype=torch.float64)
+        return float(total)
+
+    def sharded_state(self, *, loading: bool) -> dict[str, Any]:
+        """See Engine.sharded_state."""
+        model_state = self.model.sharded_state_dict(metadata=checkpoint_metadata(self.groups))
+        return {"model": model_state, "optimizer": self._sharded_optimizer(model_state)}
+
+    def _sharded_optimizer(self, model_state: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        by_data: dict[int, ShardedTensor | ShardedTensorFactory] = {
+            id(entry.data): entry
+            for entry in nested_values(model_state)
+            if isinstance(entry, ShardedTensor | ShardedTensorFactory)
+        }
+        result: dict[str, dict[str, Any]] = {}
+        for index, (parameter, master) in enumerate(zip(self.parameters, self.masters, strict=True)):
+            entry = by_data[id(parameter)]
+            values = (master.detach(), *self.optimizer.moments(master))
+            result[str(index)] = {
+                name: make_sharded_optimizer_tensor(entry, value, f"{STATE_PREFIX}.{name}")
+                for name, value in zip(STATE_NAMES, values, strict=True)
+            }
+        return result
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Any], updates: int) -> None:
+        """See Engine.load_state."""
+        self.model.load_state_dict(state["model"])
+        for index, master in enumerate(self.masters):
+            loaded = state["optimizer"][str(index)]
+            # More exact than the model's own where the checkpoint is of a bf16 run and this is none.
+            master.copy_(loaded["fp32_param"])
+            self.optimizer.load_moments(master, loaded["exp_avg"], loaded["exp_avg_sq"], updates)
+
+    @torch.no_grad()
+    def load_weights(self, state: dict[str, Any]) -> None:
+        """See Engine.load_weights."""
+        self.model.load_state_dict(state, strict=False)
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if master is not parameter:
+                master.copy_(parameter)

@@ -1,0 +1,1 @@
+"""Figures of a step: collected over ranks, written, printed."""

@@ -1,0 +1,225 @@
+"""Turns what the ranks saw in a step into one row of metrics, by a single all-reduce."""
+
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from msa_train.config import (
+    AttentionKind,
+    KlTarget,
+    KvExchange,
+    Recompute,
+    RunConfig,
+    Stage,
+    StageAttention,
+)
+from msa_train.model.gpt import MsaGptModel
+from msa_train.model.layers.moe import SigmoidRouter
+from msa_train.model.transformer_config import DTYPES
+from msa_train.parallel.attention.selection_recall import ProbeSums
+from msa_train.parallel.comm.fault_watch import watched
+from msa_train.parallel.process_groups import Groups
+from msa_train.training.engines.engine import StepResult
+from msa_train.training.metrics.selection_recall import attention_metrics
+from msa_train.training.step_batch import StepBatch
+
+# Purposes of `CpComm` traffic that are logged; sums over all ranks.
+_TRAFFIC = {
+    "kv": "kv_bytes",
+    "kv_again": "kv_again_bytes",
+    "kv_grad": "kv_grad_bytes",
+    "index_key": "index_key_bytes",
+    "index_key_grad": "index_key_grad_bytes",
+    "index_query": "index_query_bytes",
+    "request": "request_bytes",
+    "full_kv": "full_kv_bytes",
+    "full_kv_again": "full_kv_again_bytes",
+    "full_kv_grad": "full_kv_grad_bytes",
+    "full_query": "full_query_bytes",
+    "full_query_grad": "full_query_grad_bytes",
+    "heads": "heads_bytes",
+    "heads_grad": "heads_grad_bytes",
+}
+# Parts of the first three that go another way: between nodes, and of hot pairs.
+_WAYS = ("outer", "hot")
+_BY_WAY = {f"{name}_{way}": f"{name}_{way}_bytes" for way in _WAYS for name in list(_TRAFFIC)[:3]}
+_PURPOSES = [*_TRAFFIC, *_BY_WAY]
+
+
+def kv_bytes_all_gather(
+    config: RunConfig,
+    num_packs: int,
+    seq_len: int,
+    attention: StageAttention = StageAttention.sparse,
+) -> int:
+    """K/V bytes that all ranks together would receive if every msa and swa layer gathered all of them once.
+
+    A ring moves the same. With full recomputation the forward runs, and fetches, twice. In a dense stage msa
+    layers exchange as full ones do, and do not count.
+    """
+    model, cp_size = config.model, config.parallel.cp_size // config.parallel.cp_head_size
+    kinds = {AttentionKind.swa}
+    if attention is StageAttention.sparse:
+        kinds.add(AttentionKind.msa)
+    by_block = sum(kind in kinds for kind in model.attention_kinds())
+    element = torch.empty((), dtype=DTYPES[config.train.precision]).element_size()
+    shard = seq_len // cp_size * 2 * model.num_kv_heads * model.head_dim * element
+    passes = 2 if config.train.recompute is Recompute.full else 1
+    return num_packs * by_block * cp_size * (cp_size - 1) * shard * passes
+
+
+class StepMetrics:
+    """Collects the metrics of steps on every rank; all ranks get the same numbers."""
+
+    def __init__(self, config: RunConfig, groups: Groups) -> None:
+        self.config, self.groups = config, groups
+        kinds = config.model.attention_kinds()
+        self.msa_layers = [i + 1 for i, kind in enumerate(kinds) if kind is AttentionKind.msa]
+        self.block_layers = [i + 1 for i, kind in enumerate(kinds) if kind is not AttentionKind.full]
+        self.moe_layers = list(range(config.model.num_dense_ffn_layers + 1, config.model.num_layers + 1))
+
+    def gather(
+        self, batch: StepBatch, result: StepResult, stage: Stage, *, counts_loss: bool
+    ) -> dict[str, Any]:
+        """Metrics of one training step.
+
+        Args:
+            batch: the step's packs and global counts.
+            stage: of the step.
+            result: what the engine returned on this rank.
+            counts_loss: whether this rank's loss sum is to be added.
+        """
+        model, stats, exposed = self.config.model, result.stats, result.exposed.seconds()
+        parts = {
+            "loss": torch.tensor([result.lm_loss_sum if counts_loss else 0.0], dtype=torch.float64),
+            "kl": _by_layer(stats.kl, self.msa_layers, ()),
+            "selected": _by_layer(stats.selected, self.msa_layers, (model.num_kv_heads,)),
+            "experts": _by_layer(stats.tokens_per_expert, self.moe_layers, (model.num_experts,)),
+            "attention": _by_layer(stats.attention, self.msa_layers, self._probe_shape(batch, stage)),
+            "exchange": _by_layer(stats.exchange, self.block_layers, (2,)),
+            "traffic": torch.tensor([result.traffic[name] for name in _PURPOSES], dtype=torch.float64),
+            "exposed": torch.tensor([exposed.get(name, 0.0) for name in _PURPOSES], dtype=torch.float64),
+        }
+        flat = torch.cat([part.flatten() for part in parts.values()]).to(self.groups.device)
+        with watched("metrics"):
+            dist.all_reduce(flat)
+        sums = dict(zip(parts, flat.cpu().split([part.numel() for part in parts.values()]), strict=True))
+        sums = {name: total.view(parts[name].shape) for name, total in sums.items()}
+        values: dict[str, Any] = {
+            "lm_loss": float(sums["loss"]) / batch.num_labels,
+            "padding_share": 1 - batch.num_tokens / (batch.num_packs * stage.seq_len),
+            "grad_norm": result.grad_norm,
+        }
+        values |= self._kl(batch, sums["kl"], stage)
+        values |= self._selected(batch, sums["selected"], stage)
+        if batch.probe_seed is not None:
+            values |= attention_metrics(sums["attention"], self.msa_layers)
+        values |= self._experts(sums["experts"])
+        if self.groups.cp_size > 1:
+            values |= self._traffic(sums["traffic"], batch, stage)
+            values |= self._exposed(sums["exposed"])
+            values |= self._choices(sums["exchange"])
+        return values | self._memory()
+
+    def _traffic(self, traffic: Tensor, batch: StepBatch, stage: Stage) -> dict[str, int]:
+        by_purpose = dict(zip(_PURPOSES, map(int, traffic.tolist()), strict=True))
+        values = {key: by_purpose[name] for name, key in _TRAFFIC.items()}
+        for name, key in _BY_WAY.items():
+            values[_TRAFFIC[name.rpartition("_")[0]]] += by_purpose[name]
+            if by_purpose[name]:
+                values[key] = by_purpose[name]
+        gathered = kv_bytes_all_gather(self.config, batch.num_packs, stage.seq_len, stage.attention)
+        if gathered or stage.attention is StageAttention.sparse:
+            values["kv_bytes_all_gather"] = gathered
+        if self.config.parallel.kv_exchange not in (KvExchange.selected, KvExchange.auto):
+            del values["request_bytes"]
+        if self.config.parallel.cp_head_size == 1:
+            del values["heads_bytes"], values["heads_grad_bytes"]
+        return values
+
+    def _exposed(self, seconds: Tensor) -> dict[str, Any]:
+        """Time that a rank waits for the exchange, mean over ranks."""
+        mean = (seconds / self.groups.world_size).tolist()
+        by_purpose = {name: value for name, value in zip(_PURPOSES, mean, strict=True) if value}
+        return {"exposed_s": sum(mean), "exposed_s_by_purpose": by_purpose}
+
+    def _choices(self, calls: Tensor) -> dict[str, Any]:
+        """Share of calls for which `auto` sent selected pairs; calls: [layers, 2]."""
+        if self.config.parallel.kv_exchange is not KvExchange.auto or not calls[:, 1].any():
+            return {}
+        share = calls[:, 0] / calls[:, 1].clamp(min=1)
+        return {
+            "auto_selected": float(calls[:, 0].sum() / calls[:, 1].sum()),
+            "auto_selected_by_layer": _named(self.block_layers, share.tolist()),
+        }
+
+    def _probe_shape(self, batch: StepBatch, stage: Stage) -> tuple[int, int]:
+        """Groups and sums of a layer's sampled queries; nothing in a step without."""
+        if batch.probe_seed is None:
+            return 0, 0
+        num_blocks = stage.seq_len // self.config.attention.block_size
+        return self.config.model.num_kv_heads, ProbeSums.width(num_blocks)
+
+    def _kl(self, batch: StepBatch, kl: Tensor, stage: Stage) -> dict[str, Any]:
+        if not self.msa_layers or stage.kl is KlTarget.none:
+            return {}
+        per_layer = kl / (batch.num_tokens * self.config.model.num_kv_heads)
+        return {
+            "kl_loss": float(per_layer.sum()),
+            "kl_loss_by_layer": _named(self.msa_layers, per_layer.tolist()),
+        }
+
+    def _selected(self, batch: StepBatch, selected: Tensor, stage: Stage) -> dict[str, Any]:
+        """f, where something is selected and something is remote."""
+        cp_size = self.groups.cp_size // self.config.parallel.cp_head_size
+        if not self.msa_layers or stage.attention is not StageAttention.sparse or cp_size == 1:
+            return {}
+        num_blocks = stage.seq_len // self.config.attention.block_size
+        f = selected / (num_blocks * (cp_size - 1) * batch.num_packs)
+        return {"kv_selected_fraction": float(f.mean()), "f": _named(self.msa_layers, f.tolist())}
+
+    def _experts(self, tokens: Tensor) -> dict[str, Any]:
+        if not self.moe_layers:
+            return {}
+        return {
+            "tokens_per_expert_min": float(tokens.min()),
+            "tokens_per_expert_max": float(tokens.max()),
+            "tokens_per_expert_mean": float(tokens.mean()),
+            "tokens_per_expert_min_by_layer": _named(self.moe_layers, tokens.amin(1).tolist()),
+            "tokens_per_expert_max_by_layer": _named(self.moe_layers, tokens.amax(1).tolist()),
+        }
+
+    def _memory(self) -> dict[str, float]:
+        device = self.groups.device
+        if device.type == "cuda":
+            used = torch.cuda.max_memory_allocated(device)
+        else:
+            used = psutil.Process().memory_info().rss
+        largest = torch.tensor(float(used), dtype=torch.float64, device=device)
+        with watched("metrics"):
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return {"memory_gib": float(largest) / 2**30}
+
+
+def router_bias_range(model: MsaGptModel) -> dict[str, float]:
+    """Smallest and largest expert bias of the routers on this rank."""
+    routers = [m for m in model.modules() if isinstance(m, SigmoidRouter)]
+    biases = [r.expert_bias for r in routers if r.expert_bias is not None]
+    if not biases:
+        return {}
+    stacked = torch.stack(biases)
+    return {"router_bias_min": float(stacked.min()), "router_bias_max": float(stacked.max())}
+
+
+def _by_layer(sums: dict[int, Tensor], layers: list[int], shape: tuple[int, ...]) -> Tensor:
+    """[len(layers), *shape] fp64; layers of other pipeline stages are zero."""
+    zero = torch.zeros(shape, dtype=torch.float64)
+    rows = [sums[layer].double().cpu() if layer in sums else zero for layer in layers]
+    return torch.stack(rows) if rows else torch.zeros(0, *shape, dtype=torch.float64)
+
+
+def _named(layers: list[int], values: list[Any]) -> dict[str, Any]:
+    return {f"layer{layer:02d}": value for layer, value in zip(layers, values, strict=True)}

@@ -1,0 +1,146 @@
+"""What a run leaves at its end: summary.json and a short table on the terminal. Rank 0 only."""
+
+import math
+from pathlib import Path
+from typing import Any, TextIO
+
+from msa_train.config import KvExchange, RunConfig, printable
+from msa_train.parallel.process_groups import Groups
+from msa_train.training.metrics.progress import format_count, format_duration
+from msa_train.training.metrics.tables import format_table, write_summary
+from msa_train.training.metrics.writer import METRICS_NAME, TENSORBOARD_NAME, read_metrics
+from msa_train.training.resume_rules import train_on_settings
+
+
+def report(
+    config: RunConfig, groups: Groups, last: dict[str, Any], *, steps: int, seconds: float, stream: TextIO
+) -> None:
+    """Write summary.json and print the table.
+
+    Args:
+        config: the run.
+        groups: sizes of the process groups.
+        last: newest value of every metric in this start of the run; empty if there was nothing left to do.
+        steps: updates made, over all starts; more than train.steps if that was lowered.
+        seconds: wall time of this start.
+        stream: where the table goes.
+    """
+    history = read_metrics(Path(config.run_dir) / METRICS_NAME)
+    summary = _summary(config, groups, last, history, steps, seconds)
+    try:
+        path = str(write_summary(config.run_dir, summary))
+    except OSError as error:
+        path = f"could not be written: {error.strerror}"
+    rows = [*_loss_rows(summary), *_exchange_rows(summary)]
+    rows += [
+        ("metrics", str(Path(config.run_dir) / METRICS_NAME)),
+        ("summary", path),
+    ]
+    if config.logging.tensorboard:
+        rows.append(("watch it", f"tensorboard --logdir {Path(config.run_dir) / TENSORBOARD_NAME}"))
+    # run=NAME alone would not do: the other settings of the command line count too
+    rows.append(("train on", f"the same command with {' '.join(train_on_settings(config, steps))}"))
+    print(printable(f"\n{format_table(rows)}", keep="\n"), file=stream, flush=True)
+
+
+def _summary(
+    config: RunConfig,
+    groups: Groups,
+    last: dict[str, Any],
+    history: list[dict[str, Any]],
+    steps: int,
+    seconds: float,
+) -> dict[str, Any]:
+    """Plain facts of the run; the history covers earlier starts too."""
+    if not last:
+        last = {key: value for row in history for key, value in row.items()}
+    rates = sorted(row["tokens_per_s"] for row in history if row.get("tokens_per_s"))
+    summary: dict[str, Any] = {
+        "name": config.name,
+        "steps": steps,
+        "tokens": steps * config.train.global_batch_size * config.data.seq_len,
+        "seconds_this_start": seconds,
+        "world_size": groups.world_size,
+        "device": groups.device.type,
+        "kv_exchange": config.parallel.kv_exchange.value,
+        "cp_size": groups.cp_size,
+        "ep_size": groups.ep_size,
+        "dp_size": groups.dp_size,
+        "tokens_per_s_median": rates[len(rates) // 2] if rates else None,
+    }
+    for name in ("lm_loss", "kl_loss", "val_loss", "val_bits_per_byte", "block_recall", "score_recall"):
+        values = [row[name] for row in history if row.get(name) is not None]
+        if values:
+            summary[f"{name}_first"], summary[f"{name}_last"] = values[0], values[-1]
+    # what travelled; checkpoints did not
+    totals = [name for name in last if name.endswith("_bytes") and name != "checkpoint_bytes"]
+    totals += ["kv_bytes_all_gather"] if "kv_bytes_all_gather" in last else []
+    for name in totals:
+        summary[f"{name}_total"] = sum(row.get(name, 0) for row in history)
+    waits = [
+        row["exposed_s"] / row["step_time_s"]
+        for row in history
+        if row.get("step_time_s") and "exposed_s" in row
+    ]
+    if waits:
+        summary["exposed_s_total"] = sum(row.get("exposed_s", 0.0) for row in history)
+        summary["exposed_s_by_purpose_last"] = last.get("exposed_s_by_purpose", {})
+        summary["exposed_share_median"] = sorted(waits)[len(waits) // 2]
+    if "auto_selected" in last:
+        summary["auto_selected_by_layer_last"] = last["auto_selected_by_layer"]
+    if "kv_selected_fraction" in last:
+        summary["kv_selected_fraction_last"] = last["kv_selected_fraction"]
+        summary["f_last"] = last["f"]
+    for name in ("padding_share", "memory_gib"):
+        if name in last:
+            summary[name] = last[name]
+    return summary
+
+
+def _loss_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = [("steps", f"{summary['steps']} ({format_count(summary['tokens'])} tokens)")]
+    for name, title in (
+        ("lm_loss", "training loss (nats)"),
+        ("kl_loss", "KL loss of the index branch"),
+        ("block_recall", "block recall of the selection"),
+        ("score_recall", "attention mass it covers"),
+        ("val_loss", "validation loss (nats)"),
+        ("val_bits_per_byte", "validation bits per byte"),
+    ):
+        if f"{name}_last" in summary:
+            rows.append((title, f"{summary[f'{name}_first']:.3f} -> {summary[f'{name}_last']:.3f}"))
+    if summary["tokens_per_s_median"]:
+        rate = f"{format_count(summary['tokens_per_s_median'])} tokens/s (median)"
+        rows.append(("speed", f"{rate}, {format_duration(summary['seconds_this_start'])} this start"))
+    return rows
+
+
+def _exchange_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Bytes of keys and values, forward, against what the two gathering ways would have moved."""
+    sent, gathered = summary.get("kv_bytes_total"), summary.get("kv_bytes_all_gather_total")
+    if not gathered or sent is None:
+        return []
+    way = summary["kv_exchange"]
+    rows = [(f"K/V moved forward, {way}", _size(sent))]
+    if way in (KvExchange.selected.value, KvExchange.auto.value):
+        share = f"{_size(gathered)} ({sent / gathered:.0%} of it moved)"
+        rows.append(("  all-gather or ring would move", share))
+    back = sum(summary.get(f"{name}_bytes_total", 0) for name in ("kv_grad", "kv_again"))
+    rows.append(("K/V and gradients moved backward", _size(back)))
+    rows.append(("index keys moved", _size(summary.get("index_key_bytes_total", 0))))
+    if "kv_selected_fraction_last" in summary:
+        rows.append(
+            ("f, share of remote blocks selected", f"{summary['kv_selected_fraction_last']:.3f} at the end")
+        )
+    if "exposed_share_median" in summary:
+        rows.append(
+            ("time that a rank waits for them", f"{summary['exposed_share_median']:.1%} of a step (median)")
+        )
+    return rows
+
+
+def _size(num_bytes: float) -> str:
+    if num_bytes < 1:
+        return "0 B"
+    power = min(int(math.log(num_bytes, 1024)), 4)
+    return f"{num_bytes / 1024**power:.1f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

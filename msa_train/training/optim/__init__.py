@@ -1,0 +1,1 @@
+"""Optimizer, gradient buffers, learning rates."""

@@ -1,0 +1,80 @@
+"""Gradients in two flat buffers, dense and expert, summed over their own groups of ranks."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from msa_train.parallel.comm.fault_watch import watched
+from msa_train.parallel.process_groups import Groups
+
+# Gradients are reduced in pieces of this many elements: a collective of the whole buffer would need as much
+# again for its copy on gloo.
+_BUCKET_ELEMENTS = 2**25
+
+
+class FlatGradients:
+    """Collects gradients as they are made and sums them over the ranks that share the parameters.
+
+    Accumulates in fp32 (fp64 for fp64 parameters), over micro-batches too. Losses must already be divided by
+    global counts: the reduction is a plain sum, whatever the layout.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], groups: Groups) -> None:
+        self.groups = groups
+        is_expert = [not getattr(p, "allreduce", True) for p in parameters]
+        self.dense = _Buffer([p for p, e in zip(parameters, is_expert, strict=True) if not e])
+        self.expert = _Buffer([p for p, e in zip(parameters, is_expert, strict=True) if e])
+
+    def zero(self) -> None:
+        """Start a new step."""
+        self.dense.flat.zero_()
+        self.expert.flat.zero_()
+
+    def reduce(self) -> None:
+        """Sum dense gradients over data and context parallel ranks, expert gradients over their replicas."""
+        for buffer, group in (
+            (self.dense, self.groups.dp_cp),
+            (self.expert, self.groups.expert_dp),
+        ):
+            if group.size() > 1:
+                for piece in buffer.flat.split(_BUCKET_ELEMENTS):
+                    with watched("grad"):
+                        dist.all_reduce(piece, group=group)
+
+    def norm(self) -> float:
+        """Global L2 norm; each expert counts once, the same value on every rank."""
+        dense = self.dense.flat.square().sum(dtype=torch.float64)
+        expert = self.expert.flat.square().sum(dtype=torch.float64)
+        with watched("grad_norm"):
+            dist.all_reduce(expert, group=self.groups.ep)
+        return float((dense + expert).sqrt())
+
+    def scale(self, factor: float) -> None:
+        """Multiply all gradients."""
+        self.dense.flat.mul_(factor)
+        self.expert.flat.mul_(factor)
+
+    def view(self, parameter: nn.Parameter) -> Tensor:
+        """This parameter's gradient, shaped like it."""
+        views = self.dense.views if id(parameter) in self.dense.views else self.expert.views
+        return views[id(parameter)]
+
+
+class _Buffer:
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
+        device = parameters[0].device if parameters else None
+        self.flat = torch.zeros(sum(p.numel() for p in parameters), dtype=dtype, device=device)
+        self.views: dict[int, Tensor] = {}
+        offset = 0
+        for parameter in parameters:
+            self.views[id(parameter)] = self.flat[offset : offset + parameter.numel()].view_as(parameter)
+            offset += parameter.numel()
+            parameter.register_post_accumulate_grad_hook(self._collect)
+
+    def _collect(self, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            self.views[id(parameter)].add_(parameter.grad)
+            parameter.grad = None

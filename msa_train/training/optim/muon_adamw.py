@@ -1,0 +1,147 @@
+"""torch.optim for engine=torch: AdamW for everything, or Muon for the layers' matrices and AdamW beside it.
+
+Every rank holds whole matrices (dense ones replicated, experts its own), so Muon needs no communication.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from msa_train.config import OptimConfig, OptimizerKind
+from msa_train.model.attention.index_branch import is_index_parameter
+from msa_train.training.optim.lr_schedule import Rates
+
+
+class SplitOptimizer:
+    """One or two torch optimizers behind one step, with moments under AdamW's names."""
+
+    def __init__(
+        self, optim: OptimConfig, parameters: Sequence[tuple[str, nn.Parameter]], *, head_dim: int
+    ) -> None:
+        """parameters: names in the model and what is updated (fp32 copies of 16-bit parameters).
+
+        head_dim: rows of one head in the fused query/key/value projections, which Muon takes head by head.
+        """
+        self.optim = optim
+        self._parameters = [p for _, p in parameters]
+        # Pieces of each of Muon's parameters: views of its rows, each made orthogonal on its own.
+        self._pieces: dict[int, list[nn.Parameter]] = {
+            id(p): _pieces(name, p, head_dim) for name, p in parameters if self._is_muon(name, p)
+        }
+        self._index_ids = {id(p) for name, p in parameters if is_index_parameter(name)}
+        self.adamw = torch.optim.AdamW(
+            self._adamw_groups(), lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, foreach=True
+        )
+        self.muon: torch.optim.Muon | None = None
+        if self._pieces:
+            self.muon = torch.optim.Muon(self._muon_groups(), lr=optim.muon_lr, momentum=optim.muon_momentum)
+
+    def _adamw_groups(self) -> list[dict[str, Any]]:
+        """Matrices with weight decay and the rest without, of the backbone and of the index branch."""
+        rest = [p for p in self._parameters if id(p) not in self._pieces]
+        return [
+            {
+                "params": [
+                    p for p in rest if (p.dim() > 1) is matrix and (id(p) in self._index_ids) is index
+                ],
+                "weight_decay": self._weight_decay(index) if matrix else 0.0,
+                "index": index,
+            }
+            for index in (False, True)
+            for matrix in (True, False)
+        ]
+
+    def _muon_groups(self) -> list[dict[str, Any]]:
+        groups = []
+        for index in (False, True):
+            owners = [i for i in self._pieces if (i in self._index_ids) is index]
+            pieces = [piece for i in owners for piece in self._pieces[i]]
+            if pieces:
+                groups.append({"params": pieces, "weight_decay": self._weight_decay(index), "index": index})
+        return groups
+
+    def _weight_decay(self, index: bool) -> float:
+        return self.optim.index_weight_decay if index else self.optim.weight_decay
+
+    def _is_muon(self, name: str, parameter: Tensor) -> bool:
+        """Matrices inside layers; a router's rows are one per expert and stay with AdamW."""
+        if self.optim.algorithm is not OptimizerKind.muon:
+            return False
+        return parameter.dim() == 2 and name.startswith("decoder.layers.") and ".router." not in name
+
+    def step(self, rates: Rates) -> None:
+        """Update from `.grad`."""
+        for group in self.adamw.param_groups:
+            group["lr"] = rates.index if group["index"] else rates.backbone
+        self.adamw.step()
+        if self.muon is not None:
+            for group in self.muon.param_groups:
+                rate = rates.index if group["index"] else rates.backbone
+                group["lr"] = self.optim.muon_lr * rate / self.optim.lr
+            for parameter in self._parameters:
+                self._hand_gradient_to_pieces(parameter)
+            self.muon.step()
+
+    def _hand_gradient_to_pieces(self, parameter: nn.Parameter) -> None:
+        pieces = self._pieces.get(id(parameter), [])
+        gradients = [None] * len(pieces)
+        if pieces and parameter.grad is not None:
+            gradients = parameter.grad.split(pieces[0].shape[0])
+        for piece, gradient in zip(pieces, gradients, strict=True):
+            piece.grad = gradient
+
+    def moments(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
+        """First and second moment, shaped like the parameter; zero before the first step.
+
+        Muon's momentum is a running mean of gradients like AdamW's first moment and takes its place; it has
+        no second one.
+        """
+        if id(parameter) in self._pieces:
+            momentum = torch.cat([buffer for _, buffer in self._momenta(parameter)])
+            return momentum, torch.zeros_like(parameter)
+        state = self._adamw_state(parameter)
+        return state["exp_avg"], state["exp_avg_sq"]
+
+    def load_moments(self, parameter: nn.Parameter, first: Tensor, second: Tensor, step: int) -> None:
+        """Take over what `moments` gave after `step` updates."""
+        if id(parameter) in self._pieces:
+            momenta = self._momenta(parameter)
+            parts = first.split(momenta[0][0].shape[0])
+            for (_, buffer), part in zip(momenta, parts, strict=True):
+                buffer.copy_(part)
+            return
+        state = self._adamw_state(parameter)
+        state["exp_avg"].copy_(first)
+        state["exp_avg_sq"].copy_(second)
+        state["step"].fill_(float(step))
+
+    def _momenta(self, parameter: nn.Parameter) -> list[tuple[nn.Parameter, Tensor]]:
+        """Muon's pieces of a parameter with the momentum of each."""
+        assert self.muon is not None, "it was built for these parameters"
+        result = []
+        for piece in self._pieces[id(parameter)]:
+            state = self.muon.state[piece]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(piece)
+            result.append((piece, state["momentum_buffer"]))
+        return result
+
+    def _adamw_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        state = self.adamw.state[parameter]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        return state
+
+
+def _pieces(name: str, parameter: nn.Parameter, head_dim: int) -> list[nn.Parameter]:
+    """What Muon makes orthogonal on its own, views of whole rows.
+
+    The gradients of values are much larger than those of queries and keys: in one matrix with them, queries
+    and keys would hardly move. Megatron's fused projection holds heads one after another.
+    """
+    rows = head_dim if name.endswith("linear_qkv.weight") else parameter.shape[0]
+    return [nn.Parameter(piece) for piece in parameter.detach().split(rows)]

@@ -1,0 +1,152 @@
+"""Steps that must not be taken: a loss or gradient that is not finite, or a loss far above the recent ones.
+
+Such a step leaves weights, optimizer and router bias as they are; step and data move on, so which packs a
+step has still follows from its number. After too many in a row a run may go back to its last checkpoint. It
+then passes over all packs from there to the bad ones, so the packs of a step are shifted by a number that
+every later checkpoint records. Everything here is equal on all ranks.
+"""
+
+import json
+import math
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from msa_train.config import BadStep, TrainConfig
+from msa_train.runtime.atomic_files import open_to_append
+
+LOG_NAME = "bad_steps.jsonl"
+
+
+class RollbackError(Exception):
+    """The run is to go on from its last checkpoint before `last_good`, the last step that was taken."""
+
+    def __init__(self, step: int, last_good: int, reason: str) -> None:
+        super().__init__(f"step {step}: {reason}")
+        self.step, self.last_good, self.reason = step, last_good, reason
+
+
+class BadSteps:
+    """Judges steps and remembers those left out.
+
+    in_a_row: bad steps since the last one that was taken. skipped: all that lead to the present weights.
+    passed_over_tokens: of packs that the run jumped over when it went back, padding included.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.in_a_row = self.skipped = self.passed_over_tokens = 0
+        self.rollbacks: list[dict[str, Any]] = []
+        self._recent: deque[float] = deque(maxlen=config.spike_window)
+
+    @property
+    def judges(self) -> bool:
+        """Whether steps are judged before they are taken; it costs one small all-reduce."""
+        return self.config.bad_step is not BadStep.end or self.config.spike_factor > 0
+
+    def complaint(self, loss: float, grad_norm: float, kl: float = 0.0) -> str:
+        """What is wrong with a step, empty if nothing is.
+
+        Args:
+            loss: mean over all tokens of the step.
+            grad_norm: global, before clipping.
+            kl: of the index branches, any multiple of it.
+        """
+        bad = {"lm_loss": loss, "kl_loss": kl, "grad_norm": grad_norm}
+        named = [f"{name}={value}" for name, value in bad.items() if not math.isfinite(value)]
+        if named:
+            return f"{', '.join(named)}: not finite"
+        factor, full = self.config.spike_factor, len(self._recent) == self.config.spike_window
+        if factor > 0 and full and loss > factor * (usual := median(self._recent)):
+            return (
+                f"lm_loss={loss:.4g}: above train.spike_factor={factor:g} times {usual:.4g}, the median of "
+                f"the last {len(self._recent)} steps"
+            )
+        return ""
+
+    def take(self, loss: float) -> None:
+        """A step is taken."""
+        self.in_a_row = 0
+        if self.config.spike_factor > 0:
+            self._recent.append(loss)
+
+    def leave_out(self) -> None:
+        """A step is not taken."""
+        self.in_a_row += 1
+        self.skipped += 1
+
+    def verdict(self, step: int, reason: str) -> str:
+        """What becomes of the run after a step was left out; returns what to tell the user.
+
+        Raises:
+            RollbackError: if the run shall go on from its last checkpoint.
+            ValueError: in one line, why the run must end.
+        """
+        config = self.config
+        if config.bad_step is BadStep.end:
+            raise ValueError(reason)
+        if self.in_a_row < config.max_skipped:
+            return f"step {step} is left out ({reason})"
+        text = f"{reason}; {self.in_a_row} steps in a row are bad (train.max_skipped={config.max_skipped})"
+        if config.bad_step is BadStep.skip:
+            raise ValueError(text)
+        if len(self.rollbacks) >= config.max_rollbacks:
+            raise ValueError(f"{text} after {len(self.rollbacks)} rollbacks (train.max_rollbacks)")
+        raise RollbackError(step, step - self.in_a_row, reason)
+
+    def new_stage(self) -> None:
+        """Losses of another stage say nothing about this one's."""
+        self._recent.clear()
+
+    def go_back(self, recorded: Mapping[str, Any], event: dict[str, Any], tokens: int) -> None:
+        """The run goes on from a checkpoint.
+
+        Args:
+            recorded: `record` of that checkpoint.
+            event: the rollback, plain JSON.
+            tokens: of the packs between the checkpoint and the bad step.
+        """
+        passed_over, rollbacks = self.passed_over_tokens + tokens, [*self.rollbacks, event]
+        self.restore(recorded)
+        self.in_a_row, self.passed_over_tokens, self.rollbacks = 0, passed_over, rollbacks
+
+    def passed_over_packs(self, seq_len: int) -> int:
+        """By how many packs the data of a step is shifted."""
+        return -(-self.passed_over_tokens // seq_len)
+
+    def record(self) -> dict[str, Any]:
+        """For meta.json."""
+        return {
+            "in_a_row": self.in_a_row,
+            "skipped": self.skipped,
+            "passed_over_tokens": self.passed_over_tokens,
+            "rollbacks": self.rollbacks,
+            "recent_losses": list(self._recent),
+        }
+
+    def restore(self, recorded: Mapping[str, Any]) -> None:
+        """Go on from a `record`; from an empty one where the checkpoint is older than this."""
+        self.in_a_row = recorded.get("in_a_row", 0)
+        self.skipped = recorded.get("skipped", 0)
+        self.passed_over_tokens = recorded.get("passed_over_tokens", 0)
+        self.rollbacks = list(recorded.get("rollbacks", []))
+        self._recent.clear()
+        self._recent.extend(recorded.get("recent_losses", []))
+
+    def metrics(self) -> dict[str, float]:
+        """Sums over the run; nothing where steps are not judged."""
+        if not self.judges:
+            return {}
+        return {
+            "skipped_steps": self.skipped,
+            "rollbacks": len(self.rollbacks),
+            "passed_over_tokens": self.passed_over_tokens,
+        }
+
+
+def log_event(run_dir: str | Path, event: Mapping[str, Any]) -> None:
+    """Append to run_dir/bad_steps.jsonl, which nothing shortens; rank 0 only."""
+    with open_to_append(Path(run_dir).expanduser() / LOG_NAME) as file:
+        file.write(json.dumps(event) + "\n")

@@ -1,0 +1,307 @@
+"""The training loop: steps, validation, checkpoints, metrics."""
+
+import math
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from msa_train.checkpoint.data_record import DataRecord
+from msa_train.checkpoint.save import CheckpointSaver, SaveReport
+from msa_train.checkpoint.store import CheckpointStore, fingerprint
+from msa_train.config import RunConfig, Stage, StageAttention, plan_stages, stage_at, total_steps
+from msa_train.data import BatchStream, Corpus, PackedDataset
+from msa_train.parallel.comm.fault_watch import watched
+from msa_train.parallel.process_groups import Groups
+from msa_train.runtime import preemption as stop
+from msa_train.runtime.fencing import own_generation
+from msa_train.runtime.watchdog import Watchdog
+from msa_train.training.engines.engine import Engine, StepResult
+from msa_train.training.metrics.collect import StepMetrics, router_bias_range
+from msa_train.training.metrics.progress import Progress
+from msa_train.training.metrics.selection_recording import SelectionLog
+from msa_train.training.metrics.writer import MetricsWriter
+from msa_train.training.optim.lr_schedule import Rates, stage_rates
+from msa_train.training.resume_rules import schedule_record
+from msa_train.training.stability.finite_check import not_finite
+from msa_train.training.stability.skip_policy import RollbackError
+from msa_train.training.stability.step_guard import StepGuard
+from msa_train.training.step_batch import StepBatch, make_batch
+
+
+@dataclass(slots=True)
+class Data:
+    """What is trained and validated on, by the packs' length: stages may differ in it."""
+
+    train: dict[int, PackedDataset]
+    validation: dict[int, PackedDataset | None]
+    corpus: Corpus
+    record: DataRecord
+    "kept in every checkpoint"
+
+
+@dataclass(slots=True)
+class Reporting:
+    """Where progress goes; only on rank 0."""
+
+    writer: MetricsWriter
+    progress: Progress
+
+
+class Trainer:
+    """Runs the steps of all stages that are not yet made."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        groups: Groups,
+        engine: Engine,
+        data: Data,
+        store: CheckpointStore,
+        reporting: Reporting | None,
+    ) -> None:
+        self.config, self.groups, self.engine, self.data = config, groups, engine, data
+        self.store, self.reporting = store, reporting
+        self.stages, self.total_steps = plan_stages(config), total_steps(config)
+        self.metrics = StepMetrics(config, groups)
+        self.saver = CheckpointSaver(store, config.checkpoint)
+        self._save_metrics: dict[str, float] = {}
+        self.guard = StepGuard(config, groups, engine, store)
+        self.bad_steps = self.guard.bad_steps
+        self._owes_save = False
+        self.watchdog = Watchdog(config.watchdog.timeout_s, f"rank {groups.rank}")
+        engine.forward.on_pack = lambda: self.watchdog.beat(f"a pack of step {self._step_number} began")
+        self._step_number = 0
+        self.stopped: stop.Stopped | None = None
+        "set if a signal ended the run before its last step"
+
+    def run(self, first_step: int, after_step: Callable[[int], None] | None = None) -> dict[str, Any]:
+        """Train to the end, or until a signal asks to stop; returns the last metrics seen of every kind.
+
+        Args:
+            first_step: updates already made.
+            after_step: called with the step number after each step, for tests.
+        """
+        last: dict[str, Any] = {}
+        try:
+            with self.watchdog:
+                while True:
+                    try:
+                        self._run(first_step, last, after_step)
+                        break
+                    except RollbackError as bad:
+                        first_step = self._go_back(bad)
+                self._tell_saved(self.saver.wait())
+            return last
+        finally:
+            self.saver.close()
+
+    def _run(self, first_step: int, last: dict[str, Any], after_step: Callable[[int], None] | None) -> None:
+        for stage in self.stages:
+            begin, end = max(first_step, stage.first_step), min(stage.last_step, self.total_steps)
+            if begin >= end:
+                continue
+            self._enter(stage, begin)
+            with BatchStream(self.data.train[stage.seq_len]) as stream:
+                for step in range(begin + 1, end + 1):
+                    values = self._step(step, stage, stream)
+                    last |= values
+                    self._report(step, values)
+                    self._tell_saved(self.saver.finished())
+                    self._conclude(step, stage, values)
+                    self.watchdog.beat(f"step {step}")
+                    saved = self._may_save(step)
+                    if saved:
+                        self.save(step, wait=step == self.total_steps)
+                    if after_step is not None:
+                        after_step(step)
+                    if self._stops(step, saved=saved):
+                        return
+
+    def _conclude(self, step: int, stage: Stage, values: dict[str, Any]) -> None:
+        """Go on, go back or end, see StepGuard.conclude."""
+        if "bad_step" in values or not_finite(values):
+            # the checkpoint that is under way may be the one to go on from
+            self._tell_saved(self.saver.wait())
+        text = self.guard.conclude(step, values, self._first_pack(step, stage))
+        if text:
+            self._note(text)
+
+    def _go_back(self, bad: RollbackError) -> int:
+        """Returns the step that the run goes on from."""
+        step, text = self.guard.go_back(bad)
+        self._owes_save = False
+        if self.reporting is not None:
+            self.reporting.writer.go_back(step)
+        self._note(text)
+        return step
+
+    def _note(self, text: str) -> None:
+        if self.reporting is not None:
+            self.reporting.progress.note(text)
+
+    def _may_save(self, step: int) -> bool:
+        """Whether to save now; not among bad steps, so that there is something to go back to."""
+        self._owes_save |= self._due(step, self.config.checkpoint.every)
+        saves = self._owes_save and (self.bad_steps.in_a_row == 0 or step == self.total_steps)
+        self._owes_save &= not saves
+        return saves
+
+    def _stops(self, step: int, *, saved: bool) -> bool:
+        """Whether any rank was asked to stop: then all stop after the same step, which is saved."""
+        asked = torch.tensor([stop.requested()], device=self.groups.device)
+        with watched("stop"):
+            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        number = int(asked)
+        if not number or step == self.total_steps:
+            return False
+        if self.config.checkpoint.every:
+            if saved:
+                self._tell_saved(self.saver.wait(must_succeed=True))
+            else:
+                self.save(step, wait=True)
+            saved = True
+        self.stopped = stop.Stopped(
+            step=step, signal=signal.Signals(number).name, saved=saved, generation=own_generation()
+        )
+        return True
+
+    def _enter(self, stage: Stage, step: int) -> None:
+        self.engine.set_stage(stage)
+        if step == stage.first_step:
+            self.bad_steps.new_stage()
+        if self.reporting is not None and len(self.stages) > 1:
+            self.reporting.progress.note(
+                f"stage {stage.name}: steps {step + 1} to {min(stage.last_step, self.total_steps)}, "
+                f"{stage.seq_len} tokens per sequence, attention {stage.attention.value}, KL {stage.kl.value}"
+            )
+
+    def _due(self, step: int, every: int) -> bool:
+        return every > 0 and (step % every == 0 or step == self.total_steps)
+
+    def _step(self, step: int, stage: Stage, stream: BatchStream) -> dict[str, Any]:
+        config, engine, groups = self.config, self.engine, self.groups
+        start, self._step_number = time.perf_counter(), step
+        rates = stage_rates(step - 1, config.optim, stage, self.total_steps)
+        batch_size = config.train.global_batch_size
+        packs = stream.packs(self._first_pack(step, stage), groups.dp_rank, groups.dp_size, batch_size)
+        probed = config.logging.attention_every > 0 and step % config.logging.attention_every == 0
+        batch = make_batch(packs, groups, probe_seed=config.train.seed + step if probed else None)
+        result = self._train(step, stage, batch, rates)
+        counts = self.guard.count(result)
+        values: dict[str, Any] = {"lr": rates.backbone, "index_lr": rates.index, "stage": stage.index}
+        shown = step % config.logging.every == 0 or self._due(step, config.train.validate_every)
+        # The norm is the same on all ranks: all of them gather what led to it.
+        if shown or probed or not (result.is_taken and math.isfinite(result.grad_norm)):
+            values |= self.metrics.gather(batch, result, stage, counts_loss=engine.counts_loss())
+            values |= router_bias_range(engine.model) | counts
+        seconds = time.perf_counter() - start
+        values["step_time_s"] = seconds
+        values["tokens_per_s"] = batch.num_tokens / seconds
+        values["tokens"] = stage.tokens_at(step, batch_size)
+        if self.data.validation[stage.seq_len] is not None and self._due(step, config.train.validate_every):
+            values |= self.validate()
+        return values
+
+    def _first_pack(self, step: int, stage: Stage) -> int:
+        """Number of the first pack of a step."""
+        shift = self.bad_steps.passed_over_packs(stage.seq_len)
+        return stage.pack_at(step - 1, self.config.train.global_batch_size) + shift
+
+    def _train(self, step: int, stage: Stage, batch: StepBatch, rates: Rates) -> StepResult:
+        """The step, its selections recorded where they are due."""
+        every, sparse = self.config.logging.selections_every, stage.attention is StageAttention.sparse
+        if not (sparse and every > 0 and step % every == 0):
+            return self._take(batch, rates)
+        log = self.engine.forward.selection_log = SelectionLog(self.config, self.groups, step)
+        result = self._take(batch, rates)
+        self.engine.forward.selection_log = None
+        try:
+            log.save()
+        except OSError as error:
+            self._note(f"step {step}: the selections could not be recorded: {error}; training goes on")
+        return result
+
+    def _take(self, batch: StepBatch, rates: Rates) -> StepResult:
+        # Megatron's collectives have no other name
+        with watched("step"):
+            return self.engine.train_step(batch, rates, self.guard.accept(batch))
+
+    def validate(self) -> dict[str, float]:
+        """Mean loss of the held-out packs, the same ones each time, attending as the stage does."""
+        dataset = self.data.validation[self.engine.stage.seq_len]
+        assert dataset is not None, "asked for only where there are held-out documents"
+        dp_rank, dp_size = self.groups.dp_rank, self.groups.dp_size
+        count = min(self.config.train.validation_packs, dataset.num_packs)
+        # Every rank runs the same number of packs: collectives must pair up. Surplus packs count nothing.
+        rounds = -(-count // dp_size)
+        packs = [dataset[min(i * dp_size + dp_rank, count - 1)] for i in range(rounds)]
+        labels = sum(dataset[i].num_labels for i in range(count))
+        total = 0.0
+        for i, pack in enumerate(packs):
+            with watched("validation"):
+                loss_sum = self.engine.evaluate([pack])
+            if i * dp_size + dp_rank < count and self.engine.counts_loss():
+                total += loss_sum
+        loss = torch.tensor(total, dtype=torch.float64, device=self.groups.device)
+        with watched("validation"):
+            dist.all_reduce(loss)
+        values = {"val_loss": float(loss) / max(labels, 1)}
+        if self.data.corpus.bytes_per_token:
+            bits = values["val_loss"] / torch.log(torch.tensor(2.0, dtype=torch.float64)).item()
+            values["val_bits_per_byte"] = bits / self.data.corpus.bytes_per_token
+        return values
+
+    def _report(self, step: int, values: dict[str, Any]) -> None:
+        if self.reporting is None or "lm_loss" not in values:
+            return
+        values |= self._save_metrics
+        self._save_metrics = {}
+        notes = self.reporting.writer.write(step, values)
+        self.reporting.progress.update(step, **values)
+        for note in notes:
+            self._note(note)
+
+    def save(self, step: int, *, wait: bool = False) -> None:
+        """Save a checkpoint after `step` steps; `wait`: until it is visible, or raise if it cannot be."""
+        config, groups = self.config, self.groups
+        reports = self.saver.save(
+            step,
+            lambda: self.engine.sharded_state(loading=False),
+            common={"step": step},
+            meta={
+                "consumed_samples": step * config.train.global_batch_size,
+                "fingerprint": fingerprint(config),
+                "data": asdict(self.data.record),
+                "stages": [stage.record() for stage in self.stages if stage.first_step < step],
+                "tokens": stage_at(self.stages, step - 1).tokens_at(step, config.train.global_batch_size),
+                "schedule": schedule_record(config, step),
+                "optimizer_updates": step - self.bad_steps.skipped,
+                "bad_steps": self.bad_steps.record(),
+                "engine": self.engine.name,
+                "optimizer": config.optim.algorithm.value,
+                "precision": config.train.precision.value,
+                "layout": {
+                    "world_size": groups.world_size,
+                    "cp_size": groups.cp_size,
+                    "ep_size": groups.ep_size,
+                    "tp_size": groups.tp_size,
+                    "pp_size": groups.pp_size,
+                    "dp_size": groups.dp_size,
+                },
+            },
+            wait=wait,
+        )
+        self.watchdog.beat(f"step {step} and the copy for its checkpoint")
+        self._tell_saved(reports)
+
+    def _tell_saved(self, reports: list[SaveReport]) -> None:
+        """Print saves that have ended; their times go into the next row of metrics."""
+        for report in reports if self.reporting is not None else []:
+            self._save_metrics = report.metrics()
+            for line in report.lines():
+                self._note(line)

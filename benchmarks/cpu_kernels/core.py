@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 from msa_kernels import select_blocks
 from msa_kernels.block_sparse_attention.op import unpack_blocks, whole_pack
-from msa_kernels.block_sparse_attention.tiled import KlTerm, pool_backward, pool_forward
+from msa_kernels.block_sparse_attention.tiled import pool_backward, pool_forward
+from msa_kernels.block_sparse_attention.types import KlTerm
 from torch import Tensor
 
 from benchmarks.cpu_kernels.shape import CoreShape

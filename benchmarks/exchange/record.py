@@ -26,11 +26,11 @@ from benchmarks.exchange.selections import RECORDED
 from launchers.hydra_config.compose import load_run
 from msa_train.config import ParallelConfig, RunConfig
 from msa_train.data import load_datasets
-from msa_train.model.attention.base import MsaSelfAttention
-from msa_train.model.inputs.pack_params import LayerStats
+from msa_train.model.attention.msa import MsaSelfAttention
+from msa_train.model.inputs.layer_stats import LayerStats
 from msa_train.parallel.process_groups import build_groups, destroy_groups
 from msa_train.training.engines.torch_engine import TorchEngine
-from msa_train.training.worker import resume
+from msa_train.training.resume import resume
 
 
 @torch.no_grad()

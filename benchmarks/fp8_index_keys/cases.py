@@ -21,8 +21,8 @@ from benchmarks.learning.measure import block_mass
 from benchmarks.learning.recipe import BLOCK_SIZE, SEQ_LEN, TOPK, Variant, run_config
 from benchmarks.learning.run_one import build_tasks
 from msa_train.config import RunConfig, plan_stages, stage_at
-from msa_train.model.attention.base import MsaSelfAttention
-from msa_train.model.inputs.pack_params import LayerStats
+from msa_train.model.attention.msa import MsaSelfAttention
+from msa_train.model.inputs.layer_stats import LayerStats
 from msa_train.parallel.process_groups import build_groups, destroy_groups
 from msa_train.training.engines.torch_engine import TorchEngine
 from msa_train.training.optim.lr_schedule import stage_rates

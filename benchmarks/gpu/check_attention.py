@@ -15,14 +15,8 @@ from msa_kernels.block_sparse_attention.reference import (
     selection_mask,
     window_mask,
 )
-from msa_kernels.block_sparse_attention.tiled import (
-    BlockPool,
-    KlTerm,
-    PoolOutput,
-    SparseQueries,
-    pool_backward,
-    pool_forward,
-)
+from msa_kernels.block_sparse_attention.tiled import pool_backward, pool_forward
+from msa_kernels.block_sparse_attention.types import BlockPool, KlTerm, PoolOutput, SparseQueries
 from msa_kernels.block_sparse_attention.window import TokenWindow
 from msa_kernels.full_attention.op import merge_parts
 from torch import Tensor

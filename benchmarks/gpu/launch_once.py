@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import torch
-from msa_kernels.block_sparse_attention.tiled import KlTerm, pool_backward, pool_forward
+from msa_kernels.block_sparse_attention.tiled import pool_backward, pool_forward
+from msa_kernels.block_sparse_attention.types import KlTerm
 
 from benchmarks.gpu.problem import M3, SMOKE, LayerSizes, Tensors, make_groups, make_index, select
 

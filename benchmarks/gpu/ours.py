@@ -5,7 +5,8 @@ from collections.abc import Callable
 from functools import cached_property
 
 import torch
-from msa_kernels.block_sparse_attention.tiled import KlTerm, pool_backward, pool_forward
+from msa_kernels.block_sparse_attention.tiled import pool_backward, pool_forward
+from msa_kernels.block_sparse_attention.types import KlTerm
 from torch import Tensor
 
 from benchmarks.gpu.context import Context, Step

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from msa_kernels import select_blocks
 from msa_kernels.block_sparse_attention.op import pack_blocks
-from msa_kernels.block_sparse_attention.tiled import BlockPool, SparseQueries
+from msa_kernels.block_sparse_attention.types import BlockPool, SparseQueries
 from torch import Tensor
 
 from benchmarks.gpu.rows import CORRELATED

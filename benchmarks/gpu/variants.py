@@ -8,7 +8,8 @@ from functools import cached_property
 from typing import Any
 
 from msa_kernels.block_sparse_attention import configs as sparse_configs
-from msa_kernels.block_sparse_attention.tiled import KlTerm, pool_backward, pool_forward
+from msa_kernels.block_sparse_attention.tiled import pool_backward, pool_forward
+from msa_kernels.block_sparse_attention.types import KlTerm
 from msa_kernels.decode import configs as decode_configs
 from msa_kernels.select_blocks import configs as select_configs
 from torch import Tensor

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from benchmarks.learning.retrieval_task import LookupPack, Symbols
 from msa_train.data import IGNORE_LABEL
-from msa_train.model.attention.base import MsaSelfAttention
-from msa_train.model.inputs.pack_params import LayerStats
+from msa_train.model.attention.msa import MsaSelfAttention
+from msa_train.model.inputs.layer_stats import LayerStats
 from msa_train.training.engines.torch_engine import TorchEngine
 
 DISTANCE_EDGES = (0, 128, 256, 512, 1024, 2048)

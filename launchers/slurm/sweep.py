@@ -27,7 +27,7 @@ from msa_train.training.metrics.tables import format_table
 from msa_train.training.metrics.writer import read_metrics
 
 if TYPE_CHECKING:
-    from launchers.submit import Request
+    from launchers.slurm.submission import Request
 
 # rank 0 of a run of one process; nobody else has to find it
 _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}

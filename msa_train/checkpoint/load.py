@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
 from msa_train.checkpoint.all_ranks import CheckpointError, together
-from msa_train.checkpoint.format_versions import match_format, optimizer_updates
+from msa_train.checkpoint.format_versions import match_format
 from msa_train.checkpoint.store import (
     Found,
     checksum_damage,
@@ -27,11 +27,10 @@ from msa_train.checkpoint.store import (
 )
 from msa_train.checkpoint.torch_dist.finite_state import NotFiniteError, check_loaded
 from msa_train.checkpoint.torch_dist.reader import LoadStrategy, check_common
-from msa_train.checkpoint.torch_dist.rng_state import RNG_KEY, rng_shard, set_rng_state
+from msa_train.checkpoint.torch_dist.rng_state import RNG_KEY, rng_shard
 from msa_train.checkpoint.torch_dist.writer import first_failure
 from msa_train.config import RunConfig
 from msa_train.model.attention.index_branch import is_index_parameter
-from msa_train.training.engines.engine import Engine
 
 # Keys of what is not the model begin so.
 _OTHER_STATE = (RNG_KEY, "optimizer")
@@ -80,18 +79,6 @@ def load_checkpoint(
         raise CheckpointError(f"checkpoint {path} is not of this model: it {'; it '.join(complaints)}")
     check_loaded(path, {key: value for key, value in state.items() if key != RNG_KEY}, group)
     return state
-
-
-def restore(found: Found, engine: Engine) -> None:
-    """Bring model, optimizer and, where as many ranks saved, random numbers back to a checkpoint. All ranks.
-
-    Raises:
-        CheckpointError: as `load_checkpoint`.
-    """
-    state = load_checkpoint(found.path, engine.sharded_state(loading=True))
-    engine.load_state(state, optimizer_updates(found.meta))
-    if RNG_KEY in state:
-        set_rng_state(state[RNG_KEY])
 
 
 def load_weights(

@@ -36,14 +36,8 @@ from msa_train.config.run import (
     TrainConfig,
     WatchdogConfig,
 )
-from msa_train.config.stages import (
-    Stage,
-    StageConfig,
-    longest_seq_len,
-    plan_stages,
-    stage_at,
-    total_steps,
-)
+from msa_train.config.stage_plan import Stage, longest_seq_len, plan_stages, stage_at, total_steps
+from msa_train.config.stages import StageConfig
 from msa_train.config.text import one_line, printable
 
 __all__ = [

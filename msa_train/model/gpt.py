@@ -32,12 +32,10 @@ from torch import Tensor
 
 from msa_train.config import AttentionKind, RunConfig, longest_seq_len
 from msa_train.data import IGNORE_LABEL
-from msa_train.model.attention.base import (
-    AttentionSubmodules,
-    FullSelfAttention,
-    MsaSelfAttention,
-    WindowSelfAttention,
-)
+from msa_train.model.attention.base import AttentionSubmodules
+from msa_train.model.attention.full import FullSelfAttention
+from msa_train.model.attention.msa import MsaSelfAttention
+from msa_train.model.attention.sliding_window import WindowSelfAttention
 from msa_train.model.layers.cross_entropy import linear_cross_entropy
 from msa_train.model.layers.moe import ExpertLayer, SigmoidRouter
 from msa_train.model.layers.norm import RMSNorm

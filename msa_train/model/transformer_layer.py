@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from msa_train.config import Recompute
-from msa_train.model.inputs.pack_params import LayerStats, PackParams, SelectionRecord
+from msa_train.model.inputs.layer_stats import LayerStats
+from msa_train.model.inputs.pack_params import PackParams, SelectionRecord
 from msa_train.model.layers.moe import ExpertLayer
 from msa_train.model.transformer_config import MsaTransformerConfig
 

@@ -16,13 +16,8 @@ import torch
 import yaml
 from msa_kernels import select_blocks
 from msa_kernels.block_sparse_attention.op import pack_blocks
-from msa_kernels.block_sparse_attention.tiled import (
-    BlockPool,
-    KlTerm,
-    SparseQueries,
-    pool_backward,
-    pool_forward,
-)
+from msa_kernels.block_sparse_attention.tiled import pool_backward, pool_forward
+from msa_kernels.block_sparse_attention.types import BlockPool, KlTerm, SparseQueries
 from msa_kernels.full_attention.op import attention_part, attention_part_backward
 from torch import Tensor
 

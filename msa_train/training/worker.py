@@ -1,20 +1,17 @@
 """What one worker process does: join the job, build everything, train, report."""
 
 import os
-import re
 import socket
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from msa_train.checkpoint.data_record import handed_on, record_of
-from msa_train.checkpoint.load import load_newest, load_weights, restore
-from msa_train.checkpoint.store import CheckpointStore, Found
+from msa_train.checkpoint.store import CheckpointStore
 from msa_train.config import Device, Engine, RunConfig, plan_stages, printable, resolve_engine, total_steps
 from msa_train.data import load_datasets
 from msa_train.parallel.comm.fault_watch import FaultWatch, watched
@@ -33,6 +30,7 @@ from msa_train.training.engines.torch_engine import TorchEngine
 from msa_train.training.metrics.progress import Progress
 from msa_train.training.metrics.run_summary import report
 from msa_train.training.metrics.writer import MetricsWriter
+from msa_train.training.resume import resume
 from msa_train.training.trainer import Data, Reporting, Trainer
 
 
@@ -145,47 +143,6 @@ def build_engine(config: RunConfig, groups: Groups) -> TrainingEngine:
     """The engine that the configuration asks for, with freshly drawn weights."""
     engine = resolve_engine(config, has_gpu=groups.device.type == "cuda")
     return (MegatronEngine if engine is Engine.megatron else TorchEngine)(config, groups)
-
-
-@dataclass(slots=True)
-class Resumed:
-    """step: steps already made; messages: lines to print; bad_steps: what BadSteps had recorded."""
-
-    step: int
-    messages: list[str]
-    bad_steps: dict[str, Any] = field(default_factory=dict[str, Any])
-
-
-def resume(config: RunConfig, engine: TrainingEngine) -> Resumed:
-    """Load the newest undamaged checkpoint, if any.
-
-    The run's own checkpoint comes first, else `checkpoint.load`.
-    """
-    lacking: set[str] = set()
-
-    def load(found: Found) -> None:
-        if found.weights_only:
-            template = engine.sharded_state(loading=True)["model"]
-            weights, not_there = load_weights(found.path, template)
-            engine.load_weights(weights)
-            lacking.update(not_there)
-        else:
-            restore(found, engine)
-
-    found = load_newest(config, load)
-    if found is None:
-        return Resumed(0, [])
-    if found.weights_only:
-        lines = [*found.messages, f"starting from the weights of {found.path}", *_new_branches(lacking)]
-        return Resumed(0, lines)
-    origin = "" if found.own else f" of {found.path}"
-    lines = [*found.messages, f"going on from step {found.step}{origin}"]
-    return Resumed(found.step, lines, found.meta.get("bad_steps", {}))
-
-
-def _new_branches(lacking: set[str]) -> list[str]:
-    layers = sorted({int(match[1]) + 1 for key in lacking if (match := re.search(r"layers\.(\d+)\.", key))})
-    return [f"it has no index branch in layers {', '.join(map(str, layers))}: drawn anew"] if layers else []
 
 
 def _reporting(config: RunConfig, first_step: int) -> Reporting:

@@ -13,16 +13,17 @@ from torch import Tensor
 from msa_train.checkpoint.store import CheckpointStore
 from msa_train.config import BadStep, Engine, RunConfig
 from msa_train.data import Pack
+from msa_train.model.pack_forward import PackForward
 from msa_train.parallel.process_groups import build_groups
 from msa_train.training import trainer as loop
 from msa_train.training.engines.engine import Engine as TrainingEngine
 from msa_train.training.engines.megatron_engine import MegatronEngine
 from msa_train.training.engines.torch_engine import TorchEngine
 from msa_train.training.metrics.writer import MetricsWriter, read_metrics
+from msa_train.training.resume import resume
 from msa_train.training.stability.finite_check import DivergedError
-from msa_train.training.step_batch import PackForward
 from msa_train.training.trainer import Reporting, Trainer
-from msa_train.training.worker import load_data, resume
+from msa_train.training.worker import load_data
 from tests.helpers import cuda_shim
 from tests.helpers.resume_runs import BATCH, SEQ_LEN, Case, Layout, Record, SeenStream, pack_id, resume_config
 from tests.helpers.spawn import run_ranks

@@ -13,7 +13,7 @@ from msa_train.parallel.attention.cp_full import FullCall, cp_full_attention
 from msa_train.parallel.attention.cp_sparse import SparseCall, cp_sparse_attention
 from msa_train.parallel.comm.cp_comm import CpComm
 from msa_train.parallel.comm.topology import build_comm
-from msa_train.parallel.kv_exchange.full import make_full_plan
+from msa_train.parallel.kv_exchange.full_plan import make_full_plan
 from msa_train.parallel.kv_exchange.requests import needed_pairs, pairs_by_owner
 from msa_train.parallel.sharding.shard_layout import ShardLayout
 from tests.helpers.spawn import run_ranks

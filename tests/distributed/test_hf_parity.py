@@ -26,7 +26,7 @@ from msa_train.convert.import_hf import plan_import, write_import
 from msa_train.data import IGNORE_LABEL, Pack
 from msa_train.model.gpt import forward_arguments
 from msa_train.model.init_weights import global_names
-from msa_train.model.inputs.pack_params import LayerStats
+from msa_train.model.inputs.layer_stats import LayerStats
 from msa_train.parallel.process_groups import build_groups
 from msa_train.training.engines.engine import checkpoint_metadata
 from msa_train.training.engines.torch_engine import TorchEngine

@@ -18,9 +18,9 @@ from msa_train.config import (
 )
 from msa_train.model.gpt import build_model
 from msa_train.model.init_weights import init_weights
-from msa_train.model.inputs.pack_params import LayerStats
+from msa_train.model.inputs.layer_stats import LayerStats
+from msa_train.model.pack_forward import PackForward
 from msa_train.parallel.process_groups import build_groups
-from msa_train.training.step_batch import PackForward
 from tests.helpers.packs import make_pack
 from tests.helpers.spawn import run_ranks
 

@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from msa_train.config import Precision, RunConfig, StageAttention, StageConfig
 from msa_train.data import IGNORE_LABEL
 from msa_train.model.attention.index_branch import is_index_parameter
-from msa_train.model.inputs.pack_params import LayerStats
+from msa_train.model.inputs.layer_stats import LayerStats
 from msa_train.model.layers import cross_entropy
 from msa_train.model.layers.cross_entropy import linear_cross_entropy
 from msa_train.model.layers.moe import ExpertLayer, SigmoidRouter

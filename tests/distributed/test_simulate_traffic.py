@@ -13,12 +13,13 @@ from msa_train.config import ExchangeConfig, KvExchange
 from msa_train.parallel.attention.cp_sparse import SparseCall, cp_sparse_attention
 from msa_train.parallel.comm.topology import build_comm
 from msa_train.parallel.kv_exchange import plan as exchange_plan
+from msa_train.parallel.selection_file import SelectionRecorder
 from msa_train.parallel.sharding.shard_layout import ShardLayout
 from msa_train.simulate.inputs.cluster import PRESETS, Cluster
 from msa_train.simulate.inputs.layer_shape import LayerShape
 from msa_train.simulate.inputs.rates import load_rates
 from msa_train.simulate.inputs.scenario import Options, Question, Scheme
-from msa_train.simulate.selections.recorded import RecordedSelections, SelectionRecorder, read_selections
+from msa_train.simulate.selections.recorded import RecordedSelections, read_selections
 from msa_train.simulate.study import answer
 from tests.helpers.spawn import run_ranks
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from msa_kernels import DecodeCache, decode_attention, quantize_index_keys, select_blocks
-from msa_kernels.block_sparse_attention.tiled import KlTerm, pool_backward, pool_forward
+from msa_kernels.block_sparse_attention.tiled import pool_backward, pool_forward
+from msa_kernels.block_sparse_attention.types import KlTerm
 from msa_kernels.dense_kl.op import dense_kl_part, lse_part
 from torch import Tensor
 

@@ -23,7 +23,7 @@ from msa_train.config import (
     TrainConfig,
 )
 from msa_train.data import Pack
-from msa_train.model.attention.base import MsaSelfAttention
+from msa_train.model.attention.msa import MsaSelfAttention
 from msa_train.model.init_weights import global_names
 from msa_train.model.layers.moe import SigmoidRouter
 from msa_train.parallel.attention.selection_recall import ProbeSums

@@ -6,15 +6,8 @@ from typing import Any
 import torch
 from msa_kernels import select_blocks, window_blocks
 from msa_kernels.block_sparse_attention.op import pack_blocks
-from msa_kernels.block_sparse_attention.tiled import (
-    BlockPool,
-    KlTerm,
-    PoolGrads,
-    PoolOutput,
-    SparseQueries,
-    pool_backward,
-    pool_forward,
-)
+from msa_kernels.block_sparse_attention.tiled import pool_backward, pool_forward
+from msa_kernels.block_sparse_attention.types import BlockPool, KlTerm, PoolGrads, PoolOutput, SparseQueries
 from msa_kernels.full_attention.op import merge_parts
 from torch import Tensor
 

@@ -39,8 +39,9 @@ from msa_train.parallel.process_groups import Groups, build_groups
 from msa_train.training import trainer as loop
 from msa_train.training.engines.megatron_engine import MegatronEngine
 from msa_train.training.engines.torch_engine import TorchEngine
+from msa_train.training.resume import resume
 from msa_train.training.trainer import Reporting, Trainer
-from msa_train.training.worker import load_data, resume
+from msa_train.training.worker import load_data
 from tests.helpers import cuda_shim, devices
 
 PROCESSES = 4

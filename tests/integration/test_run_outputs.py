@@ -11,7 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from msa_train.simulate.inputs.layouts import place
 from msa_train.simulate.selections.recorded import read_selections
-from msa_train.training.metrics.writer import CHARTS, read_metrics
+from msa_train.training.metrics.tensorboard import CHARTS
+from msa_train.training.metrics.writer import read_metrics
 from tests.helpers.training_command import (
     BLOCK_SIZE,
     GLOBAL_BATCH_SIZE,

@@ -12,13 +12,8 @@ from msa_kernels.block_sparse_attention.reference import (
     kl_reference,
     selection_mask,
 )
-from msa_kernels.block_sparse_attention.tiled import (
-    BlockPool,
-    KlTerm,
-    SparseQueries,
-    pool_backward,
-    pool_forward,
-)
+from msa_kernels.block_sparse_attention.tiled import pool_backward, pool_forward
+from msa_kernels.block_sparse_attention.types import BlockPool, KlTerm, SparseQueries
 from msa_kernels.block_sparse_attention.work_list import build_work_list
 from torch import Tensor
 

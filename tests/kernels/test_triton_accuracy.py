@@ -7,13 +7,8 @@ import torch
 from msa_kernels import select_blocks
 from msa_kernels.block_sparse_attention.op import pack_blocks, unpack_blocks
 from msa_kernels.block_sparse_attention.reference import attention_reference, kl_reference, selection_mask
-from msa_kernels.block_sparse_attention.tiled import (
-    BlockPool,
-    KlTerm,
-    SparseQueries,
-    pool_backward,
-    pool_forward,
-)
+from msa_kernels.block_sparse_attention.tiled import pool_backward, pool_forward
+from msa_kernels.block_sparse_attention.types import BlockPool, KlTerm, SparseQueries
 from torch import Tensor
 
 from tests.helpers.triton_env import DTYPES, needs_triton, run_triton

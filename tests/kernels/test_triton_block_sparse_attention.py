@@ -9,8 +9,9 @@ import pytest
 import torch
 from msa_kernels.block_sparse_attention.choice import unsupported
 from msa_kernels.block_sparse_attention.configs import ATTEND_BACKWARD_CANDIDATES
-from msa_kernels.block_sparse_attention.tiled import BlockPool, KlTerm, PoolGrads, PoolOutput, pool_forward
+from msa_kernels.block_sparse_attention.tiled import pool_forward
 from msa_kernels.block_sparse_attention.triton.schedule import build_schedule, queries_per_portion
+from msa_kernels.block_sparse_attention.types import BlockPool, KlTerm, PoolGrads, PoolOutput
 from msa_kernels.block_sparse_attention.work_list import build_work_list
 from torch import Tensor
 

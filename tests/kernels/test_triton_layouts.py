@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from msa_kernels import select_blocks
-from msa_kernels.block_sparse_attention.tiled import PoolGrads
+from msa_kernels.block_sparse_attention.types import PoolGrads
 from torch import Tensor
 
 from tests.helpers.pool_problems import PoolProblem, Shape, make_problem

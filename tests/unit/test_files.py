@@ -11,10 +11,10 @@ from launchers.local.run_dir import check_writable, claim_run_dir, write_config
 from launchers.node_check import _name
 from msa_train.checkpoint.store import CheckpointStore, write_json
 from msa_train.config import RunConfig
+from msa_train.parallel.selection_file import SelectionRecorder
 from msa_train.runtime.atomic_files import new_file, open_to_append, remove_partials
 from msa_train.runtime.fencing import VARIABLE, take_over
 from msa_train.runtime.preemption import Stopped, write_stopped
-from msa_train.simulate.selections.recorded import SelectionRecorder
 from msa_train.training.metrics.tables import write_summary
 from msa_train.training.metrics.writer import MetricsWriter
 from msa_train.training.stability.skip_policy import log_event

@@ -26,10 +26,11 @@ from launchers.hydra_config.compose import compose_run, config_to_yaml
 from msa_train.config import DataConfig
 from msa_train.convert.tensor_map import M2_NAMING, M3_NAMING
 from msa_train.data.tokenizers.tokenizer import build_tokenizer
+from msa_train.parallel.selection_file import SelectionRecorder
 from msa_train.simulate.inputs.cluster import PRESETS, load_cluster
 from msa_train.simulate.inputs.layouts import place
 from msa_train.simulate.inputs.rates import load_rates, shipped_rates
-from msa_train.simulate.selections.recorded import SelectionRecorder, read_selections
+from msa_train.simulate.selections.recorded import read_selections
 from tests.helpers.hf_files import small_m2, small_m3, write_checkpoint
 from tests.helpers.mutations import damaged, mutated_json
 

@@ -1,7 +1,7 @@
 """Block needs and pool look-ups."""
 
 import torch
-from msa_kernels.block_sparse_attention.tiled import BlockPool
+from msa_kernels.block_sparse_attention.types import BlockPool
 
 from msa_train.config import ExchangeConfig, KvExchange
 from msa_train.parallel.comm.cp_comm import CpComm

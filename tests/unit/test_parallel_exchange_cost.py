@@ -3,14 +3,12 @@
 import pytest
 
 from msa_train.config import KvExchange
+from msa_train.parallel.comm.link_rates import ExchangeRates, Line, fit_line
 from msa_train.parallel.comm.rank_faults import ExchangeError
 from msa_train.parallel.kv_exchange.cost_model import (
-    ExchangeRates,
-    Line,
     PairBytes,
     all_gather_cost,
     choose_full_exchange,
-    fit_line,
     selected_cost,
 )
 from msa_train.parallel.kv_exchange.plan import ExchangeShape

@@ -11,11 +11,11 @@ import pytest
 import yaml
 
 from launchers import simulate
+from msa_train.parallel.selection_file import SelectionRecorder
 from msa_train.simulate.inputs.cluster import PRESETS, load_cluster
 from msa_train.simulate.inputs.layer_shape import LayerShape
 from msa_train.simulate.inputs.rates import RATE_NAMES, load_rates, shipped_rates
 from msa_train.simulate.measure import MeasuredRates, measure_rates, write_rates
-from msa_train.simulate.selections.recorded import SelectionRecorder
 
 SMALL = ("--seq-len", "64K", "--cp-size", "16")
 

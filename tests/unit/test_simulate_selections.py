@@ -9,9 +9,10 @@ from msa_kernels import select_blocks
 from numpy.typing import NDArray
 
 from msa_train.parallel.kv_exchange.requests import needed_pairs
+from msa_train.parallel.selection_file import SelectionRecorder
 from msa_train.simulate.costs.demand import collect_wants
 from msa_train.simulate.inputs.layouts import place
-from msa_train.simulate.selections.recorded import SelectionRecorder, read_selections
+from msa_train.simulate.selections.recorded import read_selections
 from msa_train.simulate.selections.synthetic import SyntheticSelections
 from tests.helpers.simulation import alike, stated
 

@@ -12,8 +12,9 @@ from launchers.hydra_config.compose_cluster import compose_cluster
 from launchers.hydra_config.options import CLUSTER, group_options
 from launchers.slurm.batch_script import COMMON, Job, batch_script, script_path
 from launchers.slurm.placement import check_placement
+from launchers.slurm.submission import read_request
 from launchers.slurm.sweep import expand, hydra_arguments
-from launchers.submit import main, read_request
+from launchers.submit import main
 from msa_train.config import ClusterConfig, ContainerRuntime, ParallelConfig, Tasks, check_time
 
 JOB = Job(

@@ -15,7 +15,8 @@ from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG
 
 from msa_train.training.metrics import writer as metrics
 from msa_train.training.metrics.tables import format_table, write_summary
-from msa_train.training.metrics.writer import MetricsWriter, json_ready, read_metrics, scalars
+from msa_train.training.metrics.tensorboard import scalars
+from msa_train.training.metrics.writer import MetricsWriter, json_ready, read_metrics
 
 
 def test_tags_of_every_form_of_value() -> None:

@@ -6,7 +6,7 @@ Shapes: T queries, M KV groups, G query heads per group, K top-k slots, B block 
 import torch
 from torch import Tensor
 
-from msa_kernels.block_sparse_attention.tiled import BlockPool, KlTerm, PoolGrads, PoolOutput, SparseQueries
+from msa_kernels.block_sparse_attention.types import BlockPool, KlTerm, PoolGrads, PoolOutput, SparseQueries
 
 
 def forward(queries: SparseQueries, pool: BlockPool, entries: Tensor) -> PoolOutput:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from msa_kernels.arguments import check_floating, check_same_device
 from msa_kernels.block_sparse_attention.op import check_attention, whole_pack
-from msa_kernels.block_sparse_attention.tiled import KlTerm, pool_backward, pool_forward
+from msa_kernels.block_sparse_attention.tiled import pool_backward, pool_forward
+from msa_kernels.block_sparse_attention.types import KlTerm
 
 
 @dataclass(slots=True)

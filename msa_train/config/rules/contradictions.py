@@ -2,7 +2,7 @@
 
 from msa_train.config.options import BadStep
 from msa_train.config.run import RunConfig
-from msa_train.config.stages import plan_stages, total_steps
+from msa_train.config.stage_plan import plan_stages, total_steps
 
 
 def contradictions(config: RunConfig) -> list[str]:

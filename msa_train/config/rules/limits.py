@@ -10,7 +10,7 @@ from typing import cast
 
 from msa_train.config.model import MAX_LAYERS
 from msa_train.config.run import RunConfig
-from msa_train.config.stages import plan_stages
+from msa_train.config.stage_plan import plan_stages
 
 COUNT = 2**31 - 1
 "of steps and of whatever has no limit of its own"

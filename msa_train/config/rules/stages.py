@@ -2,7 +2,7 @@
 
 from msa_train.config.options import AttentionKind, KlTarget, StageAttention
 from msa_train.config.run import RunConfig
-from msa_train.config.stages import Stage, plan_stages
+from msa_train.config.stage_plan import Stage, plan_stages
 
 
 def check_stages(config: RunConfig) -> None:

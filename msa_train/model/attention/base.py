@@ -12,35 +12,20 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
-from msa_kernels import select_blocks, window_blocks
 from torch import Tensor
 
-from msa_train.config import KvExchange, QkNorm, StageAttention
-from msa_train.model.attention.index_branch import IndexBranch
-from msa_train.model.inputs.pack_params import LayerStats, PackParams
-from msa_train.model.inputs.pack_shard import LocalPack
+from msa_train.config import KvExchange, QkNorm
+from msa_train.model.attention.index_branch import StartedIndex
+from msa_train.model.inputs.layer_stats import LayerStats
+from msa_train.model.inputs.pack_params import PackParams
 from msa_train.model.layers.norm import RMSNorm
 from msa_train.model.layers.rotary import apply_rotary
 from msa_train.model.transformer_config import MsaTransformerConfig
-from msa_train.parallel.attention.cp_full import FullCall, cp_full_attention
-from msa_train.parallel.attention.cp_sparse import SparseCall, cp_sparse_attention
+from msa_train.parallel.attention.cp_full import FullCall
+from msa_train.parallel.attention.cp_sparse import SparseCall
 from msa_train.parallel.attention.dense_kl import IndexKl
-from msa_train.parallel.attention.selection_recall import probe_attention
-from msa_train.parallel.comm.cp_comm import CpComm, Pending
-from msa_train.parallel.kv_exchange.requests import needed_pairs, pairs_by_owner
-from msa_train.parallel.sharding.redistribute import move_rows
-from msa_train.parallel.sharding.shard_layout import ShardLayout
+from msa_train.parallel.comm.cp_comm import CpComm
 from msa_train.parallel.sharding.ulysses import gather_tokens, to_heads, to_tokens
-
-
-@dataclass(slots=True)
-class StartedIndex:
-    """Index queries [T, M, Di] and keys [T, Di]; all_keys [P, T, Di] by `layout` on their way, or None."""
-
-    q: Tensor
-    k: Tensor
-    all_keys: Pending[Tensor] | None
-    layout: ShardLayout
 
 
 @dataclass
@@ -203,205 +188,3 @@ def _normalise(norm: RMSNorm, x: Tensor) -> Tensor:
     if norm.weight.numel() == x.shape[-1]:
         return norm(x)
     return norm(x.reshape(x.shape[0], -1)).view_as(x)
-
-
-class FullSelfAttention(GroupedQueryAttention):
-    """Dense causal attention within documents."""
-
-    def attend(
-        self, started: StartedIndex | None, q: Tensor, k: Tensor, v: Tensor, params: PackParams
-    ) -> Tensor:
-        """See GroupedQueryAttention.attend."""
-        return cp_full_attention(q, k, v, self.full_call(params))
-
-
-class WindowSelfAttention(GroupedQueryAttention):
-    """Causal sliding window within documents, with a sink: position decides which blocks are exchanged."""
-
-    def attend(
-        self, started: StartedIndex | None, q: Tensor, k: Tensor, v: Tensor, params: PackParams
-    ) -> Tensor:
-        """See GroupedQueryAttention.attend."""
-        pack, attention = params.pack, self.config.attention
-        assert pack is not None, "the step fills in the pack"
-        block_indices, window = window_blocks(
-            pack.position,
-            pack.position - pack.doc_position,
-            block_size=attention.block_size,
-            num_blocks=pack.layout.num_blocks,
-            window=attention.window,
-            sink_blocks=attention.window_sink,
-            query_valid=pack.valid,
-        )
-        call = SparseCall(
-            block_indices=block_indices[:, None].expand(-1, k.shape[1], -1),
-            position=pack.position,
-            layout=pack.layout,
-            comm=self.comm_of(params),
-            exchange=self.config.kv_exchange,
-            softmax_scale=self.head_dim**-0.5,
-            settings=self.config.exchange,
-            requests=params.record.requests,
-            window=window,
-            kernel=attention.kernel,
-        )
-        out = cp_sparse_attention(q, k, v, None, None, call)
-        self._record(call, params)
-        return out
-
-
-class MsaSelfAttention(GroupedQueryAttention):
-    """MiniMax Sparse Attention: the index branch selects blocks, exact attention runs on them."""
-
-    def __init__(self, config: MsaTransformerConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
-        self.index_branch = IndexBranch(config, kwargs["pg_collection"])
-
-    def attend(
-        self, started: StartedIndex | None, q: Tensor, k: Tensor, v: Tensor, params: PackParams
-    ) -> Tensor:
-        """See GroupedQueryAttention.attend."""
-        pack, record = params.pack, params.record
-        assert pack is not None, "the step fills in the pack"
-        assert started is not None, "index queries and keys were projected first"
-        q_index, k_index = started.q, started.k
-        if started.all_keys is None:
-            # Zero gradients for the index branch, and not none: gradient hooks wait for every parameter.
-            return cp_full_attention(q, k, v, self.full_call(params), q_index, k_index)
-        all_keys = started.layout.in_order(started.all_keys.wait())
-        if params.attention is StageAttention.dense:
-            return self._attend_densely(q, k, v, q_index, k_index, all_keys, params)
-        if record.block_indices is None:
-            record.block_indices = self._select(q_index, all_keys, params)
-        if params.probe is not None and not record.replaying:
-            self._probe(q, k, record.block_indices[params.probe.rows], params)
-        if params.on_selection is not None and not record.replaying:
-            params.on_selection(self.layer_number, record.block_indices)
-        trains_index = params.kl_weight > 0 and torch.is_grad_enabled()
-        block_size = self.config.attention.block_size
-        call = SparseCall(
-            block_indices=record.block_indices,
-            position=pack.position,
-            layout=pack.layout,
-            comm=self.comm_of(params),
-            exchange=self.config.kv_exchange,
-            softmax_scale=self.head_dim**-0.5,
-            index_scale=q_index.shape[-1] ** -0.5,
-            k_index=all_keys.view(-1, block_size, all_keys.shape[-1]) if trains_index else None,
-            kl_weight=params.kl_weight,
-            kl_temperature=self.config.attention.kl_temperature,
-            on_kl=lambda kl: LayerStats.add(params.stats.kl, self.layer_number, kl),
-            settings=self.config.exchange,
-            needed=None if record.replaying else needed_pairs(record.block_indices, pack.layout.num_blocks),
-            requests=record.requests,
-            kernel=self.config.attention.kernel,
-        )
-        out = cp_sparse_attention(q, k, v, q_index, k_index, call)
-        if call.needed is not None:
-            self._count_selected(call.needed, params)
-        self._record(call, params)
-        return out
-
-    def start(self, hidden_states: Tensor, params: PackParams) -> StartedIndex:
-        """Project index queries and keys; the keys travel from here on."""
-        assert params.pack is not None, "the step fills in the pack"
-        assert params.rotary is not None, "a pack comes with its rotary table"
-        q, k = self.index_branch(hidden_states, params.rotary)
-        if params.attention is StageAttention.dense and params.kl_weight == 0:
-            return StartedIndex(q, k, None, params.pack.layout)
-        pending = self.comm_of(params).start_all_gather(k.detach(), "index_key")
-        return StartedIndex(q, k, pending, params.pack.layout)
-
-    def _attend_densely(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        q_index: Tensor,
-        k_index: Tensor,
-        all_keys: Tensor,
-        params: PackParams,
-    ) -> Tensor:
-        """Full attention, under which the index branch learns from all causal tokens."""
-        if params.probe is not None and not params.record.replaying:
-            assert params.pack is not None, "checked by the caller"
-            rows = params.probe.rows
-            selected = self._select_some(
-                q_index.detach()[rows], all_keys, params.pack, position=params.pack.position[rows]
-            )
-            self._probe(q, k, selected, params)
-        kl = IndexKl(
-            all_keys=all_keys,
-            weight=params.kl_weight,
-            index_scale=q_index.shape[-1] ** -0.5,
-            temperature=self.config.attention.kl_temperature,
-            on_kl=lambda value: LayerStats.add(params.stats.kl, self.layer_number, value),
-            kernel=self.config.attention.kernel,
-        )
-        return cp_full_attention(q, k, v, self.full_call(params, kl), q_index, k_index)
-
-    def _select(self, q_index: Tensor, all_keys: Tensor, params: PackParams) -> Tensor:
-        """Selection [T, M, topk] of all local queries, some of which other ranks may compute."""
-        pack, comm = params.pack, self.comm_of(params)
-        assert pack is not None, "checked by the caller"
-        q_index, moves = q_index.detach(), pack.index.moves
-        if moves is not None:
-            q_index = move_rows(q_index, moves.there, comm, "index_query")
-        parts, row = [], 0
-        for start, stop in pack.index.ranges:
-            rows = slice(row, row + stop - start)
-            valid = pack.valid[rows] if moves is None else None
-            parts.append(self._select_some(q_index[rows], all_keys, pack, start, valid=valid))
-            row = rows.stop
-        selected = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if moves is not None:
-            selected = move_rows(selected, moves.back, comm, "index_query")
-            selected.masked_fill_(~pack.valid[:, None, None], -1)
-        return selected
-
-    def _select_some(
-        self,
-        q_index: Tensor,
-        all_keys: Tensor,
-        pack: LocalPack,
-        start: int = 0,
-        *,
-        valid: Tensor | None = None,
-        position: Tensor | None = None,
-    ) -> Tensor:
-        """Selection of queries at positions from `start` on, or at those in `position`."""
-        attention = self.config.attention
-        return select_blocks(
-            q_index,
-            all_keys,
-            pack.cu_seqlens,
-            block_size=attention.block_size,
-            topk=attention.topk,
-            local_blocks=attention.local_blocks,
-            query_offset=start,
-            query_valid=valid,
-            position=position,
-            kernel=attention.kernel.value,
-        )
-
-    def _probe(self, q: Tensor, k: Tensor, selected: Tensor, params: PackParams) -> None:
-        """Compare the sampled queries' selection with full attention; selected: [sampled, M, topk]."""
-        probe, comm = params.probe, self.comm_of(params)
-        assert probe is not None, "called where queries are sampled"
-        q, k = q.detach()[probe.rows], k.detach()
-        sums = probe_attention(q, k, selected, probe, comm, softmax_scale=self.head_dim**-0.5).flat()
-        LayerStats.add(params.stats.attention, self.layer_number, self._of_all_groups(sums, params))
-
-    def _of_all_groups(self, values: Tensor, params: PackParams) -> Tensor:
-        """[M, ...] of the groups that this rank attends for -> [num_kv_heads, ...], zero for the others."""
-        whole = values.new_zeros(self.config.model.num_kv_heads, *values.shape[1:])
-        first = self.tp_rank * self.num_groups + params.head_rank * len(values)
-        whole[first : first + len(values)] = values
-        return whole
-
-    def _count_selected(self, needed: Tensor, params: PackParams) -> None:
-        """Remote pairs per group: what `selected` sends, whatever is used. needed: [M, NB] bool."""
-        assert params.pack is not None, "checked by the caller"
-        layout = params.pack.layout
-        pairs = pairs_by_owner(needed, layout).view(layout.cp_size, needed.shape[0], -1).sum((0, 2))
-        LayerStats.add(params.stats.selected, self.layer_number, self._of_all_groups(pairs, params))

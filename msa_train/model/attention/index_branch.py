@@ -3,6 +3,7 @@
 Shapes: T local tokens, M KV groups on this tensor-parallel rank, Di index head dim.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from msa_train.model.layers.norm import RMSNorm
 from msa_train.model.layers.rotary import apply_rotary
 from msa_train.model.transformer_config import MsaTransformerConfig
+from msa_train.parallel.comm.cp_comm import Pending
+from msa_train.parallel.sharding.shard_layout import ShardLayout
 
 
 def is_index_parameter(name: str) -> bool:
@@ -74,3 +77,13 @@ class IndexBranch(MegatronModule):
             tp_group=self.tp_group,
             dp_cp_group=(metadata or {}).get("dp_cp_group"),
         )
+
+
+@dataclass(slots=True)
+class StartedIndex:
+    """Index queries [T, M, Di] and keys [T, Di]; all_keys [P, T, Di] by `layout` on their way, or None."""
+
+    q: Tensor
+    k: Tensor
+    all_keys: Pending[Tensor] | None
+    layout: ShardLayout

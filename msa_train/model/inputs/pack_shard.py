@@ -11,7 +11,7 @@ from torch import Tensor
 from msa_train.config import ParallelConfig
 from msa_train.data import Pack
 from msa_train.parallel.comm.to_device import to_device
-from msa_train.parallel.kv_exchange.full import FullPlan, make_full_plan
+from msa_train.parallel.kv_exchange.full_plan import FullPlan, make_full_plan
 from msa_train.parallel.sharding.load_balance import balance, index_work
 from msa_train.parallel.sharding.partition import Range
 from msa_train.parallel.sharding.redistribute import Relayout, make_relayout

@@ -19,7 +19,8 @@ from torch import Tensor
 from msa_train.config import KvExchange
 from msa_train.parallel.attention.dense_kl import DenseKl, IndexKl, TeacherLse
 from msa_train.parallel.comm.cp_comm import CpComm
-from msa_train.parallel.kv_exchange.full import FullPlan, KeySource, open_full_session
+from msa_train.parallel.kv_exchange.full import KeySource, open_full_session
+from msa_train.parallel.kv_exchange.full_plan import FullPlan
 from msa_train.parallel.sharding.redistribute import relayout, restore
 from msa_train.parallel.sharding.shard_layout import Segment, ShardLayout, VisiblePart, visible_parts
 

@@ -10,13 +10,8 @@ from typing import Any
 
 import torch
 from msa_kernels.block_sparse_attention.op import pack_blocks, unpack_blocks
-from msa_kernels.block_sparse_attention.tiled import (
-    KlTerm,
-    PoolOutput,
-    SparseQueries,
-    pool_backward,
-    pool_forward,
-)
+from msa_kernels.block_sparse_attention.tiled import pool_backward, pool_forward
+from msa_kernels.block_sparse_attention.types import KlTerm, PoolOutput, SparseQueries
 from msa_kernels.block_sparse_attention.window import TokenWindow
 from msa_kernels.full_attention.op import merge_parts
 from torch import Tensor

@@ -16,8 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from msa_train.parallel.comm.fault_watch import FaultWatch
+from msa_train.parallel.comm.link_rates import ExchangeRates
 from msa_train.parallel.comm.p2p import start_messages, start_row_exchange
-from msa_train.parallel.kv_exchange.cost_model import ExchangeRates
+from msa_train.parallel.comm.traffic import ExposedTime, Traffic
 from msa_train.parallel.kv_exchange.plan import ExchangeShape
 
 # torch 2.13 renamed these two and warns about the old names; 2.11 has only the old ones.
@@ -27,56 +28,6 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 _Result = TypeVar("_Result")
 # Purpose of a collective, and bytes that it brings.
 Point = tuple[str, int]
-
-
-@dataclass(slots=True)
-class Traffic:
-    """Bytes that this rank received from other ranks, by purpose (`kv`, `kv_grad`, `index_key`, ...)."""
-
-    received: dict[str, int] = field(default_factory=dict)
-
-    def add(self, purpose: str, num_bytes: int) -> None:
-        """Count `num_bytes` more."""
-        self.received[purpose] = self.received.get(purpose, 0) + num_bytes
-
-    def __getitem__(self, purpose: str) -> int:
-        return self.received.get(purpose, 0)
-
-
-@dataclass(slots=True)
-class ExposedTime:
-    """Time in which this rank could only wait for a collective, by purpose.
-
-    On a CPU the time spent in `Pending.wait`. On a GPU the time for which its stream stood still, from events
-    that nobody waits for before the step ends.
-    """
-
-    waited_s: dict[str, float] = field(default_factory=dict)
-    events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
-
-    def seconds(self) -> dict[str, float]:
-        """Totals so far; waits for the device where it is one that runs on its own."""
-        for purpose, begin, end in self.events:
-            end.synchronize()
-            self._add(purpose, begin.elapsed_time(end) / 1000)
-        self.events.clear()
-        return self.waited_s
-
-    def run(self, purpose: str, device: torch.device, wait: Callable[[], None]) -> None:
-        """Call `wait` and count how long it held this rank up."""
-        if device.type == "cuda":
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            wait()
-            end.record()
-            self.events.append((purpose, begin, end))
-            return
-        begin_s = time.perf_counter()
-        wait()
-        self._add(purpose, time.perf_counter() - begin_s)
-
-    def _add(self, purpose: str, seconds: float) -> None:
-        self.waited_s[purpose] = self.waited_s.get(purpose, 0.0) + seconds
 
 
 class Pending(Generic[_Result]):

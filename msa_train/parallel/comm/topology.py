@@ -14,7 +14,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from msa_train.config import ExchangeConfig, KvExchange
 from msa_train.parallel.comm.cp_comm import CpComm
 from msa_train.parallel.comm.fault_watch import FaultWatch
-from msa_train.parallel.kv_exchange.cost_model import ExchangeRates, Line, fit_line
+from msa_train.parallel.comm.link_rates import ExchangeRates, Line, fit_line
 
 # Bytes that the busiest rank moves in the measured collectives, and how often each is repeated.
 _MEASURED_BYTES = (4096, 4 * 2**20)

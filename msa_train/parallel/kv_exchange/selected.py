@@ -8,7 +8,7 @@ Shapes: as in exchange_session; R fetched pairs, H hot pairs, E elements of one 
 from collections.abc import Callable, Iterator
 
 import torch
-from msa_kernels.block_sparse_attention.tiled import BlockPool
+from msa_kernels.block_sparse_attention.types import BlockPool
 from torch import Tensor
 
 from msa_train.parallel.comm.cp_comm import CpComm, Pending

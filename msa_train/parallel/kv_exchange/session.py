@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from msa_kernels.block_sparse_attention.tiled import BlockPool
+from msa_kernels.block_sparse_attention.types import BlockPool
 from torch import Tensor
 
 from msa_train.parallel.comm.cp_comm import CpComm

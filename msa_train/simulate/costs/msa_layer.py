@@ -10,14 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from msa_train.parallel.kv_exchange.cost_model import (
-    ExchangeRates,
-    Line,
-    PairBytes,
-    all_gather_cost,
-    fit_line,
-    selected_cost,
-)
+from msa_train.parallel.comm.link_rates import ExchangeRates, Line, fit_line
+from msa_train.parallel.kv_exchange.cost_model import PairBytes, all_gather_cost, selected_cost
 from msa_train.simulate.costs import collective_cost as wires
 from msa_train.simulate.costs.collective_cost import Wire
 from msa_train.simulate.costs.demand import Wants, exchange_rows, exchange_shape

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from msa_train.parallel.selection_file import Bits
 from msa_train.simulate.costs.demand import collect_wants
 from msa_train.simulate.costs.layer_costs import SchemeReport, Setup
 from msa_train.simulate.costs.msa_exchange import AttentionWork, PassWork
@@ -28,7 +29,6 @@ from msa_train.simulate.inputs.rates import KernelRates, load_rates
 from msa_train.simulate.inputs.scenario import Options, Scheme
 from msa_train.simulate.inputs.settings_file import read_mapping
 from msa_train.simulate.reports.text import table
-from msa_train.simulate.selections.recorded import Bits
 
 GOAL = 0.15
 "largest error of a predicted time that the project wants"

@@ -9,9 +9,9 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
+from msa_train.parallel.selection_file import FORMAT
 from msa_train.runtime.untrusted_files import one_line, open_regular
 
-FORMAT = "msa_selections 1"
 _COUNTS = ("seq_len", "block_size", "num_kv_heads", "topk", "first_token", "num_tokens", "chunk_tokens")
 _LISTS = ("cu_seqlens", "layers", "sample_position")
 _FIELDS = ("format", *_COUNTS, *_LISTS, "needed_bits", "sample_blocks", "source")

@@ -16,19 +16,16 @@ Chunks are unions over neighbouring queries, so that a recording of millions of 
 serves every layout and number of ranks whose shards are whole chunks.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from msa_train.runtime.atomic_files import new_file
+from msa_train.parallel.selection_file import Bits
 from msa_train.simulate.inputs.placement import Placement
-from msa_train.simulate.selections.files import FORMAT, read_part
-
-Bits = NDArray[np.bool_]
+from msa_train.simulate.selections.files import read_part
 
 
 class Selections(Protocol):
@@ -45,105 +42,6 @@ class Selections(Protocol):
     def describe(self) -> str:
         """One line for reports."""
         ...
-
-
-@dataclass(slots=True)
-class SelectionRecorder:
-    """Collects the selections of some layers over consecutive tokens, e.g. of one rank, and writes them.
-
-    Args:
-        seq_len, block_size, num_kv_heads, topk: of the pack and the model.
-        first_token, num_tokens: the tokens whose queries are recorded, whole chunks.
-        chunk_tokens: queries per recorded union; smaller ones serve more layouts and cost more space.
-        cu_seqlens: document starts, the last entry is seq_len.
-        num_samples: queries kept one by one.
-    """
-
-    seq_len: int
-    block_size: int
-    num_kv_heads: int
-    topk: int
-    first_token: int
-    num_tokens: int
-    chunk_tokens: int
-    cu_seqlens: Sequence[int]
-    num_samples: int = 256
-    _bits: dict[int, NDArray[np.uint8]] = field(default_factory=dict)
-    _samples: dict[int, NDArray[np.int32]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name in ("seq_len", "first_token", "num_tokens"):
-            if getattr(self, name) % self.chunk_tokens:
-                raise ValueError(
-                    f"{name}={getattr(self, name)}: must be a multiple of chunk_tokens={self.chunk_tokens}"
-                )
-        if self.chunk_tokens % self.block_size:
-            raise ValueError(
-                f"chunk_tokens={self.chunk_tokens}: must be a multiple of block_size={self.block_size}"
-            )
-
-    @property
-    def sample_rows(self) -> NDArray[np.int64]:
-        """Rows of the sampled queries, spread evenly."""
-        count = min(self.num_samples, self.num_tokens)
-        return np.arange(count, dtype=np.int64) * self.num_tokens // count
-
-    @property
-    def has_layers(self) -> bool:
-        """Whether anything was added."""
-        return bool(self._bits)
-
-    def add(self, layer: int, block_indices: NDArray[np.integer]) -> None:
-        """Record a layer.
-
-        Args:
-            layer: its number; a layer recorded twice keeps the union (several microbatches, one selection
-            each). block_indices: [num_tokens, num_kv_heads, topk] global block ids, -1 for none, on the
-            host.
-        """
-        shape = (self.num_tokens, self.num_kv_heads, self.topk)
-        if block_indices.shape != shape:
-            raise ValueError(f"block_indices.shape={block_indices.shape}: must be {shape}")
-        bits = np.packbits(self._needed(block_indices), axis=-1)
-        self._bits[layer] = self._bits[layer] | bits if layer in self._bits else bits
-        self._samples.setdefault(layer, block_indices[self.sample_rows].astype(np.int32))
-
-    def _needed(self, block_indices: NDArray[np.integer]) -> Bits:
-        """[C, M, NB], one column more at the front that takes the -1."""
-        num_blocks, chunks = self.seq_len // self.block_size, self.num_tokens // self.chunk_tokens
-        needed = np.zeros((chunks, self.num_kv_heads, num_blocks + 1), dtype=bool)
-        chunk = np.arange(self.num_tokens)[:, None, None] // self.chunk_tokens
-        group = np.arange(self.num_kv_heads)[None, :, None]
-        needed[chunk, group, block_indices.astype(np.int64) + 1] = True
-        return needed[..., 1:]
-
-    def save(self, path: Path, source: str) -> None:
-        """Write a part; source says what was recorded (run, step, data)."""
-        if not self._bits:
-            raise ValueError(f"{path}: no layer was recorded; call add first")
-        layers = sorted(self._bits)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with new_file(path, "wb") as file:
-            self._write(file, layers, source)
-
-    def _write(self, file: IO[bytes], layers: list[int], source: str) -> None:
-        np.savez_compressed(
-            file,
-            format=FORMAT,
-            seq_len=self.seq_len,
-            block_size=self.block_size,
-            num_kv_heads=self.num_kv_heads,
-            topk=self.topk,
-            first_token=self.first_token,
-            num_tokens=self.num_tokens,
-            chunk_tokens=self.chunk_tokens,
-            cu_seqlens=np.asarray(self.cu_seqlens, dtype=np.int64),
-            layers=np.asarray(layers),
-            needed_bits=np.stack([self._bits[layer] for layer in layers]),
-            sample_position=self.sample_rows + self.first_token,
-            sample_blocks=np.stack([self._samples[layer] for layer in layers]),
-            source=source,
-        )
 
 
 @dataclass(slots=True)

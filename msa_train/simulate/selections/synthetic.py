@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from msa_train.parallel.selection_file import Bits
 from msa_train.simulate.inputs.placement import IntArray, Placement
-from msa_train.simulate.selections.recorded import Bits
 
 FloatArray = NDArray[np.float64]
 # Draws held at once

@@ -11,11 +11,12 @@ from msa_train.config import RunConfig, Stage
 from msa_train.data import Pack
 from msa_train.model.gpt import MsaGptModel, build_model
 from msa_train.model.init_weights import init_weights
-from msa_train.model.inputs.pack_params import LayerStats
-from msa_train.parallel.comm.cp_comm import ExposedTime, Traffic
+from msa_train.model.inputs.layer_stats import LayerStats
+from msa_train.model.pack_forward import PackForward
+from msa_train.parallel.comm.traffic import ExposedTime, Traffic
 from msa_train.parallel.process_groups import Groups
 from msa_train.training.optim.lr_schedule import Rates
-from msa_train.training.step_batch import PackForward, StepBatch
+from msa_train.training.step_batch import StepBatch
 
 
 @dataclass(slots=True)

@@ -14,7 +14,7 @@ from msa_train.checkpoint.format_versions import STATE_NAMES, STATE_PREFIX
 from msa_train.config import RunConfig, Stage
 from msa_train.data import Pack
 from msa_train.model.attention.index_branch import is_index_parameter
-from msa_train.model.inputs.pack_params import LayerStats
+from msa_train.model.inputs.layer_stats import LayerStats
 from msa_train.model.layers.moe import SigmoidRouter
 from msa_train.parallel.process_groups import Groups
 from msa_train.training.engines.engine import (

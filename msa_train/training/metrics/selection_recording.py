@@ -9,8 +9,8 @@ from torch import Tensor
 from msa_train.config import RunConfig
 from msa_train.data import Pack
 from msa_train.parallel.process_groups import Groups
+from msa_train.parallel.selection_file import SelectionRecorder
 from msa_train.parallel.sharding.shard_layout import ShardLayout
-from msa_train.simulate.selections.recorded import SelectionRecorder
 
 FOLDER_NAME = "selections"
 # Unions per recording, about: more would serve more layouts and take more space.

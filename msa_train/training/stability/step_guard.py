@@ -7,12 +7,13 @@ import torch
 import torch.distributed as dist
 
 from msa_train.checkpoint.all_ranks import together
-from msa_train.checkpoint.load import load_newest, restore
+from msa_train.checkpoint.load import load_newest
 from msa_train.checkpoint.store import CheckpointStore
 from msa_train.config import RunConfig, Stage, plan_stages, stage_at
 from msa_train.parallel.comm.fault_watch import watched
 from msa_train.parallel.process_groups import Groups
 from msa_train.training.engines.engine import Accept, Engine, StepResult
+from msa_train.training.resume import restore
 from msa_train.training.stability.finite_check import check_finite, diverged, not_finite
 from msa_train.training.stability.skip_policy import BadSteps, RollbackError, log_event
 from msa_train.training.step_batch import StepBatch

@@ -11,11 +11,11 @@ import triton
 from torch import Tensor
 
 from msa_kernels.block_sparse_attention import configs
-from msa_kernels.block_sparse_attention.tiled import BlockPool, KlTerm, PoolGrads, SparseQueries
 from msa_kernels.block_sparse_attention.triton import backward_kernel as kernel_backward
 from msa_kernels.block_sparse_attention.triton import forward_kernel as kernel
 from msa_kernels.block_sparse_attention.triton.forward import Portion, Sizes, portions, sizes_of
 from msa_kernels.block_sparse_attention.triton.schedule import Items, Splits
+from msa_kernels.block_sparse_attention.types import BlockPool, KlTerm, PoolGrads, SparseQueries
 from msa_kernels.tiles import padded
 
 # Partial gradients of the queries of one portion. More queries at a time mean that K, V and their gradients,

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from msa_kernels.arguments import check_int64
 from msa_kernels.block_sparse_attention import configs
-from msa_kernels.block_sparse_attention.tiled import BlockPool, PoolOutput, SparseQueries
 from msa_kernels.block_sparse_attention.triton import forward_kernel as kernel
 from msa_kernels.block_sparse_attention.triton.schedule import (
     Items,
@@ -22,6 +21,7 @@ from msa_kernels.block_sparse_attention.triton.schedule import (
     build_schedule,
     queries_per_portion,
 )
+from msa_kernels.block_sparse_attention.types import BlockPool, PoolOutput, SparseQueries
 from msa_kernels.block_sparse_attention.window import TokenWindow
 from msa_kernels.tiles import padded
 

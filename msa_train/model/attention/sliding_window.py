@@ -1,0 +1,44 @@
+"""Sliding-window attention over documents."""
+
+from msa_kernels import window_blocks
+from torch import Tensor
+
+from msa_train.model.attention.base import GroupedQueryAttention
+from msa_train.model.attention.index_branch import StartedIndex
+from msa_train.model.inputs.pack_params import PackParams
+from msa_train.parallel.attention.cp_sparse import SparseCall, cp_sparse_attention
+
+
+class WindowSelfAttention(GroupedQueryAttention):
+    """Causal sliding window within documents, with a sink: position decides which blocks are exchanged."""
+
+    def attend(
+        self, started: StartedIndex | None, q: Tensor, k: Tensor, v: Tensor, params: PackParams
+    ) -> Tensor:
+        """See GroupedQueryAttention.attend."""
+        pack, attention = params.pack, self.config.attention
+        assert pack is not None, "the step fills in the pack"
+        block_indices, window = window_blocks(
+            pack.position,
+            pack.position - pack.doc_position,
+            block_size=attention.block_size,
+            num_blocks=pack.layout.num_blocks,
+            window=attention.window,
+            sink_blocks=attention.window_sink,
+            query_valid=pack.valid,
+        )
+        call = SparseCall(
+            block_indices=block_indices[:, None].expand(-1, k.shape[1], -1),
+            position=pack.position,
+            layout=pack.layout,
+            comm=self.comm_of(params),
+            exchange=self.config.kv_exchange,
+            softmax_scale=self.head_dim**-0.5,
+            settings=self.config.exchange,
+            requests=params.record.requests,
+            window=window,
+            kernel=attention.kernel,
+        )
+        out = cp_sparse_attention(q, k, v, None, None, call)
+        self._record(call, params)
+        return out

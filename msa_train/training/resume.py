@@ -1,0 +1,65 @@
+"""Bring a run to the state of its newest sound checkpoint."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from msa_train.checkpoint.format_versions import optimizer_updates
+from msa_train.checkpoint.load import load_checkpoint, load_newest, load_weights
+from msa_train.checkpoint.store import Found
+from msa_train.checkpoint.torch_dist.rng_state import RNG_KEY, set_rng_state
+from msa_train.config import RunConfig
+from msa_train.training.engines.engine import Engine
+
+
+@dataclass(slots=True)
+class Resumed:
+    """step: steps already made; messages: lines to print; bad_steps: what BadSteps had recorded."""
+
+    step: int
+    messages: list[str]
+    bad_steps: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+def resume(config: RunConfig, engine: Engine) -> Resumed:
+    """Load the newest undamaged checkpoint, if any.
+
+    The run's own checkpoint comes first, else `checkpoint.load`.
+    """
+    lacking: set[str] = set()
+
+    def load(found: Found) -> None:
+        if found.weights_only:
+            template = engine.sharded_state(loading=True)["model"]
+            weights, not_there = load_weights(found.path, template)
+            engine.load_weights(weights)
+            lacking.update(not_there)
+        else:
+            restore(found, engine)
+
+    found = load_newest(config, load)
+    if found is None:
+        return Resumed(0, [])
+    if found.weights_only:
+        lines = [*found.messages, f"starting from the weights of {found.path}", *_new_branches(lacking)]
+        return Resumed(0, lines)
+    origin = "" if found.own else f" of {found.path}"
+    lines = [*found.messages, f"going on from step {found.step}{origin}"]
+    return Resumed(found.step, lines, found.meta.get("bad_steps", {}))
+
+
+def _new_branches(lacking: set[str]) -> list[str]:
+    layers = sorted({int(match[1]) + 1 for key in lacking if (match := re.search(r"layers\.(\d+)\.", key))})
+    return [f"it has no index branch in layers {', '.join(map(str, layers))}: drawn anew"] if layers else []
+
+
+def restore(found: Found, engine: Engine) -> None:
+    """Bring model, optimizer and, where as many ranks saved, random numbers back to a checkpoint. All ranks.
+
+    Raises:
+        CheckpointError: as `load_checkpoint`.
+    """
+    state = load_checkpoint(found.path, engine.sharded_state(loading=True))
+    engine.load_state(state, optimizer_updates(found.meta))
+    if RNG_KEY in state:
+        set_rng_state(state[RNG_KEY])

@@ -29,20 +29,23 @@ from msa_train.parallel.process_groups import Groups
 from msa_train.parallel.sharding.partition import make_plan, merge_ranks
 from msa_train.parallel.sharding.shard_layout import ShardLayout
 from msa_train.parallel.sharding.ulysses import token_order
-from msa_train.training.metrics.selection_recording import SelectionLog
+
+OnSelection = Callable[[int, Tensor], None]
+"is told a layer number and its block ids [T, M, topk]"
 
 
 class PackForward:
     """Runs the model on a pack: cuts this rank's shard, builds what the layers need beside it.
 
     stage: of the run; decides what MSA layers attend to and learn from. The first one until it is set.
-    selection_log: where the step's selections go; None: nowhere. on_pack: called when a pack begins.
+    open_selections: asked at each pack where its layers' selections go; None: nowhere. on_pack: called when a
+    pack begins.
     """
 
     def __init__(self, config: RunConfig, groups: Groups) -> None:
         self.config, self.groups = config, groups
         self.stage: Stage = plan_stages(config)[0]
-        self.selection_log: SelectionLog | None = None
+        self.open_selections: Callable[[Pack, ShardLayout], OnSelection | None] | None = None
         self.on_pack: Callable[[], None] = lambda: None
 
     def layout(self, pack: Pack, head_size: int = 1) -> ShardLayout:
@@ -95,7 +98,7 @@ class PackForward:
             padding_mask=tensor_parallel_padding(local.valid, groups.tp_rank, groups.tp_size),
             probe=self._sample(pack, layout, probe_seed),
             full_exchange=self._full_exchange(local if heads is None else heads.pack),
-            on_selection=None if self.selection_log is None else self.selection_log.open(pack, layout),
+            on_selection=None if self.open_selections is None else self.open_selections(pack, layout),
             heads=heads,
         )
         return local, params

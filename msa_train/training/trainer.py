@@ -217,9 +217,10 @@ class Trainer:
         every, sparse = self.config.logging.selections_every, stage.attention is StageAttention.sparse
         if not (sparse and every > 0 and step % every == 0):
             return self._take(batch, rates)
-        log = self.engine.forward.selection_log = SelectionLog(self.config, self.groups, step)
+        log = SelectionLog(self.config, self.groups, step)
+        self.engine.forward.open_selections = log.open
         result = self._take(batch, rates)
-        self.engine.forward.selection_log = None
+        self.engine.forward.open_selections = None
         try:
             log.save()
         except OSError as error:

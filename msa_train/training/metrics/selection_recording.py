@@ -1,13 +1,13 @@
 """Writes which blocks a training step's first pack selects, for `msa-simulate --selections`."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
 
 from msa_train.config import RunConfig
 from msa_train.data import Pack
+from msa_train.model.pack_forward import OnSelection
 from msa_train.parallel.process_groups import Groups
 from msa_train.parallel.selection_file import SelectionRecorder
 from msa_train.parallel.sharding.shard_layout import ShardLayout
@@ -15,8 +15,6 @@ from msa_train.parallel.sharding.shard_layout import ShardLayout
 FOLDER_NAME = "selections"
 # Unions per recording, about: more would serve more layouts and take more space.
 _MAX_CHUNKS = 1024
-
-OnSelection = Callable[[int, Tensor], None]
 
 
 class SelectionLog:

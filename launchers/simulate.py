@@ -171,11 +171,11 @@ def _schemes(text: str) -> list[str]:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    question, selections = read_question(arguments)
+    scenario, selections = read_question(arguments)
     from msa_train.simulate.reports.text import answer_data, answer_text
     from msa_train.simulate.study import answer
 
-    result = answer(question, selections(question))
+    result = answer(scenario, selections(scenario))
     if arguments.json:
         _print_json(answer_data(result))
     else:
@@ -185,11 +185,11 @@ def _run(arguments: argparse.Namespace) -> None:
 def _scale(arguments: argparse.Namespace) -> None:
     if arguments.selections is not None and not arguments.strong:
         raise ValueError("--selections: a recording has one length, weak scaling has many; add --strong")
-    question, selections = read_question(arguments)
+    scenario, selections = read_question(arguments)
     from msa_train.simulate.reports.text import scaling_data, scaling_text
     from msa_train.simulate.study import scaling
 
-    points = scaling(question, selections, arguments.sizes, weak=not arguments.strong)
+    points = scaling(scenario, selections, arguments.sizes, weak=not arguments.strong)
     if arguments.json:
         _print_json(scaling_data(points))
     else:

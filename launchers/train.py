@@ -23,7 +23,7 @@ from launchers.local.run_dir import CONFIG_NAME, claim_run_dir, disk_warning, wr
 from launchers.worker import run_entry
 from msa_train.config import RunConfig, contradictions, one_line
 from msa_train.config.environment import SAID_BY
-from msa_train.runtime import preemption as stop
+from msa_train.runtime import preemption
 
 OPTIONS = {
     "--help": "help",
@@ -87,7 +87,7 @@ def _run(arguments: list[str]) -> int:
         return 0
     if not options:
         # the time is up soon, says Slurm: noted even now, acted on after the first step
-        stop.listen(signal.SIGUSR1)
+        preemption.install_handlers(signal.SIGUSR1)
     config = compose_run(overrides, config_dirs)
     if "cfg" in options:
         keys = [text.partition("=")[2] for text in arguments if text.startswith("--cfg=")]

@@ -14,7 +14,7 @@ from launchers.cli.command_line import leave
 from launchers.cli.output import steady_output
 from launchers.hydra_config.compose import load_run
 from msa_train.config import RunConfig
-from msa_train.runtime import preemption as stop
+from msa_train.runtime import preemption
 from msa_train.runtime.last_words import LAUNCHER_PID, record
 
 TRAINING = "msa_train.training.worker:run_worker"
@@ -39,7 +39,7 @@ def run_entry(config: RunConfig, entry: str = TRAINING) -> None:
         entry: "module:function" to call with the configuration.
     """
     # before the first import of torch, which takes seconds
-    stop.listen()
+    preemption.install_handlers()
     faulthandler.enable()
     accept_fallbacks()
     if config.parallel.tp_size > 1:

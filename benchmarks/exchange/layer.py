@@ -21,7 +21,7 @@ from benchmarks.exchange.formulas import (
 from benchmarks.exchange.schemes import KeepAndAllReduce, Scheme
 from benchmarks.exchange.selections import select, shape_for
 from msa_train.config import KvExchange
-from msa_train.parallel.attention.cp_sparse import SparseCall, cp_sparse_attention
+from msa_train.parallel.attention.cp_sparse import SparseAttentionArgs, cp_sparse_attention
 from msa_train.parallel.comm.cp_comm import CpComm
 from msa_train.parallel.sharding.shard_layout import ShardLayout
 
@@ -72,7 +72,7 @@ def layer_step(data: LayerData, scheme: Scheme, comm: CpComm) -> StepResult:
     inputs = {name: x.detach().requires_grad_() for name, x in data.tensors.items()}
     shape = data.shape
     all_keys = comm.all_gather(data.tensors["k_index"], "index_key").flatten(0, 1)
-    call = SparseCall(
+    call = SparseAttentionArgs(
         block_indices=data.block_indices,
         position=data.position,
         layout=data.layout,

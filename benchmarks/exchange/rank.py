@@ -21,7 +21,7 @@ from benchmarks.exchange.counters import read_counters, read_retransmits
 from benchmarks.exchange.formulas import LayerShape
 from benchmarks.exchange.layer import LayerData, layer_step, make_layer, worst_row_error
 from benchmarks.exchange.schemes import SCHEMES, make_comm
-from benchmarks.exchange.selections import remote_pairs
+from benchmarks.exchange.selections import remote_kv_blocks
 from benchmarks.exchange.source_times import timed_sources
 from msa_train.config import KvExchange
 from msa_train.parallel.comm.cp_comm import CpComm
@@ -86,7 +86,7 @@ class RankWorker:
         """Build a layer's data; returns the pairs that this rank wants, [P, NP] bool by owner."""
         data = make_layer(selection, shape, self.place.rank, self.place.size)
         self.layers[selection], self.reference = data, {}
-        return remote_pairs(data.block_indices, data.layout).flatten(1).numpy()
+        return remote_kv_blocks(data.block_indices, data.layout).flatten(1).numpy()
 
     def limit_link(self, rates: namespaces.Rates) -> None:
         """Limit what this rank sends."""
@@ -101,7 +101,7 @@ class RankWorker:
 
     def step(self, selection: str, scheme: str, check: bool) -> StepReport:
         """One step. check: compare with the first checked step's numbers, which are the reference."""
-        data, comm = self.layers[selection], self.comms[scheme].fresh()
+        data, comm = self.layers[selection], self.comms[scheme].with_new_counters()
         dist.barrier()
         counters, retransmits = read_counters(self.interface), read_retransmits()
         wall, compute, cpu = time.perf_counter(), time.thread_time(), time.process_time()
@@ -133,7 +133,7 @@ class RankWorker:
         data = self.layers[selection]
         self.reference, peak = {}, 0
         for _ in range(2):
-            comm = self.comms[scheme].fresh()
+            comm = self.comms[scheme].with_new_counters()
             dist.barrier()
             before = _reset_peak()
             layer_step(data, SCHEMES[scheme], comm)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.exchange.formulas import LayerShape
-from msa_train.parallel.kv_exchange.requests import needed_pairs
+from msa_train.parallel.kv_exchange.requests import needed_kv_blocks
 from msa_train.parallel.sharding.shard_layout import ShardLayout
 
 RECORDED = Path(__file__).with_name("recorded_selection.npz")
@@ -82,9 +82,9 @@ def _spread(drawn: Tensor, num_queries: int, slots: int) -> Tensor:
     return result
 
 
-def remote_pairs(block_indices: Tensor, layout: ShardLayout) -> Tensor:
+def remote_kv_blocks(block_indices: Tensor, layout: ShardLayout) -> Tensor:
     """[P, M, NL] bool: pairs of each owner that the rank's queries selected; its own are left out."""
-    needed = needed_pairs(block_indices, layout.num_blocks)
+    needed = needed_kv_blocks(block_indices, layout.num_blocks)
     by_owner = needed.view(needed.shape[0], layout.cp_size, -1).transpose(0, 1).clone()
     by_owner[layout.cp_rank] = False
     return by_owner

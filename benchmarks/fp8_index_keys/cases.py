@@ -106,9 +106,9 @@ def trained_cases(steps: int, packs: int) -> Iterator[Case]:
         dist.init_process_group("gloo", init_method=f"file://{folder}/world", rank=0, world_size=1)
         found = _train_and_read(config, packs)
         destroy_groups()
-    for layer, of_layer in found.items():
+    for layer, for_layer in found.items():
         what = f"layer {layer} of the learning benchmark's model after {steps} steps, held-out text"
-        yield Case(f"trained_{layer}", what, of_layer, BLOCK_SIZE, TOPK)
+        yield Case(f"trained_{layer}", what, for_layer, BLOCK_SIZE, TOPK)
 
 
 def _train_and_read(config: RunConfig, packs: int) -> dict[int, list[Pack]]:

@@ -20,7 +20,7 @@ from benchmarks.gpu.variants import BACKWARD, DECODE, SCORING, variants
 
 # Tokens of the inputs: two portions of the backward, whose second adds to the first.
 SEQ_LEN = 2**13
-_LAUNCH_BACKWARD = "msa_kernels.block_sparse_attention.triton.backward"
+_LAUNCH_BACKWARD = "msa_kernels.block_sparse_attention.triton.launch_backward"
 
 
 @contextlib.contextmanager

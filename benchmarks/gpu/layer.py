@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.gpu.problem import IndexBranch, LayerSizes, Tensors
 from msa_train.config import AttentionKernel, KvExchange
-from msa_train.parallel.attention.cp_sparse import SparseCall, cp_sparse_attention
+from msa_train.parallel.attention.cp_sparse import SparseAttentionArgs, cp_sparse_attention
 from msa_train.parallel.comm.cp_comm import CpComm
 from msa_train.parallel.sharding.shard_layout import ShardLayout
 
@@ -73,10 +73,10 @@ def layer_step(inputs: LayerInputs, kernel: str) -> tuple[Tensor, ...]:
     return out.detach(), *torch.autograd.grad(out, inputs.leaves, inputs.dout)
 
 
-def _call(inputs: LayerInputs, kernel: str, kl_weight: float) -> SparseCall:
+def _call(inputs: LayerInputs, kernel: str, kl_weight: float) -> SparseAttentionArgs:
     S, Di = inputs.k_index.shape
     all_keys = inputs.k_index.detach().view(-1, inputs.block_size, Di)
-    return SparseCall(
+    return SparseAttentionArgs(
         block_indices=inputs.block_indices,
         position=inputs.position,
         layout=ShardLayout(seq_len=S, block_size=inputs.block_size, cp_rank=0, cp_size=1),

@@ -6,7 +6,7 @@ from benchmarks.learning.retrieval_task import Stage, Symbols
 from msa_train.config import (
     AttentionConfig,
     DataConfig,
-    Engine,
+    EngineKind,
     ModelConfig,
     OptimConfig,
     OptimizerKind,
@@ -58,7 +58,7 @@ def run_config(variant: Variant, *, seed: int, steps: int) -> RunConfig:
         stages["sparse"] = StageConfig()
     return RunConfig(
         name=f"learning_{variant.value}",
-        engine=Engine.torch,
+        engine=EngineKind.torch,
         model=ModelConfig(num_layers=2, layer_attention=layers, rotary_dim=16, rope_theta=1000.0),
         attention=AttentionConfig(
             block_size=BLOCK_SIZE,

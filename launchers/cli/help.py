@@ -1,6 +1,6 @@
 """Text of --help, read from the configuration folder."""
 
-from launchers.hydra_config.options import GROUPS, group_options
+from launchers.hydra_config.options import OPTION_GROUPS, group_options
 
 USAGE = """\
 msa-train run=NAME [GROUP=OPTION ...] [KEY=VALUE ...] [--check | --cfg]
@@ -40,7 +40,7 @@ example:
 def help_text() -> str:
     """Usage, runs, groups with their options, and the keys used most."""
     runs = _table(group_options("run"))
-    groups = _table({group: ", ".join(group_options(group)) for group in GROUPS if group != "run"})
+    groups = _table({group: ", ".join(group_options(group)) for group in OPTION_GROUPS if group != "run"})
     return "\n\n".join(
         [
             USAGE,

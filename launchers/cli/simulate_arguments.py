@@ -1,4 +1,4 @@
-"""From the arguments of msa-simulate to its question; mistakes are found before torch is imported."""
+"""From the arguments of msa-simulate to its scenario; mistakes are found before torch is imported."""
 
 import argparse
 from collections.abc import Callable
@@ -15,14 +15,14 @@ from msa_train.config import AttentionConfig, ModelConfig
 if TYPE_CHECKING:
     from msa_train.simulate.inputs.layer_shape import LayerShape
     from msa_train.simulate.inputs.placement import Placement
-    from msa_train.simulate.inputs.scenario import Question
+    from msa_train.simulate.inputs.scenario import Scenario
     from msa_train.simulate.selections.recorded import RecordedSelections, Selections
 
 Config = TypeVar("Config", ModelConfig, AttentionConfig)
 
 
-def read_question(arguments: argparse.Namespace) -> "tuple[Question, Callable[[Question], Selections]]":
-    """The question, and what makes selections for it or for another size of it.
+def read_question(arguments: argparse.Namespace) -> "tuple[Scenario, Callable[[Scenario], Selections]]":
+    """The scenario, and what makes selections for it or for another size of it.
 
     Raises:
         ValueError: naming the value, the rule and the fix.
@@ -33,7 +33,7 @@ def read_question(arguments: argparse.Namespace) -> "tuple[Question, Callable[[Q
         raise ValueError(f"selections={names}: give exactly one of --f, --alike-tokens, --selections")
     from msa_train.simulate.inputs.cluster import load_cluster
     from msa_train.simulate.inputs.rates import load_rates
-    from msa_train.simulate.inputs.scenario import Options, Question, Scheme, equal_documents
+    from msa_train.simulate.inputs.scenario import Options, Scenario, Scheme, equal_documents
 
     shape = read_shape(
         arguments.model,
@@ -49,7 +49,7 @@ def read_question(arguments: argparse.Namespace) -> "tuple[Question, Callable[[Q
                 f"--num-docs={arguments.num_docs}: a recording has its own documents; leave it out"
             )
         cu_seqlens = equal_documents(arguments.num_docs, arguments.seq_len, shape.block_size)
-    question = Question(
+    scenario = Scenario(
         shape=shape,
         cluster=load_cluster(arguments.cluster),
         rates=load_rates(arguments.rates),
@@ -67,11 +67,11 @@ def read_question(arguments: argparse.Namespace) -> "tuple[Question, Callable[[Q
             head_size=arguments.cp_head_size,
         ),
     )
-    placement = question.placement()
+    placement = scenario.placement()
     if recorded is not None:
-        _check_fit(recorded, question, placement)
-        return question, lambda _: recorded
-    return question, _synthetic(arguments, question, placement)
+        _check_fit(recorded, scenario, placement)
+        return scenario, lambda _: recorded
+    return scenario, _synthetic(arguments, scenario, placement)
 
 
 def read_shape(model: str, attention: str, *, element_bytes: int, trains_index: bool) -> "LayerShape":
@@ -112,8 +112,8 @@ def _recorded(arguments: argparse.Namespace) -> "RecordedSelections":
     raise ValueError(f"--layer={arguments.layer}: {path} has layers {known}; name one of them")
 
 
-def _check_fit(recorded: "RecordedSelections", question: "Question", placement: "Placement") -> None:
-    for name, expected in (("num_kv_heads", question.shape.num_kv_heads), ("topk", question.shape.topk)):
+def _check_fit(recorded: "RecordedSelections", scenario: "Scenario", placement: "Placement") -> None:
+    for name, expected in (("num_kv_heads", scenario.shape.num_kv_heads), ("topk", scenario.shape.topk)):
         value = getattr(recorded, name)
         if value != expected:
             raise ValueError(
@@ -123,11 +123,11 @@ def _check_fit(recorded: "RecordedSelections", question: "Question", placement: 
 
 
 def _synthetic(
-    arguments: argparse.Namespace, question: "Question", placement: "Placement"
-) -> "Callable[[Question], Selections]":
+    arguments: argparse.Namespace, scenario: "Scenario", placement: "Placement"
+) -> "Callable[[Scenario], Selections]":
     from msa_train.simulate.selections.synthetic import SyntheticSelections
 
-    def make(asked: "Question") -> SyntheticSelections:
+    def make(asked: "Scenario") -> SyntheticSelections:
         return SyntheticSelections(
             num_kv_heads=asked.shape.num_kv_heads,
             topk=asked.shape.topk,
@@ -141,5 +141,5 @@ def _synthetic(
             seed=arguments.seed,
         )
 
-    make(question).check(placement)
+    make(scenario).check(placement)
     return make

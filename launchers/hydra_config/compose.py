@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launchers.hydra_config.config_files import check_config_dirs
-from launchers.hydra_config.options import GROUPS, config_dir, group_options
+from launchers.hydra_config.options import OPTION_GROUPS, config_dir, group_options
 from launchers.hydra_config.text_values import check_all_references, check_references, literal, quoted
 from launchers.local.machine import expand_user
 from msa_train.config import RunConfig, StageConfig, check_texts
@@ -54,7 +54,7 @@ def compose_run(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> R
     schema = OmegaConf.structured(RunConfig)
     schema.stages = {name: StageConfig() for name in stages}
     for text, override in zip(overrides, parsed, strict=True):
-        if override.key_or_group in GROUPS:
+        if override.key_or_group in OPTION_GROUPS:
             _check_choice(text, override, config_dirs)
         else:
             _check_value(text, override, keys, schema)
@@ -116,11 +116,11 @@ def hydra_override(text: str) -> str:
     # every key exists, so that a leading + changes nothing; Hydra would refuse it
     text = text.lstrip("+")
     key = text.partition("=")[0]
-    return literal(text) if key in GROUPS or key in text_keys() else text
+    return literal(text) if key in OPTION_GROUPS or key in text_keys() else text
 
 
 def known_keys(stages: Sequence[str] = ()) -> dict[str, Any]:
-    """Type of every dotted key, e.g. {"train.steps": int, "engine": Engine}; stages: their names."""
+    """Type of every dotted key, e.g. {"train.steps": int, "engine": EngineKind}; stages: their names."""
     return _walk(RunConfig, "", stages)
 
 
@@ -161,7 +161,7 @@ def _parse(text: str) -> Override:
         )
     if not equals:
         hint = f"{key}=VALUE"
-        for group in GROUPS:
+        for group in OPTION_GROUPS:
             if key in group_options(group):
                 hint = f"{group}={key}"
                 break
@@ -211,7 +211,7 @@ def _check_value(text: str, override: Override, keys: dict[str, Any], schema: An
 
 
 def _unknown_key(key: str, keys: dict[str, Any]) -> str:
-    names = [*keys, *GROUPS]
+    names = [*keys, *OPTION_GROUPS]
     last = key.rpartition(".")[2]
     # cp_size=4 and paralel.cp_size=4 both mean parallel.cp_size; a shared last part beats likeness
     same_last = [name for name in names if name.rpartition(".")[2] == last]

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from omegaconf._utils import get_yaml_loader
 
-from launchers.hydra_config.options import CLUSTER, GROUPS
+from launchers.hydra_config.options import CLUSTER, OPTION_GROUPS
 from launchers.hydra_config.text_values import check_references
 from msa_train.config import ClusterConfig, check_text
 
@@ -39,16 +39,16 @@ def check_config_dirs(folders: Sequence[Path], text_keys: set[str]) -> None:
         check_text("--config-dir", str(folder.absolute()))
         if "${" in str(folder.absolute()):
             raise ValueError(f"--config-dir={folder}: must not contain ${{; name another")
-        if not any((folder / group).is_dir() for group in (*GROUPS, CLUSTER)):
+        if not any((folder / group).is_dir() for group in (*OPTION_GROUPS, CLUSTER)):
             raise ValueError(
-                f"--config-dir={folder}: holds none of the folders {', '.join((*GROUPS, CLUSTER))}; "
+                f"--config-dir={folder}: holds none of the folders {', '.join((*OPTION_GROUPS, CLUSTER))}; "
                 "name another"
             )
         if (folder / "hydra").exists():
             raise ValueError(
                 f"{folder / 'hydra'}: settings of Hydra cannot come from --config-dir; remove the folder"
             )
-        for group in GROUPS:
+        for group in OPTION_GROUPS:
             for path in sorted((folder / group).glob("*.yaml")):
                 check_file(path, group, text_keys)
 
@@ -139,13 +139,13 @@ def _check_defaults(path: Path, node: yaml.Node) -> None:
             # a group's option is one of its files: nothing below, beside or above it
             name = text.removeprefix("optional ").removeprefix("override ").strip()
             group = name.removeprefix("/")
-            is_group = group in GROUPS and name != group
+            is_group = group in OPTION_GROUPS and name != group
             is_option = re.fullmatch(r"[\w-][\w.-]*|", name) is not None and "hydra" not in name
             if not is_group and not is_option:
                 raise _refused(
                     path,
                     item,
-                    f"defaults may only name options of the groups {', '.join(GROUPS)}, not {text!r}",
+                    f"defaults may only name options of the groups {', '.join(OPTION_GROUPS)}, not {text!r}",
                     "write 'override /GROUP: OPTION'",
                 )
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-GROUPS = (
+OPTION_GROUPS = (
     "run",
     "model",
     "attention",
@@ -41,7 +41,7 @@ def group_options(group: str, config_dirs: Sequence[Path] = ()) -> dict[str, str
     """Options of a group, each with the first comment of its file, e.g. {"tiny": "4 layers, ..."}.
 
     Args:
-        group: one of GROUPS, or CLUSTER.
+        group: one of OPTION_GROUPS, or CLUSTER.
         config_dirs: folders of the user's besides ours.
     """
     folders = (config_dir(), *config_dirs)

@@ -29,7 +29,7 @@ from launchers.local.job_environment import Node
 from launchers.local.private_store import OneMachine, private_store
 from launchers.worker import TRAINING
 from msa_train.config.environment import STORE_FILE
-from msa_train.runtime import preemption as stop
+from msa_train.runtime import preemption
 from msa_train.runtime.last_words import LAUNCHER_PID
 
 MONITOR_INTERVAL_S = 0.1
@@ -85,10 +85,10 @@ class LocalAgent(LocalElasticAgent):
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         # A program that starts inherits what is ignored: until a worker listens, a signal must not end it.
-        stop.ignore()
+        preemption.ignore()
         started = super()._start_workers(worker_group)  # pyright: ignore[reportCallIssue]
         # torch has set handlers of its own in there
-        stop.listen()
+        preemption.install_handlers()
         return started
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
@@ -96,7 +96,7 @@ class LocalAgent(LocalElasticAgent):
             self._note_ends(self._pcontext)
             if any(handler.proc.poll() for handler in self._pcontext.subprocess_handlers.values()):
                 self._end_survivors(self._pcontext)
-            elif stop.requested():
+            elif preemption.signal_received():
                 self._ask_to_stop(self._pcontext)
         # torch's decorator hides the signature
         return super()._monitor_workers(worker_group)  # pyright: ignore[reportCallIssue]
@@ -107,7 +107,7 @@ class LocalAgent(LocalElasticAgent):
         self._asked_s = time.monotonic()
         for handler in context.subprocess_handlers.values():
             if handler.proc.poll() is None:
-                handler.proc.send_signal(stop.requested())
+                handler.proc.send_signal(preemption.signal_received())
 
     def _note_ends(self, context: SubprocessContext) -> None:
         for rank, handler in context.subprocess_handlers.items():
@@ -146,7 +146,7 @@ def launch_workers(
         saved, so that another start goes on; 128 + signal if stopped otherwise. On a node of several 0 in
         place of 75, for Slurm takes any other code of one node as a reason to kill the rest.
     """
-    stop.listen()
+    preemption.install_handlers()
     os.environ[LAUNCHER_PID] = str(os.getpid())
     if "LOGLEVEL" not in os.environ:
         _silence_elastic()
@@ -203,7 +203,7 @@ def _new_logs(run_dir: Path) -> Path:
 
 
 def _good_end(run_dir: Path, *, alone: bool) -> int:
-    stopped = stop.read_stopped(run_dir)
+    stopped = preemption.read_stopped(run_dir)
     if stopped is None or not alone:
         return 0
     if stopped.saved:

@@ -15,7 +15,7 @@ from launchers.local.job_environment import slurm_generation
 from msa_train.config import RunConfig
 from msa_train.config.model_size import model_size
 from msa_train.runtime.atomic_files import new_file, open_to_append, remove_partials
-from msa_train.runtime.fencing import take_over
+from msa_train.runtime.fencing import claim
 from msa_train.runtime.preemption import clear_stopped
 from msa_train.training.metrics.writer import METRICS_NAME
 from msa_train.training.stability.skip_policy import LOG_NAME as BAD_STEPS_NAME
@@ -86,7 +86,7 @@ def claim_run_dir(run_dir: str) -> TextIO:
     lock.write(f"pid {os.getpid()} on {socket.gethostname()}, start {start}")
     lock.flush()
     remove_partials(folder)
-    take_over(run_dir, start)
+    claim(run_dir, start)
     clear_stopped(run_dir)
     return lock
 

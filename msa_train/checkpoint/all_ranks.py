@@ -22,7 +22,7 @@ class CheckpointError(RuntimeError):
         self.is_final = is_final
 
 
-def together(work: Callable[[], T], group: dist.ProcessGroup | None) -> list[T]:
+def run_on_all_ranks(work: Callable[[], T], group: dist.ProcessGroup | None) -> list[T]:
     """Do `work` on every rank and exchange the results, by rank; a failure anywhere is raised everywhere.
 
     Raises:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from msa_train.checkpoint.store import Found
+from msa_train.checkpoint.store import ResumePoint
 from msa_train.config import RunConfig, plan_stages, stage_at
 from msa_train.data import Corpus
 
@@ -59,7 +59,9 @@ def record_of(config: RunConfig, corpus: Corpus) -> DataRecord:
     )
 
 
-def resume_record(config: RunConfig, corpus: Corpus, found: Found | None) -> tuple[DataRecord, list[str]]:
+def resume_record(
+    config: RunConfig, corpus: Corpus, found: ResumePoint | None
+) -> tuple[DataRecord, list[str]]:
     """The record of a run that goes on from a checkpoint, and what to tell the user.
 
     Checkpoints that are older than the record, and those of which the weights alone are taken, say nothing.
@@ -120,7 +122,7 @@ def _size(record: dict[str, Any]) -> str:
     return f"{record.get('num_documents')} with {record.get('num_tokens')} tokens"
 
 
-def _batch_change(config: RunConfig, found: Found) -> list[tuple[str, str]]:
+def _batch_change(config: RunConfig, found: ResumePoint) -> list[tuple[str, str]]:
     """The next pack is found from the step; for a run's own checkpoint, store.py refuses it."""
     batch, consumed, step = config.train.global_batch_size, found.meta["consumed_samples"], found.step
     if found.own or not step or consumed == step * batch:
@@ -131,7 +133,7 @@ def _batch_change(config: RunConfig, found: Found) -> list[tuple[str, str]]:
     return [(f"train.global_batch_size={batch}: {rule}", f"use train.global_batch_size={consumed / step:g}")]
 
 
-def _length_change(config: RunConfig, found: Found) -> list[str]:
+def _length_change(config: RunConfig, found: ResumePoint) -> list[str]:
     """Longer packs are what another run's checkpoint is often loaded for, so this is only said."""
     stages: Any = found.meta.get("stages")
     then = stages[-1].get("seq_len") if stages and not found.own else None

@@ -14,14 +14,14 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
-from msa_train.checkpoint.all_ranks import CheckpointError, together
+from msa_train.checkpoint.all_ranks import CheckpointError, run_on_all_ranks
 from msa_train.checkpoint.format_versions import match_format
 from msa_train.checkpoint.store import (
-    Found,
+    ResumePoint,
     checksum_damage,
-    find_checkpoint,
     read_manifest,
     read_meta,
+    select_checkpoint,
     stored_damage,
     structure_damage,
 )
@@ -68,7 +68,7 @@ def load_checkpoint(
         return complaints
 
     try:
-        complaints = sorted(set().union(*together(read, group)))
+        complaints = sorted(set().union(*run_on_all_ranks(read, group)))
     except CheckpointError as error:
         # newer versions read the files of older ones, not the other way round
         writer, hint = meta.get("megatron_core_version", megatron_version), ""
@@ -108,7 +108,7 @@ def load_weights(
         return lacking, {key for key in not_asked_for if not key.startswith(_OTHER_STATE)}
 
     try:
-        found = together(read, group)
+        found = run_on_all_ranks(read, group)
     except CheckpointError as error:
         raise CheckpointError(f"checkpoint {path} could not be loaded: {error}") from error
     lacking, left_over = (set().union(*(part[i] for part in found)) for i in (0, 1))
@@ -134,7 +134,7 @@ def verify_distributed(path: str | Path, group: dist.ProcessGroup | None = None)
     def check_structure() -> str | None:
         return (structure_damage(folder) or stored_damage(folder)) if rank == 0 else None
 
-    reason = together(check_structure, group)[0]
+    reason = run_on_all_ranks(check_structure, group)[0]
     if reason is not None:
         return reason
 
@@ -144,17 +144,17 @@ def verify_distributed(path: str | Path, group: dist.ProcessGroup | None = None)
         reasons = ((name, checksum_damage(folder, name, entry["crc32"])) for name, entry in mine)
         return [(name, reason) for name, reason in reasons if reason]
 
-    found = sorted(item for part in together(check, group) for item in part)
+    found = sorted(item for part in run_on_all_ranks(check, group) for item in part)
     return found[0][1] if found else None
 
 
-def find_verified_checkpoint(
+def select_verified_checkpoint(
     config: RunConfig,
     group: dist.ProcessGroup | None = None,
     *,
     known_damaged: Mapping[Path, str] | None = None,
-) -> Found | None:
-    """`find_checkpoint` with full checksums, the reading dealt over the ranks; all get the same answer.
+) -> ResumePoint | None:
+    """`select_checkpoint` with full checksums, the reading dealt over the ranks; all get the same answer.
 
     Args:
         config: the whole run.
@@ -162,18 +162,18 @@ def find_verified_checkpoint(
         known_damaged: reason by folder, of checkpoints that must not be used.
 
     Raises:
-        ValueError: as `find_checkpoint`, on all ranks.
+        ValueError: as `select_checkpoint`, on all ranks.
     """
     known_damaged = dict(known_damaged or {})
 
-    def find() -> Found | str | None:
+    def find() -> ResumePoint | str | None:
         try:
-            return find_checkpoint(config, full=False, known_damaged=known_damaged)
+            return select_checkpoint(config, full=False, known_damaged=known_damaged)
         except ValueError as error:
             return str(error)
 
     while True:
-        found = together(lambda: find() if dist.get_rank() == 0 else None, group)[0]
+        found = run_on_all_ranks(lambda: find() if dist.get_rank() == 0 else None, group)[0]
         if isinstance(found, str):
             raise ValueError(found)
         reason = None if found is None else verify_distributed(found.path, group)
@@ -183,8 +183,8 @@ def find_verified_checkpoint(
 
 
 def load_newest(
-    config: RunConfig, load: Callable[[Found], None], *, known_damaged: Mapping[Path, str] | None = None
-) -> Found | None:
+    config: RunConfig, load: Callable[[ResumePoint], None], *, known_damaged: Mapping[Path, str] | None = None
+) -> ResumePoint | None:
     """Load the newest checkpoint that is sound and finite. All ranks call it.
 
     Args:
@@ -196,10 +196,10 @@ def load_newest(
         What was loaded, None where there is no checkpoint.
 
     Raises:
-        ValueError: as `find_checkpoint`, on all ranks.
+        ValueError: as `select_checkpoint`, on all ranks.
     """
     passed_over = dict(known_damaged or {})
-    while (found := find_verified_checkpoint(config, known_damaged=passed_over)) is not None:
+    while (found := select_verified_checkpoint(config, known_damaged=passed_over)) is not None:
         try:
             load(found)
             return found

@@ -21,7 +21,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 
 import msa_train
-from msa_train.checkpoint.all_ranks import CheckpointError, together
+from msa_train.checkpoint.all_ranks import CheckpointError, run_on_all_ranks
 from msa_train.checkpoint.store import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -33,7 +33,7 @@ from msa_train.checkpoint.store import (
 from msa_train.checkpoint.torch_dist.finite_state import listed, not_finite
 from msa_train.checkpoint.torch_dist.rng_state import RNG_KEY, rng_shard, rng_state
 from msa_train.checkpoint.torch_dist.safe_pickles import check_object
-from msa_train.checkpoint.torch_dist.staging import HostBuffers, Snapshot, tensors_of
+from msa_train.checkpoint.torch_dist.staging import HostStager, StagedState, tensors_of
 from msa_train.checkpoint.torch_dist.writer import Shards, shards_to_write, write_shards
 from msa_train.config import CheckpointConfig, SaveFailure
 from msa_train.training.stability.finite_check import diverged
@@ -106,7 +106,7 @@ class CheckpointSaver:
         self.store, self.config = store, config
         self.group = group or _own_group()
         self._clock, self._sleep = clock, sleep
-        self._buffers = HostBuffers()
+        self._buffers = HostStager()
         self._is_validated = False
         self._thread: threading.Thread | None = None
         self._report: SaveReport | None = None
@@ -196,13 +196,13 @@ class CheckpointSaver:
         sharded_state: Callable[[], dict[str, Any]] | dict[str, Any],
         common: dict[str, Any],
         meta: dict[str, Any],
-    ) -> tuple[Snapshot, int]:
+    ) -> tuple[StagedState, int]:
         """This rank's snapshot, and the bytes of all ranks'."""
         assert {"consumed_samples", "fingerprint"} <= set(meta), f"meta lacks keys, it has {sorted(meta)}"
         given = sharded_state() if callable(sharded_state) else sharded_state
         state = {**common, **given, RNG_KEY: rng_shard(rng_state())}
         assert len(state) == len(common) + len(given) + 1, "common and sharded_state share a key"
-        taken: list[Snapshot] = []
+        taken: list[StagedState] = []
 
         def copy() -> tuple[int, set[str]]:
             sharded: Any
@@ -214,23 +214,23 @@ class CheckpointSaver:
                 _check_objects(shards)
             spoilt = not_finite(tensors_of(shards))
             if not spoilt:
-                taken.append(self._buffers.take(shards, plain))
+                taken.append(self._buffers.stage(shards, plain))
             return taken[0].num_bytes if taken else 0, spoilt
 
         def validate() -> None:
             save_preprocess(state, validate_access_integrity=True)
 
-        copied = together(copy, self.group)
+        copied = run_on_all_ranks(copy, self.group)
         names = listed(spoilt for _, spoilt in copied)
         if names:
             raise diverged(step, f"the update left {names} not finite", self.store)
         if not self._is_validated:
             # the same in all saves of a run
-            together(validate, self.group)
+            run_on_all_ranks(validate, self.group)
             self._is_validated = True
         return taken[0], sum(num_bytes for num_bytes, _ in copied)
 
-    def _write(self, report: SaveReport, snapshot: Snapshot, num_bytes: int, meta: dict[str, Any]) -> None:
+    def _write(self, report: SaveReport, snapshot: StagedState, num_bytes: int, meta: dict[str, Any]) -> None:
         """Write and publish, again where that fails and retries are left; never raises."""
         begin, rank = self._clock(), dist.get_rank()
         report.num_bytes = num_bytes
@@ -251,7 +251,7 @@ class CheckpointSaver:
                 self._sleep(min(2.0**attempt, LONGEST_WAIT_S))
         report.write_s = self._clock() - begin
 
-    def _write_once(self, report: SaveReport, snapshot: Snapshot, meta: dict[str, Any]) -> None:
+    def _write_once(self, report: SaveReport, snapshot: StagedState, meta: dict[str, Any]) -> None:
         store, step, rank = self.store, report.step, dist.get_rank()
         folder = store.partial(step)
 
@@ -261,13 +261,13 @@ class CheckpointSaver:
                 store.check_space(report.num_bytes + _OTHER_BYTES)
                 store.make_partial(step)
 
-        together(begin, self.group)
+        run_on_all_ranks(begin, self.group)
         write_shards(snapshot.shards, snapshot.common, folder, self.group)
-        entries = together(
+        entries = run_on_all_ranks(
             lambda: {path.name: file_entry(path) for path in _files_of_rank(folder, rank)}, self.group
         )
         files = {name: entry for part in entries for name, entry in part.items()}
-        together(lambda: self._publish(step, files, meta) if rank == 0 else None, self.group)
+        run_on_all_ranks(lambda: self._publish(step, files, meta) if rank == 0 else None, self.group)
         if rank == 0:
             try:
                 store.prune(self.config.keep_last, self.config.keep_every)

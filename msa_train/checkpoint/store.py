@@ -31,7 +31,7 @@ from msa_train.checkpoint.stage_record import check_recorded_stages
 from msa_train.checkpoint.torch_dist.safe_pickles import METADATA_NAME, metadata_damage, objects_damage
 from msa_train.config import AttentionKind, RunConfig
 from msa_train.runtime.atomic_files import new_file, sync
-from msa_train.runtime.fencing import check_generation
+from msa_train.runtime.fencing import check_not_superseded
 from msa_train.training.resume_rules import check_index_moments, schedule_notes
 
 # see format_versions.py
@@ -77,7 +77,7 @@ _CHANGED_WITH_WEIGHTS = {"model.layer_attention"}
 
 
 @dataclass(kw_only=True, slots=True)
-class Found:
+class ResumePoint:
     """A checkpoint to start from."""
 
     path: Path
@@ -122,7 +122,7 @@ class CheckpointStore:
         Returns:
             A line about each leftover that stays, once.
         """
-        check_generation(self.folder.parent)
+        check_not_superseded(self.folder.parent)
         self.folder.mkdir(parents=True, exist_ok=True)
         notes = [self._discard(leftover) for leftover in self.folder.glob(".step_*")]
         return [note for note in notes if note]
@@ -166,7 +166,7 @@ class CheckpointStore:
             assert (partial / name).is_file(), f"{name} must be written before step {step} is published"
         for path in (*partial.rglob("*"), partial):
             sync(path)
-        check_generation(self.folder.parent)
+        check_not_superseded(self.folder.parent)
         # Only a run that went back behind a damaged checkpoint comes to the same step again.
         replaced = self._hidden(target)
         if os.path.lexists(target):
@@ -237,7 +237,7 @@ class CheckpointStore:
         return removed
 
     def _remove(self, step: int) -> None:
-        check_generation(self.folder.parent)
+        check_not_superseded(self.folder.parent)
         # out of sight first: a removal that is cut short must not look like a damaged checkpoint
         hidden = self._hidden(self.path(step))
         try:
@@ -301,9 +301,9 @@ class CheckpointStore:
         return verify_folder(self.path(step), full=full)
 
 
-def find_checkpoint(
+def select_checkpoint(
     config: RunConfig, *, full: bool, known_damaged: Mapping[Path, str] | None = None
-) -> Found | None:
+) -> ResumePoint | None:
     """Newest sound checkpoint of run_dir or, where run_dir has none at all, of checkpoint.load.
 
     Args:
@@ -324,17 +324,17 @@ def check_resume(config: RunConfig) -> list[str]:
     Checksums are compared up to FULL_CHECK_BYTES per checkpoint; above that only names and sizes.
 
     Raises:
-        ValueError: as `find_checkpoint`.
+        ValueError: as `select_checkpoint`.
     """
     found = find_to_resume(config)
     return found.messages if found else []
 
 
-def find_to_resume(config: RunConfig) -> Found | None:
+def find_to_resume(config: RunConfig) -> ResumePoint | None:
     """The checkpoint that this run will start from, checked as far as `check_resume` does.
 
     Raises:
-        ValueError: as `find_checkpoint`.
+        ValueError: as `select_checkpoint`.
     """
     return _find(config, FULL_CHECK_BYTES, {})
 
@@ -453,7 +453,9 @@ def write_json(path: Path, value: object) -> None:
         file.write("\n")
 
 
-def _find(config: RunConfig, full_check_bytes: float, known_damaged: Mapping[Path, str]) -> Found | None:
+def _find(
+    config: RunConfig, full_check_bytes: float, known_damaged: Mapping[Path, str]
+) -> ResumePoint | None:
     store = CheckpointStore(config.run_dir)
     own_folders = [store.path(step) for step in reversed(store.steps())]
     if own_folders:
@@ -486,7 +488,7 @@ def _newest_sound(
     known_damaged: Mapping[Path, str],
     *,
     own: bool,
-) -> Found:
+) -> ResumePoint:
     damaged: list[tuple[Path, str]] = []
     for folder in folders:
         reason = known_damaged.get(folder) or structure_damage(folder)
@@ -510,13 +512,13 @@ def _newest_sound(
 
 def _found(
     folder: Path, damaged: list[tuple[Path, str]], notes: list[str], config: RunConfig, *, own: bool
-) -> Found:
+) -> ResumePoint:
     meta = read_meta(folder)
     step = meta["step"]
     messages = [f"checkpoint {_short(path)} is damaged ({reason}) and is skipped" for path, reason in damaged]
     if messages:
         messages[-1] += f"; going on from step {step}"
-    return Found(
+    return ResumePoint(
         path=folder,
         step=step,
         meta=meta,

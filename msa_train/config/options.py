@@ -3,7 +3,7 @@
 from enum import Enum
 
 
-class Engine(Enum):
+class EngineKind(Enum):
     """Who owns gradient reduction, optimizer and schedule."""
 
     auto = "auto"  # megatron with GPUs, torch without

@@ -7,7 +7,7 @@ from msa_train.config.options import (
     BadStep,
     CpLayout,
     Device,
-    Engine,
+    EngineKind,
     KvExchange,
     LrSchedule,
     OptimizerKind,
@@ -207,7 +207,7 @@ class RunConfig:
     name: str = "unnamed"
     run_dir: str = "runs/unnamed"
     "checkpoints, logs and metrics; a run goes on where its run_dir stopped"
-    engine: Engine = Engine.auto
+    engine: EngineKind = EngineKind.auto
     model: ModelConfig = field(default_factory=ModelConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -18,15 +18,15 @@ from msa_train.config import (
 from msa_train.data import Pack
 from msa_train.model.gpt import MsaGptModel, forward_arguments
 from msa_train.model.inputs.layer_stats import LayerStats
-from msa_train.model.inputs.pack_params import HeadShare, PackParams, tensor_parallel_padding
-from msa_train.model.inputs.pack_shard import LocalPack, make_local_pack
+from msa_train.model.inputs.pack_params import PackParams, UlyssesInputs, tensor_parallel_padding
+from msa_train.model.inputs.pack_shard import PackShard, make_pack_shard
 from msa_train.model.layers.rotary import rotary_table
 from msa_train.model.transformer_config import DTYPES
-from msa_train.parallel.attention.selection_recall import ProbeQueries, sample_queries
+from msa_train.parallel.attention.selection_recall import RecallQueries, sample_queries
 from msa_train.parallel.comm.cp_comm import CpComm
 from msa_train.parallel.kv_exchange.cost_model import choose_full_exchange
 from msa_train.parallel.process_groups import Groups
-from msa_train.parallel.sharding.partition import make_plan, merge_ranks
+from msa_train.parallel.sharding.partition import make_partition, merge_ranks
 from msa_train.parallel.sharding.shard_layout import ShardLayout
 from msa_train.parallel.sharding.ulysses import token_order
 
@@ -51,7 +51,7 @@ class PackForward:
     def layout(self, pack: Pack, head_size: int = 1) -> ShardLayout:
         """This rank's shard of a pack; with `head_size`, that of its head group."""
         block_size, cp_size = self.config.attention.block_size, self.groups.cp_size
-        plan = make_plan(self.config.parallel.cp_layout, cp_size, pack.cu_seqlens.tolist(), block_size)
+        plan = make_partition(self.config.parallel.cp_layout, cp_size, pack.cu_seqlens.tolist(), block_size)
         return ShardLayout(
             seq_len=len(pack.tokens),
             block_size=block_size,
@@ -67,19 +67,19 @@ class PackForward:
         num_tokens: int,
         comm: CpComm,
         stats: LayerStats,
-        probe_seed: int | None = None,
-    ) -> tuple[LocalPack, PackParams]:
+        recall_seed: int | None = None,
+    ) -> tuple[PackShard, PackParams]:
         """This rank's shard, with the KL loss divided by groups and by `num_tokens` real queries.
 
-        With a `probe_seed` MSA layers compare the selection of sampled queries with full attention.
+        With a `recall_seed` MSA layers compare the selection of sampled queries with full attention.
         """
         self.on_pack()
         config, groups = self.config, self.groups
         layout = self.layout(pack)
-        heads = self._share_heads(pack, layout, probe_seed)
+        heads = self._share_heads(pack, layout, recall_seed)
         # Head groups attend instead: they have the plan.
         with_full = heads is None and self._attends_fully()
-        local = make_local_pack(pack, layout, config.parallel, groups.device, with_full=with_full)
+        local = make_pack_shard(pack, layout, config.parallel, groups.device, with_full=with_full)
         double = config.train.precision is Precision.fp64
         table = rotary_table(
             local.doc_position,
@@ -96,7 +96,7 @@ class PackForward:
             attention=self.stage.attention,
             stats=stats,
             padding_mask=tensor_parallel_padding(local.valid, groups.tp_rank, groups.tp_size),
-            probe=self._sample(pack, layout, probe_seed),
+            recall=self._sample(pack, layout, recall_seed),
             full_exchange=self._full_exchange(local if heads is None else heads.pack),
             on_selection=None if self.open_selections is None else self.open_selections(pack, layout),
             heads=heads,
@@ -108,21 +108,21 @@ class PackForward:
         dense = self.stage.attention is StageAttention.dense
         return dense or AttentionKind.full in self.config.model.attention_kinds()
 
-    def _share_heads(self, pack: Pack, layout: ShardLayout, probe_seed: int | None) -> HeadShare | None:
+    def _share_heads(self, pack: Pack, layout: ShardLayout, recall_seed: int | None) -> UlyssesInputs | None:
         """What attention runs on where neighbours trade tokens for KV groups; layout: of this rank."""
         size = self.config.parallel.cp_head_size
         if size == 1:
             return None
         merged = self.layout(pack, size)
-        return HeadShare(
-            pack=make_local_pack(
+        return UlyssesInputs(
+            pack=make_pack_shard(
                 pack, merged, self.config.parallel, self.groups.device, with_full=self._attends_fully()
             ),
-            probe=self._sample(pack, merged, probe_seed),
+            recall=self._sample(pack, merged, recall_seed),
             order=token_order(layout.plan, merged.cp_rank * size, size, self.groups.device),
         )
 
-    def _full_exchange(self, local: LocalPack) -> KvExchange | None:
+    def _full_exchange(self, local: PackShard) -> KvExchange | None:
         """What `auto` means for this pack's full attention; local: what attention runs on."""
         config, parallel, comm = self.config, self.config.parallel, self.groups.comm
         if parallel.kv_exchange is not KvExchange.auto or local.full is None:
@@ -133,7 +133,7 @@ class PackForward:
         token = 2 * num_groups * config.model.head_dim * element
         return choose_full_exchange(local.full.busiest, others, token, (comm.sequence or comm).rates)
 
-    def _sample(self, pack: Pack, layout: ShardLayout, seed: int | None) -> ProbeQueries | None:
+    def _sample(self, pack: Pack, layout: ShardLayout, seed: int | None) -> RecallQueries | None:
         if seed is None:
             return None
         return sample_queries(
@@ -146,6 +146,6 @@ class PackForward:
             device=self.groups.device,
         )
 
-    def __call__(self, model: MsaGptModel, local: LocalPack, params: PackParams) -> Tensor:
+    def __call__(self, model: MsaGptModel, local: PackShard, params: PackParams) -> Tensor:
         """Losses [T] on the last pipeline stage, hidden states before."""
         return model(**forward_arguments(local.tokens, local.labels), packed_seq_params=params)

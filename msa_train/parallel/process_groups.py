@@ -53,18 +53,18 @@ class Groups:
     comm: CpComm
 
     @property
-    def is_first_stage(self) -> bool:
+    def is_pipeline_first_stage(self) -> bool:
         """Whether this rank holds the embedding."""
         return self.pp_rank == 0
 
     @property
-    def is_last_stage(self) -> bool:
+    def is_pipeline_last_stage(self) -> bool:
         """Whether this rank computes the loss."""
         return self.pp_rank == self.pp_size - 1
 
     def cp_comm(self) -> CpComm:
         """Fresh context-parallel collectives with their own counters of bytes and time."""
-        return self.comm.fresh()
+        return self.comm.with_new_counters()
 
 
 def init_distributed(

@@ -17,12 +17,12 @@ class SupersededError(RuntimeError):
     """Another start has taken over this run_dir."""
 
 
-def own_generation() -> str:
+def own_token() -> str:
     """Of this process's start, empty where nobody has given it one. Under Slurm job and restart: 7.0."""
     return os.environ.get(VARIABLE, "")
 
 
-def take_over(run_dir: str | Path, generation: str) -> None:
+def claim(run_dir: str | Path, generation: str) -> None:
     """Make this the start that may write; for the one process that has claimed run_dir."""
     os.environ[VARIABLE] = generation
     path = Path(run_dir) / GENERATION_NAME
@@ -30,13 +30,13 @@ def take_over(run_dir: str | Path, generation: str) -> None:
         file.write(generation + "\n")
 
 
-def check_generation(run_dir: str | Path) -> None:
+def check_not_superseded(run_dir: str | Path) -> None:
     """Make sure that no later start has taken over.
 
     Raises:
         SupersededError: naming both.
     """
-    own = own_generation()
+    own = own_token()
     try:
         current = (Path(run_dir) / GENERATION_NAME).read_text(encoding="utf-8").strip()
     except FileNotFoundError:

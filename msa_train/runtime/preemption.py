@@ -21,7 +21,7 @@ _requested = 0
 
 
 @dataclass(kw_only=True, slots=True)
-class Stopped:
+class StopRecord:
     """Why and where a run stopped before its end: content of run_dir/stopped.json."""
 
     step: int
@@ -34,7 +34,7 @@ class Stopped:
     "of the start that stopped; empty where there are none"
 
 
-def listen(*signals: signal.Signals) -> None:
+def install_handlers(*signals: signal.Signals) -> None:
     """Note these signals, by default all of SIGNALS, in place of what they do otherwise; main thread only."""
     for number in signals or SIGNALS:
         signal.signal(number, _note)
@@ -48,12 +48,12 @@ def ignore() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def requested() -> int:
+def signal_received() -> int:
     """Number of the first signal that asked this process to stop, 0 if none has."""
     return _requested
 
 
-def write_stopped(run_dir: str | Path, stopped: Stopped) -> None:
+def write_stopped(run_dir: str | Path, stopped: StopRecord) -> None:
     """Leave the mark that another start shall go on; it appears whole or not at all."""
     path = Path(run_dir) / STOPPED_NAME
     text = json.dumps({**asdict(stopped), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
@@ -61,7 +61,7 @@ def write_stopped(run_dir: str | Path, stopped: Stopped) -> None:
         file.write(text + "\n")
 
 
-def read_stopped(run_dir: str | Path) -> Stopped | None:
+def read_stopped(run_dir: str | Path) -> StopRecord | None:
     """The mark of the last start, None if that did not stop early.
 
     Raises:
@@ -69,12 +69,12 @@ def read_stopped(run_dir: str | Path) -> Stopped | None:
     """
     path = Path(run_dir) / STOPPED_NAME
     try:
-        content = read_record(path, {field.name: field.type for field in fields(Stopped)})
+        content = read_record(path, {field.name: field.type for field in fields(StopRecord)})
     except FileNotFoundError:
         return None
     if content["signal"] not in signal.Signals.__members__:
         raise ValueError(f"{path}: is damaged; remove it")
-    return Stopped(**content)
+    return StopRecord(**content)
 
 
 def clear_stopped(run_dir: str | Path) -> None:

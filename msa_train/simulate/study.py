@@ -1,14 +1,14 @@
-"""Every scheme's layers for one question, and how their speed scales."""
+"""Every scheme's layers for one scenario, and how their speed scales."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from msa_train.simulate.costs.demand import collect_wants
 from msa_train.simulate.costs.full_layer import FullLayer
-from msa_train.simulate.costs.layer_costs import SchemeReport, Setup
+from msa_train.simulate.costs.layer_costs import LayerCosts, SchemeReport
 from msa_train.simulate.costs.msa_layer import MsaLayer, MsaWork
 from msa_train.simulate.inputs.layouts import share_index
-from msa_train.simulate.inputs.scenario import Question
+from msa_train.simulate.inputs.scenario import Scenario
 from msa_train.simulate.selections.recorded import Selections
 
 BASE_RANKS = 8
@@ -23,7 +23,7 @@ class Answer:
     mean.
     """
 
-    question: Question
+    scenario: Scenario
     selections: str
     f: float
     local_share: float
@@ -32,21 +32,21 @@ class Answer:
     full: dict[str, SchemeReport]
 
 
-def answer(question: Question, selections: Selections) -> Answer:
+def answer(scenario: Scenario, selections: Selections) -> Answer:
     """Replay the selections and time every scheme."""
-    outer = question.placement()
-    setup = Setup(
-        shape=question.shape,
-        cluster=question.cluster,
-        rates=question.rates,
-        cp_size=question.cp_size,
-        options=question.options,
+    outer = scenario.placement()
+    setup = LayerCosts(
+        shape=scenario.shape,
+        cluster=scenario.cluster,
+        rates=scenario.rates,
+        cp_size=scenario.cp_size,
+        options=scenario.options,
         outer=outer,
     )
-    wants = collect_wants(selections, outer, question.shape.num_kv_heads, question.options.head_size)
-    index, local = share_index(outer, balanced=question.index_balance), selections.local_share(outer)
+    wants = collect_wants(selections, outer, scenario.shape.num_kv_heads, scenario.options.head_size)
+    index, local = share_index(outer, balanced=scenario.index_balance), selections.local_share(outer)
     work = MsaWork(
-        tiles=outer.tiles(question.shape.topk),
+        tiles=outer.tiles(scenario.shape.topk),
         wants=wants,
         local_share=local,
         index_scores=index.work,
@@ -54,30 +54,30 @@ def answer(question: Question, selections: Selections) -> Answer:
     )
     layer = MsaLayer(setup, work)
     return Answer(
-        question=question,
+        scenario=scenario,
         selections=selections.describe(),
         f=wants.f,
         local_share=float(local.mean()),
         index_balance=index.balance,
-        msa={scheme.value: layer.report(scheme) for scheme in question.schemes},
-        full=_full(question),
+        msa={scheme.value: layer.report(scheme) for scheme in scenario.schemes},
+        full=_full(scenario),
     )
 
 
-def _full(question: Question) -> dict[str, SchemeReport]:
+def _full(scenario: Scenario) -> dict[str, SchemeReport]:
     """Full-attention layers know no inner head groups: they use all ranks as one ring or gather."""
-    if not question.full_schemes:
+    if not scenario.full_schemes:
         return {}
-    setup = Setup(
-        shape=question.shape,
-        cluster=question.cluster,
-        rates=question.rates,
-        cp_size=question.cp_size,
-        options=replace(question.options, head_size=1),
-        outer=question.placement(head_size=1),
+    setup = LayerCosts(
+        shape=scenario.shape,
+        cluster=scenario.cluster,
+        rates=scenario.rates,
+        cp_size=scenario.cp_size,
+        options=replace(scenario.options, head_size=1),
+        outer=scenario.placement(head_size=1),
     )
     layer = FullLayer(setup)
-    return {scheme.value: layer.report(scheme) for scheme in question.full_schemes}
+    return {scheme.value: layer.report(scheme) for scheme in scenario.full_schemes}
 
 
 @dataclass(slots=True)
@@ -97,7 +97,7 @@ class ScalePoint:
 
 
 def scaling(
-    question: Question, selections: Callable[[Question], Selections], sizes: Sequence[int], *, weak: bool
+    scenario: Scenario, selections: Callable[[Scenario], Selections], sizes: Sequence[int], *, weak: bool
 ) -> list[ScalePoint]:
     """Speed from BASE_RANKS ranks on.
 
@@ -106,16 +106,16 @@ def scaling(
     loss: with fixed kernel rates that is the efficiency above.
 
     Args:
-        question: its seq_len and cp_size give the tokens per rank (weak) or the sequence (strong).
-        selections: makes the selections of a question.
+        scenario: its seq_len and cp_size give the tokens per rank (weak) or the sequence (strong).
+        selections: makes the selections of a scenario.
         sizes: numbers of ranks, ascending; BASE_RANKS is put first.
         weak: which of the two.
     """
     points: list[ScalePoint] = []
-    tokens = question.seq_len // question.cp_size
+    tokens = scenario.seq_len // scenario.cp_size
     for size in [BASE_RANKS, *(s for s in sizes if s > BASE_RANKS)]:
         at = replace(
-            question, cp_size=size, seq_len=tokens * size if weak else question.seq_len, full_schemes=[]
+            scenario, cp_size=size, seq_len=tokens * size if weak else scenario.seq_len, full_schemes=[]
         )
         result = answer(at, selections(at))
         efficiency = {name: r.total.compute / r.total.total for name, r in result.msa.items()}

@@ -6,29 +6,29 @@ from typing import Any
 
 from msa_train.checkpoint.format_versions import optimizer_updates
 from msa_train.checkpoint.load import load_checkpoint, load_newest, load_weights
-from msa_train.checkpoint.store import Found
+from msa_train.checkpoint.store import ResumePoint
 from msa_train.checkpoint.torch_dist.rng_state import RNG_KEY, set_rng_state
 from msa_train.config import RunConfig
-from msa_train.training.engines.engine import Engine
+from msa_train.training.engines.engine import TrainEngine
 
 
 @dataclass(slots=True)
 class Resumed:
-    """step: steps already made; messages: lines to print; bad_steps: what BadSteps had recorded."""
+    """step: steps already made; messages: lines to print; bad_steps: what SkipPolicy had recorded."""
 
     step: int
     messages: list[str]
     bad_steps: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
-def resume(config: RunConfig, engine: Engine) -> Resumed:
+def resume(config: RunConfig, engine: TrainEngine) -> Resumed:
     """Load the newest undamaged checkpoint, if any.
 
     The run's own checkpoint comes first, else `checkpoint.load`.
     """
     lacking: set[str] = set()
 
-    def load(found: Found) -> None:
+    def load(found: ResumePoint) -> None:
         if found.weights_only:
             template = engine.sharded_state(loading=True)["model"]
             weights, not_there = load_weights(found.path, template)
@@ -53,7 +53,7 @@ def _new_branches(lacking: set[str]) -> list[str]:
     return [f"it has no index branch in layers {', '.join(map(str, layers))}: drawn anew"] if layers else []
 
 
-def restore(found: Found, engine: Engine) -> None:
+def restore(found: ResumePoint, engine: TrainEngine) -> None:
     """Bring model, optimizer and, where as many ranks saved, random numbers back to a checkpoint. All ranks.
 
     Raises:

@@ -1,6 +1,6 @@
 """What a checkpoint's optimizer and schedule were, against those of the run that goes on from it.
 
-Found before any worker starts, and without loading anything: names stand in the index file as they are.
+ResumePoint before any worker starts, and without loading anything: names stand in the index file as they are.
 """
 
 import mmap

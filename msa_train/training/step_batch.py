@@ -13,26 +13,26 @@ from msa_train.parallel.process_groups import Groups
 
 @dataclass(slots=True)
 class StepBatch:
-    """packs: this data-parallel rank's; the counts are over all ranks' packs of the step.
-
-    num_labels: tokens with a label, the divisor of the language-model loss. num_tokens: real tokens, the
-    divisor of the KL loss. num_packs: packs. probe_seed: seed of the queries whose attention is looked at, in
-    the first pack of the step; None: of none. has_first: whether that pack is among this rank's.
-    """
+    """The packs of one optimizer step; counts are over all data-parallel ranks."""
 
     packs: Sequence[Pack]
+    "of this data-parallel rank"
     num_labels: int
+    "tokens with a label, the divisor of the language-model loss"
     num_tokens: int
+    "real tokens, the divisor of the KL loss"
     num_packs: int
-    probe_seed: int | None = None
+    recall_seed: int | None = None
+    "seed of the queries whose recall is measured in the step's first pack; None: of none"
     has_first: bool = True
+    "the step's first pack is among `packs`"
 
-    def probe_seed_of(self, pack: Pack) -> int | None:
+    def recall_seed_of(self, pack: Pack) -> int | None:
         """The seed, for the first pack of the step: the same queries however packs are dealt."""
-        return self.probe_seed if self.has_first and pack is self.packs[0] else None
+        return self.recall_seed if self.has_first and pack is self.packs[0] else None
 
 
-def make_batch(packs: Sequence[Pack], groups: Groups, *, probe_seed: int | None = None) -> StepBatch:
+def make_batch(packs: Sequence[Pack], groups: Groups, *, recall_seed: int | None = None) -> StepBatch:
     """Count over all data-parallel ranks, so that no divisor depends on how packs are dealt."""
     labels = sum(int((pack.labels != IGNORE_LABEL).sum()) for pack in packs)
     tokens = sum(int(pack.doc_lengths.sum()) for pack in packs)
@@ -45,6 +45,6 @@ def make_batch(packs: Sequence[Pack], groups: Groups, *, probe_seed: int | None 
         num_labels=max(num_labels, 1),
         num_tokens=max(num_tokens, 1),
         num_packs=num_packs,
-        probe_seed=probe_seed,
+        recall_seed=recall_seed,
         has_first=groups.dp_rank == 0,
     )

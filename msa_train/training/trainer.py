@@ -17,15 +17,15 @@ from msa_train.config import RunConfig, Stage, StageAttention, plan_stages, stag
 from msa_train.data import BatchStream, Corpus, PackedDataset
 from msa_train.parallel.comm.fault_watch import watched
 from msa_train.parallel.process_groups import Groups
-from msa_train.runtime import preemption as stop
-from msa_train.runtime.fencing import own_generation
+from msa_train.runtime import preemption
+from msa_train.runtime.fencing import own_token
 from msa_train.runtime.watchdog import Watchdog
-from msa_train.training.engines.engine import Engine, StepResult
+from msa_train.training.engines.engine import StepResult, TrainEngine
 from msa_train.training.metrics.collect import StepMetrics, router_bias_range
 from msa_train.training.metrics.progress import Progress
 from msa_train.training.metrics.selection_recording import SelectionLog
 from msa_train.training.metrics.writer import MetricsWriter
-from msa_train.training.optim.lr_schedule import Rates, stage_rates
+from msa_train.training.optim.lr_schedule import LearningRates, stage_rates
 from msa_train.training.resume_rules import schedule_record
 from msa_train.training.stability.finite_check import not_finite
 from msa_train.training.stability.skip_policy import RollbackError
@@ -59,7 +59,7 @@ class Trainer:
         self,
         config: RunConfig,
         groups: Groups,
-        engine: Engine,
+        engine: TrainEngine,
         data: Data,
         store: CheckpointStore,
         reporting: Reporting | None,
@@ -76,7 +76,7 @@ class Trainer:
         self.watchdog = Watchdog(config.watchdog.timeout_s, f"rank {groups.rank}")
         engine.forward.on_pack = lambda: self.watchdog.beat(f"a pack of step {self._step_number} began")
         self._step_number = 0
-        self.stopped: stop.Stopped | None = None
+        self.stopped: preemption.StopRecord | None = None
         "set if a signal ended the run before its last step"
 
     def run(self, first_step: int, after_step: Callable[[int], None] | None = None) -> dict[str, Any]:
@@ -127,7 +127,7 @@ class Trainer:
         if "bad_step" in values or not_finite(values):
             # the checkpoint that is under way may be the one to go on from
             self._tell_saved(self.saver.wait())
-        text = self.guard.conclude(step, values, self._first_pack(step, stage))
+        text = self.guard.after_step(step, values, self._first_pack(step, stage))
         if text:
             self._note(text)
 
@@ -153,7 +153,7 @@ class Trainer:
 
     def _stops(self, step: int, *, saved: bool) -> bool:
         """Whether any rank was asked to stop: then all stop after the same step, which is saved."""
-        asked = torch.tensor([stop.requested()], device=self.groups.device)
+        asked = torch.tensor([preemption.signal_received()], device=self.groups.device)
         with watched("stop"):
             dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         number = int(asked)
@@ -165,8 +165,8 @@ class Trainer:
             else:
                 self.save(step, wait=True)
             saved = True
-        self.stopped = stop.Stopped(
-            step=step, signal=signal.Signals(number).name, saved=saved, generation=own_generation()
+        self.stopped = preemption.StopRecord(
+            step=step, signal=signal.Signals(number).name, saved=saved, generation=own_token()
         )
         return True
 
@@ -190,9 +190,9 @@ class Trainer:
         batch_size = config.train.global_batch_size
         packs = stream.packs(self._first_pack(step, stage), groups.dp_rank, groups.dp_size, batch_size)
         probed = config.logging.attention_every > 0 and step % config.logging.attention_every == 0
-        batch = make_batch(packs, groups, probe_seed=config.train.seed + step if probed else None)
+        batch = make_batch(packs, groups, recall_seed=config.train.seed + step if probed else None)
         result = self._train(step, stage, batch, rates)
-        counts = self.guard.count(result)
+        counts = self.guard.record(result)
         values: dict[str, Any] = {"lr": rates.backbone, "index_lr": rates.index, "stage": stage.index}
         shown = step % config.logging.every == 0 or self._due(step, config.train.validate_every)
         # The norm is the same on all ranks: all of them gather what led to it.
@@ -212,7 +212,7 @@ class Trainer:
         shift = self.bad_steps.passed_over_packs(stage.seq_len)
         return stage.pack_at(step - 1, self.config.train.global_batch_size) + shift
 
-    def _train(self, step: int, stage: Stage, batch: StepBatch, rates: Rates) -> StepResult:
+    def _train(self, step: int, stage: Stage, batch: StepBatch, rates: LearningRates) -> StepResult:
         """The step, its selections recorded where they are due."""
         every, sparse = self.config.logging.selections_every, stage.attention is StageAttention.sparse
         if not (sparse and every > 0 and step % every == 0):
@@ -227,10 +227,10 @@ class Trainer:
             self._note(f"step {step}: the selections could not be recorded: {error}; training goes on")
         return result
 
-    def _take(self, batch: StepBatch, rates: Rates) -> StepResult:
+    def _take(self, batch: StepBatch, rates: LearningRates) -> StepResult:
         # Megatron's collectives have no other name
         with watched("step"):
-            return self.engine.train_step(batch, rates, self.guard.accept(batch))
+            return self.engine.train_step(batch, rates, self.guard.gate(batch))
 
     def validate(self) -> dict[str, float]:
         """Mean loss of the held-out packs, the same ones each time, attending as the stage does."""

@@ -12,7 +12,15 @@ import torch.distributed as dist
 
 from msa_train.checkpoint.data_record import handed_on, record_of
 from msa_train.checkpoint.store import CheckpointStore
-from msa_train.config import Device, Engine, RunConfig, plan_stages, printable, resolve_engine, total_steps
+from msa_train.config import (
+    Device,
+    EngineKind,
+    RunConfig,
+    plan_stages,
+    printable,
+    resolve_engine,
+    total_steps,
+)
 from msa_train.data import load_datasets
 from msa_train.parallel.comm.fault_watch import FaultWatch, watched
 from msa_train.parallel.process_groups import (
@@ -22,9 +30,9 @@ from msa_train.parallel.process_groups import (
     init_distributed,
     start_watch,
 )
-from msa_train.runtime import preemption as stop
+from msa_train.runtime import preemption
 from msa_train.runtime.last_words import end_by
-from msa_train.training.engines.engine import Engine as TrainingEngine
+from msa_train.training.engines.engine import TrainEngine
 from msa_train.training.engines.megatron_engine import MegatronEngine
 from msa_train.training.engines.torch_engine import TorchEngine
 from msa_train.training.metrics.progress import Progress
@@ -72,7 +80,7 @@ def _work(config: RunConfig, device: torch.device, watch: FaultWatch | None) -> 
     trainer = Trainer(config, groups, engine, data, store, reporting)
     trainer.bad_steps.restore(resumed.bad_steps)
     last = trainer.run(first_step)
-    stop.ignore()
+    preemption.ignore()
     if reporting is not None:
         reporting.progress.close()
         reporting.writer.close()
@@ -91,10 +99,10 @@ def _warn(text: str) -> None:
     print(printable(f"msa-train: {text}"), file=sys.stderr, flush=True)
 
 
-def _tell_stopped(config: RunConfig, stopped: stop.Stopped) -> None:
+def _tell_stopped(config: RunConfig, stopped: preemption.StopRecord) -> None:
     state = "another start goes on from here" if stopped.saved else "nothing is saved, by checkpoint.every=0"
     print(printable(f"stopped by {stopped.signal} after step {stopped.step}: {state}"), flush=True)
-    stop.write_stopped(config.run_dir, stopped)
+    preemption.write_stopped(config.run_dir, stopped)
 
 
 def load_data(config: RunConfig) -> Data:
@@ -139,10 +147,10 @@ def choose_device(config: RunConfig) -> torch.device:
     return torch.device("cpu")
 
 
-def build_engine(config: RunConfig, groups: Groups) -> TrainingEngine:
+def build_engine(config: RunConfig, groups: Groups) -> TrainEngine:
     """The engine that the configuration asks for, with freshly drawn weights."""
     engine = resolve_engine(config, has_gpu=groups.device.type == "cuda")
-    return (MegatronEngine if engine is Engine.megatron else TorchEngine)(config, groups)
+    return (MegatronEngine if engine is EngineKind.megatron else TorchEngine)(config, groups)
 
 
 def _reporting(config: RunConfig, first_step: int) -> Reporting:

@@ -15,7 +15,7 @@ from msa_train.checkpoint.all_ranks import CheckpointError
 from msa_train.checkpoint.load import load_checkpoint
 from msa_train.checkpoint.save import CheckpointSaver
 from msa_train.checkpoint.store import CheckpointStore, fingerprint
-from msa_train.checkpoint.torch_dist.staging import HostBuffers
+from msa_train.checkpoint.torch_dist.staging import HostStager
 from msa_train.config import CheckpointConfig, RunConfig, SaveFailure
 from msa_train.runtime.fencing import GENERATION_NAME, VARIABLE
 from tests.helpers.spawn import run_ranks
@@ -196,8 +196,8 @@ def test_snapshots_use_their_memory_again() -> None:
         key: [ShardedTensor.from_rank_offsets(key, view)]
         for key, view in {"rows": base, "same": base, "column": base[:, 1], "empty": base[:0]}.items()
     }
-    buffers = HostBuffers()
-    first = buffers.take(shards, {"a": [1]})  # type: ignore[arg-type]
+    buffers = HostStager()
+    first = buffers.stage(shards, {"a": [1]})  # type: ignore[arg-type]
     places = {key: entries[0].data.data_ptr() for key, entries in first.shards.items()}  # type: ignore[union-attr]
     assert places["rows"] == places["same"] != base.data_ptr()
     assert first.num_bytes == (12 + 12 + 3) * 4
@@ -205,6 +205,6 @@ def test_snapshots_use_their_memory_again() -> None:
     wanted = {"rows": torch.arange(12.0).view(3, 4), "column": torch.tensor([1.0, 5.0, 9.0])}
     for key, value in wanted.items():
         assert torch.equal(first.shards[key][0].data, value)  # type: ignore[arg-type]
-    second = buffers.take(shards, {})  # type: ignore[arg-type]
+    second = buffers.stage(shards, {})  # type: ignore[arg-type]
     assert {key: entries[0].data.data_ptr() for key, entries in second.shards.items()} == places  # type: ignore[union-attr]
     assert not second.shards["rows"][0].data.any()  # type: ignore[union-attr]

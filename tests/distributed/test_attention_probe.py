@@ -11,17 +11,17 @@ from msa_kernels import select_blocks
 from torch import Tensor
 
 from msa_train.checkpoint.store import CheckpointStore
-from msa_train.config import CpLayout, Engine, Precision
+from msa_train.config import CpLayout, EngineKind, Precision
 from msa_train.parallel.attention import selection_recall as attention_probe
 from msa_train.parallel.attention.selection_recall import (
-    ProbeSums,
+    RecallSums,
+    measure_recall,
     num_buckets,
-    probe_attention,
     sample_queries,
 )
 from msa_train.parallel.comm.cp_comm import CpComm
 from msa_train.parallel.process_groups import build_groups
-from msa_train.parallel.sharding.partition import make_plan
+from msa_train.parallel.sharding.partition import make_partition
 from msa_train.parallel.sharding.shard_layout import ShardLayout
 from msa_train.training.engines.torch_engine import TorchEngine
 from msa_train.training.trainer import Trainer
@@ -48,11 +48,11 @@ def tensors(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]
     return q.to(dtype), k.to(dtype), selected
 
 
-def reference(positions: list[int]) -> ProbeSums:
+def reference(positions: list[int]) -> RecallSums:
     """One query, group and block at a time."""
     q, k, selected = tensors()
     buckets = num_buckets(S // BLOCK_SIZE)
-    sums = ProbeSums.from_flat(torch.zeros(M, 3 + 4 * buckets, dtype=torch.float64))
+    sums = RecallSums.from_flat(torch.zeros(M, 3 + 4 * buckets, dtype=torch.float64))
     for i in positions:
         start = max(s for s in CU_SEQLENS[:-1] if s <= i)
         for m in range(M):
@@ -85,7 +85,7 @@ def probe(
     cp_rank: int, cp_size: int, comm: CpComm, count: int, dtype: torch.dtype
 ) -> tuple[list[int], Tensor]:
     """Positions of this rank's sampled queries and the sums over all ranks."""
-    plan = make_plan(LAYOUTS[cp_size], cp_size, CU_SEQLENS, BLOCK_SIZE)
+    plan = make_partition(LAYOUTS[cp_size], cp_size, CU_SEQLENS, BLOCK_SIZE)
     layout = ShardLayout(seq_len=S, block_size=BLOCK_SIZE, cp_rank=cp_rank, cp_size=cp_size, split=plan)
     queries = sample_queries(
         CU_SEQLENS, DOC_LENGTHS, layout, topk=TOPK, count=count, seed=5, device=torch.device("cpu")
@@ -95,7 +95,7 @@ def probe(
     own = torch.cat([torch.arange(*edges) for edges in layout.ranges])
     positions = own[queries.rows].tolist()
     assert positions == queries.position[queries.own].tolist()
-    sums = probe_attention(
+    sums = measure_recall(
         q[positions], k[own], selected[positions], queries, comm, softmax_scale=SCALE
     ).flat()
     if comm.group is not None:
@@ -137,7 +137,7 @@ def test_equals_the_definition(count: int, tile: int, monkeypatch: pytest.Monkey
         assert 0.1 < float(want.hit_count.sum() / want.best_count.sum()) < 0.9
         assert (want.best_count.sum(0)[:5] > 0).all()
     assert_rows_close(sums, want.flat(), 1e-12)
-    got = ProbeSums.from_flat(sums)
+    got = RecallSums.from_flat(sums)
     assert torch.equal(got.best_count, want.best_count)
     assert torch.equal(got.hit_count, want.hit_count)
     assert (got.count == len(positions)).all()
@@ -154,12 +154,12 @@ def test_does_not_depend_on_the_number_of_ranks(
     assert sorted(position for positions, _ in found for position in positions) == want_positions
     for _, sums in found:
         assert_rows_close(sums, want, 1e-12)
-        assert torch.equal(ProbeSums.from_flat(sums).hit_count, ProbeSums.from_flat(want).hit_count)
+        assert torch.equal(RecallSums.from_flat(sums).hit_count, RecallSums.from_flat(want).hit_count)
 
 
 def recalls(rank: int, world_size: int, folder: str) -> dict[str, float]:
     """Of two steps of a run with every rank a replica."""
-    layout = Layout(engine=Engine.torch, world_size=world_size, precision=Precision.fp64)
+    layout = Layout(engine=EngineKind.torch, world_size=world_size, precision=Precision.fp64)
     config = resume_config(layout, Path(folder), Case(layout=layout))
     config.train.steps, config.logging.attention_every, config.logging.attention_queries = 2, 2, 6
     groups = build_groups(config.parallel, device=torch.device("cpu"), exchange=config.exchange)
@@ -179,10 +179,10 @@ def test_does_not_depend_on_the_number_of_replicas(tmp_path: Path) -> None:
 
 
 def test_low_precision_inputs_are_summed_in_fp32() -> None:
-    got, want = (ProbeSums.from_flat(alone(50, dtype)[1]) for dtype in (torch.bfloat16, torch.float64))
+    got, want = (RecallSums.from_flat(alone(50, dtype)[1]) for dtype in (torch.bfloat16, torch.float64))
     assert_rows_close(got.score, want.score, 2e-2)
     assert_rows_close(got.entropy, want.entropy, 2e-2)
-    exact = ProbeSums.from_flat(alone(50, torch.float32)[1])
+    exact = RecallSums.from_flat(alone(50, torch.float32)[1])
     assert_rows_close(exact.entropy, want.entropy, 1e-5)
 
 
@@ -195,7 +195,7 @@ def test_everything_selected_is_full_recall() -> None:
     k[:BLOCK_SIZE] = 100.0
     selected = torch.zeros(20, M, 1, dtype=torch.int32)
     comm = CpComm(group=None, rank=0, size=1)
-    sums = probe_attention(q, k, selected, queries, comm, softmax_scale=1.0)
+    sums = measure_recall(q, k, selected, queries, comm, softmax_scale=1.0)
     assert_rows_close(sums.score, sums.count, 1e-12)
     assert torch.equal(sums.hit_count, sums.best_count)
     assert_rows_close(sums.entropy, sums.count * math.log(BLOCK_SIZE), 1e-12)

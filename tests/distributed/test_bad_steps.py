@@ -11,12 +11,12 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from msa_train.checkpoint.store import CheckpointStore
-from msa_train.config import BadStep, Engine, RunConfig
+from msa_train.config import BadStep, EngineKind, RunConfig
 from msa_train.data import Pack
 from msa_train.model.pack_forward import PackForward
 from msa_train.parallel.process_groups import build_groups
 from msa_train.training import trainer as loop
-from msa_train.training.engines.engine import Engine as TrainingEngine
+from msa_train.training.engines.engine import TrainEngine
 from msa_train.training.engines.megatron_engine import MegatronEngine
 from msa_train.training.engines.torch_engine import TorchEngine
 from msa_train.training.metrics.writer import MetricsWriter, read_metrics
@@ -32,9 +32,9 @@ from tests.helpers.training_command import write_corpus
 STEPS = 12
 NAN, SPIKE = float("nan"), 10.0
 LAYOUTS = {
-    "torch": Layout(engine=Engine.torch, world_size=1),
-    "megatron": Layout(engine=Engine.megatron, world_size=1),
-    "torch-cp2-ep2": Layout(engine=Engine.torch, world_size=2, sizes={"cp_size": 2, "ep_size": 2}),
+    "torch": Layout(engine=EngineKind.torch, world_size=1),
+    "megatron": Layout(engine=EngineKind.megatron, world_size=1),
+    "torch-cp2-ep2": Layout(engine=EngineKind.torch, world_size=2, sizes={"cp_size": 2, "ep_size": 2}),
 }
 
 
@@ -57,7 +57,7 @@ class Poisoned(PackForward):
 def start(config: RunConfig, poison: dict[int, float], stop_after: int = STEPS) -> dict[str, Any]:
     """One start of a run; poison: factor by number of a pack. Returns what this rank saw."""
     groups = build_groups(config.parallel, device=torch.device("cpu"), exchange=config.exchange)
-    engine = (MegatronEngine if config.engine is Engine.megatron else TorchEngine)(config, groups)
+    engine = (MegatronEngine if config.engine is EngineKind.megatron else TorchEngine)(config, groups)
     data = load_data(config)
     engine.forward.__class__ = Poisoned
     engine.forward.factors = {pack_id(data.train[SEQ_LEN][i]): factor for i, factor in poison.items()}  # type: ignore[attr-defined]
@@ -91,7 +91,7 @@ def start(config: RunConfig, poison: dict[int, float], stop_after: int = STEPS) 
     return {"states": states, "seen": seen, "error": error, "notes": notes.notes, "first": resumed.step}
 
 
-def digest(engine: TrainingEngine) -> str:
+def digest(engine: TrainEngine) -> str:
     """Of weights, router biases and the optimizer's state."""
     result = hashlib.sha256()
 
@@ -108,7 +108,7 @@ def digest(engine: TrainingEngine) -> str:
 
 def scenarios(rank: int, world_size: int, folder: str, name: str) -> dict[str, Any]:
     layout = LAYOUTS[name]
-    if layout.engine is Engine.megatron:
+    if layout.engine is EngineKind.megatron:
         cuda_shim.install()
 
     def config_of(run: str, **changes: Any) -> RunConfig:

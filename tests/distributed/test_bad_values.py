@@ -12,9 +12,9 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from msa_train.checkpoint.store import CheckpointStore
-from msa_train.config import BadStep, Engine, KvExchange, Recompute, RunConfig
+from msa_train.config import BadStep, EngineKind, KvExchange, Recompute, RunConfig
 from msa_train.parallel.process_groups import build_groups
-from msa_train.training.engines.engine import Engine as TrainingEngine
+from msa_train.training.engines.engine import TrainEngine
 from msa_train.training.engines.megatron_engine import MegatronEngine
 from msa_train.training.engines.torch_engine import TorchEngine
 from msa_train.training.stability.finite_check import DivergedError
@@ -42,7 +42,7 @@ PLACES = {
 
 
 @contextmanager
-def spoilt(engine: TrainingEngine, place: str, value: float) -> Iterator[None]:
+def spoilt(engine: TrainEngine, place: str, value: float) -> Iterator[None]:
     """One number of what a module returns, or of a gradient, is `value`."""
     part, number = PLACES[place]
     (module,) = [m for name, m in engine.model.named_modules() if name.endswith(part)]
@@ -73,7 +73,7 @@ def _with(x: Tensor, value: float) -> Tensor:
     return x * spoil
 
 
-def config_of(folder: str, engine: Engine, exchange: KvExchange) -> RunConfig:
+def config_of(folder: str, engine: EngineKind, exchange: KvExchange) -> RunConfig:
     layout = Layout(engine=engine, world_size=2, sizes=SIZES)
     config = resume_config(layout, Path(folder), Case(layout=layout))
     config.run_dir = f"{folder}/{engine.value}-{exchange.value}"
@@ -95,15 +95,15 @@ def ending(trainer: Trainer, value: float) -> str:
     return str(caught.value)
 
 
-def scenarios(rank: int, world_size: int, folder: str, kind: Engine) -> dict[str, str]:
+def scenarios(rank: int, world_size: int, folder: str, kind: EngineKind) -> dict[str, str]:
     """By exchange and place: what was wrong with the step, as this rank found it."""
-    if kind is Engine.megatron:
+    if kind is EngineKind.megatron:
         cuda_shim.install()
     found: dict[str, str] = {}
     for number, exchange in enumerate(KvExchange):
         config = config_of(folder, kind, exchange)
         groups = build_groups(config.parallel, device=torch.device("cpu"), exchange=config.exchange)
-        engine = (MegatronEngine if kind is Engine.megatron else TorchEngine)(config, groups)
+        engine = (MegatronEngine if kind is EngineKind.megatron else TorchEngine)(config, groups)
         store = CheckpointStore(config.run_dir)
         trainer = Trainer(config, groups, engine, load_data(config), store, None)
         trainer.run(0)
@@ -122,8 +122,8 @@ def scenarios(rank: int, world_size: int, folder: str, kind: Engine) -> dict[str
     return found
 
 
-@pytest.mark.parametrize("kind", [Engine.torch, Engine.megatron])
-def test_the_step_is_left_out_wherever_it_arises(kind: Engine, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [EngineKind.torch, EngineKind.megatron])
+def test_the_step_is_left_out_wherever_it_arises(kind: EngineKind, tmp_path: Path) -> None:
     write_corpus(tmp_path / "corpus")
     first, second = run_ranks(2, scenarios, str(tmp_path), kind)
     assert first == second, "all ranks judge alike"

@@ -21,10 +21,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
 from msa_train.checkpoint.all_ranks import CheckpointError
 from msa_train.checkpoint.load import (
-    find_verified_checkpoint,
     load_checkpoint,
     load_newest,
     load_weights,
+    select_verified_checkpoint,
     verify_distributed,
 )
 from msa_train.checkpoint.save import save_checkpoint
@@ -284,13 +284,13 @@ def test_numbers_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path: Path
 def damaged_by_byte(rank: int, world_size: int, folder: Path) -> None:
     config = RunConfig(run_dir=str(folder))
     assert verify_distributed(CheckpointStore(folder).path(2)) == "model file __1_0.distcp: checksum"
-    found = find_verified_checkpoint(config)
+    found = select_verified_checkpoint(config)
     assert found is not None
     assert (found.step, len(found.messages)) == (1, 1)
     config.model.num_layers = 12
     with pytest.raises(ValueError, match=r"model\.num_layers=12"):
-        find_verified_checkpoint(config)
-    assert find_verified_checkpoint(RunConfig(run_dir=str(folder / "none"))) is None
+        select_verified_checkpoint(config)
+    assert select_verified_checkpoint(RunConfig(run_dir=str(folder / "none"))) is None
 
 
 def test_flipped_byte_is_found_by_all_ranks(saved: Path, tmp_path: Path) -> None:
@@ -404,7 +404,7 @@ def killed_during_save(rank: int, world_size: int, folder: Path) -> None:
 
 
 def save_again(rank: int, world_size: int, folder: Path) -> None:
-    found = find_verified_checkpoint(RunConfig(run_dir=str(folder)))
+    found = select_verified_checkpoint(RunConfig(run_dir=str(folder)))
     assert found is not None
     assert found.step == 1
     state = load_checkpoint(found.path, sharded_state(rank, world_size, fill=False))

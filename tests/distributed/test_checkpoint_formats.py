@@ -10,8 +10,8 @@ from megatron.core import parallel_state
 
 from msa_train.checkpoint.format_versions import optimizer_updates
 from msa_train.checkpoint.load import load_checkpoint, load_weights
-from msa_train.checkpoint.store import file_entry, find_checkpoint, read_meta, verify_folder
-from msa_train.config import Engine
+from msa_train.checkpoint.store import file_entry, read_meta, select_checkpoint, verify_folder
+from msa_train.config import EngineKind
 from tests.helpers import cuda_shim
 from tests.helpers.format1 import SAVED_STEP, STEPS, build_format1, format1_config, train_format1
 from tests.helpers.spawn import run_ranks
@@ -26,7 +26,7 @@ def go_on(rank: int, world_size: int, folders: dict[str, str]) -> dict[tuple[str
     losses = {}
     for source, folder in folders.items():
         path = Path(folder)
-        for engine in (Engine.torch, Engine.megatron):
+        for engine in (EngineKind.torch, EngineKind.megatron):
             trained = build_format1(engine)
             state = load_checkpoint(path, trained.sharded_state(loading=True))
             trained.load_state(state, optimizer_updates(read_meta(path)))
@@ -63,13 +63,13 @@ def test_format_1_goes_on_in_both_engines(unpacked: dict[str, str]) -> None:
 def test_newer_format_names_the_version(unpacked: dict[str, str], tmp_path: Path) -> None:
     folder = tmp_path / "newer"
     shutil.copytree(unpacked["torch"], folder)
-    config = format1_config(Engine.torch)
+    config = format1_config(EngineKind.torch)
     config.run_dir, config.checkpoint.load = str(tmp_path / "run"), str(folder)
-    assert find_checkpoint(config, full=True) is not None
+    assert select_checkpoint(config, full=True) is not None
     text = (folder / "meta.json").read_text()
     (folder / "meta.json").write_text(text.replace('"format_version": 1', '"format_version": 9'))
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"]["meta.json"] = file_entry(folder / "meta.json")
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=r"has format 9, written by msa-train .* knows formats up to 2"):
-        find_checkpoint(config, full=True)
+        select_checkpoint(config, full=True)

@@ -15,7 +15,7 @@ from msa_train.checkpoint.load import load_checkpoint
 from msa_train.checkpoint.save import save_checkpoint
 from msa_train.checkpoint.store import CheckpointStore, fingerprint, verify_folder
 from msa_train.checkpoint.weights_only import checkpoint_folder, publish_weights, shape_of
-from msa_train.config import DataConfig, Engine, ParallelConfig, Precision, RunConfig, TrainConfig
+from msa_train.config import DataConfig, EngineKind, ParallelConfig, Precision, RunConfig, TrainConfig
 from msa_train.convert.config_read import read_hf_config
 from msa_train.convert.config_write import write_hf_config
 from msa_train.convert.export_hf import plan_export, read_config_file, write_export
@@ -23,8 +23,7 @@ from msa_train.convert.import_hf import plan_import, write_import
 from msa_train.convert.safetensors_files import DTYPES, INDEX_NAME
 from msa_train.convert.tensor_map import M3_NAMING, M3_TEXT_NAMING, build_table
 from msa_train.parallel.process_groups import build_groups
-from msa_train.training.engines.engine import Engine as TrainingEngine
-from msa_train.training.engines.engine import checkpoint_metadata
+from msa_train.training.engines.engine import TrainEngine, checkpoint_metadata
 from msa_train.training.engines.megatron_engine import MegatronEngine
 from msa_train.training.engines.torch_engine import TorchEngine
 from tests.helpers import cuda_shim
@@ -32,13 +31,16 @@ from tests.helpers.hf_files import read_tensors, small_m3, write_checkpoint
 from tests.helpers.spawn import run_ranks
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "one": (1, {"engine": Engine.torch, "parallel": {}}),
-    "one-bf16": (1, {"engine": Engine.torch, "parallel": {}, "precision": Precision.bf16}),
-    "tp2": (2, {"engine": Engine.megatron, "parallel": {"tp_size": 2}}),
-    "tp2-ep2": (2, {"engine": Engine.megatron, "parallel": {"tp_size": 2, "ep_size": 2}}),
-    "pp2": (2, {"engine": Engine.megatron, "parallel": {"pp_size": 2}}),
-    "cp2-ep2": (2, {"engine": Engine.torch, "parallel": {"cp_size": 2, "ep_size": 2}}),
-    "tp2-pp2-ep2": (4, {"engine": Engine.megatron, "parallel": {"tp_size": 2, "pp_size": 2, "ep_size": 2}}),
+    "one": (1, {"engine": EngineKind.torch, "parallel": {}}),
+    "one-bf16": (1, {"engine": EngineKind.torch, "parallel": {}, "precision": Precision.bf16}),
+    "tp2": (2, {"engine": EngineKind.megatron, "parallel": {"tp_size": 2}}),
+    "tp2-ep2": (2, {"engine": EngineKind.megatron, "parallel": {"tp_size": 2, "ep_size": 2}}),
+    "pp2": (2, {"engine": EngineKind.megatron, "parallel": {"pp_size": 2}}),
+    "cp2-ep2": (2, {"engine": EngineKind.torch, "parallel": {"cp_size": 2, "ep_size": 2}}),
+    "tp2-pp2-ep2": (
+        4,
+        {"engine": EngineKind.megatron, "parallel": {"tp_size": 2, "pp_size": 2, "ep_size": 2}},
+    ),
 }
 # 230 MB, the largest tensor 67 MB
 BIG = {"hidden_size": 1024, "num_experts": 16, "num_layers": 3}
@@ -62,7 +64,7 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def build(engine: Engine, parallel: dict[str, int], precision: Precision = Precision.fp32) -> TrainingEngine:
+def build(engine: EngineKind, parallel: dict[str, int], precision: Precision = Precision.fp32) -> TrainEngine:
     """An engine over the whole world for the imported model."""
     model, attention = small_m3()
     config = RunConfig(
@@ -73,7 +75,7 @@ def build(engine: Engine, parallel: dict[str, int], precision: Precision = Preci
         data=DataConfig(seq_len=96),
         train=TrainConfig(precision=precision),
     )
-    kind = TorchEngine if engine is Engine.torch else MegatronEngine
+    kind = TorchEngine if engine is EngineKind.torch else MegatronEngine
     return kind(config, build_groups(config.parallel, device=torch.device("cpu")))
 
 

@@ -25,7 +25,7 @@ from msa_train.config import (
 )
 from msa_train.parallel.kv_exchange import plan as exchange_plan
 from msa_train.parallel.sharding.load_balance import balance, causal_work, index_work
-from msa_train.parallel.sharding.partition import SequencePlan, common, contiguous_plan, count
+from msa_train.parallel.sharding.partition import SequencePartition, common, contiguous_plan, count
 from msa_train.training.metrics.collect import kv_bytes_all_gather
 from tests.helpers.compare import assert_rows_close
 from tests.helpers.model_runs import SEQ_LEN, run_steps, small_config, step_packs
@@ -344,7 +344,7 @@ def test_moved_queries_are_counted(results: dict[str, list[dict[str, Any]]]) -> 
             assert _total(traffic, "full_query_grad") == _total(traffic, "full_query")
 
 
-def moved(home: SequencePlan, away: SequencePlan) -> int:
+def moved(home: SequencePartition, away: SequencePartition) -> int:
     """Tokens of other ranks than before."""
     return SEQ_LEN - sum(count(common(a, b)) for a, b in zip(home.ranges, away.ranges, strict=True))
 

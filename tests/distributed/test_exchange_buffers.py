@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from msa_train.config import ExchangeConfig, KvExchange
-from msa_train.parallel.attention.cp_full import FullCall, cp_full_attention
-from msa_train.parallel.attention.cp_sparse import SparseCall, cp_sparse_attention
+from msa_train.parallel.attention.cp_full import FullAttentionArgs, cp_full_attention
+from msa_train.parallel.attention.cp_sparse import SparseAttentionArgs, cp_sparse_attention
 from msa_train.parallel.comm.cp_comm import CpComm
 from msa_train.parallel.comm.topology import build_comm
 from msa_train.parallel.kv_exchange.full_plan import make_full_plan
-from msa_train.parallel.kv_exchange.requests import needed_pairs, pairs_by_owner
+from msa_train.parallel.kv_exchange.requests import kv_blocks_by_owner, needed_kv_blocks
 from msa_train.parallel.sharding.shard_layout import ShardLayout
 from tests.helpers.spawn import run_ranks
 
@@ -33,7 +33,7 @@ def kept_storages(comm: CpComm, settings: ExchangeConfig, recompute: bool) -> tu
     own = torch.arange(T) // BLOCK_SIZE + comm.rank * NL
     # Rank 1 wants four of rank 0's blocks.
     others = torch.stack([torch.where(own < NL, -1, own % 4), own], 1)
-    call = SparseCall(
+    call = SparseAttentionArgs(
         block_indices=others[:, None].expand(-1, M, -1),
         position=torch.arange(T) + layout.ranges[0][0],
         layout=layout,
@@ -61,7 +61,7 @@ def kept_storages(comm: CpComm, settings: ExchangeConfig, recompute: bool) -> tu
     assert not held, "the session itself keeps tensors"
     out.square().sum().backward()
     assert tensors[1].grad is not None
-    pairs = pairs_by_owner(needed_pairs(call.block_indices, layout.num_blocks), layout)
+    pairs = kv_blocks_by_owner(needed_kv_blocks(call.block_indices, layout.num_blocks), layout)
     return sorted(kept.values()), int(pairs.sum()), tensors[1].grad
 
 
@@ -69,12 +69,12 @@ def kept_by_full_layer(
     comm: CpComm, keep: bool, recompute: bool
 ) -> tuple[list[int], dict[str, int], list[Tensor]]:
     """The same of a dense layer over one document: bytes, what travelled, gradients of q, k and v."""
-    comm, seq_len = comm.fresh(), comm.size * NL * BLOCK_SIZE
+    comm, seq_len = comm.with_new_counters(), comm.size * NL * BLOCK_SIZE
     layout = ShardLayout(seq_len=seq_len, block_size=BLOCK_SIZE, cp_rank=comm.rank, cp_size=comm.size)
     plan = make_full_plan(
         layout, [0, seq_len], [seq_len], exchange=KvExchange.selected, balanced=False, device=comm.device
     )
-    call = FullCall(plan, layout, comm, KvExchange.selected, 1.0, keep=keep)
+    call = FullAttentionArgs(plan, layout, comm, KvExchange.selected, 1.0, keep=keep)
     generator, T = torch.Generator().manual_seed(comm.rank), layout.local_seq_len
     shapes = ((M, G, D), (M, D), (M, D))
     tensors = [torch.randn(T, *s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]

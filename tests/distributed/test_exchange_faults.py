@@ -21,13 +21,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from msa_train.config import ExchangeConfig, KvExchange
-from msa_train.parallel.attention.cp_sparse import SparseCall, cp_sparse_attention
+from msa_train.parallel.attention.cp_sparse import SparseAttentionArgs, cp_sparse_attention
 from msa_train.parallel.comm.cp_comm import CpComm
 from msa_train.parallel.comm.rank_faults import ExchangeError
 from msa_train.parallel.comm.topology import build_comm
 from msa_train.parallel.kv_exchange import plan as exchange_plan
-from msa_train.parallel.kv_exchange.cost_model import PairBytes
-from msa_train.parallel.kv_exchange.requests import RequestTerms, exchange_requests
+from msa_train.parallel.kv_exchange.cost_model import KvBlockBytes
+from msa_train.parallel.kv_exchange.requests import ExchangeTerms, exchange_requests
 from msa_train.parallel.sharding.shard_layout import ShardLayout
 from tests.helpers.spawn import PRELOADED, run_ranks
 
@@ -98,7 +98,7 @@ def run_layer(comm: CpComm, settings: ExchangeConfig, *, poison: str = "", seq_b
     if poison:
         {"k": k, "v": v, "k_index": k_index}[poison][1] = float("nan" if poison == "k" else "inf")
     all_keys = comm.all_gather(k_index, "index_key").flatten(0, 1)
-    call = SparseCall(
+    call = SparseAttentionArgs(
         block_indices=selection(rank, size)[:T],
         position=torch.arange(*layout.ranges[0]),
         layout=layout,
@@ -142,9 +142,9 @@ def scene_rank(rank: int, scene: Scene, folder: str) -> None:
     LosingComm.scene = scene
     text = "no error"
     try:
-        run_layer(comm.of_layer(LAYER), settings)
+        run_layer(comm.for_layer(LAYER), settings)
         # Who needed nothing of the lost rank meets it here.
-        run_layer(comm.of_layer(LAYER + 1), settings)
+        run_layer(comm.for_layer(LAYER + 1), settings)
     except ExchangeError as error:
         text = str(error)
     except BaseException as error:
@@ -216,16 +216,16 @@ def refused(rank: int, world_size: int) -> list[str]:
     texts = []
     layout = ShardLayout(seq_len=12 + 300 * odd, block_size=2, cp_rank=rank, cp_size=world_size)
     needed = torch.zeros(M, layout.num_blocks, dtype=torch.bool)
-    terms = RequestTerms(KvExchange.selected, settings, PairBytes(1, 1), (None, torch.zeros(1)))
+    terms = ExchangeTerms(KvExchange.selected, settings, KvBlockBytes(1, 1), (None, torch.zeros(1)))
     with pytest.raises(ExchangeError) as caught:
-        exchange_requests(needed, layout, comm.of_layer(LAYER), terms)
+        exchange_requests(needed, layout, comm.for_layer(LAYER), terms)
     texts.append(str(caught.value))
     for poison in ("k", "v", "k_index"):
-        told = comm.fresh().of_layer(LAYER)
+        told = comm.with_new_counters().for_layer(LAYER)
         assert run_layer(told, settings, poison=poison if odd else "").isnan().all()
         texts += told.bad_values
     with pytest.raises(ExchangeError) as caught:
-        run_layer(comm.of_layer(LAYER + odd), settings)
+        run_layer(comm.for_layer(LAYER + odd), settings)
     texts.append(str(caught.value))
     return texts
 

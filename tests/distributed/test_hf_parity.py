@@ -13,7 +13,7 @@ from msa_train.checkpoint.load import load_checkpoint
 from msa_train.checkpoint.weights_only import checkpoint_folder, publish_weights, shape_of
 from msa_train.config import (
     DataConfig,
-    Engine,
+    EngineKind,
     OptimConfig,
     ParallelConfig,
     Precision,
@@ -114,7 +114,7 @@ def loaded_engine(scenario: Scenario, hf: HfModel, run_dir: Path, cp_size: int) 
     if scenario.family == "m2":
         hf.attention.block_size = scenario.block_size
     config = RunConfig(
-        engine=Engine.torch,
+        engine=EngineKind.torch,
         model=hf.model,
         attention=hf.attention,
         parallel=ParallelConfig(cp_size=cp_size),

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from msa_train.config import Engine, Precision, Recompute
+from msa_train.config import EngineKind, Precision, Recompute
 from tests.helpers import cuda_shim
 from tests.helpers.megatron_runs import worker
 from tests.helpers.spawn import run_ranks
@@ -13,30 +13,30 @@ from tests.helpers.spawn import run_ranks
 # fp32: three steps of AdamW on sums in another order; seen to agree to six digits.
 TOLERANCE = 1e-5
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
-    "torch": (1, {"engine": Engine.torch, "parallel": {}}),
-    "megatron": (1, {"engine": Engine.megatron, "parallel": {}}),
+    "torch": (1, {"engine": EngineKind.torch, "parallel": {}}),
+    "megatron": (1, {"engine": EngineKind.megatron, "parallel": {}}),
     "megatron-recompute": (
         1,
-        {"engine": Engine.megatron, "parallel": {}, "recompute": Recompute.full},
+        {"engine": EngineKind.megatron, "parallel": {}, "recompute": Recompute.full},
     ),
-    "megatron-dp2": (2, {"engine": Engine.megatron, "parallel": {}}),
-    "megatron-tp2": (2, {"engine": Engine.megatron, "parallel": {"tp_size": 2}}),
-    "megatron-tp2-ep2": (2, {"engine": Engine.megatron, "parallel": {"tp_size": 2, "ep_size": 2}}),
-    "megatron-pp2": (2, {"engine": Engine.megatron, "parallel": {"pp_size": 2}}),
-    "megatron-cp2-ep2": (2, {"engine": Engine.megatron, "parallel": {"cp_size": 2, "ep_size": 2}}),
-    "torch-cp2-ep2": (2, {"engine": Engine.torch, "parallel": {"cp_size": 2, "ep_size": 2}}),
-    "torch-bf16": (1, {"engine": Engine.torch, "parallel": {}, "precision": Precision.bf16}),
-    "megatron-bf16": (1, {"engine": Engine.megatron, "parallel": {}, "precision": Precision.bf16}),
+    "megatron-dp2": (2, {"engine": EngineKind.megatron, "parallel": {}}),
+    "megatron-tp2": (2, {"engine": EngineKind.megatron, "parallel": {"tp_size": 2}}),
+    "megatron-tp2-ep2": (2, {"engine": EngineKind.megatron, "parallel": {"tp_size": 2, "ep_size": 2}}),
+    "megatron-pp2": (2, {"engine": EngineKind.megatron, "parallel": {"pp_size": 2}}),
+    "megatron-cp2-ep2": (2, {"engine": EngineKind.megatron, "parallel": {"cp_size": 2, "ep_size": 2}}),
+    "torch-cp2-ep2": (2, {"engine": EngineKind.torch, "parallel": {"cp_size": 2, "ep_size": 2}}),
+    "torch-bf16": (1, {"engine": EngineKind.torch, "parallel": {}, "precision": Precision.bf16}),
+    "megatron-bf16": (1, {"engine": EngineKind.megatron, "parallel": {}, "precision": Precision.bf16}),
 }
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 for name, size, engine, parallel in (
-    ("torch-recipe", 1, Engine.torch, {}),
-    ("torch-cp2-recipe", 2, Engine.torch, {"cp_size": 2, "ep_size": 2}),
-    ("megatron-recipe", 1, Engine.megatron, {}),
-    ("megatron-dp2-overlap-recipe", 2, Engine.megatron, OVERLAP),
-    ("megatron-cp2-ep2-overlap-recipe", 2, Engine.megatron, {"cp_size": 2, "ep_size": 2, **OVERLAP}),
-    ("megatron-tp2-overlap-recipe", 2, Engine.megatron, {"tp_size": 2, "overlap_grad_reduce": True}),
-    ("megatron-pp2-recipe", 2, Engine.megatron, {"pp_size": 2}),
+    ("torch-recipe", 1, EngineKind.torch, {}),
+    ("torch-cp2-recipe", 2, EngineKind.torch, {"cp_size": 2, "ep_size": 2}),
+    ("megatron-recipe", 1, EngineKind.megatron, {}),
+    ("megatron-dp2-overlap-recipe", 2, EngineKind.megatron, OVERLAP),
+    ("megatron-cp2-ep2-overlap-recipe", 2, EngineKind.megatron, {"cp_size": 2, "ep_size": 2, **OVERLAP}),
+    ("megatron-tp2-overlap-recipe", 2, EngineKind.megatron, {"tp_size": 2, "overlap_grad_reduce": True}),
+    ("megatron-pp2-recipe", 2, EngineKind.megatron, {"pp_size": 2}),
 ):
     CASES[name] = (size, {"engine": engine, "parallel": parallel, "recipe": True})
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 import msa_train
-from msa_train.config import CpLayout, Engine, KvExchange, Recompute
+from msa_train.config import CpLayout, EngineKind, KvExchange, Recompute
 from tests.distributed import test_exactness as exactness
 from tests.distributed import test_resume_matrix as matrix
 from tests.helpers.model_runs import run_steps, small_config
@@ -146,21 +146,21 @@ def test_host_waits_for_a_gpu_where_it_must() -> None:
     assert seen == set(WAITS)
 
 
-def layout(engine: Engine, **sizes: int) -> Layout:
+def layout(engine: EngineKind, **sizes: int) -> Layout:
     return Layout(engine=engine, world_size=2, sizes={f"{name}_size": size for name, size in sizes.items()})
 
 
-ALONE = Layout(engine=Engine.torch, world_size=1)
+ALONE = Layout(engine=EngineKind.torch, world_size=1)
 # context and expert parallel, tensor parallel, pipeline parallel, data parallel
 ON_GPUS = [
-    layout(Engine.megatron, cp=2, ep=2),
-    layout(Engine.megatron, tp=2),
-    layout(Engine.megatron, pp=2),
-    layout(Engine.megatron, ep=2),
-    layout(Engine.torch, cp=2, ep=2),
+    layout(EngineKind.megatron, cp=2, ep=2),
+    layout(EngineKind.megatron, tp=2),
+    layout(EngineKind.megatron, pp=2),
+    layout(EngineKind.megatron, ep=2),
+    layout(EngineKind.torch, cp=2, ep=2),
 ]
 BEGUN_ON_GPUS = [ON_GPUS[1], ON_GPUS[3]]
-BACK = layout(Engine.torch, ep=2)
+BACK = layout(EngineKind.torch, ep=2)
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     both = (0, 1)
     start = [(Case(layout=ALONE), (0,))]
     there = [(Case(layout=one, source=ALONE.name), both) for one in ON_GPUS]
-    begun = [(Case(layout=one, goes_on=False), both) for one in BEGUN_ON_GPUS]
+    begun = [(Case(layout=one, done=False), both) for one in BEGUN_ON_GPUS]
     back = [(Case(layout=BACK, source=case.name), both) for case, _ in begun]
     for phase, device in ((start, "cpu"), (there + begun, "pretended"), (back, "cpu")):
         run_ranks(2, run_cases, [phase], str(folder), device=device)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from msa_train.config import Engine, Precision
+from msa_train.config import EngineKind, Precision
 from tests.helpers.resume_runs import BATCH, MORE_STEPS, SAVED_STEP, Case, Layout, run_cases
 from tests.helpers.spawn import run_ranks
 from tests.helpers.training_command import write_corpus
@@ -28,8 +28,8 @@ NAMES = ("lm_loss", "kl_loss", "grad_norm")
 def layouts() -> list[Layout]:
     """All sizes that the engines allow and the processes suffice for."""
     found = []
-    for engine in (Engine.torch, Engine.megatron):
-        model = (1, 2) if engine is Engine.megatron else (1,)
+    for engine in (EngineKind.torch, EngineKind.megatron):
+        model = (1, 2) if engine is EngineKind.megatron else (1,)
         for cp, ep, dp, tp, pp in product((1, 2, 4), (1, 2), (1, 2), model, model):
             world_size = cp * dp * tp * pp
             if world_size > PROCESSES or (world_size // pp) % ep:
@@ -45,7 +45,7 @@ def fp64_layouts() -> list[Layout]:
     return [
         Layout(engine=one.engine, world_size=one.world_size, sizes=one.sizes, precision=Precision.fp64)
         for one in layouts()
-        if one.engine is Engine.torch
+        if one.engine is EngineKind.torch
     ]
 
 
@@ -63,7 +63,7 @@ def pairs() -> list[tuple[Layout, Layout]]:
         fp64 = product(fp64_layouts(), repeat=2)
         found = [*fp64, *unchanged(), *(pair for some in chains for pair in some)]
         return list({(source.name, target.name): (source, target) for source, target in found}.values())
-    few = [one for one in layouts() if one.world_size < PROCESSES or one.engine is Engine.torch]
+    few = [one for one in layouts() if one.world_size < PROCESSES or one.engine is EngineKind.torch]
     largest = [one for one in layouts() if one not in few]
     return [*chain([*few, *largest[::3]]), *chain(fp64_layouts()[::2]), *unchanged()]
 
@@ -75,7 +75,7 @@ def unchanged() -> list[tuple[Layout, Layout]]:
 
 def first_of(precision: Precision) -> Layout:
     """The one process that all are compared with."""
-    return Layout(engine=Engine.torch, world_size=1, precision=precision)
+    return Layout(engine=EngineKind.torch, world_size=1, precision=precision)
 
 
 def all_cases() -> list[list[Case]]:
@@ -83,7 +83,7 @@ def all_cases() -> list[list[Case]]:
     chosen = pairs()
     whole = [*(one for one, _ in unchanged()), *(first_of(precision) for precision in TOLERANCE)]
     sources = [*whole, *(source for source, _ in chosen)]
-    by_name = {source.name: Case(layout=source, goes_on=source in whole) for source in sources}
+    by_name = {source.name: Case(layout=source, done=source in whole) for source in sources}
     targets = {
         (source.name, target.name): Case(layout=target, source=source.name) for source, target in chosen
     }

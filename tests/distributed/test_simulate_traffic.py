@@ -10,7 +10,7 @@ from msa_kernels import select_blocks
 from torch import Tensor
 
 from msa_train.config import ExchangeConfig, KvExchange
-from msa_train.parallel.attention.cp_sparse import SparseCall, cp_sparse_attention
+from msa_train.parallel.attention.cp_sparse import SparseAttentionArgs, cp_sparse_attention
 from msa_train.parallel.comm.topology import build_comm
 from msa_train.parallel.kv_exchange import plan as exchange_plan
 from msa_train.parallel.selection_file import SelectionRecorder
@@ -18,7 +18,7 @@ from msa_train.parallel.sharding.shard_layout import ShardLayout
 from msa_train.simulate.inputs.cluster import PRESETS, Cluster
 from msa_train.simulate.inputs.layer_shape import LayerShape
 from msa_train.simulate.inputs.rates import load_rates
-from msa_train.simulate.inputs.scenario import Options, Question, Scheme
+from msa_train.simulate.inputs.scenario import Options, Scenario, Scheme
 from msa_train.simulate.selections.recorded import RecordedSelections, read_selections
 from msa_train.simulate.study import answer
 from tests.helpers.spawn import run_ranks
@@ -85,7 +85,7 @@ def count_traffic(rank: int, size: int, block_indices: Tensor) -> dict[str, dict
         for _ in range(2):
             before = dict(comm.traffic.received)
             keys = comm.all_gather(k_index.detach(), "index_key").flatten(0, 1)
-            call = SparseCall(
+            call = SparseAttentionArgs(
                 block_indices=block_indices[rows],
                 position=torch.arange(*layout.ranges[0]),
                 layout=layout,
@@ -153,7 +153,7 @@ def test_bytes_equal_the_counters_of_training(
     monkeypatch.setattr(exchange_plan, "HOT_COST", 0.0)
     block_indices = SELECTIONS[name]()
     _, settings, scheme = CASES[case]
-    question = Question(
+    scenario = Scenario(
         shape=LayerShape(
             hidden_size=16, num_heads=M * G, num_kv_heads=M, head_dim=D, index_head_dim=DI,
             block_size=BLOCK_SIZE,
@@ -172,7 +172,7 @@ def test_bytes_equal_the_counters_of_training(
         ),
         index_balance=False,
     )  # fmt: skip
-    report = answer(question, recorded(block_indices, tmp_path)).msa[scheme.value]
+    report = answer(scenario, recorded(block_indices, tmp_path)).msa[scheme.value]
     predicted = [
         {name: round(sum(w.received[rank] for w in parts)) for name, parts in report.traffic.items()}
         for rank in range(P)

@@ -18,10 +18,10 @@ pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 
-from msa_train.checkpoint.torch_dist.staging import HostBuffers
+from msa_train.checkpoint.torch_dist.staging import HostStager
 from msa_train.config import ExchangeConfig, KvExchange, ParallelConfig
 from msa_train.parallel.comm import cp_comm as collectives
-from msa_train.parallel.comm.p2p import start_row_exchange
+from msa_train.parallel.comm.p2p import start_all_to_all_rows
 from msa_train.parallel.comm.to_device import to_device
 from msa_train.parallel.process_groups import Groups, build_groups
 
@@ -46,7 +46,7 @@ def keep_busy() -> None:
 
 def snapshots(rank: int, world_size: int) -> list[dict[str, Any]]:
     """Of three saves into the same memory, what they hold of tensors that training changes at once."""
-    buffers, found = HostBuffers(), []
+    buffers, found = HostStager(), []
     weight = torch.zeros(MANY, device=here())
     tensors = {
         "weight": weight,
@@ -61,7 +61,7 @@ def snapshots(rank: int, world_size: int) -> list[dict[str, Any]]:
             name: [ShardedTensor.from_rank_offsets(name, tensor, (0, 0, 1))]
             for name, tensor in tensors.items()
         }
-        taken = buffers.take(shards, {"step": save})
+        taken = buffers.stage(shards, {"step": save})
         for name in ("weight", "half"):
             tensors[name].fill_(-1)
         copies: dict[str, Any] = {name: entries[0].data for name, entries in taken.shards.items()}
@@ -119,7 +119,7 @@ def _by_torch(group: dist.ProcessGroup, x: Tensor) -> dict[str, Tensor]:
     works = [
         collectives._gather(gathered, x, group=group, async_op=True),
         collectives._reduce_scatter(scattered, x, group=group, async_op=True),
-        *start_row_exchange(group, moved, x, [4], [4]),
+        *start_all_to_all_rows(group, moved, x, [4], [4]),
     ]
     for work in works:
         work.wait()

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from msa_train.config import (
     AttentionConfig,
     DataConfig,
-    Engine,
+    EngineKind,
     ExchangeConfig,
     ModelConfig,
     OptimConfig,
@@ -15,7 +15,7 @@ from msa_train.config import (
     TrainConfig,
 )
 from msa_train.parallel.process_groups import build_groups
-from msa_train.training.engines.engine import Engine as TrainingEngine
+from msa_train.training.engines.engine import TrainEngine
 from msa_train.training.engines.megatron_engine import MegatronEngine
 from msa_train.training.engines.torch_engine import TorchEngine
 from msa_train.training.optim.lr_schedule import Rates
@@ -26,7 +26,7 @@ SEQ_LEN, BLOCK_SIZE, VOCAB = 32, 4, 16
 SAVED_STEP, STEPS = 2, 5
 
 
-def format1_config(engine: Engine) -> RunConfig:
+def format1_config(engine: EngineKind) -> RunConfig:
     """Two layers, one of them sparse in attention and network, of a few numbers each."""
     return RunConfig(
         engine=engine,
@@ -56,14 +56,14 @@ def format1_config(engine: Engine) -> RunConfig:
     )
 
 
-def build_format1(engine: Engine) -> TrainingEngine:
+def build_format1(engine: EngineKind) -> TrainEngine:
     """On one process; engine=megatron needs the CUDA shim."""
     config = format1_config(engine)
     groups = build_groups(config.parallel, device=torch.device("cpu"))
-    return (MegatronEngine if engine is Engine.megatron else TorchEngine)(config, groups)
+    return (MegatronEngine if engine is EngineKind.megatron else TorchEngine)(config, groups)
 
 
-def train_format1(engine: TrainingEngine, first: int, last: int) -> list[float]:
+def train_format1(engine: TrainEngine, first: int, last: int) -> list[float]:
     """Loss sums of the steps after `first`, up to `last`."""
     assert dist.get_world_size() == 1
     losses = []

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from msa_train.config import RunConfig
 from msa_train.parallel.comm.fault_watch import watched
 from msa_train.parallel.process_groups import init_distributed, start_watch
-from msa_train.runtime import preemption as stop
+from msa_train.runtime import preemption
 from msa_train.runtime.last_words import end_by
 
 FAIL_AT_STEP = 3
@@ -35,12 +35,14 @@ def run(config: RunConfig) -> None:
             _misbehave(behaviour)
         with watched("step"):
             dist.all_reduce(torch.ones(100_000))
-        asked = torch.tensor([stop.requested()])
+        asked = torch.tensor([preemption.signal_received()])
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         if asked.item():
             name = signal.Signals(int(asked)).name
             if rank == 0:
-                stop.write_stopped(run_dir, stop.Stopped(step=step, signal=name, saved=False, generation=""))
+                preemption.write_stopped(
+                    run_dir, preemption.StopRecord(step=step, signal=name, saved=False, generation="")
+                )
             dist.barrier()
             break
         (run_dir / f"step{rank}").write_text(str(step))

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from msa_train.config import (
-    Engine,
+    EngineKind,
     KlTarget,
     ParallelConfig,
     Precision,
@@ -17,7 +17,7 @@ from msa_train.config import (
     plan_stages,
 )
 from msa_train.parallel.process_groups import build_groups
-from msa_train.training.engines.engine import Engine as TrainingEngine
+from msa_train.training.engines.engine import TrainEngine
 from msa_train.training.engines.megatron_engine import MegatronEngine
 from msa_train.training.engines.torch_engine import TorchEngine
 from msa_train.training.metrics.collect import StepMetrics
@@ -31,13 +31,13 @@ PACKS_PER_STEP = 4
 
 
 def build(
-    engine: Engine,
+    engine: EngineKind,
     *,
     parallel: dict[str, Any],
     precision: Precision = Precision.fp32,
     recompute: Recompute = Recompute.none,
     recipe: bool = False,
-) -> TrainingEngine:
+) -> TrainEngine:
     """An engine over the whole world with the sizes in `parallel`; recipe: another stage for each step."""
     config = small_config(precision=precision, recompute=recompute)
     # Divisible by two tensor-parallel ranks.
@@ -53,7 +53,7 @@ def build(
         config.optim.weight_decay, config.optim.index_weight_decay = 5.0, 20.0
         config.optim.index_lr_scale = 3.0
     groups = build_groups(config.parallel, device=torch.device("cpu"))
-    if engine is Engine.torch:
+    if engine is EngineKind.torch:
         return TorchEngine(config, groups)
     megatron = MegatronEngine(config, groups)
     cuda_shim.refuse_wrong_corners(
@@ -74,7 +74,7 @@ def recipe_stages() -> dict[str, StageConfig]:
     }
 
 
-def train(engine: TrainingEngine, first: int = 0, steps: int = STEPS) -> list[dict[str, Any]]:
+def train(engine: TrainEngine, first: int = 0, steps: int = STEPS) -> list[dict[str, Any]]:
     """Metrics of training steps and the validation loss after them."""
     groups = engine.groups
     metrics = StepMetrics(engine.config, groups)
@@ -83,7 +83,7 @@ def train(engine: TrainingEngine, first: int = 0, steps: int = STEPS) -> list[di
     for step in range(first, first + (len(plan) or steps)):
         packs = (step_packs()[0] + step_packs()[1])[:PACKS_PER_STEP]
         rate = 3e-3 / (step + 1)
-        batch = make_batch(packs[groups.dp_rank :: groups.dp_size], groups, probe_seed=step)
+        batch = make_batch(packs[groups.dp_rank :: groups.dp_size], groups, recall_seed=step)
         rates = Rates(backbone=rate, index=rate)
         if plan:
             engine.set_stage(plan[step])

@@ -10,7 +10,7 @@ from msa_train.config import (
     AttentionKernel,
     CpLayout,
     DataConfig,
-    Engine,
+    EngineKind,
     ExchangeConfig,
     KvExchange,
     ModelConfig,
@@ -26,7 +26,7 @@ from msa_train.data import Pack
 from msa_train.model.attention.msa import MsaSelfAttention
 from msa_train.model.init_weights import global_names
 from msa_train.model.layers.moe import SigmoidRouter
-from msa_train.parallel.attention.selection_recall import ProbeSums
+from msa_train.parallel.attention.selection_recall import RecallSums
 from msa_train.parallel.process_groups import build_groups
 from msa_train.parallel.sharding.shard_layout import ShardLayout
 from msa_train.training.engines.torch_engine import TorchEngine
@@ -59,7 +59,7 @@ def small_config(
     settings: of the exchange; none: no nodes, nothing broadcast.
     """
     return RunConfig(
-        engine=Engine.torch,
+        engine=EngineKind.torch,
         model=ModelConfig(
             num_layers=4,
             hidden_size=24,
@@ -138,7 +138,7 @@ def run_steps(config: RunConfig, steps: list[list[Pack]] | None = None) -> dict[
     packs_of_step: list[int] = []
     msa_layers: list[int] = []
     # A rank whose pack has no query to sample has no sums.
-    width = ProbeSums.width(SEQ_LEN // BLOCK_SIZE)
+    width = RecallSums.width(SEQ_LEN // BLOCK_SIZE)
     nothing = torch.zeros(config.model.num_kv_heads, width, dtype=torch.float64)
     for layer in engine.model.decoder.layers:
         if isinstance(layer.self_attention, MsaSelfAttention):
@@ -150,7 +150,7 @@ def run_steps(config: RunConfig, steps: list[list[Pack]] | None = None) -> dict[
     for number, packs in enumerate(steps or step_packs()):
         selections.clear()
         packs_of_step[:] = [i for i in range(len(packs)) if i % groups.dp_size == groups.dp_rank]
-        batch = make_batch([packs[i] for i in packs_of_step], groups, probe_seed=number)
+        batch = make_batch([packs[i] for i in packs_of_step], groups, recall_seed=number)
         result = engine.train_step(batch, Rates(backbone=1e-2, index=1e-2))
         names = global_names(engine.model, ep_rank=groups.ep_rank)
         observed.append(

@@ -23,7 +23,7 @@ from msa_train.config import (
     AttentionConfig,
     CheckpointConfig,
     DataConfig,
-    Engine,
+    EngineKind,
     ExchangeConfig,
     LoggingConfig,
     LrSchedule,
@@ -54,7 +54,7 @@ CASE_TIMEOUT = timedelta(seconds=120)
 class Layout:
     """An engine with sizes; world_size: processes."""
 
-    engine: Engine
+    engine: EngineKind
     world_size: int
     sizes: Mapping[str, int] = field(default_factory=dict[str, int])
     precision: Precision = Precision.fp32
@@ -74,13 +74,13 @@ class Layout:
 class Case:
     """One training.
 
-    source: name of the layout whose checkpoint it goes on from; empty: it begins, and saves. goes_on: a run
+    source: name of the layout whose checkpoint it goes on from; empty: it begins, and saves. done: a run
     that begins does not end with the checkpoint.
     """
 
     layout: Layout
     source: str = ""
-    goes_on: bool = True
+    done: bool = True
 
     @property
     def name(self) -> str:
@@ -124,7 +124,7 @@ def resume_config(layout: Layout, folder: Path, case: Case) -> RunConfig:
         ),
         optim=OptimConfig(lr=3e-3, warmup_steps=4, schedule=LrSchedule.constant),
         train=TrainConfig(
-            steps=SAVED_STEP + (MORE_STEPS if case.goes_on else 0),
+            steps=SAVED_STEP + (MORE_STEPS if case.done else 0),
             global_batch_size=BATCH,
             precision=layout.precision,
             validate_every=0,
@@ -182,7 +182,7 @@ def run_cases(
         folder: with a corpus.
     """
     engines = {case.layout.engine for phase in phases for case, _ in phase}
-    if Engine.megatron in engines and devices.chosen() == "cpu":
+    if EngineKind.megatron in engines and devices.chosen() == "cpu":
         cuda_shim.install()
     # a rank that leaves while another one still connects to it ends that one
     dist.barrier()
@@ -218,7 +218,7 @@ def _world(store: Path, rank: int, world_size: int) -> Iterator[None]:
 def _run_case(case: Case, folder: Path) -> None:
     config = resume_config(case.layout, folder, case)
     groups = build_groups(config.parallel, device=devices.rank_device(), exchange=config.exchange)
-    engine = (MegatronEngine if config.engine is Engine.megatron else TorchEngine)(config, groups)
+    engine = (MegatronEngine if config.engine is EngineKind.megatron else TorchEngine)(config, groups)
     data = load_data(config)
     SeenStream.seen = []
     loop.BatchStream = SeenStream  # type: ignore[misc]

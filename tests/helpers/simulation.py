@@ -6,7 +6,7 @@ from typing import Any
 from msa_train.simulate.inputs.cluster import Cluster
 from msa_train.simulate.inputs.layer_shape import LayerShape
 from msa_train.simulate.inputs.rates import KernelRates, load_rates
-from msa_train.simulate.inputs.scenario import Options, Question, Scheme
+from msa_train.simulate.inputs.scenario import Options, Scenario, Scheme
 from msa_train.simulate.selections.synthetic import SyntheticSelections
 
 M3 = LayerShape(
@@ -39,7 +39,7 @@ def rates(**changes: Any) -> KernelRates:
     return replace(load_rates("h100_assumed"), **changes)
 
 
-def question(**changes: Any) -> Question:
+def scenario(**changes: Any) -> Scenario:
     """64K tokens on 8 ranks of a flat cluster, no hot pairs."""
     values: dict[str, Any] = {
         "shape": M3,
@@ -52,7 +52,7 @@ def question(**changes: Any) -> Question:
         "options": Options(hot_share=0.0),
         "index_balance": False,
     }
-    return Question(**{**values, **changes})
+    return Scenario(**{**values, **changes})
 
 
 def stated(f: float, **changes: Any) -> SyntheticSelections:

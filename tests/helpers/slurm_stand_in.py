@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from msa_train.runtime import preemption as stop
+from msa_train.runtime import preemption
 
 STEP_S = 0.1
 
@@ -17,7 +17,7 @@ STEP_S = 0.1
 def main(arguments: list[str]) -> int:
     """Make steps on every task; the first one saves."""
     settings = dict(text.split("=") for text in arguments)
-    stop.listen()
+    preemption.install_handlers()
     run_dir, rank = Path(settings["run_dir"]), int(os.environ["SLURM_PROCID"])
     start = f"{os.environ['SLURM_JOB_ID']}.{os.environ.get('SLURM_RESTART_COUNT') or 0}"
     checkpoints = run_dir / "checkpoints"
@@ -29,12 +29,12 @@ def main(arguments: list[str]) -> int:
         if step == int(settings.get("crash_at", "-1")):
             return 1
         # ranks of a real run stop together or not at all: none can once another one has crashed
-        if stop.requested() and "crash_at" not in settings:
+        if preemption.signal_received() and "crash_at" not in settings:
             if rank == 0:
                 (checkpoints / f"step_{step:08d}").mkdir(parents=True)
-                name = signal.Signals(stop.requested()).name
-                stop.write_stopped(
-                    run_dir, stop.Stopped(step=step, signal=name, saved=True, generation=start)
+                name = signal.Signals(preemption.signal_received()).name
+                preemption.write_stopped(
+                    run_dir, preemption.StopRecord(step=step, signal=name, saved=True, generation=start)
                 )
             return 0
     return 0

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from launchers.cli.command_line import STOPPED
 from msa_train.checkpoint.store import CheckpointStore
-from msa_train.runtime import preemption as stop
+from msa_train.runtime import preemption
 from msa_train.training.metrics.writer import read_metrics
 from tests.helpers.training_command import Training, last_step, without_times
 from tests.integration.conftest import STEPS, FinishedRun
@@ -14,7 +14,7 @@ TO_THE_END = f"train.steps={STEPS}"
 
 
 def test_chain_of_slices_equals_one_long_run(finished: FinishedRun, tmp_path: Path) -> None:
-    """Stopped twice, the second time with more signals of both kinds while it saves."""
+    """StopRecord twice, the second time with more signals of both kinds while it saves."""
     run_dir = tmp_path / "run"
     start = (*finished.settings, f"run_dir={run_dir}", TO_THE_END, "checkpoint.every=100")
 
@@ -38,7 +38,7 @@ def test_chain_of_slices_equals_one_long_run(finished: FinishedRun, tmp_path: Pa
 
     with Training(*start) as training:
         assert training.end() == 0, training.output + training.errors
-    assert stop.read_stopped(run_dir) is None
+    assert preemption.read_stopped(run_dir) is None
     assert 2 <= first < second < STEPS
     want, got = read_metrics(finished.run_dir), read_metrics(run_dir)
     assert [row["step"] for row in got] == list(range(1, STEPS + 1))
@@ -72,7 +72,7 @@ def test_hang_is_ended_with_the_stacks_of_who_waits(finished: FinishedRun, tmp_p
 
 def _stopped(run_dir: Path, name: str) -> int:
     """The step at which it stopped and that is saved."""
-    mark = stop.read_stopped(run_dir)
+    mark = preemption.read_stopped(run_dir)
     assert mark is not None
     assert (mark.signal, mark.saved) == (name, True)
     assert CheckpointStore(run_dir).steps()[-1] == mark.step == last_step(run_dir)

@@ -59,8 +59,8 @@ def nan_filled_buffers() -> Iterator[None]:
 @contextmanager
 def limits(shape: Shape) -> Iterator[None]:
     """Portions and items as small as the shape asks for."""
-    from msa_kernels.block_sparse_attention.triton import backward as launch_backward
-    from msa_kernels.block_sparse_attention.triton import forward as launch
+    from msa_kernels.block_sparse_attention.triton import launch_backward
+    from msa_kernels.block_sparse_attention.triton import launch_forward as launch
 
     with pytest.MonkeyPatch.context() as patch:
         if shape.part_bytes:

@@ -7,7 +7,7 @@ import pytest
 
 from launchers import train
 from launchers.hydra_config.compose import compose_run, load_run
-from launchers.hydra_config.options import CLUSTER, GROUPS, config_dir
+from launchers.hydra_config.options import CLUSTER, OPTION_GROUPS, config_dir
 from launchers.local.failure_report import WorkerFailure, first_failure, report
 from launchers.local.launch_checks import Layout, count_gpus, describe, plan_layout
 
@@ -17,7 +17,7 @@ def test_help_lists_every_run_and_option(capsys: pytest.CaptureFixture[str]) -> 
     text = capsys.readouterr().out
     for path in config_dir().glob("*/*.yaml"):
         assert path.stem in text or path.parent.name == CLUSTER
-    assert all(group in text for group in GROUPS)
+    assert all(group in text for group in OPTION_GROUPS)
     assert "--check" in text
 
 

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from launchers.hydra_config.compose import compose_run, config_to_yaml, known_keys, load_run
-from launchers.hydra_config.options import CLUSTER, GROUPS, config_dir, group_options
+from launchers.hydra_config.options import CLUSTER, OPTION_GROUPS, config_dir, group_options
 from msa_train.config import AttentionKind, RunConfig, check_rules
 from msa_train.config.model_size import model_size
 
@@ -58,8 +58,8 @@ def test_model_preset_leaves_no_shape_to_defaults(preset: str) -> None:
 
 def test_groups_are_the_sections_of_the_schema() -> None:
     sections = {key.partition(".")[0] for key in known_keys(["any"]) if "." in key}
-    assert {*GROUPS} == {"run", *sections}
-    assert {path.name for path in config_dir().iterdir() if path.is_dir()} == {*GROUPS, CLUSTER}
+    assert {*OPTION_GROUPS} == {"run", *sections}
+    assert {path.name for path in config_dir().iterdir() if path.is_dir()} == {*OPTION_GROUPS, CLUSTER}
 
 
 def test_defaults_are_those_of_the_dataclasses() -> None:

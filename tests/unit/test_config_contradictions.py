@@ -6,7 +6,7 @@ import pytest
 
 from launchers import train
 from launchers.hydra_config.compose import compose_run
-from msa_train.config.rules import contradictions
+from msa_train.config import contradictions
 
 CASES = {
     "train.steps=4 optim.warmup_steps=5": "optim.warmup_steps=5: the run ends after 4 steps, ",

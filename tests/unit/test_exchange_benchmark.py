@@ -16,7 +16,7 @@ from benchmarks.exchange.layer import worst_row_error
 from benchmarks.exchange.measure import make_part
 from benchmarks.exchange.namespaces import Rates
 from benchmarks.exchange.report import goals
-from benchmarks.exchange.selections import TRAINED, construct, remote_pairs, select, shape_for
+from benchmarks.exchange.selections import TRAINED, construct, remote_kv_blocks, select, shape_for
 from msa_train.parallel.kv_exchange.plan import ExchangeShape, find_demand, pack_bits
 from msa_train.parallel.sharding.shard_layout import ShardLayout
 
@@ -78,7 +78,7 @@ def test_constructed_selections_have_the_wanted_f(f: float, cp_size: int) -> Non
         blocks = construct(f, shape, layout)
         assert blocks.shape == (4096 // cp_size, 4, 4)
         remote = 4 * (layout.num_blocks - layout.num_local_blocks)
-        pairs = remote_pairs(blocks, layout)
+        pairs = remote_kv_blocks(blocks, layout)
         assert int(pairs.sum()) == round(f * remote)
         by_group = pairs.sum((0, 2))
         assert int(by_group.max() - by_group.min()) <= 1
@@ -105,7 +105,7 @@ def test_the_trained_selection_is_causal(cp_size: int) -> None:
         assert bool((blocks <= own[:, None, None]).all())
         assert bool((blocks == own[:, None, None]).any(2).all())
         _check_rows(blocks, layout)
-        fetched.append(int(remote_pairs(blocks, layout).sum()))
+        fetched.append(int(remote_kv_blocks(blocks, layout).sum()))
     assert fetched[0] == 0
     assert fetched == sorted(fetched)
 

@@ -13,8 +13,8 @@ from msa_train.checkpoint.store import CheckpointStore, write_json
 from msa_train.config import RunConfig
 from msa_train.parallel.selection_file import SelectionRecorder
 from msa_train.runtime.atomic_files import new_file, open_to_append, remove_partials
-from msa_train.runtime.fencing import VARIABLE, take_over
-from msa_train.runtime.preemption import Stopped, write_stopped
+from msa_train.runtime.fencing import VARIABLE, claim
+from msa_train.runtime.preemption import StopRecord, write_stopped
 from msa_train.training.metrics.tables import write_summary
 from msa_train.training.metrics.writer import MetricsWriter
 from msa_train.training.stability.skip_policy import log_event
@@ -41,9 +41,9 @@ def save_selections(folder: Path) -> None:
 WRITERS: dict[str, Callable[[Path], object]] = {
     ".lock": lambda folder: claim_run_dir(str(folder)).close(),
     "config.yaml": lambda folder: write_config(RunConfig(run_dir=str(folder))),
-    ".generation": lambda folder: take_over(folder, "7.0"),
+    ".generation": lambda folder: claim(folder, "7.0"),
     "stopped.json": lambda folder: write_stopped(
-        folder, Stopped(step=1, signal="SIGTERM", saved=True, generation="")
+        folder, StopRecord(step=1, signal="SIGTERM", saved=True, generation="")
     ),
     "summary.json": lambda folder: write_summary(folder, {"steps": 1}),
     "meta.json": lambda folder: write_json(folder / "meta.json", {}),

@@ -12,7 +12,7 @@ from tests.helpers.triton_env import needs_triton, run_triton
 
 def reached(name: str) -> dict[str, int]:
     """Portions of the backward, and the most parts of a list, of one case at tiny sizes."""
-    from msa_kernels.block_sparse_attention.triton import backward as launch_backward
+    from msa_kernels.block_sparse_attention.triton import launch_backward
 
     found: Counter[str] = Counter()
     work, add_splits = launch_backward._backward_portion, launch_backward._add_splits

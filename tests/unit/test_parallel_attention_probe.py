@@ -4,8 +4,13 @@ import pytest
 import torch
 
 from msa_train.config import CpLayout
-from msa_train.parallel.attention.selection_recall import ProbeQueries, ProbeSums, num_buckets, sample_queries
-from msa_train.parallel.sharding.partition import make_plan
+from msa_train.parallel.attention.selection_recall import (
+    RecallQueries,
+    RecallSums,
+    num_buckets,
+    sample_queries,
+)
+from msa_train.parallel.sharding.partition import make_partition
 from msa_train.parallel.sharding.shard_layout import ShardLayout
 from msa_train.training.metrics.selection_recall import attention_metrics
 
@@ -16,8 +21,8 @@ ELIGIBLE = [*range(12, 29), *range(52, 90)]
 
 def sample(
     count: int, *, cp_rank: int = 0, cp_size: int = 1, seed: int = 1, kind: CpLayout = CpLayout.contiguous
-) -> ProbeQueries:
-    plan = make_plan(kind, cp_size, CU_SEQLENS, 4)
+) -> RecallQueries:
+    plan = make_partition(kind, cp_size, CU_SEQLENS, 4)
     layout = ShardLayout(seq_len=96, block_size=4, cp_rank=cp_rank, cp_size=cp_size, split=plan)
     queries = sample_queries(
         CU_SEQLENS, DOC_LENGTHS, layout, topk=3, count=count, seed=seed, device=torch.device("cpu")
@@ -111,8 +116,8 @@ def test_metrics_of_sums() -> None:
 
 
 def test_sums_round_trip() -> None:
-    flat = torch.rand(3, 2, ProbeSums.width(24), dtype=torch.float64)
-    sums = ProbeSums.from_flat(flat[0])
+    flat = torch.rand(3, 2, RecallSums.width(24), dtype=torch.float64)
+    sums = RecallSums.from_flat(flat[0])
     assert sums.best_mass.shape == (2, 6)
     assert torch.equal(sums.flat(), flat[0])
-    assert torch.equal(ProbeSums.from_flat(flat).score, flat[..., 1])
+    assert torch.equal(RecallSums.from_flat(flat).score, flat[..., 1])

@@ -16,12 +16,12 @@ from msa_train.parallel.sharding.load_balance import (
     unit_tokens,
 )
 from msa_train.parallel.sharding.partition import (
-    SequencePlan,
+    SequencePartition,
     common,
     contiguous_plan,
     count,
     joined,
-    make_plan,
+    make_partition,
     merge_ranks,
     plan,
     rows_in,
@@ -48,7 +48,7 @@ def positions(parts: tuple[tuple[int, int], ...]) -> list[int]:
     return [p for start, stop in parts for p in range(start, stop)]
 
 
-def assert_partition(split: SequencePlan) -> None:
+def assert_partition(split: SequencePartition) -> None:
     edges = sorted(part for ranges in split.ranges for part in ranges)
     assert edges[0][0] == 0
     assert edges[-1][1] == split.seq_len
@@ -75,11 +75,11 @@ def test_layouts_are_partitions_into_equal_whole_blocks(kind: CpLayout) -> None:
     for _ in range(60):
         size, block_size = int(rng.integers(1, 33)), int(rng.choice([1, 8, 128]))
         cu_seqlens, _ = random_pack(rng, 2 * size * int(rng.integers(1, 60)), block_size)
-        split = make_plan(kind, size, cu_seqlens, block_size)
+        split = make_partition(kind, size, cu_seqlens, block_size)
         assert_partition(split)
         assert {split.num_tokens(rank) for rank in range(size)} == {cu_seqlens[-1] // size}
         assert all(edge % block_size == 0 for parts in split.ranges for part in parts for edge in part)
-        assert split == make_plan(kind, size, cu_seqlens, block_size)
+        assert split == make_partition(kind, size, cu_seqlens, block_size)
         merged = merge_ranks(split, size)
         assert merged.ranges == (((0, cu_seqlens[-1]),),)
         if size % 2 == 0:
@@ -93,7 +93,7 @@ def test_layouts_are_partitions_into_equal_whole_blocks(kind: CpLayout) -> None:
 def test_dealt_is_about_balanced_at_home() -> None:
     """Chunks of 1,024 tokens, eight and more per rank: one document and a pack of several."""
     for cu_seqlens in ([0, 2**20], [0, 2**18, 2**19, 2**19 + 2**17, 2**20]):
-        split = make_plan(CpLayout.dealt, 16, cu_seqlens, 128)
+        split = make_partition(CpLayout.dealt, 16, cu_seqlens, 128)
         assert all((stop - start) % 1024 == 0 for parts in split.ranges for start, stop in parts)
         lengths = np.diff(cu_seqlens).tolist()
         work = rank_work(split, causal_work(cu_seqlens, lengths, 128)[0])
@@ -105,7 +105,7 @@ def test_dealt_is_about_balanced_at_home() -> None:
 
 def test_uneven_lengths_and_groups_are_refused() -> None:
     with pytest.raises(ValueError, match="seq_len=24: must be a multiple of 16"):
-        make_plan(CpLayout.zigzag, 2, [0, 24], 4)
+        make_partition(CpLayout.zigzag, 2, [0, 24], 4)
     with pytest.raises(ValueError, match="group_size=2: must divide the 3 ranks"):
         merge_ranks(contiguous_plan(12, 3), 2)
 
@@ -135,7 +135,7 @@ def test_largest_work_is_near_the_mean() -> None:
         kind = CpLayout(rng.choice(["contiguous", "contiguous", "zigzag", "dealt"]))
         if (cu_seqlens[-1] // 128) % (2 * size):
             kind = CpLayout.contiguous
-        home = make_plan(kind, size, cu_seqlens, 128)
+        home = make_partition(kind, size, cu_seqlens, 128)
         for work, document in (index_work(cu_seqlens, 128), causal_work(cu_seqlens, lengths, 128)):
             away, loads = balance(home, work, document), rank_work(home, work)
             assert_partition(away)
@@ -185,7 +185,7 @@ def test_moves_match_between_ranks() -> None:
     for _ in range(30):
         size = int(rng.integers(2, 6))
         cu_seqlens, lengths = random_pack(rng, 2 * size * 6, 8)
-        home = make_plan(CpLayout(rng.choice(list(CpLayout)).value), size, cu_seqlens, 8)
+        home = make_partition(CpLayout(rng.choice(list(CpLayout)).value), size, cu_seqlens, 8)
         away = balance(home, *causal_work(cu_seqlens, lengths, 8))
         # Every rank wants the start of the pack, so its owner sends to several.
         wanted = tuple(joined(sorted([(0, 16), *parts])) for parts in away.ranges)

@@ -5,12 +5,12 @@ from msa_kernels.block_sparse_attention.types import BlockPool
 
 from msa_train.config import ExchangeConfig, KvExchange
 from msa_train.parallel.comm.cp_comm import CpComm
-from msa_train.parallel.kv_exchange.cost_model import PairBytes
+from msa_train.parallel.kv_exchange.cost_model import KvBlockBytes
 from msa_train.parallel.kv_exchange.requests import (
-    RequestTerms,
+    ExchangeTerms,
     exchange_requests,
-    needed_pairs,
-    pairs_by_owner,
+    kv_blocks_by_owner,
+    needed_kv_blocks,
 )
 from msa_train.parallel.kv_exchange.session import KvSource
 from msa_train.parallel.sharding.shard_layout import ShardLayout
@@ -18,12 +18,12 @@ from msa_train.parallel.sharding.shard_layout import ShardLayout
 
 def test_needed_pairs_is_the_union_per_group() -> None:
     block_indices = torch.tensor([[[0, 2, -1], [1, -1, -1]], [[2, 3, -1], [-1, -1, -1]]])
-    needed = needed_pairs(block_indices, 5)
+    needed = needed_kv_blocks(block_indices, 5)
     assert needed.tolist() == [[True, False, True, True, False], [False, True, False, False, False]]
 
 
 def test_nothing_selected() -> None:
-    assert not needed_pairs(torch.full((3, 2, 4), -1), 5).any()
+    assert not needed_kv_blocks(torch.full((3, 2, 4), -1), 5).any()
 
 
 def test_entries_of_the_docstring() -> None:
@@ -35,12 +35,12 @@ def test_entries_of_the_docstring() -> None:
 def test_pairs_by_owner_leave_out_own_ones() -> None:
     layout = ShardLayout(seq_len=8, block_size=2, cp_rank=1, cp_size=2)
     needed = torch.tensor([[True, False, True, True], [False, True, False, True]])
-    assert pairs_by_owner(needed, layout).tolist() == [[True, False, False, True], [False] * 4]
+    assert kv_blocks_by_owner(needed, layout).tolist() == [[True, False, False, True], [False] * 4]
 
 
 def test_one_rank_asks_nobody() -> None:
     layout = ShardLayout(seq_len=8, block_size=2, cp_rank=0, cp_size=1)
-    terms = RequestTerms(KvExchange.selected, ExchangeConfig(), PairBytes(1, 1), (None, torch.zeros(1)))
+    terms = ExchangeTerms(KvExchange.selected, ExchangeConfig(), KvBlockBytes(1, 1), (None, torch.zeros(1)))
     requests = exchange_requests(torch.ones(2, 4, dtype=torch.bool), layout, CpComm(None, 0, 1), terms)
     assert requests.plan is not None
     assert requests.plan.hops[0].send == requests.plan.hops[0].receive == [0]

@@ -6,7 +6,7 @@ from msa_train.config import KvExchange
 from msa_train.parallel.comm.link_rates import ExchangeRates, Line, fit_line
 from msa_train.parallel.comm.rank_faults import ExchangeError
 from msa_train.parallel.kv_exchange.cost_model import (
-    PairBytes,
+    KvBlockBytes,
     all_gather_cost,
     choose_full_exchange,
     selected_cost,
@@ -16,7 +16,7 @@ from msa_train.parallel.kv_exchange.requests import check_requests, find_bad_val
 
 EVEN = Line(1e-3, 1e-9)
 RATES = ExchangeRates(EVEN, EVEN, EVEN, Line(1e-4, 1e-10), Line(2e-3, 4e-9))
-SIZE = PairBytes(forward=1000, backward=1500)
+SIZE = KvBlockBytes(forward=1000, backward=1500)
 
 
 def test_a_line_through_two_measurements() -> None:
@@ -35,7 +35,7 @@ def test_costs_by_hand() -> None:
     # out, once more, and gradients back: 3 shards of 200 pairs each
     gathered = 2 * (1e-3 + 600 * 1000e-9) + 1e-3 + 600 * 1500e-9
     assert all_gather_cost(flat, SIZE, RATES) == pytest.approx(gathered)
-    assert all_gather_cost(flat, PairBytes(1000, 0), RATES) == pytest.approx(1e-3 + 600 * 1000e-9)
+    assert all_gather_cost(flat, KvBlockBytes(1000, 0), RATES) == pytest.approx(1e-3 + 600 * 1000e-9)
     nodes = ExchangeShape(4, 2, 100, ranks_per_node=2)
     hops = (2e-3 + 20 * 4000e-9) + (2e-3 + 20 * 6000e-9) + (1e-4 + 50 * 100e-9) + (1e-4 + 50 * 150e-9)
     assert selected_cost(nodes, [20, 50], 0, SIZE, RATES) == pytest.approx(hops)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from msa_train.config import CpLayout
-from msa_train.parallel.sharding.partition import make_plan
+from msa_train.parallel.sharding.partition import make_partition
 from msa_train.parallel.sharding.shard_layout import (
     Segment,
     ShardLayout,
@@ -40,7 +40,7 @@ def test_documented_examples() -> None:
         VisiblePart(slice(2, 4), 4, 6, causal=False, whole=False),
         VisiblePart(slice(0, 4), 2, 4, causal=False, whole=True),
     ]
-    zigzag = make_plan(CpLayout.zigzag, 2, [0, 8], 2)
+    zigzag = make_partition(CpLayout.zigzag, 2, [0, 8], 2)
     layout = ShardLayout(seq_len=8, block_size=2, cp_rank=1, cp_size=2, split=zigzag)
     assert layout.blocks(torch.device("cpu")).tolist() == [[0, 3], [1, 2]]
     layout = ShardLayout(seq_len=96, block_size=4, cp_rank=2, cp_size=3)
@@ -59,7 +59,7 @@ def test_layout_needs_whole_blocks() -> None:
 def test_segments_see_their_past_once(pack: str, cp_size: int, kind: CpLayout) -> None:
     """Keys are cut at other places than queries, as on a ring; every visible pair comes exactly once."""
     cu_seqlens, doc_lengths = PACKS[pack]
-    document, plan = tokens_of(cu_seqlens, doc_lengths), make_plan(kind, cp_size, cu_seqlens, 4)
+    document, plan = tokens_of(cu_seqlens, doc_lengths), make_partition(kind, cp_size, cu_seqlens, 4)
     cuts = [0, 3, 4, 17, 24, 41, 48]
     seen = np.zeros((48, 48), dtype=int)
     for ranges in plan.ranges:
@@ -87,7 +87,7 @@ def test_segments_see_their_past_once(pack: str, cp_size: int, kind: CpLayout) -
 @pytest.mark.parametrize("pack", PACKS)
 def test_orders_are_inverse(pack: str, kind: CpLayout) -> None:
     cu_seqlens, _ = PACKS[pack]
-    plan = make_plan(kind, 3, cu_seqlens, 4)
+    plan = make_partition(kind, 3, cu_seqlens, 4)
     layouts = [ShardLayout(seq_len=48, block_size=4, cp_rank=r, cp_size=3, split=plan) for r in range(3)]
     every = torch.arange(48)[:, None] * torch.tensor([1, 100])
     own = [torch.cat([every[start:stop] for start, stop in layout.ranges]) for layout in layouts]

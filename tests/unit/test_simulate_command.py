@@ -60,8 +60,8 @@ def test_json_holds_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     parts = one["compute_s"] + one["copying_s"] + one["imbalance_s"] + one["exposed_s"]
     assert one["layer_s"] == pytest.approx(parts)
     assert one["received_bytes_mean"] == pytest.approx(sum(one["received_bytes_mean_by_purpose"].values()))
-    assert data["question"]["options"]["head_size"] == 2
-    assert data["question"]["cluster"]["source"] == PRESETS["h100"].source
+    assert data["scenario"]["options"]["head_size"] == 2
+    assert data["scenario"]["cluster"]["source"] == PRESETS["h100"].source
 
 
 def test_scaling(capsys: pytest.CaptureFixture[str]) -> None:

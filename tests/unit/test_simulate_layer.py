@@ -9,9 +9,9 @@ import pytest
 from msa_train.simulate.costs.layer_costs import SchemeReport
 from msa_train.simulate.inputs.cluster import PRESETS
 from msa_train.simulate.inputs.layer_shape import BACKWARD_FACTOR
-from msa_train.simulate.inputs.scenario import FullScheme, Options, Question, Scheme
+from msa_train.simulate.inputs.scenario import FullScheme, Options, Scenario, Scheme
 from msa_train.simulate.study import answer, scaling
-from tests.helpers.simulation import M3, alike, flat_cluster, question, rates, stated
+from tests.helpers.simulation import M3, alike, flat_cluster, rates, scenario, stated
 
 FROZEN = replace(M3, trains_index=False)
 
@@ -24,7 +24,7 @@ def received(report: SchemeReport) -> dict[str, float]:
 @pytest.mark.parametrize("f", [0.05, 0.2, 0.4375])
 def test_selected_bytes_follow_the_published_formula(f: float) -> None:
     """6400 / (256 + 6144 f) of an all-gather, forward and backward, when pairs are fetched again."""
-    asked = question(shape=FROZEN, options=Options(hot_share=0.0, keep_for_backward=False))
+    asked = scenario(shape=FROZEN, options=Options(hot_share=0.0, keep_for_backward=False))
     found = answer(asked, stated(f)).msa
     S, P = asked.seq_len, asked.cp_size
     remote = S * (P - 1) / P
@@ -37,7 +37,7 @@ def test_selected_bytes_follow_the_published_formula(f: float) -> None:
 
 
 def test_other_schemes_follow_theirs() -> None:
-    asked = question(shape=FROZEN)
+    asked = scenario(shape=FROZEN)
     found = answer(asked, stated(0.2)).msa
     S, P = asked.seq_len, asked.cp_size
     remote = S * (P - 1) / P
@@ -55,7 +55,7 @@ def test_other_schemes_follow_theirs() -> None:
 
 def test_infinite_wire_exposes_nothing_and_only_compute_is_left() -> None:
     fast = flat_cluster(node_rate_bytes=1e30, network_rate_bytes=1e30)
-    asked = question(cluster=fast, rates=rates(copy_bytes=1e30, layer_overhead_s=0.0))
+    asked = scenario(cluster=fast, rates=rates(copy_bytes=1e30, layer_overhead_s=0.0))
     for report in answer(asked, alike(128)).msa.values():
         assert report.total.exposed == pytest.approx(0, abs=1e-12)
         assert report.total.copying == pytest.approx(0, abs=1e-12)
@@ -75,7 +75,7 @@ def test_infinite_wire_exposes_nothing_and_only_compute_is_left() -> None:
 
 def test_slow_wire_takes_the_bytes_over_the_rate() -> None:
     slow = flat_cluster(node_rate_bytes=1e6, network_rate_bytes=1e6)
-    asked = question(cluster=slow, options=Options(hot_share=0.0, overlap=False))
+    asked = scenario(cluster=slow, options=Options(hot_share=0.0, overlap=False))
     found = answer(asked, stated(0.2)).msa
     report = found["all_gather"]
     assert report.total.exposed == pytest.approx(received_total(report) / 1e6, rel=1e-6)
@@ -90,7 +90,7 @@ def received_total(report: SchemeReport) -> float:
 
 
 def test_parts_of_a_time_add_up_and_overlap_never_hurts() -> None:
-    asked = question(cluster=PRESETS["h100"], cp_size=16)
+    asked = scenario(cluster=PRESETS["h100"], cp_size=16)
     with_overlap, without = (
         answer(replace(asked, options=Options(overlap=on, hot_share=0.75)), alike(256)).msa
         for on in (True, False)
@@ -111,7 +111,7 @@ def test_a_faster_network_is_never_slower(scheme: Scheme) -> None:
     h100 = PRESETS["h100"]
     times = [
         answer(
-            question(cluster=replace(h100, network_rate_bytes=rate), cp_size=16, schemes=[scheme]), alike(256)
+            scenario(cluster=replace(h100, network_rate_bytes=rate), cp_size=16, schemes=[scheme]), alike(256)
         ).msa[scheme.value].total.total
         for rate in (1e9, 5e9, 25e9, 100e9)
     ]  # fmt: skip
@@ -121,7 +121,7 @@ def test_a_faster_network_is_never_slower(scheme: Scheme) -> None:
 
 def test_more_selected_is_more_to_send_and_never_faster() -> None:
     reports = [
-        answer(question(schemes=[Scheme.selected]), stated(f)).msa["selected"] for f in (0.05, 0.2, 0.4)
+        answer(scenario(schemes=[Scheme.selected]), stated(f)).msa["selected"] for f in (0.05, 0.2, 0.4)
     ]
     assert [r.received.mean() for r in reports] == sorted(r.received.mean() for r in reports)
     assert [r.memory_bytes for r in reports] == sorted(r.memory_bytes for r in reports)
@@ -129,17 +129,17 @@ def test_more_selected_is_more_to_send_and_never_faster() -> None:
 
 
 def test_nodes_save_the_network_what_neighbours_share() -> None:
-    found = answer(question(cluster=PRESETS["h100"], cp_size=16), stated(0.3)).msa
+    found = answer(scenario(cluster=PRESETS["h100"], cp_size=16), stated(0.3)).msa
     flat, by_node = found["selected"], found["selected_hierarchical"]
     assert by_node.far.sum() < 0.5 * flat.far.sum()
     # within a node there is nothing to save
-    one = answer(question(cluster=PRESETS["h100"], cp_size=8), stated(0.3)).msa
+    one = answer(scenario(cluster=PRESETS["h100"], cp_size=8), stated(0.3)).msa
     assert np.array_equal(one["selected"].received, one["selected_hierarchical"].received)
     assert one["selected"].far.sum() == 0
 
 
 def test_auto_takes_what_pays() -> None:
-    asked = question(cluster=PRESETS["h100"], cp_size=16, schemes=[Scheme.auto, Scheme.all_gather])
+    asked = scenario(cluster=PRESETS["h100"], cp_size=16, schemes=[Scheme.auto, Scheme.all_gather])
     assert answer(asked, stated(0.03)).msa["auto"].chosen is Scheme.selected_hierarchical
     everything = answer(asked, stated(0.5)).msa
     assert everything["auto"].chosen is Scheme.all_gather
@@ -149,14 +149,14 @@ def test_auto_takes_what_pays() -> None:
 
 
 def test_one_rank_sends_nothing() -> None:
-    asked = question(cp_size=1, seq_len=8192, schemes=[Scheme.ring, Scheme.all_gather, Scheme.selected])
+    asked = scenario(cp_size=1, seq_len=8192, schemes=[Scheme.ring, Scheme.all_gather, Scheme.selected])
     for report in answer(asked, alike(128)).msa.values():
         assert report.received.sum() == 0
         assert report.total.exposed == 0
 
 
 def test_head_parallel_ranks_divide_the_outer_traffic() -> None:
-    asked = question(schemes=[Scheme.all_gather, Scheme.selected], cluster=PRESETS["h100"], cp_size=16)
+    asked = scenario(schemes=[Scheme.all_gather, Scheme.selected], cluster=PRESETS["h100"], cp_size=16)
     flat = answer(asked, alike(128)).msa["all_gather"]
     inner = answer(replace(asked, options=Options(head_size=4, hot_share=0.0)), alike(128))
     grouped = inner.msa["all_gather"]
@@ -167,11 +167,11 @@ def test_head_parallel_ranks_divide_the_outer_traffic() -> None:
     # in: 64 + 2 * 4 heads of 128 and 4 index queries; out: 64 heads; both in both passes, 3 of 4 parts leave
     assert received(grouped)["heads"] == 2 * tokens * 3 / 4 * 2 * (72 * 128 + 4 * 128 + 64 * 128)
     assert grouped.received.shape == (16,)
-    assert inner.f == pytest.approx(answer(question(cp_size=4), alike(128)).f)
+    assert inner.f == pytest.approx(answer(scenario(cp_size=4), alike(128)).f)
 
 
 def test_recompute_runs_the_forward_twice_without_scoring() -> None:
-    asked = question(schemes=[Scheme.selected])
+    asked = scenario(schemes=[Scheme.selected])
     once = answer(asked, alike(128)).msa["selected"]
     twice = answer(replace(asked, options=Options(hot_share=0.0, recompute=True)), alike(128)).msa["selected"]
     assert received(twice)["kv"] == 2 * received(once)["kv"]
@@ -180,7 +180,7 @@ def test_recompute_runs_the_forward_twice_without_scoring() -> None:
 
 
 def test_index_balance_evens_the_scoring_out_and_moves_what_it_says() -> None:
-    asked = question(cluster=PRESETS["h100"])
+    asked = scenario(cluster=PRESETS["h100"])
     alone, shared = (answer(replace(asked, index_balance=on), alike(128)) for on in (False, True))
     assert alone.index_balance > 1.8
     assert shared.index_balance <= 1.05
@@ -193,7 +193,7 @@ def test_index_balance_evens_the_scoring_out_and_moves_what_it_says() -> None:
 
 
 def test_full_attention_layers() -> None:
-    asked = question(cluster=PRESETS["h100"], schemes=[], full_schemes=list(FullScheme))
+    asked = scenario(cluster=PRESETS["h100"], schemes=[], full_schemes=list(FullScheme))
     found = answer(asked, alike(128)).full
     S, P, T = 65536, 8, 8192
     remote = S * (P - 1) / P
@@ -213,9 +213,9 @@ def test_full_attention_layers() -> None:
 
 @pytest.mark.parametrize("weak", [True, False])
 def test_scaling_starts_at_8_ranks(weak: bool) -> None:
-    asked = question(cluster=PRESETS["h100"], cp_size=8, schemes=[Scheme.ring, Scheme.selected])
+    asked = scenario(cluster=PRESETS["h100"], cp_size=8, schemes=[Scheme.ring, Scheme.selected])
 
-    def selections(at: Question) -> object:
+    def selections(at: Scenario) -> object:
         assert (at.seq_len // at.cp_size == 8192) if weak else (at.seq_len == 65536)
         return alike(128)
 

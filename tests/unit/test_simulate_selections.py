@@ -8,7 +8,7 @@ import torch
 from msa_kernels import select_blocks
 from numpy.typing import NDArray
 
-from msa_train.parallel.kv_exchange.requests import needed_pairs
+from msa_train.parallel.kv_exchange.requests import needed_kv_blocks
 from msa_train.parallel.selection_file import SelectionRecorder
 from msa_train.simulate.costs.demand import collect_wants
 from msa_train.simulate.inputs.layouts import place
@@ -60,7 +60,9 @@ def test_a_recording_gives_back_what_was_needed(tmp_path: Path, parts: int, layo
             [np.arange(b * BLOCK_SIZE, (b + 1) * BLOCK_SIZE) for b in placement.order[rank]]
         )
         mine = torch.from_numpy(blocks[rows])
-        assert np.array_equal(layers[0].needed(placement, rank), needed_pairs(mine, S // BLOCK_SIZE).numpy())
+        assert np.array_equal(
+            layers[0].needed(placement, rank), needed_kv_blocks(mine, S // BLOCK_SIZE).numpy()
+        )
         valid = blocks[rows] >= 0
         local = valid & (placement.owner[np.maximum(blocks[rows], 0)] == rank)
         assert share[rank] == pytest.approx(local.sum() / valid.sum())

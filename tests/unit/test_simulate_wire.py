@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from msa_train.parallel.kv_exchange.hot_blocks import HotSlices
-from msa_train.simulate.costs import collective_cost as wires
+from msa_train.simulate.costs import collective_cost
 from msa_train.simulate.costs.hot_blocks import hot_wires, spans
 from msa_train.simulate.costs.timeline import Among, Timeline
 from msa_train.simulate.inputs.cluster import PRESETS
@@ -16,11 +16,11 @@ NODES = flat_cluster(gpus_per_node=4, node_rate_bytes=1e10)
 
 
 def test_gather_crosses_the_network_once_per_node_on_rails() -> None:
-    rails = wires.all_gather(100.0, 8, NODES)
+    rails = collective_cost.all_gather(100.0, 8, NODES)
     assert rails.received.tolist() == [700.0] * 8
     # 4 remote shards, spread over 4 network cards
     assert rails.far_received.tolist() == [100.0] * 8
-    ring = wires.all_gather(100.0, 8, replace(NODES, multi_rail_collectives=False))
+    ring = collective_cost.all_gather(100.0, 8, replace(NODES, multi_rail_collectives=False))
     assert ring.received.tolist() == [700.0] * 8
     assert ring.far_received.tolist() == [700.0, 0, 0, 0, 700.0, 0, 0, 0]
     assert ring.far_sent.tolist() == [0, 0, 0, 700.0, 0, 0, 0, 700.0]
@@ -28,14 +28,14 @@ def test_gather_crosses_the_network_once_per_node_on_rails() -> None:
 
 
 def test_reductions_are_gathers_backwards() -> None:
-    scatter = wires.reduce_scatter(100.0, 8, NODES)
-    assert np.array_equal(scatter.sent, wires.all_gather(100.0, 8, NODES).received)
-    assert np.array_equal(wires.all_reduce(100.0, 8, NODES).received, 2 * scatter.received)
+    scatter = collective_cost.reduce_scatter(100.0, 8, NODES)
+    assert np.array_equal(scatter.sent, collective_cost.all_gather(100.0, 8, NODES).received)
+    assert np.array_equal(collective_cost.all_reduce(100.0, 8, NODES).received, 2 * scatter.received)
 
 
 def test_all_to_all_by_hand() -> None:
     rows = np.array([[9, 1, 2], [0, 9, 4], [5, 0, 9]])
-    moved = wires.all_to_all(rows, 10.0, flat_cluster(gpus_per_node=2))
+    moved = collective_cost.all_to_all(rows, 10.0, flat_cluster(gpus_per_node=2))
     assert moved.near_received.tolist() == [10, 0, 0]
     assert moved.far_received.tolist() == [20, 40, 50]
     assert moved.sent.tolist() == [50, 10, 60]
@@ -43,18 +43,18 @@ def test_all_to_all_by_hand() -> None:
 
 
 def test_limits_of_a_link() -> None:
-    moved = wires.all_gather(1e6, 8, replace(NODES, multi_rail_collectives=False))
+    moved = collective_cost.all_gather(1e6, 8, replace(NODES, multi_rail_collectives=False))
     alone = moved.time_s(NODES)
     assert moved.time_s(replace(NODES, link_efficiency=0.5)) == pytest.approx(2 * alone)
     # each node's uplink carries 7 shards in a ring
     assert moved.time_s(replace(NODES, node_uplink_bytes=1e8)) == pytest.approx(7e6 / 1e8)
     assert moved.time_s(replace(NODES, host_s_per_byte=1.0, compute_share=0.5)) == pytest.approx(2 * 7e6)
     one_link = replace(NODES, node_rate_bytes=1e9, one_link=True)
-    rails = wires.all_gather(1e6, 8, one_link)
+    rails = collective_cost.all_gather(1e6, 8, one_link)
     assert rails.time_s(one_link) == pytest.approx(7e6 / 1e9)
     late = replace(NODES, node_latency_s=1.0, network_latency_s=100.0)
     assert rails.time_s(late) == pytest.approx(3 * 1.0 + 1 * 100.0, rel=1e-3)
-    shifted = wires.shift(1e6, 8, NODES)
+    shifted = collective_cost.shift(1e6, 8, NODES)
     assert shifted.far_sent.tolist() == [0, 0, 0, 1e6, 0, 0, 0, 1e6]
 
 

@@ -19,8 +19,8 @@ from msa_train.checkpoint.store import (
     CheckpointStore,
     check_resume,
     file_entry,
-    find_checkpoint,
     fingerprint,
+    select_checkpoint,
     verify_folder,
     write_json,
 )
@@ -120,7 +120,7 @@ def test_structural_damage_is_found_and_skipped(tmp_path: Path, kind: str) -> No
     assert store.verify(200, full=False) == reason
     assert store.verify(200) == reason
     assert store.steps() == [100, 200]
-    found = find_checkpoint(config, full=False)
+    found = select_checkpoint(config, full=False)
     assert found is not None
     assert (found.step, found.path, found.own) == (100, store.path(100), True)
     assert check_resume(config) == [
@@ -136,11 +136,11 @@ def test_flipped_byte_is_found_by_the_full_check_only(
     flip(store.path(200))
     assert store.verify(200, full=False) is None
     assert store.verify(200) == f"model file {SHARD}: checksum"
-    cheap, full = find_checkpoint(config, full=False), find_checkpoint(config, full=True)
+    cheap, full = select_checkpoint(config, full=False), select_checkpoint(config, full=True)
     assert cheap is not None
     assert full is not None
     assert (cheap.step, full.step) == (200, 100)
-    known = find_checkpoint(config, full=False, known_damaged={store.path(200): "it is"})
+    known = select_checkpoint(config, full=False, known_damaged={store.path(200): "it is"})
     assert known is not None
     assert known.messages == ["checkpoint step_200 is damaged (it is) and is skipped; going on from step 100"]
     assert "checksum" in check_resume(config)[0]
@@ -172,7 +172,7 @@ def test_several_damaged_ones_are_each_named(tmp_path: Path) -> None:
 
 
 def test_nothing_to_find(tmp_path: Path) -> None:
-    assert find_checkpoint(config_of(tmp_path / "absent"), full=True) is None
+    assert select_checkpoint(config_of(tmp_path / "absent"), full=True) is None
     assert check_resume(config_of(tmp_path)) == []
     (tmp_path / "checkpoints" / "notes").mkdir(parents=True)
     assert CheckpointStore(tmp_path).steps() == []
@@ -217,7 +217,7 @@ def test_fields_without_say_in_the_weights_may_change(tmp_path: Path) -> None:
     same = ModelConfig(name="b", init_std=0.5, layer_attention="full,msa*1,msa", router_bias_update_rate=0)
     changed = replace(config, model=same, attention=AttentionConfig(kl_weight=0.5, window=7))
     changed.parallel.cp_size, changed.optim.lr = 8, 1.0
-    found = find_checkpoint(changed, full=True)
+    found = select_checkpoint(changed, full=True)
     assert found is not None
     assert found.messages == []
 
@@ -261,7 +261,7 @@ def test_load_from_another_run(tmp_path: Path, form: str) -> None:
         "folder": store.path(100),
         "renamed": renamed,
     }
-    found = find_checkpoint(config_of(tmp_path / "second", loads[form]), full=True)
+    found = select_checkpoint(config_of(tmp_path / "second", loads[form]), full=True)
     assert found is not None
     assert (found.step, found.own) == (100 if form == "folder" else 200, False)
 
@@ -270,7 +270,7 @@ def test_own_checkpoint_goes_before_load(tmp_path: Path) -> None:
     save(config_of(tmp_path / "first"), 100)
     config = config_of(tmp_path / "second", tmp_path / "does_not_exist")
     save(config, 10)
-    found = find_checkpoint(config, full=True)
+    found = select_checkpoint(config, full=True)
     assert found is not None
     assert (found.step, found.own) == (10, True)
 
@@ -535,7 +535,7 @@ WRITER = """
 import sys, time
 from pathlib import Path
 from tests.unit.test_training_checkpoint_store import config_of, fill
-from msa_train.training.checkpoint_store import CheckpointStore
+from msa_train.checkpoint.store import CheckpointStore
 
 config = config_of(Path(sys.argv[1]))
 store = CheckpointStore(config.run_dir)
@@ -557,7 +557,7 @@ def test_kill_between_begin_and_publish_leaves_the_previous_one(tmp_path: Path) 
         process.send_signal(signal.SIGKILL)
     assert store.partial(200).is_dir()
     assert store.steps() == [100]
-    found = find_checkpoint(config, full=True)
+    found = select_checkpoint(config, full=True)
     assert found is not None
     assert (found.step, found.messages) == (100, [])
     store = save(config, 200)

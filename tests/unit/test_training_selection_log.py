@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from msa_train.config import AttentionConfig, CpLayout, ModelConfig, RunConfig
-from msa_train.parallel.kv_exchange.requests import needed_pairs
+from msa_train.parallel.kv_exchange.requests import needed_kv_blocks
 from msa_train.parallel.process_groups import Groups
-from msa_train.parallel.sharding.partition import make_plan
+from msa_train.parallel.sharding.partition import make_partition
 from msa_train.parallel.sharding.shard_layout import ShardLayout
 from msa_train.simulate.inputs.layouts import place
 from msa_train.simulate.selections.recorded import read_selections
@@ -22,7 +22,7 @@ GROUPS = cast(Groups, SimpleNamespace(dp_rank=0, pp_size=1, pp_rank=0))
 
 
 def shard(layout: CpLayout, rank: int) -> ShardLayout:
-    plan = make_plan(layout, P, [0, 40, SEQ_LEN], BLOCK_SIZE)
+    plan = make_partition(layout, P, [0, 40, SEQ_LEN], BLOCK_SIZE)
     return ShardLayout(SEQ_LEN, BLOCK_SIZE, rank, P, plan)
 
 
@@ -52,7 +52,7 @@ def test_ranks_write_one_recording(layout: CpLayout, tmp_path: Path) -> None:
         layout.value, seq_len=SEQ_LEN, block_size=BLOCK_SIZE, cp_size=P, cu_seqlens=recorded.cu_seqlens
     )
     for rank in range(P):
-        needed = needed_pairs(selected[rank], SEQ_LEN // BLOCK_SIZE)
+        needed = needed_kv_blocks(selected[rank], SEQ_LEN // BLOCK_SIZE)
         assert torch.equal(torch.from_numpy(recorded.needed(placement, rank)), needed)
 
 

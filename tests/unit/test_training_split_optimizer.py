@@ -6,7 +6,7 @@ from torch import nn
 
 from msa_train.config import OptimConfig, OptimizerKind
 from msa_train.training.optim.lr_schedule import Rates
-from msa_train.training.optim.muon_adamw import SplitOptimizer
+from msa_train.training.optim.muon_adamw import MuonAdamW
 
 HEAD_DIM = 2
 NAMES = [
@@ -34,19 +34,19 @@ def set_gradients(named: list[tuple[str, nn.Parameter]], seed: int) -> None:
 
 def test_muon_takes_the_matrices_of_layers_only() -> None:
     named = parameters()
-    optimizer = SplitOptimizer(OptimConfig(algorithm=OptimizerKind.muon), named, head_dim=HEAD_DIM)
+    optimizer = MuonAdamW(OptimConfig(algorithm=OptimizerKind.muon), named, head_dim=HEAD_DIM)
     assert optimizer.muon is not None
     pieces = optimizer.muon.param_groups[0]["params"]
     assert [piece.shape for piece in pieces] == [(HEAD_DIM, 4)] * 4
     assert pieces[1].data_ptr() == named[1][1][HEAD_DIM:].data_ptr()
-    assert SplitOptimizer(OptimConfig(), named, head_dim=HEAD_DIM).muon is None
+    assert MuonAdamW(OptimConfig(), named, head_dim=HEAD_DIM).muon is None
 
 
 def test_muon_moves_every_head_alike() -> None:
     """One step moves each head by lr in every direction, roughly, however unequal their gradients are."""
     named = parameters()
     before = named[1][1].detach().clone()
-    optimizer = SplitOptimizer(
+    optimizer = MuonAdamW(
         OptimConfig(algorithm=OptimizerKind.muon, lr=1e-3, muon_lr=0.1, weight_decay=0.0),
         named,
         head_dim=HEAD_DIM,
@@ -64,7 +64,7 @@ def test_muon_moves_every_head_alike() -> None:
 def test_goes_on_bit_for_bit_after_loading(algorithm: OptimizerKind) -> None:
     optim = OptimConfig(algorithm=algorithm)
     named, copies = parameters(), parameters()
-    first, second = (SplitOptimizer(optim, each, head_dim=HEAD_DIM) for each in (named, copies))
+    first, second = (MuonAdamW(optim, each, head_dim=HEAD_DIM) for each in (named, copies))
     for seed in (1, 2):
         set_gradients(named, seed)
         first.step(Rates(1e-3, 1e-3))

@@ -7,7 +7,7 @@ from msa_train.runtime.watchdog import HUNG
 
 PROGRAM = """
 import time
-from msa_train.training.watchdog import Watchdog
+from msa_train.runtime.watchdog import Watchdog
 
 def stuck():
     time.sleep(60)

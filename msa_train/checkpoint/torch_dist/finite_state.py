@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from msa_train.checkpoint.all_ranks import CheckpointError, together
+from msa_train.checkpoint.all_ranks import CheckpointError, run_on_all_ranks
 
 _NAMED = 3
 
@@ -56,7 +56,7 @@ def check_loaded(path: object, state: Any, group: dist.ProcessGroup | None) -> N
     Raises:
         NotFiniteError: on all ranks.
     """
-    names = listed(together(lambda: not_finite(_leaves(state)), group))
+    names = listed(run_on_all_ranks(lambda: not_finite(_leaves(state)), group))
     if names:
         raise NotFiniteError(path, names)
 

@@ -13,7 +13,7 @@ from msa_train.checkpoint.torch_dist.writer import Shards
 
 
 @dataclass(slots=True)
-class Snapshot:
+class StagedState:
     """What this rank writes, and the plain data that rank 0 writes. num_bytes: of this rank's tensors."""
 
     shards: Shards
@@ -21,7 +21,7 @@ class Snapshot:
     num_bytes: int
 
 
-class HostBuffers:
+class HostStager:
     """Takes snapshots, each into the memory of the one before it, which must no longer be in use.
 
     New memory costs more time than the copy itself: its pages are made when they are first written, and those
@@ -31,7 +31,7 @@ class HostBuffers:
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
-    def take(self, shards: Shards, common: dict[str, Any]) -> Snapshot:
+    def stage(self, shards: Shards, common: dict[str, Any]) -> StagedState:
         """Copy everything; shards that share memory share their copy."""
         taken: dict[tuple[Any, ...], Tensor] = {}
         copies: Shards = {}
@@ -52,7 +52,7 @@ class HostBuffers:
             torch.cuda.current_stream().synchronize()
         # the same tensor under two names is written twice
         written = sum(_data(e).nbytes for es in copies.values() for e in es if isinstance(e, ShardedTensor))
-        return Snapshot(copies, copy.deepcopy(common), written)
+        return StagedState(copies, copy.deepcopy(common), written)
 
     def _copy(self, place: tuple[str, tuple[int, ...]], source: Tensor) -> Tensor:
         buffer = self._buffers.get(place)

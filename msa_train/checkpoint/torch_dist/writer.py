@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from msa_train.checkpoint.all_ranks import CheckpointError, together
+from msa_train.checkpoint.all_ranks import CheckpointError, run_on_all_ranks
 from msa_train.checkpoint.torch_dist.safe_pickles import COMMON_NAME
 
 Shards = dict[str, list[ShardedTensor | ShardedObject]]
@@ -85,7 +85,7 @@ def write_shards(
         raise CheckpointError(first_failure(error)) from error
     # last, for it says that the rest is there
     config = CheckpointingConfig("torch_dist", 1)
-    together(lambda: save_config(config, str(folder)) if rank == 0 else None, group)
+    run_on_all_ranks(lambda: save_config(config, str(folder)) if rank == 0 else None, group)
 
 
 def first_failure(error: CheckpointException) -> str:
@@ -97,5 +97,5 @@ def first_failure(error: CheckpointException) -> str:
 def _own(work: Any, group: dist.ProcessGroup | None) -> Any:
     """This rank's result of work that all ranks do; it is not sent around."""
     result: list[Any] = []
-    together(lambda: result.append(work()), group)
+    run_on_all_ranks(lambda: result.append(work()), group)
     return result[0]

@@ -10,7 +10,7 @@ from msa_train.config.options import (
     AttentionKernel,
     BadStep,
     CpLayout,
-    Engine,
+    EngineKind,
     KvExchange,
     OptimizerKind,
     Precision,
@@ -25,11 +25,11 @@ from msa_train.config.run import RunConfig
 _SMALLEST_FP32 = 1.2e-38
 
 
-def resolve_engine(config: RunConfig, *, has_gpu: bool) -> Engine:
+def resolve_engine(config: RunConfig, *, has_gpu: bool) -> EngineKind:
     """The engine that `auto` stands for on this kind of machine."""
-    if config.engine is not Engine.auto:
+    if config.engine is not EngineKind.auto:
         return config.engine
-    return Engine.megatron if has_gpu else Engine.torch
+    return EngineKind.megatron if has_gpu else EngineKind.torch
 
 
 def check_rules(config: RunConfig, *, world_size: int, has_gpu: bool) -> None:
@@ -353,13 +353,13 @@ def _divisors(number: int) -> str:
 
 def _engine(config: RunConfig, has_gpu: bool) -> None:
     engine, parallel = resolve_engine(config, has_gpu=has_gpu), config.parallel
-    if engine is Engine.megatron and not has_gpu:
+    if engine is EngineKind.megatron and not has_gpu:
         raise ValueError(
             "engine=megatron: Megatron's optimizer and schedules need GPUs and none is used; "
             "use engine=torch (or engine=auto)"
         )
     overlaps = ("overlap_grad_reduce", "overlap_param_gather")
-    if engine is Engine.torch:
+    if engine is EngineKind.torch:
         for name in overlaps:
             if getattr(parallel, name):
                 raise ValueError(
@@ -375,9 +375,9 @@ def _engine(config: RunConfig, has_gpu: bool) -> None:
         raise ValueError(
             "parallel.overlap_param_gather=true: needs parallel.overlap_grad_reduce=true; set that too"
         )
-    if engine is Engine.megatron and config.train.precision is Precision.fp64:
+    if engine is EngineKind.megatron and config.train.precision is Precision.fp64:
         raise ValueError("train.precision=fp64: is for engine=torch; use engine=torch, fp32 or bf16")
-    if engine is Engine.megatron and config.optim.algorithm is OptimizerKind.muon:
+    if engine is EngineKind.megatron and config.optim.algorithm is OptimizerKind.muon:
         raise ValueError(
             "optim.algorithm=muon: is for engine=torch; use optim.algorithm=adamw or engine=torch"
         )

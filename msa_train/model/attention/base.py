@@ -15,17 +15,17 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor
 
 from msa_train.config import KvExchange, QkNorm
-from msa_train.model.attention.index_branch import StartedIndex
+from msa_train.model.attention.index_branch import PendingIndexKeys
 from msa_train.model.inputs.layer_stats import LayerStats
 from msa_train.model.inputs.pack_params import PackParams
 from msa_train.model.layers.norm import RMSNorm
 from msa_train.model.layers.rotary import apply_rotary
 from msa_train.model.transformer_config import MsaTransformerConfig
-from msa_train.parallel.attention.cp_full import FullCall
-from msa_train.parallel.attention.cp_sparse import SparseCall
+from msa_train.parallel.attention.cp_full import FullAttentionArgs
+from msa_train.parallel.attention.cp_sparse import SparseAttentionArgs
 from msa_train.parallel.attention.dense_kl import IndexKl
 from msa_train.parallel.comm.cp_comm import CpComm
-from msa_train.parallel.sharding.ulysses import gather_tokens, to_heads, to_tokens
+from msa_train.parallel.sharding.ulysses import cp_to_hp, gather_tokens, hp_to_cp
 
 
 @dataclass
@@ -117,7 +117,7 @@ class GroupedQueryAttention(MegatronModule, ABC):
             out = self._attend_by_heads(started, q, k, v, packed_seq_params)
         return self.linear_proj(out.reshape(out.shape[0], 1, -1))
 
-    def start(self, hidden_states: Tensor, params: PackParams) -> StartedIndex | None:
+    def start(self, hidden_states: Tensor, params: PackParams) -> PendingIndexKeys | None:
         """Begin what can travel while queries, keys and values are projected."""
         return None
 
@@ -133,46 +133,46 @@ class GroupedQueryAttention(MegatronModule, ABC):
         return apply_rotary(q, params.rotary), apply_rotary(k, params.rotary), v
 
     def _attend_by_heads(
-        self, started: StartedIndex | None, q: Tensor, k: Tensor, v: Tensor, params: PackParams
+        self, started: PendingIndexKeys | None, q: Tensor, k: Tensor, v: Tensor, params: PackParams
     ) -> Tensor:
         """`attend` on the tokens of all ranks of the head group and this rank's share of the KV groups."""
         comm, heads = self.comm_of(params).heads, params.heads
         assert comm is not None, "head groups come with their collectives"
         assert heads is not None, "called where there are head groups"
         parts = [q.flatten(2), k, v] if started is None else [q.flatten(2), k, v, started.q]
-        mixed = to_heads(torch.cat(parts, dim=-1), comm, heads.order)
+        mixed = cp_to_hp(torch.cat(parts, dim=-1), comm, heads.order)
         # What is sent on must lie in one piece.
         q, k, v, *index = (x.contiguous() for x in mixed.split([part.shape[-1] for part in parts], dim=-1))
         if started is not None:
             k_index = gather_tokens(started.k, comm, heads.order)
             started = replace(started, q=index[0], k=k_index)
         q = q.unflatten(-1, (self.heads_per_group, self.head_dim))
-        return to_tokens(self.attend(started, q, k, v, params.of_head_group()), comm, heads.order)
+        return hp_to_cp(self.attend(started, q, k, v, params.of_head_group()), comm, heads.order)
 
     @abstractmethod
     def attend(
-        self, started: StartedIndex | None, q: Tensor, k: Tensor, v: Tensor, params: PackParams
+        self, started: PendingIndexKeys | None, q: Tensor, k: Tensor, v: Tensor, params: PackParams
     ) -> Tensor:
         """Attention proper: what `start` returned, shapes as `_project` returns them -> [T, M, G, D]."""
 
     def comm_of(self, params: PackParams) -> CpComm:
         """Collectives whose messages name this layer."""
         assert params.comm is not None, "the step fills in the collectives"
-        return params.comm.of_layer(self.layer_number)
+        return params.comm.for_layer(self.layer_number)
 
-    def _record(self, call: SparseCall, params: PackParams) -> None:
+    def _record(self, call: SparseAttentionArgs, params: PackParams) -> None:
         """Keep what was agreed for a recomputation; count which way was taken."""
         if not params.record.replaying and call.requests is not None:
             selected = torch.tensor([call.requests.kind is KvExchange.selected, 1], dtype=torch.int64)
             LayerStats.add(params.stats.exchange, self.layer_number, selected)
         params.record.requests = call.requests
 
-    def full_call(self, params: PackParams, kl: IndexKl | None = None) -> FullCall:
+    def full_attention_args(self, params: PackParams, kl: IndexKl | None = None) -> FullAttentionArgs:
         """Dense attention over this pack."""
         pack = params.pack
         assert pack is not None, "the step fills in the pack"
         assert pack.full is not None, "planned where a layer attends to everything"
-        return FullCall(
+        return FullAttentionArgs(
             plan=pack.full,
             layout=pack.layout,
             comm=self.comm_of(params),

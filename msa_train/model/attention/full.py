@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from msa_train.model.attention.base import GroupedQueryAttention
-from msa_train.model.attention.index_branch import StartedIndex
+from msa_train.model.attention.index_branch import PendingIndexKeys
 from msa_train.model.inputs.pack_params import PackParams
 from msa_train.parallel.attention.cp_full import cp_full_attention
 
@@ -12,7 +12,7 @@ class FullSelfAttention(GroupedQueryAttention):
     """Dense causal attention within documents."""
 
     def attend(
-        self, started: StartedIndex | None, q: Tensor, k: Tensor, v: Tensor, params: PackParams
+        self, started: PendingIndexKeys | None, q: Tensor, k: Tensor, v: Tensor, params: PackParams
     ) -> Tensor:
         """See GroupedQueryAttention.attend."""
-        return cp_full_attention(q, k, v, self.full_call(params))
+        return cp_full_attention(q, k, v, self.full_attention_args(params))

@@ -80,7 +80,7 @@ class IndexBranch(MegatronModule):
 
 
 @dataclass(slots=True)
-class StartedIndex:
+class PendingIndexKeys:
     """Index queries [T, M, Di] and keys [T, Di]; all_keys [P, T, Di] by `layout` on their way, or None."""
 
     q: Tensor

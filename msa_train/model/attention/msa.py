@@ -8,16 +8,16 @@ from torch import Tensor
 
 from msa_train.config import StageAttention
 from msa_train.model.attention.base import GroupedQueryAttention
-from msa_train.model.attention.index_branch import IndexBranch, StartedIndex
+from msa_train.model.attention.index_branch import IndexBranch, PendingIndexKeys
 from msa_train.model.inputs.layer_stats import LayerStats
 from msa_train.model.inputs.pack_params import PackParams
-from msa_train.model.inputs.pack_shard import LocalPack
+from msa_train.model.inputs.pack_shard import PackShard
 from msa_train.model.transformer_config import MsaTransformerConfig
 from msa_train.parallel.attention.cp_full import cp_full_attention
-from msa_train.parallel.attention.cp_sparse import SparseCall, cp_sparse_attention
+from msa_train.parallel.attention.cp_sparse import SparseAttentionArgs, cp_sparse_attention
 from msa_train.parallel.attention.dense_kl import IndexKl
-from msa_train.parallel.attention.selection_recall import probe_attention
-from msa_train.parallel.kv_exchange.requests import needed_pairs, pairs_by_owner
+from msa_train.parallel.attention.selection_recall import measure_recall
+from msa_train.parallel.kv_exchange.requests import kv_blocks_by_owner, needed_kv_blocks
 from msa_train.parallel.sharding.redistribute import move_rows
 
 
@@ -29,7 +29,7 @@ class MsaSelfAttention(GroupedQueryAttention):
         self.index_branch = IndexBranch(config, kwargs["pg_collection"])
 
     def attend(
-        self, started: StartedIndex | None, q: Tensor, k: Tensor, v: Tensor, params: PackParams
+        self, started: PendingIndexKeys | None, q: Tensor, k: Tensor, v: Tensor, params: PackParams
     ) -> Tensor:
         """See GroupedQueryAttention.attend."""
         pack, record = params.pack, params.record
@@ -38,19 +38,19 @@ class MsaSelfAttention(GroupedQueryAttention):
         q_index, k_index = started.q, started.k
         if started.all_keys is None:
             # Zero gradients for the index branch, and not none: gradient hooks wait for every parameter.
-            return cp_full_attention(q, k, v, self.full_call(params), q_index, k_index)
+            return cp_full_attention(q, k, v, self.full_attention_args(params), q_index, k_index)
         all_keys = started.layout.in_order(started.all_keys.wait())
         if params.attention is StageAttention.dense:
             return self._attend_densely(q, k, v, q_index, k_index, all_keys, params)
         if record.block_indices is None:
             record.block_indices = self._select(q_index, all_keys, params)
-        if params.probe is not None and not record.replaying:
-            self._probe(q, k, record.block_indices[params.probe.rows], params)
+        if params.recall is not None and not record.replaying:
+            self._measure_recall(q, k, record.block_indices[params.recall.rows], params)
         if params.on_selection is not None and not record.replaying:
             params.on_selection(self.layer_number, record.block_indices)
         trains_index = params.kl_weight > 0 and torch.is_grad_enabled()
         block_size = self.config.attention.block_size
-        call = SparseCall(
+        call = SparseAttentionArgs(
             block_indices=record.block_indices,
             position=pack.position,
             layout=pack.layout,
@@ -63,7 +63,9 @@ class MsaSelfAttention(GroupedQueryAttention):
             kl_temperature=self.config.attention.kl_temperature,
             on_kl=lambda kl: LayerStats.add(params.stats.kl, self.layer_number, kl),
             settings=self.config.exchange,
-            needed=None if record.replaying else needed_pairs(record.block_indices, pack.layout.num_blocks),
+            needed=None
+            if record.replaying
+            else needed_kv_blocks(record.block_indices, pack.layout.num_blocks),
             requests=record.requests,
             kernel=self.config.attention.kernel,
         )
@@ -73,15 +75,15 @@ class MsaSelfAttention(GroupedQueryAttention):
         self._record(call, params)
         return out
 
-    def start(self, hidden_states: Tensor, params: PackParams) -> StartedIndex:
+    def start(self, hidden_states: Tensor, params: PackParams) -> PendingIndexKeys:
         """Project index queries and keys; the keys travel from here on."""
         assert params.pack is not None, "the step fills in the pack"
         assert params.rotary is not None, "a pack comes with its rotary table"
         q, k = self.index_branch(hidden_states, params.rotary)
         if params.attention is StageAttention.dense and params.kl_weight == 0:
-            return StartedIndex(q, k, None, params.pack.layout)
+            return PendingIndexKeys(q, k, None, params.pack.layout)
         pending = self.comm_of(params).start_all_gather(k.detach(), "index_key")
-        return StartedIndex(q, k, pending, params.pack.layout)
+        return PendingIndexKeys(q, k, pending, params.pack.layout)
 
     def _attend_densely(
         self,
@@ -94,13 +96,13 @@ class MsaSelfAttention(GroupedQueryAttention):
         params: PackParams,
     ) -> Tensor:
         """Full attention, under which the index branch learns from all causal tokens."""
-        if params.probe is not None and not params.record.replaying:
+        if params.recall is not None and not params.record.replaying:
             assert params.pack is not None, "checked by the caller"
-            rows = params.probe.rows
+            rows = params.recall.rows
             selected = self._select_some(
                 q_index.detach()[rows], all_keys, params.pack, position=params.pack.position[rows]
             )
-            self._probe(q, k, selected, params)
+            self._measure_recall(q, k, selected, params)
         kl = IndexKl(
             all_keys=all_keys,
             weight=params.kl_weight,
@@ -109,7 +111,7 @@ class MsaSelfAttention(GroupedQueryAttention):
             on_kl=lambda value: LayerStats.add(params.stats.kl, self.layer_number, value),
             kernel=self.config.attention.kernel,
         )
-        return cp_full_attention(q, k, v, self.full_call(params, kl), q_index, k_index)
+        return cp_full_attention(q, k, v, self.full_attention_args(params, kl), q_index, k_index)
 
     def _select(self, q_index: Tensor, all_keys: Tensor, params: PackParams) -> Tensor:
         """Selection [T, M, topk] of all local queries, some of which other ranks may compute."""
@@ -134,7 +136,7 @@ class MsaSelfAttention(GroupedQueryAttention):
         self,
         q_index: Tensor,
         all_keys: Tensor,
-        pack: LocalPack,
+        pack: PackShard,
         start: int = 0,
         *,
         valid: Tensor | None = None,
@@ -155,12 +157,12 @@ class MsaSelfAttention(GroupedQueryAttention):
             kernel=attention.kernel.value,
         )
 
-    def _probe(self, q: Tensor, k: Tensor, selected: Tensor, params: PackParams) -> None:
+    def _measure_recall(self, q: Tensor, k: Tensor, selected: Tensor, params: PackParams) -> None:
         """Compare the sampled queries' selection with full attention; selected: [sampled, M, topk]."""
-        probe, comm = params.probe, self.comm_of(params)
-        assert probe is not None, "called where queries are sampled"
-        q, k = q.detach()[probe.rows], k.detach()
-        sums = probe_attention(q, k, selected, probe, comm, softmax_scale=self.head_dim**-0.5).flat()
+        recall, comm = params.recall, self.comm_of(params)
+        assert recall is not None, "called where queries are sampled"
+        q, k = q.detach()[recall.rows], k.detach()
+        sums = measure_recall(q, k, selected, recall, comm, softmax_scale=self.head_dim**-0.5).flat()
         LayerStats.add(params.stats.attention, self.layer_number, self._of_all_groups(sums, params))
 
     def _of_all_groups(self, values: Tensor, params: PackParams) -> Tensor:
@@ -174,5 +176,5 @@ class MsaSelfAttention(GroupedQueryAttention):
         """Remote pairs per group: what `selected` sends, whatever is used. needed: [M, NB] bool."""
         assert params.pack is not None, "checked by the caller"
         layout = params.pack.layout
-        pairs = pairs_by_owner(needed, layout).view(layout.cp_size, needed.shape[0], -1).sum((0, 2))
+        pairs = kv_blocks_by_owner(needed, layout).view(layout.cp_size, needed.shape[0], -1).sum((0, 2))
         LayerStats.add(params.stats.selected, self.layer_number, self._of_all_groups(pairs, params))

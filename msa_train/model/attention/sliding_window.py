@@ -4,16 +4,16 @@ from msa_kernels import window_blocks
 from torch import Tensor
 
 from msa_train.model.attention.base import GroupedQueryAttention
-from msa_train.model.attention.index_branch import StartedIndex
+from msa_train.model.attention.index_branch import PendingIndexKeys
 from msa_train.model.inputs.pack_params import PackParams
-from msa_train.parallel.attention.cp_sparse import SparseCall, cp_sparse_attention
+from msa_train.parallel.attention.cp_sparse import SparseAttentionArgs, cp_sparse_attention
 
 
 class WindowSelfAttention(GroupedQueryAttention):
     """Causal sliding window within documents, with a sink: position decides which blocks are exchanged."""
 
     def attend(
-        self, started: StartedIndex | None, q: Tensor, k: Tensor, v: Tensor, params: PackParams
+        self, started: PendingIndexKeys | None, q: Tensor, k: Tensor, v: Tensor, params: PackParams
     ) -> Tensor:
         """See GroupedQueryAttention.attend."""
         pack, attention = params.pack, self.config.attention
@@ -27,7 +27,7 @@ class WindowSelfAttention(GroupedQueryAttention):
             sink_blocks=attention.window_sink,
             query_valid=pack.valid,
         )
-        call = SparseCall(
+        call = SparseAttentionArgs(
             block_indices=block_indices[:, None].expand(-1, k.shape[1], -1),
             position=pack.position,
             layout=pack.layout,

@@ -10,7 +10,7 @@ class LayerStats:
     """Sums over the packs of a step, per layer number (from 1), on this rank.
 
     kl: fp64 scalar, divergences summed over queries and groups. selected: [M] int64 remote (block, group)
-    pairs selected. tokens_per_expert: [num_experts] int64. attention: [M, ...] fp64, `ProbeSums.flat` of
+    pairs selected. tokens_per_expert: [num_experts] int64. attention: [M, ...] fp64, `RecallSums.flat` of
     the sampled queries, in steps that sample some. exchange: [2] int64, calls that sent selected pairs, and
     all calls, of layers that exchange blocks.
     """

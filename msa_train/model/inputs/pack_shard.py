@@ -19,7 +19,7 @@ from msa_train.parallel.sharding.shard_layout import ShardLayout
 
 
 @dataclass(slots=True)
-class IndexPlan:
+class IndexSharding:
     """Which queries this rank selects blocks for: positions, and the moves there and back (None: its own)."""
 
     ranges: tuple[Range, ...]
@@ -27,7 +27,7 @@ class IndexPlan:
 
 
 @dataclass(slots=True)
-class LocalPack:
+class PackShard:
     """The tokens of one rank and where they lie. T local tokens, all int64 unless said.
 
     tokens, labels: [T]; labels are IGNORE_LABEL where there is no next token.
@@ -44,13 +44,13 @@ class LocalPack:
     doc_position: Tensor
     valid: Tensor
     cu_seqlens: Tensor
-    index: IndexPlan
+    index: IndexSharding
     full: FullPlan | None
 
 
-def make_local_pack(
+def make_pack_shard(
     pack: Pack, layout: ShardLayout, parallel: ParallelConfig, device: torch.device, *, with_full: bool
-) -> LocalPack:
+) -> PackShard:
     """Cut this rank's shard out of a pack that every rank of the context-parallel group holds.
 
     with_full: whether any layer attends to everything: the plan for it takes time with many ranks.
@@ -71,7 +71,7 @@ def make_local_pack(
             balanced=parallel.balance_full_attention,
             device=device,
         )
-    return LocalPack(
+    return PackShard(
         layout=layout,
         tokens=to_device(_cut(pack.tokens, layout), device),
         labels=to_device(_cut(pack.labels, layout), device),
@@ -91,9 +91,9 @@ def _cut(values: npt.NDArray[np.int64], layout: ShardLayout) -> Tensor:
 
 def _index_plan(
     layout: ShardLayout, cu_seqlens: Sequence[int], parallel: ParallelConfig, device: torch.device
-) -> IndexPlan:
+) -> IndexSharding:
     away = layout.plan
     if parallel.balance_index and layout.cp_size > 1:
         away = balance(layout.plan, *index_work(cu_seqlens, layout.block_size))
     moves = make_relayout(layout.plan, away, layout.cp_rank, device)
-    return IndexPlan(ranges=away.ranges[layout.cp_rank], moves=moves)
+    return IndexSharding(ranges=away.ranges[layout.cp_rank], moves=moves)

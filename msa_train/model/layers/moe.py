@@ -27,7 +27,7 @@ from torch import Tensor
 
 from msa_train.model.transformer_config import MsaTransformerConfig
 from msa_train.parallel.comm.fault_watch import watched
-from msa_train.parallel.comm.p2p import start_row_exchange
+from msa_train.parallel.comm.p2p import start_all_to_all_rows
 
 _ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
@@ -173,7 +173,7 @@ class _AllToAll(torch.autograd.Function):
             return x.clone()
         out, x = x.new_empty(sum(receive), *x.shape[1:]), x.contiguous()
         with watched("expert", layer):
-            for work in start_row_exchange(group, out, x, receive, send):
+            for work in start_all_to_all_rows(group, out, x, receive, send):
                 work.wait()
         return out
 

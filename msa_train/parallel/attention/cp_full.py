@@ -26,7 +26,7 @@ from msa_train.parallel.sharding.shard_layout import Segment, ShardLayout, Visib
 
 
 @dataclass(slots=True)
-class FullCall:
+class FullAttentionArgs:
     """One call of a dense layer: everything but the differentiable tensors.
 
     plan: how the pack's attention is shared. kl: the KL loss of an index branch, None without. keep: fetched
@@ -46,7 +46,7 @@ def cp_full_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    call: FullCall,
+    call: FullAttentionArgs,
     q_index: Tensor | None = None,
     k_index: Tensor | None = None,
 ) -> Tensor:
@@ -67,7 +67,12 @@ def cp_full_attention(
 class _CpFullAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, kv: Tensor, q_index: Tensor | None, k_index: Tensor | None, call: FullCall
+        ctx: Any,
+        q: Tensor,
+        kv: Tensor,
+        q_index: Tensor | None,
+        k_index: Tensor | None,
+        call: FullAttentionArgs,
     ) -> Tensor:
         """q [U, M, G, D], kv [K, 2, M, D] -> [U, M, G, D]."""
         q_heads = q.permute(1, 2, 0, 3)
@@ -89,15 +94,15 @@ class _CpFullAttention(torch.autograd.Function):
                 out[:, :, rows], lse[:, :, rows] = part
                 begun.add(segment)
                 teacher.add(rows, keys, causal=visible.causal)
-        ctx.save_for_backward(q, out, lse, q_index, teacher.lse, *session.hand_over())
+        ctx.save_for_backward(q, out, lse, q_index, teacher.lse, *session.release())
         ctx.session, ctx.call, ctx.k_index_shape = session, call, None if k_index is None else k_index.shape
         return out.permute(2, 0, 1, 3)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, out, lse, q_index, teacher_lse, *kept = ctx.saved_tensors
-        call: FullCall = ctx.call
-        ctx.session.take_back(tuple(kept))
+        call: FullAttentionArgs = ctx.call
+        ctx.session.restore(tuple(kept))
         q_heads, dout = q.permute(1, 2, 0, 3), dout.permute(1, 2, 0, 3)
         dq = torch.zeros_like(q_heads)
         kl = None

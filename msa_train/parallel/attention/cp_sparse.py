@@ -18,14 +18,14 @@ from torch import Tensor
 
 from msa_train.config import AttentionKernel, ExchangeConfig, KvExchange
 from msa_train.parallel.comm.cp_comm import CpComm
-from msa_train.parallel.kv_exchange.choose import agree, open_session
-from msa_train.parallel.kv_exchange.requests import BlockRequests, needed_pairs
+from msa_train.parallel.kv_exchange.choose import negotiate_exchange, open_kv_session
+from msa_train.parallel.kv_exchange.requests import ExchangeDecision, needed_kv_blocks
 from msa_train.parallel.kv_exchange.session import KvSource, PairGrads
 from msa_train.parallel.sharding.shard_layout import ShardLayout
 
 
 @dataclass(slots=True)
-class SparseCall:
+class SparseAttentionArgs:
     """One call of a layer: everything but the differentiable tensors.
 
     block_indices: [T, M, topk] int32 global block ids, -1 for none.
@@ -35,7 +35,7 @@ class SparseCall:
     kl_temperature: divides the logits of teacher and student in the divergence.
     on_kl: receives this rank's unweighted sum of divergences (fp64 scalar) in the backward pass.
     settings: how the exchange goes about it.
-    needed: [M, NB] bool, `needed_pairs` of block_indices; None: computed where it is asked for.
+    needed: [M, NB] bool, `needed_kv_blocks` of block_indices; None: computed where it is asked for.
     requests: agreed block requests; filled by the first call and reused when the layer is recomputed.
     window: which tokens of their blocks the local queries see, for sliding windows; None: all but the future.
     kernel: implementation of the attention, forward and backward.
@@ -54,13 +54,13 @@ class SparseCall:
     on_kl: Callable[[Tensor], None] | None = None
     settings: ExchangeConfig = field(default_factory=ExchangeConfig)
     needed: Tensor | None = None
-    requests: BlockRequests | None = None
+    requests: ExchangeDecision | None = None
     window: TokenWindow | None = None
     kernel: AttentionKernel = AttentionKernel.auto
 
 
 def cp_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, q_index: Tensor | None, k_index: Tensor | None, call: SparseCall
+    q: Tensor, k: Tensor, v: Tensor, q_index: Tensor | None, k_index: Tensor | None, call: SparseAttentionArgs
 ) -> Tensor:
     """Attention of local queries over the blocks they selected, wherever these blocks are.
 
@@ -70,7 +70,7 @@ def cp_sparse_attention(
     Args:
         q: [T, M, G, D]; k, v: [T, M, D], this rank's tokens.
         q_index: [T, M, Di]; k_index: [T, Di], this rank's tokens; None in layers without an index branch.
-        call: see SparseCall.
+        call: see SparseAttentionArgs.
 
     Returns:
         [T, M, G, D] in q's dtype.
@@ -87,13 +87,13 @@ class _CpSparseAttention(torch.autograd.Function):
         v: Tensor,
         q_index: Tensor | None,
         k_index: Tensor | None,
-        call: SparseCall,
+        call: SparseAttentionArgs,
     ) -> Tensor:
         local = pack_blocks(k, v, call.layout.block_size)
         num_groups, all_keys = k.shape[1], call.k_index
         if call.requests is None:
             call.requests = _agree(local, k_index, ctx.needs_input_grad[0], call)
-        session = open_session(
+        session = open_kv_session(
             call.requests,
             local,
             num_groups,
@@ -112,7 +112,7 @@ class _CpSparseAttention(torch.autograd.Function):
         out = total.out.to(q.dtype)
         if call.requests.spoilt:
             out = torch.full_like(out, float("nan"))
-        kept = session.hand_over()
+        kept = session.release()
         ctx.save_for_backward(q, q_index, all_keys, out, total.lse, total.lse_index, total.lse_teacher, *kept)
         # All tensors are kept by autograd alone, which drops them where the layer is recomputed.
         ctx.session, ctx.call = session, replace(call, k_index=None, needed=None)
@@ -121,8 +121,8 @@ class _CpSparseAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, q_index, all_keys, out, lse, lse_index, lse_teacher, *kept = ctx.saved_tensors
-        call: SparseCall = ctx.call
-        ctx.session.take_back(kept)
+        call: SparseAttentionArgs = ctx.call
+        ctx.session.restore(kept)
         del kept
         queries = _queries(q, q_index, all_keys, call)
         dout = dout.to(queries.compute_dtype)
@@ -187,12 +187,14 @@ class _QuerySums:
             self.kl = kl if self.kl is None else self.kl.add_(kl)
 
 
-def _agree(local: Tensor, k_index: Tensor | None, with_backward: bool, call: SparseCall) -> BlockRequests:
+def _agree(
+    local: Tensor, k_index: Tensor | None, with_backward: bool, call: SparseAttentionArgs
+) -> ExchangeDecision:
     """Ask the other ranks, or take the scheme that needs no asking."""
     needed = call.needed
     if needed is None:
-        needed = needed_pairs(call.block_indices, call.layout.num_blocks)
-    return agree(
+        needed = needed_kv_blocks(call.block_indices, call.layout.num_blocks)
+    return negotiate_exchange(
         call.exchange,
         local,
         needed,
@@ -204,7 +206,9 @@ def _agree(local: Tensor, k_index: Tensor | None, with_backward: bool, call: Spa
     )
 
 
-def _queries(q: Tensor, q_index: Tensor | None, all_keys: Tensor | None, call: SparseCall) -> SparseQueries:
+def _queries(
+    q: Tensor, q_index: Tensor | None, all_keys: Tensor | None, call: SparseAttentionArgs
+) -> SparseQueries:
     return SparseQueries(
         q=q,
         position=call.position,

@@ -25,7 +25,7 @@ _HIDDEN = -1e30
 
 
 @dataclass(slots=True)
-class ProbeQueries:
+class RecallQueries:
     """Sampled queries of a pack, the same on all ranks that share it.
 
     position, doc_start: [Q] int64 in the pack, ascending. rows: [C] int64, this rank's, as rows of its local
@@ -58,7 +58,7 @@ def sample_queries(
     count: int,
     seed: int,
     device: torch.device,
-) -> ProbeQueries | None:
+) -> RecallQueries | None:
     """Draw queries that see more than `topk` blocks; the others select all they see.
 
     One query from each of `count` equal parts of the eligible ones. The result depends on the pack, `topk`,
@@ -94,7 +94,7 @@ def sample_queries(
     place = blocks.flatten().argsort()[position // layout.block_size]
     owner, local_block = place // layout.num_local_blocks, place % layout.num_local_blocks
     row = local_block * layout.block_size + position % layout.block_size
-    return ProbeQueries(
+    return RecallQueries(
         position=to_device(position, device),
         doc_start=to_device(torch.tensor(cu_seqlens)[document], device),
         rows=to_device(row[owner == layout.cp_rank], device),
@@ -111,7 +111,7 @@ def num_buckets(num_blocks: int) -> int:
 
 
 @dataclass(slots=True)
-class ProbeSums:
+class RecallSums:
     """Sums over queries, per KV group, fp64.
 
     count: [M] queries. score: [M] attention mass in the selected blocks. entropy: [M] of full attention in
@@ -147,16 +147,16 @@ class ProbeSums:
         return 3 + 4 * num_buckets(num_blocks)
 
     @staticmethod
-    def from_flat(flat: Tensor) -> "ProbeSums":
+    def from_flat(flat: Tensor) -> "RecallSums":
         """Inverse of `flat`, for [..., 3 + 4 NK]."""
         buckets = (flat.shape[-1] - 3) // 4
-        return ProbeSums(*flat[..., :3].unbind(-1), *flat[..., 3:].split(buckets, dim=-1))
+        return RecallSums(*flat[..., :3].unbind(-1), *flat[..., 3:].split(buckets, dim=-1))
 
 
 @torch.no_grad()
-def probe_attention(
-    q: Tensor, k: Tensor, selected: Tensor, queries: ProbeQueries, comm: CpComm, *, softmax_scale: float
-) -> ProbeSums:
+def measure_recall(
+    q: Tensor, k: Tensor, selected: Tensor, queries: RecallQueries, comm: CpComm, *, softmax_scale: float
+) -> RecallSums:
     """Compare the selection of sampled queries with their full causal attention within the document.
 
     Every rank of the context-parallel group must call it.
@@ -165,7 +165,7 @@ def probe_attention(
         q: [C, M, G, D], this rank's sampled queries.
         k: [T, M, D], all keys of this rank.
         selected: [C, M, topk] int, block ids that the sampled queries select, -1 for none.
-        queries: see ProbeQueries.
+        queries: see RecallQueries.
         comm: collectives of the context-parallel group.
         softmax_scale: factor of the scores.
 
@@ -195,7 +195,7 @@ class _OwnKeys:
     score: Tensor
 
 
-def _score_own_keys(q: Tensor, k: Tensor, queries: ProbeQueries, softmax_scale: float) -> _OwnKeys:
+def _score_own_keys(q: Tensor, k: Tensor, queries: RecallQueries, softmax_scale: float) -> _OwnKeys:
     """Keys are the rows of each product, so that sums over a block run along whole vectors of queries."""
     layout, (Q, M, G, D) = queries.layout, q.shape
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -223,7 +223,7 @@ def _score_own_keys(q: Tensor, k: Tensor, queries: ProbeQueries, softmax_scale: 
     return _OwnKeys(block_lse=block_lse, lse=lse, score=score)
 
 
-def _tiles(queries: ProbeQueries, num_heads: int) -> Iterator[tuple[slice, slice]]:
+def _tiles(queries: RecallQueries, num_heads: int) -> Iterator[tuple[slice, slice]]:
     """(queries, own blocks) of which some see each other; such queries are a run of the ascending list."""
     layout = queries.layout
     position, doc_start = queries.position.tolist(), queries.doc_start.tolist()
@@ -249,35 +249,35 @@ def _mean_score(lse: Tensor, score: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 def _merge(part: _OwnKeys, comm: CpComm) -> tuple[Tensor, Tensor]:
     """lse [M, G, Q] over all keys, and the entropy of full attention [Q, M], mean over heads."""
-    gathered = comm.all_gather(torch.stack((part.lse, part.score)), "probe")
+    gathered = comm.all_gather(torch.stack((part.lse, part.score)), "recall")
     lse, score = _mean_score(gathered[:, 0], gathered[:, 1], dim=0)
     # -sum p log p with log p = score - lse
     return lse, (lse - score).mean(1).T
 
 
-def _gather_rows(x: Tensor, queries: ProbeQueries, comm: CpComm) -> Tensor:
+def _gather_rows(x: Tensor, queries: RecallQueries, comm: CpComm) -> Tensor:
     """x [C, ...] of every rank, in the order of the pack: [Q, ...]."""
     counts = queries.counts
     padded = x.new_zeros(max(counts), *x.shape[1:])
     padded[: x.shape[0]] = x
-    gathered = comm.all_gather(padded, "probe")
+    gathered = comm.all_gather(padded, "recall")
     by_owner = torch.cat([rows[:count] for rows, count in zip(gathered, counts, strict=True)])
     return by_owner[queries.by_owner.argsort()]
 
 
-def _send_home(mass: Tensor, queries: ProbeQueries, comm: CpComm) -> Tensor:
+def _send_home(mass: Tensor, queries: RecallQueries, comm: CpComm) -> Tensor:
     """Mass of this rank's blocks [Q, M, NL] -> mass of all blocks for this rank's queries [C, M, NB].
 
     Example: counts [2, 1]; rank 0 sends the first two rows by owner to itself and the third to rank 1, which
     gets one row from each rank and puts their blocks where they belong.
     """
     layout, own = queries.layout, queries.counts[queries.layout.cp_rank]
-    received = comm.all_to_all(mass[queries.by_owner], queries.counts, [own] * layout.cp_size, "probe")
+    received = comm.all_to_all(mass[queries.by_owner], queries.counts, [own] * layout.cp_size, "recall")
     received = received.view(layout.cp_size, own, *mass.shape[1:]).permute(1, 2, 0, 3).flatten(2)
     return received[..., layout.blocks(mass.device).flatten().argsort()]
 
 
-def _sums(mass: Tensor, selected: Tensor, entropy: Tensor, queries: ProbeQueries) -> ProbeSums:
+def _sums(mass: Tensor, selected: Tensor, entropy: Tensor, queries: RecallQueries) -> RecallSums:
     """mass [C, M, NB], selected [C, M, topk], entropy [C, M] of this rank's queries -> sums over queries."""
     layout, device, (C, M, _) = queries.layout, mass.device, mass.shape
     own = queries.position[queries.own, None] // layout.block_size
@@ -297,7 +297,7 @@ def _sums(mass: Tensor, selected: Tensor, entropy: Tensor, queries: ProbeQueries
         totals = torch.zeros(M, buckets, dtype=torch.float64, device=device)
         return totals.scatter_add_(1, bucket.transpose(0, 1).flatten(1), values.transpose(0, 1).flatten(1))
 
-    return ProbeSums(
+    return RecallSums(
         count=torch.full((M,), float(C), dtype=torch.float64, device=device),
         score=covered.sum((0, 2)),
         entropy=entropy.double().sum(0),

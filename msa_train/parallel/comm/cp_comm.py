@@ -17,7 +17,7 @@ from torch import Tensor
 
 from msa_train.parallel.comm.fault_watch import FaultWatch
 from msa_train.parallel.comm.link_rates import ExchangeRates
-from msa_train.parallel.comm.p2p import start_messages, start_row_exchange
+from msa_train.parallel.comm.p2p import start_all_to_all_rows, start_sends_and_receives
 from msa_train.parallel.comm.traffic import ExposedTime, Traffic
 from msa_train.parallel.kv_exchange.plan import ExchangeShape
 
@@ -86,11 +86,11 @@ class CpComm:
     met: set[ExchangeShape] = field(default_factory=set)
     bad_values: list[str] = field(default_factory=list)
 
-    def fresh(self) -> "CpComm":
+    def with_new_counters(self) -> "CpComm":
         """The same collectives with counters of their own."""
         return self._everywhere(traffic=Traffic(), exposed=ExposedTime(), bad_values=[])
 
-    def of_layer(self, layer: int) -> "CpComm":
+    def for_layer(self, layer: int) -> "CpComm":
         """The same collectives, whose messages name this layer."""
         return self._everywhere(layer=layer)
 
@@ -162,7 +162,7 @@ class CpComm:
         row_bytes = math.prod(x.shape[1:]) * x.element_size()
         num_bytes = (sum(receive) - receive[self.rank]) * row_bytes
         return self._start(
-            lambda: start_row_exchange(self._several, out, x, receive, send), purpose, num_bytes, out, x
+            lambda: start_all_to_all_rows(self._several, out, x, receive, send), purpose, num_bytes, out, x
         )
 
     def shift(self, tensors: Sequence[Tensor], purpose: str) -> Pending[list[Tensor]]:
@@ -174,7 +174,11 @@ class CpComm:
         leaving = [((self.rank + 1) % self.size, x.contiguous()) for x in tensors]
         num_bytes = sum(x.numel() * x.element_size() for x in tensors)
         return self._start(
-            lambda: start_messages(self._several, arriving, leaving), purpose, num_bytes, incoming, leaving
+            lambda: start_sends_and_receives(self._several, arriving, leaving),
+            purpose,
+            num_bytes,
+            incoming,
+            leaving,
         )
 
     @property
@@ -223,7 +227,7 @@ class CpComm:
         except RuntimeError as error:
             raise self._failure(point, error) from error
         if self.watch is not None:
-            self.watch.goes_on()
+            self.watch.done()
 
     def to_host(self, x: Tensor, purpose: str) -> list[int]:
         """Numbers of a device tensor [n]; does not wait for ever for a collective that it comes from.

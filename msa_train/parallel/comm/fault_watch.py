@@ -16,7 +16,7 @@ from msa_train.parallel.comm.rank_faults import (
     GRACE_S,
     POLL_S,
     ExchangeError,
-    Site,
+    RankStatus,
     describe,
     has_lost_others,
     is_out_of_memory,
@@ -31,7 +31,7 @@ _current: "FaultWatch | None" = None
 class Verdict:
     """What an enquiry has found. sites: of the ranks that answered; missing: those that did not."""
 
-    sites: dict[int, Site] = field(default_factory=dict[int, Site])
+    sites: dict[int, RankStatus] = field(default_factory=dict[int, RankStatus])
     missing: list[int] = field(default_factory=list[int])
 
     def to_json(self) -> str:
@@ -43,7 +43,7 @@ class Verdict:
     def from_json(text: str) -> "Verdict":
         """Inverse of `to_json`."""
         read = json.loads(text)
-        sites = {int(rank): Site(**site) for rank, site in read["sites"].items()}
+        sites = {int(rank): RankStatus(**site) for rank, site in read["sites"].items()}
         return Verdict(sites, read["missing"])
 
 
@@ -71,7 +71,7 @@ class FaultWatch:
         """
         self.ranks, self.rank, self.timeout_s, self.give_up = list(ranks), rank, timeout_s, give_up
         self._store = PrefixStore(f"msa_train_faults_{'_'.join(map(str, ranks[:1]))}_{len(ranks)}", store)
-        self._site, self._answered = Site(), False
+        self._site, self._answered = RankStatus(), False
         self._lock = threading.Lock()
         self._finalizer: weakref.finalize | None = None
         self._beat_s = min(max(timeout_s / 20, POLL_S), BEAT_S)
@@ -115,13 +115,13 @@ class FaultWatch:
 
     def at(self, layer: int, purpose: str, num_bytes: int) -> None:
         """This rank starts a collective."""
-        self._site = Site(layer, purpose, False, num_bytes)
+        self._site = RankStatus(layer, purpose, False, num_bytes)
 
     def waits(self, layer: int, purpose: str, num_bytes: int) -> None:
         """This rank waits for a collective."""
-        self._site = Site(layer, purpose, True, num_bytes)
+        self._site = RankStatus(layer, purpose, True, num_bytes)
 
-    def goes_on(self) -> None:
+    def done(self) -> None:
         """This rank has what it waited for."""
         self._site = replace(self._site, waits=False)
 
@@ -129,7 +129,7 @@ class FaultWatch:
         """The error to raise after a collective failed here; takes up to the grace."""
         if is_out_of_memory(error):
             return error
-        self._site = Site(layer, purpose, True, num_bytes)
+        self._site = RankStatus(layer, purpose, True, num_bytes)
         return self._explain(reason_of(error), set())
 
     def ending(self, error: Exception) -> Exception:
@@ -211,7 +211,7 @@ class FaultWatch:
         verdict = Verdict()
         for rank in range(len(self.ranks)):
             if self._store.check([f"site_{rank}"]):
-                verdict.sites[rank] = Site(**json.loads(self._store.get(f"site_{rank}")))
+                verdict.sites[rank] = RankStatus(**json.loads(self._store.get(f"site_{rank}")))
             else:
                 verdict.missing.append(rank)
         return verdict
@@ -288,7 +288,7 @@ def watched(purpose: str, layer: int = 0) -> Iterator[None]:
         if not has_lost_others(error):
             raise
         raise watch.failure(layer, purpose, 0, error) from error
-    watch.goes_on()
+    watch.done()
 
 
 def _passed(since_s: float) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from torch import Tensor
 Message = tuple[int, Tensor]
 
 
-def start_messages(
+def start_sends_and_receives(
     group: dist.ProcessGroup, arriving: Sequence[Message], leaving: Sequence[Message]
 ) -> list[dist.Work]:
     """Begin to receive and to send contiguous tensors; between two ranks they keep their order."""
@@ -25,7 +25,7 @@ def start_messages(
     return dist.batch_isend_irecv(operations) if operations else []
 
 
-def start_row_exchange(
+def start_all_to_all_rows(
     group: dist.ProcessGroup, out: Tensor, x: Tensor, receive: Sequence[int], send: Sequence[int]
 ) -> list[dist.Work]:
     """Begin an all-to-all of rows; on a CPU nothing travels where there are none.
@@ -45,7 +45,7 @@ def start_row_exchange(
     arriving, leaving = out.split(sizes[0]), x.split(sizes[1])
     arriving[rank].copy_(leaving[rank])
     after = [(rank + step) % size for step in range(1, size)]
-    return start_messages(
+    return start_sends_and_receives(
         group,
         [(other, arriving[other]) for other in reversed(after) if receive[other]],
         [(other, leaving[other]) for other in after if send[other]],

@@ -99,7 +99,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @dataclass(slots=True)
-class Site:
+class RankStatus:
     """Where a rank stands: layer (0: none), purpose of its last collective, whether it waits for it.
 
     num_bytes: that it expects in all. words: the error that it ended with, empty while it lives.
@@ -111,7 +111,7 @@ class Site:
     num_bytes: int = 0
     words: str = ""
 
-    def fits(self, other: "Site") -> bool:
+    def fits(self, other: "RankStatus") -> bool:
         """Whether both ranks are at the same point and, where all must be alike, expect as many bytes."""
         if (self.layer, self.purpose) != (other.layer, other.purpose):
             return False

@@ -129,7 +129,7 @@ def measure_rates(comm: CpComm) -> ExchangeRates:
     Each is run at two sizes; the fastest of a few rounds counts, of the slowest rank. Takes well under a
     second on a network of 1 Gbit/s and more.
     """
-    probe = comm.fresh()
+    probe = comm.with_new_counters()
     hops = [
         Line(0.0, 0.0) if part is None else _line(probe, part, _all_to_all)
         for part in (probe.inner, probe.outer)

@@ -9,16 +9,16 @@ from torch import Tensor
 from msa_train.config import ExchangeConfig, KvExchange
 from msa_train.parallel.comm.cp_comm import CpComm
 from msa_train.parallel.kv_exchange.all_gather import AllGatherSession
-from msa_train.parallel.kv_exchange.cost_model import PairBytes
+from msa_train.parallel.kv_exchange.cost_model import KvBlockBytes
 from msa_train.parallel.kv_exchange.plan import RankPlan
-from msa_train.parallel.kv_exchange.requests import BlockRequests, RequestTerms, exchange_requests
-from msa_train.parallel.kv_exchange.ring import RingSession
+from msa_train.parallel.kv_exchange.requests import ExchangeDecision, ExchangeTerms, exchange_requests
+from msa_train.parallel.kv_exchange.ring import SparseRingSession
 from msa_train.parallel.kv_exchange.selected import SelectedSession
 from msa_train.parallel.kv_exchange.session import ExchangeSession
 from msa_train.parallel.sharding.shard_layout import ShardLayout
 
 
-def agree(
+def negotiate_exchange(
     kind: KvExchange,
     local: Tensor,
     needed: Tensor,
@@ -28,7 +28,7 @@ def agree(
     *,
     k_index: Tensor | None,
     with_backward: bool,
-) -> BlockRequests:
+) -> ExchangeDecision:
     """What all ranks do in this layer call; asks the others where that depends on the selection.
 
     Args:
@@ -44,18 +44,18 @@ def agree(
         ExchangeError: a rank asks for what does not fit.
     """
     if kind not in (KvExchange.selected, KvExchange.auto):
-        return BlockRequests(kind)
+        return ExchangeDecision(kind)
     if layout.cp_size == 1:
-        return BlockRequests(KvExchange.all_gather)
+        return ExchangeDecision(KvExchange.all_gather)
     forward = local[0].numel() * local.element_size()
     index = 0 if k_index is None else layout.block_size * k_index.shape[-1] * local.element_size()
-    size = PairBytes(forward, forward + index if with_backward else 0)
-    terms = RequestTerms(kind, settings, size, (k_index, local))
+    size = KvBlockBytes(forward, forward + index if with_backward else 0)
+    terms = ExchangeTerms(kind, settings, size, (k_index, local))
     return exchange_requests(needed, layout, comm, terms)
 
 
-def open_session(
-    requests: BlockRequests,
+def open_kv_session(
+    requests: ExchangeDecision,
     local: Tensor,
     num_groups: int,
     layout: ShardLayout,
@@ -86,5 +86,5 @@ def open_session(
             keep_for_backward=settings.keep_for_backward,
             index_elements=index_elements,
         )
-    session = AllGatherSession if requests.kind is KvExchange.all_gather else RingSession
+    session = AllGatherSession if requests.kind is KvExchange.all_gather else SparseRingSession
     return session(local, num_groups, layout, comm)

@@ -15,7 +15,7 @@ from msa_train.parallel.kv_exchange.plan import ExchangeShape
 
 
 @dataclass(slots=True, frozen=True)
-class PairBytes:
+class KvBlockBytes:
     """Bytes of one pair: keys and values going out, gradients coming back (0: no backward pass)."""
 
     forward: int
@@ -26,7 +26,7 @@ def selected_cost(
     shape: ExchangeShape,
     busiest: Sequence[int],
     num_hot: int,
-    size: PairBytes,
+    size: KvBlockBytes,
     rates: ExchangeRates,
     *,
     fetches: int = 1,
@@ -54,9 +54,9 @@ def selected_cost(
     return total
 
 
-def all_gather_cost(shape: ExchangeShape, size: PairBytes, rates: ExchangeRates) -> float:
+def all_gather_cost(shape: ExchangeShape, size: KvBlockBytes, rates: ExchangeRates) -> float:
     """Seconds of gathering all pairs, in the backward pass once more, and reducing their gradients."""
-    pairs = (shape.cp_size - 1) * shape.num_pairs
+    pairs = (shape.cp_size - 1) * shape.num_kv_blocks
     fetches = 2 if size.backward else 1
     return fetches * rates.all_gather.seconds(pairs * size.forward) + rates.reduce_scatter.seconds(
         pairs * size.backward

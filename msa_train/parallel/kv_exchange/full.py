@@ -15,7 +15,7 @@ from torch import Tensor
 from msa_train.config import KvExchange
 from msa_train.parallel.comm.cp_comm import CpComm, Pending
 from msa_train.parallel.kv_exchange.full_plan import FullPlan
-from msa_train.parallel.kv_exchange.saved_tensors import KeptTensors
+from msa_train.parallel.kv_exchange.saved_tensors import SavedTensors
 from msa_train.parallel.sharding.partition import Range
 from msa_train.parallel.sharding.shard_layout import ShardLayout
 
@@ -35,7 +35,7 @@ class KeySource:
             row += stop - start
 
 
-class FullSession(KeptTensors, ABC):
+class FullSession(SavedTensors, ABC):
     """One layer call. local: [K, 2, M, D] keys and values of this rank, by its key plan. keep: fetched rows
     until the backward pass, where they would else be fetched again."""
 
@@ -54,7 +54,7 @@ class FullSession(KeptTensors, ABC):
         """Call `compute` on every source; returns the summed gradient of `local`."""
 
 
-class FetchSession(FullSession):
+class FullSelectedSession(FullSession):
     """Only what the queries of a rank see travels: documents up to its last query in them.
 
     Attention over own keys runs meanwhile; in the backward pass gradients return under it.
@@ -105,7 +105,7 @@ class FetchSession(FullSession):
         return self.comm.start_all_to_all(grad, moves.receive, moves.send, "full_kv_grad")
 
 
-class GatherSession(FullSession):
+class FullAllGatherSession(FullSession):
     """Every rank gets all keys and values, in the backward once more; gradients are reduce-scattered."""
 
     def sources(self) -> Iterator[KeySource]:
@@ -120,7 +120,7 @@ class GatherSession(FullSession):
         return KeySource(gathered, ((0, self.layout.seq_len),))
 
 
-class RingSession(FullSession):
+class FullRingSession(FullSession):
     """Shards move around a ring, each under the work on the one before; so do their gradients."""
 
     def sources(self) -> Iterator[KeySource]:
@@ -157,5 +157,7 @@ def open_full_session(
 ) -> FullSession:
     """Start the exchange of one layer call; a single rank looks at its keys where they are."""
     if kind is KvExchange.ring or comm.size == 1:
-        return RingSession(kv, plan, layout, comm)
-    return (FetchSession if kind is KvExchange.selected else GatherSession)(kv, plan, layout, comm, keep=keep)
+        return FullRingSession(kv, plan, layout, comm)
+    return (FullSelectedSession if kind is KvExchange.selected else FullAllGatherSession)(
+        kv, plan, layout, comm, keep=keep
+    )

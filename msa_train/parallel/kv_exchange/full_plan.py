@@ -7,10 +7,10 @@ import torch
 
 from msa_train.config import KvExchange
 from msa_train.parallel.sharding.load_balance import balance, balance_ring, causal_work
-from msa_train.parallel.sharding.partition import Range, SequencePlan, joined, without
+from msa_train.parallel.sharding.partition import Range, SequencePartition, joined, without
 from msa_train.parallel.sharding.redistribute import (
     Relayout,
-    RowMoves,
+    TokenMoves,
     busiest_rank,
     make_moves,
     make_relayout,
@@ -31,9 +31,9 @@ class FullPlan:
     segments: list[Segment]
     queries: Relayout | None
     keys: Relayout | None
-    key_plan: SequencePlan
+    key_plan: SequencePartition
     needed: tuple[Range, ...]
-    fetch: RowMoves
+    fetch: TokenMoves
     busiest: int = 0
 
 

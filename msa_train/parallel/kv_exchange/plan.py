@@ -41,14 +41,14 @@ class ExchangeShape:
     hot_share: float = 0.0
 
     @property
-    def num_pairs(self) -> int:
+    def num_kv_blocks(self) -> int:
         """Pairs of each rank."""
         return self.num_groups * self.num_local_blocks
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the bitmap of one owner's pairs."""
-        return -(-self.num_pairs // 8)
+        return -(-self.num_kv_blocks // 8)
 
     @property
     def hierarchical(self) -> bool:
@@ -86,10 +86,10 @@ def pack_bits(wanted: Tensor) -> Tensor:
     return (padded.view(*wanted.shape[:-1], -1, 8) * weights).sum(-1, dtype=torch.uint8)
 
 
-def unpack_bits(bits: Tensor, num_pairs: int) -> Tensor:
+def unpack_bits(bits: Tensor, num_kv_blocks: int) -> Tensor:
     """Inverse of `pack_bits`: [..., W] uint8 -> [..., NP] bool."""
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return ((bits[..., None] >> shifts) & 1).bool().flatten(-2)[..., :num_pairs]
+    return ((bits[..., None] >> shifts) & 1).bool().flatten(-2)[..., :num_kv_blocks]
 
 
 def nonzero_of(mask: Tensor, count: int) -> Tensor:
@@ -132,7 +132,7 @@ def find_demand(bits: Tensor, shape: ExchangeShape) -> Demand:
     counts = count_bits(bits)
     wanted = counts.sum(1)
     if shape.hot_requesters >= shape.cp_size:
-        none = torch.zeros(shape.cp_size, shape.num_pairs, dtype=torch.bool, device=bits.device)
+        none = torch.zeros(shape.cp_size, shape.num_kv_blocks, dtype=torch.bool, device=bits.device)
         return Demand(shape, bits, counts, none, wanted)
     plain = Demand(shape, bits, counts, popularity(bits, shape) >= shape.hot_requesters, wanted)
     others = bits & ~pack_bits(plain.hot)
@@ -158,7 +158,7 @@ def _busiest_rows(demand: Demand) -> Tensor:
 def popularity(bits: Tensor, shape: ExchangeShape) -> Tensor:
     """Ranks that want each pair: [P, P, W] uint8 -> [P, NP] int32, by owner."""
     planes = [((bits >> bit) & 1).sum(0, dtype=torch.int32) for bit in range(8)]
-    return torch.stack(planes, dim=-1).flatten(-2)[:, : shape.num_pairs]
+    return torch.stack(planes, dim=-1).flatten(-2)[:, : shape.num_kv_blocks]
 
 
 def count_bits(bits: Tensor) -> Tensor:
@@ -279,7 +279,7 @@ def plan_rank(demand: Demand, rank: int, counts: list[int]) -> RankPlan:
         rank: whose plan.
         counts: of `count_rows`, on the host.
     """
-    shape, P, NP = demand.shape, demand.shape.cp_size, demand.shape.num_pairs
+    shape, P, NP = demand.shape, demand.shape.cp_size, demand.shape.num_kv_blocks
     hot_rows = counts[-P:]
     if shape.hierarchical:
         hops, owner, pair = _hierarchical_hops(demand, rank, counts)
@@ -312,7 +312,7 @@ class _NodeView:
     """
 
     def __init__(self, demand: Demand, rank: int) -> None:
-        shape, NP = demand.shape, demand.shape.num_pairs
+        shape, NP = demand.shape, demand.shape.num_kv_blocks
         L, N = shape.node_size, shape.num_nodes
         self.node, place = rank // L, rank % L
         self.asked_by_node = unpack_bits(demand.bits[:, rank], NP).view(N, L, NP).any(1)
@@ -327,7 +327,7 @@ def _hierarchical_hops(demand: Demand, rank: int, counts: list[int]) -> tuple[li
 
     Rows go to a rank of the node by owner's node, the own node first: they stand in the source in this order.
     """
-    shape, NP = demand.shape, demand.shape.num_pairs
+    shape, NP = demand.shape, demand.shape.num_kv_blocks
     L, N, view = shape.node_size, shape.num_nodes, _NodeView(demand, rank)
     outer_send, outer_receive = counts[:N], counts[N : 2 * N]
     inner_send, inner_receive = counts[2 * N : 2 * N + L], counts[2 * N + L : 2 * N + 2 * L]

@@ -14,7 +14,7 @@ from msa_train.config import ExchangeConfig, KvExchange
 from msa_train.parallel.comm.cp_comm import CpComm
 from msa_train.parallel.comm.rank_faults import ExchangeError, describe
 from msa_train.parallel.comm.to_device import to_device
-from msa_train.parallel.kv_exchange.cost_model import PairBytes, all_gather_cost, selected_cost
+from msa_train.parallel.kv_exchange.cost_model import KvBlockBytes, all_gather_cost, selected_cost
 from msa_train.parallel.kv_exchange.plan import (
     Demand,
     ExchangeShape,
@@ -34,7 +34,7 @@ _HEADER = 8
 _BAD_INDEX_KEYS, _BAD_KEY_VALUES = 1, 2
 
 
-def needed_pairs(block_indices: Tensor, num_blocks: int) -> Tensor:
+def needed_kv_blocks(block_indices: Tensor, num_blocks: int) -> Tensor:
     """[T, M, topk] block ids, -1 for none -> [M, NB] bool: does any query of the group select the block?"""
     num_groups = block_indices.shape[1]
     # Column 0 takes the -1 entries and is cut off.
@@ -43,7 +43,7 @@ def needed_pairs(block_indices: Tensor, num_blocks: int) -> Tensor:
     return needed.scatter_(1, ids, True)[:, 1:]
 
 
-def pairs_by_owner(needed: Tensor, layout: ShardLayout) -> Tensor:
+def kv_blocks_by_owner(needed: Tensor, layout: ShardLayout) -> Tensor:
     """[M, NB] of all blocks -> [P, NP] by owner, this rank's own left out (False)."""
     wanted = layout.blocks_by_owner(needed).flatten(1).clone()
     wanted[layout.cp_rank] = False
@@ -56,7 +56,7 @@ def global_block(owner: Tensor, local_block: Tensor, layout: ShardLayout) -> Ten
 
 
 @dataclass(slots=True)
-class BlockRequests:
+class ExchangeDecision:
     """The agreed exchange of one layer call, kept for the backward pass and for recomputation.
 
     kind: selected, or all_gather where `auto` chose that (then there is no plan). spoilt: whether a rank has
@@ -70,7 +70,7 @@ class BlockRequests:
 
 
 @dataclass(slots=True)
-class RequestTerms:
+class ExchangeTerms:
     """What a request says beside the needs, and what decides about it.
 
     size: bytes of a pair, for the choice. checked: this rank's index keys (or None), keys and values.
@@ -78,13 +78,13 @@ class RequestTerms:
 
     kind: KvExchange
     settings: ExchangeConfig
-    size: PairBytes
+    size: KvBlockBytes
     checked: tuple[Tensor | None, Tensor]
 
 
 def exchange_requests(
-    needed: Tensor, layout: ShardLayout, comm: CpComm, terms: RequestTerms
-) -> BlockRequests:
+    needed: Tensor, layout: ShardLayout, comm: CpComm, terms: ExchangeTerms
+) -> ExchangeDecision:
     """Tell all ranks which pairs this one needs, and learn what the others need.
 
     One all-gather of bitmaps with a header, one host copy of a few numbers per rank.
@@ -93,7 +93,7 @@ def exchange_requests(
         needed: [M, NB] bool, this rank's needs; own blocks are ignored.
         layout: this rank's shard.
         comm: collectives of the context-parallel group, of this layer.
-        terms: see RequestTerms.
+        terms: see ExchangeTerms.
 
     Raises:
         ExchangeError: a rank's request does not fit.
@@ -108,7 +108,7 @@ def exchange_requests(
     if shape not in comm.met:
         # Bitmaps of unequal length would end a process inside the collective; headers are of one length.
         _introduce(shape, needed.device, comm)
-    wanted = pairs_by_owner(needed, layout)
+    wanted = kv_blocks_by_owner(needed, layout)
     header = _header(wanted, shape, comm.layer, terms.checked)
     message = torch.cat((header.view(torch.uint8), pack_bits(wanted).flatten()))
     received = comm.all_gather(message, "request")
@@ -125,8 +125,8 @@ def exchange_requests(
     bad_values = find_bad_values(by_rank, comm.layer)
     comm.bad_values += bad_values
     if terms.kind is KvExchange.auto and not _selected_pays(shape, most, counts, comm, terms):
-        return BlockRequests(KvExchange.all_gather, spoilt=bool(bad_values))
-    return BlockRequests(
+        return ExchangeDecision(KvExchange.all_gather, spoilt=bool(bad_values))
+    return ExchangeDecision(
         KvExchange.selected, plan_rank(demand, layout.cp_rank, counts), spoilt=bool(bad_values)
     )
 
@@ -218,7 +218,7 @@ def _busiest(demand: Demand) -> Tensor:
 
 
 def _selected_pays(
-    shape: ExchangeShape, busiest: list[int], counts: list[int], comm: CpComm, terms: RequestTerms
+    shape: ExchangeShape, busiest: list[int], counts: list[int], comm: CpComm, terms: ExchangeTerms
 ) -> bool:
     """Whether sending selected pairs is faster than gathering all; all ranks decide from the same numbers."""
     assert comm.rates is not None, "auto measures rates when the groups are built"

@@ -8,7 +8,7 @@ from msa_train.parallel.comm.cp_comm import Pending
 from msa_train.parallel.kv_exchange.session import ExchangeSession, KvSource, PairGrads
 
 
-class RingSession(ExchangeSession):
+class SparseRingSession(ExchangeSession):
     """The next shard arrives, and the last one's gradients leave, while this one is computed with."""
 
     def sources(self) -> Iterator[KvSource]:

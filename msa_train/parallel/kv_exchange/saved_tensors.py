@@ -3,7 +3,7 @@
 from torch import Tensor
 
 
-class KeptTensors:
+class SavedTensors:
     """Base of sessions: in between autograd has the tensors, and drops them where a layer is recomputed."""
 
     def __init__(self, local: Tensor) -> None:
@@ -18,12 +18,12 @@ class KeptTensors:
         assert self._local is not None, "the tensors were handed to autograd and not given back"
         return self._local
 
-    def hand_over(self) -> tuple[Tensor, ...]:
+    def release(self) -> tuple[Tensor, ...]:
         """Tensors that the backward needs, for autograd to keep. The session forgets them."""
         local, fetched = self.local, self._fetched
         self._local = self._fetched = None
         return (local,) if fetched is None else (local, fetched)
 
-    def take_back(self, kept: tuple[Tensor, ...]) -> None:
+    def restore(self, kept: tuple[Tensor, ...]) -> None:
         """The same tensors, or those of the recomputation, for the backward."""
         self._local, self._fetched = kept[0], kept[1] if len(kept) > 1 else None

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from msa_train.parallel.comm.cp_comm import CpComm
 from msa_train.parallel.kv_exchange.requests import global_block
-from msa_train.parallel.kv_exchange.saved_tensors import KeptTensors
+from msa_train.parallel.kv_exchange.saved_tensors import SavedTensors
 from msa_train.parallel.sharding.shard_layout import ShardLayout
 
 # Gradients of a pool: dkv [N, 2, B, D] and dk_index [N, B, Di] (None without the KL loss).
@@ -42,7 +42,7 @@ class KvSource:
         return found.permute(1, 0, 2)
 
 
-class ExchangeSession(KeptTensors, ABC):
+class ExchangeSession(SavedTensors, ABC):
     """One layer call: sources for the forward, gradients of all sources in the backward."""
 
     def __init__(self, local: Tensor, num_groups: int, layout: ShardLayout, comm: CpComm) -> None:

@@ -11,7 +11,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from msa_train.parallel.sharding.partition import SequencePlan, joined, zigzag_plan
+from msa_train.parallel.sharding.partition import SequencePartition, joined, zigzag_plan
 
 Integers = npt.NDArray[np.int64]
 
@@ -54,7 +54,7 @@ def causal_work(
     return real * before + real * (real + 1) // 2, document
 
 
-def rank_work(plan: SequencePlan, work: Integers) -> list[int]:
+def rank_work(plan: SequencePartition, work: Integers) -> list[int]:
     """Work of each rank, for queries dealt in whole units."""
     unit = plan.seq_len // len(work)
     total = np.concatenate((np.zeros(1, dtype=np.int64), work.cumsum()))
@@ -69,7 +69,7 @@ def is_balanced(loads: Sequence[int], percent: int = _MOVE_ABOVE) -> bool:
     return 100 * max(loads) * len(loads) <= percent * sum(loads)
 
 
-def balance(home: SequencePlan, work: Integers, document: Integers) -> SequencePlan:
+def balance(home: SequencePartition, work: Integers, document: Integers) -> SequencePartition:
     """Who computes which queries: ranks with more than the mean give some of theirs to those with less.
 
     A giver parts with the end of its costliest document part, then of the next one: few queries, in few
@@ -109,7 +109,9 @@ def balance(home: SequencePlan, work: Integers, document: Integers) -> SequenceP
     return _plan_of(owner, unit, size)
 
 
-def balance_ring(home: SequencePlan, work: Integers, document: Integers) -> tuple[SequencePlan, SequencePlan]:
+def balance_ring(
+    home: SequencePartition, work: Integers, document: Integers
+) -> tuple[SequencePartition, SequencePartition]:
     """Plans of queries and of keys for a ring: zigzag for both where that is balanced, as every step is then.
 
     Otherwise keys stay and queries move as in `balance`.
@@ -123,7 +125,7 @@ def balance_ring(home: SequencePlan, work: Integers, document: Integers) -> tupl
     return balance(home, work, document), home
 
 
-def _owners(plan: SequencePlan, unit: int) -> Integers:
+def _owners(plan: SequencePartition, unit: int) -> Integers:
     owner = np.empty(plan.seq_len // unit, dtype=np.int64)
     for rank, ranges in enumerate(plan.ranges):
         for start, stop in ranges:
@@ -156,10 +158,10 @@ def _edges(deficits: list[int], given: int) -> Integers:
     return np.asarray(edges, dtype=np.int64)
 
 
-def _plan_of(owner: Integers, unit: int, size: int) -> SequencePlan:
+def _plan_of(owner: Integers, unit: int, size: int) -> SequencePartition:
     cuts = np.flatnonzero(np.diff(owner)) + 1
     edges = [0, *cuts.tolist(), len(owner)]
     ranges: list[list[tuple[int, int]]] = [[] for _ in range(size)]
     for start, stop in pairwise(edges):
         ranges[int(owner[start])].append((start * unit, stop * unit))
-    return SequencePlan(len(owner) * unit, tuple(joined(parts) for parts in ranges))
+    return SequencePartition(len(owner) * unit, tuple(joined(parts) for parts in ranges))

@@ -16,7 +16,7 @@ _DEALT_CHUNKS = 8
 
 
 @dataclass(slots=True, frozen=True)
-class SequencePlan:
+class SequencePartition:
     """A partition of the positions of a pack.
 
     ranges: per rank, ascending and never touching one another. A rank's rows are its positions in ascending
@@ -49,7 +49,9 @@ class SequencePlan:
         return count(self.ranges[rank])
 
 
-def make_plan(kind: CpLayout, size: int, cu_seqlens: Sequence[int], block_size: int) -> SequencePlan:
+def make_partition(
+    kind: CpLayout, size: int, cu_seqlens: Sequence[int], block_size: int
+) -> SequencePartition:
     """Ranges of all ranks: whole blocks, as many tokens on every rank.
 
     Args:
@@ -83,27 +85,27 @@ def plan(
     kind: CpLayout = CpLayout.contiguous,
     block_size: int = 1,
 ) -> tuple[Range, ...]:
-    """Positions of one rank, see `make_plan`.
+    """Positions of one rank, see `make_partition`.
 
     Example: plan(0, 2, [0, 8], kind=CpLayout.zigzag) -> ((0, 2), (6, 8)).
     """
-    return make_plan(kind, size, cu_seqlens, block_size).ranges[rank]
+    return make_partition(kind, size, cu_seqlens, block_size).ranges[rank]
 
 
-def contiguous_plan(seq_len: int, size: int) -> SequencePlan:
+def contiguous_plan(seq_len: int, size: int) -> SequencePartition:
     """Rank r holds the r-th of `size` equal parts."""
     length = seq_len // size
-    return SequencePlan(seq_len, tuple(((r * length, (r + 1) * length),) for r in range(size)))
+    return SequencePartition(seq_len, tuple(((r * length, (r + 1) * length),) for r in range(size)))
 
 
-def zigzag_plan(seq_len: int, size: int) -> SequencePlan:
+def zigzag_plan(seq_len: int, size: int) -> SequencePartition:
     """Of 2 * size equal chunks rank r holds r and 2 * size - 1 - r: equal causal work for one document."""
     length = seq_len // (2 * size)
     chunks = [(i * length, (i + 1) * length) for i in range(2 * size)]
-    return SequencePlan(seq_len, tuple(joined((chunks[r], chunks[-1 - r])) for r in range(size)))
+    return SequencePartition(seq_len, tuple(joined((chunks[r], chunks[-1 - r])) for r in range(size)))
 
 
-def _dealt_plan(seq_len: int, size: int, cu_seqlens: Sequence[int], block_size: int) -> SequencePlan:
+def _dealt_plan(seq_len: int, size: int, cu_seqlens: Sequence[int], block_size: int) -> SequencePartition:
     """Chunks, the costliest first, to the rank with the least causal work that may still take one.
 
     Source: MagiAttention (github.com/SandAI-org/MagiAttention) deals equal chunks by a heap in this way.
@@ -117,7 +119,7 @@ def _dealt_plan(seq_len: int, size: int, cu_seqlens: Sequence[int], block_size: 
         dealt[rank].append(chunk)
         if len(dealt[rank]) < num_chunks // size:
             heapq.heappush(heap, (area + areas[chunk], rank))
-    return SequencePlan(
+    return SequencePartition(
         seq_len, tuple(joined((i * length, (i + 1) * length) for i in sorted(chunks)) for chunks in dealt)
     )
 
@@ -139,7 +141,7 @@ def _causal_areas(cu_seqlens: Sequence[int], length: int, num_chunks: int) -> li
     return areas
 
 
-def merge_ranks(plan: SequencePlan, group_size: int) -> SequencePlan:
+def merge_ranks(plan: SequencePartition, group_size: int) -> SequencePartition:
     """Every `group_size` neighbouring ranks become one that holds what they held together.
 
     Raises:
@@ -148,7 +150,7 @@ def merge_ranks(plan: SequencePlan, group_size: int) -> SequencePlan:
     if plan.size % group_size:
         raise ValueError(f"group_size={group_size}: must divide the {plan.size} ranks of the plan")
     groups = (plan.ranges[i : i + group_size] for i in range(0, plan.size, group_size))
-    return SequencePlan(
+    return SequencePartition(
         plan.seq_len, tuple(joined(sorted(r for ranges in group for r in ranges)) for group in groups)
     )
 

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from msa_train.parallel.comm.cp_comm import CpComm
 from msa_train.parallel.comm.to_device import to_device
-from msa_train.parallel.sharding.partition import Range, SequencePlan, common, count, rows_in
+from msa_train.parallel.sharding.partition import Range, SequencePartition, common, count, rows_in
 
 # Per rank, ascending.
 Ranges = Sequence[Sequence[Range]]
 
 
 @dataclass(slots=True)
-class RowMoves:
+class TokenMoves:
     """What one rank keeps, sends and receives.
 
     num_before, num_after: its rows. kept: [K] int64 rows before, and the rows after that they become. sent:
@@ -41,11 +41,13 @@ class RowMoves:
 class Relayout:
     """Both ways between the plan that tokens are held by and the one they are computed by."""
 
-    there: RowMoves
-    back: RowMoves
+    there: TokenMoves
+    back: TokenMoves
 
 
-def make_relayout(home: SequencePlan, away: SequencePlan, rank: int, device: torch.device) -> Relayout | None:
+def make_relayout(
+    home: SequencePartition, away: SequencePartition, rank: int, device: torch.device
+) -> Relayout | None:
     """Moves of one rank; None where no token of any rank moves.
 
     Example: rows of [(0, 4)] and [(4, 8)] to [(0, 4), (6, 8)] and [(4, 6)]: rank 1 keeps rows 0, 1 and sends
@@ -57,7 +59,7 @@ def make_relayout(home: SequencePlan, away: SequencePlan, rank: int, device: tor
     return Relayout(there, make_moves(away.ranges, home.ranges, rank, device))
 
 
-def make_moves(before: Ranges, after: Ranges, rank: int, device: torch.device) -> RowMoves:
+def make_moves(before: Ranges, after: Ranges, rank: int, device: torch.device) -> TokenMoves:
     """Moves of one rank; `after` may give a position to several ranks, then each gets a copy."""
     mine, next_mine, ranks = before[rank], after[rank], range(len(before))
     nothing: list[Range] = []
@@ -65,7 +67,7 @@ def make_moves(before: Ranges, after: Ranges, rank: int, device: torch.device) -
     coming = [nothing if r == rank else common(before[r], next_mine) for r in ranks]
     staying = common(mine, next_mine)
     arriving = [rows for parts in coming for rows in rows_in(parts, next_mine)]
-    return RowMoves(
+    return TokenMoves(
         num_before=count(mine),
         num_after=count(next_mine),
         kept=(_indices(rows_in(staying, mine), device), _indices(rows_in(staying, next_mine), device)),
@@ -93,7 +95,7 @@ def _indices(ranges: Sequence[Range], device: torch.device) -> Tensor:
     return to_device(torch.cat(parts), device) if parts else torch.zeros(0, dtype=torch.int64, device=device)
 
 
-def move_rows(x: Tensor, moves: RowMoves, comm: CpComm, purpose: str) -> Tensor:
+def move_rows(x: Tensor, moves: TokenMoves, comm: CpComm, purpose: str) -> Tensor:
     """[T, ...] -> [U, ...], without a gradient. Every rank must call it."""
     arrived = comm.all_to_all(x[moves.sent], moves.send, moves.receive, purpose)
     result = x.new_empty(moves.num_after, *x.shape[1:])
@@ -120,7 +122,7 @@ def restore(x: Tensor, moves: Relayout | None, comm: CpComm, purpose: str) -> Te
 class _Relayout(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, moves: RowMoves, inverse: RowMoves, comm: CpComm, purpose: str
+        ctx: Any, x: Tensor, moves: TokenMoves, inverse: TokenMoves, comm: CpComm, purpose: str
     ) -> Tensor:
         ctx.inverse, ctx.comm, ctx.purpose = inverse, comm, purpose
         return move_rows(x, moves, comm, purpose)

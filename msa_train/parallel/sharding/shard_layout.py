@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from msa_train.parallel.comm.to_device import to_device
-from msa_train.parallel.sharding.partition import Range, SequencePlan, contiguous_plan
+from msa_train.parallel.sharding.partition import Range, SequencePartition, contiguous_plan
 
 
 @dataclass(slots=True, frozen=True)
@@ -27,11 +27,11 @@ class ShardLayout:
     block_size: int
     cp_rank: int
     cp_size: int
-    split: InitVar[SequencePlan | None] = None
-    plan: SequencePlan = field(init=False)
+    split: InitVar[SequencePartition | None] = None
+    plan: SequencePartition = field(init=False)
     _blocks: dict[torch.device, Tensor] = field(init=False, default_factory=dict, repr=False, compare=False)
 
-    def __post_init__(self, split: SequencePlan | None) -> None:
+    def __post_init__(self, split: SequencePartition | None) -> None:
         if self.seq_len % (self.cp_size * self.block_size):
             raise ValueError(
                 f"seq_len={self.seq_len}: must be a multiple of cp_size * block_size = "

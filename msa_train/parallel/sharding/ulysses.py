@@ -1,8 +1,8 @@
 """Neighbouring ranks trade tokens for KV groups: the head-parallel inner dimension of context parallelism.
 
-Before attention each of h ranks holds T tokens with all M KV groups; after `to_heads` it holds the h * T
+Before attention each of h ranks holds T tokens with all M KV groups; after `cp_to_hp` it holds the h * T
 tokens of all h ranks with M / h groups. Selection, teacher and exchange then stay inside a group, and the
-sequence exchange runs between the ranks that hold the same groups. `to_tokens` brings outputs back.
+sequence exchange runs between the ranks that hold the same groups. `hp_to_cp` brings outputs back.
 
 Shapes: T tokens of one rank, M KV groups, h ranks of a head group (`cp_head_size`).
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from msa_train.parallel.comm.cp_comm import CpComm
 from msa_train.parallel.comm.to_device import to_device
-from msa_train.parallel.sharding.partition import SequencePlan
+from msa_train.parallel.sharding.partition import SequencePartition
 
 # See `token_order`.
 Order = tuple[Tensor, Tensor] | None
@@ -23,7 +23,7 @@ _Spread = Callable[[Tensor, CpComm, str], Tensor]
 
 
 def token_order(
-    plan: SequencePlan, first_rank: int, num_ranks: int, device: torch.device
+    plan: SequencePartition, first_rank: int, num_ranks: int, device: torch.device
 ) -> tuple[Tensor, Tensor] | None:
     """Rows of tokens gathered by rank in the order of the pack, and the inverse; None where they are in it.
 
@@ -37,7 +37,7 @@ def token_order(
     return to_device(order, device), to_device(order.argsort(), device)
 
 
-def to_heads(x: Tensor, comm: CpComm, order: Order = None) -> Tensor:
+def cp_to_hp(x: Tensor, comm: CpComm, order: Order = None) -> Tensor:
     """[T, M, ...] -> [h * T, M / h, ...]; group chunk r goes to rank r of the head group.
 
     order: see `token_order`.
@@ -47,8 +47,8 @@ def to_heads(x: Tensor, comm: CpComm, order: Order = None) -> Tensor:
     return _reordered(_Trade.apply(x, comm, _spread_groups, _spread_tokens), order, 0)
 
 
-def to_tokens(x: Tensor, comm: CpComm, order: Order = None) -> Tensor:
-    """[h * T, M / h, ...] -> [T, M, ...], the inverse of `to_heads`."""
+def hp_to_cp(x: Tensor, comm: CpComm, order: Order = None) -> Tensor:
+    """[h * T, M / h, ...] -> [T, M, ...], the inverse of `cp_to_hp`."""
     return _Trade.apply(_reordered(x, order, 1), comm, _spread_tokens, _spread_groups)
 
 

@@ -16,7 +16,7 @@ FloatArray = NDArray[np.float64]
 
 
 @dataclass(slots=True)
-class Wire:
+class CollectiveCost:
     """One collective. Arrays [P] in bytes: sent and received inside the node (near) and beyond (far).
 
     near_steps, far_steps: messages that wait for each other.
@@ -39,9 +39,9 @@ class Wire:
         """[P] bytes that each rank receives."""
         return self.near_received + self.far_received
 
-    def reversed(self) -> "Wire":
+    def reversed(self) -> "CollectiveCost":
         """The way back: who received sends."""
-        return Wire(
+        return CollectiveCost(
             self.near_received,
             self.near_sent,
             self.far_received,
@@ -50,9 +50,9 @@ class Wire:
             self.far_steps,
         )
 
-    def scaled(self, factor: float) -> "Wire":
+    def scaled(self, factor: float) -> "CollectiveCost":
         """The same pattern with other row sizes."""
-        return Wire(
+        return CollectiveCost(
             self.near_sent * factor,
             self.near_received * factor,
             self.far_sent * factor,
@@ -85,20 +85,20 @@ def node_of(cluster: Cluster, cp_size: int) -> NDArray[np.int64]:
     return np.arange(cp_size) // cluster.gpus_per_node
 
 
-def nothing(cp_size: int) -> Wire:
+def nothing(cp_size: int) -> CollectiveCost:
     """A collective that moves nothing."""
     none = np.zeros(cp_size)
-    return Wire(none, none, none, none)
+    return CollectiveCost(none, none, none, none)
 
 
-def all_to_all(rows: NDArray[np.number], row_bytes: float, cluster: Cluster) -> Wire:
+def all_to_all(rows: NDArray[np.number], row_bytes: float, cluster: Cluster) -> CollectiveCost:
     """Everyone to everyone at once; rows: [P, P] by receiver and sender, the diagonal does not travel."""
     cp_size = rows.shape[0]
     node = node_of(cluster, cp_size)
     rows = rows * (1 - np.eye(cp_size, dtype=np.int64))
     near = rows * (node[:, None] == node[None, :])
     far = rows - near
-    return Wire(
+    return CollectiveCost(
         near.sum(0) * row_bytes,
         near.sum(1) * row_bytes,
         far.sum(0) * row_bytes,
@@ -108,7 +108,7 @@ def all_to_all(rows: NDArray[np.number], row_bytes: float, cluster: Cluster) -> 
     )
 
 
-def all_gather(shard_bytes: float, cp_size: int, cluster: Cluster) -> Wire:
+def all_gather(shard_bytes: float, cp_size: int, cluster: Cluster) -> CollectiveCost:
     """Every rank gets every shard.
 
     With `multi_rail_collectives` a byte crosses the network once per node, through the cards of all its
@@ -121,29 +121,29 @@ def all_gather(shard_bytes: float, cp_size: int, cluster: Cluster) -> Wire:
     nodes = cluster.num_nodes(cp_size)
     per_node = cp_size // nodes
     if nodes == 1:
-        return Wire(total, total, 0 * total, 0 * total, near_steps=cp_size - 1)
+        return CollectiveCost(total, total, 0 * total, 0 * total, near_steps=cp_size - 1)
     near_steps, far_steps = cp_size - nodes, nodes
     if cluster.multi_rail_collectives or per_node == 1:
         far = np.full(cp_size, (cp_size - per_node) * shard_bytes / per_node)
         near = (total - far) * (per_node > 1)
         # rails run side by side: P / L steps between nodes, then the node's own
-        return Wire(near, near, far, far, near_steps=per_node - 1, far_steps=nodes - 1)
+        return CollectiveCost(near, near, far, far, near_steps=per_node - 1, far_steps=nodes - 1)
     place = np.arange(cp_size) % per_node
     sends_far, gets_far = place == per_node - 1, place == 0
-    return Wire(
+    return CollectiveCost(
         total * ~sends_far, total * ~gets_far, total * sends_far, total * gets_far, near_steps, far_steps
     )
 
 
-def reduce_scatter(shard_bytes: float, cp_size: int, cluster: Cluster) -> Wire:
+def reduce_scatter(shard_bytes: float, cp_size: int, cluster: Cluster) -> CollectiveCost:
     """Sum of everyone's P shards, one to each rank: an all-gather's way back."""
     return all_gather(shard_bytes, cp_size, cluster).reversed()
 
 
-def all_reduce(shard_bytes: float, cp_size: int, cluster: Cluster) -> Wire:
+def all_reduce(shard_bytes: float, cp_size: int, cluster: Cluster) -> CollectiveCost:
     """Sum of P shards, all of it to everyone: reduce-scatter, then all-gather."""
     once = all_gather(shard_bytes, cp_size, cluster)
-    return Wire(
+    return CollectiveCost(
         2 * once.near_sent,
         2 * once.near_received,
         2 * once.far_sent,
@@ -153,7 +153,7 @@ def all_reduce(shard_bytes: float, cp_size: int, cluster: Cluster) -> Wire:
     )
 
 
-def shift(num_bytes: float, cp_size: int, cluster: Cluster) -> Wire:
+def shift(num_bytes: float, cp_size: int, cluster: Cluster) -> CollectiveCost:
     """One step of a ring: everyone to the next rank."""
     if cp_size == 1:
         return nothing(1)
@@ -161,7 +161,7 @@ def shift(num_bytes: float, cp_size: int, cluster: Cluster) -> Wire:
     to_far, from_far = node != np.roll(node, -1), node != np.roll(node, 1)
     each = np.full(cp_size, float(num_bytes))
     far = bool(to_far.any())
-    return Wire(
+    return CollectiveCost(
         each * ~to_far,
         each * ~from_far,
         each * to_far,
@@ -171,11 +171,11 @@ def shift(num_bytes: float, cp_size: int, cluster: Cluster) -> Wire:
     )
 
 
-def side_by_side(parts: list[Wire]) -> Wire:
+def side_by_side(parts: list[CollectiveCost]) -> CollectiveCost:
     """Collectives of different ranks at the same time, as one."""
     if len(parts) == 1:
         return parts[0]
-    return Wire(
+    return CollectiveCost(
         np.concatenate([wire.near_sent for wire in parts]),
         np.concatenate([wire.near_received for wire in parts]),
         np.concatenate([wire.far_sent for wire in parts]),

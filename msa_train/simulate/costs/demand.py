@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from msa_train.parallel.kv_exchange.plan import Demand, ExchangeShape, count_bits, find_demand, find_loads
-from msa_train.simulate.costs.collective_cost import Wire, side_by_side
+from msa_train.simulate.costs.collective_cost import CollectiveCost, side_by_side
 from msa_train.simulate.inputs.cluster import Cluster
 from msa_train.simulate.inputs.placement import Placement
 from msa_train.simulate.selections.recorded import Selections
@@ -76,13 +76,10 @@ def collect_wants(selections: Selections, placement: Placement, num_kv_heads: in
 
 @dataclass(slots=True)
 class Hops:
-    """What an exchange of pairs moves, in rows (pairs).
+    """What an exchange of KV blocks moves; a row is one block of one KV head."""
 
-    hops: [u] lists of Wire in rows. fetched: [u * P'] pairs that each rank holds afterwards, hot ones left
-    out. hot: [u, P'] hot pairs by owner.
-    """
-
-    hops: list[Wire]
+    hops: list[CollectiveCost]
+    "[u], in rows"
     fetched: IntArray
     hot: IntArray
 
@@ -125,7 +122,7 @@ def _plan_rows(wants: Wants, cluster: Cluster, *, hierarchical: bool, hot_share:
     )
 
 
-def _place_rows(demand: Demand, cluster: Cluster) -> tuple[list[Wire], IntArray, IntArray]:
+def _place_rows(demand: Demand, cluster: Cluster) -> tuple[list[CollectiveCost], IntArray, IntArray]:
     """Rows of one place: hops, fetched pairs per rank, hot pairs per owner."""
     shape, hot = demand.shape, demand.hot.sum(1).numpy()
     counts = count_bits(demand.bits).numpy()
@@ -133,7 +130,7 @@ def _place_rows(demand: Demand, cluster: Cluster) -> tuple[list[Wire], IntArray,
         node = np.arange(shape.cp_size) // cluster.gpus_per_node
         near = counts * (node[:, None] == node[None, :])
         far = counts - near
-        wire = Wire(
+        wire = CollectiveCost(
             near.sum(0).astype(float), near.sum(1).astype(float), far.sum(0).astype(float),
             far.sum(1).astype(float),
             near_steps=int(near.any()), far_steps=int(far.any()),
@@ -145,7 +142,10 @@ def _place_rows(demand: Demand, cluster: Cluster) -> tuple[list[Wire], IntArray,
         [x.numpy().astype(float) for x in loads.receive],
     )
     none = np.zeros(shape.cp_size)
-    hops = [Wire(none, none, out_far, in_far, far_steps=1), Wire(out_near, in_near, none, none, near_steps=1)]
+    hops = [
+        CollectiveCost(none, none, out_far, in_far, far_steps=1),
+        CollectiveCost(out_near, in_near, none, none, near_steps=1),
+    ]
     return hops, counts.sum(1), hot
 
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from msa_train.simulate.costs import collective_cost as wires
-from msa_train.simulate.costs.collective_cost import Wire
-from msa_train.simulate.costs.layer_costs import SchemeReport, Setup
+from msa_train.simulate.costs import collective_cost
+from msa_train.simulate.costs.collective_cost import CollectiveCost
+from msa_train.simulate.costs.layer_costs import LayerCosts, SchemeReport
 from msa_train.simulate.costs.timeline import LayerTime, Timeline
 from msa_train.simulate.inputs.layer_shape import BACKWARD_FACTOR
 from msa_train.simulate.inputs.layouts import Share, moves, owners, share_full
@@ -30,7 +30,7 @@ class _Parts:
 class FullLayer:
     """Times and bytes of one layer call."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: LayerCosts) -> None:
         self.setup, self.cluster, self.cp_size = setup, setup.cluster, setup.cp_size
         self.shard_bytes = float(setup.tokens * setup.shape.kv_token_bytes)
         self._known: dict[tuple[bool, bool], _Parts] = {}
@@ -68,7 +68,10 @@ class FullLayer:
         return self._as_report(scheme, (first, second), traffic)
 
     def _as_report(
-        self, scheme: FullScheme, passes: tuple[LayerTime, LayerTime], traffic: dict[str, list[Wire]]
+        self,
+        scheme: FullScheme,
+        passes: tuple[LayerTime, LayerTime],
+        traffic: dict[str, list[CollectiveCost]],
     ) -> SchemeReport:
         """Memory: two shards and their gradients in a ring, else all that was fetched and its gradients."""
         rows = 4 * self.shard_bytes
@@ -99,22 +102,22 @@ class FullLayer:
             pairs[:, rank] = np.bincount(share.owner, seen, minlength=self.cp_size)
         return _Parts(share, key_owner, pairs)
 
-    def _moved(self, parts: _Parts) -> list[Wire]:
+    def _moved(self, parts: _Parts) -> list[CollectiveCost]:
         """Queries (and keys) to where they are computed, outputs back; then their gradients the other way."""
         shape, unit = self.setup.shape, parts.share.unit
         heads = shape.num_heads * shape.head_dim * shape.element_bytes
-        queries = wires.all_to_all(parts.share.moved, heads, self.cluster)
+        queries = collective_cost.all_to_all(parts.share.moved, heads, self.cluster)
         home = owners(self.setup.outer.plan, unit)
         keys = moves(home, parts.key_owner, self.cp_size) * unit
         both = parts.share.moved * heads + keys * shape.kv_token_bytes
-        there = wires.all_to_all(both, 1.0, self.cluster)
+        there = collective_cost.all_to_all(both, 1.0, self.cluster)
         return [there, queries.reversed(), queries, there.reversed()]
 
     def _ring(
-        self, clocks: Timeline, seconds: FloatArray, traffic: dict[str, list[Wire]], *, back: bool
+        self, clocks: Timeline, seconds: FloatArray, traffic: dict[str, list[CollectiveCost]], *, back: bool
     ) -> None:
         size, rank = self.cp_size, np.arange(self.cp_size)
-        step = wires.shift(self.shard_bytes, size, self.cluster)
+        step = collective_cost.shift(self.shard_bytes, size, self.cluster)
         if size > 1:
             traffic["full_kv_again" if back else "full_kv"] = [step.scaled(size - 1)]
         if back and size > 1:
@@ -142,7 +145,7 @@ class FullLayer:
         backward: Timeline,
         seconds: tuple[FloatArray, FloatArray],
         parts: _Parts,
-        traffic: dict[str, list[Wire]],
+        traffic: dict[str, list[CollectiveCost]],
     ) -> None:
         """What a rank needs comes under attention over own keys; gradients return under its backward."""
         fetch, give = self._fetch(FullScheme.selected, parts)
@@ -168,7 +171,7 @@ class FullLayer:
         backward: Timeline,
         seconds: tuple[FloatArray, FloatArray],
         asked: tuple[FullScheme, _Parts],
-        traffic: dict[str, list[Wire]],
+        traffic: dict[str, list[CollectiveCost]],
     ) -> None:
         """All keys, then attention: nothing overlaps; all_gather gathers again."""
         scheme, parts = asked
@@ -182,16 +185,16 @@ class FullLayer:
         backward.compute(seconds[1].sum(1))
         backward.collective("full_kv_grad", give.time_s(self.cluster))
 
-    def _fetch(self, scheme: FullScheme, parts: _Parts) -> tuple[Wire, Wire]:
+    def _fetch(self, scheme: FullScheme, parts: _Parts) -> tuple[CollectiveCost, CollectiveCost]:
         """How keys and values come, and how their gradients return."""
         if scheme is FullScheme.selected:
             rows = self._needed(parts)
-            fetch = wires.all_to_all(rows, self.setup.shape.kv_token_bytes, self.cluster)
+            fetch = collective_cost.all_to_all(rows, self.setup.shape.kv_token_bytes, self.cluster)
             return fetch, fetch.reversed()
-        gather = wires.all_gather(self.shard_bytes, self.cp_size, self.cluster)
+        gather = collective_cost.all_gather(self.shard_bytes, self.cp_size, self.cluster)
         if scheme is FullScheme.all_gather_all_reduce:
-            return gather, wires.all_reduce(self.shard_bytes, self.cp_size, self.cluster)
-        return gather, wires.reduce_scatter(self.shard_bytes, self.cp_size, self.cluster)
+            return gather, collective_cost.all_reduce(self.shard_bytes, self.cp_size, self.cluster)
+        return gather, collective_cost.reduce_scatter(self.shard_bytes, self.cp_size, self.cluster)
 
     def _needed(self, parts: _Parts) -> IntArray:
         """[P, P] tokens that each rank needs from each owner: its documents up to its last query in them."""

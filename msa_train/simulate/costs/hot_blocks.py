@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from msa_train.simulate.costs import collective_cost as wires
-from msa_train.simulate.costs.collective_cost import Wire
+from msa_train.simulate.costs import collective_cost
+from msa_train.simulate.costs.collective_cost import CollectiveCost
 from msa_train.simulate.inputs.cluster import Cluster
 from msa_train.simulate.inputs.layer_shape import LayerShape
 
@@ -18,12 +18,12 @@ from msa_train.simulate.inputs.layer_shape import LayerShape
 class HotWires:
     """Collectives in order; the first `started` of each run under computing."""
 
-    forward: list[Wire]
-    backward: list[Wire]
+    forward: list[CollectiveCost]
+    backward: list[CollectiveCost]
     started_forward: int = 1
     started_backward: int = 1
 
-    def seconds(self, way: list[Wire], cluster: Cluster) -> tuple[float, float]:
+    def seconds(self, way: list[CollectiveCost], cluster: Cluster) -> tuple[float, float]:
         """Times of what starts at once, and of what follows it."""
         started = self.started_forward if way is self.forward else self.started_backward
         times = [wire.time_s(cluster) for wire in way]
@@ -42,8 +42,12 @@ def hot_wires(hot: NDArray[np.int64], shape: LayerShape, cluster: Cluster, node_
     if not hot.any():
         return HotWires([], [])
     plans = [_one(place, shape, cluster, node_size) for place in hot]
-    forward = [wires.side_by_side(list(steps)) for steps in zip(*(p.forward for p in plans), strict=True)]
-    backward = [wires.side_by_side(list(steps)) for steps in zip(*(p.backward for p in plans), strict=True)]
+    forward = [
+        collective_cost.side_by_side(list(steps)) for steps in zip(*(p.forward for p in plans), strict=True)
+    ]
+    backward = [
+        collective_cost.side_by_side(list(steps)) for steps in zip(*(p.backward for p in plans), strict=True)
+    ]
     return HotWires(forward, backward, started_backward=len(backward) - 1)
 
 
@@ -74,23 +78,23 @@ def _one(hot: NDArray[np.int64], shape: LayerShape, cluster: Cluster, node_size:
     size, item = hot.shape[0], shape.element_bytes
     parts, slice_size = spans(hot, shape.pair_bytes // item, node_size)
     grad_parts, grad_slice = spans(hot, shape.pair_grad_bytes // item, node_size)
-    out = wires.all_to_all(parts, item, cluster)
-    home = wires.all_to_all(grad_parts.T, item, cluster)
+    out = collective_cost.all_to_all(parts, item, cluster)
+    home = collective_cost.all_to_all(grad_parts.T, item, cluster)
     if node_size == size:
-        gathered = wires.all_gather(slice_size * item, size, cluster)
-        summed = wires.all_to_all(np.full((size, size), grad_slice), item, cluster)
+        gathered = collective_cost.all_gather(slice_size * item, size, cluster)
+        summed = collective_cost.all_to_all(np.full((size, size), grad_slice), item, cluster)
         return HotWires([out, gathered], [summed, home])
     nodes = size // node_size
     none, ones = np.zeros(size), np.ones(size)
     rail = ones * slice_size * item * (nodes - 1)
     inside = ones * slice_size * item * nodes * (node_size - 1)
     gathers = [
-        Wire(none, none, rail, rail, far_steps=nodes - 1),
-        Wire(inside, inside, none, none, near_steps=node_size - 1),
+        CollectiveCost(none, none, rail, rail, far_steps=nodes - 1),
+        CollectiveCost(inside, inside, none, none, near_steps=node_size - 1),
     ]
     inner, outer = (ones * grad_slice * item * count for count in (nodes * (node_size - 1), nodes - 1))
     sums = [
-        Wire(inner, inner, none, none, near_steps=1),
-        Wire(none, none, outer, outer, far_steps=1),
+        CollectiveCost(inner, inner, none, none, near_steps=1),
+        CollectiveCost(none, none, outer, outer, far_steps=1),
     ]
     return HotWires([out, *gathers], [*sums, home])

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from msa_train.simulate.costs.collective_cost import Wire
+from msa_train.simulate.costs.collective_cost import CollectiveCost
 from msa_train.simulate.costs.timeline import LayerTime
 from msa_train.simulate.inputs.cluster import Cluster
 from msa_train.simulate.inputs.layer_shape import LayerShape
@@ -17,7 +17,7 @@ FloatArray = NDArray[np.float64]
 
 
 @dataclass(kw_only=True, slots=True)
-class Setup:
+class LayerCosts:
     """A layer on a cluster.
 
     outer: placement of the P' = cp_size / head_size sequence shards.
@@ -78,7 +78,7 @@ class SchemeReport:
     scheme: str
     forward: LayerTime
     backward: LayerTime
-    traffic: dict[str, list[Wire]]
+    traffic: dict[str, list[CollectiveCost]]
     memory_bytes: float
     chosen: Scheme | None = None
 

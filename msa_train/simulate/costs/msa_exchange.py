@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from msa_train.simulate.costs import collective_cost as wires
-from msa_train.simulate.costs.collective_cost import Wire
+from msa_train.simulate.costs import collective_cost
+from msa_train.simulate.costs.collective_cost import CollectiveCost
 from msa_train.simulate.costs.demand import Wants, exchange_rows, requested_by_owner
 from msa_train.simulate.costs.hot_blocks import HotWires, hot_wires
-from msa_train.simulate.costs.layer_costs import Setup
+from msa_train.simulate.costs.layer_costs import LayerCosts
 from msa_train.simulate.costs.timeline import Among, Mark, Timeline
 from msa_train.simulate.inputs.cluster import Cluster
 
@@ -53,10 +53,10 @@ class AttentionWork:
 class Exchange(ABC):
     """One scheme. traffic: collectives by purpose, [u * P'] ranks; memory_bytes: its largest buffers."""
 
-    setup: Setup
+    setup: LayerCosts
     wants: Wants
     work: AttentionWork
-    traffic: dict[str, list[Wire]] = field(default_factory=dict)
+    traffic: dict[str, list[CollectiveCost]] = field(default_factory=dict)
     memory_bytes: float = 0.0
 
     @property
@@ -97,15 +97,15 @@ class Exchange(ABC):
     def backward(self, clocks: Timeline) -> None:
         """From the gradient of the attention's output to those of q, k, v."""
 
-    def everywhere(self, wire: Wire) -> Wire:
+    def everywhere(self, wire: CollectiveCost) -> CollectiveCost:
         """A collective of P' ranks, once per place."""
-        return wires.side_by_side([wire] * self.setup.options.head_size)
+        return collective_cost.side_by_side([wire] * self.setup.options.head_size)
 
     def fullest(self, values: FloatArray) -> FloatArray:
         """[u * P'] -> [P'], the fullest place."""
         return values.reshape(-1, self.size).max(axis=0)
 
-    def took(self, name: str, wire: Wire) -> None:
+    def took(self, name: str, wire: CollectiveCost) -> None:
         """Note a collective."""
         self.traffic.setdefault(name, []).append(wire)
 
@@ -130,7 +130,7 @@ class Selected(Exchange):
             self.wants, self.cluster, hierarchical=self.hierarchical, hot_share=options.hot_share
         )
         request = REQUEST_HEADER_BYTES + self.size * self.wants.bitmap_bytes
-        self.took("request", self.everywhere(wires.all_gather(request, self.size, self.cluster)))
+        self.took("request", self.everywhere(collective_cost.all_gather(request, self.size, self.cluster)))
         names = ["outer", ""] if len(rows.hops) == 2 else [""]
         for name, hop in zip(names, rows.hops, strict=True):
             self.took(_name("kv", name), hop.scaled(shape.pair_bytes))
@@ -147,7 +147,7 @@ class Selected(Exchange):
         self.fetched = self.fullest(rows.fetched + rows.hot.sum(axis=1).repeat(self.size))
         self._count_memory(rows.hops, request)
 
-    def _count_memory(self, hops: list[Wire], request: float) -> None:
+    def _count_memory(self, hops: list[CollectiveCost], request: float) -> None:
         """Forward: requests, rows to send, in transit, fetched; backward: gradients, fp32 and on the wire."""
         shape = self.setup.shape
         transit = self.fullest(hops[0].received) if len(hops) == 2 else np.zeros(self.size)
@@ -218,10 +218,10 @@ class AllGather(Exchange):
         """See Exchange.plan."""
         shape = self.setup.shape
         shard, grads = self.shard_pairs * shape.pair_bytes, self.shard_pairs * shape.pair_grad_bytes
-        gather = self.everywhere(wires.all_gather(shard, self.size, self.cluster))
+        gather = self.everywhere(collective_cost.all_gather(shard, self.size, self.cluster))
         self.took("kv", gather)
         self.took("kv_again", gather)
-        self.took("kv_grad", self.everywhere(wires.reduce_scatter(grads, self.size, self.cluster)))
+        self.took("kv_grad", self.everywhere(collective_cost.reduce_scatter(grads, self.size, self.cluster)))
         # gathered rows, gradients of all rows in fp32 and once more on the wire
         wide = 1 + FP32_BYTES / shape.element_bytes
         self.memory_bytes = self.size * (shard + wide * grads)
@@ -261,8 +261,8 @@ class AllGatherAllReduce(Exchange):
         """See Exchange.plan."""
         shape = self.setup.shape
         shard, grads = self.shard_pairs * shape.pair_bytes, self.shard_pairs * shape.pair_grad_bytes
-        self.took("kv", self.everywhere(wires.all_gather(shard, self.size, self.cluster)))
-        self.took("kv_grad", self.everywhere(wires.all_reduce(grads, self.size, self.cluster)))
+        self.took("kv", self.everywhere(collective_cost.all_gather(shard, self.size, self.cluster)))
+        self.took("kv_grad", self.everywhere(collective_cost.all_reduce(grads, self.size, self.cluster)))
         self.memory_bytes = self.size * (shard + (1 + FP32_BYTES / shape.element_bytes) * grads)
 
     def forward(self, clocks: Timeline, *, again: bool) -> None:
@@ -280,8 +280,8 @@ class AllGatherAllReduce(Exchange):
 class Ring(Exchange):
     """Shards go round, one arrives while a rank works on another; in the backward gradients go along."""
 
-    step: Wire = field(init=False)
-    grad_step: Wire = field(init=False)
+    step: CollectiveCost = field(init=False)
+    grad_step: CollectiveCost = field(init=False)
 
     def plan(self) -> None:
         """See Exchange.plan."""
@@ -289,8 +289,8 @@ class Ring(Exchange):
         shard = self.shard_pairs * shape.pair_bytes
         # sums on their way stay in fp32
         grads = self.shard_pairs * shape.pair_grad_bytes * FP32_BYTES / shape.element_bytes
-        self.step = self.everywhere(wires.shift(shard, self.size, self.cluster))
-        self.grad_step = self.everywhere(wires.shift(grads, self.size, self.cluster))
+        self.step = self.everywhere(collective_cost.shift(shard, self.size, self.cluster))
+        self.grad_step = self.everywhere(collective_cost.shift(grads, self.size, self.cluster))
         if self.size > 1:
             self.took("kv", self.step.scaled(self.size - 1))
             self.took("kv_again", self.step.scaled(self.size - 1))

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msa_train.parallel.comm.link_rates import ExchangeRates, Line, fit_line
-from msa_train.parallel.kv_exchange.cost_model import PairBytes, all_gather_cost, selected_cost
-from msa_train.simulate.costs import collective_cost as wires
-from msa_train.simulate.costs.collective_cost import Wire
+from msa_train.parallel.kv_exchange.cost_model import KvBlockBytes, all_gather_cost, selected_cost
+from msa_train.simulate.costs import collective_cost
+from msa_train.simulate.costs.collective_cost import CollectiveCost
 from msa_train.simulate.costs.demand import Wants, exchange_rows, exchange_shape
-from msa_train.simulate.costs.layer_costs import SchemeReport, Setup
+from msa_train.simulate.costs.layer_costs import LayerCosts, SchemeReport
 from msa_train.simulate.costs.msa_exchange import (
     AllGather,
     AllGatherAllReduce,
@@ -55,7 +55,7 @@ class MsaLayer:
 
     def __init__(
         self,
-        setup: Setup,
+        setup: LayerCosts,
         work: MsaWork,
         *,
         attention: AttentionWork | None = None,
@@ -140,7 +140,7 @@ class MsaLayer:
         """The exchange's own rule, from rates as it would measure them on this cluster."""
         hierarchical = 1 < self.cluster.num_nodes(self.outer_size) < self.outer_size
         setup, wants, rates = self.setup, self.work.wants, measured_rates(self.cluster, self.outer_size)
-        size = PairBytes(setup.shape.pair_bytes, setup.shape.pair_grad_bytes)
+        size = KvBlockBytes(setup.shape.pair_bytes, setup.shape.pair_grad_bytes)
         rows = exchange_rows(
             wants, self.cluster, hierarchical=hierarchical, hot_share=setup.options.hot_share
         )
@@ -192,19 +192,19 @@ class MsaLayer:
     def _clocks(self) -> Timeline:
         return Timeline(self.outer_size, self.outer_size // self.cluster.num_nodes(self.outer_size))
 
-    def _index_keys(self) -> Wire:
+    def _index_keys(self) -> CollectiveCost:
         """Every rank gets all index keys, head-parallel or not."""
         shard = self.setup.tokens * self.setup.shape.index_token_bytes
-        return wires.all_gather(shard, self.setup.cp_size, self.setup.cluster)
+        return collective_cost.all_gather(shard, self.setup.cp_size, self.setup.cluster)
 
-    def _index_moves(self) -> tuple[Wire, Wire]:
+    def _index_moves(self) -> tuple[CollectiveCost, CollectiveCost]:
         """Index queries to the ranks that score them, block ids back."""
         shape = self.setup.shape
         query = shape.num_kv_heads * shape.index_head_dim * shape.element_bytes / self.head_size
         ids = shape.num_kv_heads * shape.topk * BLOCK_ID_BYTES / self.head_size
-        there = wires.all_to_all(self.work.index_moved, query, self.cluster)
-        back = wires.all_to_all(self.work.index_moved.T, ids, self.cluster)
-        return tuple(wires.side_by_side([wire] * self.head_size) for wire in (there, back))  # type: ignore[return-value]
+        there = collective_cost.all_to_all(self.work.index_moved, query, self.cluster)
+        back = collective_cost.all_to_all(self.work.index_moved.T, ids, self.cluster)
+        return tuple(collective_cost.side_by_side([wire] * self.head_size) for wire in (there, back))  # type: ignore[return-value]
 
     def _index_bytes(self) -> float:
         return float(self.setup.outer.seq_len * self.setup.shape.index_token_bytes)
@@ -223,18 +223,18 @@ class MsaLayer:
     def _inner_share(self) -> float:
         return self.setup.tokens * (self.head_size - 1) / self.head_size
 
-    def _inner(self, num_bytes: float) -> Wire:
+    def _inner(self, num_bytes: float) -> CollectiveCost:
         """An all-to-all of the inner ranks, in which each sends and receives so much."""
         each, none = np.full(self.setup.cp_size, num_bytes), np.zeros(self.setup.cp_size)
         if self.head_size <= self.setup.cluster.gpus_per_node:
-            return Wire(each, each, none, none, near_steps=1)
-        return Wire(none, none, each, each, far_steps=1)
+            return CollectiveCost(each, each, none, none, near_steps=1)
+        return CollectiveCost(none, none, each, each, far_steps=1)
 
     def _switch_heads(self, clocks: Timeline, num_bytes: float) -> None:
         if self.head_size > 1:
             clocks.collective("heads", self._inner(num_bytes).time_s(self.setup.cluster))
 
-    def _with_inner(self, traffic: dict[str, list[Wire]]) -> dict[str, list[Wire]]:
+    def _with_inner(self, traffic: dict[str, list[CollectiveCost]]) -> dict[str, list[CollectiveCost]]:
         if self.head_size == 1:
             return traffic
         passes = 2 + self.setup.options.recompute
@@ -247,19 +247,19 @@ def measured_rates(cluster: Cluster, cp_size: int) -> ExchangeRates:
     nodes = cluster.num_nodes(cp_size)
     node_size, sizes = cp_size // nodes, (2.0**12, 2.0**22)
 
-    def line(move: Callable[[float], Wire]) -> Line:
+    def line(move: Callable[[float], CollectiveCost]) -> Line:
         """move: a collective in which each rank sends so many bytes."""
         return fit_line(sizes, [move(num_bytes).time_s(cluster) for num_bytes in sizes])
 
-    def exchange(num_bytes: float, mates: NDArray[np.bool_]) -> Wire:
-        return wires.all_to_all(mates * (num_bytes / max(1, mates[0].sum() - 1)), 1.0, cluster)
+    def exchange(num_bytes: float, mates: NDArray[np.bool_]) -> CollectiveCost:
+        return collective_cost.all_to_all(mates * (num_bytes / max(1, mates[0].sum() - 1)), 1.0, cluster)
 
     rank, others = np.arange(cp_size), max(1, cp_size - 1)
     node, place = rank // node_size, rank % node_size
     return ExchangeRates(
         all_to_all=line(lambda n: exchange(n, np.ones((cp_size, cp_size), dtype=bool))),
-        all_gather=line(lambda n: wires.all_gather(n / others, cp_size, cluster)),
-        reduce_scatter=line(lambda n: wires.reduce_scatter(n / others, cp_size, cluster)),
+        all_gather=line(lambda n: collective_cost.all_gather(n / others, cp_size, cluster)),
+        reduce_scatter=line(lambda n: collective_cost.reduce_scatter(n / others, cp_size, cluster)),
         inner=line(lambda n: exchange(n, node[:, None] == node)),
         outer=line(lambda n: exchange(n, place[:, None] == place)),
     )

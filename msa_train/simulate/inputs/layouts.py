@@ -15,7 +15,7 @@ from msa_train.parallel.sharding.load_balance import (
     rank_work,
     unit_tokens,
 )
-from msa_train.parallel.sharding.partition import SequencePlan, make_plan, merge_ranks
+from msa_train.parallel.sharding.partition import SequencePartition, make_partition, merge_ranks
 from msa_train.simulate.inputs.placement import Placement
 
 IntArray = NDArray[np.int64]
@@ -47,7 +47,7 @@ def place(
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout}: must be one of {', '.join(LAYOUTS)}")
     starts = _check_documents(seq_len, block_size, cu_seqlens)
-    plan = make_plan(CpLayout(layout), cp_size, starts.tolist(), block_size)
+    plan = make_partition(CpLayout(layout), cp_size, starts.tolist(), block_size)
     if head_size > 1:
         plan = merge_ranks(plan, head_size)
     owner = owners(plan, block_size)
@@ -56,7 +56,7 @@ def place(
     return Placement(seq_len, block_size, plan.size, owner, order, doc_start, plan, starts.tolist())
 
 
-def owners(plan: SequencePlan, unit: int) -> IntArray:
+def owners(plan: SequencePartition, unit: int) -> IntArray:
     """Rank of every unit of so many tokens.
 
     Example: ranges ((0, 2), (6, 8)) and ((2, 6),), unit 2 -> [0, 1, 1, 0].
@@ -106,7 +106,7 @@ def share_full(placement: Placement, *, balanced: bool, ring: bool) -> tuple[Sha
     return _share(placement, queries, work), owners(keys, unit_tokens(placement.block_size))
 
 
-def _share(placement: Placement, away: SequencePlan, work: IntArray) -> Share:
+def _share(placement: Placement, away: SequencePartition, work: IntArray) -> Share:
     unit = placement.seq_len // len(work)
     home, owner = owners(placement.plan, unit), owners(away, unit)
     moved = moves(home, owner, placement.cp_size) * unit

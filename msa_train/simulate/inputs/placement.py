@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from msa_train.parallel.sharding.partition import SequencePlan
+from msa_train.parallel.sharding.partition import SequencePartition
 
 IntArray = NDArray[np.int64]
 
@@ -25,7 +25,7 @@ class Placement:
     owner: IntArray
     order: IntArray
     doc_start: IntArray
-    plan: SequencePlan
+    plan: SequencePartition
     cu_seqlens: list[int]
 
     @property

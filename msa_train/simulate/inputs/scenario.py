@@ -59,7 +59,7 @@ class Options:
 
 
 @dataclass(kw_only=True, slots=True)
-class Question:
+class Scenario:
     """What is asked. cu_seqlens None: one document. index_balance: queries move for equal scoring work."""
 
     shape: LayerShape

@@ -1,7 +1,7 @@
 """Predicted against measured times of the wire benchmark (benchmarks/exchange).
 
 A step there is the attention of one MSA layer, forward and backward, without projections and selection. The
-question is whether bytes, rates, waiting and overlap add up to the step, so what computing took is taken from
+scenario is whether bytes, rates, waiting and overlap add up to the step, so what computing took is taken from
 the measurement, row by row: processor time over own and over other blocks (`sources_cpu_s_mean`), the rest of
 `compute_cpu_s`, and what moving bytes took beside it (`process_cpu_s`). Processors of the benchmark are few,
 and serve the links as well: the same computing takes up to half as long again while bytes arrive. Limited
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from msa_train.parallel.selection_file import Bits
 from msa_train.simulate.costs.demand import collect_wants
-from msa_train.simulate.costs.layer_costs import SchemeReport, Setup
+from msa_train.simulate.costs.layer_costs import LayerCosts, SchemeReport
 from msa_train.simulate.costs.msa_exchange import AttentionWork, PassWork
 from msa_train.simulate.costs.msa_layer import MsaLayer, MsaWork
 from msa_train.simulate.inputs.cluster import Cluster
@@ -174,7 +174,7 @@ def predict(row: Row, free: Row, case: Row, cores: int, rates: KernelRates | Non
     pairs, shape = np.asarray(case["pairs"], dtype=np.int64), _shape(case)
     size, known = pairs.shape[0], SCHEMES[row["scheme"]]
     placement = place("contiguous", seq_len=case["seq_len"], block_size=shape.block_size, cp_size=size)
-    setup = Setup(
+    setup = LayerCosts(
         shape=shape,
         cluster=_cluster(row, free, cores, size),
         rates=rates or _rates(row),
@@ -198,7 +198,7 @@ def predict(row: Row, free: Row, case: Row, cores: int, rates: KernelRates | Non
     return layer.report_auto(selected=row["used"] == Scheme.selected.value)
 
 
-def _attention(row: Row, setup: Setup) -> AttentionWork:
+def _attention(row: Row, setup: LayerCosts) -> AttentionWork:
     """What the row's ranks computed, on their share of the cores."""
     seconds = {
         name: np.full(setup.cp_size, value / setup.cluster.compute_share)

@@ -12,7 +12,7 @@ from msa_train.simulate.costs.layer_costs import SchemeReport
 from msa_train.simulate.inputs.cluster import PRESETS
 from msa_train.simulate.inputs.layer_shape import LayerShape
 from msa_train.simulate.inputs.rates import KernelRates, load_rates
-from msa_train.simulate.inputs.scenario import FullScheme, Options, Question, Scheme
+from msa_train.simulate.inputs.scenario import FullScheme, Options, Scenario, Scheme
 from msa_train.simulate.reports.text import (
     LEFT_OUT,
     answer_data,
@@ -53,15 +53,15 @@ def write_tables(folder: Path, shape: LayerShape, say: Progress = print) -> list
     for name in CLUSTERS:
         for seq_len, cp_size in SIZES:
             for f in SHARES:
-                question = Question(
+                scenario = Scenario(
                     shape=shape, cluster=PRESETS[name], rates=rates, seq_len=seq_len, cp_size=cp_size
                 )
                 if f != SHARES[0]:
                     # full-attention layers do not depend on f
-                    question.full_schemes = []
-                answers.append(answer(question, _stated(shape, f)))
+                    scenario.full_schemes = []
+                answers.append(answer(scenario, _stated(shape, f)))
                 inner = replace(
-                    question,
+                    scenario,
                     options=Options(head_size=HEAD_SIZE),
                     schemes=[Scheme.all_gather, Scheme.selected_hierarchical],
                     full_schemes=[],
@@ -100,7 +100,7 @@ def _curves(shape: LayerShape, rates: KernelRates, say: Progress) -> dict[str, d
     curves: dict[str, dict[str, list[ScalePoint]]] = {}
     schemes = [s for s in Scheme if s is not Scheme.all_gather_early]
 
-    def behaving(question: Question) -> Selections:
+    def behaving(scenario: Scenario) -> Selections:
         return SyntheticSelections(
             num_kv_heads=shape.num_kv_heads,
             topk=shape.topk,
@@ -114,7 +114,7 @@ def _curves(shape: LayerShape, rates: KernelRates, say: Progress) -> dict[str, d
             ("weak", WEAK_TOKENS * 8, WEAK_SIZES),
             ("strong", STRONG_TOKENS, STRONG_SIZES),
         ):
-            question = Question(
+            scenario = Scenario(
                 shape=shape,
                 cluster=PRESETS[name],
                 rates=rates,
@@ -123,7 +123,7 @@ def _curves(shape: LayerShape, rates: KernelRates, say: Progress) -> dict[str, d
                 schemes=schemes,
                 full_schemes=[],
             )
-            curves[name][way] = scaling(question, behaving, sizes, weak=way == "weak")
+            curves[name][way] = scaling(scenario, behaving, sizes, weak=way == "weak")
             say(f"{name}, {way} scaling")
     return curves
 
@@ -166,7 +166,7 @@ def _markdown(
         lines += [
             f"`{name}`, ms per layer:",
             "",
-            *_full_table([a for a in answers if a.question.cluster.name == name]),
+            *_full_table([a for a in answers if a.scenario.cluster.name == name]),
             "",
         ]
     lines += [
@@ -185,7 +185,7 @@ def _markdown(
 
 
 def _answer_lines(one: Answer, inner: Answer) -> list[str]:
-    question = one.question
+    scenario = one.scenario
     base = one.msa[Scheme.all_gather.value].total.total
     head = (
         *("scheme", "recv MB", "max recv", "max sent", "max far", "exposed ms", "imbalance ms", "layer ms"),
@@ -194,8 +194,8 @@ def _answer_lines(one: Answer, inner: Answer) -> list[str]:
     rows = [_row(name, report, base) for name, report in one.msa.items()]
     rows += [_row(f"{name}, heads {HEAD_SIZE}", report, base) for name, report in inner.msa.items()]
     return [
-        f"## {tokens_text(question.seq_len)} tokens, CP {question.cp_size}, f = {one.f:.2f}, "
-        f"`{question.cluster.name}`",
+        f"## {tokens_text(scenario.seq_len)} tokens, CP {scenario.cp_size}, f = {one.f:.2f}, "
+        f"`{scenario.cluster.name}`",
         "",
         *table([head, *rows]),
         "",
@@ -218,7 +218,7 @@ def _row(name: str, report: SchemeReport, base: float) -> tuple[str, ...]:
 def _full_table(answers: list[Answer]) -> list[str]:
     rows = [("tokens, CP", *(scheme.value for scheme in FullScheme))]
     for one in answers:
-        label = f"{tokens_text(one.question.seq_len)}, {one.question.cp_size}"
+        label = f"{tokens_text(one.scenario.seq_len)}, {one.scenario.cp_size}"
         if one.full:
             rows.append((label, *(f"{one.full[s.value].total.total * 1e3:,.0f}" for s in FullScheme)))
     return table(rows)

@@ -27,22 +27,22 @@ _COLUMNS = (
 
 def answer_data(answer: Answer) -> dict[str, Any]:
     """Everything of an answer, ready for JSON: bytes, seconds."""
-    question = answer.question
+    scenario = answer.scenario
     return {
-        "question": {
-            "seq_len": question.seq_len,
-            "cp_size": question.cp_size,
-            "layout": question.layout,
-            "num_docs": 1 if question.cu_seqlens is None else len(question.cu_seqlens) - 1,
-            "index_balance": question.index_balance,
-            "shape": asdict(question.shape),
-            "cluster": asdict(question.cluster),
+        "scenario": {
+            "seq_len": scenario.seq_len,
+            "cp_size": scenario.cp_size,
+            "layout": scenario.layout,
+            "num_docs": 1 if scenario.cu_seqlens is None else len(scenario.cu_seqlens) - 1,
+            "index_balance": scenario.index_balance,
+            "shape": asdict(scenario.shape),
+            "cluster": asdict(scenario.cluster),
             "rates": {
-                "name": question.rates.name,
-                "kind": question.rates.kind,
-                "device": question.rates.device,
+                "name": scenario.rates.name,
+                "kind": scenario.rates.kind,
+                "device": scenario.rates.device,
             },
-            "options": asdict(question.options),
+            "options": asdict(scenario.options),
         },
         "selections": answer.selections,
         "f": answer.f,
@@ -81,15 +81,15 @@ def report_data(report: SchemeReport) -> dict[str, Any]:
 
 def answer_text(answer: Answer) -> str:
     """Tables of an answer."""
-    question = answer.question
-    docs = 1 if question.cu_seqlens is None else len(question.cu_seqlens) - 1
-    head_size = question.options.head_size
+    scenario = answer.scenario
+    docs = 1 if scenario.cu_seqlens is None else len(scenario.cu_seqlens) - 1
+    head_size = scenario.options.head_size
     lines = [
-        f"{tokens_text(question.seq_len)} tokens in {docs} document{'s' * (docs > 1)}, cp_size "
-        f"{question.cp_size}"
+        f"{tokens_text(scenario.seq_len)} tokens in {docs} document{'s' * (docs > 1)}, cp_size "
+        f"{scenario.cp_size}"
         + (f" (cp_head_size {head_size})" if head_size > 1 else "")
-        + f", layout {question.layout}, cluster {question.cluster.name}, rates {question.rates.name} "
-        f"({question.rates.kind})",
+        + f", layout {scenario.layout}, cluster {scenario.cluster.name}, rates {scenario.rates.name} "
+        f"({scenario.rates.kind})",
         f"selections: {answer.selections}",
         f"f {answer.f:.3f}, local share {answer.local_share:.3f}, largest index work / mean "
         f"{answer.index_balance:.3f}",

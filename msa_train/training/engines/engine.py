@@ -15,7 +15,7 @@ from msa_train.model.inputs.layer_stats import LayerStats
 from msa_train.model.pack_forward import PackForward
 from msa_train.parallel.comm.traffic import ExposedTime, Traffic
 from msa_train.parallel.process_groups import Groups
-from msa_train.training.optim.lr_schedule import Rates
+from msa_train.training.optim.lr_schedule import LearningRates
 from msa_train.training.step_batch import StepBatch
 
 
@@ -42,7 +42,7 @@ class StepResult:
 Accept = Callable[[StepResult], bool]
 
 
-class Engine(ABC):
+class TrainEngine(ABC):
     """One model on this rank, trained step by step."""
 
     name: str
@@ -60,8 +60,8 @@ class Engine(ABC):
         model = build_model(
             self.config,
             groups.collection,
-            pre_process=groups.is_first_stage,
-            post_process=groups.is_last_stage,
+            pre_process=groups.is_pipeline_first_stage,
+            post_process=groups.is_pipeline_last_stage,
         ).to(groups.device)
         init_weights(
             model,
@@ -96,7 +96,7 @@ class Engine(ABC):
         return self.stage.index_lr_scale * self.config.optim.index_lr_scale == 0
 
     @abstractmethod
-    def train_step(self, batch: StepBatch, rates: Rates, accept: Accept | None = None) -> StepResult:
+    def train_step(self, batch: StepBatch, rates: LearningRates, accept: Accept | None = None) -> StepResult:
         """Forward, backward, reduction, clipping and update for one global batch.
 
         `accept` is asked before the update, on all ranks; where it says no there is none.
@@ -125,7 +125,7 @@ class Engine(ABC):
 
     def counts_loss(self) -> bool:
         """Whether this rank's loss sum is to be added: last stage, first of its tensor-parallel group."""
-        return self.groups.is_last_stage and self.groups.tp_rank == 0
+        return self.groups.is_pipeline_last_stage and self.groups.tp_rank == 0
 
 
 def checkpoint_metadata(groups: Groups) -> dict[str, Any]:

@@ -27,18 +27,18 @@ from msa_train.parallel.comm.cp_comm import CpComm
 from msa_train.parallel.process_groups import Groups
 from msa_train.training.engines.engine import (
     Accept,
-    Engine,
     StepResult,
+    TrainEngine,
     checkpoint_metadata,
     reset_token_counts,
 )
-from msa_train.training.optim.lr_schedule import Rates
+from msa_train.training.optim.lr_schedule import LearningRates
 from msa_train.training.step_batch import StepBatch
 
 _LossAndSum = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 
-class MegatronEngine(Engine):
+class MegatronEngine(TrainEngine):
     """Tensor, pipeline, context, expert and data parallelism by Megatron."""
 
     name = "megatron"
@@ -89,13 +89,13 @@ class MegatronEngine(Engine):
         return get_megatron_optimizer(options, [self.wrapped], config_overrides=overrides)
 
     def set_stage(self, stage: Stage) -> None:
-        """See Engine.set_stage. Parameters keep their gradient hooks: overlapped reductions wait for all."""
+        """See TrainEngine.set_stage. Parameters keep their gradient hooks: overlapped reductions need all."""
         super().set_stage(stage)
         rate = 0.0 if self.backbone_is_frozen else self.config.model.router_bias_update_rate
         self.model.config.moe_router_bias_update_rate = rate
 
-    def train_step(self, batch: StepBatch, rates: Rates, accept: Accept | None = None) -> StepResult:
-        """See Engine.train_step."""
+    def train_step(self, batch: StepBatch, rates: LearningRates, accept: Accept | None = None) -> StepResult:
+        """See TrainEngine.train_step."""
         self.wrapped.train()
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -138,7 +138,7 @@ class MegatronEngine(Engine):
             if frozen and parameter.requires_grad:
                 parameter.main_grad.zero_()  # type: ignore[attr-defined]
 
-    def _set_rates(self, rates: Rates) -> None:
+    def _set_rates(self, rates: LearningRates) -> None:
         """Learning rate and weight decay of every group; wd_mult is 0 for vectors."""
         optim = self.config.optim
         for group in self.optimizer.param_groups:
@@ -150,7 +150,7 @@ class MegatronEngine(Engine):
 
     @torch.no_grad()
     def evaluate(self, packs: Sequence[Pack]) -> float:
-        """See Engine.evaluate."""
+        """See TrainEngine.evaluate."""
         self.wrapped.eval()
         batch = StepBatch(packs=packs, num_labels=1, num_tokens=1, num_packs=len(packs))
         return self._run(packs, batch, self.groups.cp_comm(), LayerStats(), forward_only=True)
@@ -177,7 +177,7 @@ class MegatronEngine(Engine):
                 num_tokens=batch.num_tokens,
                 comm=comm,
                 stats=stats,
-                probe_seed=batch.probe_seed_of(pack),
+                recall_seed=batch.recall_seed_of(pack),
             )
             output = self.forward(model, local, params)  # type: ignore[arg-type]
             return output, lambda losses: _loss(losses, batch.num_labels)
@@ -200,7 +200,7 @@ class MegatronEngine(Engine):
                 module._maintain_float32_expert_bias()
 
     def sharded_state(self, *, loading: bool) -> dict[str, Any]:
-        """See Engine.sharded_state."""
+        """See TrainEngine.sharded_state."""
         metadata = checkpoint_metadata(self.groups)
         if self.config.parallel.overlap_param_gather:
             # Updated parameters are still on their way to the ranks.
@@ -218,7 +218,7 @@ class MegatronEngine(Engine):
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Any], updates: int) -> None:
-        """See Engine.load_state."""
+        """See TrainEngine.load_state."""
         self.model.load_state_dict(state["model"])
         for number, part in enumerate(self._optimizer_parts()):
             for moments in part.optimizer.state.values():
@@ -233,7 +233,7 @@ class MegatronEngine(Engine):
         return [part for part in parts if not getattr(part, "is_stub_optimizer", False)]
 
     def load_weights(self, state: dict[str, Any]) -> None:
-        """See Engine.load_weights."""
+        """See TrainEngine.load_weights."""
         self.model.load_state_dict(state, strict=False)
         self.optimizer.reload_model_params()
 
@@ -244,7 +244,7 @@ def _allocate_moments(part: Any) -> None:
 
 
 def _set_updates(optimizer: torch.optim.Optimizer, updates: int) -> None:
-    """PyTorch's Adam counts by parameter, those of Transformer Engine and Apex by group."""
+    """PyTorch's Adam counts by parameter, those of Transformer TrainEngine and Apex by group."""
     if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
         for group in optimizer.param_groups:
             group["step"] = updates

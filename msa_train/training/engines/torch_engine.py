@@ -19,18 +19,18 @@ from msa_train.model.layers.moe import SigmoidRouter
 from msa_train.parallel.process_groups import Groups
 from msa_train.training.engines.engine import (
     Accept,
-    Engine,
     StepResult,
+    TrainEngine,
     checkpoint_metadata,
     reset_token_counts,
 )
-from msa_train.training.optim.grad_buffers import FlatGradients
-from msa_train.training.optim.lr_schedule import Rates
-from msa_train.training.optim.muon_adamw import SplitOptimizer
+from msa_train.training.optim.grad_buffers import GradBuffers
+from msa_train.training.optim.lr_schedule import LearningRates
+from msa_train.training.optim.muon_adamw import MuonAdamW
 from msa_train.training.step_batch import StepBatch
 
 
-class TorchEngine(Engine):
+class TorchEngine(TrainEngine):
     """Context, expert and data parallelism with plain PyTorch parts."""
 
     name = "torch"
@@ -39,26 +39,26 @@ class TorchEngine(Engine):
         super().__init__(config, groups)
         self.model = self.build_model()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.gradients = FlatGradients(self.parameters, groups)
+        self.gradients = GradBuffers(self.parameters, groups)
         # 16-bit parameters are updated through fp32 copies.
         self.masters = [
             nn.Parameter(p.detach().float()) if p.dtype == torch.bfloat16 else p for p in self.parameters
         ]
         self.names = [name for name, p in self.model.named_parameters() if p.requires_grad]
-        self.optimizer = SplitOptimizer(
+        self.optimizer = MuonAdamW(
             config.optim, list(zip(self.names, self.masters, strict=True)), head_dim=config.model.head_dim
         )
         self.set_stage(self.stage)
 
     def set_stage(self, stage: Stage) -> None:
-        """See Engine.set_stage. What is frozen costs no gradient work here."""
+        """See TrainEngine.set_stage. What is frozen costs no gradient work here."""
         super().set_stage(stage)
         for name, parameter in zip(self.names, self.parameters, strict=True):
             frozen = self.index_is_frozen if is_index_parameter(name) else self.backbone_is_frozen
             parameter.requires_grad_(not frozen)
 
-    def train_step(self, batch: StepBatch, rates: Rates, accept: Accept | None = None) -> StepResult:
-        """See Engine.train_step."""
+    def train_step(self, batch: StepBatch, rates: LearningRates, accept: Accept | None = None) -> StepResult:
+        """See TrainEngine.train_step."""
         self.model.train()
         self.gradients.zero()
         reset_token_counts(self.model)
@@ -70,7 +70,7 @@ class TorchEngine(Engine):
                 num_tokens=batch.num_tokens,
                 comm=comm,
                 stats=stats,
-                probe_seed=batch.probe_seed_of(pack),
+                recall_seed=batch.recall_seed_of(pack),
             )
             losses = self.forward(self.model, local, params)
             (losses.sum() / batch.num_labels).backward()
@@ -91,7 +91,7 @@ class TorchEngine(Engine):
             self._update_expert_bias()
         return result
 
-    def _update(self, rates: Rates, norm: float) -> None:
+    def _update(self, rates: LearningRates, norm: float) -> None:
         """Clip and step; norm: of the gradients."""
         clip = self.config.optim.clip_grad
         if clip > 0 and norm > clip:
@@ -119,7 +119,7 @@ class TorchEngine(Engine):
 
     @torch.no_grad()
     def evaluate(self, packs: Sequence[Pack]) -> float:
-        """See Engine.evaluate."""
+        """See TrainEngine.evaluate."""
         self.model.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.groups.device)
         for pack in packs:
@@ -130,7 +130,7 @@ class TorchEngine(Engine):
         return float(total)
 
     def sharded_state(self, *, loading: bool) -> dict[str, Any]:
-        """See Engine.sharded_state."""
+        """See TrainEngine.sharded_state."""
         model_state = self.model.sharded_state_dict(metadata=checkpoint_metadata(self.groups))
         return {"model": model_state, "optimizer": self._sharded_optimizer(model_state)}
 
@@ -152,7 +152,7 @@ class TorchEngine(Engine):
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Any], updates: int) -> None:
-        """See Engine.load_state."""
+        """See TrainEngine.load_state."""
         self.model.load_state_dict(state["model"])
         for index, master in enumerate(self.masters):
             loaded = state["optimizer"][str(index)]
@@ -162,7 +162,7 @@ class TorchEngine(Engine):
 
     @torch.no_grad()
     def load_weights(self, state: dict[str, Any]) -> None:
-        """See Engine.load_weights."""
+        """See TrainEngine.load_weights."""
         self.model.load_state_dict(state, strict=False)
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             if master is not parameter:

@@ -19,7 +19,7 @@ from msa_train.config import (
 from msa_train.model.gpt import MsaGptModel
 from msa_train.model.layers.moe import SigmoidRouter
 from msa_train.model.transformer_config import DTYPES
-from msa_train.parallel.attention.selection_recall import ProbeSums
+from msa_train.parallel.attention.selection_recall import RecallSums
 from msa_train.parallel.comm.fault_watch import watched
 from msa_train.parallel.process_groups import Groups
 from msa_train.training.engines.engine import StepResult
@@ -115,7 +115,7 @@ class StepMetrics:
         }
         values |= self._kl(batch, sums["kl"], stage)
         values |= self._selected(batch, sums["selected"], stage)
-        if batch.probe_seed is not None:
+        if batch.recall_seed is not None:
             values |= attention_metrics(sums["attention"], self.msa_layers)
         values |= self._experts(sums["experts"])
         if self.groups.cp_size > 1:
@@ -158,10 +158,10 @@ class StepMetrics:
 
     def _probe_shape(self, batch: StepBatch, stage: Stage) -> tuple[int, int]:
         """Groups and sums of a layer's sampled queries; nothing in a step without."""
-        if batch.probe_seed is None:
+        if batch.recall_seed is None:
             return 0, 0
         num_blocks = stage.seq_len // self.config.attention.block_size
-        return self.config.model.num_kv_heads, ProbeSums.width(num_blocks)
+        return self.config.model.num_kv_heads, RecallSums.width(num_blocks)
 
     def _kl(self, batch: StepBatch, kl: Tensor, stage: Stage) -> dict[str, Any]:
         if not self.msa_layers or stage.kl is KlTarget.none:

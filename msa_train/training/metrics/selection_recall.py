@@ -4,14 +4,14 @@ from typing import Any
 
 from torch import Tensor
 
-from msa_train.parallel.attention.selection_recall import ProbeSums
+from msa_train.parallel.attention.selection_recall import RecallSums
 
 
 def attention_metrics(flat: Tensor, layers: list[int]) -> dict[str, Any]:
     """Recall and entropy from sums over all sampled queries.
 
     Args:
-        flat: [layers, KV groups, ...] fp64, `ProbeSums.flat` added up over ranks.
+        flat: [layers, KV groups, ...] fp64, `RecallSums.flat` added up over ranks.
         layers: numbers of the MSA layers.
 
     Returns:
@@ -19,7 +19,7 @@ def attention_metrics(flat: Tensor, layers: list[int]) -> dict[str, Any]:
         ("distance4" is 4 to 7 blocks before the query's own), None where no top block lay at that distance;
         nothing if no query was sampled.
     """
-    sums = ProbeSums.from_flat(flat)
+    sums = RecallSums.from_flat(flat)
     if not sums.count.any():
         return {}
     values: dict[str, Any] = {}

@@ -14,7 +14,7 @@ from msa_train.parallel.process_groups import Groups
 _BUCKET_ELEMENTS = 2**25
 
 
-class FlatGradients:
+class GradBuffers:
     """Collects gradients as they are made and sums them over the ranks that share the parameters.
 
     Accumulates in fp32 (fp64 for fp64 parameters), over micro-batches too. Losses must already be divided by

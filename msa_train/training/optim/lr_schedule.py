@@ -7,17 +7,17 @@ from msa_train.config import LrSchedule, OptimConfig, Stage
 
 
 @dataclass(slots=True, frozen=True)
-class Rates:
+class LearningRates:
     """Learning rates of one update, on the scale of optim.lr; Muon's follow in proportion."""
 
     backbone: float
     index: float
 
 
-def stage_rates(step: int, optim: OptimConfig, stage: Stage, total_steps: int) -> Rates:
+def stage_rates(step: int, optim: OptimConfig, stage: Stage, total_steps: int) -> LearningRates:
     """Rates of the update that follows `step` updates: the run's schedule times the stage's factors."""
     rate = learning_rate(step, optim, total_steps) * stage.warmup_factor(step)
-    return Rates(
+    return LearningRates(
         backbone=rate * stage.lr_scale,
         index=rate * optim.index_lr_scale * stage.index_lr_scale,
     )

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from msa_train.config import OptimConfig, OptimizerKind
 from msa_train.model.attention.index_branch import is_index_parameter
-from msa_train.training.optim.lr_schedule import Rates
+from msa_train.training.optim.lr_schedule import LearningRates
 
 
-class SplitOptimizer:
+class MuonAdamW:
     """One or two torch optimizers behind one step, with moments under AdamW's names."""
 
     def __init__(
@@ -71,7 +71,7 @@ class SplitOptimizer:
             return False
         return parameter.dim() == 2 and name.startswith("decoder.layers.") and ".router." not in name
 
-    def step(self, rates: Rates) -> None:
+    def step(self, rates: LearningRates) -> None:
         """Update from `.grad`."""
         for group in self.adamw.param_groups:
             group["lr"] = rates.index if group["index"] else rates.backbone

@@ -28,7 +28,7 @@ class RollbackError(Exception):
         self.step, self.last_good, self.reason = step, last_good, reason
 
 
-class BadSteps:
+class SkipPolicy:
     """Judges steps and remembers those left out.
 
     in_a_row: bad steps since the last one that was taken. skipped: all that lead to the present weights.
@@ -46,7 +46,7 @@ class BadSteps:
         """Whether steps are judged before they are taken; it costs one small all-reduce."""
         return self.config.bad_step is not BadStep.end or self.config.spike_factor > 0
 
-    def complaint(self, loss: float, grad_norm: float, kl: float = 0.0) -> str:
+    def find_fault(self, loss: float, grad_norm: float, kl: float = 0.0) -> str:
         """What is wrong with a step, empty if nothing is.
 
         Args:
@@ -66,18 +66,18 @@ class BadSteps:
             )
         return ""
 
-    def take(self, loss: float) -> None:
+    def record_taken(self, loss: float) -> None:
         """A step is taken."""
         self.in_a_row = 0
         if self.config.spike_factor > 0:
             self._recent.append(loss)
 
-    def leave_out(self) -> None:
+    def record_skipped(self) -> None:
         """A step is not taken."""
         self.in_a_row += 1
         self.skipped += 1
 
-    def verdict(self, step: int, reason: str) -> str:
+    def decide(self, step: int, reason: str) -> str:
         """What becomes of the run after a step was left out; returns what to tell the user.
 
         Raises:

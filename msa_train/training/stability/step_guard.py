@@ -6,16 +6,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from msa_train.checkpoint.all_ranks import together
+from msa_train.checkpoint.all_ranks import run_on_all_ranks
 from msa_train.checkpoint.load import load_newest
 from msa_train.checkpoint.store import CheckpointStore
 from msa_train.config import RunConfig, Stage, plan_stages, stage_at
 from msa_train.parallel.comm.fault_watch import watched
 from msa_train.parallel.process_groups import Groups
-from msa_train.training.engines.engine import Accept, Engine, StepResult
+from msa_train.training.engines.engine import Accept, StepResult, TrainEngine
 from msa_train.training.resume import restore
 from msa_train.training.stability.finite_check import check_finite, diverged, not_finite
-from msa_train.training.stability.skip_policy import BadSteps, RollbackError, log_event
+from msa_train.training.stability.skip_policy import RollbackError, SkipPolicy, log_event
 from msa_train.training.step_batch import StepBatch
 
 
@@ -27,11 +27,13 @@ class _Judged:
 
 
 class StepGuard:
-    """Between the training loop and BadSteps; all ranks call it alike."""
+    """Between the training loop and SkipPolicy; all ranks call it alike."""
 
-    def __init__(self, config: RunConfig, groups: Groups, engine: Engine, store: CheckpointStore) -> None:
+    def __init__(
+        self, config: RunConfig, groups: Groups, engine: TrainEngine, store: CheckpointStore
+    ) -> None:
         self.config, self.groups, self.engine, self.store = config, groups, engine, store
-        self.bad_steps = BadSteps(config.train)
+        self.bad_steps = SkipPolicy(config.train)
         self._judged = _Judged()
         self._bad_values: list[str] = []
 
@@ -40,7 +42,7 @@ class StepGuard:
         """What is wrong with the step that was judged last, empty if nothing is."""
         return self._judged.complaint
 
-    def accept(self, batch: StepBatch) -> Accept | None:
+    def gate(self, batch: StepBatch) -> Accept | None:
         """What the engine asks before it takes the step; None where all steps are taken."""
         self._judged = _Judged()
         if not self.bad_steps.judges:
@@ -54,7 +56,7 @@ class StepGuard:
                 dist.all_reduce(total)
             loss_sum, kl = total.tolist()
             loss = loss_sum / batch.num_labels
-            complaint = self.bad_steps.complaint(loss, result.grad_norm, kl)
+            complaint = self.bad_steps.find_fault(loss, result.grad_norm, kl)
             if complaint:
                 complaint += self._where(result.bad_values)
             self._judged = _Judged(loss, result.grad_norm, complaint)
@@ -64,21 +66,21 @@ class StepGuard:
 
     def _where(self, bad_values: list[str]) -> str:
         """Where the first rank that knows met them; all ranks ask at once, and only in bad steps."""
-        known = [found[0] for found in together(lambda: bad_values[:1], None) if found]
+        known = [found[0] for found in run_on_all_ranks(lambda: bad_values[:1], None) if found]
         return f" ({known[0]})" if known else ""
 
-    def count(self, result: StepResult) -> dict[str, Any]:
+    def record(self, result: StepResult) -> dict[str, Any]:
         """Count the step that was just made or left out; what the metrics say about it."""
         self._bad_values = result.bad_values
         if not self.bad_steps.judges:
             return {}
         if not self._judged.complaint:
-            self.bad_steps.take(self._judged.loss)
+            self.bad_steps.record_taken(self._judged.loss)
             return self.bad_steps.metrics()
-        self.bad_steps.leave_out()
+        self.bad_steps.record_skipped()
         return {"bad_step": 1, **self.bad_steps.metrics()}
 
-    def conclude(self, step: int, values: dict[str, Any], first_pack: int) -> str:
+    def after_step(self, step: int, values: dict[str, Any], first_pack: int) -> str:
         """What becomes of the run after a step.
 
         Args:
@@ -99,7 +101,7 @@ class StepGuard:
             check_finite(step, values, self.store, where)
             return ""
         try:
-            text = self.bad_steps.verdict(step, judged.complaint)
+            text = self.bad_steps.decide(step, judged.complaint)
         except ValueError as error:
             raise diverged(step, str(error), self.store) from None
         last_pack = first_pack + self.config.train.global_batch_size - 1
@@ -117,7 +119,7 @@ class StepGuard:
         Raises:
             DivergedError: if there is none.
         """
-        saved = together(lambda: self.store.steps() if self.groups.rank == 0 else [], None)[0]
+        saved = run_on_all_ranks(lambda: self.store.steps() if self.groups.rank == 0 else [], None)[0]
         later = {self.store.path(step): "later" for step in saved if step > bad.last_good}
         if len(later) == len(saved):
             raise diverged(bad.step, f"{bad.reason}; there is no checkpoint to go back to", self.store)
@@ -127,7 +129,7 @@ class StepGuard:
         event = {"from_step": bad.step, "to_step": found.step, "tokens": tokens, "reason": bad.reason}
         self.bad_steps.go_back(found.meta.get("bad_steps", {}), event, tokens)
         self._log({"event": "rollback", **event})
-        together(lambda: self.store.remove_after(found.step) if self.groups.rank == 0 else None, None)
+        run_on_all_ranks(lambda: self.store.remove_after(found.step) if self.groups.rank == 0 else None, None)
         count = self.config.train.max_skipped
         return found.step, (
             f"step {bad.step}: {bad.reason}; {count} bad steps in a row: going back to step {found.step} and "

@@ -1,6 +1,6 @@
 """Launches the Triton kernels of the backward pass: torch tensors in, torch tensors out.
 
-Imports Triton. Shapes as in forward.py.
+Imports Triton. Shapes as in launch_forward.py.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torch import Tensor
 from msa_kernels.block_sparse_attention import configs
 from msa_kernels.block_sparse_attention.triton import backward_kernel as kernel_backward
 from msa_kernels.block_sparse_attention.triton import forward_kernel as kernel
-from msa_kernels.block_sparse_attention.triton.forward import Portion, Sizes, portions, sizes_of
+from msa_kernels.block_sparse_attention.triton.launch_forward import Portion, Sizes, portions, sizes_of
 from msa_kernels.block_sparse_attention.triton.schedule import Items, Splits
 from msa_kernels.block_sparse_attention.types import BlockPool, KlTerm, PoolGrads, SparseQueries
 from msa_kernels.tiles import padded

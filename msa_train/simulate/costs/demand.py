@@ -81,7 +81,9 @@ class Hops:
     hops: list[CollectiveCost]
     "[u], in rows"
     fetched: IntArray
+    "[u * P'] blocks that each rank holds afterwards, hot ones left out"
     hot: IntArray
+    "[u, P'] hot blocks by owner"
 
 
 def exchange_shape(wants: Wants, cluster: Cluster, *, hierarchical: bool, hot_share: float) -> ExchangeShape:

@@ -22,7 +22,7 @@ from benchmarks.exchange.schemes import KeepAndAllReduce, Scheme
 from benchmarks.exchange.selections import select, shape_for
 from msa_train.config import KvExchange
 from msa_train.parallel.attention.cp_sparse import SparseAttentionArgs, cp_sparse_attention
-from msa_train.parallel.comm.cp_comm import CpComm
+from msa_train.parallel.comm.cp_groups import KvComm
 from msa_train.parallel.sharding.shard_layout import ShardLayout
 
 INPUTS = ("q", "k", "v", "q_index", "k_index")
@@ -67,7 +67,7 @@ class StepResult:
     used: KvExchange
 
 
-def layer_step(data: LayerData, scheme: Scheme, comm: CpComm) -> StepResult:
+def layer_step(data: LayerData, scheme: Scheme, comm: KvComm) -> StepResult:
     """Forward and backward once."""
     inputs = {name: x.detach().requires_grad_() for name, x in data.tensors.items()}
     shape = data.shape
@@ -85,12 +85,10 @@ def layer_step(data: LayerData, scheme: Scheme, comm: CpComm) -> StepResult:
         settings=scheme.settings,
     )
     del all_keys
-    out = cp_sparse_attention(*(inputs[name] for name in INPUTS), call)
-    assert call.requests is not None, "the forward pass agreed on an exchange"
-    used = call.requests.kind
+    out, decision = cp_sparse_attention(*(inputs[name] for name in INPUTS), call)
     out.backward(data.dout)
     grads = {f"d{name}": x.grad for name, x in inputs.items() if x.grad is not None}
-    return StepResult({"out": out.detach(), **grads}, used)
+    return StepResult({"out": out.detach(), **grads}, decision.kind)
 
 
 def expected_bytes(

@@ -24,7 +24,7 @@ from benchmarks.exchange.schemes import SCHEMES, make_comm
 from benchmarks.exchange.selections import remote_kv_blocks
 from benchmarks.exchange.source_times import timed_sources
 from msa_train.config import KvExchange
-from msa_train.parallel.comm.cp_comm import CpComm
+from msa_train.parallel.comm.cp_groups import KvComm
 from msa_train.parallel.comm.topology import measure_rates
 
 _MMAP_THRESHOLD = -3
@@ -75,7 +75,7 @@ class RankWorker:
     interface: str
     layers: dict[str, LayerData] = field(default_factory=dict)
     reference: dict[str, Tensor] = field(default_factory=dict)
-    comms: dict[str, CpComm] = field(default_factory=dict)
+    comms: dict[str, KvComm] = field(default_factory=dict)
 
     def connect(self, schemes: list[str]) -> None:
         """Build the collectives of all schemes."""
@@ -117,9 +117,9 @@ class RankWorker:
             process_cpu_s=cpu,
             sources_s=sources,
             counters=(moved.received_bytes, moved.received_packets, moved.sent_bytes, moved.sent_packets),
-            traffic=dict(comm.traffic.received),
+            traffic=dict(comm.counters.traffic.received),
             retransmits=read_retransmits() - retransmits,
-            exposed_s=dict(comm.exposed.seconds()),
+            exposed_s=dict(comm.counters.exposed.seconds()),
             used=result.used,
         )
         if check:

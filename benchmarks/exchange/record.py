@@ -58,8 +58,8 @@ def recorded_selection(config: RunConfig) -> tuple[Tensor, int, list[int]]:
             layer.self_attention.register_forward_hook(keep, with_kwargs=True)
     engine.model.eval()
     pack = held_out[0]
-    local, params = engine.forward.prepare(pack, num_tokens=1, comm=groups.cp_comm(), stats=LayerStats())
-    engine.forward(engine.model, local, params)
+    params = engine.forward.prepare(pack, num_tokens=1, comm=groups.cp_comm(), stats=LayerStats())
+    engine.forward(engine.model, params)
     destroy_groups()
     return torch.cat(selections, dim=1), step, pack.doc_lengths.tolist()
 

@@ -10,11 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from msa_train.config import ExchangeConfig, KvExchange
-from msa_train.parallel.comm.cp_comm import CpComm, Pending
+from msa_train.parallel.comm.cp_comm import Pending
+from msa_train.parallel.comm.cp_groups import KvComm
 from msa_train.parallel.comm.topology import build_comm
 
 
-class KeepAndAllReduce(CpComm):
+class KeepAndAllReduce(KvComm):
     """Turns the all_gather session into what NeMo Automodel does for MiniMax-M3: keys and values are gathered
     once and kept for the backward pass, where gradients of the whole sequence are all-reduced and cut.
 
@@ -37,7 +38,7 @@ class KeepAndAllReduce(CpComm):
         """Sum over ranks of everything, then slice `rank`."""
         total = x.contiguous()
         dist.all_reduce(total, group=self.group)
-        self.traffic.add(purpose, 2 * (self.size - 1) * x[0].numel() * x.element_size())
+        self.counters.traffic.add(purpose, 2 * (self.size - 1) * x[0].numel() * x.element_size())
         return self._done(total[self.rank].clone(), purpose)
 
 
@@ -47,7 +48,7 @@ class Scheme:
     several nodes, which the exchange then knows of."""
 
     exchange: KvExchange
-    comm: type[CpComm] = CpComm
+    comm: type[KvComm] = KvComm
     settings: ExchangeConfig = field(default_factory=ExchangeConfig)
     by_node: bool = False
 
@@ -73,10 +74,10 @@ def settings_of(scheme: Scheme, size: int, num_nodes: int) -> ExchangeConfig:
     return replace(scheme.settings, ranks_per_node=size // num_nodes if knows_nodes else 0)
 
 
-def make_comm(scheme: Scheme, num_nodes: int, timeout_s: float) -> CpComm:
+def make_comm(scheme: Scheme, num_nodes: int, timeout_s: float) -> KvComm:
     """Collectives over all ranks; called by all of them."""
     size, group = dist.get_world_size(), dist.group.WORLD
     assert group is not None, "the job was joined first"
     settings = settings_of(scheme, size, num_nodes)
-    comm = build_comm(group, scheme.exchange, settings, torch.device("cpu"), timeout_s)
-    return scheme.comm(**{item.name: getattr(comm, item.name) for item in fields(CpComm)})
+    comm = build_comm(group, scheme.exchange, settings, torch.device("cpu"), timeout_s).kv
+    return scheme.comm(**{item.name: getattr(comm, item.name) for item in fields(KvComm)})

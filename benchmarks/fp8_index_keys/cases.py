@@ -146,15 +146,16 @@ class _Reader:
         """One pack of one document through the model."""
         self.engine.model.eval()
         engine = self.engine
-        local, params = engine.forward.prepare(
-            pack, num_tokens=1, comm=engine.groups.cp_comm(), stats=LayerStats()
-        )
-        engine.forward(engine.model, local, params)
+        params = engine.forward.prepare(pack, num_tokens=1, comm=engine.groups.cp_comm(), stats=LayerStats())
+        engine.forward(engine.model, params)
 
     def _keep(self, module: MsaSelfAttention, inputs: Any, kwargs: Any, _output: Any) -> None:
-        params, hidden = kwargs["packed_seq_params"], inputs[0] if inputs else kwargs["hidden_states"]
-        q, k, _ = module._project(hidden, params)
-        q_index, k_index = module.index_branch(hidden, params.rotary)
+        context, hidden = (
+            kwargs["packed_seq_params"].context,
+            inputs[0] if inputs else kwargs["hidden_states"],
+        )
+        q, k, _ = module._project(hidden, context)
+        q_index, k_index = module.index_branch(hidden, context.rotary)
         attention = block_mass(q[self.position], k, self.position, BLOCK_SIZE)
         pack = Pack(q_index[self.position], k_index, self.position, attention)
         self.found.setdefault(module.layer_number, []).append(pack)

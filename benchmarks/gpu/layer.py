@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.gpu.problem import IndexBranch, LayerSizes, Tensors
 from msa_train.config import AttentionKernel, KvExchange
 from msa_train.parallel.attention.cp_sparse import SparseAttentionArgs, cp_sparse_attention
-from msa_train.parallel.comm.cp_comm import CpComm
+from msa_train.parallel.comm.cp_groups import KvComm
 from msa_train.parallel.sharding.shard_layout import ShardLayout
 
 
@@ -64,12 +64,13 @@ def make_inputs(
 def layer_forward(inputs: LayerInputs, kernel: str) -> Tensor:
     """Return the attention's output [S, M, G, D], as in a prefill."""
     with torch.no_grad():
-        return cp_sparse_attention(inputs.q, inputs.k, inputs.v, None, None, _call(inputs, kernel, 0.0))
+        out, _ = cp_sparse_attention(inputs.q, inputs.k, inputs.v, None, None, _call(inputs, kernel, 0.0))
+    return out
 
 
 def layer_step(inputs: LayerInputs, kernel: str) -> tuple[Tensor, ...]:
     """Run forward and backward with the KL loss; return the output and the gradients of `leaves`."""
-    out = cp_sparse_attention(*inputs.leaves, _call(inputs, kernel, 1.0))
+    out, _ = cp_sparse_attention(*inputs.leaves, _call(inputs, kernel, 1.0))
     return out.detach(), *torch.autograd.grad(out, inputs.leaves, inputs.dout)
 
 
@@ -80,7 +81,7 @@ def _call(inputs: LayerInputs, kernel: str, kl_weight: float) -> SparseAttention
         block_indices=inputs.block_indices,
         position=inputs.position,
         layout=ShardLayout(seq_len=S, block_size=inputs.block_size, cp_rank=0, cp_size=1),
-        comm=CpComm(None, 0, 1, device=inputs.q.device),
+        comm=KvComm(None, 0, 1, device=inputs.q.device),
         exchange=KvExchange.selected,
         softmax_scale=inputs.q.shape[-1] ** -0.5,
         index_scale=Di**-0.5,

@@ -84,10 +84,10 @@ class Meter:
 
     def _one(self, packed: LookupPack) -> dict[str, Any]:
         engine, self._seen = self.engine, _Seen()
-        local, params = engine.forward.prepare(
+        params = engine.forward.prepare(
             packed.pack, num_tokens=1, comm=engine.groups.cp_comm(), stats=LayerStats()
         )
-        losses = engine.forward(engine.model, local, params).flatten()
+        losses = engine.forward(engine.model, params).flatten()
         labels, query = torch.from_numpy(packed.pack.labels), torch.from_numpy(packed.query)
         assert self._seen.hidden is not None, "the decoder has just run"
         weight = engine.model.output_layer.weight

@@ -43,7 +43,7 @@ class MsaTransformerLayer(TransformerLayer):
         self, hidden_states: Tensor, params: PackParams, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
         params.record.calls += 1
-        kwargs = kwargs | {"packed_seq_params": params, "padding_mask": params.padding_mask}
+        kwargs = kwargs | {"packed_seq_params": params, "padding_mask": params.context.padding_mask}
         router = self.mlp.router if isinstance(self.mlp, ExpertLayer) else None
         if router is None or router.local_tokens_per_expert is None:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[return-value]
@@ -52,5 +52,5 @@ class MsaTransformerLayer(TransformerLayer):
         result = super().forward(hidden_states, *args, **kwargs)
         counted = (router.local_tokens_per_expert - before).to(torch.int64)
         if not params.record.replaying:
-            LayerStats.add(params.stats.tokens_per_expert, self.layer_number, counted)
+            LayerStats.add(params.context.stats.tokens_per_expert, self.layer_number, counted)
         return result  # type: ignore[return-value]

@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch.distributed.distributed_c10d import _get_default_store
 
 from msa_train.config import ExchangeConfig, ParallelConfig
-from msa_train.parallel.comm.cp_comm import CpComm
+from msa_train.parallel.comm.cp_groups import CpGroups
 from msa_train.parallel.comm.fault_watch import FaultWatch
 from msa_train.parallel.comm.job_store import open_store
 from msa_train.parallel.comm.rank_faults import BEAT_S, GRACE_S, ExchangeError
@@ -50,7 +50,7 @@ class Groups:
     ep: dist.ProcessGroup
     expert_dp: dist.ProcessGroup
     model_parallel: dist.ProcessGroup
-    comm: CpComm
+    comm: CpGroups
 
     @property
     def is_pipeline_first_stage(self) -> bool:
@@ -62,8 +62,8 @@ class Groups:
         """Whether this rank computes the loss."""
         return self.pp_rank == self.pp_size - 1
 
-    def cp_comm(self) -> CpComm:
-        """Fresh context-parallel collectives with their own counters of bytes and time."""
+    def cp_comm(self) -> CpGroups:
+        """Return context-parallel collectives with counters of their own."""
         return self.comm.with_new_counters()
 
 
@@ -183,8 +183,8 @@ def _group(group: object) -> dist.ProcessGroup:
 
 def destroy_groups(groups: Groups | None = None) -> None:
     """Undo build_groups and init_distributed."""
-    if groups is not None and groups.comm.watch is not None:
-        groups.comm.watch.close()
+    if groups is not None and groups.comm.whole.watch is not None:
+        groups.comm.whole.watch.close()
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -87,9 +87,7 @@ def probe(
     """Positions of this rank's sampled queries and the sums over all ranks."""
     plan = make_partition(LAYOUTS[cp_size], cp_size, CU_SEQLENS, BLOCK_SIZE)
     layout = ShardLayout(seq_len=S, block_size=BLOCK_SIZE, cp_rank=cp_rank, cp_size=cp_size, split=plan)
-    queries = sample_queries(
-        CU_SEQLENS, DOC_LENGTHS, layout, topk=TOPK, count=count, seed=5, device=torch.device("cpu")
-    )
+    queries = sample_queries(CU_SEQLENS, DOC_LENGTHS, layout, topk=TOPK, count=count, seed=5)
     assert queries is not None
     q, k, selected = tensors(dtype)
     own = torch.cat([torch.arange(*edges) for edges in layout.ranges])
@@ -189,7 +187,7 @@ def test_low_precision_inputs_are_summed_in_fp32() -> None:
 def test_everything_selected_is_full_recall() -> None:
     """All mass on one old block that is selected: recall 1, and the entropy of a block of equal scores."""
     layout = ShardLayout(seq_len=S, block_size=BLOCK_SIZE, cp_rank=0, cp_size=1)
-    queries = sample_queries([0, S], [S], layout, topk=1, count=20, seed=0, device=torch.device("cpu"))
+    queries = sample_queries([0, S], [S], layout, topk=1, count=20, seed=0)
     assert queries is not None
     q, k = torch.ones(20, M, G, D, dtype=torch.float64), torch.zeros(S, M, D, dtype=torch.float64)
     k[:BLOCK_SIZE] = 100.0

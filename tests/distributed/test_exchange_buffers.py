@@ -1,7 +1,5 @@
 """What a layer keeps between forward and backward: fetched pairs only where they are to be kept."""
 
-import dataclasses
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from msa_train.config import ExchangeConfig, KvExchange
 from msa_train.parallel.attention.cp_full import FullAttentionArgs, cp_full_attention
 from msa_train.parallel.attention.cp_sparse import SparseAttentionArgs, cp_sparse_attention
-from msa_train.parallel.comm.cp_comm import CpComm
+from msa_train.parallel.comm.cp_groups import KvComm
 from msa_train.parallel.comm.topology import build_comm
 from msa_train.parallel.kv_exchange.full_plan import make_full_plan
 from msa_train.parallel.kv_exchange.requests import kv_blocks_by_owner, needed_kv_blocks
@@ -22,7 +20,7 @@ M, G, D, BLOCK_SIZE, NL = 2, 2, 4, 2, 6
 PAIR_BYTES = 2 * BLOCK_SIZE * D * 8
 
 
-def kept_storages(comm: CpComm, settings: ExchangeConfig, recompute: bool) -> tuple[list[int], int, Tensor]:
+def kept_storages(comm: KvComm, settings: ExchangeConfig, recompute: bool) -> tuple[list[int], int, Tensor]:
     """Bytes of every storage that autograd keeps after a forward, pairs fetched, and the gradient of k."""
     layout = ShardLayout(
         seq_len=comm.size * NL * BLOCK_SIZE, block_size=BLOCK_SIZE, cp_rank=comm.rank, cp_size=comm.size
@@ -49,7 +47,7 @@ def kept_storages(comm: CpComm, settings: ExchangeConfig, recompute: bool) -> tu
         return x
 
     def layer(*inputs: Tensor) -> Tensor:
-        return cp_sparse_attention(*inputs, None, None, dataclasses.replace(call))
+        return cp_sparse_attention(*inputs, None, None, call)[0]
 
     with torch.autograd.graph.saved_tensors_hooks(remember, lambda x: x):
         if recompute:
@@ -66,14 +64,12 @@ def kept_storages(comm: CpComm, settings: ExchangeConfig, recompute: bool) -> tu
 
 
 def kept_by_full_layer(
-    comm: CpComm, keep: bool, recompute: bool
+    comm: KvComm, keep: bool, recompute: bool
 ) -> tuple[list[int], dict[str, int], list[Tensor]]:
     """The same of a dense layer over one document: bytes, what travelled, gradients of q, k and v."""
     comm, seq_len = comm.with_new_counters(), comm.size * NL * BLOCK_SIZE
     layout = ShardLayout(seq_len=seq_len, block_size=BLOCK_SIZE, cp_rank=comm.rank, cp_size=comm.size)
-    plan = make_full_plan(
-        layout, [0, seq_len], [seq_len], exchange=KvExchange.selected, balanced=False, device=comm.device
-    )
+    plan = make_full_plan(layout, [0, seq_len], [seq_len], exchange=KvExchange.selected, balanced=False)
     call = FullAttentionArgs(plan, layout, comm, KvExchange.selected, 1.0, keep=keep)
     generator, T = torch.Generator().manual_seed(comm.rank), layout.local_seq_len
     shapes = ((M, G, D), (M, D), (M, D))
@@ -97,12 +93,12 @@ def kept_by_full_layer(
     assert not held, "the session itself keeps tensors"
     out.square().sum().backward()
     gradients = [x.grad for x in tensors if x.grad is not None]
-    return sorted(kept.values()), dict(comm.traffic.received), gradients
+    return sorted(kept.values()), dict(comm.counters.traffic.received), gradients
 
 
 def worker(_rank: int, _world_size: int) -> dict[str, tuple[list[int], int, Tensor]]:
     assert dist.group.WORLD is not None
-    comm = build_comm(dist.group.WORLD, KvExchange.selected, ExchangeConfig(), torch.device("cpu"), 60.0)
+    comm = build_comm(dist.group.WORLD, KvExchange.selected, ExchangeConfig(), torch.device("cpu"), 60.0).kv
     keep, again = ExchangeConfig(), ExchangeConfig(keep_for_backward=False)
     return {
         "keep": kept_storages(comm, keep, False),
@@ -113,7 +109,7 @@ def worker(_rank: int, _world_size: int) -> dict[str, tuple[list[int], int, Tens
 
 def full_worker(_rank: int, _world_size: int) -> list[tuple[list[int], dict[str, int], list[Tensor]]]:
     assert dist.group.WORLD is not None
-    comm = build_comm(dist.group.WORLD, KvExchange.selected, ExchangeConfig(), torch.device("cpu"), 60.0)
+    comm = build_comm(dist.group.WORLD, KvExchange.selected, ExchangeConfig(), torch.device("cpu"), 60.0).kv
     return [kept_by_full_layer(comm, *way) for way in ((True, False), (False, False), (True, True))]
 
 

@@ -9,11 +9,11 @@ import os
 import re
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 from msa_train.config import ExchangeConfig, KvExchange
 from msa_train.parallel.attention.cp_sparse import SparseAttentionArgs, cp_sparse_attention
 from msa_train.parallel.comm.cp_comm import CpComm
+from msa_train.parallel.comm.cp_groups import KvComm
 from msa_train.parallel.comm.rank_faults import ExchangeError
 from msa_train.parallel.comm.topology import build_comm
 from msa_train.parallel.kv_exchange import plan as exchange_plan
@@ -68,14 +69,17 @@ SCENES = [
 class LosingComm(CpComm):
     """Ends or stops its process before a collective of some purpose."""
 
-    __slots__ = ()
-    scene: Scene | None = None
+    scene: ClassVar[Scene | None] = None
 
-    def before(self, purpose: str, num_bytes: int) -> None:
-        super().before(purpose, num_bytes)
+    def _announce(self, purpose: str, num_bytes: int) -> None:
+        super()._announce(purpose, num_bytes)
         scene = LosingComm.scene
         if scene is not None and dist.get_rank() == VICTIM and purpose == scene.point:
             os.kill(os.getpid(), scene.signal)
+
+
+class LosingKvComm(LosingComm, KvComm):
+    """The same with nodes."""
 
 
 def selection(rank: int, size: int) -> Tensor:
@@ -86,7 +90,7 @@ def selection(rank: int, size: int) -> Tensor:
     return torch.cat((first[:, None], rows), 1)[:, None].expand(-1, M, -1).contiguous()
 
 
-def run_layer(comm: CpComm, settings: ExchangeConfig, *, poison: str = "", seq_blocks: int = 0) -> Tensor:
+def run_layer(comm: KvComm, settings: ExchangeConfig, *, poison: str = "", seq_blocks: int = 0) -> Tensor:
     """One MSA layer, forward and backward, of small random tensors; its output."""
     rank, size = comm.rank, comm.size
     layout = ShardLayout(
@@ -110,22 +114,25 @@ def run_layer(comm: CpComm, settings: ExchangeConfig, *, poison: str = "", seq_b
         settings=settings,
     )
     tensors = [x.requires_grad_() for x in (q, k, v, q_index, k_index)]
-    out = cp_sparse_attention(*tensors, call)
+    out, _ = cp_sparse_attention(*tensors, call)
     out.sum().backward()
     return out.detach()
 
 
-def losing_comm(scene: Scene) -> tuple[CpComm, ExchangeConfig]:
+def losing_comm(scene: Scene) -> tuple[KvComm, ExchangeConfig]:
     assert dist.group.WORLD is not None
     settings = ExchangeConfig(
         keep_for_backward=scene.point != "kv_again", ranks_per_node=2 if scene.nodes else 0
     )
-    comm = build_comm(dist.group.WORLD, KvExchange.selected, settings, torch.device("cpu"), TIMEOUT_S)
-    fields = {name: getattr(comm, name) for name in CpComm.__slots__}
-    for name in ("inner", "outer"):
-        if fields[name] is not None:
-            fields[name] = LosingComm(**{n: getattr(fields[name], n) for n in CpComm.__slots__})
-    return LosingComm(**fields), settings
+    comm = build_comm(dist.group.WORLD, KvExchange.selected, settings, torch.device("cpu"), TIMEOUT_S).kv
+    for part in ("inner", "outer"):
+        if (nodes := getattr(comm, part)) is not None:
+            setattr(comm, part, LosingComm(**_fields(nodes)))
+    return LosingKvComm(**_fields(comm)), settings
+
+
+def _fields(comm: CpComm) -> dict[str, Any]:
+    return {item.name: getattr(comm, item.name) for item in fields(comm)}
 
 
 def scene_rank(rank: int, scene: Scene, folder: str) -> None:
@@ -211,7 +218,7 @@ def refused(rank: int, world_size: int) -> list[str]:
     """What this rank is told about requests of rank 1 that do not fit, and about its bad values."""
     assert dist.group.WORLD is not None
     settings = ExchangeConfig()
-    comm = build_comm(dist.group.WORLD, KvExchange.selected, settings, torch.device("cpu"), 20.0)
+    comm = build_comm(dist.group.WORLD, KvExchange.selected, settings, torch.device("cpu"), 20.0).kv
     odd = rank == VICTIM
     texts = []
     layout = ShardLayout(seq_len=12 + 300 * odd, block_size=2, cp_rank=rank, cp_size=world_size)
@@ -223,7 +230,7 @@ def refused(rank: int, world_size: int) -> list[str]:
     for poison in ("k", "v", "k_index"):
         told = comm.with_new_counters().for_layer(LAYER)
         assert run_layer(told, settings, poison=poison if odd else "").isnan().all()
-        texts += told.bad_values
+        texts += told.counters.bad_values
     with pytest.raises(ExchangeError) as caught:
         run_layer(comm.for_layer(LAYER + odd), settings)
     texts.append(str(caught.value))

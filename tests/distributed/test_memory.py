@@ -69,12 +69,12 @@ def peak_of_one_layer(rank: int, world_size: int, warmup: bool) -> tuple[float, 
     init_weights(model, seed=1, tp_rank=0, tp_size=1, ep_rank=0)
     attention = model.decoder.layers[0].self_attention
     pack = make_pack([seq_len], seq_len=seq_len, block_size=128, vocab_size=64, seed=rank)
-    local, params = PackForward(config, groups).prepare(
+    params = PackForward(config, groups).prepare(
         pack, num_tokens=seq_len, comm=groups.cp_comm(), stats=LayerStats()
     )
     del pack
     generator = torch.Generator().manual_seed(rank)
-    hidden = torch.randn(local.tokens.shape[0], 1, 256, generator=generator).requires_grad_()
+    hidden = torch.randn(params.context.pack.tokens.shape[0], 1, 256, generator=generator).requires_grad_()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     out, _ = attention(hidden, packed_seq_params=params)
     out.sum().backward()

@@ -17,7 +17,7 @@ from msa_train.model.layers.cross_entropy import linear_cross_entropy
 from msa_train.model.layers.moe import ExpertLayer, SigmoidRouter
 from msa_train.parallel.process_groups import build_groups
 from msa_train.training.engines.torch_engine import TorchEngine
-from msa_train.training.optim.lr_schedule import Rates
+from msa_train.training.optim.lr_schedule import LearningRates
 from msa_train.training.step_batch import make_batch
 from tests.helpers.compare import assert_rows_close
 from tests.helpers.model_runs import small_config, step_packs
@@ -30,10 +30,8 @@ def engine_of(config: RunConfig) -> TorchEngine:
 
 def losses_of(engine: TorchEngine) -> torch.Tensor:
     pack = step_packs()[1][0]
-    local, params = engine.forward.prepare(
-        pack, num_tokens=70, comm=engine.groups.cp_comm(), stats=LayerStats()
-    )
-    return engine.forward(engine.model, local, params)
+    params = engine.forward.prepare(pack, num_tokens=70, comm=engine.groups.cp_comm(), stats=LayerStats())
+    return engine.forward(engine.model, params)
 
 
 def check_cross_entropy() -> None:
@@ -84,12 +82,11 @@ def check_window_hides_the_rest() -> None:
     engine = engine_of(config)
     pack = step_packs()[0][0]
     reach = config.model.num_layers * (config.attention.window - 1)
-    local, params = engine.forward.prepare(
-        pack, num_tokens=1, comm=engine.groups.cp_comm(), stats=LayerStats()
-    )
-    before = engine.forward(engine.model, local, params)
+    params = engine.forward.prepare(pack, num_tokens=1, comm=engine.groups.cp_comm(), stats=LayerStats())
+    before = engine.forward(engine.model, params)
+    local = params.context.pack
     local.tokens[20] = (local.tokens[20] + 1) % 61
-    change = (engine.forward(engine.model, local, params) - before).abs()
+    change = (engine.forward(engine.model, params) - before).abs()
     assert not change[:20].any()
     assert change[20 + reach] > 1e-6
     # an expert's products may round a token otherwise when another token has left it; some processors do
@@ -103,7 +100,7 @@ def check_dense_stage_is_sparse_stage_with_all_blocks() -> None:
     for attention in StageAttention:
         engine = engine_of(small_config(topk=24, stage=StageConfig(attention=attention), temperature=1.7))
         packs = step_packs()[0]
-        result = engine.train_step(make_batch(packs, engine.groups), Rates(0.0, 0.0))
+        result = engine.train_step(make_batch(packs, engine.groups), LearningRates(0.0, 0.0))
         gradients = {n: engine.gradients.view(p).clone() for n, p in engine.model.named_parameters()}
         seen.append((result, gradients))
         parallel_state.destroy_model_parallel()
@@ -122,7 +119,7 @@ def check_frozen_parts_stay(frozen: str, others: str) -> None:
     engine = engine_of(small_config(stage=StageConfig(**{frozen: 0.0})))
     before = {n: p.detach().clone() for n, p in engine.model.named_parameters()}
     scales = {"lr_scale": "backbone", "index_lr_scale": "index"}
-    rates = Rates(**{scales[frozen]: 0.0, scales[others]: 1e-2})
+    rates = LearningRates(**{scales[frozen]: 0.0, scales[others]: 1e-2})
     engine.train_step(make_batch(step_packs()[0], engine.groups), rates)
     for name, parameter in engine.model.named_parameters():
         is_frozen = is_index_parameter(name) is (frozen == "index_lr_scale")
@@ -143,7 +140,7 @@ def check_frozen_index_branch_stays() -> None:
 def check_padding_is_routed_nowhere() -> None:
     engine = engine_of(small_config())
     packs = [step_packs()[1][0]]
-    result = engine.train_step(make_batch(packs, engine.groups), Rates(0.0, 0.0))
+    result = engine.train_step(make_batch(packs, engine.groups), LearningRates(0.0, 0.0))
     for counts in result.stats.tokens_per_expert.values():
         assert int(counts.sum()) == 2 * packs[0].num_tokens
     parallel_state.destroy_model_parallel()
@@ -176,11 +173,12 @@ def check_padding_does_not_leak() -> None:
     engine = engine_of(small_config())
     pack = step_packs()[1][1]
     comm, stats = engine.groups.cp_comm(), LayerStats()
-    local, params = engine.forward.prepare(pack, num_tokens=1, comm=comm, stats=stats)
-    before = engine.forward(engine.model, local, params)
+    params = engine.forward.prepare(pack, num_tokens=1, comm=comm, stats=stats)
+    before = engine.forward(engine.model, params)
+    local = params.context.pack
     local.tokens[~local.valid] = 17
     assert int((~local.valid).sum()) > 5
-    assert torch.equal(before, engine.forward(engine.model, local, params))
+    assert torch.equal(before, engine.forward(engine.model, params))
     parallel_state.destroy_model_parallel()
 
 

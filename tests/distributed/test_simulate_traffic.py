@@ -74,7 +74,7 @@ def count_traffic(rank: int, size: int, block_indices: Tensor) -> dict[str, dict
     counted = {}
     for name, (exchange, settings, _) in CASES.items():
         config = ExchangeConfig(**settings)  # type: ignore[arg-type]
-        comm = build_comm(dist.group.WORLD, exchange, config, torch.device("cpu"), 60.0)  # type: ignore[arg-type]
+        comm = build_comm(dist.group.WORLD, exchange, config, torch.device("cpu"), 60.0).kv  # type: ignore[arg-type]
         T = layout.local_seq_len
         shapes = ((T, M, G, D), (T, M, D), (T, M, D), (T, M, DI), (T, DI))
         q, k, v, q_index, k_index = (
@@ -83,7 +83,7 @@ def count_traffic(rank: int, size: int, block_indices: Tensor) -> dict[str, dict
         before: dict[str, int] = {}
         # In a first call of a size ranks also introduce themselves; the second is like all others.
         for _ in range(2):
-            before = dict(comm.traffic.received)
+            before = dict(comm.counters.traffic.received)
             keys = comm.all_gather(k_index.detach(), "index_key").flatten(0, 1)
             call = SparseAttentionArgs(
                 block_indices=block_indices[rows],
@@ -96,9 +96,11 @@ def count_traffic(rank: int, size: int, block_indices: Tensor) -> dict[str, dict
                 kl_weight=1.0,
                 settings=config,
             )
-            cp_sparse_attention(q, k, v, q_index, k_index, call).sum().backward()
+            cp_sparse_attention(q, k, v, q_index, k_index, call)[0].sum().backward()
         counted[name] = {
-            key: n - before.get(key, 0) for key, n in comm.traffic.received.items() if key != "request_shape"
+            key: n - before.get(key, 0)
+            for key, n in comm.counters.traffic.received.items()
+            if key != "request_shape"
         }
     return counted
 

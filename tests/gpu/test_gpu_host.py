@@ -94,7 +94,7 @@ def collectives_of_one(rank: int, world_size: int) -> dict[str, Any]:
     groups = build_groups(ParallelConfig(kv_exchange=KvExchange.auto), device=here(), exchange=exchange)
     x = torch.arange(12.0, device=here()).view(4, 3)
     found = {name: _by_torch(group, x) for name, group in _groups(groups).items()}
-    comm = groups.cp_comm()
+    comm = groups.cp_comm().kv
     ours: dict[str, Callable[[], Tensor]] = {
         "all_gather": lambda: comm.all_gather(x, "kv")[0],
         "reduce_scatter": lambda: comm.reduce_scatter(x[None], "kv"),
@@ -103,7 +103,7 @@ def collectives_of_one(rank: int, world_size: int) -> dict[str, Any]:
     }
     found["comm"] = {name: call().cpu() for name, call in ours.items()}
     dist.barrier()
-    assert comm.traffic.received.get("kv", 0) == 0, "nothing came from another rank"
+    assert comm.counters.traffic.received.get("kv", 0) == 0, "nothing came from another rank"
     parallel_state.destroy_model_parallel()
     return {"backend": dist.get_backend(groups.cp), "x": x.cpu(), "found": found}
 

@@ -25,12 +25,13 @@ from msa_train.config import (
 from msa_train.data import Pack
 from msa_train.model.attention.msa import MsaSelfAttention
 from msa_train.model.init_weights import global_names
+from msa_train.model.inputs.pack_plan import shard_layout
 from msa_train.model.layers.moe import SigmoidRouter
 from msa_train.parallel.attention.selection_recall import RecallSums
 from msa_train.parallel.process_groups import build_groups
 from msa_train.parallel.sharding.shard_layout import ShardLayout
 from msa_train.training.engines.torch_engine import TorchEngine
-from msa_train.training.optim.lr_schedule import Rates
+from msa_train.training.optim.lr_schedule import LearningRates
 from msa_train.training.step_batch import make_batch
 from tests.helpers.devices import rank_device
 from tests.helpers.packs import make_pack
@@ -151,7 +152,7 @@ def run_steps(config: RunConfig, steps: list[list[Pack]] | None = None) -> dict[
         selections.clear()
         packs_of_step[:] = [i for i in range(len(packs)) if i % groups.dp_size == groups.dp_rank]
         batch = make_batch([packs[i] for i in packs_of_step], groups, recall_seed=number)
-        result = engine.train_step(batch, Rates(backbone=1e-2, index=1e-2))
+        result = engine.train_step(batch, LearningRates(backbone=1e-2, index=1e-2))
         names = global_names(engine.model, ep_rank=groups.ep_rank)
         observed.append(
             {
@@ -166,9 +167,10 @@ def run_steps(config: RunConfig, steps: list[list[Pack]] | None = None) -> dict[
                     if isinstance(m, SigmoidRouter)
                 ],
                 "attention": {n: _sum_all(result.stats.attention.get(n, nothing)) for n in msa_layers},
-                "traffic": dict(result.traffic.received),
+                "traffic": dict(result.counters.traffic.received),
                 "positions": {
-                    i: _positions(engine.forward.layout(packs[i], head_size)) for i in packs_of_step
+                    i: _positions(shard_layout(config, packs[i], groups.cp_rank, head_size))
+                    for i in packs_of_step
                 },
                 "first_group": _first_group(config, groups.cp_rank),
             }

@@ -24,9 +24,7 @@ def sample(
 ) -> RecallQueries:
     plan = make_partition(kind, cp_size, CU_SEQLENS, 4)
     layout = ShardLayout(seq_len=96, block_size=4, cp_rank=cp_rank, cp_size=cp_size, split=plan)
-    queries = sample_queries(
-        CU_SEQLENS, DOC_LENGTHS, layout, topk=3, count=count, seed=seed, device=torch.device("cpu")
-    )
+    queries = sample_queries(CU_SEQLENS, DOC_LENGTHS, layout, topk=3, count=count, seed=seed)
     assert queries is not None
     return queries
 
@@ -70,9 +68,7 @@ def test_ranks_share_one_sample(cp_size: int, kind: CpLayout) -> None:
 
 def test_no_query_sees_more_blocks_than_are_selected() -> None:
     layout = ShardLayout(seq_len=96, block_size=4, cp_rank=0, cp_size=1)
-    none = sample_queries(
-        CU_SEQLENS, DOC_LENGTHS, layout, topk=13, count=9, seed=1, device=torch.device("cpu")
-    )
+    none = sample_queries(CU_SEQLENS, DOC_LENGTHS, layout, topk=13, count=9, seed=1)
     assert none is None
 
 

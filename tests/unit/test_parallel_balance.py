@@ -181,7 +181,7 @@ def test_ring_takes_zigzag_where_it_is_balanced() -> None:
 
 def test_moves_match_between_ranks() -> None:
     """What one rank sends to another is what that one expects, row by row, in all three uses."""
-    rng, cpu = np.random.default_rng(4), torch.device("cpu")
+    rng = np.random.default_rng(4)
     for _ in range(30):
         size = int(rng.integers(2, 6))
         cu_seqlens, lengths = random_pack(rng, 2 * size * 6, 8)
@@ -190,7 +190,7 @@ def test_moves_match_between_ranks() -> None:
         # Every rank wants the start of the pack, so its owner sends to several.
         wanted = tuple(joined(sorted([(0, 16), *parts])) for parts in away.ranges)
         for after in (away.ranges, wanted):
-            all_moves = [make_moves(home.ranges, after, rank, cpu) for rank in range(size)]
+            all_moves = [make_moves(home.ranges, after, rank) for rank in range(size)]
             for rank, moves in enumerate(all_moves):
                 mine = torch.tensor(positions(home.ranges[rank]))
                 result = torch.full((moves.num_after,), -1)
@@ -202,4 +202,4 @@ def test_moves_match_between_ranks() -> None:
                 assert [len(rows) for rows in arrived] == moves.receive
                 result[moves.received] = torch.cat(arrived)
                 assert result.tolist() == positions(after[rank])
-        assert (make_relayout(home, away, 0, cpu) is None) == (home.ranges == away.ranges)
+        assert (make_relayout(home, away, 0) is None) == (home.ranges == away.ranges)

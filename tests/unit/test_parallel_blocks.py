@@ -4,7 +4,7 @@ import torch
 from msa_kernels.block_sparse_attention.types import BlockPool
 
 from msa_train.config import ExchangeConfig, KvExchange
-from msa_train.parallel.comm.cp_comm import CpComm
+from msa_train.parallel.comm.cp_groups import KvComm
 from msa_train.parallel.kv_exchange.cost_model import KvBlockBytes
 from msa_train.parallel.kv_exchange.requests import (
     ExchangeTerms,
@@ -41,7 +41,7 @@ def test_pairs_by_owner_leave_out_own_ones() -> None:
 def test_one_rank_asks_nobody() -> None:
     layout = ShardLayout(seq_len=8, block_size=2, cp_rank=0, cp_size=1)
     terms = ExchangeTerms(KvExchange.selected, ExchangeConfig(), KvBlockBytes(1, 1), (None, torch.zeros(1)))
-    requests = exchange_requests(torch.ones(2, 4, dtype=torch.bool), layout, CpComm(None, 0, 1), terms)
+    requests = exchange_requests(torch.ones(2, 4, dtype=torch.bool), layout, KvComm(None, 0, 1), terms)
     assert requests.plan is not None
     assert requests.plan.hops[0].send == requests.plan.hops[0].receive == [0]
     assert requests.plan.num_rows == requests.plan.num_hot == 0

@@ -17,14 +17,14 @@ from torch import Tensor
 from msa_train.config import KvExchange, QkNorm
 from msa_train.model.attention.index_branch import PendingIndexKeys
 from msa_train.model.inputs.layer_stats import LayerStats
-from msa_train.model.inputs.pack_params import PackParams
+from msa_train.model.inputs.pack_params import PackContext, PackParams, SelectionRecord
 from msa_train.model.layers.norm import RMSNorm
 from msa_train.model.layers.rotary import apply_rotary
 from msa_train.model.transformer_config import MsaTransformerConfig
 from msa_train.parallel.attention.cp_full import FullAttentionArgs
-from msa_train.parallel.attention.cp_sparse import SparseAttentionArgs
 from msa_train.parallel.attention.dense_kl import IndexKl
-from msa_train.parallel.comm.cp_comm import CpComm
+from msa_train.parallel.comm.cp_groups import KvComm
+from msa_train.parallel.kv_exchange.requests import ExchangeDecision
 from msa_train.parallel.sharding.ulysses import cp_to_hp, gather_tokens, hp_to_cp
 
 
@@ -109,74 +109,85 @@ class GroupedQueryAttention(MegatronModule, ABC):
         **_unused: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [T, 1, H] -> (output [T, 1, H], None), Megatron's contract of an attention module."""
-        started = self.start(hidden_states, packed_seq_params)
-        q, k, v = self._project(hidden_states, packed_seq_params)
-        if packed_seq_params.heads is None:
-            out = self.attend(started, q, k, v, packed_seq_params)
+        context, record = packed_seq_params.context, packed_seq_params.record
+        started = self.start(hidden_states, context)
+        q, k, v = self._project(hidden_states, context)
+        if context.ulysses is None:
+            out = self.attend(started, q, k, v, context, record)
         else:
-            out = self._attend_by_heads(started, q, k, v, packed_seq_params)
+            out = self._attend_by_heads(started, q, k, v, context, record)
         return self.linear_proj(out.reshape(out.shape[0], 1, -1))
 
-    def start(self, hidden_states: Tensor, params: PackParams) -> PendingIndexKeys | None:
+    def start(self, hidden_states: Tensor, context: PackContext) -> PendingIndexKeys | None:
         """Begin what can travel while queries, keys and values are projected."""
         return None
 
-    def _project(self, hidden_states: Tensor, params: PackParams) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, hidden_states: Tensor, context: PackContext) -> tuple[Tensor, Tensor, Tensor]:
         """q [T, M, G, D], k and v [T, M, D], normalised and rotated."""
-        assert params.rotary is not None, "a pack comes with its rotary table"
         mixed, _ = self.linear_qkv(hidden_states)
         mixed = mixed.view(mixed.shape[0], self.num_groups, self.heads_per_group + 2, self.head_dim)
         q, k, v = mixed.split([self.heads_per_group, 1, 1], dim=2)
         k, v = k.squeeze(2), v.squeeze(2)
         if self.q_layernorm is not None and self.k_layernorm is not None:
             q, k = _normalise(self.q_layernorm, q), _normalise(self.k_layernorm, k)
-        return apply_rotary(q, params.rotary), apply_rotary(k, params.rotary), v
+        return apply_rotary(q, context.rotary), apply_rotary(k, context.rotary), v
 
     def _attend_by_heads(
-        self, started: PendingIndexKeys | None, q: Tensor, k: Tensor, v: Tensor, params: PackParams
+        self,
+        started: PendingIndexKeys | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        context: PackContext,
+        record: SelectionRecord,
     ) -> Tensor:
-        """`attend` on the tokens of all ranks of the head group and this rank's share of the KV groups."""
-        comm, heads = self.comm_of(params).heads, params.heads
-        assert comm is not None, "head groups come with their collectives"
-        assert heads is not None, "called where there are head groups"
+        """Run `attend` on the tokens of the Ulysses group and this rank's share of the KV heads."""
+        comm, ulysses = context.comm.for_layer(self.layer_number).ulysses, context.ulysses
+        assert comm is not None, "Ulysses inputs come with their group"
+        assert ulysses is not None, "called where there are Ulysses groups"
         parts = [q.flatten(2), k, v] if started is None else [q.flatten(2), k, v, started.q]
-        mixed = cp_to_hp(torch.cat(parts, dim=-1), comm, heads.order)
+        mixed = cp_to_hp(torch.cat(parts, dim=-1), comm, ulysses.order)
         # What is sent on must lie in one piece.
         q, k, v, *index = (x.contiguous() for x in mixed.split([part.shape[-1] for part in parts], dim=-1))
         if started is not None:
-            k_index = gather_tokens(started.k, comm, heads.order)
+            k_index = gather_tokens(started.k, comm, ulysses.order)
             started = replace(started, q=index[0], k=k_index)
         q = q.unflatten(-1, (self.heads_per_group, self.head_dim))
-        return hp_to_cp(self.attend(started, q, k, v, params.of_head_group()), comm, heads.order)
+        out = self.attend(started, q, k, v, context.of_ulysses_group(), record)
+        return hp_to_cp(out, comm, ulysses.order)
 
     @abstractmethod
     def attend(
-        self, started: PendingIndexKeys | None, q: Tensor, k: Tensor, v: Tensor, params: PackParams
+        self,
+        started: PendingIndexKeys | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        context: PackContext,
+        record: SelectionRecord,
     ) -> Tensor:
         """Attention proper: what `start` returned, shapes as `_project` returns them -> [T, M, G, D]."""
 
-    def comm_of(self, params: PackParams) -> CpComm:
-        """Collectives whose messages name this layer."""
-        assert params.comm is not None, "the step fills in the collectives"
-        return params.comm.for_layer(self.layer_number)
+    def kv_comm(self, context: PackContext) -> KvComm:
+        """Return the collectives over which KV blocks travel; their messages name this layer."""
+        return context.comm.kv.for_layer(self.layer_number)
 
-    def _record(self, call: SparseAttentionArgs, params: PackParams) -> None:
+    def _record(self, decision: ExchangeDecision, context: PackContext, record: SelectionRecord) -> None:
         """Keep what was agreed for a recomputation; count which way was taken."""
-        if not params.record.replaying and call.requests is not None:
-            selected = torch.tensor([call.requests.kind is KvExchange.selected, 1], dtype=torch.int64)
-            LayerStats.add(params.stats.exchange, self.layer_number, selected)
-        params.record.requests = call.requests
+        if not record.replaying:
+            selected = torch.tensor([decision.kind is KvExchange.selected, 1], dtype=torch.int64)
+            LayerStats.add(context.stats.exchange, self.layer_number, selected)
+        record.exchange = decision
 
-    def full_attention_args(self, params: PackParams, kl: IndexKl | None = None) -> FullAttentionArgs:
-        """Dense attention over this pack."""
-        pack = params.pack
-        assert pack is not None, "the step fills in the pack"
+    def full_attention_args(self, context: PackContext, kl: IndexKl | None = None) -> FullAttentionArgs:
+        """Describe full attention over this pack."""
+        pack = context.pack
         assert pack.full is not None, "planned where a layer attends to everything"
         return FullAttentionArgs(
             plan=pack.full,
             layout=pack.layout,
-            comm=self.comm_of(params),
-            exchange=params.full_exchange or self.config.kv_exchange,
+            comm=self.kv_comm(context),
+            exchange=context.full_exchange or self.config.kv_exchange,
             softmax_scale=self.head_dim**-0.5,
             kl=kl,
             keep=self.config.exchange.keep_for_backward,

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from msa_train.model.attention.base import GroupedQueryAttention
 from msa_train.model.attention.index_branch import PendingIndexKeys
-from msa_train.model.inputs.pack_params import PackParams
+from msa_train.model.inputs.pack_params import PackContext, SelectionRecord
 from msa_train.parallel.attention.cp_full import cp_full_attention
 
 
@@ -12,7 +12,13 @@ class FullSelfAttention(GroupedQueryAttention):
     """Dense causal attention within documents."""
 
     def attend(
-        self, started: PendingIndexKeys | None, q: Tensor, k: Tensor, v: Tensor, params: PackParams
+        self,
+        started: PendingIndexKeys | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        context: PackContext,
+        record: SelectionRecord,
     ) -> Tensor:
         """See GroupedQueryAttention.attend."""
-        return cp_full_attention(q, k, v, self.full_attention_args(params))
+        return cp_full_attention(q, k, v, self.full_attention_args(context))

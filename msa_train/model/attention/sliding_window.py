@@ -5,7 +5,7 @@ from torch import Tensor
 
 from msa_train.model.attention.base import GroupedQueryAttention
 from msa_train.model.attention.index_branch import PendingIndexKeys
-from msa_train.model.inputs.pack_params import PackParams
+from msa_train.model.inputs.pack_params import PackContext, SelectionRecord
 from msa_train.parallel.attention.cp_sparse import SparseAttentionArgs, cp_sparse_attention
 
 
@@ -13,11 +13,16 @@ class WindowSelfAttention(GroupedQueryAttention):
     """Causal sliding window within documents, with a sink: position decides which blocks are exchanged."""
 
     def attend(
-        self, started: PendingIndexKeys | None, q: Tensor, k: Tensor, v: Tensor, params: PackParams
+        self,
+        started: PendingIndexKeys | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        context: PackContext,
+        record: SelectionRecord,
     ) -> Tensor:
         """See GroupedQueryAttention.attend."""
-        pack, attention = params.pack, self.config.attention
-        assert pack is not None, "the step fills in the pack"
+        pack, attention = context.pack, self.config.attention
         block_indices, window = window_blocks(
             pack.position,
             pack.position - pack.doc_position,
@@ -31,14 +36,14 @@ class WindowSelfAttention(GroupedQueryAttention):
             block_indices=block_indices[:, None].expand(-1, k.shape[1], -1),
             position=pack.position,
             layout=pack.layout,
-            comm=self.comm_of(params),
+            comm=self.kv_comm(context),
             exchange=self.config.kv_exchange,
             softmax_scale=self.head_dim**-0.5,
             settings=self.config.exchange,
-            requests=params.record.requests,
+            decision=record.exchange,
             window=window,
             kernel=attention.kernel,
         )
-        out = cp_sparse_attention(q, k, v, None, None, call)
-        self._record(call, params)
+        out, decision = cp_sparse_attention(q, k, v, None, None, call)
+        self._record(decision, context, record)
         return out

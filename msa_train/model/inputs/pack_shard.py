@@ -10,7 +10,6 @@ from torch import Tensor
 
 from msa_train.config import ParallelConfig
 from msa_train.data import Pack
-from msa_train.parallel.comm.to_device import to_device
 from msa_train.parallel.kv_exchange.full_plan import FullPlan, make_full_plan
 from msa_train.parallel.sharding.load_balance import balance, index_work
 from msa_train.parallel.sharding.partition import Range
@@ -49,11 +48,15 @@ class PackShard:
 
 
 def make_pack_shard(
-    pack: Pack, layout: ShardLayout, parallel: ParallelConfig, device: torch.device, *, with_full: bool
+    pack: Pack, layout: ShardLayout, parallel: ParallelConfig, *, with_full: bool
 ) -> PackShard:
-    """Cut this rank's shard out of a pack that every rank of the context-parallel group holds.
+    """Cut this rank's shard out of a pack that every rank of the context-parallel group holds; on the host.
 
-    with_full: whether any layer attends to everything: the plan for it takes time with many ranks.
+    Args:
+        pack: the whole pack.
+        layout: which tokens this rank holds.
+        parallel: exchange and balancing.
+        with_full: plan full attention too, which takes time with many ranks.
     """
     cu_seqlens, doc_lengths = pack.cu_seqlens.tolist(), pack.doc_lengths.tolist()
     position = torch.cat([torch.arange(start, stop) for start, stop in layout.ranges])
@@ -69,17 +72,16 @@ def make_pack_shard(
             doc_lengths,
             exchange=parallel.kv_exchange,
             balanced=parallel.balance_full_attention,
-            device=device,
         )
     return PackShard(
         layout=layout,
-        tokens=to_device(_cut(pack.tokens, layout), device),
-        labels=to_device(_cut(pack.labels, layout), device),
-        position=to_device(position, device),
-        doc_position=to_device(doc_position, device),
-        valid=to_device(valid, device),
-        cu_seqlens=to_device(starts, device),
-        index=_index_plan(layout, cu_seqlens, parallel, device),
+        tokens=_cut(pack.tokens, layout),
+        labels=_cut(pack.labels, layout),
+        position=position,
+        doc_position=doc_position,
+        valid=valid,
+        cu_seqlens=starts,
+        index=_index_sharding(layout, cu_seqlens, parallel),
         full=full,
     )
 
@@ -89,11 +91,11 @@ def _cut(values: npt.NDArray[np.int64], layout: ShardLayout) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _index_plan(
-    layout: ShardLayout, cu_seqlens: Sequence[int], parallel: ParallelConfig, device: torch.device
+def _index_sharding(
+    layout: ShardLayout, cu_seqlens: Sequence[int], parallel: ParallelConfig
 ) -> IndexSharding:
     away = layout.plan
     if parallel.balance_index and layout.cp_size > 1:
         away = balance(layout.plan, *index_work(cu_seqlens, layout.block_size))
-    moves = make_relayout(layout.plan, away, layout.cp_rank, device)
+    moves = make_relayout(layout.plan, away, layout.cp_rank)
     return IndexSharding(ranges=away.ranges[layout.cp_rank], moves=moves)

@@ -17,14 +17,14 @@ from msa_kernels.full_attention.op import merge_parts
 from torch import Tensor
 
 from msa_train.config import AttentionKernel, ExchangeConfig, KvExchange
-from msa_train.parallel.comm.cp_comm import CpComm
+from msa_train.parallel.comm.cp_groups import KvComm
 from msa_train.parallel.kv_exchange.choose import negotiate_exchange, open_kv_session
 from msa_train.parallel.kv_exchange.requests import ExchangeDecision, needed_kv_blocks
 from msa_train.parallel.kv_exchange.session import KvSource, PairGrads
 from msa_train.parallel.sharding.shard_layout import ShardLayout
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, frozen=True)
 class SparseAttentionArgs:
     """One call of a layer: everything but the differentiable tensors.
 
@@ -36,7 +36,7 @@ class SparseAttentionArgs:
     on_kl: receives this rank's unweighted sum of divergences (fp64 scalar) in the backward pass.
     settings: how the exchange goes about it.
     needed: [M, NB] bool, `needed_kv_blocks` of block_indices; None: computed where it is asked for.
-    requests: agreed block requests; filled by the first call and reused when the layer is recomputed.
+    decision: of the call that is recomputed; None: the ranks agree on one.
     window: which tokens of their blocks the local queries see, for sliding windows; None: all but the future.
     kernel: implementation of the attention, forward and backward.
     """
@@ -44,7 +44,7 @@ class SparseAttentionArgs:
     block_indices: Tensor
     position: Tensor
     layout: ShardLayout
-    comm: CpComm
+    comm: KvComm
     exchange: KvExchange
     softmax_scale: float
     index_scale: float = 1.0
@@ -54,15 +54,15 @@ class SparseAttentionArgs:
     on_kl: Callable[[Tensor], None] | None = None
     settings: ExchangeConfig = field(default_factory=ExchangeConfig)
     needed: Tensor | None = None
-    requests: ExchangeDecision | None = None
+    decision: ExchangeDecision | None = None
     window: TokenWindow | None = None
     kernel: AttentionKernel = AttentionKernel.auto
 
 
 def cp_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, q_index: Tensor | None, k_index: Tensor | None, call: SparseAttentionArgs
-) -> Tensor:
-    """Attention of local queries over the blocks they selected, wherever these blocks are.
+) -> tuple[Tensor, ExchangeDecision]:
+    """Attend from local queries to the blocks they selected, wherever these blocks are.
 
     The gradient of `q_index` and `k_index` is that of `call.kl_weight * KL`, whatever gradient reaches the
     output: the loss value itself is formed in the backward pass only, where its parts exist anyway.
@@ -73,7 +73,7 @@ def cp_sparse_attention(
         call: see SparseAttentionArgs.
 
     Returns:
-        [T, M, G, D] in q's dtype.
+        [T, M, G, D] in q's dtype; and how the blocks came, to be given again where the layer is recomputed.
     """
     return _CpSparseAttention.apply(q, k, v, q_index, k_index, call)
 
@@ -88,13 +88,12 @@ class _CpSparseAttention(torch.autograd.Function):
         q_index: Tensor | None,
         k_index: Tensor | None,
         call: SparseAttentionArgs,
-    ) -> Tensor:
+    ) -> tuple[Tensor, ExchangeDecision]:
         local = pack_blocks(k, v, call.layout.block_size)
         num_groups, all_keys = k.shape[1], call.k_index
-        if call.requests is None:
-            call.requests = _agree(local, k_index, ctx.needs_input_grad[0], call)
+        decision = call.decision or _decide(local, k_index, ctx.needs_input_grad[0], call)
         session = open_kv_session(
-            call.requests,
+            decision,
             local,
             num_groups,
             call.layout,
@@ -110,16 +109,16 @@ class _CpSparseAttention(torch.autograd.Function):
             total = part if total is None else _merge(total, part)
         assert total is not None, "an exchange has at least one source"
         out = total.out.to(q.dtype)
-        if call.requests.spoilt:
+        if decision.spoilt:
             out = torch.full_like(out, float("nan"))
         kept = session.release()
         ctx.save_for_backward(q, q_index, all_keys, out, total.lse, total.lse_index, total.lse_teacher, *kept)
         # All tensors are kept by autograd alone, which drops them where the layer is recomputed.
         ctx.session, ctx.call = session, replace(call, k_index=None, needed=None)
-        return out
+        return out, decision
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor, _decision: None) -> tuple[Tensor | None, ...]:
         q, q_index, all_keys, out, lse, lse_index, lse_teacher, *kept = ctx.saved_tensors
         call: SparseAttentionArgs = ctx.call
         ctx.session.restore(kept)
@@ -187,7 +186,7 @@ class _QuerySums:
             self.kl = kl if self.kl is None else self.kl.add_(kl)
 
 
-def _agree(
+def _decide(
     local: Tensor, k_index: Tensor | None, with_backward: bool, call: SparseAttentionArgs
 ) -> ExchangeDecision:
     """Ask the other ranks, or take the scheme that needs no asking."""

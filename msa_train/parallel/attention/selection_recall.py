@@ -15,7 +15,6 @@ from msa_kernels.select_blocks.op import topk_lowest_id
 from torch import Tensor
 
 from msa_train.parallel.comm.cp_comm import CpComm
-from msa_train.parallel.comm.to_device import to_device
 from msa_train.parallel.sharding.shard_layout import ShardLayout
 
 # Values of one score tile: 2 MiB in fp32 on a CPU, near its caches; 64 MiB on a GPU, for few launches.
@@ -57,7 +56,6 @@ def sample_queries(
     topk: int,
     count: int,
     seed: int,
-    device: torch.device,
 ) -> RecallQueries | None:
     """Draw queries that see more than `topk` blocks; the others select all they see.
 
@@ -71,7 +69,6 @@ def sample_queries(
         topk: blocks that a query selects.
         count: queries of the pack, or all eligible ones where they are fewer.
         seed: of the draw.
-        device: where the index tensors go.
 
     Returns:
         The queries, or None where no query of the pack is eligible.
@@ -95,10 +92,10 @@ def sample_queries(
     owner, local_block = place // layout.num_local_blocks, place % layout.num_local_blocks
     row = local_block * layout.block_size + position % layout.block_size
     return RecallQueries(
-        position=to_device(position, device),
-        doc_start=to_device(torch.tensor(cu_seqlens)[document], device),
-        rows=to_device(row[owner == layout.cp_rank], device),
-        by_owner=to_device(owner.argsort(stable=True), device),
+        position=position,
+        doc_start=torch.tensor(cu_seqlens)[document],
+        rows=row[owner == layout.cp_rank],
+        by_owner=owner.argsort(stable=True),
         counts=torch.bincount(owner, minlength=layout.cp_size).tolist(),
         layout=layout,
         topk=topk,

@@ -1,4 +1,4 @@
-"""Collectives of the context-parallel ranks: bytes counted, waits measured, failures named.
+"""Collectives of one group of context-parallel ranks: bytes counted, waits measured, failures named.
 
 Every one can be started and waited for later, so that work runs meanwhile; with `overlap=False` starting
 waits at once, which changes no result.
@@ -9,17 +9,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from msa_train.parallel.comm.fault_watch import FaultWatch
-from msa_train.parallel.comm.link_rates import ExchangeRates
 from msa_train.parallel.comm.p2p import start_all_to_all_rows, start_sends_and_receives
-from msa_train.parallel.comm.traffic import ExposedTime, Traffic
-from msa_train.parallel.kv_exchange.plan import ExchangeShape
+from msa_train.parallel.comm.traffic import CommCounters
 
 # torch 2.13 renamed these two and warns about the old names; 2.11 has only the old ones.
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -56,51 +54,39 @@ class Pending(Generic[_Result]):
         return self._result
 
 
-@dataclass(slots=True)
+@dataclass
 class CpComm:
-    """Context-parallel collectives of one rank. group None: a single rank, nothing is sent.
-
-    overlap: False waits where a collective is started. layer: whose calls these are, for messages (0: none).
-    timeout_s: longest wait on a CPU, 0 for the group's own. watch: finds out who is missing after a failure.
-    inner, outer: the same for the ranks of this node, and for those in the same place of every node; None
-    without nodes. heads, sequence: the same for neighbours that trade tokens for KV groups, and for the ranks
-    that then hold the same groups; None where `cp_head_size` is 1. rates: measured, for `kv_exchange=auto`.
-    met: shapes of requests that all ranks compared. bad_values: where keys or values were not finite.
-    """
+    """Collectives of one rank in one group."""
 
     group: dist.ProcessGroup | None
+    "None: a single rank, nothing is sent"
     rank: int
+    "in the group"
     size: int
-    traffic: Traffic = field(default_factory=Traffic)
-    exposed: ExposedTime = field(default_factory=ExposedTime)
-    overlap: bool = True
-    layer: int = 0
-    timeout_s: float = 0.0
-    watch: FaultWatch | None = None
+    "ranks of the group"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    inner: "CpComm | None" = None
-    outer: "CpComm | None" = None
-    heads: "CpComm | None" = None
-    sequence: "CpComm | None" = None
-    rates: ExchangeRates | None = None
-    met: set[ExchangeShape] = field(default_factory=set)
-    bad_values: list[str] = field(default_factory=list)
+    "where the tensors lie"
+    counters: CommCounters = field(default_factory=CommCounters)
+    "shared by all groups that one step uses"
+    overlap: bool = True
+    "False: wait where a collective is started"
+    layer: int = 0
+    "whose calls these are, for messages; 0: no layer's"
+    timeout_s: float = 0.0
+    "longest wait on a CPU; 0: the group's own"
+    watch: FaultWatch | None = None
+    "finds out who is missing after a failure"
 
-    def with_new_counters(self) -> "CpComm":
-        """The same collectives with counters of their own."""
-        return self._everywhere(traffic=Traffic(), exposed=ExposedTime(), bad_values=[])
+    def with_new_counters(self) -> Self:
+        """Return the same collectives with counters of their own."""
+        return self._with(counters=CommCounters())
 
-    def for_layer(self, layer: int) -> "CpComm":
-        """The same collectives, whose messages name this layer."""
-        return self._everywhere(layer=layer)
+    def for_layer(self, layer: int) -> Self:
+        """Return the same collectives, whose messages name this layer."""
+        return self._with(layer=layer)
 
-    def _everywhere(self, **changes: Any) -> "CpComm":
-        """A copy with these fields changed, in the collectives of parts of the ranks too."""
-        parts: dict[str, CpComm | None] = {
-            "inner": self.inner, "outer": self.outer, "heads": self.heads, "sequence": self.sequence,
-        }  # fmt: skip
-        changed = {name: part._everywhere(**changes) for name, part in parts.items() if part is not None}
-        return replace(self, **changes, **changed)
+    def _with(self, **changes: Any) -> Self:
+        return replace(self, **changes)
 
     def all_gather(self, x: Tensor, purpose: str) -> Tensor:
         """x of every rank, stacked: [...] -> [size, ...]."""
@@ -194,19 +180,19 @@ class CpComm:
     ) -> Pending[_Result]:
         """Launch, count, and wait at once where nothing is to run meanwhile."""
         point = (purpose, num_bytes)
-        self.before(purpose, num_bytes)
+        self._announce(purpose, num_bytes)
         try:
             works = launch()
         except RuntimeError as error:
             raise self._failure(point, error) from error
-        self.traffic.add(purpose, num_bytes)
+        self.counters.traffic.add(purpose, num_bytes)
         pending = Pending(self, point, works if isinstance(works, list) else [works], result, keep)
         if not self.overlap:
             pending.wait()
         return pending
 
-    def before(self, purpose: str, num_bytes: int) -> None:
-        """Called before every collective is launched."""
+    def _announce(self, purpose: str, num_bytes: int) -> None:
+        """Note in the watch where this rank is, before a collective is launched."""
         if self.watch is not None:
             self.watch.at(self.layer, purpose, num_bytes)
 
@@ -223,7 +209,7 @@ class CpComm:
         if self.watch is not None:
             self.watch.waits(self.layer, *point)
         try:
-            self.exposed.run(point[0], self.device, wait)
+            self.counters.exposed.run(point[0], self.device, wait)
         except RuntimeError as error:
             raise self._failure(point, error) from error
         if self.watch is not None:

@@ -3,8 +3,9 @@
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,8 +14,10 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from msa_train.config import ExchangeConfig, KvExchange
 from msa_train.parallel.comm.cp_comm import CpComm
+from msa_train.parallel.comm.cp_groups import CpGroups, KvComm
 from msa_train.parallel.comm.fault_watch import FaultWatch
 from msa_train.parallel.comm.link_rates import ExchangeRates, Line, fit_line
+from msa_train.parallel.comm.traffic import CommCounters
 
 # Bytes that the busiest rank moves in the measured collectives, and how often each is repeated.
 _MEASURED_BYTES = (4096, 4 * 2**20)
@@ -29,8 +32,8 @@ def build_comm(
     timeout_s: float,
     head_size: int = 1,
     watch: FaultWatch | None = None,
-) -> CpComm:
-    """Collectives of this rank's context-parallel group; called by all ranks of the job together.
+) -> CpGroups:
+    """Build the collectives of this rank; all ranks of the job call it together.
 
     Args:
         group: context-parallel ranks.
@@ -46,33 +49,43 @@ def build_comm(
         ValueError: nodes that were detected do not divide the group.
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    comm = CpComm(
-        group,
-        rank,
-        size,
-        overlap=exchange.overlap,
-        timeout_s=timeout_s,
-        device=device,
-        watch=watch or _watch(group),
+    rest: dict[str, Any] = {
+        "device": device,
+        "counters": CommCounters(),
+        "overlap": exchange.overlap,
+        "timeout_s": timeout_s,
+        "watch": watch or _watch(group),
+    }
+    if head_size == 1:
+        kv = KvComm(group, rank, size, **rest)
+        _add_nodes(kv, kind, exchange, head_size)
+        return CpGroups(kv, kv)
+    ulysses, sequence = _split(group, head_size, timeout_s)
+    kv = KvComm(sequence, rank // head_size, size // head_size, **rest)
+    _add_nodes(kv, kind, exchange, head_size)
+    return CpGroups(
+        whole=CpComm(group, rank, size, **rest),
+        kv=kv,
+        ulysses=CpComm(ulysses, rank % head_size, head_size, **rest),
     )
-    if head_size > 1:
-        heads, sequence = _split(group, head_size, timeout_s)
-        comm.heads = replace(comm, group=heads, rank=rank % head_size, size=head_size)
-        comm.sequence = replace(comm, group=sequence, rank=rank // head_size, size=size // head_size)
-    _add_nodes(comm.sequence or comm, kind, exchange, head_size)
-    return comm
 
 
-def _add_nodes(comm: CpComm, kind: KvExchange, exchange: ExchangeConfig, head_size: int) -> None:
+def _add_nodes(comm: KvComm, kind: KvExchange, exchange: ExchangeConfig, head_size: int) -> None:
     """Give the collectives over which blocks travel their nodes, and rates where these decide."""
     assert comm.group is not None, "built from a group"
     node_size = find_node_size(exchange, comm.group, head_size)
     if kind in (KvExchange.selected, KvExchange.auto) and 1 < node_size < comm.size:
         inner, outer = _split(comm.group, node_size, comm.timeout_s)
-        comm.inner = replace(comm, group=inner, rank=comm.rank % node_size, size=node_size)
-        comm.outer = replace(comm, group=outer, rank=comm.rank // node_size, size=comm.size // node_size)
+        comm.inner = _part(comm, inner, comm.rank % node_size, node_size)
+        comm.outer = _part(comm, outer, comm.rank // node_size, comm.size // node_size)
     if kind is KvExchange.auto and comm.size > 1:
         comm.rates = measure_rates(comm)
+
+
+def _part(comm: KvComm, group: dist.ProcessGroup, rank: int, size: int) -> CpComm:
+    """Return collectives of some of the ranks, with everything else as in `comm`."""
+    kept = {item.name: getattr(comm, item.name) for item in fields(CpComm)}
+    return CpComm(**kept | {"group": group, "rank": rank, "size": size})
 
 
 def find_node_size(exchange: ExchangeConfig, group: dist.ProcessGroup, head_size: int = 1) -> int:
@@ -123,18 +136,18 @@ def _split(
     return found["inner"], found["outer"]
 
 
-def measure_rates(comm: CpComm) -> ExchangeRates:
+def measure_rates(comm: KvComm) -> ExchangeRates:
     """Latency and rate of the collectives that `auto` chooses between; the same on all ranks.
 
     Each is run at two sizes; the fastest of a few rounds counts, of the slowest rank. Takes well under a
     second on a network of 1 Gbit/s and more.
     """
-    probe = comm.with_new_counters()
+    timed = comm.with_new_counters()
     hops = [
-        Line(0.0, 0.0) if part is None else _line(probe, part, _all_to_all)
-        for part in (probe.inner, probe.outer)
+        Line(0.0, 0.0) if part is None else _line(timed, part, _all_to_all)
+        for part in (timed.inner, timed.outer)
     ]
-    flat = [_line(probe, probe, run) for run in (_all_to_all, _all_gather, _reduce_scatter)]
+    flat = [_line(timed, timed, run) for run in (_all_to_all, _all_gather, _reduce_scatter)]
     return ExchangeRates(*flat, *hops)
 
 

@@ -55,3 +55,13 @@ class ExposedTime:
 
     def _add(self, purpose: str, seconds: float) -> None:
         self.waited_s[purpose] = self.waited_s.get(purpose, 0.0) + seconds
+
+
+@dataclass(slots=True)
+class CommCounters:
+    """Figures that the collectives of one step leave behind."""
+
+    traffic: Traffic = field(default_factory=Traffic)
+    exposed: ExposedTime = field(default_factory=ExposedTime)
+    bad_values: list[str] = field(default_factory=list)
+    "where keys or values were not finite, one line each"

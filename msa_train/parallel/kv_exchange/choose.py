@@ -7,7 +7,7 @@ the first two for each call.
 from torch import Tensor
 
 from msa_train.config import ExchangeConfig, KvExchange
-from msa_train.parallel.comm.cp_comm import CpComm
+from msa_train.parallel.comm.cp_groups import KvComm
 from msa_train.parallel.kv_exchange.all_gather import AllGatherSession
 from msa_train.parallel.kv_exchange.cost_model import KvBlockBytes
 from msa_train.parallel.kv_exchange.plan import RankPlan
@@ -23,7 +23,7 @@ def negotiate_exchange(
     local: Tensor,
     needed: Tensor,
     layout: ShardLayout,
-    comm: CpComm,
+    comm: KvComm,
     settings: ExchangeConfig,
     *,
     k_index: Tensor | None,
@@ -55,11 +55,11 @@ def negotiate_exchange(
 
 
 def open_kv_session(
-    requests: ExchangeDecision,
+    decision: ExchangeDecision,
     local: Tensor,
     num_groups: int,
     layout: ShardLayout,
-    comm: CpComm,
+    comm: KvComm,
     settings: ExchangeConfig,
     *,
     index_elements: int = 0,
@@ -67,15 +67,15 @@ def open_kv_session(
     """The exchange of one layer call, as agreed.
 
     Args:
-        requests: what all ranks agreed on, now or in an earlier identical call.
+        decision: what all ranks agreed on, now or in an earlier identical call.
         local: [M * NL, 2, B, D] this rank's keys and values by pair.
         num_groups: M.
         layout, comm: this rank's shard and collectives, of this layer.
         settings: of the exchange.
         index_elements: B * Di where index keys get gradients, else 0.
     """
-    if requests.kind is KvExchange.selected:
-        plan = requests.plan
+    if decision.kind is KvExchange.selected:
+        plan = decision.plan
         assert isinstance(plan, RankPlan), "an agreed exchange of selected pairs has a plan"
         return SelectedSession(
             local,
@@ -86,5 +86,5 @@ def open_kv_session(
             keep_for_backward=settings.keep_for_backward,
             index_elements=index_elements,
         )
-    session = AllGatherSession if requests.kind is KvExchange.all_gather else SparseRingSession
+    session = AllGatherSession if decision.kind is KvExchange.all_gather else SparseRingSession
     return session(local, num_groups, layout, comm)

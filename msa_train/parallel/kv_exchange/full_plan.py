@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from msa_train.config import KvExchange
 from msa_train.parallel.sharding.load_balance import balance, balance_ring, causal_work
 from msa_train.parallel.sharding.partition import Range, SequencePartition, joined, without
@@ -44,7 +42,6 @@ def make_full_plan(
     *,
     exchange: KvExchange,
     balanced: bool,
-    device: torch.device,
 ) -> FullPlan:
     """The same decisions on every rank, from the documents of the pack alone.
 
@@ -53,7 +50,6 @@ def make_full_plan(
         cu_seqlens, doc_lengths: block-aligned starts with the pack's length; real tokens per document.
         exchange: a ring may move keys too.
         balanced: whether queries may move, for equal work.
-        device: where index tensors go.
     """
     rank, home = layout.cp_rank, layout.plan
     query_plan = key_plan = home
@@ -70,10 +66,10 @@ def make_full_plan(
     ]
     return FullPlan(
         segments=segments[rank],
-        queries=make_relayout(home, query_plan, rank, device),
-        keys=make_relayout(home, key_plan, rank, device),
+        queries=make_relayout(home, query_plan, rank),
+        keys=make_relayout(home, key_plan, rank),
         key_plan=key_plan,
         needed=needed[rank],
-        fetch=make_moves(key_plan.ranges, needed, rank, device),
+        fetch=make_moves(key_plan.ranges, needed, rank),
         busiest=busiest_rank(key_plan.ranges, needed) if exchange is KvExchange.auto else 0,
     )

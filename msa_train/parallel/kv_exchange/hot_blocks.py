@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from msa_train.parallel.comm.cp_comm import CpComm, Pending
+from msa_train.parallel.comm.cp_groups import KvComm
 from msa_train.parallel.kv_exchange.plan import RankPlan
 
 
@@ -41,7 +42,7 @@ class HotSlices:
         return start, max(start, min(first + self.slice_size, self.owners[owner + 1]))
 
 
-def cut(plan: RankPlan, elements: int, comm: CpComm) -> HotSlices:
+def cut(plan: RankPlan, elements: int, comm: KvComm) -> HotSlices:
     """Slices for hot pairs of `elements` elements each."""
     owners = [sum(plan.hot_rows[:rank]) * elements for rank in range(comm.size + 1)]
     node_size = comm.size if comm.inner is None else comm.inner.size
@@ -51,7 +52,7 @@ def cut(plan: RankPlan, elements: int, comm: CpComm) -> HotSlices:
 class HotBroadcast:
     """Started by its constructor; `finish` gives all hot pairs."""
 
-    def __init__(self, own: Tensor, plan: RankPlan, comm: CpComm, purpose: str) -> None:
+    def __init__(self, own: Tensor, plan: RankPlan, comm: KvComm, purpose: str) -> None:
         """own: [hot_rows[rank], E elements ...] this rank's hot pairs."""
         self.comm, self.purpose = comm, f"{purpose}_hot"
         elements = own[0].numel() if own.shape[0] else own.flatten(1).shape[1]
@@ -84,7 +85,7 @@ class HotBroadcast:
 class HotReduce:
     """Sum of all ranks' gradients of hot pairs, at their owners; started by its constructor."""
 
-    def __init__(self, rows: Tensor, plan: RankPlan, comm: CpComm) -> None:
+    def __init__(self, rows: Tensor, plan: RankPlan, comm: KvComm) -> None:
         """rows: [H, E] this rank's gradients, zero where it did not want the pair."""
         self.comm, self.purpose, self.width = comm, "kv_grad_hot", rows.shape[1]
         self.slices, self.dtype = cut(plan, rows.shape[1], comm), rows.dtype

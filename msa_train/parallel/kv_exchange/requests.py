@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from msa_train.config import ExchangeConfig, KvExchange
-from msa_train.parallel.comm.cp_comm import CpComm
+from msa_train.parallel.comm.cp_groups import KvComm
 from msa_train.parallel.comm.rank_faults import ExchangeError, describe
 from msa_train.parallel.comm.to_device import to_device
 from msa_train.parallel.kv_exchange.cost_model import KvBlockBytes, all_gather_cost, selected_cost
@@ -83,7 +83,7 @@ class ExchangeTerms:
 
 
 def exchange_requests(
-    needed: Tensor, layout: ShardLayout, comm: CpComm, terms: ExchangeTerms
+    needed: Tensor, layout: ShardLayout, comm: KvComm, terms: ExchangeTerms
 ) -> ExchangeDecision:
     """Tell all ranks which pairs this one needs, and learn what the others need.
 
@@ -105,7 +105,7 @@ def exchange_requests(
         ranks_per_node=0 if comm.inner is None else comm.inner.size,
         hot_share=terms.settings.hot_share,
     )
-    if shape not in comm.met:
+    if shape not in comm.compared:
         # Bitmaps of unequal length would end a process inside the collective; headers are of one length.
         _introduce(shape, needed.device, comm)
     wanted = kv_blocks_by_owner(needed, layout)
@@ -123,7 +123,7 @@ def exchange_requests(
     by_rank = [flat[i : i + _HEADER] for i in range(0, len(flat), _HEADER)]
     check_requests(by_rank, marked, own, comm.layer)
     bad_values = find_bad_values(by_rank, comm.layer)
-    comm.bad_values += bad_values
+    comm.counters.bad_values += bad_values
     if terms.kind is KvExchange.auto and not _selected_pays(shape, most, counts, comm, terms):
         return ExchangeDecision(KvExchange.all_gather, spoilt=bool(bad_values))
     return ExchangeDecision(
@@ -131,13 +131,13 @@ def exchange_requests(
     )
 
 
-def _introduce(shape: ExchangeShape, device: torch.device, comm: CpComm) -> None:
+def _introduce(shape: ExchangeShape, device: torch.device, comm: KvComm) -> None:
     """Compare shapes with the other ranks, once for each shape."""
     header = to_device(torch.tensor(_known(shape, comm.layer), dtype=torch.int64), device)
     # A purpose of its own: a resumed run meets again, and must log the bytes of requests that the first did.
     headers = comm.all_gather(header, "request_shape").tolist()
     check_requests(headers, [0] * comm.size, [0] * comm.size, comm.layer)
-    comm.met.add(shape)
+    comm.compared.add(shape)
 
 
 def _known(shape: ExchangeShape, layer: int) -> list[int]:
@@ -218,7 +218,7 @@ def _busiest(demand: Demand) -> Tensor:
 
 
 def _selected_pays(
-    shape: ExchangeShape, busiest: list[int], counts: list[int], comm: CpComm, terms: ExchangeTerms
+    shape: ExchangeShape, busiest: list[int], counts: list[int], comm: KvComm, terms: ExchangeTerms
 ) -> bool:
     """Whether sending selected pairs is faster than gathering all; all ranks decide from the same numbers."""
     assert comm.rates is not None, "auto measures rates when the groups are built"

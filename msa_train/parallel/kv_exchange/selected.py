@@ -12,6 +12,7 @@ from msa_kernels.block_sparse_attention.types import BlockPool
 from torch import Tensor
 
 from msa_train.parallel.comm.cp_comm import CpComm, Pending
+from msa_train.parallel.comm.cp_groups import KvComm
 from msa_train.parallel.kv_exchange.hot_blocks import HotBroadcast, HotReduce
 from msa_train.parallel.kv_exchange.plan import Hop, RankPlan
 from msa_train.parallel.kv_exchange.requests import global_block
@@ -33,7 +34,7 @@ class SelectedSession(ExchangeSession):
         local: Tensor,
         num_groups: int,
         layout: ShardLayout,
-        comm: CpComm,
+        comm: KvComm,
         plan: RankPlan,
         *,
         keep_for_backward: bool,
@@ -93,7 +94,7 @@ class SelectedSession(ExchangeSession):
 class _Fetch:
     """Keys and values on their way to this rank; started by the constructor."""
 
-    def __init__(self, local: Tensor, plan: RankPlan, comm: CpComm, purpose: str) -> None:
+    def __init__(self, local: Tensor, plan: RankPlan, comm: KvComm, purpose: str) -> None:
         self.local, self.plan, self.comm, self.purpose = local, plan, comm, purpose
         self.hot = None
         if plan.num_hot:
@@ -150,7 +151,7 @@ class _Return:
     """Gradients of fetched pairs on their way to the owners; started by the constructor."""
 
     def __init__(
-        self, grads: PairGrads | None, plan: RankPlan, comm: CpComm, local: Tensor, index_elements: int
+        self, grads: PairGrads | None, plan: RankPlan, comm: KvComm, local: Tensor, index_elements: int
     ) -> None:
         """grads: of all fetched pairs, None where there are none; local: own pairs, for dtype and shape."""
         self.plan, self.comm, self.num_own = plan, comm, local.shape[0]

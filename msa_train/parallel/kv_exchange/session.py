@@ -14,7 +14,7 @@ import torch
 from msa_kernels.block_sparse_attention.types import BlockPool
 from torch import Tensor
 
-from msa_train.parallel.comm.cp_comm import CpComm
+from msa_train.parallel.comm.cp_groups import KvComm
 from msa_train.parallel.kv_exchange.requests import global_block
 from msa_train.parallel.kv_exchange.saved_tensors import SavedTensors
 from msa_train.parallel.sharding.shard_layout import ShardLayout
@@ -45,7 +45,7 @@ class KvSource:
 class ExchangeSession(SavedTensors, ABC):
     """One layer call: sources for the forward, gradients of all sources in the backward."""
 
-    def __init__(self, local: Tensor, num_groups: int, layout: ShardLayout, comm: CpComm) -> None:
+    def __init__(self, local: Tensor, num_groups: int, layout: ShardLayout, comm: KvComm) -> None:
         """local: [M * NL, 2, B, D], this rank's keys and values by pair."""
         super().__init__(local)
         self.num_groups, self.layout, self.comm = num_groups, layout, comm

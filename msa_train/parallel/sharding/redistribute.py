@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from msa_train.parallel.comm.cp_comm import CpComm
-from msa_train.parallel.comm.to_device import to_device
 from msa_train.parallel.sharding.partition import Range, SequencePartition, common, count, rows_in
 
 # Per rank, ascending.
@@ -45,22 +44,20 @@ class Relayout:
     back: TokenMoves
 
 
-def make_relayout(
-    home: SequencePartition, away: SequencePartition, rank: int, device: torch.device
-) -> Relayout | None:
-    """Moves of one rank; None where no token of any rank moves.
+def make_relayout(home: SequencePartition, away: SequencePartition, rank: int) -> Relayout | None:
+    """Plan the moves of one rank, on the host; None where no token of any rank moves.
 
     Example: rows of [(0, 4)] and [(4, 8)] to [(0, 4), (6, 8)] and [(4, 6)]: rank 1 keeps rows 0, 1 and sends
     rows 2, 3 to rank 0, where they become rows 4, 5.
     """
     if home.ranges == away.ranges:
         return None
-    there = make_moves(home.ranges, away.ranges, rank, device)
-    return Relayout(there, make_moves(away.ranges, home.ranges, rank, device))
+    there = make_moves(home.ranges, away.ranges, rank)
+    return Relayout(there, make_moves(away.ranges, home.ranges, rank))
 
 
-def make_moves(before: Ranges, after: Ranges, rank: int, device: torch.device) -> TokenMoves:
-    """Moves of one rank; `after` may give a position to several ranks, then each gets a copy."""
+def make_moves(before: Ranges, after: Ranges, rank: int) -> TokenMoves:
+    """Plan the moves of one rank, on the host; ranks to which `after` gives the same position get copies."""
     mine, next_mine, ranks = before[rank], after[rank], range(len(before))
     nothing: list[Range] = []
     leaving = [nothing if r == rank else common(mine, after[r]) for r in ranks]
@@ -70,10 +67,10 @@ def make_moves(before: Ranges, after: Ranges, rank: int, device: torch.device) -
     return TokenMoves(
         num_before=count(mine),
         num_after=count(next_mine),
-        kept=(_indices(rows_in(staying, mine), device), _indices(rows_in(staying, next_mine), device)),
-        sent=_indices([rows for parts in leaving for rows in rows_in(parts, mine)], device),
+        kept=(_indices(rows_in(staying, mine)), _indices(rows_in(staying, next_mine))),
+        sent=_indices([rows for parts in leaving for rows in rows_in(parts, mine)]),
         send=[count(parts) for parts in leaving],
-        received=_indices(arriving, device),
+        received=_indices(arriving),
         receive=[count(parts) for parts in coming],
         in_order=not staying and arriving == sorted(arriving),
     )
@@ -90,9 +87,9 @@ def busiest_rank(before: Ranges, after: Ranges) -> int:
     return max(max(map(sum, moved)), max(map(sum, zip(*moved, strict=True))))
 
 
-def _indices(ranges: Sequence[Range], device: torch.device) -> Tensor:
+def _indices(ranges: Sequence[Range]) -> Tensor:
     parts = [torch.arange(start, stop) for start, stop in ranges]
-    return to_device(torch.cat(parts), device) if parts else torch.zeros(0, dtype=torch.int64, device=device)
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
 
 
 def move_rows(x: Tensor, moves: TokenMoves, comm: CpComm, purpose: str) -> Tensor:

@@ -5,7 +5,7 @@ rank.
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import InitVar, dataclass, field
 
 import torch
@@ -77,6 +77,12 @@ class ShardLayout:
             ]
             self._blocks[device] = to_device(torch.cat(edges).view(self.cp_size, -1), device)
         return self._blocks[device]
+
+    def with_tensors(self, change: Callable[[Tensor], Tensor]) -> "ShardLayout":
+        """Keep what `change` makes of the block ids for the device that it brings them to."""
+        changed = change(self.blocks(torch.device("cpu")))
+        self._blocks[changed.device] = changed
+        return self
 
     def own_blocks(self, device: torch.device) -> Tensor:
         """[NL] int64 ids of this rank's blocks, ascending."""

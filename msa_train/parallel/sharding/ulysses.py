@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from msa_train.parallel.comm.cp_comm import CpComm
-from msa_train.parallel.comm.to_device import to_device
 from msa_train.parallel.sharding.partition import SequencePartition
 
 # See `token_order`.
@@ -22,10 +21,11 @@ Order = tuple[Tensor, Tensor] | None
 _Spread = Callable[[Tensor, CpComm, str], Tensor]
 
 
-def token_order(
-    plan: SequencePartition, first_rank: int, num_ranks: int, device: torch.device
-) -> tuple[Tensor, Tensor] | None:
-    """Rows of tokens gathered by rank in the order of the pack, and the inverse; None where they are in it.
+def token_order(plan: SequencePartition, first_rank: int, num_ranks: int) -> tuple[Tensor, Tensor] | None:
+    """Sort tokens gathered by rank into the order of the pack, on the host; None where they are in it.
+
+    Returns:
+        [h * T] int64 rows in that order, and the inverse.
 
     Example: zigzag over 2 ranks, positions 0 1 6 7 and 2 3 4 5 -> ([0 1 4 5 6 7 2 3], [0 1 6 7 2 3 4 5]).
     """
@@ -34,7 +34,7 @@ def token_order(
     order = position.argsort()
     if torch.equal(order, torch.arange(len(order))):
         return None
-    return to_device(order, device), to_device(order.argsort(), device)
+    return order, order.argsort()
 
 
 def cp_to_hp(x: Tensor, comm: CpComm, order: Order = None) -> Tensor:

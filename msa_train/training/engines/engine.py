@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from msa_train.model.gpt import MsaGptModel, build_model
 from msa_train.model.init_weights import init_weights
 from msa_train.model.inputs.layer_stats import LayerStats
 from msa_train.model.pack_forward import PackForward
-from msa_train.parallel.comm.traffic import ExposedTime, Traffic
+from msa_train.parallel.comm.traffic import CommCounters
 from msa_train.parallel.process_groups import Groups
 from msa_train.training.optim.lr_schedule import LearningRates
 from msa_train.training.step_batch import StepBatch
@@ -21,19 +21,14 @@ from msa_train.training.step_batch import StepBatch
 
 @dataclass(slots=True)
 class StepResult:
-    """What a step leaves on one rank.
-
-    lm_loss_sum: sum of this rank's token losses, fp64; 0 where the loss is not computed or is another
-    tensor-parallel rank's too. grad_norm: global norm before clipping, the same on all ranks.
-    """
+    """Figures that a step leaves on one rank."""
 
     lm_loss_sum: float
+    "of this rank's tokens, fp64; 0 where no loss is computed or another tensor-parallel rank counts it"
     grad_norm: float
+    "global norm before clipping, the same on all ranks"
     stats: LayerStats
-    traffic: Traffic
-    exposed: ExposedTime
-    bad_values: list[str] = field(default_factory=list[str])
-    "where the exchange met keys or values that are not finite"
+    counters: CommCounters
     is_taken: bool = True
     "false: the weights, the optimizer and the experts' bias are as before"
 

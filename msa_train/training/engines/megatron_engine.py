@@ -23,7 +23,7 @@ from msa_train.data import Pack
 from msa_train.model.attention.index_branch import is_index_parameter
 from msa_train.model.inputs.layer_stats import LayerStats
 from msa_train.model.layers.moe import SigmoidRouter
-from msa_train.parallel.comm.cp_comm import CpComm
+from msa_train.parallel.comm.cp_groups import CpGroups
 from msa_train.parallel.process_groups import Groups
 from msa_train.training.engines.engine import (
     Accept,
@@ -110,9 +110,7 @@ class MegatronEngine(TrainEngine):
             lm_loss_sum=losses,
             grad_norm=0.0 if accept is None else self._grad_norm(),
             stats=stats,
-            traffic=comm.traffic,
-            exposed=comm.exposed,
-            bad_values=comm.bad_values,
+            counters=comm.whole.counters,
         )
         result.is_taken = accept is None or accept(result)
         if result.is_taken:
@@ -159,7 +157,7 @@ class MegatronEngine(TrainEngine):
         self,
         packs: Sequence[Pack],
         batch: StepBatch,
-        comm: CpComm,
+        comm: CpGroups,
         stats: LayerStats,
         *,
         forward_only: bool,
@@ -172,14 +170,14 @@ class MegatronEngine(TrainEngine):
             packs_left: Iterator[Pack], model: nn.Module
         ) -> tuple[Tensor, Callable[[Tensor], _LossAndSum]]:
             pack = next(packs_left)
-            local, params = self.forward.prepare(
+            params = self.forward.prepare(
                 pack,
                 num_tokens=batch.num_tokens,
                 comm=comm,
                 stats=stats,
                 recall_seed=batch.recall_seed_of(pack),
             )
-            output = self.forward(model, local, params)  # type: ignore[arg-type]
+            output = self.forward(model, params)  # type: ignore[arg-type]
             return output, lambda losses: _loss(losses, batch.num_labels)
 
         reduced = get_forward_backward_func()(

@@ -65,14 +65,14 @@ class TorchEngine(TrainEngine):
         stats, comm = LayerStats(), self.groups.cp_comm()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.groups.device)
         for pack in batch.packs:
-            local, params = self.forward.prepare(
+            params = self.forward.prepare(
                 pack,
                 num_tokens=batch.num_tokens,
                 comm=comm,
                 stats=stats,
                 recall_seed=batch.recall_seed_of(pack),
             )
-            losses = self.forward(self.model, local, params)
+            losses = self.forward(self.model, params)
             (losses.sum() / batch.num_labels).backward()
             loss_sum += losses.detach().sum(dtype=torch.float64)
         self.gradients.reduce()
@@ -81,9 +81,7 @@ class TorchEngine(TrainEngine):
             lm_loss_sum=float(loss_sum),
             grad_norm=grad_norm,
             stats=stats,
-            traffic=comm.traffic,
-            exposed=comm.exposed,
-            bad_values=comm.bad_values,
+            counters=comm.whole.counters,
         )
         result.is_taken = accept is None or accept(result)
         if result.is_taken:
@@ -123,10 +121,8 @@ class TorchEngine(TrainEngine):
         self.model.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.groups.device)
         for pack in packs:
-            local, params = self.forward.prepare(
-                pack, num_tokens=1, comm=self.groups.cp_comm(), stats=LayerStats()
-            )
-            total += self.forward(self.model, local, params).sum(dtype=torch.float64)
+            params = self.forward.prepare(pack, num_tokens=1, comm=self.groups.cp_comm(), stats=LayerStats())
+            total += self.forward(self.model, params).sum(dtype=torch.float64)
         return float(total)
 
     def sharded_state(self, *, loading: bool) -> dict[str, Any]:

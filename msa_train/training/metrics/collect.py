@@ -92,7 +92,8 @@ class StepMetrics:
             result: what the engine returned on this rank.
             counts_loss: whether this rank's loss sum is to be added.
         """
-        model, stats, exposed = self.config.model, result.stats, result.exposed.seconds()
+        model, stats, exposed = self.config.model, result.stats, result.counters.exposed.seconds()
+        traffic = [result.counters.traffic[name] for name in _PURPOSES]
         parts = {
             "loss": torch.tensor([result.lm_loss_sum if counts_loss else 0.0], dtype=torch.float64),
             "kl": _by_layer(stats.kl, self.msa_layers, ()),
@@ -100,7 +101,7 @@ class StepMetrics:
             "experts": _by_layer(stats.tokens_per_expert, self.moe_layers, (model.num_experts,)),
             "attention": _by_layer(stats.attention, self.msa_layers, self._probe_shape(batch, stage)),
             "exchange": _by_layer(stats.exchange, self.block_layers, (2,)),
-            "traffic": torch.tensor([result.traffic[name] for name in _PURPOSES], dtype=torch.float64),
+            "traffic": torch.tensor(traffic, dtype=torch.float64),
             "exposed": torch.tensor([exposed.get(name, 0.0) for name in _PURPOSES], dtype=torch.float64),
         }
         flat = torch.cat([part.flatten() for part in parts.values()]).to(self.groups.device)

@@ -58,7 +58,7 @@ class StepGuard:
             loss = loss_sum / batch.num_labels
             complaint = self.bad_steps.find_fault(loss, result.grad_norm, kl)
             if complaint:
-                complaint += self._where(result.bad_values)
+                complaint += self._where(result.counters.bad_values)
             self._judged = _Judged(loss, result.grad_norm, complaint)
             return not complaint
 
@@ -71,7 +71,7 @@ class StepGuard:
 
     def record(self, result: StepResult) -> dict[str, Any]:
         """Count the step that was just made or left out; what the metrics say about it."""
-        self._bad_values = result.bad_values
+        self._bad_values = result.counters.bad_values
         if not self.bad_steps.judges:
             return {}
         if not self._judged.complaint:

@@ -15,128 +15,18 @@ import pytest
 import torch
 
 from msa_train.config import (
-    AttentionKernel,
-    CpLayout,
-    ExchangeConfig,
-    KvExchange,
-    Recompute,
     StageAttention,
-    StageConfig,
 )
 from msa_train.parallel.kv_exchange import plan as exchange_plan
 from msa_train.parallel.sharding.load_balance import balance, causal_work, index_work
 from msa_train.parallel.sharding.partition import SequencePartition, common, contiguous_plan, count
 from msa_train.training.metrics.collect import kv_bytes_all_gather
 from tests.helpers.compare import assert_rows_close
+from tests.helpers.exactness_cases import CASES, REFERENCES
 from tests.helpers.model_runs import SEQ_LEN, run_steps, small_config, step_packs
 from tests.helpers.spawn import run_ranks
 
 TOLERANCE = 1e-8
-EXCHANGES = [KvExchange.selected, KvExchange.all_gather, KvExchange.ring]
-# The layout goes with the other settings, which it does not depend on: each meets each exchange and stage.
-WITH_EXPERTS = {1: CpLayout.contiguous, 2: CpLayout.zigzag, 3: CpLayout.dealt, 4: CpLayout.zigzag}
-CASES: dict[str, tuple[int, dict[str, Any]]] = {
-    f"cp{cp}-{exchange.value}-ep{ep}": (
-        # Expert parallelism of 2 needs an even number of ranks.
-        cp * (2 if cp * 1 % ep else 1),
-        {"cp_size": cp, "ep_size": ep, "exchange": exchange}
-        | ({"layout": WITH_EXPERTS[cp]} if ep > 1 else {}),
-    )
-    for cp in (1, 2, 3, 4)
-    for exchange in EXCHANGES
-    for ep in (1, 2)
-}
-CASES |= {
-    f"cp2-{exchange.value}-recompute": (
-        2,
-        {"cp_size": 2, "exchange": exchange, "recompute": Recompute.full, "balance": (False, False)},
-    )
-    for exchange in EXCHANGES
-}
-CASES["cp4-selected-ep4"] = (4, {"cp_size": 4, "ep_size": 4})
-CASES["cp2-selected-ep4-dp2"] = (4, {"cp_size": 2, "ep_size": 4})
-# Three KV groups: each rank of a head group has one.
-CASES["cp3-selected-heads3"] = (3, {"cp_size": 3, "head_size": 3})
-CASES |= {
-    f"cp6-{exchange.value}-heads3": (
-        6,
-        {"cp_size": 6, "head_size": 3, "exchange": exchange, "layout": layout},
-    )
-    for exchange, layout in zip(EXCHANGES, CpLayout, strict=True)
-}
-DENSE = StageConfig(attention=StageAttention.dense)
-WARM = {"stage": DENSE, "temperature": 1.5}
-CASES["cp6-selected-heads3-recompute-warm"] = (
-    6,
-    {"cp_size": 6, "head_size": 3, "recompute": Recompute.full, **WARM},
-)
-# What each case is compared with: one process in the same kind of stage.
-REFERENCES = {"": "cp1-selected-ep1", "-dense": "cp1-dense", "-warm": "cp1-warm", "-soft": "cp1-soft"}
-CASES |= {
-    f"cp{cp}-{exchange.value}-{kind}": (
-        cp,
-        {"cp_size": cp, "exchange": exchange, **arguments, "layout": layout},
-    )
-    for kind, arguments, layouts in (
-        ("dense", {"stage": DENSE}, (CpLayout.contiguous, CpLayout.zigzag)),
-        ("warm", WARM, (CpLayout.dealt, CpLayout.contiguous)),
-        ("soft", {"temperature": 1.5}, (CpLayout.zigzag, CpLayout.dealt)),
-    )
-    for cp, layout in zip((2, 3), layouts, strict=True)
-    for exchange in EXCHANGES
-}
-CASES["cp1-dense"], CASES["cp1-warm"] = (1, {"stage": DENSE}), (1, WARM)
-CASES["cp1-soft"] = (1, {"temperature": 1.5})
-CASES["cp2-selected-ep2-recompute-warm"] = (
-    2,
-    {"cp_size": 2, "ep_size": 2, "recompute": Recompute.full, "layout": CpLayout.zigzag, **WARM},
-)
-# Settings of the exchange, in the place of none.
-HOT, NODES = ExchangeConfig(), ExchangeConfig(ranks_per_node=2)
-AGAIN = ExchangeConfig(keep_for_backward=False, hot_share=0.0)
-WAITING = ExchangeConfig(ranks_per_node=2, overlap=False)
-for name, settings in (
-    ("cp4-selected-ep2", HOT),
-    ("cp4-selected-ep4", NODES),
-    ("cp2-selected-recompute", AGAIN),
-    ("cp3-selected-soft", AGAIN),
-):
-    CASES[name][1]["settings"] = settings
-CASES |= {
-    "cp2-selected-cpu": (2, {"cp_size": 2, "kernel": AttentionKernel.cpu}),
-    "cp3-selected-reference": (3, {"cp_size": 3, "kernel": AttentionKernel.reference}),
-    "cp2-ring-reference-soft": (
-        2,
-        {
-            "cp_size": 2,
-            "exchange": KvExchange.ring,
-            "temperature": 1.5,
-            "recompute": Recompute.full,
-            "kernel": AttentionKernel.reference,
-        },
-    ),
-}
-for name in REFERENCES.values():
-    CASES[name][1]["kernel"] = AttentionKernel.reference
-AUTO = {"exchange": KvExchange.auto}
-CASES |= {
-    "cp4-selected-ep4-again": (4, {"cp_size": 4, "ep_size": 4, "settings": NODES}),
-    "cp4-selected-ep4-waiting": (4, {"cp_size": 4, "ep_size": 4, "settings": WAITING}),
-    "cp4-hot-again-recompute": (
-        4,
-        {
-            "cp_size": 4,
-            "recompute": Recompute.full,
-            "settings": ExchangeConfig(keep_for_backward=False, ranks_per_node=2),
-        },
-    ),
-    "cp4-auto-nodes": (4, {"cp_size": 4, **AUTO, "settings": NODES}),
-    "cp2-auto-recompute-warm": (2, {"cp_size": 2, **AUTO, "recompute": Recompute.full, **WARM}),
-}
-# Compared bit by bit too: a second run, and one whose queries select their blocks at home.
-CASES["cp3-selected-ep1-again"] = CASES["cp3-selected-ep1"]
-CASES["cp3-selected-ep1-unmoved"] = (3, {"cp_size": 3, "balance": (False, True)})
-CASES["cp3-ring-warm-again"] = CASES["cp3-ring-warm"]
 
 
 def worker(rank: int, world_size: int, cases: dict[str, dict[str, Any]], folder: str) -> None:
@@ -156,8 +46,8 @@ def run_cases(
     """What every rank saw of each of these cases; device: of the ranks, see `run_ranks`."""
     chosen = {name: CASES[name] for name in names}
     found: dict[str, list[dict[str, Any]]] = {}
-    for world_size in sorted({size for size, _ in chosen.values()}):
-        cases = {name: arguments for name, (size, arguments) in chosen.items() if size == world_size}
+    for world_size in sorted({case.world_size for case in chosen.values()}):
+        cases = {name: case.settings for name, case in chosen.items() if case.world_size == world_size}
         run_ranks(world_size, worker, cases, str(folder), device=device)
         for name in cases:
             found[name] = [
@@ -283,7 +173,7 @@ def test_exchange_sends_only_what_was_selected(results: dict[str, list[dict[str,
     The window layer's are counted from positions, the same for its three groups.
     """
     for name in ("cp2-selected-ep1", "cp3-selected-ep1", "cp4-selected-ep1"):
-        cp_size, head_dim, block_size, element = CASES[name][1]["cp_size"], 8, 4, 8
+        cp_size, head_dim, block_size, element = CASES[name].settings.get("cp_size", 1), 8, 4, 8
         local_blocks = 96 // cp_size // block_size
         for rank in results[name]:
             for number, step in enumerate(rank["steps"]):
@@ -308,15 +198,15 @@ def test_gathering_exchanges_move_everything(results: dict[str, list[dict[str, A
     With head groups of 3, P is 3 times smaller and a shard 3 times longer, of a third of the groups.
     """
     for name in ("cp2-all_gather-ep1", "cp4-ring-ep1", "cp6-all_gather-heads3"):
-        head_size = CASES[name][1].get("head_size", 1)
-        cp_size = CASES[name][1]["cp_size"] // head_size
+        head_size = CASES[name].settings.get("head_size", 1)
+        cp_size = CASES[name].settings.get("cp_size", 1) // head_size
         shard = 96 // cp_size * 2 * 3 // head_size * 8 * 8
         layers_and_packs = 3 * 2
         for rank in results[name]:
             for step in rank["steps"]:
                 assert step["traffic"]["kv"] == (cp_size - 1) * shard * layers_and_packs
         moved = sum(rank["steps"][0]["traffic"]["kv"] for rank in results[name])
-        config = small_config(cp_size=CASES[name][1]["cp_size"], head_size=head_size)
+        config = small_config(cp_size=CASES[name].settings.get("cp_size", 1), head_size=head_size)
         assert moved == kv_bytes_all_gather(config, num_packs=2, seq_len=SEQ_LEN)
     # In a dense stage only the window layer exchanges blocks.
     moved = sum(rank["steps"][0]["traffic"]["kv"] for rank in results["cp3-ring-warm"])
@@ -328,7 +218,7 @@ def test_moved_queries_are_counted(results: dict[str, list[dict[str, Any]]]) -> 
     """Two MSA layers move index queries (fp64) and ids (int32), one full layer queries and outputs."""
     config = small_config().attention
     for name in ("cp2-selected-ep1", "cp3-all_gather-ep1", "cp2-ring-recompute"):
-        cp_size = CASES[name][1]["cp_size"]
+        cp_size = CASES[name].settings.get("cp_size", 1)
         for number, packs in enumerate(step_packs()):
             index, full = 0, 0
             for pack in packs:
@@ -336,7 +226,7 @@ def test_moved_queries_are_counted(results: dict[str, list[dict[str, Any]]]) -> 
                 home = contiguous_plan(SEQ_LEN, cp_size)
                 index += moved(home, balance(home, *index_work(starts, config.block_size)))
                 full += moved(home, balance(home, *causal_work(starts, lengths, config.block_size)))
-            if "balance" in CASES[name][1]:
+            if "balance" in CASES[name].settings:
                 index = full = 0
             traffic = [rank["steps"][number]["traffic"] for rank in results[name]]
             assert _total(traffic, "index_query") == 2 * index * 3 * (6 * 8 + config.topk * 4)

@@ -21,6 +21,7 @@ import msa_train
 from msa_train.config import CpLayout, EngineKind, KvExchange, Recompute
 from tests.distributed import test_exactness as exactness
 from tests.distributed import test_resume_matrix as matrix
+from tests.helpers.exactness_cases import DENSE
 from tests.helpers.model_runs import run_steps, small_config
 from tests.helpers.pretended_gpu.build import load_device, needs_pretended_gpu
 from tests.helpers.resume_runs import SAVED_STEP, Case, Layout, run_cases
@@ -139,7 +140,7 @@ def test_host_waits_for_a_gpu_where_it_must() -> None:
     seen: set[str] = set()
     for arguments in (
         {"cp_size": 2, "ep_size": 2, "recompute": Recompute.full},
-        {"cp_size": 2, "exchange": KvExchange.ring, "layout": CpLayout.zigzag, "stage": exactness.DENSE},
+        {"cp_size": 2, "exchange": KvExchange.ring, "layout": CpLayout.zigzag, "stage": DENSE},
     ):
         for places in run_ranks(2, places_of_waits, arguments, device="pretended"):
             seen |= places

@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from msa_train.config import AttentionKernel, Precision, RunConfig
 from tests.distributed import test_exactness as exactness
 from tests.distributed import test_triton_step as fp32_step
+from tests.helpers.exactness_cases import DENSE
 from tests.helpers.model_runs import run_steps, small_config, step_packs
 from tests.helpers.packs import make_pack
 
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.gpu
 KINDS: dict[str, dict[str, Any]] = {
     "cp1-all_gather-ep1": {},
     "cp2-selected-soft": {"temperature": 1.5},
-    "cp2-selected-warm": {"stage": exactness.DENSE, "temperature": 1.5},
+    "cp2-selected-warm": {"stage": DENSE, "temperature": 1.5},
 }
 # What computes the operators in fp32 and bf16.
 KERNEL = AttentionKernel.triton if HAS_GPU else AttentionKernel.cpu

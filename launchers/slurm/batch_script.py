@@ -132,7 +132,7 @@ def _environment(job: Job, cluster: ClusterConfig) -> list[str]:
 def _settings(job: Job, cluster: ClusterConfig) -> list[str]:
     train, check = ["msa-train"], ["msa-preflight"]
     if not cluster.venv and not cluster.container:
-        train, check = ([sys.executable, "-m", f"launchers.{name}"] for name in ("train", "node_check"))
+        train, check = ([sys.executable, "-m", f"launchers.{name}"] for name in ("train", "preflight"))
     srun, inside = list(cluster.srun), []
     # what a container must see of the host
     mounts: list[str] = []

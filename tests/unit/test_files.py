@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from launchers.local.run_dir import check_writable, claim_run_dir, write_config
-from launchers.node_check import _name
+from launchers.preflight import _name
 from msa_train.checkpoint.store import CheckpointStore, write_json
 from msa_train.config import RunConfig
 from msa_train.parallel.selection_file import SelectionRecorder

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers.node_check import BAD_NODES, _name, main
+from launchers.preflight import BAD_NODES, _name, main
 from launchers.slurm.job_token import read_token, sign, token_path
 from launchers.slurm.node_facts import Facts, Wanted, complaints, gather_facts
 from launchers.slurm.node_links import Head, Link, answer_head, slow_nodes

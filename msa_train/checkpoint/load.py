@@ -16,15 +16,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from msa_train.checkpoint.all_ranks import CheckpointError, run_on_all_ranks
 from msa_train.checkpoint.format_versions import match_format
-from msa_train.checkpoint.store import (
-    ResumePoint,
-    checksum_damage,
-    read_manifest,
-    read_meta,
-    select_checkpoint,
-    stored_damage,
-    structure_damage,
-)
+from msa_train.checkpoint.manifest import checksum_damage, read_manifest, read_meta
+from msa_train.checkpoint.store import ResumePoint, select_checkpoint, stored_damage, structure_damage
 from msa_train.checkpoint.torch_dist.finite_state import NotFiniteError, check_loaded
 from msa_train.checkpoint.torch_dist.reader import LoadStrategy, check_common
 from msa_train.checkpoint.torch_dist.rng_state import RNG_KEY, rng_shard

@@ -11,7 +11,7 @@ import torch
 from launchers import checkpoint
 from msa_train.checkpoint import diff as checkpoint_diff
 from msa_train.checkpoint.diff import diff_checkpoints
-from msa_train.checkpoint.store import MANIFEST_NAME, META_NAME, file_entry, write_json
+from msa_train.checkpoint.manifest import MANIFEST_NAME, META_NAME, file_entry, write_json
 from msa_train.checkpoint.torch_dist.files import ShardedReader, ShardedWriter
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "format1"
@@ -166,6 +166,15 @@ def test_diff_names_what_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (experts.num_different, experts.num_elements, experts.max_abs) == (1, 40, 0.5)
     assert (line.num_different, line.max_abs) == (1, float("inf"))
     assert narrow.notes == ["shape 3, 4"]
+
+
+def test_diff_compares_the_record_of_the_data() -> None:
+    """But for where it lay, and what was before."""
+    data = {"corpus": "/a", "tokenizer": "bytes", "content": "c", "seed": 1, "before": []}
+    first = {"data": data}
+    assert checkpoint_diff._diff_meta(first, {"data": {**data, "corpus": "/b", "before": [{}]}}) == {}
+    assert checkpoint_diff._diff_meta(first, {"data": {**data, "seed": 2}}) == {"data.seed": (1, 2)}
+    assert checkpoint_diff._diff_meta(first, {}) == {"data.content": ("c", None), "data.seed": (1, None)}
 
 
 def test_pieces_cover_a_tensor_once(monkeypatch: pytest.MonkeyPatch) -> None:

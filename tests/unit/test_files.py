@@ -9,7 +9,8 @@ import pytest
 
 from launchers.local.run_dir import check_writable, claim_run_dir, write_config
 from launchers.preflight import _name
-from msa_train.checkpoint.store import CheckpointStore, write_json
+from msa_train.checkpoint.manifest import write_json
+from msa_train.checkpoint.store import CheckpointStore
 from msa_train.config import RunConfig
 from msa_train.parallel.selection_file import SelectionRecorder
 from msa_train.runtime.atomic_files import new_file, open_to_append, remove_partials
@@ -17,7 +18,7 @@ from msa_train.runtime.fencing import VARIABLE, claim
 from msa_train.runtime.preemption import StopRecord, write_stopped
 from msa_train.training.metrics.tables import write_summary
 from msa_train.training.metrics.writer import MetricsWriter
-from msa_train.training.stability.skip_policy import log_event
+from msa_train.training.stability.skip_policy import EventLog
 
 OWN = "the user's own file\n"
 
@@ -48,7 +49,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "summary.json": lambda folder: write_summary(folder, {"steps": 1}),
     "meta.json": lambda folder: write_json(folder / "meta.json", {}),
     "metrics.jsonl": write_metrics,
-    "bad_steps.jsonl": lambda folder: log_event(folder, {"event": "skip"}),
+    "bad_steps.jsonl": lambda folder: EventLog(folder).write({"event": "skip"}),
     "slurm/bad_nodes": lambda folder: _name(folder, ["node1: broken"]),
     "part.npz": save_selections,
     "checkpoints/latest": lambda folder: CheckpointStore(folder)._point_latest(folder),
@@ -123,3 +124,13 @@ def test_new_files_appear_whole_or_not_at_all(tmp_path: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+@pytest.mark.parametrize("target", ["nothing", "run"])
+def test_run_dir_behind_a_link_to_nothing_is_refused(tmp_path: Path, target: str) -> None:
+    (tmp_path / "run").symlink_to(target)
+    for run_dir in (tmp_path / "run", tmp_path / "run/below"):
+        for check in (check_writable, claim_run_dir):
+            with pytest.raises(ValueError, match=rf"^run_dir={run_dir}: cannot be written \("):
+                check(str(run_dir))
+    assert not (tmp_path / "nothing").exists()

@@ -15,14 +15,13 @@ from pathlib import Path
 import pytest
 
 from msa_train.checkpoint import store as checkpoint_store
+from msa_train.checkpoint.manifest import file_entry, write_json
 from msa_train.checkpoint.store import (
     CheckpointStore,
     check_resume,
-    file_entry,
     fingerprint,
     select_checkpoint,
     verify_folder,
-    write_json,
 )
 from msa_train.config import AttentionConfig, CheckpointConfig, ModelConfig, RunConfig
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from msa_train.checkpoint.store import write_json
+from msa_train.checkpoint.manifest import write_json
 from msa_train.config import printable
 from msa_train.training.metrics.writer import json_ready
 

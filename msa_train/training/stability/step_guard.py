@@ -1,7 +1,7 @@
 """Applies train.bad_step while a run goes on: judges steps before they are taken, and takes the run back."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -9,13 +9,19 @@ import torch.distributed as dist
 from msa_train.checkpoint.all_ranks import run_on_all_ranks
 from msa_train.checkpoint.load import load_newest
 from msa_train.checkpoint.store import CheckpointStore
-from msa_train.config import RunConfig, Stage, plan_stages, stage_at
+from msa_train.config import BadStep, RunConfig, Stage, plan_stages, stage_at
 from msa_train.parallel.comm.fault_watch import watched
 from msa_train.parallel.process_groups import Groups
 from msa_train.training.engines.engine import Accept, StepResult, TrainEngine
 from msa_train.training.resume import restore
-from msa_train.training.stability.finite_check import check_finite, diverged, not_finite
-from msa_train.training.stability.skip_policy import RollbackError, SkipPolicy, log_event
+from msa_train.training.stability.finite_check import (
+    VALIDATION,
+    SpoiltStateError,
+    check_finite,
+    diverged,
+    not_finite,
+)
+from msa_train.training.stability.skip_policy import EventLog, RollbackError, SkipPolicy
 from msa_train.training.step_batch import StepBatch
 
 
@@ -34,7 +40,9 @@ class StepGuard:
     ) -> None:
         self.config, self.groups, self.engine, self.store = config, groups, engine, store
         self.bad_steps = SkipPolicy(config.train)
-        self._judged = _Judged()
+        self._judged, self._events = _Judged(), EventLog(config.run_dir)
+        self.notes: list[str] = []
+        "what else to tell the user, emptied by who does"
         self._bad_values: list[str] = []
 
     @property
@@ -97,6 +105,9 @@ class StepGuard:
         """
         judged = self._judged
         if not judged.complaint:
+            text = self._excused(step, values)
+            if text:
+                return text
             where = self._where(self._bad_values) if not_finite(values) else ""
             check_finite(step, values, self.store, where)
             return ""
@@ -109,6 +120,30 @@ class StepGuard:
             {"event": "skip", "step": step, "reason": judged.complaint, "packs": [first_pack, last_pack]}
         )
         return text
+
+    def _excused(self, step: int, values: dict[str, Any]) -> str:
+        """What to say where the validation loss alone is not finite, in a run that leaves bad steps out.
+
+        Nothing is trained on it, the steps are judged by losses of their own, and weights before every save.
+        """
+        policy, bad = self.config.train.bad_step, not_finite(values)
+        if policy is BadStep.end or not bad or not bad[0].startswith(f"{VALIDATION}="):
+            return ""
+        reason = f"{bad[0]}: not finite"
+        self._log({"event": "validation", "step": step, "reason": reason})
+        return f"step {step}: {reason}; training goes on, by train.bad_step={policy.value}"
+
+    def spoilt(self, step: int, error: SpoiltStateError) -> NoReturn:
+        """Go back, or end, where weights or moments are found to be not finite before a save.
+
+        Raises:
+            RollbackError: if the run shall go on from a checkpoint.
+            DivergedError: if it must end.
+        """
+        try:
+            self.bad_steps.spoilt(step, error.reason)
+        except ValueError as reason:
+            raise diverged(step, str(reason), self.store) from None
 
     def go_back(self, bad: RollbackError) -> tuple[int, str]:
         """Load the newest sound checkpoint from before the bad steps and remove later ones.
@@ -130,10 +165,8 @@ class StepGuard:
         self.bad_steps.go_back(found.meta.get("bad_steps", {}), event, tokens)
         self._log({"event": "rollback", **event})
         run_on_all_ranks(lambda: self.store.remove_after(found.step) if self.groups.rank == 0 else None, None)
-        count = self.config.train.max_skipped
         return found.step, (
-            f"step {bad.step}: {bad.reason}; {count} bad steps in a row: going back to step {found.step} and "
-            f"past {tokens} tokens"
+            f"step {bad.step}: {bad.reason}: going back to step {found.step} and past {tokens} tokens"
         )
 
     def _tokens(self, step: int) -> int:
@@ -143,4 +176,5 @@ class StepGuard:
 
     def _log(self, event: dict[str, Any]) -> None:
         if self.groups.rank == 0:
-            log_event(self.config.run_dir, event)
+            note = self._events.write(event)
+            self.notes += [note] if note else []

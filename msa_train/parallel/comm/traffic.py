@@ -9,9 +9,10 @@ import torch
 
 @dataclass(slots=True)
 class Traffic:
-    """Bytes that this rank received from other ranks, by purpose (`kv`, `kv_grad`, `index_key`, ...)."""
+    """Count the bytes that this rank received from other ranks."""
 
     received: dict[str, int] = field(default_factory=dict)
+    "bytes by purpose (`kv`, `kv_grad`, `index_key`, ...)"
 
     def add(self, purpose: str, num_bytes: int) -> None:
         """Count `num_bytes` more."""
@@ -23,17 +24,19 @@ class Traffic:
 
 @dataclass(slots=True)
 class ExposedTime:
-    """Time in which this rank could only wait for a collective, by purpose.
+    """Count the time in which this rank could only wait for a collective, by purpose.
 
     On a CPU the time spent in `Pending.wait`. On a GPU the time for which its stream stood still, from events
     that nobody waits for before the step ends.
     """
 
     waited_s: dict[str, float] = field(default_factory=dict)
+    "seconds by purpose; on a GPU those of events already read"
     events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+    "purpose, begin and end of waits on a GPU"
 
     def seconds(self) -> dict[str, float]:
-        """Totals so far; waits for the device where it is one that runs on its own."""
+        """Give the seconds so far by purpose; on a GPU waits for what has been launched."""
         for purpose, begin, end in self.events:
             end.synchronize()
             self._add(purpose, begin.elapsed_time(end) / 1000)
@@ -59,9 +62,11 @@ class ExposedTime:
 
 @dataclass(slots=True)
 class CommCounters:
-    """Figures that the collectives of one step leave behind."""
+    """Hold figures that the collectives of one step leave behind."""
 
     traffic: Traffic = field(default_factory=Traffic)
+    "bytes received"
     exposed: ExposedTime = field(default_factory=ExposedTime)
+    "time waited"
     bad_values: list[str] = field(default_factory=list)
     "where keys or values were not finite, one line each"

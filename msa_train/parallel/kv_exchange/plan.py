@@ -159,9 +159,9 @@ def find_demand(bits: Tensor, shape: ExchangeShape) -> Demand:
     plain = Demand(shape, bits, counts, popularity(bits, shape) >= shape.hot_requesters, wanted)
     others = bits & ~pack_bits(plain.hot)
     split = Demand(shape, others, count_bits(others), plain.hot, wanted)
-    # A broadcast of H blocks brings every rank H / P and then H rows. Without it their owners send up to P - 1
-    # times as many rows as they own of them: it pays where one owner has most of them, and not where all own
-    # the same share, about H rows each way. Decided on the device, so that the host need not wait.
+    # A broadcast of H blocks brings every rank H / P and then H rows. Without it their owners send up to P -
+    # 1 times as many rows as they own of them: it pays where one owner has most of them, and not where all
+    # own the same share, about H rows each way. Decided on the device, so that the host need not wait.
     broadcast = split.hot.sum() * (HOT_COST * (1 + 1 / shape.cp_size))
     pays = _busiest_rows(split) + broadcast < _busiest_rows(plain)
     return Demand(

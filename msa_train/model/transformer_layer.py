@@ -1,4 +1,4 @@
-"""Transformer layer: hands the pack's padding to the experts and recomputes itself when asked."""
+"""Run a transformer layer: hands the pack's padding to the experts and recomputes itself when asked."""
 
 from dataclasses import replace
 from typing import Any
@@ -16,14 +16,17 @@ from msa_train.model.transformer_config import MsaTransformerConfig
 
 
 class MsaTransformerLayer(TransformerLayer):
-    """Megatron's layer; its recomputation replays the block selection of the forward pass."""
+    """Run Megatron's layer; its recomputation replays the block selection of the forward pass.
+
+    A selection that is made again could differ in ties, and another one would need other KV blocks.
+    """
 
     config: MsaTransformerConfig
 
     def forward(
         self, hidden_states: Tensor, *args: Any, packed_seq_params: PackParams, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states [T, 1, H] -> (output [T, 1, H], context), as Megatron's layer."""
+        """Transform hidden_states [T, 1, H] -> (output [T, 1, H], context), as Megatron's layer."""
         params = replace(packed_seq_params, record=SelectionRecord())
         if self.config.recompute is Recompute.none or not (self.training and torch.is_grad_enabled()):
             return self._run(hidden_states, params, args, kwargs)

@@ -1,4 +1,4 @@
-"""Sliding-window attention over documents."""
+"""Attend to the last tokens of a document, and to its first ones."""
 
 from msa_kernels import window_blocks
 from torch import Tensor
@@ -10,7 +10,7 @@ from msa_train.parallel.attention.cp_sparse import SparseAttentionArgs, cp_spars
 
 
 class WindowSelfAttention(GroupedQueryAttention):
-    """Causal sliding window within documents, with a sink: position decides which blocks are exchanged."""
+    """Run a causal sliding window within documents, with a sink: position decides which blocks travel."""
 
     def attend(
         self,

@@ -56,8 +56,8 @@ _ATTENTION = {
 class MsaGptModel(GPTModel):
     """Run Megatron's GPTModel; with labels it returns the loss of each token, [T] fp32 in nats.
 
-    Nothing is divided here: the trainer divides the sum by the real tokens of the whole step, over all packs
-    and ranks, so that every token weighs the same however packs are cut.
+    Nothing is divided here: the engine divides the sum by the labels of the whole step, over all packs and
+    data-parallel ranks, so that every token weighs the same however packs are dealt and cut.
     """
 
     def _postprocess(self, hidden_states: Tensor, *, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
@@ -67,6 +67,7 @@ class MsaGptModel(GPTModel):
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden_states, group=group)
         else:
+            # Each rank's loss has the gradient from its own words; backward, this sums it over the ranks.
             hidden = copy_to_tensor_model_parallel_region(hidden_states, group=group)
         if self.share_embeddings_and_output_weights:
             weight = self.shared_embedding_or_output_weight()
@@ -102,6 +103,7 @@ def build_model(
         max_sequence_length=longest_seq_len(config),
         pre_process=pre_process,
         post_process=post_process,
+        # The vocabulary stays cut; our loss merges the parts.
         parallel_output=True,
         share_embeddings_and_output_weights=config.model.tie_embeddings,
         # Rotary embedding happens inside our attention, from the pack's document positions.
@@ -117,8 +119,8 @@ def _mark_parallel_weights(model: MsaGptModel) -> None:
 
     Megatron-core 0.16 marks cuts while it draws initial weights, which we leave out (`init_weights` draws
     them by name); its gradient norm and our drawing need the marks. Without expert parallelism it marks
-    experts as dense and would not sum their gradients over tensor-parallel ranks, which see different tokens
-    here.
+    experts as ordinary weights and would not sum their gradients over tensor-parallel ranks, which see
+    different tokens here.
     """
     for module in model.modules():
         if isinstance(module, ColumnParallelLinear | RowParallelLinear) and module.is_expert:

@@ -81,6 +81,7 @@ def init_weights(model: GPTModel, *, seed: int, tp_rank: int, tp_size: int, ep_r
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
+    # Not Python's hash: that differs between processes.
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") & (2**63 - 1))
 
@@ -92,6 +93,7 @@ def _draw(name: str, parameter: Tensor, std: float, seed: int, tp_rank: int, tp_
     cut = tp_size > 1 and getattr(parameter, "tensor_model_parallel", False) and ".experts." not in name
     if cut:
         shape[parameter.partition_dim] *= tp_size  # type: ignore[attr-defined]
+    # Drawn whole on every rank, on the CPU and in fp32: the same numbers whatever the layout and device.
     full = torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
     if not cut:
         return full

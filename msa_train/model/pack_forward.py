@@ -86,6 +86,7 @@ class PackForward:
 
     def _rotary_table(self, shard: PackShard) -> tuple[Tensor, Tensor]:
         model, is_double = self.config.model, self.config.train.precision is Precision.fp64
+        # Positions in the document and not in the pack: a packed document gives what it gives alone.
         return rotary_table(
             shard.doc_position,
             rotary_dim=model.rotary_dim,
@@ -100,5 +101,6 @@ class PackForward:
             return None
         num_local_kv_heads = config.model.num_kv_heads // (parallel.tp_size * parallel.cp_head_size)
         token_bytes = 2 * num_local_kv_heads * config.model.head_dim * DTYPES[config.train.precision].itemsize
+        # Per rank of the exchange: with Ulysses groups fewer ranks, more tokens, fewer KV heads each.
         others = attended.layout.seq_len - attended.layout.local_seq_len
         return choose_full_exchange(attended.full.busiest, others, token_bytes, comm.kv.rates)

@@ -80,7 +80,7 @@ def build_transformer_config(config: RunConfig) -> MsaTransformerConfig:
         context_parallel_size=parallel.cp_size,
         expert_model_parallel_size=parallel.ep_size,
         expert_tensor_parallel_size=1,
-        # Losses come in divided by the global token count (training.losses), so nobody divides again.
+        # Engines divide each pack's loss by the labels of the whole step, so Megatron must not divide again.
         calculate_per_token_loss=True,
         # Weights are drawn by name afterwards (model.init_weights).
         perform_initialization=False,

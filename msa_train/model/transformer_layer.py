@@ -27,6 +27,7 @@ class MsaTransformerLayer(TransformerLayer):
         self, hidden_states: Tensor, *args: Any, packed_seq_params: PackParams, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Transform hidden_states [T, 1, H] -> (output [T, 1, H], context), as Megatron's layer."""
+        # A record of its own for each layer and call: the pack's context is shared by all of them.
         params = replace(packed_seq_params, record=SelectionRecord())
         if self.config.recompute is Recompute.none or not (self.training and torch.is_grad_enabled()):
             return self._run(hidden_states, params, args, kwargs)
@@ -39,6 +40,7 @@ class MsaTransformerLayer(TransformerLayer):
                 args,
                 kwargs,
                 use_reentrant=False,
+                # No dropout, so there is no random state to bring back.
                 preserve_rng_state=False,
             )
 
@@ -51,6 +53,7 @@ class MsaTransformerLayer(TransformerLayer):
         if router is None or router.local_tokens_per_expert is None:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[return-value]
         router.counting = not params.record.replaying
+        # The router keeps one sum until its bias is updated; the difference is this call's.
         before = router.local_tokens_per_expert.clone()
         result = super().forward(hidden_states, *args, **kwargs)
         counted = (router.local_tokens_per_expert - before).to(torch.int64)

@@ -64,11 +64,11 @@ class Groups:
     dp: dist.ProcessGroup
     "ranks in this one's place of all sequences"
     dp_cp: dist.ProcessGroup
-    "ranks that hold the same dense parameters; their gradients are summed here"
+    "ranks that hold the same parameters, experts apart; gradients of these are summed here"
     ep: dist.ProcessGroup
     "ranks that share a layer's experts"
     expert_dp: dist.ProcessGroup
-    "ranks that hold the same experts; their gradients are summed here"
+    "ranks that hold the same experts; gradients of these are summed here"
     model_parallel: dist.ProcessGroup
     "ranks that hold the parts of one model (tensor and pipeline)"
     comm: CpGroups
@@ -104,6 +104,7 @@ def init_distributed(
     """
     if dist.is_initialized():
         return
+    # gloo carries the same collectives on CPUs, so that all of it is tested without a GPU.
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -144,6 +145,7 @@ def build_groups(
         pipeline_model_parallel_size=parallel.pp_size,
         context_parallel_size=parallel.cp_size,
         expert_model_parallel_size=parallel.ep_size,
+        # Experts are whole: tensor-parallel ranks hold different experts, not parts of them.
         expert_tensor_parallel_size=1,
         # a fraction of a minute is as good
         distributed_timeout_minutes=_limit_s(device, timeout_s) / 60,  # pyright: ignore[reportArgumentType]

@@ -88,6 +88,7 @@ class SelectionRecorder:
         shape = (self.num_tokens, self.num_kv_heads, self.topk)
         if block_indices.shape != shape:
             raise ValueError(f"block_indices.shape={block_indices.shape}: must be {shape}")
+        # One bit per block: a byte each would be 8 times the memory of a run's recording.
         bits = np.packbits(self._needed(block_indices), axis=-1)
         self._bits[layer] = self._bits[layer] | bits if layer in self._bits else bits
         self._samples.setdefault(layer, block_indices[self.sample_rows].astype(np.int32))

@@ -130,6 +130,7 @@ class GroupedQueryAttention(MegatronModule, ABC):
 
         Example: the fused output of one KV head with G = 2 is [query 0, query 1, key, value], D numbers each.
         """
+        # With sequence parallelism this gathers the tokens of all tensor-parallel ranks: T rows come out.
         mixed, _ = self.linear_qkv(hidden_states)
         mixed = mixed.view(mixed.shape[0], self.num_groups, self.heads_per_group + 2, self.head_dim)
         q, k, v = mixed.split([self.heads_per_group, 1, 1], dim=2)
@@ -155,6 +156,7 @@ class GroupedQueryAttention(MegatronModule, ABC):
         comm, ulysses = context.comm.for_layer(self.layer_number).ulysses, context.ulysses
         assert comm is not None, "Ulysses inputs come with their group"
         assert ulysses is not None, "called where there are Ulysses groups"
+        # One tensor [T, M, G * D + 2 * D (+ Di)], for one message to each rank in place of four.
         parts = [q.flatten(2), k, v] if started is None else [q.flatten(2), k, v, started.q]
         mixed = cp_to_hp(torch.cat(parts, dim=-1), comm, ulysses.order)
         # What is sent on must lie in one piece.
@@ -200,6 +202,7 @@ class GroupedQueryAttention(MegatronModule, ABC):
     def _record(self, decision: ExchangeDecision, context: PackContext, record: SelectionRecord) -> None:
         """Keep what was agreed for a recomputation; count which way was taken."""
         if not record.replaying:
+            # On the host: the decision is known there.
             selected = torch.tensor([decision.kind is KvExchange.selected, 1], dtype=torch.int64)
             LayerStats.add(context.stats.exchange, self.layer_number, selected)
         record.exchange = decision

@@ -64,6 +64,7 @@ class IndexBranch(MegatronModule):
         With tensor parallelism hidden is this rank's part, [T / tp_size, 1, H]. rotary: cos and sin of the
         tokens.
         """
+        # The loss of the index branch must not train what lies below it.
         x = hidden.detach()
         if self.config.sequence_parallel:
             x = gather_from_sequence_parallel_region(x, group=self.tp_group)

@@ -1,10 +1,10 @@
 """Run MiniMax Sparse Attention (MSA): index branch, block selection, attention to the chosen blocks.
 
 The keys of a document lie in blocks of B tokens (128). For each query and KV head a light index query scores
-all earlier index keys; a block's score is the highest of its tokens. The `topk` (16) best blocks, always with
-the query's own and those just before it, are attended to exactly by all query heads of the KV head. So
-attention costs topk * B keys a query however long the document is. Scores still grow with it, but with one
-small head per KV head.
+all earlier index keys; a block's score is the highest of its tokens. The `topk` (16) best blocks, always
+among them the `local_blocks` (1) that end with the query's own, are attended to exactly by all query heads of
+the KV head. So attention costs topk * B keys a query however long the document is. Scores still grow with it,
+but with one small head per KV head.
 
 The selection has no gradient. The index branch learns from a KL loss that draws its scores towards the mean
 attention of the KV head's query heads; that loss trains the index branch alone, and the language-model loss
@@ -79,9 +79,11 @@ class MsaSelfAttention(GroupedQueryAttention):
             self._measure_recall(q, k, record.block_indices[context.recall.rows], context)
         if context.on_selection is not None and not record.replaying:
             context.on_selection(self.layer_number, record.block_indices)
+        # Without a gradient there is no backward pass, and only that forms the loss.
         trains_index = context.kl_weight > 0 and torch.is_grad_enabled()
         block_size = self.config.attention.block_size
         needed = None
+        # A recomputed call is given its decision, so nobody asks for needs again.
         if not record.replaying:
             needed = needed_kv_blocks(record.block_indices, pack.layout.num_blocks)
         call = SparseAttentionArgs(
@@ -132,6 +134,7 @@ class MsaSelfAttention(GroupedQueryAttention):
         q_index, k_index = started.q, started.k
         if context.recall is not None and not record.replaying:
             rows = context.recall.rows
+            # Nothing is selected in a dense stage: only the sampled queries show what would be.
             selected = self._select_some(
                 q_index.detach()[rows], all_keys, context.pack, position=context.pack.position[rows]
             )
@@ -165,6 +168,7 @@ class MsaSelfAttention(GroupedQueryAttention):
             row = rows.stop
         selected = parts[0] if len(parts) == 1 else torch.cat(parts)
         if moves is not None:
+            # Whoever selected did not know which of these queries are padding.
             selected = move_rows(selected, moves.back, comm, "index_query")
             selected.masked_fill_(~pack.valid[:, None, None], -1)
         return selected

@@ -32,6 +32,8 @@ class WindowSelfAttention(GroupedQueryAttention):
             sink_blocks=attention.window_sink,
             query_valid=pack.valid,
         )
+        # All KV heads see the same blocks; blocks follow from positions, but the exchange is that of MSA
+        # layers.
         call = SparseAttentionArgs(
             block_indices=block_indices[:, None].expand(-1, k.shape[1], -1),
             position=pack.position,

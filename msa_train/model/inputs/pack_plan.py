@@ -4,8 +4,8 @@ First all decisions (this file), then one copy to the device (`plan_to_device`),
 Nothing here needs a process group or a device, so plans of any rank of any layout can be made anywhere.
 
 At 1M tokens on 256 ranks a plan holds 33 bytes for each of this rank's 4,096 tokens, 0.13 MiB, 64 KiB of
-block ids and, where queries move for equal work, 16 bytes for each of them. A full-attention layer adds 16
-bytes for each token that this rank fetches, and planning it takes most of the time.
+block ids and, where queries move for equal work, up to 32 bytes for each of them. Full attention adds 8 bytes
+for each token that this rank sends or fetches, and planning it takes most of the time.
 """
 
 from dataclasses import dataclass
@@ -52,6 +52,7 @@ def shard_layout(config: RunConfig, pack: Pack, cp_rank: int, ulysses_size: int 
     """Decide which tokens of a pack a rank holds; with `ulysses_size`, which its Ulysses group holds."""
     block_size, cp_size = config.attention.block_size, config.parallel.cp_size
     plan = make_partition(config.parallel.cp_layout, cp_size, pack.cu_seqlens.tolist(), block_size)
+    # A Ulysses group holds what its ranks hold together, and takes part in the exchange as one rank does.
     return ShardLayout(
         seq_len=len(pack.tokens),
         block_size=block_size,

@@ -71,6 +71,7 @@ def make_pack_shard(
     starts = torch.tensor(cu_seqlens)
     document = torch.searchsorted(starts, position, right=True) - 1
     doc_position = position - starts[document]
+    # Slots are block-aligned: what lies behind a document's last token in its slot is padding.
     valid = doc_position < torch.tensor(doc_lengths)[document]
     full = None
     if with_full:
@@ -102,6 +103,7 @@ def _cut(values: npt.NDArray[np.int64], layout: ShardLayout) -> Tensor:
 def _index_sharding(
     layout: ShardLayout, cu_seqlens: Sequence[int], parallel: ParallelConfig
 ) -> IndexSharding:
+    # Queries of documents' ends score more blocks than those of their beginnings.
     away = layout.plan
     if parallel.balance_index and layout.cp_size > 1:
         away = balance(layout.plan, *index_work(cu_seqlens, layout.block_size))

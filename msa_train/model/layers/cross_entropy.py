@@ -65,6 +65,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden, weight, labels, lse = ctx.saved_tensors
         dloss = dloss.masked_fill(labels == ctx.ignore_label, 0.0)
         dhidden = torch.empty_like(hidden)
+        # Summed over chunks in fp32: in bf16 late chunks would be rounded away.
         dweight = torch.zeros(weight.shape, dtype=lse.dtype, device=weight.device)
         for rows in _chunks(hidden, weight):
             p = ((hidden[rows] @ weight.T).to(lse.dtype) - lse[rows, None]).exp_()
@@ -94,6 +95,7 @@ def _local_labels(labels: Tensor, first: int, num_rows: int) -> tuple[Tensor, Te
 
 def _merge_vocabulary(lse: Tensor, target: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
     """Merge [T] log-sum-exps and label logits over tensor-parallel ranks; each label is on one rank only."""
+    # log(sum_r e^lse_r) = peak + log(sum_r e^(lse_r - peak)), which cannot overflow.
     peak = lse.clone()
     dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
     sums = torch.stack(((lse - peak).exp(), target))

@@ -44,6 +44,7 @@ class SigmoidRouter(TopKRouter):
         pg_collection: ProcessGroupCollection | None = None,
         **kwargs: Any,
     ) -> None:
+        # Megatron's constructor would put the buffers of the bias on CUDA; they are made below instead.
         without_bias = copy.copy(config)
         without_bias.moe_router_enable_expert_bias = False
         super().__init__(config=without_bias, pg_collection=pg_collection, **kwargs)
@@ -83,6 +84,7 @@ class SigmoidRouter(TopKRouter):
         probs, routing_map = super().routing(logits)
         if padding_mask is not None:
             real = ~padding_mask.reshape(-1, 1)
+            # Probabilities too: the gradient of the router must not see padding.
             probs, routing_map = probs * real, routing_map & real
         if self.local_tokens_per_expert is not None and self.counting and torch.is_grad_enabled():
             self.local_tokens_per_expert += routing_map.sum(0)
@@ -123,9 +125,11 @@ class AllToAllDispatcher(MoETokenDispatcher):
         received = torch.empty_like(counts)
         with watched("expert", self.layer_number):
             dist.all_to_all_single(received, counts, group=self.ep_group)
+        # Sizes of messages must be known to launch them: the one time the host waits in this layer.
         on_host = torch.stack((counts, received)).cpu()
         self.received = on_host[1]
         self.send, self.receive = on_host.sum(2).tolist()
+        # The number of rows is known on the host, so that `permute` need not wait for the device.
         permuted = permute(tokens, routing_map, probs=probs, num_out_tokens=sum(self.send))
         self.order = permuted[-1] if len(permuted) == 3 else permuted[2]
         assert permuted[1] is not None, "probabilities were given"
@@ -146,6 +150,7 @@ class AllToAllDispatcher(MoETokenDispatcher):
         """
         if self._reorders:
             order = torch.arange(self.received.numel()).view(self.received.shape).T.ravel()
+            # Every expert multiplies its rows at once, so they must lie together.
             sizes = self.received.ravel()
             hidden_states, sorted_probs = sort_chunks_by_idxs(hidden_states, sizes, order, probs=probs)[:2]
             assert sorted_probs is not None, "probabilities were given"

@@ -27,6 +27,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x [..., hidden_size] of any float dtype; same shape and dtype back."""
+        # A mean of squares in bf16 would have 8 bits.
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         weight = self.weight.to(dtype)
         if self.zero_centered:

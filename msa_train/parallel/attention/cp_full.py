@@ -79,6 +79,7 @@ def cp_full_attention(
     q = relayout(q, plan.queries, comm, "full_query")
     if q_index is not None and call.kl is not None:
         q_index = relayout(q_index, plan.queries, comm, "full_query")
+    # Keys and values in one message; only a ring moves them, other ways leave them where they are.
     kv = relayout(torch.stack((k, v), dim=1), plan.keys, comm, "full_query")
     out = _CpFullAttention.apply(q, kv, q_index, k_index, call)
     return restore(out, plan.queries, comm, "full_query")
@@ -98,6 +99,7 @@ class _CpFullAttention(torch.autograd.Function):
         q_heads = q.permute(1, 2, 0, 3)
         out = torch.zeros_like(q_heads)
         lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        # -inf: nothing seen yet, and what padding rows keep.
         lse = torch.full(out.shape[:-1], float("-inf"), dtype=lse_dtype, device=q.device)
         teacher = TeacherLse(call.kl, q_heads, lse, call.softmax_scale)
         session = open_full_session(call.exchange, kv, call.plan, call.layout, call.comm, keep=call.keep)
@@ -126,6 +128,7 @@ class _CpFullAttention(torch.autograd.Function):
         ctx.session.restore(tuple(kept))
         q_heads, dout = q.permute(1, 2, 0, 3), dout.permute(1, 2, 0, 3)
         dq = torch.zeros_like(q_heads)
+        # The loss joins the backward pass, where keys come by anyway and teacher probabilities are cheap.
         kl = None
         if call.kl is not None and q_index is not None:
             kl = DenseKl(
@@ -155,6 +158,7 @@ class _CpFullAttention(torch.autograd.Function):
         if kl is not None:
             dq_index, dk_index = kl.finish(call.comm)
         elif q_index is not None:
+            # Zeros and not None: gradient hooks wait for every parameter.
             dq_index, dk_index = torch.zeros_like(q_index), q_index.new_zeros(ctx.k_index_shape)
         return dq.permute(2, 0, 1, 3), dkv, dq_index, dk_index, None
 

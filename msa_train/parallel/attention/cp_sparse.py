@@ -114,6 +114,7 @@ class _CpSparseAttention(torch.autograd.Function):
         k_index: Tensor | None,
         call: SparseAttentionArgs,
     ) -> tuple[Tensor, ExchangeDecision]:
+        # Blocks lie whole in memory [M * NL, 2, B, D]: one KV block is one row of a message.
         local = pack_blocks(k, v, call.layout.block_size)
         num_groups, all_keys = k.shape[1], call.k_index
         decision = call.decision or _decide(local, k_index, ctx.needs_input_grad[0], call)
@@ -172,6 +173,7 @@ class _CpSparseAttention(torch.autograd.Function):
 
         dkv, dk_index = ctx.session.backward(compute)
         ctx.session = None
+        # The loss value is for metrics alone: its gradient has just been formed.
         if call.on_kl is not None and sums.kl is not None:
             call.on_kl(sums.kl)
         assert sums.dq is not None, "an exchange has at least one source"
@@ -241,6 +243,8 @@ def _decide(
 def _queries(
     q: Tensor, q_index: Tensor | None, all_keys: Tensor | None, call: SparseAttentionArgs
 ) -> SparseQueries:
+    # The temperature divides the logits of both sides: the student's by its scale, the teacher's in the
+    # kernel.
     return SparseQueries(
         q=q,
         position=call.position,

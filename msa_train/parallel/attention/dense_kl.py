@@ -55,6 +55,8 @@ class TeacherLse:
     def __init__(self, settings: IndexKl | None, q_heads: Tensor, lse: Tensor, softmax_scale: float) -> None:
         self.q_heads, self.lse = q_heads, lse
         self.own = settings is not None and settings.temperature != 1.0
+        # At another temperature the teacher is another softmax, which the attention's normaliser does not
+        # fit.
         if settings is not None and self.own:
             self.kernel = settings.kernel.value
             self.lse = torch.full_like(lse, float("-inf"))
@@ -102,6 +104,7 @@ class DenseKl:
         self.index_scale = settings.index_scale / settings.temperature
         self.lse, self.lse_index = lse, self._index_lse()
         self.dq_index = torch.zeros_like(self.q_index, dtype=self.lse_index.dtype)
+        # Of the whole pack: any query may see any earlier key.
         self.dk_index = torch.zeros_like(settings.all_keys, dtype=self.lse_index.dtype)
         self.kl = torch.zeros((), dtype=torch.float64, device=q_index.device)
 

@@ -89,6 +89,7 @@ def sample_queries(
     num = min(count, total)
     if num == 0:
         return None
+    # Strata: one draw from each part spreads the sample over distances, and keeps it the same for any P.
     edges = torch.arange(num + 1) * total // num
     draw = torch.rand(num, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     chosen = edges[:-1] + (draw * (edges[1:] - edges[:-1])).long()
@@ -191,6 +192,7 @@ def measure_recall(
     every = _gather_rows(q, queries, comm)
     part = _score_own_keys(every, k, queries, softmax_scale)
     total, entropy = _merge(part, comm)
+    # Mass of a block: its share e^(lse of block - lse of all) of the softmax, mean over the KV head's heads.
     mass = part.block_lse.sub_(total[:, None]).exp_().mean(2)
     mass = _send_home(mass.permute(2, 0, 1), queries, comm)
     return _sums(mass, selected.long(), entropy[queries.own], queries)
@@ -228,6 +230,7 @@ def _score_own_keys(q: Tensor, k: Tensor, queries: RecallQueries, softmax_scale:
         hidden = (token > queries.position[seeing]) | (token < queries.doc_start[seeing])
         scores.masked_fill_(hidden.view(1, -1, layout.block_size, 1, hidden.shape[1]), _HIDDEN)
         peak = scores.amax(2)
+        # Mean score under the softmax of a block: sum p s / sum p; it gives the entropy without another pass.
         p = (scores - peak[:, :, None]).exp_()
         weight = p.sum(2)
         mean = p.mul_(scores).sum(2).div_(weight)
@@ -282,6 +285,7 @@ def _gather_rows(x: Tensor, queries: RecallQueries, comm: CpComm) -> Tensor:
     and become [a, b, c].
     """
     counts = queries.counts
+    # An all-gather takes one size from all ranks.
     padded = x.new_zeros(max(counts), *x.shape[1:])
     padded[: x.shape[0]] = x
     gathered = comm.all_gather(padded, "recall")
@@ -312,6 +316,7 @@ def _sums(mass: Tensor, selected: Tensor, entropy: Tensor, queries: RecallQuerie
     first = queries.doc_start[queries.own, None] // layout.block_size
     block = torch.arange(layout.num_blocks, device=device)
     hidden = (block < first) | (block > own)
+    # Blocks that a query cannot see may not fill I*.
     ranked = mass.masked_fill(hidden[:, None], float("-inf")).flatten(0, 1)
     best = topk_lowest_id(ranked, queries.topk).view(C, M, queries.topk)
     best_mass = mass.gather(2, best).double()

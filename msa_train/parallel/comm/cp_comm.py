@@ -50,6 +50,7 @@ class Pending(Generic[_Result]):
         if self.works:
             self.comm.wait_for(self.works, self.point)
             self.works = []
+        # On a GPU the current stream has waited, so later users of this memory come after the collective.
         self._keep = None
         return self._result
 
@@ -102,6 +103,7 @@ class CpComm:
             return self._done(x.unsqueeze(0) if out is None else out.copy_(x.unsqueeze(0)), purpose)
         out = x.new_empty(self.size, *x.shape) if out is None else out
         x = x.contiguous()
+        # Counted as received bytes: the own part does not travel.
         num_bytes = (self.size - 1) * x.numel() * x.element_size()
         return self._start(
             lambda: _gather(_rows(out), _line(x), group=self.group, async_op=True), purpose, num_bytes, out, x
@@ -115,6 +117,7 @@ class CpComm:
         """Begin a reduce_scatter. On a CPU it is over when this returns."""
         if self.size == 1:
             return self._done(x[0], purpose)
+        # gloo would all-reduce everything and drop what other ranks are to have.
         if x.device.type == "cpu":
             return self._done(self._ring_reduce_scatter(x, purpose), purpose)
         out, x = x.new_empty(x.shape[1:]), x.contiguous()

@@ -22,6 +22,7 @@ class KvComm(CpComm):
     "shapes of exchanges that all ranks have found to be the same; shared by all copies"
 
     def _with(self, **changes: Any) -> Self:
+        # Counters and layer are fields of the parts too, so every change goes to all of them.
         nodes = {"inner": self.inner, "outer": self.outer}
         parts = {name: part._with(**changes) for name, part in nodes.items() if part is not None}
         return replace(self, **changes, **parts)
@@ -52,6 +53,7 @@ class CpGroups:
         return self._with(self.kv.for_layer(layer), layer=layer)
 
     def _with(self, kv: KvComm, **changes: Any) -> "CpGroups":
+        # Without Ulysses groups both are one object, and stay one.
         whole = kv if self.whole is self.kv else replace(self.whole, **changes)
         ulysses = None if self.ulysses is None else replace(self.ulysses, **changes)
         return CpGroups(whole, kv, ulysses)

@@ -128,7 +128,7 @@ class FaultWatch:
         self._site = replace(self._site, waits=False)
 
     def failure(self, layer: int, purpose: str, num_bytes: int, error: RuntimeError) -> RuntimeError:
-        """Make the error to raise after a collective failed here; takes up to the grace of 5 s."""
+        """Make the error to raise after a collective failed here; takes up to the grace."""
         if is_out_of_memory(error):
             return error
         self._site = RankStatus(layer, purpose, True, num_bytes)

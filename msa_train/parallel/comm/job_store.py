@@ -48,6 +48,7 @@ def open_store(environ: Mapping[str, str], *, timeout_s: float, say: Callable[[s
         if time.monotonic() > say_at:
             say(f"rank {rank} of {world_size} waits for {whom}; {_origin(environ)}")
             say_at = deadline + 1
+        # Ranks of one machine are there at once; many ranks must not flood the store.
         time.sleep(POLL_S if world_size > 8 else POLL_S / 10)
     if rank == 0:
         meeting.set("all", "1")

@@ -15,6 +15,7 @@ class Line:
 
     def seconds(self, num_bytes: float) -> float:
         """Estimate the seconds of a collective in which the busiest rank moves `num_bytes`; 0 for none."""
+        # No bytes, no collective: a scheme without broadcast blocks has no such steps.
         return self.latency_s + num_bytes * self.s_per_byte if num_bytes else 0.0
 
 

@@ -34,8 +34,8 @@ def plan_to_device(plan: Plan, device: torch.device) -> Plan:
     """Copy all tensors of a plan to `device` at once: one pinned buffer, one copy, then views.
 
     Costs one host copy of the plan: at 1M tokens on 64 ranks about 0.5 MiB of positions, labels and masks, on
-    256 ranks 0.13 MiB; plus 16 bytes for every token that moves to balance work, or that full attention
-    fetches (16 MiB for the last rank of a document of 1M tokens).
+    256 ranks 0.13 MiB; plus up to 32 bytes for every token where queries move to balance work, and 8 for
+    every token that full attention sends or fetches (8 MiB on the last rank of a document of 1M tokens).
 
     Args:
         plan: dataclasses, tuples and lists in any order around host tensors; other values stay.

@@ -64,6 +64,7 @@ def build_comm(
         kv = KvComm(group, rank, size, **rest)
         _add_nodes(kv, kind, exchange, head_size)
         return CpGroups(kv, kv)
+    # Neighbours trade tokens, most often inside a node; ranks head_size apart hold the same KV heads.
     ulysses, sequence = _split(group, head_size, timeout_s)
     kv = KvComm(sequence, rank // head_size, size // head_size, **rest)
     _add_nodes(kv, kind, exchange, head_size)
@@ -88,6 +89,7 @@ def _add_nodes(comm: KvComm, kind: KvExchange, exchange: ExchangeConfig, head_si
 
 def _part(comm: KvComm, group: dist.ProcessGroup, rank: int, size: int) -> CpComm:
     """Return collectives of some of the ranks, with everything else as in `comm`."""
+    # Parts are plain collectives: a node has no nodes of its own.
     kept = {item.name: getattr(comm, item.name) for item in fields(CpComm)}
     return CpComm(**kept | {"group": group, "rank": rank, "size": size})
 
@@ -134,6 +136,7 @@ def _split(
 
     Example: ranks 0 to 7, size 4, rank 5 -> (4, 5, 6, 7) and (1, 5).
     """
+    # Other sequences have nodes too, and every rank must create the groups of all in one order.
     everyone: list[list[int]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, dist.get_process_group_ranks(group))
     found: dict[str, dist.ProcessGroup] = {}
@@ -155,6 +158,7 @@ def measure_rates(comm: KvComm) -> ExchangeRates:
     second on a network of 1 Gbit/s and more.
     """
     timed = comm.with_new_counters()
+    # All groups of a kind are measured at once, as they run in a step: links that they share are shared here.
     hops = [
         Line(0.0, 0.0) if part is None else _line(timed, part, _all_to_all)
         for part in (timed.inner, timed.outer)
@@ -192,6 +196,7 @@ def _bytes(comm: CpComm, rows: int, num_bytes: int) -> Tensor:
 
 
 def _all_to_all(comm: CpComm, num_bytes: int) -> None:
+    # Even messages: what counts in an exchange is the bytes of the busiest rank.
     ones = [1] * comm.size
     comm.all_to_all(_bytes(comm, comm.size, num_bytes), ones, ones, "calibration")
 

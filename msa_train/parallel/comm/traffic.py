@@ -37,6 +37,7 @@ class ExposedTime:
 
     def seconds(self) -> dict[str, float]:
         """Give the seconds so far by purpose; on a GPU waits for what has been launched."""
+        # Read when the step has ended, for reading an event makes the host wait for it.
         for purpose, begin, end in self.events:
             end.synchronize()
             self._add(purpose, begin.elapsed_time(end) / 1000)
@@ -47,6 +48,7 @@ class ExposedTime:
         """Call `wait` and count how long it held this rank up."""
         if device.type == "cuda":
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            # `wait` only makes the stream wait; the time between both events is what it stood still.
             begin.record()
             wait()
             end.record()

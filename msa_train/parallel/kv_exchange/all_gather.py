@@ -23,6 +23,7 @@ class AllGatherSession(ExchangeSession):
 
     def backward(self, compute: Callable[[KvSource], PairGrads]) -> PairGrads:
         """See ExchangeSession.backward."""
+        # All shards would be P times the memory of a layer if they were kept, so they are gathered again.
         pending = self.comm.start_all_gather(self.local, "kv_again")
         own = compute(self.own_source())
         if self.layout.cp_size == 1:

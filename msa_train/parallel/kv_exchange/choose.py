@@ -48,10 +48,12 @@ def negotiate_exchange(
     Raises:
         ExchangeError: a rank asks for what does not fit, or a collective failed.
     """
+    # Gathering and the ring bring everything, whatever was selected: nothing to ask.
     if kind not in (KvExchange.selected, KvExchange.auto):
         return ExchangeDecision(kind)
     if layout.cp_size == 1:
         return ExchangeDecision(KvExchange.all_gather)
+    # Gradients of a KV block come back with those of its index keys, once for each KV head.
     forward = local[0].numel() * local.element_size()
     index = 0 if k_index is None else layout.block_size * k_index.shape[-1] * local.element_size()
     size = KvBlockBytes(forward, forward + index if with_backward else 0)

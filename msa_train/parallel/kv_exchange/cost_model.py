@@ -48,6 +48,7 @@ def selected_cost(
     """
     hops = [rates.outer, rates.inner] if shape.hierarchical else [rates.all_to_all]
     total = 0.0
+    # Hops follow one another, so their times add up.
     for line, pairs in zip(hops, busiest, strict=True):
         total += fetches * line.seconds(pairs * size.forward) + line.seconds(pairs * size.backward)
     # A broadcast goes in two steps: to its P slices, then to everyone; back the same way.

@@ -97,6 +97,7 @@ class FullSelectedSession(FullSession):
             pending = self._start("full_kv_again")
             own = compute(self._own())
             returning = self._return(compute, self._arrived(pending))
+        # One key may have been sent to many ranks: their gradients are summed here, over all that saw it.
         moves, returned = self.plan.fetch, returning.wait()
         for rows, share in zip(moves.sent.split(moves.send), returned.split(moves.send), strict=True):
             own.index_add_(0, rows, share)
@@ -118,6 +119,7 @@ class FullSelectedSession(FullSession):
         return rows if self.plan.fetch.in_order else rows[self.plan.fetch.received.argsort()]
 
     def _return(self, compute: Callable[[KeySource], Tensor], fetched: Tensor) -> Pending[Tensor]:
+        # A rank that fetched nothing still takes part in the all-to-all, with no rows.
         grad, moves = fetched, self.plan.fetch
         if self.plan.needed:
             grad = compute(KeySource(fetched, self.plan.needed))
@@ -132,6 +134,7 @@ class FullAllGatherSession(FullSession):
         yield self._gathered("full_kv")
 
     def backward(self, compute: Callable[[KeySource], Tensor]) -> Tensor:
+        # Each rank has gradients of all keys from its own queries; summed over ranks, owners get theirs.
         grad = self.layout.by_owner(compute(self._gathered("full_kv_again")))
         return self.comm.reduce_scatter(grad, "full_kv_grad")
 

@@ -1,7 +1,7 @@
 """Plan which keys and values of the whole pack each rank needs for full attention.
 
 Every rank plans for all ranks. At 1M tokens on 256 ranks: work of 32,768 units of 32 tokens, segments of 256
-ranks, and 16 bytes for every token that this rank fetches, 16 MiB on the last rank of a single document. With
+ranks, and 8 bytes for every token that this rank sends or fetches, 8 MiB on the last rank of a document. With
 `auto` the shares of all 65,536 pairs of ranks are counted too; that is then most of the time.
 """
 
@@ -70,6 +70,7 @@ def make_full_plan(
         else:
             query_plan = balance(home, work, document)
     segments = [local_segments(cu_seqlens, doc_lengths, ranges) for ranges in query_plan.ranges]
+    # Keys from each document's start up to the last query that a rank has in it, less what it holds.
     needed = [
         without(joined((s.doc_start, s.stop) for s in parts), own)
         for parts, own in zip(segments, key_plan.ranges, strict=True)

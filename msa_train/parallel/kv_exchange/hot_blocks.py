@@ -76,6 +76,7 @@ class HotBroadcast:
             purpose: of the bytes, without `_hot`.
         """
         self.comm, self.purpose = comm, f"{purpose}_hot"
+        # A rank without such blocks knows their size from the shape of its empty tensor.
         elements = own[0].numel() if own.shape[0] else own.flatten(1).shape[1]
         self.slices = cut(plan, elements, comm)
         mine = [self.slices.span(comm.rank, rank) for rank in range(comm.size)]
@@ -117,6 +118,7 @@ class HotReduce:
         """
         self.comm, self.purpose, self.width = comm, "kv_grad_hot", rows.shape[1]
         self.slices, self.dtype = cut(plan, rows.shape[1], comm), rows.dtype
+        # Zeros at the end, so that all slices are equal and the all-to-all is even.
         missing = self.slices.slice_size * comm.size - rows.numel()
         buffer = torch.nn.functional.pad(rows.flatten(), (0, missing))
         # With nodes the sum inside the node comes first, and only it leaves the node.
@@ -133,6 +135,7 @@ class HotReduce:
         payload = torch.cat([mine[start - first : stop - first] for start, stop in theirs])
         send, receive = ([stop - start for start, stop in spans] for spans in (theirs, own))
         parts = comm.all_to_all(payload, send, receive, self.purpose).split(receive)
+        # Own blocks lie in the slices one after the other: put the parts into the order of slices.
         order = sorted(range(comm.size), key=self.slices.slice_of)
         return torch.cat([parts[rank] for rank in order]).view(-1, self.width)
 

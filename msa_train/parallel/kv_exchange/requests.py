@@ -1,7 +1,8 @@
 """Agree with all ranks which KV blocks each needs from whom: from the selection to a plan.
 
 A request is 64 + P * W bytes: 4 KiB at 256 ranks and 1M tokens (block 128, M = 4), and every rank receives
-those of all others, 1 MiB per layer. The host gets 3,329 numbers of it in one copy (with nodes of 8: 2,898).
+those of all others, 1 MiB per layer. The host gets some 3,300 numbers in one copy (nodes of 8: 2,900), of
+which it compares 256 headers of 6 with each other.
 
 Shapes: T local queries, M KV heads, NB blocks of the pack, NL = NB / P blocks per rank, P ranks, NP = M * NL
 KV blocks of a rank, numbered head * NL + local block, W = ceil(NP / 8) bytes of a bitmap of them.
@@ -44,7 +45,7 @@ def needed_kv_blocks(block_indices: Tensor, num_blocks: int) -> Tensor:
     Example: two queries of one head, [[[2, 0]], [[2, -1]]], 4 blocks -> [[True, False, True, False]].
     """
     num_groups = block_indices.shape[1]
-    # Column 0 takes the -1 entries and is cut off.
+    # Column 0 takes the -1 entries and is cut off: no mask, whose size the host would have to wait for.
     needed = torch.zeros(num_groups, num_blocks + 1, dtype=torch.bool, device=block_indices.device)
     ids = block_indices.permute(1, 0, 2).reshape(num_groups, -1).long() + 1
     return needed.scatter_(1, ids, True)[:, 1:]
@@ -126,6 +127,7 @@ def exchange_requests(
         ranks_per_node=0 if comm.inner is None else comm.inner.size,
         hot_share=terms.settings.hot_share,
     )
+    # An exchange of other shapes is rare: this costs one more all-gather of 64 bytes per rank, once.
     if shape not in comm.compared:
         # Bitmaps of unequal length would end a process inside the collective; headers are of one length.
         _introduce(shape, needed.device, comm)
@@ -144,6 +146,7 @@ def exchange_requests(
     by_rank = [flat[i : i + _HEADER] for i in range(0, len(flat), _HEADER)]
     check_requests(by_rank, marked, own, comm.layer)
     bad_values = find_bad_values(by_rank, comm.layer)
+    # For the step's report; the step itself goes on.
     comm.counters.bad_values += bad_values
     if terms.kind is KvExchange.auto and not _selected_pays(shape, most, counts, comm, terms):
         return ExchangeDecision(KvExchange.all_gather, spoilt=bool(bad_values))
@@ -254,6 +257,7 @@ def _selected_pays(
     All ranks decide from the same numbers: loads of all ranks, and rates that they share.
     """
     assert comm.rates is not None, "auto measures rates when the groups are built"
+    # Fetching again in the backward pass doubles what goes out; gradients come back once.
     fetches = 1 if terms.settings.keep_for_backward or not terms.size.backward else 2
     num_hot = sum(counts[-shape.cp_size :])
     selected = selected_cost(shape, busiest, num_hot, terms.size, comm.rates, fetches=fetches)

@@ -20,6 +20,7 @@ class SparseRingSession(ExchangeSession):
         held = self.local
         for step in range(self.layout.cp_size):
             last = step == self.layout.cp_size - 1
+            # The shard leaves before it is computed with, so that the next one arrives meanwhile.
             pending = None if last else self.comm.shift([held], "kv")
             yield self._held_source(held, step)
             if pending is not None:

@@ -20,6 +20,7 @@ class SavedTensors:
 
     def release(self) -> tuple[Tensor, ...]:
         """Give up the tensors that the backward needs, for autograd to keep; the session forgets them."""
+        # A reference here would keep the memory when autograd drops the tensors of a recomputed layer.
         local, fetched = self.local, self._fetched
         self._local = self._fetched = None
         return (local,) if fetched is None else (local, fetched)

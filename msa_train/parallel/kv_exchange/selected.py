@@ -76,10 +76,12 @@ class SelectedSession(ExchangeSession):
     def backward(self, compute: Callable[[KvSource], PairGrads]) -> PairGrads:
         """See ExchangeSession.backward."""
         if self._fetched is not None:
+            # Remote gradients first, so that they travel while the own ones are computed.
             returning = self._return(compute, self._fetched)
             self._fetched = None
             own = compute(self.own_source())
         else:
+            # Fetched again: own gradients are computed meanwhile, and the return is not hidden.
             fetch = _Fetch(self.local, self.plan, self.comm, "kv_again")
             own = compute(self.own_source())
             returning = self._return(compute, fetch.finish())
@@ -100,6 +102,7 @@ class SelectedSession(ExchangeSession):
             (self.num_groups, layout.num_blocks), -1, dtype=torch.int64, device=block.device
         )
         entry = torch.arange(block.shape[0], device=block.device)
+        # Own broadcast blocks came back too; a KV block in two pools would be attended to twice.
         entry_of[group, block] = torch.where(owner == layout.cp_rank, -1, entry)
         return KvSource(pool=BlockPool(kv=fetched, block=block), entry_of=entry_of)
 
@@ -109,6 +112,7 @@ class _Fetch:
 
     def __init__(self, local: Tensor, plan: RankPlan, comm: KvComm, purpose: str) -> None:
         self.local, self.plan, self.comm, self.purpose = local, plan, comm, purpose
+        # The broadcast starts first, for it takes two steps.
         self.hot = None
         if plan.num_hot:
             self.hot = HotBroadcast(local.index_select(0, plan.hot_pairs), plan, comm, purpose)
@@ -130,6 +134,7 @@ class _Fetch:
         if len(plan.hops) > 1:
             assert comm.inner is not None, "a plan with nodes comes with their groups"
             source = _Rows(self.local, transit)
+            # Second hop: hand on within the node what came over the network, with own KV blocks.
             _send(source, plan.hops[1], comm.inner, self.purpose, self.rows).wait()
         num_elements = self.rows.numel()
         if self.hot is not None:
@@ -210,6 +215,7 @@ class _Return:
             add_in_rank_order(own, hop.take, rows, hop.send)
         else:
             node = self.comm.rank // len(self.plan.hops[1].send)
+            # The own node's sum has its turn among the nodes, so that the order does not depend on the rank.
             everyone = torch.arange(self.num_own, device=rows.device)
             for n, (place, part) in enumerate(
                 zip(hop.take.split(hop.send), rows.split(hop.send), strict=True)

@@ -38,6 +38,7 @@ class KvSource:
         Example: entry_of [[4, -1, 7]] maps ids [[[2, 1, -1]]] to [[[7, -1, -1]]].
         """
         num_groups = self.entry_of.shape[0]
+        # Column 0 stands for id -1, so that empty slots need no mask.
         table = torch.nn.functional.pad(self.entry_of, (1, 0), value=-1)
         ids = block_indices.long().permute(1, 0, 2).reshape(num_groups, -1) + 1
         found = table.gather(1, ids).view(num_groups, block_indices.shape[0], -1)
@@ -102,6 +103,7 @@ def add_in_rank_order(total: PairGrads, pairs: Tensor, rows: Tensor, sizes: list
     for place, part in zip(pairs.split(sizes), rows.split(sizes), strict=True):
         if part.shape[0] == 0:
             continue
+        # Sent in the dtype of keys and values, summed in that of the own gradients, fp32 at least.
         part = part.to(dkv.dtype)
         dkv.index_add_(0, place, part[:, :width].view(-1, *dkv.shape[1:]))
         if dk_index is not None:

@@ -55,6 +55,7 @@ def causal_work(
     position = np.arange(0, starts[-1], unit)
     document = np.searchsorted(starts, position, side="right") - 1
     before = position - starts[document]
+    # Queries at n = before, before + 1, ... see n + 1 keys each: real * before + 1 + 2 + ... + real.
     real = np.clip(np.asarray(doc_lengths, dtype=np.int64)[document] - before, 0, unit)
     return real * before + real * (real + 1) // 2, document
 
@@ -104,6 +105,7 @@ def balance(home: SequencePartition, work: Integers, document: Integers) -> Sequ
     if is_balanced(loads):
         return home
     mean = total // size
+    # Ties go by rank, so that every rank makes the same plan.
     givers = sorted((r for r in range(size) if loads[r] > mean), key=lambda r: (-loads[r], r))
     takers = sorted((r for r in range(size) if loads[r] < mean), key=lambda r: (loads[r], r))
     if not takers:
@@ -159,8 +161,12 @@ def _given(owner: Integers, work: Integers, document: Integers, surpluses: list[
         units = np.flatnonzero((owner == rank) & (work > 0))
         costliest[document[units]] = 0
         np.maximum.at(costliest, document[units], work[units])
+        # By document, the one with the costliest unit first; in it from its end on: the costliest queries,
+        # in few ranges.
         units = units[np.lexsort((-units, document[units], -costliest[document[units]]))]
         after = work[units].cumsum()
+        # Up to the unit whose middle lies within the surplus, so that rounding errors are at most half a
+        # unit.
         taken = int(np.count_nonzero(2 * after - work[units] <= 2 * (surplus + carried)))
         given.append(units[:taken])
         carried += surplus - int(after[taken - 1] if taken else 0)

@@ -124,9 +124,11 @@ def _dealt_plan(seq_len: int, size: int, cu_seqlens: Sequence[int], block_size: 
     num_chunks = seq_len // length
     areas = _causal_areas(cu_seqlens, length, num_chunks)
     heap, dealt = [(0, rank) for rank in range(size)], [[] for _ in range(size)]
+    # Late chunks of long documents cost most; dealt first, the small ones even out what they leave.
     for chunk in sorted(range(num_chunks), key=lambda i: (-areas[i], i)):
         area, rank = heapq.heappop(heap)
         dealt[rank].append(chunk)
+        # A full rank does not return to the heap: ranks hold equally many tokens.
         if len(dealt[rank]) < num_chunks // size:
             heapq.heappush(heap, (area + areas[chunk], rank))
     return SequencePartition(
@@ -151,6 +153,7 @@ def _causal_areas(cu_seqlens: Sequence[int], length: int, num_chunks: int) -> li
     areas = [0] * num_chunks
     for doc_start, doc_stop in pairwise(cu_seqlens):
         for chunk in range(doc_start // length, -(-doc_stop // length)):
+            # Sum of 1 to n is n (n + 1) / 2: pairs of queries up to `last`, less those before `first`.
             first = max(doc_start, chunk * length) - doc_start
             last = min(doc_stop, (chunk + 1) * length) - doc_start
             areas[chunk] += (last * (last + 1) - first * (first + 1)) // 2

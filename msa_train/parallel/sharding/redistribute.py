@@ -78,6 +78,7 @@ def make_moves(before: Ranges, after: Ranges, rank: int) -> TokenMoves:
     nothing: list[Range] = []
     leaving = [nothing if r == rank else common(mine, after[r]) for r in ranks]
     coming = [nothing if r == rank else common(before[r], next_mine) for r in ranks]
+    # Rows that stay are copied here and not sent: most of them where queries move to balance work.
     staying = common(mine, next_mine)
     arriving = [rows for parts in coming for rows in rows_in(parts, next_mine)]
     return TokenMoves(
@@ -141,6 +142,7 @@ class _Relayout(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, moves: TokenMoves, inverse: TokenMoves, comm: CpComm, purpose: str
     ) -> Tensor:
+        # A permutation of rows over ranks: its gradient is the inverse permutation, without any sum.
         ctx.inverse, ctx.comm, ctx.purpose = inverse, comm, purpose
         return move_rows(x, moves, comm, purpose)
 

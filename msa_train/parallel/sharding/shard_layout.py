@@ -48,6 +48,7 @@ class ShardLayout:
             )
         plan = contiguous_plan(self.seq_len, self.cp_size) if split is None else split
         assert plan.size == self.cp_size, "a plan has as many ranks as the group"
+        # Equal shards: all-gathers and reduce-scatters take one size from every rank.
         for rank, ranges in enumerate(plan.ranges):
             assert plan.num_tokens(rank) == self.local_seq_len, "all ranks hold equally many tokens"
             assert not any(edge % self.block_size for part in ranges for edge in part), "blocks are whole"
@@ -89,6 +90,7 @@ class ShardLayout:
 
     def with_tensors(self, change: Callable[[Tensor], Tensor]) -> "ShardLayout":
         """Keep what `change` makes of the block ids for the device that it brings them to."""
+        # Block ids travel to the device with the rest of a plan, in its one copy.
         changed = change(self.blocks(torch.device("cpu")))
         self._blocks[changed.device] = changed
         return self
@@ -103,6 +105,7 @@ class ShardLayout:
         Example: zigzag over 2 ranks, [[10, 11, 12, 13]] -> [[[10, 13]], [[11, 12]]].
         """
         num_groups = x.shape[0]
+        # Contiguous shards are in rank order already: a view, no copy.
         if not self.plan.is_contiguous:
             x = x[:, self.blocks(x.device).flatten()]
         return x.view(num_groups, self.cp_size, -1).transpose(0, 1)
@@ -156,6 +159,7 @@ def local_segments(
     """
     segments, row = [], 0
     for start, stop in ranges:
+        # The document in which the range begins; those after it follow.
         i = bisect_right(cu_seqlens, start) - 1
         while i < len(doc_lengths) and cu_seqlens[i] < stop:
             doc_start = cu_seqlens[i]

@@ -34,6 +34,7 @@ def token_order(plan: SequencePartition, first_rank: int, num_ranks: int) -> tup
     """
     ranges = [r for rank in range(first_rank, first_rank + num_ranks) for r in plan.ranges[rank]]
     position = torch.cat([torch.arange(start, stop) for start, stop in ranges])
+    # Selection and layouts count on ascending positions, which gathered zigzag shards do not have.
     order = position.argsort()
     if torch.equal(order, torch.arange(len(order))):
         return None
@@ -76,6 +77,7 @@ def _reordered(x: Tensor, order: Order, way: int) -> Tensor:
 class _Trade(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, comm: CpComm, there: _Spread, back: _Spread) -> Tensor:
+        # All-to-all is a permutation of numbers over ranks, so its gradient is the trade back.
         ctx.comm, ctx.back = comm, back
         return there(x, comm, "heads")
 
@@ -92,6 +94,7 @@ class _GatherTokens(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        # The shared index key got a gradient from each rank's KV heads: their sum goes to the token's rank.
         shards = grad.view(ctx.comm.size, -1, *grad.shape[1:])
         return ctx.comm.reduce_scatter(shards, "index_key_grad"), None
 

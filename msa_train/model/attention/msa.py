@@ -16,8 +16,8 @@ six steps are told in `parallel/attention/cp_sparse.py`. This file takes steps 1
 calls the rest.
 
 Cost of scores: about S^2 / 2 products of Di numbers per KV head over all ranks. At S = 1M and 256 ranks that
-is 2.1e9 for each rank and KV head, the same after balancing; attention itself is 8.4e6 query-key products per
-query head.
+is 2.1e9 for each rank and KV head where work is balanced, else twice that on the last rank; attention itself
+is 8.4e6 query-key products per query head.
 
 Shapes: S tokens of the pack, T local tokens, M KV heads on this rank, G query heads per KV head, D head dim,
 Di index head dim, NB blocks of the pack, P ranks.
@@ -161,6 +161,7 @@ class MsaSelfAttention(GroupedQueryAttention):
         if moves is not None:
             q_index = move_rows(q_index, moves.there, comm, "index_query")
         parts, row = [], 0
+        # One call for each range, as the kernel takes queries at consecutive positions.
         for start, stop in pack.index.ranges:
             rows = slice(row, row + stop - start)
             valid = pack.valid[rows] if moves is None else None
@@ -214,6 +215,7 @@ class MsaSelfAttention(GroupedQueryAttention):
 
         Example: 4 KV heads, tp_rank 1 of 2, Ulysses rank 1 of 2: M = 1, and the value stands at head 3.
         """
+        # Zeros elsewhere, so that metrics can sum over ranks whatever heads each of them has.
         whole = values.new_zeros(self.config.model.num_kv_heads, *values.shape[1:])
         first = self.tp_rank * self.num_groups + context.ulysses_rank * len(values)
         whole[first : first + len(values)] = values

@@ -52,6 +52,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for rows in _chunks(hidden, weight):
             logits = (hidden[rows] @ weight.T).to(dtype)
             index, here = _local_labels(labels[rows], first, weight.shape[0])
+            # Zero where another rank has the word: summed over ranks this is the label's logit.
             target[rows] = logits.gather(1, index[:, None]).squeeze(1) * here
             lse[rows] = logits.logsumexp(1)
         if tp_group.size() > 1:

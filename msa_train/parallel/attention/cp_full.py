@@ -95,7 +95,7 @@ class _CpFullAttention(torch.autograd.Function):
         k_index: Tensor | None,
         call: FullAttentionArgs,
     ) -> Tensor:
-        """q [U, M, G, D], kv [K, 2, M, D] -> [U, M, G, D]."""
+        """Attend: q [U, M, G, D], kv [K, 2, M, D] -> [U, M, G, D]."""
         q_heads = q.permute(1, 2, 0, 3)
         out = torch.zeros_like(q_heads)
         lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -170,6 +170,7 @@ def _parts(
     for segment in segments:
         for row, start, stop in source.places():
             for visible in visible_parts(segment, start, stop):
+                # Ranges of a source follow one another in its rows, wherever they lie in the pack.
                 place = slice(row + visible.start - start, row + visible.stop - start)
                 keys, values = source.kv[place].permute(1, 2, 0, 3).unbind(0)
                 yield segment, visible, (keys, values), place

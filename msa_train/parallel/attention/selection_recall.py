@@ -82,6 +82,7 @@ def sample_queries(
     Returns:
         The queries, or None where no query of the pack is eligible.
     """
+    # The first query of a document that sees topk + 1 blocks stands at the beginning of block topk.
     firsts = [start + topk * layout.block_size for start in cu_seqlens[:-1]]
     stops = [start + length for start, length in zip(cu_seqlens[:-1], doc_lengths, strict=True)]
     sizes = torch.tensor([max(0, stop - first) for first, stop in zip(firsts, stops, strict=True)])
@@ -321,8 +322,10 @@ def _sums(mass: Tensor, selected: Tensor, entropy: Tensor, queries: RecallQuerie
     best = topk_lowest_id(ranked, queries.topk).view(C, M, queries.topk)
     best_mass = mass.gather(2, best).double()
     hit = (best[..., None] == selected[..., None, :]).any(-1).double()
+    # Empty slots (-1) read block 0 and count nothing.
     covered = mass.gather(2, selected.clamp(min=0)).double() * (selected >= 0)
     buckets = num_buckets(layout.num_blocks)
+    # Distances 0, 1, 2-3, 4-7, ... lie between the borders 1, 2, 4, 8, ...
     bucket = torch.bucketize(own[..., None] - best, 2 ** torch.arange(buckets - 1, device=device), right=True)
 
     def by_distance(values: Tensor) -> Tensor:

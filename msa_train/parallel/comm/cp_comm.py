@@ -195,6 +195,7 @@ class CpComm:
         try:
             works = launch()
         except RuntimeError as error:
+            # A group that has lost a rank fails at the launch already.
             raise self._failure(point, error) from error
         self.counters.traffic.add(purpose, num_bytes)
         pending = Pending(self, point, works if isinstance(works, list) else [works], result, keep)
@@ -255,4 +256,5 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _line(x: Tensor) -> Tensor:
+    # A scalar has no dimension along which it could be gathered.
     return x if x.dim() else x.view(1)

@@ -76,6 +76,7 @@ class FaultWatch:
         self._site, self._answered = RankStatus(), False
         self._lock = threading.Lock()
         self._finalizer: weakref.finalize | None = None
+        # Twenty signs of life within the limit, but no more often than the store is looked at.
         self._beat_s = min(max(timeout_s / 20, POLL_S), BEAT_S)
         self._next_beat_s = 0.0
         self._heard, self.silent_s, self.unanswered_s = -1, 0.0, 0.0
@@ -191,6 +192,8 @@ class FaultWatch:
         """Ask who is missing. The first to ask decides for all; a second one does where it says nothing."""
         with self._lock:
             self._answer()
+            # The store's counter gives each asker another number; later ones wait longer, in case the first
+            # is lost before it gives its verdict.
             turn = self._store.add("asked", 1)
             self._store.set("failed", "1")
         deadline = time.monotonic() + GRACE_S * turn
@@ -236,6 +239,7 @@ class FaultWatch:
                 self._answer()
             silent = set() if failed or self.timeout_s <= 0 else self._listen(passed_s)
         self.unanswered_s = 0.0
+        # Outside the lock, for explaining asks the store again.
         if (failed or silent) and self.give_up is not None:
             if failed:
                 reason = "another rank found it"

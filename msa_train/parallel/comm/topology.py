@@ -109,6 +109,7 @@ def find_node_size(exchange: ExchangeConfig, group: dist.ProcessGroup, head_size
     ranks, local = dist.get_process_group_ranks(group), int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
     if local == 0:
         return 0
+    # torchrun and Slurm number the ranks of a machine one after the other.
     per_node = [sum(rank // local == node for rank in ranks) for node in sorted({r // local for r in ranks})]
     if len(set(per_node)) > 1:
         raise ValueError(

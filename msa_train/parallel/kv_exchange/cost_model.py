@@ -63,6 +63,7 @@ def selected_cost(
 
 def all_gather_cost(shape: ExchangeShape, size: KvBlockBytes, rates: ExchangeRates) -> float:
     """Estimate the seconds of gathering all KV blocks, in the backward pass again, and reducing gradients."""
+    # Every rank receives the KV blocks of all others, and as many gradients of its own.
     pairs = (shape.cp_size - 1) * shape.num_kv_blocks
     fetches = 2 if size.backward else 1
     return fetches * rates.all_gather.seconds(pairs * size.forward) + rates.reduce_scatter.seconds(

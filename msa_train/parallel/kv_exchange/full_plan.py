@@ -2,7 +2,8 @@
 
 Every rank plans for all ranks. At 1M tokens on 256 ranks: work of 32,768 units of 32 tokens, segments of 256
 ranks, and 8 bytes for every token that this rank sends or fetches, 8 MiB on the last rank of a document. With
-`auto` the shares of all 65,536 pairs of ranks are counted too; that is then most of the time.
+`auto` the shares of all 65,536 pairs of ranks are counted too. That takes about 0.1 s of a CPU core, with
+`auto` 1 s.
 """
 
 from collections.abc import Sequence

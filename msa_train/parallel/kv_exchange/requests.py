@@ -138,6 +138,7 @@ def exchange_requests(
     headers = received[:, : 8 * _HEADER].flatten().view(torch.int64)
     demand = find_demand(received[:, 8 * _HEADER :].view(shape.cp_size, shape.cp_size, -1), shape)
     rows = count_rows(demand, layout.cp_rank)
+    # Only `auto` decides by loads; an empty tensor otherwise.
     busiest = _busiest(demand) if terms.kind is KvExchange.auto else rows[:0]
     parts = [headers, demand.wanted, _asks_itself(received, shape), rows, busiest]
     # The one host copy of an exchange: sizes of messages must be known to launch them.

@@ -152,8 +152,8 @@ def _owners(plan: SequencePartition, unit: int) -> Integers:
 def _given(owner: Integers, work: Integers, document: Integers, surpluses: list[tuple[int, int]]) -> Integers:
     """Pick units that ranks give away, for (rank, surplus); the next gives less where one gives too much.
 
-    Example: 12 units of work 1 to 12 on 3 ranks, one document; (rank 2, surplus 16) -> [11]: with unit 10 too
-    it would be 23, whose middle is beyond 16.
+    Example: 12 units of work 1 to 12 on 3 ranks, one document; (rank 2, surplus 16) -> [11]: unit 10 would
+    come next, but its middle would be at 12 + 11 / 2, beyond 16.
     """
     given, carried = [np.zeros(0, dtype=np.int64)], 0
     costliest = np.zeros(int(document[-1]) + 1, dtype=np.int64)

@@ -201,6 +201,7 @@ def common(first: Sequence[Range], second: Sequence[Range]) -> list[Range]:
         start, stop = max(first[i][0], second[j][0]), min(first[i][1], second[j][1])
         if start < stop:
             result.append((start, stop))
+        # The range that ends first meets no other any more.
         if first[i][1] <= second[j][1]:
             i += 1
         else:

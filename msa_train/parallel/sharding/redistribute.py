@@ -118,6 +118,7 @@ def move_rows(x: Tensor, moves: TokenMoves, comm: CpComm, purpose: str) -> Tenso
     arrived = comm.all_to_all(x[moves.sent], moves.send, moves.receive, purpose)
     result = x.new_empty(moves.num_after, *x.shape[1:])
     before, after = moves.kept
+    # Both writes together fill every row once.
     result[after] = x[before]
     result[moves.received] = arrived
     return result

@@ -1,4 +1,4 @@
-"""Builds the model: layer specs by configuration, and a GPTModel whose loss never forms all logits."""
+"""Build the model: layer specs by configuration, and a GPTModel whose loss never forms all logits."""
 
 import logging
 from typing import Any
@@ -54,7 +54,11 @@ _ATTENTION = {
 
 
 class MsaGptModel(GPTModel):
-    """GPTModel that returns the loss of each token, [T], when labels are given."""
+    """Run Megatron's GPTModel; with labels it returns the loss of each token, [T] fp32 in nats.
+
+    Nothing is divided here: the engine divides the sum by the labels of the whole step, over all packs and
+    data-parallel ranks, so that every token weighs the same however packs are dealt and cut.
+    """
 
     def _postprocess(self, hidden_states: Tensor, *, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
         if not self.post_process or labels is None:
@@ -63,6 +67,7 @@ class MsaGptModel(GPTModel):
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden_states, group=group)
         else:
+            # Each rank's loss has the gradient from its own words; backward, this sums it over the ranks.
             hidden = copy_to_tensor_model_parallel_region(hidden_states, group=group)
         if self.share_embeddings_and_output_weights:
             weight = self.shared_embedding_or_output_weight()
@@ -79,12 +84,13 @@ def build_model(
     pre_process: bool = True,
     post_process: bool = True,
 ) -> MsaGptModel:
-    """The part of the model that this rank holds, weights not initialised (see `init_weights`).
+    """Build the part of the model that this rank holds, weights not initialised (see `init_weights`).
 
     Args:
         config: the run.
         pg_collection: process groups of this rank.
-        pre_process, post_process: whether this pipeline stage has the embedding, the output layer.
+        pre_process: this pipeline stage has the embedding.
+        post_process: this pipeline stage has the output layer.
     """
     # Megatron warns about every layer class that is not its own, and from 0.19 on about GPTModel itself.
     for name in ("megatron.core.transformer.transformer_layer", "megatron.core.models.gpt.gpt_model"):
@@ -97,6 +103,7 @@ def build_model(
         max_sequence_length=longest_seq_len(config),
         pre_process=pre_process,
         post_process=post_process,
+        # The vocabulary stays cut; our loss merges the parts.
         parallel_output=True,
         share_embeddings_and_output_weights=config.model.tie_embeddings,
         # Rotary embedding happens inside our attention, from the pack's document positions.
@@ -108,12 +115,12 @@ def build_model(
 
 
 def _mark_parallel_weights(model: MsaGptModel) -> None:
-    """Say which dimension of a weight is cut over tensor-parallel ranks, and which weights are experts'.
+    """Mark the dimension of a weight that is cut over tensor-parallel ranks, and the weights of experts.
 
     Megatron-core 0.16 marks cuts while it draws initial weights, which we leave out (`init_weights` draws
     them by name); its gradient norm and our drawing need the marks. Without expert parallelism it marks
-    experts as dense and would not sum their gradients over tensor-parallel ranks, which see different tokens
-    here.
+    experts as ordinary weights and would not sum their gradients over tensor-parallel ranks, which see
+    different tokens here.
     """
     for module in model.modules():
         if isinstance(module, ColumnParallelLinear | RowParallelLinear) and module.is_expert:
@@ -126,13 +133,16 @@ def _mark_parallel_weights(model: MsaGptModel) -> None:
 
 
 def _mark_cut(weight: Tensor | None, dim: int) -> None:
-    """Newer Megatron marks weights that it does not draw, too; marking twice is an error there."""
+    """Mark the cut once: newer Megatron marks weights that it does not draw, too, and twice is an error."""
     if weight is not None and not hasattr(weight, "tensor_model_parallel"):
         set_tensor_model_parallel_attributes(weight, True, dim, 1)
 
 
 def _block_spec(config: MsaTransformerConfig, pp_rank: int) -> TransformerBlockSubmodules:
-    """Specs of this pipeline stage's layers."""
+    """List the specs of this pipeline stage's layers.
+
+    Example: 6 layers on 2 stages; the second stage gets layers 4, 5 and 6.
+    """
     first = get_transformer_layer_offset(config, pp_rank=pp_rank)
     count = get_num_layers_to_build(config, pp_rank=pp_rank)
     return TransformerBlockSubmodules(
@@ -170,7 +180,7 @@ def _layer_spec(config: MsaTransformerConfig, layer_number: int) -> ModuleSpec:
 
 
 def forward_arguments(tokens: Tensor, labels: Tensor | None) -> dict[str, Tensor | None]:
-    """The arguments GPTModel wants around ours: [T] tensors as a batch of one, no mask, no position ids."""
+    """Make the arguments GPTModel wants around ours: [T] int64 tensors as a batch of one, no mask."""
     return {
         "input_ids": tokens.unsqueeze(0),
         "position_ids": torch.zeros_like(tokens).unsqueeze(0),

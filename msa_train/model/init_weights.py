@@ -1,4 +1,4 @@
-"""Initial weights as a function of the parameter's global name: the same numbers in every parallel layout.
+"""Draw initial weights by the parameter's global name: the same numbers in every parallel layout.
 
 Each tensor is drawn whole from a generator seeded by (run seed, global name), then cut to this rank's
 part. A global name counts layers over pipeline stages and experts over expert-parallel ranks.
@@ -23,7 +23,7 @@ _EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.")
 
 
 def global_names(model: GPTModel, *, ep_rank: int) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters with names that do not depend on the layout.
+    """Yield parameters with names that do not depend on the layout.
 
     Example: on the second of two expert ranks with 4 experts each, `experts.local_experts.1.` becomes
     `experts.5.`; on the second of two pipeline stages with 3 layers each, `layers.0.` becomes `layers.3.`.
@@ -49,6 +49,13 @@ def init_weights(model: GPTModel, *, seed: int, tp_rank: int, tp_size: int, ep_r
     common vector of `embedding_shared_std`.
 
     Norm weights get 1, or 0 where they act as 1 + w.
+
+    Args:
+        model: built by `build_model`.
+        seed: of the run.
+        tp_rank: this rank's part of cut weights.
+        tp_size: parts of cut weights.
+        ep_rank: this rank's share of the experts.
     """
     config = model.config
     assert isinstance(config, MsaTransformerConfig), "built by model.gpt.build_model"
@@ -61,6 +68,7 @@ def init_weights(model: GPTModel, *, seed: int, tp_rank: int, tp_size: int, ep_r
         if name == _EMBEDDING:
             std = config.model.embedding_init_std
         if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+            # Two such outputs per layer add up in the residual stream, whose variance so stays that of one.
             std /= math.sqrt(2 * config.num_layers)
         parameter.copy_(_draw(name, parameter, std, seed, tp_rank, tp_size))
         if name == _EMBEDDING:
@@ -73,6 +81,7 @@ def init_weights(model: GPTModel, *, seed: int, tp_rank: int, tp_size: int, ep_r
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
+    # Not Python's hash: that differs between processes.
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") & (2**63 - 1))
 
@@ -84,6 +93,7 @@ def _draw(name: str, parameter: Tensor, std: float, seed: int, tp_rank: int, tp_
     cut = tp_size > 1 and getattr(parameter, "tensor_model_parallel", False) and ".experts." not in name
     if cut:
         shape[parameter.partition_dim] *= tp_size  # type: ignore[attr-defined]
+    # Drawn whole on every rank, on the CPU and in fp32: the same numbers whatever the layout and device.
     full = torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
     if not cut:
         return full

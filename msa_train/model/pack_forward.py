@@ -22,7 +22,7 @@ from msa_train.parallel.sharding.shard_layout import ShardLayout
 
 
 class PackForward:
-    """Runs the model on packs, one at a time."""
+    """Run the model on packs, one at a time."""
 
     def __init__(self, config: RunConfig, groups: Groups) -> None:
         self.config, self.groups = config, groups
@@ -50,6 +50,9 @@ class PackForward:
             comm: collectives of the step.
             stats: where layers leave figures.
             recall_seed: draws queries whose selection is compared with full attention; None: none.
+
+        Returns:
+            What travels with the pack through the layers, its tensors on the device.
         """
         self.on_pack()
         config, groups = self.config, self.groups
@@ -63,6 +66,8 @@ class PackForward:
             pack=shard,
             comm=comm,
             rotary=self._rotary_table(shard),
+            # The KL loss is a mean over KV heads and the step's real queries, on all ranks and in all packs.
+            # Layers sum divergences, so this factor makes the sums of ranks add up to that mean.
             kl_weight=kl_weight / (config.model.num_kv_heads * num_tokens),
             attention=self.stage.attention,
             stats=stats,
@@ -75,12 +80,13 @@ class PackForward:
         return PackParams(context=context)
 
     def __call__(self, model: MsaGptModel, params: PackParams) -> Tensor:
-        """Run the model: losses [T] on the last pipeline stage, hidden states before."""
+        """Run the model: losses [T] on the last pipeline stage, hidden states [T, 1, H] before."""
         pack = params.context.pack
         return model(**forward_arguments(pack.tokens, pack.labels), packed_seq_params=params)
 
     def _rotary_table(self, shard: PackShard) -> tuple[Tensor, Tensor]:
         model, is_double = self.config.model, self.config.train.precision is Precision.fp64
+        # Positions in the document and not in the pack: a packed document gives what it gives alone.
         return rotary_table(
             shard.doc_position,
             rotary_dim=model.rotary_dim,
@@ -95,5 +101,6 @@ class PackForward:
             return None
         num_local_kv_heads = config.model.num_kv_heads // (parallel.tp_size * parallel.cp_head_size)
         token_bytes = 2 * num_local_kv_heads * config.model.head_dim * DTYPES[config.train.precision].itemsize
+        # Per rank of the exchange: with Ulysses groups fewer ranks, more tokens, fewer KV heads each.
         others = attended.layout.seq_len - attended.layout.local_seq_len
         return choose_full_exchange(attended.full.busiest, others, token_bytes, comm.kv.rates)

@@ -1,4 +1,4 @@
-"""Our configuration as Megatron's TransformerConfig. Megatron's spellings stay behind this seam."""
+"""Translate our configuration into Megatron's TransformerConfig. Its spellings stay behind this seam."""
 
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -29,17 +29,22 @@ DTYPES = {
 
 @dataclass
 class MsaTransformerConfig(TransformerConfig):
-    """Megatron's configuration with ours beside it, so that our modules read our own names."""
+    """Hold Megatron's configuration with ours beside it, so that our modules read our own names."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    "shape of the model"
     attention: AttentionConfig = field(default_factory=AttentionConfig)
+    "blocks, top-k, index branch, window"
     kv_exchange: KvExchange = KvExchange.selected
+    "way of the exchange"
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
+    "details of the exchange"
     recompute: Recompute = Recompute.none
+    "layers that are recomputed in the backward pass"
 
 
 def build_transformer_config(config: RunConfig) -> MsaTransformerConfig:
-    """Megatron configuration of a run; the same on every rank and device."""
+    """Make the Megatron configuration of a run; the same on every rank and device."""
     model, parallel = config.model, config.parallel
     oai = model.activation is Activation.swiglu_oai
     dtype = DTYPES[config.train.precision]
@@ -75,7 +80,7 @@ def build_transformer_config(config: RunConfig) -> MsaTransformerConfig:
         context_parallel_size=parallel.cp_size,
         expert_model_parallel_size=parallel.ep_size,
         expert_tensor_parallel_size=1,
-        # Losses come in divided by the global token count (training.losses), so nobody divides again.
+        # Engines divide each pack's loss by the labels of the whole step, so Megatron must not divide again.
         calculate_per_token_loss=True,
         # Weights are drawn by name afterwards (model.init_weights).
         perform_initialization=False,
@@ -94,13 +99,16 @@ def build_transformer_config(config: RunConfig) -> MsaTransformerConfig:
 
 
 def _quick_gelu(x: Tensor) -> Tensor:
-    """x * sigmoid(1.702 x). Megatron's own is compiled, for every number of tokens an expert gets anew; a
-    recomputed layer then may meet another compiled version and save other tensors than its forward did."""
+    """Compute x * sigmoid(1.702 x), any shape and float dtype.
+
+    Megatron's own is compiled, for every number of tokens an expert gets anew; a recomputed layer then may
+    meet another compiled version and save other tensors than its forward did.
+    """
     return x * torch.sigmoid(1.702 * x)
 
 
 def _graph_fields() -> dict[str, Any]:
-    """The default of `cuda_graph_modules`, where it exists, is one that Megatron warns about."""
+    """Empty `cuda_graph_modules` where it exists: Megatron warns about its own default."""
     known = {f.name for f in fields(TransformerConfig)}
     return {"cuda_graph_modules": []} if "cuda_graph_modules" in known else {}
 
@@ -127,5 +135,5 @@ def _moe_fields(model: ModelConfig, precision: Precision) -> dict[str, Any]:
 
 
 def attention_kind(config: MsaTransformerConfig, layer_number: int) -> AttentionKind:
-    """Attention of a layer; layer_number counts from 1, as Megatron does."""
+    """Look up the attention of a layer; layer_number counts from 1, as Megatron does."""
     return config.model.attention_kinds()[layer_number - 1]

@@ -1,4 +1,4 @@
-"""Transformer layer: hands the pack's padding to the experts and recomputes itself when asked."""
+"""Run a transformer layer: hands the pack's padding to the experts and recomputes itself when asked."""
 
 from dataclasses import replace
 from typing import Any
@@ -16,14 +16,18 @@ from msa_train.model.transformer_config import MsaTransformerConfig
 
 
 class MsaTransformerLayer(TransformerLayer):
-    """Megatron's layer; its recomputation replays the block selection of the forward pass."""
+    """Run Megatron's layer; its recomputation replays the block selection of the forward pass.
+
+    A selection that is made again could differ in ties, and another one would need other KV blocks.
+    """
 
     config: MsaTransformerConfig
 
     def forward(
         self, hidden_states: Tensor, *args: Any, packed_seq_params: PackParams, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states [T, 1, H] -> (output [T, 1, H], context), as Megatron's layer."""
+        """Transform hidden_states [T, 1, H] -> (output [T, 1, H], context), as Megatron's layer."""
+        # A record of its own for each layer and call: the pack's context is shared by all of them.
         params = replace(packed_seq_params, record=SelectionRecord())
         if self.config.recompute is Recompute.none or not (self.training and torch.is_grad_enabled()):
             return self._run(hidden_states, params, args, kwargs)
@@ -36,6 +40,7 @@ class MsaTransformerLayer(TransformerLayer):
                 args,
                 kwargs,
                 use_reentrant=False,
+                # No dropout, so there is no random state to bring back.
                 preserve_rng_state=False,
             )
 
@@ -48,6 +53,7 @@ class MsaTransformerLayer(TransformerLayer):
         if router is None or router.local_tokens_per_expert is None:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[return-value]
         router.counting = not params.record.replaying
+        # The router keeps one sum until its bias is updated; the difference is this call's.
         before = router.local_tokens_per_expert.clone()
         result = super().forward(hidden_states, *args, **kwargs)
         counted = (router.local_tokens_per_expert - before).to(torch.int64)

@@ -1,1 +1,1 @@
-"""Process groups, sequence layout, exchange plans and collectives of context parallelism."""
+"""Split a sequence over ranks: process groups, layout, exchange of KV blocks, attention."""

@@ -1,4 +1,4 @@
-"""Starts torch.distributed and Megatron's process groups. The one place that reads Megatron's globals."""
+"""Start torch.distributed and Megatron's process groups. The one place that reads Megatron's globals."""
 
 import os
 from collections.abc import Callable
@@ -19,47 +19,69 @@ from msa_train.parallel.comm.job_store import open_store
 from msa_train.parallel.comm.rank_faults import BEAT_S, GRACE_S, ExchangeError
 from msa_train.parallel.comm.topology import build_comm
 
+# Seconds by which NCCL's own limit is later than ours: it ends the process without naming anyone.
 NCCL_SPARE_S = BEAT_S + GRACE_S
 
 
 @dataclass(slots=True)
 class Groups:
-    """This rank's place in the world.
+    """Hold this rank's place in the world.
 
-    dp_cp: ranks that hold the same dense parameters; expert_dp: the same experts. model_parallel: ranks
-    that hold the parts of one model (tensor and pipeline). comm: context-parallel collectives, to be copied.
+    Example: 8 ranks with cp_size 2, ep_size 4, no tensor or pipeline parallelism: rank 5 has cp_rank 1,
+    dp_rank 2 and ep_rank 1; its groups are cp (4, 5), dp (1, 3, 5, 7), ep (4, 5, 6, 7) and expert_dp (1, 5).
     """
 
     collection: ProcessGroupCollection
+    "the same groups as Megatron's modules take them"
     device: torch.device
+    "of this rank's tensors"
     rank: int
+    "in the job"
     world_size: int
+    "ranks of the job"
     tp_rank: int
+    "tensor-parallel rank"
     tp_size: int
+    "ranks that share one layer's weights"
     pp_rank: int
+    "pipeline stage"
     pp_size: int
+    "pipeline stages"
     cp_rank: int
+    "context-parallel rank"
     cp_size: int
+    "ranks that share a sequence"
     dp_rank: int
+    "data-parallel rank"
     dp_size: int
+    "sequences that are trained on at a time"
     ep_rank: int
+    "expert-parallel rank"
     ep_size: int
+    "ranks that share a layer's experts"
     cp: dist.ProcessGroup
+    "ranks that share a sequence"
     dp: dist.ProcessGroup
+    "ranks in this one's place of all sequences"
     dp_cp: dist.ProcessGroup
+    "ranks that hold the same parameters, experts apart; gradients of these are summed here"
     ep: dist.ProcessGroup
+    "ranks that share a layer's experts"
     expert_dp: dist.ProcessGroup
+    "ranks that hold the same experts; gradients of these are summed here"
     model_parallel: dist.ProcessGroup
+    "ranks that hold the parts of one model (tensor and pipeline)"
     comm: CpGroups
+    "context-parallel collectives, to be copied for each step"
 
     @property
     def is_pipeline_first_stage(self) -> bool:
-        """Whether this rank holds the embedding."""
+        """Tell whether this rank holds the embedding."""
         return self.pp_rank == 0
 
     @property
     def is_pipeline_last_stage(self) -> bool:
-        """Whether this rank computes the loss."""
+        """Tell whether this rank computes the loss."""
         return self.pp_rank == self.pp_size - 1
 
     def cp_comm(self) -> CpGroups:
@@ -82,6 +104,7 @@ def init_distributed(
     """
     if dist.is_initialized():
         return
+    # gloo carries the same collectives on CPUs, so that all of it is tested without a GPU.
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -102,16 +125,27 @@ def build_groups(
     exchange: ExchangeConfig | None = None,
     watch: FaultWatch | None = None,
 ) -> Groups:
-    """Create Megatron's groups over the initialised world. watch: of the job, if there is one.
+    """Create Megatron's groups over the initialised world.
 
     Expert parallelism spans tensor, context and data parallel ranks of a pipeline stage (Megatron's order
     tp-cp-ep-dp-pp), so ep_size may exceed the data-parallel size.
+
+    Args:
+        parallel: sizes of all kinds of parallelism.
+        device: of this rank.
+        timeout_s: longest wait in a collective, in seconds.
+        exchange: nodes and overlap; None: the defaults.
+        watch: of the job; None: one of the context-parallel group is started.
+
+    Raises:
+        ValueError: nodes that were detected do not divide the context-parallel group.
     """
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp_size,
         pipeline_model_parallel_size=parallel.pp_size,
         context_parallel_size=parallel.cp_size,
         expert_model_parallel_size=parallel.ep_size,
+        # Experts are whole: tensor-parallel ranks hold different experts, not parts of them.
         expert_tensor_parallel_size=1,
         # a fraction of a minute is as good
         distributed_timeout_minutes=_limit_s(device, timeout_s) / 60,  # pyright: ignore[reportArgumentType]
@@ -171,7 +205,7 @@ def start_watch(timeout_s: float, give_up: Callable[[ExchangeError], None]) -> F
 
 
 def _limit_s(device: torch.device, timeout_s: float) -> float:
-    """When a collective ends by itself. NCCL ends the process without naming anyone: after the watch."""
+    """Find the seconds after which a collective ends by itself: with NCCL later than the watch."""
     return timeout_s + (NCCL_SPARE_S if device.type == "cuda" else 0.0)
 
 

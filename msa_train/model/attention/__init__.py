@@ -1,1 +1,1 @@
-"""Attention of the model: full, sliding window, MSA."""
+"""Attend in the model: full, sliding window, MSA."""

@@ -1,7 +1,7 @@
-"""Self-attention layers: grouped-query projections, then full attention or MSA over the split sequence.
+"""Project hidden states to queries, keys and values around an attention over the split sequence.
 
-Shapes: T local tokens, M KV groups on this tensor-parallel rank, G query heads per group, D head dim,
-H hidden size, NB blocks of the pack, B block size.
+Shapes: T local tokens, M KV heads on this tensor-parallel rank, G query heads per KV head, D head dim,
+H hidden size.
 """
 
 from abc import ABC, abstractmethod
@@ -30,17 +30,19 @@ from msa_train.parallel.sharding.ulysses import cp_to_hp, gather_tokens, hp_to_c
 
 @dataclass
 class AttentionSubmodules:
-    """Classes of the projections, so that a spec can put in other implementations."""
+    """Name the classes of the projections, so that a spec can put in other implementations."""
 
     linear_qkv: ModuleSpec | type
+    "fused projection to queries, keys and values, cut by column"
     linear_proj: ModuleSpec | type
+    "output projection, cut by row"
 
 
 class GroupedQueryAttention(MegatronModule, ABC):
-    """Projections, query/key norm and rotary embedding around an attention over the split sequence.
+    """Apply projections, query/key norm and rotary embedding around an attention over the split sequence.
 
     Takes the place of Megatron's SelfAttention in a layer spec. Weight names and the layout of the fused
-    projection (per KV group: its query heads, key, value) are Megatron's.
+    projection (per KV head: its query heads, key, value) are Megatron's.
     """
 
     config: MsaTransformerConfig
@@ -108,8 +110,9 @@ class GroupedQueryAttention(MegatronModule, ABC):
         packed_seq_params: PackParams,
         **_unused: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states [T, 1, H] -> (output [T, 1, H], None), Megatron's contract of an attention module."""
+        """Attend: hidden_states [T, 1, H] -> (output [T, 1, H], None), Megatron's contract of attention."""
         context, record = packed_seq_params.context, packed_seq_params.record
+        # First what travels, then what is computed meanwhile.
         started = self.start(hidden_states, context)
         q, k, v = self._project(hidden_states, context)
         if context.ulysses is None:
@@ -123,7 +126,11 @@ class GroupedQueryAttention(MegatronModule, ABC):
         return None
 
     def _project(self, hidden_states: Tensor, context: PackContext) -> tuple[Tensor, Tensor, Tensor]:
-        """q [T, M, G, D], k and v [T, M, D], normalised and rotated."""
+        """Project to q [T, M, G, D], k and v [T, M, D], normalised; q and k rotated.
+
+        Example: the fused output of one KV head with G = 2 is [query 0, query 1, key, value], D numbers each.
+        """
+        # With sequence parallelism this gathers the tokens of all tensor-parallel ranks: T rows come out.
         mixed, _ = self.linear_qkv(hidden_states)
         mixed = mixed.view(mixed.shape[0], self.num_groups, self.heads_per_group + 2, self.head_dim)
         q, k, v = mixed.split([self.heads_per_group, 1, 1], dim=2)
@@ -141,10 +148,15 @@ class GroupedQueryAttention(MegatronModule, ABC):
         context: PackContext,
         record: SelectionRecord,
     ) -> Tensor:
-        """Run `attend` on the tokens of the Ulysses group and this rank's share of the KV heads."""
+        """Run `attend` on the tokens of the Ulysses group and this rank's share of the KV heads.
+
+        Queries, keys, values and index queries go in one all-to-all; the index key, which all heads share, is
+        gathered instead.
+        """
         comm, ulysses = context.comm.for_layer(self.layer_number).ulysses, context.ulysses
         assert comm is not None, "Ulysses inputs come with their group"
         assert ulysses is not None, "called where there are Ulysses groups"
+        # One tensor [T, M, G * D + 2 * D (+ Di)], for one message to each rank in place of four.
         parts = [q.flatten(2), k, v] if started is None else [q.flatten(2), k, v, started.q]
         mixed = cp_to_hp(torch.cat(parts, dim=-1), comm, ulysses.order)
         # What is sent on must lie in one piece.
@@ -166,7 +178,22 @@ class GroupedQueryAttention(MegatronModule, ABC):
         context: PackContext,
         record: SelectionRecord,
     ) -> Tensor:
-        """Attention proper: what `start` returned, shapes as `_project` returns them -> [T, M, G, D]."""
+        """Attend to what this kind of layer sees.
+
+        Args:
+            started: what `start` returned.
+            q: [T, M, G, D] queries, rotated.
+            k: [T, M, D] keys, rotated.
+            v: [T, M, D] values.
+            context: of the pack.
+            record: of this layer; filled in the forward pass, followed where the layer is recomputed.
+
+        Returns:
+            [T, M, G, D] in q's dtype.
+
+        Raises:
+            ExchangeError: a collective failed, or a rank's request does not fit.
+        """
 
     def kv_comm(self, context: PackContext) -> KvComm:
         """Return the collectives over which KV blocks travel; their messages name this layer."""
@@ -175,6 +202,7 @@ class GroupedQueryAttention(MegatronModule, ABC):
     def _record(self, decision: ExchangeDecision, context: PackContext, record: SelectionRecord) -> None:
         """Keep what was agreed for a recomputation; count which way was taken."""
         if not record.replaying:
+            # On the host: the decision is known there.
             selected = torch.tensor([decision.kind is KvExchange.selected, 1], dtype=torch.int64)
             LayerStats.add(context.stats.exchange, self.layer_number, selected)
         record.exchange = decision
@@ -195,7 +223,7 @@ class GroupedQueryAttention(MegatronModule, ABC):
 
 
 def _normalise(norm: RMSNorm, x: Tensor) -> Tensor:
-    """Per head, or over all heads together when the norm is that wide."""
+    """Normalise per head, or over all heads together when the norm is that wide."""
     if norm.weight.numel() == x.shape[-1]:
         return norm(x)
     return norm(x.reshape(x.shape[0], -1)).view_as(x)

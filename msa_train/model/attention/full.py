@@ -1,4 +1,4 @@
-"""Full causal attention over documents."""
+"""Attend to all earlier tokens of a document."""
 
 from torch import Tensor
 
@@ -9,7 +9,7 @@ from msa_train.parallel.attention.cp_full import cp_full_attention
 
 
 class FullSelfAttention(GroupedQueryAttention):
-    """Dense causal attention within documents."""
+    """Run full causal attention within documents."""
 
     def attend(
         self,

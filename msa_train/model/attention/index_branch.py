@@ -1,6 +1,9 @@
-"""The index branch of MSA: light queries and keys whose scores select blocks.
+"""Project index queries and keys, whose scores select the blocks of MSA.
 
-Shapes: T local tokens, M KV groups on this tensor-parallel rank, Di index head dim.
+The index keys of all tokens go to every rank, 2 * Di bytes a token in bf16: 256 MiB per layer at 1M tokens,
+whatever the number of ranks. Keys and values of all tokens would be 8 times that (M = 4, D = Di = 128).
+
+Shapes: T local tokens, P ranks, M KV heads on this tensor-parallel rank, Di index head dim, H hidden size.
 """
 
 from dataclasses import dataclass
@@ -21,15 +24,15 @@ from msa_train.parallel.sharding.shard_layout import ShardLayout
 
 
 def is_index_parameter(name: str) -> bool:
-    """Whether a parameter of this name in the model belongs to an index branch."""
+    """Tell whether a parameter of this name in the model belongs to an index branch."""
     return ".index_branch." in name
 
 
 class IndexBranch(MegatronModule):
-    """One index query head per KV group and one index key head shared by all groups.
+    """Project to one index query head per KV head and one index key head shared by all of them.
 
-    Projection, RMS norm, partial rotary embedding, as the released model has them. The input is detached:
-    the KL loss trains this branch and nothing else.
+    Projection, RMS norm, partial rotary embedding, as the released model has them. The input is detached: the
+    KL loss trains this branch and nothing else, and nothing else trains it.
     """
 
     config: MsaTransformerConfig
@@ -49,13 +52,19 @@ class IndexBranch(MegatronModule):
             self.linear_q.weight.tensor_model_parallel = True  # type: ignore[attr-defined]
             self.linear_q.weight.partition_dim = 0  # type: ignore[attr-defined]
             self.linear_q.weight.partition_stride = 1  # type: ignore[attr-defined]
-            # Each rank has the gradient from its own groups only; Megatron sums what is marked so.
+            # Each rank has the gradient from its own KV heads only; Megatron sums over tensor-parallel ranks
+            # what is marked so.
             self.linear_k.weight.sequence_parallel = True  # type: ignore[attr-defined]
         if config.attention.kl_weight == 0:
             self.requires_grad_(False)
 
     def forward(self, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """hidden [T, 1, H] (a tensor-parallel rank's part of it) -> q_index [T, M, Di], k_index [T, Di]."""
+        """Project hidden states [T, 1, H] -> q_index [T, M, Di], k_index [T, Di], in their dtype.
+
+        With tensor parallelism hidden is this rank's part, [T / tp_size, 1, H]. rotary: cos and sin of the
+        tokens.
+        """
+        # The loss of the index branch must not train what lies below it.
         x = hidden.detach()
         if self.config.sequence_parallel:
             x = gather_from_sequence_parallel_region(x, group=self.tp_group)
@@ -67,7 +76,7 @@ class IndexBranch(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Checkpoint entries: the query projection is cut by group over tensor-parallel ranks."""
+        """Make the checkpoint entries: the query projection is cut by KV head over tensor-parallel ranks."""
         state: dict[str, torch.Tensor] = self.state_dict(prefix="", keep_vars=True)
         return make_sharded_tensors_for_checkpoint(
             state,
@@ -81,9 +90,13 @@ class IndexBranch(MegatronModule):
 
 @dataclass(slots=True)
 class PendingIndexKeys:
-    """Index queries [T, M, Di] and keys [T, Di]; all_keys [P, T, Di] by `layout` on their way, or None."""
+    """Hold index queries and keys, and the keys of all ranks on their way."""
 
     q: Tensor
+    "[T, M, Di] index queries of this rank's tokens"
     k: Tensor
+    "[T, Di] index keys of this rank's tokens"
     all_keys: Pending[Tensor] | None
+    "[P, T, Di] detached index keys of all ranks; None where none are needed"
     layout: ShardLayout
+    "order of the tokens of `all_keys`"

@@ -1,4 +1,29 @@
-"""MiniMax Sparse Attention of the model: index branch, block selection, attention over the chosen blocks."""
+"""Run MiniMax Sparse Attention (MSA): index branch, block selection, attention to the chosen blocks.
+
+The keys of a document lie in blocks of B tokens (128). For each query and KV head a light index query scores
+all earlier index keys; a block's score is the highest of its tokens. The `topk` (16) best blocks, always
+among them the `local_blocks` (1) that end with the query's own, are attended to exactly by all query heads of
+the KV head. So attention costs topk * B keys a query however long the document is. Scores still grow with it,
+but with one small head per KV head.
+
+The selection has no gradient. The index branch learns from a KL loss that draws its scores towards the mean
+attention of the KV head's query heads; that loss trains the index branch alone, and the language-model loss
+everything else. A run goes through stages (`StageAttention`): in a *dense* warm-up stage MSA layers attend to
+everything and the KL loss is over all tokens; afterwards both are over the selected blocks.
+
+Under context parallelism index keys go to all ranks, queries stay, and only selected KV blocks travel: the
+six steps are told in `parallel/attention/cp_sparse.py`. This file takes steps 1 and 2, scores and top-k, and
+calls the rest.
+
+Cost of scores: about S^2 / 2 products of Di numbers per KV head over all ranks. At S = 1M and 256 ranks that
+is 2.1e9 for each rank and KV head where work is balanced, else twice that on the last rank; attention itself
+is 8.4e6 query-key products per query head.
+
+Shapes: S tokens of the pack, T local tokens, M KV heads on this rank, G query heads per KV head, D head dim,
+Di index head dim, NB blocks of the pack, P ranks.
+
+Source: arXiv 2606.13392.
+"""
 
 from typing import Any
 
@@ -22,7 +47,7 @@ from msa_train.parallel.sharding.redistribute import move_rows
 
 
 class MsaSelfAttention(GroupedQueryAttention):
-    """MiniMax Sparse Attention: the index branch selects blocks, exact attention runs on them."""
+    """Select blocks with the index branch and attend to them exactly."""
 
     def __init__(self, config: MsaTransformerConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -47,15 +72,18 @@ class MsaSelfAttention(GroupedQueryAttention):
         all_keys = started.layout.in_order(started.all_keys.wait())
         if context.attention is StageAttention.dense:
             return self._attend_densely(q, k, v, started, all_keys, context, record)
+        # A recomputed layer finds its selection in the record: ties could otherwise fall another way.
         if record.block_indices is None:
             record.block_indices = self._select(q_index, all_keys, context)
         if context.recall is not None and not record.replaying:
             self._measure_recall(q, k, record.block_indices[context.recall.rows], context)
         if context.on_selection is not None and not record.replaying:
             context.on_selection(self.layer_number, record.block_indices)
+        # Without a gradient there is no backward pass, and only that forms the loss.
         trains_index = context.kl_weight > 0 and torch.is_grad_enabled()
         block_size = self.config.attention.block_size
         needed = None
+        # A recomputed call is given its decision, so nobody asks for needs again.
         if not record.replaying:
             needed = needed_kv_blocks(record.block_indices, pack.layout.num_blocks)
         call = SparseAttentionArgs(
@@ -82,7 +110,10 @@ class MsaSelfAttention(GroupedQueryAttention):
         return out
 
     def start(self, hidden_states: Tensor, context: PackContext) -> PendingIndexKeys:
-        """Project index queries and keys; the keys travel from here on."""
+        """Project index queries and keys; the keys travel from here on, detached.
+
+        Their gradients come back with those of KV blocks, or by a reduce-scatter in a dense stage.
+        """
         q, k = self.index_branch(hidden_states, context.rotary)
         if context.attention is StageAttention.dense and context.kl_weight == 0:
             return PendingIndexKeys(q, k, None, context.pack.layout)
@@ -103,6 +134,7 @@ class MsaSelfAttention(GroupedQueryAttention):
         q_index, k_index = started.q, started.k
         if context.recall is not None and not record.replaying:
             rows = context.recall.rows
+            # Nothing is selected in a dense stage: only the sampled queries show what would be.
             selected = self._select_some(
                 q_index.detach()[rows], all_keys, context.pack, position=context.pack.position[rows]
             )
@@ -118,12 +150,18 @@ class MsaSelfAttention(GroupedQueryAttention):
         return cp_full_attention(q, k, v, self.full_attention_args(context, kl), q_index, k_index)
 
     def _select(self, q_index: Tensor, all_keys: Tensor, context: PackContext) -> Tensor:
-        """Selection [T, M, topk] of all local queries, some of which other ranks may compute."""
+        """Select blocks [T, M, topk] for all local queries, some of which other ranks may compute.
+
+        Example: ranks hold tokens [(0, 4)] and [(4, 8)], and rank 0 computes (6, 8) for rank 1: it selects
+        for rows 0 to 3 of its own from position 0 on and for two that arrived from position 6 on, and sends
+        the last two selections back.
+        """
         pack, comm = context.pack, self.kv_comm(context)
         q_index, moves = q_index.detach(), pack.index.moves
         if moves is not None:
             q_index = move_rows(q_index, moves.there, comm, "index_query")
         parts, row = [], 0
+        # One call for each range, as the kernel takes queries at consecutive positions.
         for start, stop in pack.index.ranges:
             rows = slice(row, row + stop - start)
             valid = pack.valid[rows] if moves is None else None
@@ -131,6 +169,7 @@ class MsaSelfAttention(GroupedQueryAttention):
             row = rows.stop
         selected = parts[0] if len(parts) == 1 else torch.cat(parts)
         if moves is not None:
+            # Whoever selected did not know which of these queries are padding.
             selected = move_rows(selected, moves.back, comm, "index_query")
             selected.masked_fill_(~pack.valid[:, None, None], -1)
         return selected
@@ -145,7 +184,10 @@ class MsaSelfAttention(GroupedQueryAttention):
         valid: Tensor | None = None,
         position: Tensor | None = None,
     ) -> Tensor:
-        """Selection of queries at positions from `start` on, or at those in `position`."""
+        """Select blocks for queries [n, M, Di] at positions from `start` on, or at those in `position`.
+
+        Returns [n, M, topk] int32 block ids of the pack, -1 for none; rows that are not `valid` select none.
+        """
         attention = self.config.attention
         return select_blocks(
             q_index,
@@ -169,14 +211,21 @@ class MsaSelfAttention(GroupedQueryAttention):
         LayerStats.add(context.stats.attention, self.layer_number, self._of_all_groups(sums, context))
 
     def _of_all_groups(self, values: Tensor, context: PackContext) -> Tensor:
-        """[M, ...] of the groups that this rank attends for -> [num_kv_heads, ...], zero for the others."""
+        """Place values [M, ...] of this rank's KV heads among all: [num_kv_heads, ...], zero for the others.
+
+        Example: 4 KV heads, tp_rank 1 of 2, Ulysses rank 1 of 2: M = 1, and the value stands at head 3.
+        """
+        # Zeros elsewhere, so that metrics can sum over ranks whatever heads each of them has.
         whole = values.new_zeros(self.config.model.num_kv_heads, *values.shape[1:])
         first = self.tp_rank * self.num_groups + context.ulysses_rank * len(values)
         whole[first : first + len(values)] = values
         return whole
 
     def _count_selected(self, needed: Tensor, context: PackContext) -> None:
-        """Remote pairs per group: what `selected` sends, whatever is used. needed: [M, NB] bool."""
+        """Count remote KV blocks per KV head: what `selected` would receive, whatever way is used.
+
+        needed: [M, NB] bool, see `needed_kv_blocks`.
+        """
         layout = context.pack.layout
         pairs = kv_blocks_by_owner(needed, layout).view(layout.cp_size, needed.shape[0], -1).sum((0, 2))
         LayerStats.add(context.stats.selected, self.layer_number, self._of_all_groups(pairs, context))

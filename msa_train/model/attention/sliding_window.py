@@ -1,4 +1,4 @@
-"""Sliding-window attention over documents."""
+"""Attend to the last tokens of a document, and to its first ones."""
 
 from msa_kernels import window_blocks
 from torch import Tensor
@@ -10,7 +10,7 @@ from msa_train.parallel.attention.cp_sparse import SparseAttentionArgs, cp_spars
 
 
 class WindowSelfAttention(GroupedQueryAttention):
-    """Causal sliding window within documents, with a sink: position decides which blocks are exchanged."""
+    """Run a causal sliding window within documents, with a sink: position decides which blocks travel."""
 
     def attend(
         self,
@@ -32,6 +32,8 @@ class WindowSelfAttention(GroupedQueryAttention):
             sink_blocks=attention.window_sink,
             query_valid=pack.valid,
         )
+        # All KV heads see the same blocks; blocks follow from positions, but the exchange is that of MSA
+        # layers.
         call = SparseAttentionArgs(
             block_indices=block_indices[:, None].expand(-1, k.shape[1], -1),
             position=pack.position,

@@ -1,1 +1,1 @@
-"""What one pack brings to the model on this rank: its shard and the tensors of its attention."""
+"""Plan and hold what one pack brings to the model on this rank."""

@@ -1,4 +1,4 @@
-"""What travels with a pack through Megatron's layers, in the place of its PackedSeqParams.
+"""Carry what layers must know about a pack through Megatron, in the place of its PackedSeqParams.
 
 Layers keep no state between calls: pipeline schedules and recomputation run them out of order, so all that a
 layer needs to know about its input comes with the input.
@@ -25,7 +25,7 @@ OnSelection = Callable[[int, Tensor], None]
 
 @dataclass(slots=True)
 class SelectionRecord:
-    """Decisions of a layer in its forward pass, for its recomputation."""
+    """Hold the decisions of a layer in its forward pass, for its recomputation."""
 
     calls: int = 0
     "how often the layer has run; from the second time on it replays and counts nothing"
@@ -36,13 +36,13 @@ class SelectionRecord:
 
     @property
     def replaying(self) -> bool:
-        """True while the layer is recomputed."""
+        """Tell whether the layer is being recomputed."""
         return self.calls > 1
 
 
 @dataclass(slots=True, frozen=True)
 class PackContext:
-    """All that the layers are told about a pack. T local tokens, M KV heads."""
+    """Hold all that the layers are told about a pack. T local tokens, M KV heads."""
 
     pack: PackShard
     "the tokens of this rank; within attention over Ulysses groups, those of the group"
@@ -83,7 +83,7 @@ class PackContext:
 
 @dataclass(kw_only=True)
 class PackParams(PackedSeqParams):
-    """A pack on its way through the layers."""
+    """Hold a pack on its way through the layers."""
 
     context: PackContext
     "the same for all layers"
@@ -92,5 +92,8 @@ class PackParams(PackedSeqParams):
 
 
 def tensor_parallel_padding(valid: Tensor, tp_rank: int, tp_size: int) -> Tensor:
-    """Mask padding among the tokens that sequence parallelism leaves here: [T] -> [1, T / tp_size]."""
+    """Mask padding among the tokens that sequence parallelism leaves here: [T] -> [1, T / tp_size] bool.
+
+    Example: valid [1, 1, 1, 0], tp_rank 1 of 2 -> [[False, True]].
+    """
     return ~torch.chunk(valid, tp_size)[tp_rank].unsqueeze(0)

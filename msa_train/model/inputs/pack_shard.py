@@ -1,4 +1,4 @@
-"""One rank's share of a pack, as tensors the layers read."""
+"""Cut one rank's share out of a pack, as tensors the layers read."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,32 +19,40 @@ from msa_train.parallel.sharding.shard_layout import ShardLayout
 
 @dataclass(slots=True)
 class IndexSharding:
-    """Which queries this rank selects blocks for: positions, and the moves there and back (None: its own)."""
+    """Hold the queries that this rank selects blocks for."""
 
     ranges: tuple[Range, ...]
+    "their positions in the pack, ascending"
     moves: Relayout | None
+    "how index queries come here and selections go back; None: no rank's queries move"
 
 
 @dataclass(slots=True)
 class PackShard:
-    """The tokens of one rank and where they lie. T local tokens, all int64 unless said.
+    """Hold the tokens of one rank and where they lie. T local tokens.
 
-    tokens, labels: [T]; labels are IGNORE_LABEL where there is no next token.
-    position: [T] in the pack, ascending; doc_position: [T] in the token's document.
-    valid: [T] bool, False for padding.
-    cu_seqlens: [num_docs + 1] document starts of the whole pack.
-    index, full: how the ranks share the block selection and full attention; full None: no layer has it.
+    Example: documents of 3 and 4 tokens in slots [0, 4) and [4, 8), rank 1 of 2: position [4, 5, 6, 7],
+    doc_position [0, 1, 2, 3], all valid; on rank 0 position 3 is padding.
     """
 
     layout: ShardLayout
+    "the tokens of every rank"
     tokens: Tensor
+    "[T] int64 token ids"
     labels: Tensor
+    "[T] int64 next token ids; IGNORE_LABEL where there is none"
     position: Tensor
+    "[T] int64 positions in the pack, ascending"
     doc_position: Tensor
+    "[T] int64 positions in the token's document"
     valid: Tensor
+    "[T] bool, False for padding"
     cu_seqlens: Tensor
+    "[num_docs + 1] int64 document starts of the whole pack, with its length at the end"
     index: IndexSharding
+    "how the ranks share the block selection"
     full: FullPlan | None
+    "how the ranks share full attention; None: no layer has it"
 
 
 def make_pack_shard(
@@ -63,6 +71,7 @@ def make_pack_shard(
     starts = torch.tensor(cu_seqlens)
     document = torch.searchsorted(starts, position, right=True) - 1
     doc_position = position - starts[document]
+    # Slots are block-aligned: what lies behind a document's last token in its slot is padding.
     valid = doc_position < torch.tensor(doc_lengths)[document]
     full = None
     if with_full:
@@ -94,6 +103,7 @@ def _cut(values: npt.NDArray[np.int64], layout: ShardLayout) -> Tensor:
 def _index_sharding(
     layout: ShardLayout, cu_seqlens: Sequence[int], parallel: ParallelConfig
 ) -> IndexSharding:
+    # Queries of documents' ends score more blocks than those of their beginnings.
     away = layout.plan
     if parallel.balance_index and layout.cp_size > 1:
         away = balance(layout.plan, *index_work(cu_seqlens, layout.block_size))

@@ -1,1 +1,1 @@
-"""Parts of a transformer layer besides attention."""
+"""Compute the parts of a transformer layer besides attention."""

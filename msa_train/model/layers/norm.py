@@ -1,4 +1,4 @@
-"""RMS normalisation computed in fp32, with ordinary or zero-centred (1 + w) weights."""
+"""Normalise by root mean square in fp32, with ordinary or zero-centred (1 + w) weights."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """x * rsqrt(mean(x^2) + eps) * w, or * (1 + w) with `layernorm_zero_centered_gamma`.
+    """Compute x * rsqrt(mean(x^2) + eps) * w, or * (1 + w) with `layernorm_zero_centered_gamma`.
 
     Takes the place of Megatron's norm, which refuses RMS normalisation with sequence parallelism or
     zero-centred weights unless Transformer Engine is there.
@@ -26,7 +26,8 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., hidden_size], any float dtype; same shape and dtype back."""
+        """Normalise x [..., hidden_size] of any float dtype; same shape and dtype back."""
+        # A mean of squares in bf16 would have 8 bits.
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         weight = self.weight.to(dtype)
         if self.zero_centered:

@@ -1,4 +1,4 @@
-"""Rotary position embedding on the first channels of each head, half-split (NeoX) pairing."""
+"""Embed positions by rotating the first channels of each head, half-split (NeoX) pairing."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from torch import Tensor
 def rotary_table(
     position: Tensor, *, rotary_dim: int, theta: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * theta^(-2i / rotary_dim): [T] int -> two [T, rotary_dim / 2].
+    """Compute cos and sin of position * theta^(-2i / rotary_dim): [T] int -> two [T, rotary_dim / 2].
 
     Angles are formed in fp64: at position 1e6 an fp32 product is off by up to 0.06 rad.
     """

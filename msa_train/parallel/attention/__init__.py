@@ -1,1 +1,1 @@
-"""Attention over a sequence that is split over context-parallel ranks."""
+"""Attend over a sequence that is split over context-parallel ranks."""

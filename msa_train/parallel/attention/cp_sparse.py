@@ -1,7 +1,23 @@
-"""Block-sparse attention over a sequence that is split over ranks, with the KL loss of its index branch.
+"""Attend from local queries to the blocks they selected, over a sequence that is split over ranks.
 
-Shapes: T local tokens, M KV groups, G query heads per group, D head dim, Di index head dim, NB blocks of the
-pack, B block size.
+An MSA layer takes six steps. Steps 1 and 2 are the layer's (`model/attention/msa.py`), the others start here.
+
+1. Gather index keys (`comm/cp_comm.py`): [T, Di] of each rank -> all_keys [S, Di]. They travel under the
+   projections of queries, keys and values.
+2. Select (`msa_kernels/select_blocks`): q_index [T, M, Di] and all_keys -> block_indices [T, M, topk].
+3. Negotiate (`kv_exchange/requests.py`, `plan.py`): needed [M, NB] bool -> bitmaps [P, W] of every rank,
+   all-gathered -> an ExchangeDecision, the same on all ranks, with a RankPlan of rows to send and receive.
+4. Fetch (`kv_exchange/selected.py`, `all_gather.py`, `ring.py`): own KV blocks [M * NL, 2, B, D] go out,
+   those of others come in [R, 2, B, D]. A session yields them as sources, own blocks first.
+5. Attend (`msa_kernels/block_sparse_attention/tiled.py`): out [T, M, G, D] and lse [T, M, G] per source,
+   while the next source is on its way; partial results are merged by log-sum-exp.
+6. Return gradients (the session's `backward`): dkv and dk_index [R, 2 * B * D + B * Di] go back to the
+   owners, which add them in rank order -> dk, dv [T, M, D] and dk_index [T, Di]. dq and dq_index need no
+   travel.
+
+Shapes: S tokens of the pack, P ranks, T = S / P local tokens, M KV heads, G query heads per KV head, D head
+dim, Di index head dim, NB blocks of the pack, NL = NB / P blocks per rank, B block size, R fetched KV blocks,
+W bytes of a bitmap of one rank's KV blocks.
 """
 
 from collections.abc import Callable
@@ -26,37 +42,40 @@ from msa_train.parallel.sharding.shard_layout import ShardLayout
 
 @dataclass(slots=True, frozen=True)
 class SparseAttentionArgs:
-    """One call of a layer: everything but the differentiable tensors.
-
-    block_indices: [T, M, topk] int32 global block ids, -1 for none.
-    position: [T] int64, positions of the local tokens in the pack.
-    k_index: [NB, B, Di] index keys of the whole pack, detached; None leaves the KL loss out.
-    kl_weight: factor of sum over queries and groups of the divergence.
-    kl_temperature: divides the logits of teacher and student in the divergence.
-    on_kl: receives this rank's unweighted sum of divergences (fp64 scalar) in the backward pass.
-    settings: how the exchange goes about it.
-    needed: [M, NB] bool, `needed_kv_blocks` of block_indices; None: computed where it is asked for.
-    decision: of the call that is recomputed; None: the ranks agree on one.
-    window: which tokens of their blocks the local queries see, for sliding windows; None: all but the future.
-    kernel: implementation of the attention, forward and backward.
-    """
+    """Describe one call of a layer: everything but the differentiable tensors."""
 
     block_indices: Tensor
+    "[T, M, topk] int32 block ids of the pack, -1 for none"
     position: Tensor
+    "[T] int64 positions of the local tokens in the pack"
     layout: ShardLayout
+    "the blocks of every rank"
     comm: KvComm
+    "ranks between which KV blocks travel"
     exchange: KvExchange
+    "way of the exchange, as configured"
     softmax_scale: float
+    "factor of the attention scores"
     index_scale: float = 1.0
+    "factor of the index scores in the KL loss"
     k_index: Tensor | None = None
+    "[NB, B, Di] index keys of the whole pack, detached; None: no KL loss"
     kl_weight: float = 0.0
+    "factor of the divergence summed over queries and KV heads; holds the division by their number"
     kl_temperature: float = 1.0
+    "divides the logits of teacher and student in the divergence"
     on_kl: Callable[[Tensor], None] | None = None
+    "receives this rank's unweighted sum of divergences (fp64 scalar, nats) in the backward pass"
     settings: ExchangeConfig = field(default_factory=ExchangeConfig)
+    "details of the exchange: fetching again, nodes, broadcast blocks"
     needed: Tensor | None = None
+    "[M, NB] bool `needed_kv_blocks` of block_indices; None: computed where it is asked for"
     decision: ExchangeDecision | None = None
+    "of the call that is recomputed; None: the ranks agree on one"
     window: TokenWindow | None = None
+    "tokens of their blocks that local queries see (sliding window); None: all but the future"
     kernel: AttentionKernel = AttentionKernel.auto
+    "implementation of the attention, forward and backward"
 
 
 def cp_sparse_attention(
@@ -68,12 +87,18 @@ def cp_sparse_attention(
     output: the loss value itself is formed in the backward pass only, where its parts exist anyway.
 
     Args:
-        q: [T, M, G, D]; k, v: [T, M, D], this rank's tokens.
-        q_index: [T, M, Di]; k_index: [T, Di], this rank's tokens; None in layers without an index branch.
+        q: [T, M, G, D] queries of this rank's tokens; fp64, fp32, fp16 or bf16.
+        k: [T, M, D] keys, likewise.
+        v: [T, M, D] values, likewise.
+        q_index: [T, M, Di] index queries, likewise; None in layers without an index branch.
+        k_index: [T, Di] index keys, likewise; None in layers without an index branch.
         call: see SparseAttentionArgs.
 
     Returns:
         [T, M, G, D] in q's dtype; and how the blocks came, to be given again where the layer is recomputed.
+
+    Raises:
+        ExchangeError: a rank's request does not fit, or a collective failed.
     """
     return _CpSparseAttention.apply(q, k, v, q_index, k_index, call)
 
@@ -89,6 +114,7 @@ class _CpSparseAttention(torch.autograd.Function):
         k_index: Tensor | None,
         call: SparseAttentionArgs,
     ) -> tuple[Tensor, ExchangeDecision]:
+        # Blocks lie whole in memory [M * NL, 2, B, D]: one KV block is one row of a message.
         local = pack_blocks(k, v, call.layout.block_size)
         num_groups, all_keys = k.shape[1], call.k_index
         decision = call.decision or _decide(local, k_index, ctx.needs_input_grad[0], call)
@@ -104,12 +130,14 @@ class _CpSparseAttention(torch.autograd.Function):
         del local
         queries, kernel = _queries(q, q_index, all_keys, call), call.kernel.value
         total: PoolOutput | None = None
+        # Softmax over several sources: lse = log(sum_i e^lse_i), out = sum_i e^(lse_i - lse) out_i.
         for source in session.sources():
             part = pool_forward(queries, source.pool, source.entries(call.block_indices), kernel=kernel)
             total = part if total is None else _merge(total, part)
         assert total is not None, "an exchange has at least one source"
         out = total.out.to(q.dtype)
         if decision.spoilt:
+            # Selections by NaN keys are arbitrary. NaN on every rank lets all of them judge the step alike.
             out = torch.full_like(out, float("nan"))
         elif q_index is not None and k_index is not None:
             _spoil_by(out, q_index, k_index)
@@ -127,9 +155,13 @@ class _CpSparseAttention(torch.autograd.Function):
         del kept
         queries = _queries(q, q_index, all_keys, call)
         dout = dout.to(queries.compute_dtype)
+        # Softmax backward: ds_j = p_j (dout . v_j - sum_i p_i dout . v_i). The sum over all selected tokens,
+        # wherever they lie, is dout . out = delta; so each source's ds needs nothing of the other sources.
         delta = (dout * out).sum(-1)
         term = None
         if lse_index is not None:
+            # The teacher p is a constant. With student s = softmax(z) the loss sum p log(p / s) has the
+            # gradient weight * (s - p) in z; both need only their merged log-sum-exp, see above.
             term = KlTerm(lse_index=lse_index, weight=call.kl_weight, lse_teacher=lse_teacher)
         sums = _QuerySums()
 
@@ -143,6 +175,7 @@ class _CpSparseAttention(torch.autograd.Function):
 
         dkv, dk_index = ctx.session.backward(compute)
         ctx.session = None
+        # The loss value is for metrics alone: its gradient has just been formed.
         if call.on_kl is not None and sums.kl is not None:
             call.on_kl(sums.kl)
         assert sums.dq is not None, "an exchange has at least one source"
@@ -161,6 +194,8 @@ class _CpSparseAttention(torch.autograd.Function):
                 q_index.new_zeros(q.shape[0], width),
                 None,
             )
+        # All KV heads share one index key, so its gradient is the sum over them: [M * NL, B, Di] -> [T, Di].
+        # The session has summed over ranks; over tensor-parallel ranks Megatron sums the weight's gradient.
         dk_index = dk_index.view(num_groups, -1, *dk_index.shape[1:]).sum(0).flatten(0, 1)
         return (
             sums.dq.to(q.dtype),
@@ -183,7 +218,7 @@ def _spoil_by(out: Tensor, q_index: Tensor, k_index: Tensor) -> None:
 
 
 class _QuerySums:
-    """Query-side gradients summed over sources."""
+    """Sum query-side gradients over sources. Queries do not move, so no other rank has a share."""
 
     def __init__(self) -> None:
         self.dq: Tensor | None = None
@@ -220,6 +255,8 @@ def _decide(
 def _queries(
     q: Tensor, q_index: Tensor | None, all_keys: Tensor | None, call: SparseAttentionArgs
 ) -> SparseQueries:
+    # The temperature divides the logits of both sides: the student's by its scale, the teacher's in the
+    # kernel.
     return SparseQueries(
         q=q,
         position=call.position,

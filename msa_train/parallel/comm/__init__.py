@@ -1,1 +1,1 @@
-"""Collectives and messages between ranks, watched and counted."""
+"""Run collectives and messages between ranks, watched and counted."""

@@ -1,4 +1,4 @@
-"""Collectives of one group of context-parallel ranks: bytes counted, waits measured, failures named.
+"""Run collectives of one group of context-parallel ranks: bytes counted, waits measured, failures named.
 
 Every one can be started and waited for later, so that work runs meanwhile; with `overlap=False` starting
 waits at once, which changes no result.
@@ -29,7 +29,7 @@ Point = tuple[str, int]
 
 
 class Pending(Generic[_Result]):
-    """What a started collective will bring.
+    """Hold what a started collective will bring.
 
     It holds the buffers until it has been waited for: on a GPU the collective runs on another stream, and
     memory that was given back earlier could be used for something else while it still reads or writes.
@@ -50,13 +50,14 @@ class Pending(Generic[_Result]):
         if self.works:
             self.comm.wait_for(self.works, self.point)
             self.works = []
+        # On a GPU the current stream has waited, so later users of this memory come after the collective.
         self._keep = None
         return self._result
 
 
 @dataclass
 class CpComm:
-    """Collectives of one rank in one group."""
+    """Run the collectives of one rank in one group."""
 
     group: dist.ProcessGroup | None
     "None: a single rank, nothing is sent"
@@ -89,28 +90,34 @@ class CpComm:
         return replace(self, **changes)
 
     def all_gather(self, x: Tensor, purpose: str) -> Tensor:
-        """x of every rank, stacked: [...] -> [size, ...]."""
+        """Stack x of every rank: [...] -> [size, ...], in rank order.
+
+        Raises:
+            ExchangeError: the collective failed or took longer than allowed; so do all below.
+        """
         return self.start_all_gather(x, purpose).wait()
 
     def start_all_gather(self, x: Tensor, purpose: str, out: Tensor | None = None) -> Pending[Tensor]:
-        """Begin an all_gather; out: [size, ...] contiguous, where the result goes."""
+        """Begin an all_gather into `out` [size, ...], contiguous; None: into a new tensor."""
         if self.size == 1:
             return self._done(x.unsqueeze(0) if out is None else out.copy_(x.unsqueeze(0)), purpose)
         out = x.new_empty(self.size, *x.shape) if out is None else out
         x = x.contiguous()
+        # Counted as received bytes: the own part does not travel.
         num_bytes = (self.size - 1) * x.numel() * x.element_size()
         return self._start(
             lambda: _gather(_rows(out), _line(x), group=self.group, async_op=True), purpose, num_bytes, out, x
         )
 
     def reduce_scatter(self, x: Tensor, purpose: str) -> Tensor:
-        """Sum over ranks of slice `rank`: [size, ...] -> [...]."""
+        """Sum slice `rank` over ranks: [size, ...] -> [...], in x's dtype."""
         return self.start_reduce_scatter(x, purpose).wait()
 
     def start_reduce_scatter(self, x: Tensor, purpose: str) -> Pending[Tensor]:
         """Begin a reduce_scatter. On a CPU it is over when this returns."""
         if self.size == 1:
             return self._done(x[0], purpose)
+        # gloo would all-reduce everything and drop what other ranks are to have.
         if x.device.type == "cpu":
             return self._done(self._ring_reduce_scatter(x, purpose), purpose)
         out, x = x.new_empty(x.shape[1:]), x.contiguous()
@@ -121,8 +128,9 @@ class CpComm:
         )  # fmt: skip
 
     def _ring_reduce_scatter(self, x: Tensor, purpose: str) -> Tensor:
-        """Partial sums pass around a ring: P - 1 slices per rank, half of what gloo's all-reduce in its place
-        moves.
+        """Pass partial sums around a ring: P - 1 slices per rank, half of what gloo's all-reduce would move.
+
+        The order of the sum is fixed by the ring, so that runs repeat bit by bit.
 
         Example: rank r starts with slice r - 1; what it gets is slice r - 2, summed over rank r - 1, and so
         on until its own arrives, which lacks its own part only.
@@ -134,13 +142,16 @@ class CpComm:
         return held
 
     def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int], purpose: str) -> Tensor:
-        """Rows of x, `send[r]` of them to rank r in order -> `receive[r]` rows from each rank r in order."""
+        """Trade rows: `send[r]` of x to rank r in order -> `receive[r]` from each rank r in order.
+
+        Example: rank 0 of 2, rows [a, b, c], send [1, 2], receive [1, 1] -> [a, first row of rank 1].
+        """
         return self.start_all_to_all(x, send, receive, purpose).wait()
 
     def start_all_to_all(
         self, x: Tensor, send: Sequence[int], receive: Sequence[int], purpose: str, out: Tensor | None = None
     ) -> Pending[Tensor]:
-        """Begin an all_to_all; out: [sum(receive), ...] contiguous, where the result goes."""
+        """Begin an all_to_all into `out` [sum(receive), ...], contiguous; None: into a new tensor."""
         out = x.new_empty(sum(receive), *x.shape[1:]) if out is None else out
         if self.size == 1:
             return self._done(out.copy_(x), purpose)
@@ -184,6 +195,7 @@ class CpComm:
         try:
             works = launch()
         except RuntimeError as error:
+            # A group that has lost a rank fails at the launch already.
             raise self._failure(point, error) from error
         self.counters.traffic.add(purpose, num_bytes)
         pending = Pending(self, point, works if isinstance(works, list) else [works], result, keep)
@@ -216,13 +228,14 @@ class CpComm:
             self.watch.done()
 
     def to_host(self, x: Tensor, purpose: str) -> list[int]:
-        """Numbers of a device tensor [n]; does not wait for ever for a collective that it comes from.
+        """Copy numbers of a device tensor [n] to the host, without waiting for ever for a broken collective.
 
         Raises:
             ExchangeError: it took longer than `timeout_s`.
         """
         if x.device.type != "cuda":
             return x.tolist()
+        # The host asks the event again and again, for a synchronous copy could not be given up.
         copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
         done = torch.cuda.Event()
         done.record()
@@ -238,9 +251,10 @@ class CpComm:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """Joined along the first two dimensions, as torch wants what is gathered."""
+    """Join the first two dimensions, as torch wants what is gathered."""
     return x.flatten(0, 1) if x.dim() > 1 else x
 
 
 def _line(x: Tensor) -> Tensor:
+    # A scalar has no dimension along which it could be gathered.
     return x if x.dim() else x.view(1)

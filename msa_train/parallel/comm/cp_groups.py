@@ -1,4 +1,4 @@
-"""The groups that context-parallel ranks form: all of them, their Ulysses groups, their nodes."""
+"""Hold the groups that context-parallel ranks form: all of them, their Ulysses groups, their nodes."""
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
@@ -10,7 +10,7 @@ from msa_train.parallel.comm.link_rates import ExchangeRates
 
 @dataclass
 class KvComm(CpComm):
-    """Collectives of the ranks between which KV blocks travel: those that hold the same KV heads."""
+    """Run collectives of the ranks between which KV blocks travel: those that hold the same KV heads."""
 
     inner: CpComm | None = None
     "the ranks of this node; None without nodes"
@@ -22,6 +22,7 @@ class KvComm(CpComm):
     "shapes of exchanges that all ranks have found to be the same; shared by all copies"
 
     def _with(self, **changes: Any) -> Self:
+        # Counters and layer are fields of the parts too, so every change goes to all of them.
         nodes = {"inner": self.inner, "outer": self.outer}
         parts = {name: part._with(**changes) for name, part in nodes.items() if part is not None}
         return replace(self, **changes, **parts)
@@ -29,7 +30,7 @@ class KvComm(CpComm):
 
 @dataclass(slots=True)
 class CpGroups:
-    """All collectives of one context-parallel rank.
+    """Hold all collectives of one context-parallel rank.
 
     Example: 8 ranks with `cp_head_size=2` and nodes of 4: rank 5 is in `whole` with all 8, in `ulysses` with
     rank 4, in `kv` with ranks 1, 3, 7, and there in `inner` with rank 7, in `outer` with rank 1.
@@ -52,6 +53,7 @@ class CpGroups:
         return self._with(self.kv.for_layer(layer), layer=layer)
 
     def _with(self, kv: KvComm, **changes: Any) -> "CpGroups":
+        # Without Ulysses groups both are one object, and stay one.
         whole = kv if self.whole is self.kv else replace(self.whole, **changes)
         ulysses = None if self.ulysses is None else replace(self.ulysses, **changes)
         return CpGroups(whole, kv, ulysses)

@@ -1,4 +1,4 @@
-"""One rank's part in finding out who is missing; see `faults`."""
+"""Find out who is missing, one rank's part of it; see `rank_faults`."""
 
 import json
 import threading
@@ -29,26 +29,28 @@ _current: "FaultWatch | None" = None
 
 @dataclass(slots=True)
 class Verdict:
-    """What an enquiry has found. sites: of the ranks that answered; missing: those that did not."""
+    """Hold what an enquiry has found."""
 
     sites: dict[int, RankStatus] = field(default_factory=dict[int, RankStatus])
+    "where the ranks stand that answered, by rank"
     missing: list[int] = field(default_factory=list[int])
+    "ranks that did not answer"
 
     def to_json(self) -> str:
-        """For the store."""
+        """Write it for the store."""
         sites = {rank: asdict(site) for rank, site in self.sites.items()}
         return json.dumps({"sites": sites, "missing": self.missing})
 
     @staticmethod
     def from_json(text: str) -> "Verdict":
-        """Inverse of `to_json`."""
+        """Read what `to_json` wrote."""
         read = json.loads(text)
         sites = {int(rank): RankStatus(**site) for rank, site in read["sites"].items()}
         return Verdict(sites, read["missing"])
 
 
 class FaultWatch:
-    """One rank's part: remembers where it stands, answers when another rank failed, names the missing."""
+    """Remember where this rank stands, answer when another rank failed, name the missing."""
 
     def __init__(
         self,
@@ -74,6 +76,7 @@ class FaultWatch:
         self._site, self._answered = RankStatus(), False
         self._lock = threading.Lock()
         self._finalizer: weakref.finalize | None = None
+        # Twenty signs of life within the limit, but no more often than the store is looked at.
         self._beat_s = min(max(timeout_s / 20, POLL_S), BEAT_S)
         self._next_beat_s = 0.0
         self._heard, self.silent_s, self.unanswered_s = -1, 0.0, 0.0
@@ -94,7 +97,7 @@ class FaultWatch:
         self._finalizer = weakref.finalize(self, _end, stop, threads)
 
     def make_current(self) -> None:
-        """Collectives that know no `CpComm` report here from now on."""
+        """Let collectives that know no `CpComm` report here from now on."""
         global _current
         _current = self
 
@@ -114,26 +117,26 @@ class FaultWatch:
             return
 
     def at(self, layer: int, purpose: str, num_bytes: int) -> None:
-        """This rank starts a collective."""
+        """Note that this rank starts a collective."""
         self._site = RankStatus(layer, purpose, False, num_bytes)
 
     def waits(self, layer: int, purpose: str, num_bytes: int) -> None:
-        """This rank waits for a collective."""
+        """Note that this rank waits for a collective."""
         self._site = RankStatus(layer, purpose, True, num_bytes)
 
     def done(self) -> None:
-        """This rank has what it waited for."""
+        """Note that this rank has what it waited for."""
         self._site = replace(self._site, waits=False)
 
     def failure(self, layer: int, purpose: str, num_bytes: int, error: RuntimeError) -> RuntimeError:
-        """The error to raise after a collective failed here; takes up to the grace."""
+        """Make the error to raise after a collective failed here; takes up to the grace."""
         if is_out_of_memory(error):
             return error
         self._site = RankStatus(layer, purpose, True, num_bytes)
         return self._explain(reason_of(error), set())
 
     def ending(self, error: Exception) -> Exception:
-        """What a rank ends with that has raised this anywhere: names who was lost, or tells the others."""
+        """Make the error that this rank ends with: names who was lost, or tells the others of its own."""
         if isinstance(error, RuntimeError) and has_lost_others(error):
             site = self._site
             return self.failure(site.layer, site.purpose, site.num_bytes, error)
@@ -142,7 +145,7 @@ class FaultWatch:
         return error
 
     def tell(self, error: BaseException) -> None:
-        """This rank ends by an error of its own; the others will say so when they miss it."""
+        """Tell the others that this rank ends by an error of its own; they say so when they miss it."""
         words = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         if self._lock.acquire(timeout=POLL_S):
             try:
@@ -155,7 +158,7 @@ class FaultWatch:
                 self._lock.release()
 
     def _explain(self, reason: str, silent: set[int]) -> ExchangeError:
-        """What to raise, when all have been asked; silent: known to be stalled."""
+        """Ask all ranks and make the error to raise; silent: ranks known to be stalled."""
         site, here = self._site, self._here()
         lost = f"{self.name(self.rank)} lost the others ({reason[:200]})"
         try:
@@ -182,13 +185,15 @@ class FaultWatch:
         return describe(site.layer, site.purpose) if site.waits else str(site)
 
     def name(self, rank: int) -> str:
-        """Example: 2 -> "rank 2"; always the rank of the job."""
+        """Name a rank of the group by its rank in the job: 2 -> "rank 2"."""
         return f"rank {self.ranks[rank]}"
 
     def _ask(self, silent: set[int]) -> Verdict:
-        """The first to ask decides for all who is missing; a second one does where it says nothing."""
+        """Ask who is missing. The first to ask decides for all; a second one does where it says nothing."""
         with self._lock:
             self._answer()
+            # The store's counter gives each asker another number; later ones wait longer, in case the first
+            # is lost before it gives its verdict.
             turn = self._store.add("asked", 1)
             self._store.set("failed", "1")
         deadline = time.monotonic() + GRACE_S * turn
@@ -223,7 +228,7 @@ class FaultWatch:
             self._store.add("answers", 1)
 
     def look(self, passed_s: float) -> bool:
-        """One look at the store; returns whether there is nothing more to look for.
+        """Look at the store once; return whether there is nothing more to look for.
 
         Args:
             passed_s: since the last look, in seconds.
@@ -234,6 +239,7 @@ class FaultWatch:
                 self._answer()
             silent = set() if failed or self.timeout_s <= 0 else self._listen(passed_s)
         self.unanswered_s = 0.0
+        # Outside the lock, for explaining asks the store again.
         if (failed or silent) and self.give_up is not None:
             if failed:
                 reason = "another rank found it"
@@ -243,7 +249,7 @@ class FaultWatch:
         return failed or bool(silent)
 
     def _listen(self, passed_s: float) -> set[int]:
-        """Give a sign of life where it is due; the next rank of the group, if it has given none for long."""
+        """Give a sign of life where it is due; return the next rank, if it has given none for long."""
         self._next_beat_s -= passed_s
         if self._next_beat_s <= 0:
             self._next_beat_s = self._beat_s
@@ -256,7 +262,7 @@ class FaultWatch:
         return {following} if self.silent_s > self.timeout_s + self._beat_s else set()
 
     def tick(self, passed_s: float) -> None:
-        """Time passes; gives up where the store has not answered for too long."""
+        """Count the time that passes; give up where the store has not answered for too long."""
         self.unanswered_s += passed_s
         if self.unanswered_s > self.timeout_s and self.give_up is not None:
             self.give_up(
@@ -275,7 +281,7 @@ def tell_others(error: BaseException) -> None:
 
 @contextmanager
 def watched(purpose: str, layer: int = 0) -> Iterator[None]:
-    """Collectives that name their point when they fail, and are found there when another rank asks.
+    """Let collectives name their point when they fail, and be found there when another rank asks.
 
     Raises:
         ExchangeError: in place of what a collective raised that lost another rank.
@@ -298,7 +304,7 @@ def watched(purpose: str, layer: int = 0) -> Iterator[None]:
 
 
 def _passed(since_s: float) -> tuple[float, float]:
-    """Now, and seconds since then; few where this process itself stood still, which accuses nobody."""
+    """Give now and the seconds since then; few where this process stood still, which accuses nobody."""
     now_s = time.monotonic()
     return now_s, min(now_s - since_s, 4 * POLL_S)
 

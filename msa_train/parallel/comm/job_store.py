@@ -1,4 +1,4 @@
-"""The store in which the ranks of a job meet: a private file on one machine, TCP between several."""
+"""Open the store in which the ranks of a job meet: a private file on one machine, TCP between several."""
 
 import socket
 import time
@@ -16,7 +16,7 @@ _NAMED_RANKS = 8
 
 
 class JobIncompleteError(RuntimeError):
-    """The ranks of a job did not come together; the text names those that are missing, and what to do."""
+    """Tell that the ranks of a job did not come together; the text names who is missing, and what to do."""
 
 
 def open_store(environ: Mapping[str, str], *, timeout_s: float, say: Callable[[str], None]) -> Store:
@@ -48,6 +48,7 @@ def open_store(environ: Mapping[str, str], *, timeout_s: float, say: Callable[[s
         if time.monotonic() > say_at:
             say(f"rank {rank} of {world_size} waits for {whom}; {_origin(environ)}")
             say_at = deadline + 1
+        # Ranks of one machine are there at once; many ranks must not flood the store.
         time.sleep(POLL_S if world_size > 8 else POLL_S / 10)
     if rank == 0:
         meeting.set("all", "1")
@@ -94,7 +95,7 @@ def _still_absent(store: Store, keys: Sequence[str]) -> list[str]:
 
 
 def _ranks(keys: Sequence[str]) -> str:
-    """Example: ["rank_1", "rank_3"] -> "ranks 1, 3"."""
+    """Name ranks by their keys: ["rank_1", "rank_3"] -> "ranks 1, 3"."""
     numbers = [key.removeprefix("rank_") for key in keys]
     more = f" and {len(numbers) - _NAMED_RANKS} more" if len(numbers) > _NAMED_RANKS else ""
     return f"rank{'s' * (len(numbers) > 1)} {', '.join(numbers[:_NAMED_RANKS])}{more}"

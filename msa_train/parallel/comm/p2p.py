@@ -1,4 +1,4 @@
-"""Messages between pairs of ranks, and the all-to-all of rows, which on a CPU is made of them.
+"""Send messages between two ranks each, and rows from all to all, on a CPU by such messages.
 
 gloo's own all-to-all posts what a rank sends before what it receives. A sender may only start when its
 receiver has told it so, over the one connection that both directions share: behind data that already left,
@@ -18,7 +18,10 @@ Message = tuple[int, Tensor]
 def start_sends_and_receives(
     group: dist.ProcessGroup, arriving: Sequence[Message], leaving: Sequence[Message]
 ) -> list[dist.Work]:
-    """Begin to receive and to send contiguous tensors; between two ranks they keep their order."""
+    """Begin to receive and to send contiguous tensors; between two ranks they keep their order.
+
+    Receives are posted first, see above.
+    """
     ranks = dist.get_process_group_ranks(group)
     operations = [dist.P2POp(dist.irecv, x, ranks[rank], group) for rank, x in arriving]
     operations += [dist.P2POp(dist.isend, x, ranks[rank], group) for rank, x in leaving]
@@ -44,6 +47,7 @@ def start_all_to_all_rows(
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     arriving, leaving = out.split(sizes[0]), x.split(sizes[1])
     arriving[rank].copy_(leaving[rank])
+    # Every rank sends to its next rank first: at no time do all send to the same one.
     after = [(rank + step) % size for step in range(1, size)]
     return start_sends_and_receives(
         group,

@@ -1,4 +1,4 @@
-"""Who is missing when a collective breaks or a rank stalls: the words for it.
+"""Say who is missing when a collective breaks or a rank stalls.
 
 A thread of every rank (`fault_watch`) looks into the job's store now and then, even while the rank itself is
 blocked in a collective. It says there that its rank is alive, and listens for the next rank of the job: one
@@ -75,11 +75,11 @@ _SAME_SIZE = ("index_key", "request_shape", "request")
 
 
 class ExchangeError(RuntimeError):
-    """A collective broke or a rank stalled; the text names layer, point and ranks."""
+    """Tell that a collective broke or a rank stalled; the text names layer, point and ranks."""
 
 
 def has_lost_others(error: BaseException) -> bool:
-    """Whether a collective raised this because another rank is gone or late."""
+    """Tell whether a collective raised this because another rank is gone or late."""
     # Errors of our own may quote such words, and say more.
     if type(error) is not RuntimeError and not isinstance(error, dist.DistError):
         return False
@@ -87,12 +87,12 @@ def has_lost_others(error: BaseException) -> bool:
 
 
 def reason_of(error: BaseException) -> str:
-    """Its text on one line, without the places in the source of libraries that gloo and NCCL begin with."""
+    """Put an error's text on one line, without the source places that gloo and NCCL begin with."""
     return " ".join(re.sub(r"\[/[^\]]*\]", "", str(error)).split())
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this rank itself has no more memory, also where that shows inside a collective."""
+    """Tell whether this rank itself has no more memory, also where that shows inside a collective."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error)))
@@ -100,19 +100,21 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @dataclass(slots=True)
 class RankStatus:
-    """Where a rank stands: layer (0: none), purpose of its last collective, whether it waits for it.
-
-    num_bytes: that it expects in all. words: the error that it ended with, empty while it lives.
-    """
+    """Hold where a rank stands."""
 
     layer: int = 0
+    "that it computes, from 1; 0: none"
     purpose: str = ""
+    "of its last collective; empty before the first"
     waits: bool = False
+    "it waits for this collective"
     num_bytes: int = 0
+    "bytes that it expects of this collective"
     words: str = ""
+    "the error that it ended with; empty while it lives"
 
     def fits(self, other: "RankStatus") -> bool:
-        """Whether both ranks are at the same point and, where all must be alike, expect as many bytes."""
+        """Tell whether both are at the same point and, where all must be alike, expect as many bytes."""
         if (self.layer, self.purpose) != (other.layer, other.purpose):
             return False
         return self.purpose not in _SAME_SIZE or self.num_bytes == other.num_bytes
@@ -126,6 +128,6 @@ class RankStatus:
 
 
 def describe(layer: int, purpose: str) -> str:
-    """Example: 3, "kv" -> "layer 3, fetching keys and values (kv)"."""
+    """Put a point into words: 3, "kv" -> "layer 3, fetching keys and values (kv)"."""
     where = f"layer {layer}, " if layer else ""
     return f"{where}{_POINTS[purpose]} ({purpose})" if purpose in _POINTS else f"{where}{purpose}"

@@ -1,4 +1,8 @@
-"""Builds the collectives of the exchange: nodes of context-parallel ranks, measured rates, the watch."""
+"""Build the collectives of the exchange: nodes of context-parallel ranks, measured rates, the watch.
+
+All ranks of the job create all groups: 256 context-parallel ranks on nodes of 8 make 32 groups inside nodes
+and 8 between them.
+"""
 
 import os
 import time
@@ -40,9 +44,9 @@ def build_comm(
         kind: `auto` measures the rates that it decides by.
         exchange: nodes, overlap.
         device: of the tensors.
-        timeout_s: longest wait.
-        head_size: neighbours that trade tokens for KV groups; with more than one, nodes and rates are those
-            of the ranks that hold the same groups.
+        timeout_s: longest wait, in seconds.
+        head_size: ranks of a Ulysses group; with more than one, nodes and rates are those of the ranks that
+            hold the same KV heads.
         watch: of the job; None: one of this group is started.
 
     Raises:
@@ -60,6 +64,7 @@ def build_comm(
         kv = KvComm(group, rank, size, **rest)
         _add_nodes(kv, kind, exchange, head_size)
         return CpGroups(kv, kv)
+    # Neighbours trade tokens, most often inside a node; ranks head_size apart hold the same KV heads.
     ulysses, sequence = _split(group, head_size, timeout_s)
     kv = KvComm(sequence, rank // head_size, size // head_size, **rest)
     _add_nodes(kv, kind, exchange, head_size)
@@ -84,22 +89,27 @@ def _add_nodes(comm: KvComm, kind: KvExchange, exchange: ExchangeConfig, head_si
 
 def _part(comm: KvComm, group: dist.ProcessGroup, rank: int, size: int) -> CpComm:
     """Return collectives of some of the ranks, with everything else as in `comm`."""
+    # Parts are plain collectives: a node has no nodes of its own.
     kept = {item.name: getattr(comm, item.name) for item in fields(CpComm)}
     return CpComm(**kept | {"group": group, "rank": rank, "size": size})
 
 
 def find_node_size(exchange: ExchangeConfig, group: dist.ProcessGroup, head_size: int = 1) -> int:
-    """Ranks of the group on a node: as configured or, with -1, of those that LOCAL_WORLD_SIZE says.
+    """Count the ranks of the group on a node: as configured or, with -1, as LOCAL_WORLD_SIZE says.
 
     `exchange.ranks_per_node` counts context-parallel ranks, of which the group has one in head_size.
 
     Example: 16 ranks of a group on every second rank of machines with 8 -> 4.
+
+    Raises:
+        ValueError: machines hold unequal numbers of the group's ranks.
     """
     if exchange.ranks_per_node >= 0:
         return exchange.ranks_per_node // head_size
     ranks, local = dist.get_process_group_ranks(group), int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
     if local == 0:
         return 0
+    # torchrun and Slurm number the ranks of a machine one after the other.
     per_node = [sum(rank // local == node for rank in ranks) for node in sorted({r // local for r in ranks})]
     if len(set(per_node)) > 1:
         raise ValueError(
@@ -121,7 +131,13 @@ def _watch(group: dist.ProcessGroup) -> FaultWatch | None:
 def _split(
     group: dist.ProcessGroup, size: int, timeout_s: float
 ) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    """This rank's run of `size` neighbours, and the ranks in its place of all runs. All ranks create all."""
+    """Create the group of this rank's `size` neighbours, and that of the ranks in its place of all runs.
+
+    torch wants every rank of the job to create every group, in the same order.
+
+    Example: ranks 0 to 7, size 4, rank 5 -> (4, 5, 6, 7) and (1, 5).
+    """
+    # Other sequences have nodes too, and every rank must create the groups of all in one order.
     everyone: list[list[int]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, dist.get_process_group_ranks(group))
     found: dict[str, dist.ProcessGroup] = {}
@@ -137,12 +153,13 @@ def _split(
 
 
 def measure_rates(comm: KvComm) -> ExchangeRates:
-    """Latency and rate of the collectives that `auto` chooses between; the same on all ranks.
+    """Measure latency and rate of the collectives that `auto` chooses between; the same on all ranks.
 
     Each is run at two sizes; the fastest of a few rounds counts, of the slowest rank. Takes well under a
     second on a network of 1 Gbit/s and more.
     """
     timed = comm.with_new_counters()
+    # All groups of a kind are measured at once, as they run in a step: links that they share are shared here.
     hops = [
         Line(0.0, 0.0) if part is None else _line(timed, part, _all_to_all)
         for part in (timed.inner, timed.outer)
@@ -174,12 +191,13 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _bytes(comm: CpComm, rows: int, num_bytes: int) -> Tensor:
-    """[rows, n] fp32 of which size - 1 rows make up `num_bytes`."""
+    """Make zeros [rows, n] fp32 of which size - 1 rows make up `num_bytes`."""
     n = max(1, num_bytes // (4 * max(comm.size - 1, 1)))
     return torch.zeros(rows, n, device=comm.device)
 
 
 def _all_to_all(comm: CpComm, num_bytes: int) -> None:
+    # Even messages: what counts in an exchange is the bytes of the busiest rank.
     ones = [1] * comm.size
     comm.all_to_all(_bytes(comm, comm.size, num_bytes), ones, ones, "calibration")
 

@@ -9,9 +9,10 @@ import torch
 
 @dataclass(slots=True)
 class Traffic:
-    """Bytes that this rank received from other ranks, by purpose (`kv`, `kv_grad`, `index_key`, ...)."""
+    """Count the bytes that this rank received from other ranks."""
 
     received: dict[str, int] = field(default_factory=dict)
+    "bytes by purpose (`kv`, `kv_grad`, `index_key`, ...)"
 
     def add(self, purpose: str, num_bytes: int) -> None:
         """Count `num_bytes` more."""
@@ -23,17 +24,20 @@ class Traffic:
 
 @dataclass(slots=True)
 class ExposedTime:
-    """Time in which this rank could only wait for a collective, by purpose.
+    """Count the time in which this rank could only wait for a collective, by purpose.
 
     On a CPU the time spent in `Pending.wait`. On a GPU the time for which its stream stood still, from events
     that nobody waits for before the step ends.
     """
 
     waited_s: dict[str, float] = field(default_factory=dict)
+    "seconds by purpose; on a GPU those of events already read"
     events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+    "purpose, begin and end of waits on a GPU"
 
     def seconds(self) -> dict[str, float]:
-        """Totals so far; waits for the device where it is one that runs on its own."""
+        """Give the seconds so far by purpose; on a GPU waits for what has been launched."""
+        # Read when the step has ended, for reading an event makes the host wait for it.
         for purpose, begin, end in self.events:
             end.synchronize()
             self._add(purpose, begin.elapsed_time(end) / 1000)
@@ -44,6 +48,7 @@ class ExposedTime:
         """Call `wait` and count how long it held this rank up."""
         if device.type == "cuda":
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            # `wait` only makes the stream wait; the time between both events is what it stood still.
             begin.record()
             wait()
             end.record()
@@ -59,9 +64,11 @@ class ExposedTime:
 
 @dataclass(slots=True)
 class CommCounters:
-    """Figures that the collectives of one step leave behind."""
+    """Hold figures that the collectives of one step leave behind."""
 
     traffic: Traffic = field(default_factory=Traffic)
+    "bytes received"
     exposed: ExposedTime = field(default_factory=ExposedTime)
+    "time waited"
     bad_values: list[str] = field(default_factory=list)
     "where keys or values were not finite, one line each"

@@ -1,1 +1,1 @@
-"""Which KV blocks travel between ranks, and by what transport."""
+"""Decide which KV blocks travel between ranks, and bring them."""

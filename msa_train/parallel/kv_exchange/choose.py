@@ -1,7 +1,7 @@
-"""The ways to bring remote key/value blocks to the queries, and their gradients back to the owners.
+"""Choose the way that brings remote KV blocks to the queries, and their gradients back to the owners.
 
-Each gives the same numbers: `selected_exchange`, `all_gather_exchange`, `ring_exchange`; `auto` takes one of
-the first two for each call.
+Each gives the same numbers: `selected`, `all_gather`, `ring`, each a module here; `auto` takes one of the
+first two for each call.
 """
 
 from torch import Tensor
@@ -29,24 +29,31 @@ def negotiate_exchange(
     k_index: Tensor | None,
     with_backward: bool,
 ) -> ExchangeDecision:
-    """What all ranks do in this layer call; asks the others where that depends on the selection.
+    """Decide what all ranks do in this layer call; asks the others where that depends on the selection.
 
     Args:
-        kind: which way.
-        local: [M * NL, 2, B, D] this rank's keys and values by pair.
-        needed: [M, NB] bool, pairs that local queries selected.
-        layout, comm: this rank's shard and collectives, of this layer.
+        kind: way of the exchange, as configured.
+        local: [M * NL, 2, B, D] this rank's keys and values by KV block.
+        needed: [M, NB] bool, KV blocks that local queries selected.
+        layout: this rank's shard.
+        comm: collectives of the ranks between which KV blocks travel, of this layer.
         settings: of the exchange.
         k_index: [T, Di] this rank's index keys, checked with the keys and values; None without an index
-        branch. with_backward: whether gradients will come back.
+            branch.
+        with_backward: gradients will come back.
+
+    Returns:
+        The decision, to be given again where the layer is recomputed.
 
     Raises:
-        ExchangeError: a rank asks for what does not fit.
+        ExchangeError: a rank asks for what does not fit, or a collective failed.
     """
+    # Gathering and the ring bring everything, whatever was selected: nothing to ask.
     if kind not in (KvExchange.selected, KvExchange.auto):
         return ExchangeDecision(kind)
     if layout.cp_size == 1:
         return ExchangeDecision(KvExchange.all_gather)
+    # Gradients of a KV block come back with those of its index keys, once for each KV head.
     forward = local[0].numel() * local.element_size()
     index = 0 if k_index is None else layout.block_size * k_index.shape[-1] * local.element_size()
     size = KvBlockBytes(forward, forward + index if with_backward else 0)
@@ -64,13 +71,14 @@ def open_kv_session(
     *,
     index_elements: int = 0,
 ) -> ExchangeSession:
-    """The exchange of one layer call, as agreed.
+    """Open the exchange of one layer call, as agreed.
 
     Args:
-        decision: what all ranks agreed on, now or in an earlier identical call.
-        local: [M * NL, 2, B, D] this rank's keys and values by pair.
-        num_groups: M.
-        layout, comm: this rank's shard and collectives, of this layer.
+        decision: of all ranks, now or in an earlier identical call.
+        local: [M * NL, 2, B, D] this rank's keys and values by KV block.
+        num_groups: M, KV heads.
+        layout: this rank's shard.
+        comm: collectives of the ranks between which KV blocks travel, of this layer.
         settings: of the exchange.
         index_elements: B * Di where index keys get gradients, else 0.
     """

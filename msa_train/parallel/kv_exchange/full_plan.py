@@ -1,4 +1,10 @@
-"""Plan which keys and values of the whole pack each rank needs for full attention."""
+"""Plan which keys and values of the whole pack each rank needs for full attention.
+
+Every rank plans for all ranks. At 1M tokens on 256 ranks: work of 32,768 units of 32 tokens, segments of 256
+ranks, and 8 bytes for every token that this rank sends or fetches, 8 MiB on the last rank of a document. With
+`auto` the shares of all 65,536 pairs of ranks are counted too. That takes about 0.1 s of a CPU core, with
+`auto` 1 s.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,21 +24,22 @@ from msa_train.parallel.sharding.shard_layout import Segment, ShardLayout, local
 
 @dataclass(slots=True)
 class FullPlan:
-    """How the dense attention over one pack is shared, for one rank.
-
-    segments: of the queries that this rank computes. queries, keys: how queries, and keys with values, move
-    from the layout; None: they stay. key_plan: where keys lie then. needed: positions of other ranks' keys
-    that this rank's queries see; fetch: how they come, for `selected`; busiest: most tokens that a rank sends
-    or receives then, known where `auto` asks for it, else 0.
-    """
+    """Hold how full attention over one pack is shared, for one rank."""
 
     segments: list[Segment]
+    "document parts among the queries that this rank computes"
     queries: Relayout | None
+    "how queries move from the layout; None: they stay"
     keys: Relayout | None
+    "how keys and values move from the layout; None: they stay"
     key_plan: SequencePartition
+    "where keys lie then"
     needed: tuple[Range, ...]
+    "positions of other ranks' keys that this rank's queries see"
     fetch: TokenMoves
+    "how the needed keys come, for `selected`"
     busiest: int = 0
+    "most tokens that a rank sends or receives with `selected`; 0 where `auto` does not ask"
 
 
 def make_full_plan(
@@ -43,13 +50,17 @@ def make_full_plan(
     exchange: KvExchange,
     balanced: bool,
 ) -> FullPlan:
-    """The same decisions on every rank, from the documents of the pack alone.
+    """Plan full attention over a pack; the same decisions on every rank, from its documents alone.
 
     Args:
         layout: this rank's shard.
-        cu_seqlens, doc_lengths: block-aligned starts with the pack's length; real tokens per document.
-        exchange: a ring may move keys too.
-        balanced: whether queries may move, for equal work.
+        cu_seqlens: block-aligned document starts of the pack, with its length at the end.
+        doc_lengths: real tokens of each document.
+        exchange: way of the exchange; a ring may move keys too.
+        balanced: queries may move, for equal work.
+
+    Example: one document of 8 tokens on 2 ranks, not balanced: rank 0 needs nothing, rank 1 needs positions
+    [(0, 4)].
     """
     rank, home = layout.cp_rank, layout.plan
     query_plan = key_plan = home
@@ -60,6 +71,7 @@ def make_full_plan(
         else:
             query_plan = balance(home, work, document)
     segments = [local_segments(cu_seqlens, doc_lengths, ranges) for ranges in query_plan.ranges]
+    # Keys from each document's start up to the last query that a rank has in it, less what it holds.
     needed = [
         without(joined((s.doc_start, s.stop) for s in parts), own)
         for parts, own in zip(segments, key_plan.ranges, strict=True)

@@ -1,18 +1,33 @@
-"""Who sends which (block, group) pairs to whom, given what every rank wants. No process group needed.
+"""Plan who sends which KV blocks to whom, given what every rank wants. No process group needed.
 
-Every rank learns the wants of all ranks: each contributes a bitmap with one bit per pair of every owner, and
-all bitmaps are gathered. That costs P * M * NB / 8 bytes per rank and layer: 12 KB for 192K tokens on 16
-ranks, 41 MB for 10M tokens on 1,024 ranks (block 128, M = 4), where the index keys that travel anyway are 2.6
-GB. In return one message serves everything: the same choice of scheme on all ranks, the union over a node's
-ranks, the pairs that nearly all want, and the same verdict everywhere on a request that does not fit. Bitmaps
-sent to the owner alone (an all-to-all, 41 KB) would need a second message for each of these.
+A KV block is one block of tokens of one KV head: keys and values, 64 KiB at B = D = 128 in bf16. A rank owns
+NP = M * NL of them and numbers them head * NL + local block. A query's selection names blocks per KV head, so
+KV blocks are what ranks ask for, send and return gradients of.
 
-Schemes: *flat*, an owner sends to each rank that asks; *hierarchical*, over the network to one rank per node
-and from there to the node's others. *Hot* pairs, wanted by nearly all ranks, are cut in P slices that all
-ranks gather, so that their owners send them once.
+The way from wishes to index lists:
 
-Shapes: P ranks, M KV groups, NL blocks per rank, NP = M * NL pairs of a rank, numbered group * NL + local
-block, W = ceil(NP / 8) bytes of a bitmap, L ranks of a node, N = P / L nodes; rank = node * L + place.
+1. `pack_bits`: each rank marks what it wants of every owner, one bit per KV block; all bitmaps are gathered.
+2. `find_demand`: all ranks find the same broadcast blocks, which nearly all ranks want.
+3. `count_rows`: the sizes of this rank's messages, the only numbers that the host must wait for.
+4. `plan_rank`: lists of rows to take and the meaning of rows that arrive, made on the device.
+
+Every rank learns the wants of all ranks. That costs P * M * NB / 8 bytes per rank and layer: 12 KB for 192K
+tokens on 16 ranks, 1 MiB for 1M tokens on 256 ranks (block 128, M = 4), where the index keys that travel
+anyway are 256 MiB. Steps 2 to 4 read these bytes a few dozen times, about 0.1 s of a CPU core. In return one
+message serves everything: the same choice of scheme on all ranks, the union over a node's ranks, the
+broadcast blocks, and the same verdict everywhere on a request that does not fit. Bitmaps sent to the owner
+alone (an all-to-all, 4 KiB) would need a second message for each of these.
+
+Schemes: *flat*, an owner sends to each rank that asks: up to P - 1 messages each way. *Hierarchical*, over
+the network to one rank per node and from there to the node's others: up to N - 1 messages over the network
+and L - 1 within the node, 31 and 7 at 256 ranks on nodes of 8 in place of 255. *Broadcast* blocks ("hot" in
+the code) are cut in P slices that all ranks gather, so that their owners send them once.
+
+Running example: 3 ranks, one head, 2 KV blocks each; rank 0 wants KV block 0 of rank 1; rank 1 both of rank
+0; rank 2 block 0 of rank 0 and both of rank 1.
+
+Shapes: P ranks, M KV heads, NB blocks of the pack, NL = NB / P blocks per rank, NP = M * NL KV blocks of a
+rank, W = ceil(NP / 8) bytes of a bitmap, L ranks of a node, N = P / L nodes; rank = node * L + place.
 """
 
 from dataclasses import dataclass
@@ -22,52 +37,57 @@ from torch import Tensor
 
 # Below this number of requesters a broadcast has nothing to win.
 _MIN_HOT_REQUESTERS = 3
-# Weight of the broadcast in the decision for it; tests lower it to have one in any case.
+# Weight of the broadcast in the decision for it, 1: as many KV blocks as it really moves (see `find_demand`).
+# Tests lower it to have one in any case.
 HOT_COST = 1.0
 
 
 @dataclass(slots=True, frozen=True)
 class ExchangeShape:
-    """What all ranks know before any request.
-
-    ranks_per_node: L, 0 or all ranks for a flat exchange. hot_share: share of the other ranks that make a
-    pair hot when they want it, 0 for none.
-    """
+    """Describe what all ranks know before any request."""
 
     cp_size: int
+    "P"
     num_groups: int
+    "M, KV heads that a rank attends with"
     num_local_blocks: int
+    "NL, blocks of each rank"
     ranks_per_node: int = 0
+    "L; 0 or P: a flat exchange"
     hot_share: float = 0.0
+    "share of the other ranks that make a KV block a broadcast block when they want it; 0: none"
 
     @property
     def num_kv_blocks(self) -> int:
-        """Pairs of each rank."""
+        """Count the KV blocks of each rank, NP."""
         return self.num_groups * self.num_local_blocks
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the bitmap of one owner's pairs."""
+        """Count the bytes of the bitmap of one owner's KV blocks, W."""
         return -(-self.num_kv_blocks // 8)
 
     @property
     def hierarchical(self) -> bool:
-        """Whether there are nodes of several ranks, and several nodes."""
+        """Tell whether there are nodes of several ranks, and several nodes."""
         return 1 < self.ranks_per_node < self.cp_size
 
     @property
     def node_size(self) -> int:
-        """Ranks of a node; all of them in a flat exchange."""
+        """Count the ranks of a node; all of them in a flat exchange."""
         return self.ranks_per_node if self.hierarchical else self.cp_size
 
     @property
     def num_nodes(self) -> int:
-        """Nodes; one in a flat exchange."""
+        """Count the nodes; one in a flat exchange."""
         return self.cp_size // self.node_size
 
     @property
     def hot_requesters(self) -> int:
-        """Ranks that must want a pair for it to be hot; more than there are where none can be."""
+        """Count the ranks that must want a KV block for a broadcast; at least P where there is none.
+
+        Example: hot_share .75 -> 3 of 4 ranks, 4 of 6, 6 of 8.
+        """
         if not 0 < self.hot_share <= 1:
             return self.cp_size
         share = self.hot_share * (self.cp_size - 1)
@@ -75,9 +95,9 @@ class ExchangeShape:
 
 
 def pack_bits(wanted: Tensor) -> Tensor:
-    """[..., NP] bool -> [..., W] uint8, the first pair in the lowest bit.
+    """Pack marks into bytes: [..., NP] bool -> [..., W] uint8, the first KV block in the lowest bit.
 
-    Example: [True, False, True, False, False, False, False, False, True] -> [5, 1].
+    Example: True at 0, 2 and 8 of 9 -> [5, 1].
     """
     padded = torch.nn.functional.pad(wanted, (0, -wanted.shape[-1] % 8))
     # Made on the device: a tensor from a list would make the host wait for it.
@@ -87,13 +107,13 @@ def pack_bits(wanted: Tensor) -> Tensor:
 
 
 def unpack_bits(bits: Tensor, num_kv_blocks: int) -> Tensor:
-    """Inverse of `pack_bits`: [..., W] uint8 -> [..., NP] bool."""
+    """Unpack bytes into marks: [..., W] uint8 -> [..., NP] bool; [5, 1], 9 -> True at 0, 2 and 8."""
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
     return ((bits[..., None] >> shifts) & 1).bool().flatten(-2)[..., :num_kv_blocks]
 
 
 def nonzero_of(mask: Tensor, count: int) -> Tensor:
-    """Ascending flat positions of the `count` true entries: no copy to the host where the count is known.
+    """Find the flat positions [count] int64 of the `count` true entries, ascending; no copy to the host.
 
     Example: [[False, True], [True, False]], 2 -> [1, 2].
     """
@@ -106,28 +126,30 @@ def nonzero_of(mask: Tensor, count: int) -> Tensor:
 
 @dataclass(slots=True)
 class Demand:
-    """What all ranks want.
-
-    bits: [P, P, W] uint8, by requester and owner, hot pairs left out; counts: [P, P] int64 pairs of them.
-    hot: [P, NP] bool, by owner. wanted: [P] int64, pairs that each rank wants, hot ones included.
-    """
+    """Hold what all ranks want; the same on all of them."""
 
     shape: ExchangeShape
+    "of the exchange"
     bits: Tensor
+    "[P, P, W] uint8 bitmaps by requester and owner, broadcast blocks left out"
     counts: Tensor
+    "[P, P] int64 KV blocks marked in `bits`"
     hot: Tensor
+    "[P, NP] bool broadcast blocks, by owner"
     wanted: Tensor
+    "[P] int64 KV blocks that each rank wants, broadcast ones included"
 
 
 def find_demand(bits: Tensor, shape: ExchangeShape) -> Demand:
-    """Separate hot pairs from the others where that spares the busiest rank.
-
-    A broadcast brings every rank all H hot pairs in two steps, H / P and H pairs. So it pays where an owner
-    sends much more than ranks receive, and is left out where what they receive is the bound anyway.
+    """Separate broadcast blocks from the others where that spares the busiest rank.
 
     Args:
         bits: [P, P, W] uint8, all requests by requester and owner.
         shape: of the exchange.
+
+    Example: 4 ranks of 2 KV blocks, hot_share .75; ranks 1 to 3 want KV block 0 of rank 0, rank 3 KV block 1
+    too. Block 0 has 3 requesters, enough. Rank 0 would send 4 rows; with a broadcast it sends 1 row, and the
+    broadcast costs 1 + 1 / 4. So hot[0] is [True, False], counts[3, 0] is 1, wanted is [0, 1, 1, 2].
     """
     counts = count_bits(bits)
     wanted = counts.sum(1)
@@ -137,7 +159,9 @@ def find_demand(bits: Tensor, shape: ExchangeShape) -> Demand:
     plain = Demand(shape, bits, counts, popularity(bits, shape) >= shape.hot_requesters, wanted)
     others = bits & ~pack_bits(plain.hot)
     split = Demand(shape, others, count_bits(others), plain.hot, wanted)
-    # Decided where the numbers are, so that the host need not wait for them.
+    # A broadcast of H blocks brings every rank H / P and then H rows. Without it owners send each block
+    # to up to P - 1 ranks. So it pays where one owner has most of them, and not where all own the same share:
+    # about H rows each way then. Decided on the device, so that the host need not wait.
     broadcast = split.hot.sum() * (HOT_COST * (1 + 1 / shape.cp_size))
     pays = _busiest_rows(split) + broadcast < _busiest_rows(plain)
     return Demand(
@@ -150,22 +174,22 @@ def find_demand(bits: Tensor, shape: ExchangeShape) -> Demand:
 
 
 def _busiest_rows(demand: Demand) -> Tensor:
-    """Most pairs that a rank sends or receives, hot ones apart; with nodes: over the network."""
+    """Find the most rows that a rank sends or receives, broadcasts apart; with nodes: over the network."""
     loads = find_loads(demand)
     return torch.maximum(loads.send[0].max(), loads.receive[0].max())
 
 
 def popularity(bits: Tensor, shape: ExchangeShape) -> Tensor:
-    """Ranks that want each pair: [P, P, W] uint8 -> [P, NP] int32, by owner."""
+    """Count the ranks that want each KV block: [P, P, W] uint8 -> [P, NP] int32, by owner.
+
+    Running example -> [[2, 1], [2, 1], [0, 0]].
+    """
     planes = [((bits >> bit) & 1).sum(0, dtype=torch.int32) for bit in range(8)]
     return torch.stack(planes, dim=-1).flatten(-2)[:, : shape.num_kv_blocks]
 
 
 def count_bits(bits: Tensor) -> Tensor:
-    """Set bits of each bitmap: [..., W] uint8 -> [...] int64.
-
-    Example: [[5, 1], [0, 255]] -> [3, 8].
-    """
+    """Count the set bits of each bitmap: [..., W] uint8 -> [...] int64; [[5, 1], [0, 255]] -> [3, 8]."""
     # Sums of neighbouring bits, then of pairs of bits, then of both halves of a byte.
     x = bits - ((bits >> 1) & 0x55)
     x = (x & 0x33) + ((x >> 2) & 0x33)
@@ -174,19 +198,21 @@ def count_bits(bits: Tensor) -> Tensor:
 
 @dataclass(slots=True)
 class Loads:
-    """Pairs that every rank sends and receives, [P] int64 each, by hop (flat: one; hierarchical: outer,
-    inner).
-
-    hot: scalar int64, hot pairs of all owners.
-    """
+    """Hold the KV blocks that every rank sends and receives, by hop (one, or outer and inner)."""
 
     send: list[Tensor]
+    "[P] int64 for each hop"
     receive: list[Tensor]
+    "[P] int64 for each hop"
     hot: Tensor
+    "scalar int64, broadcast blocks of all owners"
 
 
 def find_loads(demand: Demand) -> Loads:
-    """Loads of all ranks: for the cost of a scheme, and for simulation."""
+    """Count the loads of all ranks: for the cost of a scheme, and for simulation.
+
+    Running example -> send [[3, 3, 0]], receive [[1, 2, 3]].
+    """
     shape, bits = demand.shape, demand.bits
     hot = demand.hot.sum()
     if not shape.hierarchical:
@@ -202,7 +228,7 @@ def find_loads(demand: Demand) -> Loads:
     crossing[own_node, own_node] = 0
     # [requesting node, requester's place, owner's place]: what the rank in the owner's place hands on
     handed = demand.counts.view(N, L, N, L).sum(2)
-    # Pairs that a rank fetched from another node for itself do not travel again.
+    # KV blocks that a rank fetched from another node for itself do not travel again.
     for place in range(L):
         handed[:, place, place] = 0
     return Loads(
@@ -214,53 +240,61 @@ def find_loads(demand: Demand) -> Loads:
 
 @dataclass(slots=True)
 class Hop:
-    """One uneven all-to-all of a rank.
-
-    take: [sum(send)] int64 rows of the source, by receiving rank. send, receive: rows to and from each rank.
-    """
+    """Describe one uneven all-to-all of a rank. Gradients take it backwards."""
 
     take: Tensor
+    "[sum(send)] int64 rows of the source, by receiving rank"
     send: list[int]
+    "rows to each rank of the hop's group"
     receive: list[int]
+    "rows from each rank of the hop's group"
 
 
 @dataclass(slots=True)
 class RankPlan:
-    """One rank's part of an exchange.
+    """Hold one rank's part of an exchange. R fetched rows, each a KV block.
 
-    hops: flat: over all ranks, from own pairs to fetched rows. Hierarchical: over the ranks in the same place
-        of all nodes, from own pairs to rows in transit; then over the node's ranks, from own pairs followed
-        by rows in transit to fetched rows.
-    group, block_of_owner, owner: [R] int64 each, KV group, local block and owner of every fetched row, in
-    order
-        of arrival.
-    hot_rows: hot pairs of each owner. hot_pairs: [hot_rows[rank]] own ones. hot_group, hot_block_of_owner,
-        hot_owner: [sum(hot_rows)] of all, by owner.
+    A flat plan has one hop over all ranks, from own KV blocks to fetched rows. A hierarchical one has two:
+    over the ranks in the same place of all nodes, from own KV blocks to rows in transit; then over the node's
+    ranks, from own KV blocks followed by rows in transit to fetched rows.
     """
 
     hops: list[Hop]
+    "one (flat) or two (hierarchical: outer, inner)"
     group: Tensor
+    "[R] int64 KV head of every fetched row, in order of arrival"
     block_of_owner: Tensor
+    "[R] int64 local block of every fetched row at its owner"
     owner: Tensor
+    "[R] int64 owner of every fetched row"
     hot_rows: list[int]
+    "[P] broadcast blocks of each owner"
     hot_pairs: Tensor
+    "[hot_rows[rank]] int64 own broadcast blocks, numbered head * NL + local block"
     hot_group: Tensor
+    "[sum(hot_rows)] int64 KV head of every broadcast block, by owner"
     hot_block_of_owner: Tensor
+    "[sum(hot_rows)] int64 local block of every broadcast block at its owner"
     hot_owner: Tensor
+    "[sum(hot_rows)] int64 owner of every broadcast block"
 
     @property
     def num_rows(self) -> int:
-        """Fetched rows, hot ones left out."""
+        """Count the fetched rows, broadcast ones left out."""
         return self.owner.shape[0]
 
     @property
     def num_hot(self) -> int:
-        """Hot pairs of all owners."""
+        """Count the broadcast blocks of all owners."""
         return sum(self.hot_rows)
 
 
 def count_rows(demand: Demand, rank: int) -> Tensor:
-    """Sizes that the host needs for `plan_rank`, in its order: [3 P] int64, hierarchical [2 N + 2 L + P]."""
+    """Count what the host needs for `plan_rank`, in its order: [3 P] int64, hierarchical [2 N + 2 L + P].
+
+    Flat: rows to each rank, rows from each, broadcast blocks of each. Running example, rank 0:
+    [0, 2, 1, 0, 1, 0, 0, 0, 0]. At 256 ranks 768 numbers, with nodes of 8 336.
+    """
     shape, hot = demand.shape, demand.hot.sum(1)
     if not shape.hierarchical:
         return torch.cat((demand.counts[:, rank], demand.counts[rank], hot))
@@ -272,12 +306,19 @@ def count_rows(demand: Demand, rank: int) -> Tensor:
 
 
 def plan_rank(demand: Demand, rank: int, counts: list[int]) -> RankPlan:
-    """Index lists of one rank.
+    """Make the index lists of one rank.
+
+    Owners send in ascending order of KV blocks, and requesters know their own marks: so both sides agree on
+    the order of rows, and no row needs a label.
 
     Args:
         demand: the same on all ranks.
         rank: whose plan.
         counts: of `count_rows`, on the host.
+
+    Running example, rank 0: take [0, 1, 0], send [0, 2, 1] (both to rank 1, block 0 to rank 2), receive
+    [0, 1, 0]; owner [1], block_of_owner [0]. Rank 2 sends nothing and receives [1, 2, 0]: owner [0, 1, 1],
+    block_of_owner [0, 0, 1]. With 2 heads and 2 blocks, KV block 3 has group 1 and block_of_owner 1.
     """
     shape, P, NP = demand.shape, demand.shape.cp_size, demand.shape.num_kv_blocks
     hot_rows = counts[-P:]
@@ -304,11 +345,11 @@ def plan_rank(demand: Demand, rank: int, counts: list[int]) -> RankPlan:
 
 
 class _NodeView:
-    """Demand as one rank (node, place) of a hierarchical exchange sees it.
+    """Hold the demand as one rank (node, place) of a hierarchical exchange sees it.
 
-    asked_by_node: [N, NP] bool, own pairs that some rank of each other node wants.
+    asked_by_node: [N, NP] bool, own KV blocks that some rank of each other node wants.
     mates: [L, N, NP] bool, what each rank of the own node wants from the owners in this place of all nodes.
-    transit: [N, NP] bool, pairs of other nodes' owners in this place that some rank of the own node wants.
+    transit: [N, NP] bool, KV blocks of other nodes' owners in this place that some rank of this node wants.
     """
 
     def __init__(self, demand: Demand, rank: int) -> None:
@@ -323,9 +364,18 @@ class _NodeView:
 
 
 def _hierarchical_hops(demand: Demand, rank: int, counts: list[int]) -> tuple[list[Hop], Tensor, Tensor]:
-    """Both hops, and owner and pair of what arrives.
+    """Make both hops, and owner and KV block of what arrives ([R] int64 each).
 
-    Rows go to a rank of the node by owner's node, the own node first: they stand in the source in this order.
+    Two hops, since several ranks of a node often want the same KV block: it crosses the network once, to the
+    rank in the owner's place, which hands it on over the node's fast links. Rows go to a rank of the node by
+    owner's node, the own node first: they stand in the source in this order.
+
+    Example: 4 ranks on nodes of 2, 2 KV blocks each. Rank 0 wants block 1 of rank 1 and 0 of rank 2; rank 1
+    wants 0 of rank 0 and both of rank 2; rank 3 wants 0 of rank 0. Plan of rank 0: asked_by_node [[0, 0],
+    [1, 0]], transit [[0, 0], [1, 1]]. Outer (ranks 0, 2): take [0], send [0, 1]; receive [0, 2], both blocks
+    of rank 2, each once: the source is then own 0, own 1, transit 0, transit 1. Inner (ranks 0, 1):
+    take [2, 0, 2, 3], send [1, 3] (transit 0 to itself; own 0, transit 0 and 1 to rank 1), receive [1, 1];
+    owner [2, 1], KV block [0, 1].
     """
     shape, NP = demand.shape, demand.shape.num_kv_blocks
     L, N, view = shape.node_size, shape.num_nodes, _NodeView(demand, rank)
@@ -335,7 +385,7 @@ def _hierarchical_hops(demand: Demand, rank: int, counts: list[int]) -> tuple[li
     n = torch.arange(N, device=device)
     # The own node, then the others ascending.
     nodes = torch.where(n == 0, view.node, n - (n <= view.node).long())
-    # Row of the source where each pair stands: own pairs, then rows in transit.
+    # Row of the source where each KV block stands: own ones, then rows in transit.
     row = NP - 1 + view.transit.flatten().cumsum(0).view(N, NP)
     row[view.node] = torch.arange(NP, device=device)
     asked = nonzero_of(view.mates[:, nodes], sum(inner_send)) % (N * NP)

@@ -1,7 +1,11 @@
-"""Which (block, group) pairs a rank needs from whom: from the selection to an agreed plan.
+"""Agree with all ranks which KV blocks each needs from whom: from the selection to a plan.
 
-Shapes: T local queries, M KV groups, NB blocks of the pack, NL = NB / P blocks per rank, P ranks, NP = M * NL
-pairs of a rank, numbered group * NL + local block, W bytes of a bitmap of pairs.
+A request is 64 + P * W bytes: 4 KiB at 256 ranks and 1M tokens (block 128, M = 4), and every rank receives
+those of all others, 1 MiB per layer. The host gets some 3,300 numbers in one copy (nodes of 8: 2,900), of
+which it compares 256 headers of 6 with each other.
+
+Shapes: T local queries, M KV heads, NB blocks of the pack, NL = NB / P blocks per rank, P ranks, NP = M * NL
+KV blocks of a rank, numbered head * NL + local block, W = ceil(NP / 8) bytes of a bitmap of them.
 """
 
 from dataclasses import dataclass
@@ -29,74 +33,92 @@ from msa_train.parallel.sharding.shard_layout import ShardLayout
 
 # First number of every request; the last digits are a version.
 _MAGIC = 0x4D5341_0001
+# Numbers (int64) of a header.
 _HEADER = 8
 # Bits of the header's last number.
 _BAD_INDEX_KEYS, _BAD_KEY_VALUES = 1, 2
 
 
 def needed_kv_blocks(block_indices: Tensor, num_blocks: int) -> Tensor:
-    """[T, M, topk] block ids, -1 for none -> [M, NB] bool: does any query of the group select the block?"""
+    """Mark the KV blocks that some query selects: [T, M, topk] block ids, -1 for none -> [M, NB] bool.
+
+    Example: two queries of one head, [[[2, 0]], [[2, -1]]], 4 blocks -> [[True, False, True, False]].
+    """
     num_groups = block_indices.shape[1]
-    # Column 0 takes the -1 entries and is cut off.
+    # Column 0 takes the -1 entries and is cut off: no mask, whose size the host would have to wait for.
     needed = torch.zeros(num_groups, num_blocks + 1, dtype=torch.bool, device=block_indices.device)
     ids = block_indices.permute(1, 0, 2).reshape(num_groups, -1).long() + 1
     return needed.scatter_(1, ids, True)[:, 1:]
 
 
 def kv_blocks_by_owner(needed: Tensor, layout: ShardLayout) -> Tensor:
-    """[M, NB] of all blocks -> [P, NP] by owner, this rank's own left out (False)."""
+    """Sort marks by owner: [M, NB] of all blocks -> [P, NP], this rank's own left out (False).
+
+    Example: rank 0 has blocks 0 and 3, rank 1 blocks 1 and 2; [[1, 1, 0, 1], [0, 0, 1, 0]] of two heads ->
+    [[0, 0, 0, 0], [1, 0, 0, 1]] on rank 0 and [[1, 1, 0, 0], [0, 0, 0, 0]] on rank 1.
+    """
     wanted = layout.blocks_by_owner(needed).flatten(1).clone()
     wanted[layout.cp_rank] = False
     return wanted
 
 
 def global_block(owner: Tensor, local_block: Tensor, layout: ShardLayout) -> Tensor:
-    """Block of the pack from its owner and its number there."""
+    """Find the block of the pack from its owner and its number there; int64 of the inputs' common shape.
+
+    Example: rank 0 has blocks 0 and 3, rank 1 blocks 1 and 2; owners [0, 1, 1] and local blocks [1, 0, 1] ->
+    [3, 1, 2].
+    """
     return layout.blocks(owner.device)[owner, local_block]
 
 
 @dataclass(slots=True)
 class ExchangeDecision:
-    """The agreed exchange of one layer call, kept for the backward pass and for recomputation.
-
-    kind: selected, or all_gather where `auto` chose that (then there is no plan). spoilt: whether a rank has
-    index keys, keys or values that are not finite. A selection made by such keys is none, and may not take
-    them: the output of the call is NaN on all ranks, so that the step is judged bad.
-    """
+    """Hold the agreed exchange of one layer call, kept for the backward pass and for recomputation."""
 
     kind: KvExchange
+    "way of the exchange; never `auto`"
     plan: RankPlan | None = None
+    "this rank's part of an exchange of selected KV blocks; None for the other ways"
     spoilt: bool = False
+    "some rank has index keys, keys or values that are not finite; the output is NaN on all ranks"
 
 
 @dataclass(slots=True)
 class ExchangeTerms:
-    """What a request says beside the needs, and what decides about it.
-
-    size: bytes of a pair, for the choice. checked: this rank's index keys (or None), keys and values.
-    """
+    """Hold what a request says beside the needs, and what decides about it."""
 
     kind: KvExchange
+    "`selected`, or `auto` to choose between it and all-gather"
     settings: ExchangeConfig
+    "of the exchange"
     size: KvBlockBytes
+    "bytes of a KV block, for the choice"
     checked: tuple[Tensor | None, Tensor]
+    "this rank's index keys [T, Di] (or None), and its keys and values [M * NL, 2, B, D]"
 
 
 def exchange_requests(
     needed: Tensor, layout: ShardLayout, comm: KvComm, terms: ExchangeTerms
 ) -> ExchangeDecision:
-    """Tell all ranks which pairs this one needs, and learn what the others need.
+    """Tell all ranks which KV blocks this one needs, and learn what the others need.
 
     One all-gather of bitmaps with a header, one host copy of a few numbers per rank.
+
+    The header says whether a rank has values that are not finite. Selections made by NaN are arbitrary, but
+    every rank must still run the same collectives to the end of the step; so nothing is raised here, all
+    ranks learn of it alike, and `ExchangeDecision.spoilt` makes the output NaN on all of them.
 
     Args:
         needed: [M, NB] bool, this rank's needs; own blocks are ignored.
         layout: this rank's shard.
-        comm: collectives of the context-parallel group, of this layer.
+        comm: collectives of the ranks between which KV blocks travel, of this layer.
         terms: see ExchangeTerms.
 
+    Returns:
+        The decision; the same kind and verdict on all ranks, each with its own plan.
+
     Raises:
-        ExchangeError: a rank's request does not fit.
+        ExchangeError: a rank's request does not fit, or the all-gather failed.
     """
     shape = ExchangeShape(
         cp_size=layout.cp_size,
@@ -105,6 +127,7 @@ def exchange_requests(
         ranks_per_node=0 if comm.inner is None else comm.inner.size,
         hot_share=terms.settings.hot_share,
     )
+    # An exchange of other shapes is rare: this costs one more all-gather of 64 bytes per rank, once.
     if shape not in comm.compared:
         # Bitmaps of unequal length would end a process inside the collective; headers are of one length.
         _introduce(shape, needed.device, comm)
@@ -115,14 +138,16 @@ def exchange_requests(
     headers = received[:, : 8 * _HEADER].flatten().view(torch.int64)
     demand = find_demand(received[:, 8 * _HEADER :].view(shape.cp_size, shape.cp_size, -1), shape)
     rows = count_rows(demand, layout.cp_rank)
+    # Only `auto` decides by loads; an empty tensor otherwise.
     busiest = _busiest(demand) if terms.kind is KvExchange.auto else rows[:0]
     parts = [headers, demand.wanted, _asks_itself(received, shape), rows, busiest]
-    # The one host copy of an exchange.
+    # The one host copy of an exchange: sizes of messages must be known to launch them.
     numbers = comm.to_host(torch.cat(parts), "request")
     flat, marked, own, counts, most = _split(numbers, [part.numel() for part in parts])
     by_rank = [flat[i : i + _HEADER] for i in range(0, len(flat), _HEADER)]
     check_requests(by_rank, marked, own, comm.layer)
     bad_values = find_bad_values(by_rank, comm.layer)
+    # For the step's report; the step itself goes on.
     comm.counters.bad_values += bad_values
     if terms.kind is KvExchange.auto and not _selected_pays(shape, most, counts, comm, terms):
         return ExchangeDecision(KvExchange.all_gather, spoilt=bool(bad_values))
@@ -141,11 +166,15 @@ def _introduce(shape: ExchangeShape, device: torch.device, comm: KvComm) -> None
 
 
 def _known(shape: ExchangeShape, layer: int) -> list[int]:
-    """[8] magic number, layer, ranks, groups, local blocks, node size, pairs wanted, bad values."""
+    """List the header: magic number, layer, ranks, KV heads, local blocks, node size, 0, 0.
+
+    In place of the zeros come KV blocks wanted, and flags of values that are not finite.
+    """
     return [_MAGIC, layer, shape.cp_size, shape.num_groups, shape.num_local_blocks, shape.node_size, 0, 0]
 
 
 def _split(numbers: list[int], sizes: list[int]) -> list[list[int]]:
+    """Cut a list into parts: [1, 2, 3], [2, 0, 1] -> [[1, 2], [], [3]]."""
     ends = list(accumulate(sizes))
     return [numbers[end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
@@ -153,7 +182,7 @@ def _split(numbers: list[int], sizes: list[int]) -> list[list[int]]:
 def _header(
     wanted: Tensor, shape: ExchangeShape, layer: int, checked: tuple[Tensor | None, Tensor]
 ) -> Tensor:
-    """[8] int64: `_known` with the last two filled in, on the device of `wanted`."""
+    """Make the header [8] int64: `_known` with the last two filled in, on the device of `wanted`."""
     header = to_device(torch.tensor(_known(shape, layer), dtype=torch.int64), wanted.device)
     header[6] = wanted.sum()
     for tensor, bit in zip(checked, (_BAD_INDEX_KEYS, _BAD_KEY_VALUES), strict=True):
@@ -165,7 +194,7 @@ def _header(
 
 
 def _asks_itself(received: Tensor, shape: ExchangeShape) -> Tensor:
-    """[P] int64: marks of each rank for its own pairs."""
+    """Add up the bytes that mark each rank's own KV blocks: [P] int64, 0 where none is marked."""
     bits = received[:, 8 * _HEADER :].view(shape.cp_size, shape.cp_size, -1)
     return bits.diagonal(dim1=0, dim2=1).sum(0, dtype=torch.int64)
 
@@ -174,9 +203,10 @@ def check_requests(headers: list[list[int]], marked: list[int], own: list[int], 
     """Refuse requests that do not fit; all ranks see all of them and refuse alike.
 
     Args:
-        headers: by rank, see `_known`. marked: by rank, pairs marked in the bitmap. own: by rank, not 0
-        where
-            own pairs are marked. layer: this rank's.
+        headers: by rank, see `_known`.
+        marked: by rank, KV blocks marked in the bitmap.
+        own: by rank, not 0 where own KV blocks are marked.
+        layer: this rank's.
 
     Raises:
         ExchangeError: naming layer, rank and what is wrong.
@@ -199,7 +229,10 @@ def check_requests(headers: list[list[int]], marked: list[int], own: list[int], 
 
 
 def find_bad_values(headers: list[list[int]], layer: int) -> list[str]:
-    """What is not finite, by rank; the step goes on, for all ranks must come to its end to judge it."""
+    """Describe what is not finite, a line for each rank that has such values.
+
+    The step goes on, for all ranks must come to its end to judge it.
+    """
     names = (("index keys", _BAD_INDEX_KEYS), ("keys or values", _BAD_KEY_VALUES))
     found = []
     for rank, header in enumerate(headers):
@@ -211,7 +244,7 @@ def find_bad_values(headers: list[list[int]], layer: int) -> list[str]:
 
 
 def _busiest(demand: Demand) -> Tensor:
-    """[hops] int64: the most pairs that a rank sends or receives."""
+    """Find the most KV blocks that a rank sends or receives, by hop: [hops] int64."""
     loads = find_loads(demand)
     pairs = zip(loads.send, loads.receive, strict=True)
     return torch.stack([torch.maximum(send, receive).max() for send, receive in pairs])
@@ -220,8 +253,12 @@ def _busiest(demand: Demand) -> Tensor:
 def _selected_pays(
     shape: ExchangeShape, busiest: list[int], counts: list[int], comm: KvComm, terms: ExchangeTerms
 ) -> bool:
-    """Whether sending selected pairs is faster than gathering all; all ranks decide from the same numbers."""
+    """Tell whether sending selected KV blocks is faster than gathering all.
+
+    All ranks decide from the same numbers: loads of all ranks, and rates that they share.
+    """
     assert comm.rates is not None, "auto measures rates when the groups are built"
+    # Fetching again in the backward pass doubles what goes out; gradients come back once.
     fetches = 1 if terms.settings.keep_for_backward or not terms.size.backward else 2
     num_hot = sum(counts[-shape.cp_size :])
     selected = selected_cost(shape, busiest, num_hot, terms.size, comm.rates, fetches=fetches)

@@ -1,4 +1,8 @@
-"""`ring`: shards move around a ring, one at a time; in the backward their gradients travel along."""
+"""Exchange by a `ring`: shards move around it one at a time; in the backward their gradients travel along.
+
+A rank receives P - 1 shards, in the backward pass again, and P sums of gradients: 255 messages of 8 MiB each
+way at 256 ranks and 1M tokens (M = 4, D = 128, bf16). No rank holds more than two shards.
+"""
 
 from collections.abc import Callable, Iterator
 
@@ -9,13 +13,14 @@ from msa_train.parallel.kv_exchange.session import ExchangeSession, KvSource, Pa
 
 
 class SparseRingSession(ExchangeSession):
-    """The next shard arrives, and the last one's gradients leave, while this one is computed with."""
+    """Compute with one shard while the next arrives and the last one's gradients leave."""
 
     def sources(self) -> Iterator[KvSource]:
         """See ExchangeSession.sources."""
         held = self.local
         for step in range(self.layout.cp_size):
             last = step == self.layout.cp_size - 1
+            # The shard leaves before it is computed with, so that the next one arrives meanwhile.
             pending = None if last else self.comm.shift([held], "kv")
             yield self._held_source(held, step)
             if pending is not None:
@@ -43,5 +48,7 @@ class SparseRingSession(ExchangeSession):
         return self.comm.shift(grads, "kv_grad")
 
     def _held_source(self, held: Tensor, step: int) -> KvSource:
+        # Shards move to the next rank: rank 0 of 4 sees shards 0, 3, 2, 1. So gradients of a shard are always
+        # added in the order owner, owner + 1, ..., and runs repeat bit by bit.
         owner = (self.layout.cp_rank - step) % self.layout.cp_size
         return self.shard_source(held, range(owner, owner + 1))

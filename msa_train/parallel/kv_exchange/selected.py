@@ -1,8 +1,11 @@
-"""`selected`: only the pairs that some local query selected travel, and only their gradients return.
+"""Exchange `selected` KV blocks: those that some local query selected travel, their gradients return.
 
-Attention over own pairs runs while they travel, the own pairs' gradients are computed while gradients return.
+Attention over own KV blocks runs while others travel, own gradients are computed while others return.
 
-Shapes: as in exchange_session; R fetched pairs, H hot pairs, E elements of one pair.
+A rank receives R + H KV blocks of 64 KiB (B = D = 128, bf16) and returns as many gradients, a half more with
+index keys. At 1M tokens on 256 ranks all would be 32,640 (M = 4), 2 GiB; a tenth of them is 204 MiB.
+
+Shapes: as in `session`; R fetched KV blocks, H broadcast blocks, E elements of one.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,7 +30,7 @@ from msa_train.parallel.sharding.shard_layout import ShardLayout
 
 
 class SelectedSession(ExchangeSession):
-    """Flat or by nodes, whatever the plan says."""
+    """Exchange as the plan says, flat or by nodes."""
 
     def __init__(
         self,
@@ -40,8 +43,18 @@ class SelectedSession(ExchangeSession):
         keep_for_backward: bool,
         index_elements: int,
     ) -> None:
-        """plan: agreed with all ranks. keep_for_backward: otherwise pairs are fetched again. index_elements:
-        B * Di, gradients of a block's index keys that come back with it, 0 without the KL loss."""
+        """Take over what is exchanged; nothing is sent yet.
+
+        Args:
+            local: [M * NL, 2, B, D] this rank's keys and values by KV block.
+            num_groups: M, KV heads.
+            layout: this rank's shard.
+            comm: ranks between which KV blocks travel.
+            plan: agreed with all ranks.
+            keep_for_backward: keep fetched KV blocks; False: fetch them again.
+            index_elements: B * Di, gradients of a block's index keys that come back with it; 0 without the KL
+                loss.
+        """
         super().__init__(local, num_groups, layout, comm)
         self.plan, self.keep, self.index_elements = plan, keep_for_backward, index_elements
 
@@ -63,10 +76,12 @@ class SelectedSession(ExchangeSession):
     def backward(self, compute: Callable[[KvSource], PairGrads]) -> PairGrads:
         """See ExchangeSession.backward."""
         if self._fetched is not None:
+            # Remote gradients first, so that they travel while the own ones are computed.
             returning = self._return(compute, self._fetched)
             self._fetched = None
             own = compute(self.own_source())
         else:
+            # Fetched again: own gradients are computed meanwhile, and the return is not hidden.
             fetch = _Fetch(self.local, self.plan, self.comm, "kv_again")
             own = compute(self.own_source())
             returning = self._return(compute, fetch.finish())
@@ -78,7 +93,7 @@ class SelectedSession(ExchangeSession):
         return _Return(grads, self.plan, self.comm, self.local, self.index_elements)
 
     def _remote(self, fetched: Tensor) -> KvSource:
-        """Fetched and hot pairs as a source; own hot pairs are left to the other one."""
+        """Make a source of fetched and broadcast blocks; own broadcast blocks are left to the other one."""
         plan, layout = self.plan, self.layout
         owner = torch.cat((plan.owner, plan.hot_owner))
         group = torch.cat((plan.group, plan.hot_group))
@@ -87,21 +102,23 @@ class SelectedSession(ExchangeSession):
             (self.num_groups, layout.num_blocks), -1, dtype=torch.int64, device=block.device
         )
         entry = torch.arange(block.shape[0], device=block.device)
+        # Own broadcast blocks came back too; a KV block in two pools would be attended to twice.
         entry_of[group, block] = torch.where(owner == layout.cp_rank, -1, entry)
         return KvSource(pool=BlockPool(kv=fetched, block=block), entry_of=entry_of)
 
 
 class _Fetch:
-    """Keys and values on their way to this rank; started by the constructor."""
+    """Fetch keys and values; started by the constructor."""
 
     def __init__(self, local: Tensor, plan: RankPlan, comm: KvComm, purpose: str) -> None:
         self.local, self.plan, self.comm, self.purpose = local, plan, comm, purpose
+        # The broadcast starts first, for it takes two steps.
         self.hot = None
         if plan.num_hot:
             self.hot = HotBroadcast(local.index_select(0, plan.hot_pairs), plan, comm, purpose)
         spare = 0 if self.hot is None else self.hot.num_elements
         num_elements = plan.num_rows * local[0].numel()
-        # One buffer: hot pairs arrive behind the others, so that nothing is copied to join them.
+        # One buffer: broadcast blocks arrive behind the others, so that nothing is copied to join them.
         self.buffer = local.new_empty(num_elements + spare)
         self.rows = self.buffer[:num_elements].view(plan.num_rows, *local.shape[1:])
         if len(plan.hops) == 1:
@@ -111,12 +128,13 @@ class _Fetch:
             self.first = _send(local, plan.hops[0], comm.outer, f"{purpose}_outer")
 
     def finish(self) -> Tensor:
-        """[R + H, 2, B, D]"""
+        """Wait for all fetched KV blocks, then all broadcast blocks: [R + H, 2, B, D]."""
         plan, comm = self.plan, self.comm
         transit = self.first.wait()
         if len(plan.hops) > 1:
             assert comm.inner is not None, "a plan with nodes comes with their groups"
             source = _Rows(self.local, transit)
+            # Second hop: hand on within the node what came over the network, with own KV blocks.
             _send(source, plan.hops[1], comm.inner, self.purpose, self.rows).wait()
         num_elements = self.rows.numel()
         if self.hot is not None:
@@ -126,12 +144,13 @@ class _Fetch:
 
 
 class _Rows:
-    """Own pairs followed by rows in transit, as one source of rows without joining them."""
+    """Read own KV blocks followed by rows in transit as one source of rows, without joining them."""
 
     def __init__(self, local: Tensor, transit: Tensor) -> None:
         self.local, self.transit = local, transit
 
     def index_select(self, dim: int, take: Tensor) -> Tensor:
+        """Pick rows as torch does; with 2 own rows, [0, 3] is own row 0 and row 1 in transit."""
         num_own = self.local.shape[0]
         rows = self.local.index_select(dim, take.clamp(max=num_own - 1))
         if self.transit.shape[0] == 0:
@@ -148,12 +167,20 @@ def _send(
 
 
 class _Return:
-    """Gradients of fetched pairs on their way to the owners; started by the constructor."""
+    """Return gradients of fetched KV blocks to their owners; started by the constructor."""
 
     def __init__(
         self, grads: PairGrads | None, plan: RankPlan, comm: KvComm, local: Tensor, index_elements: int
     ) -> None:
-        """grads: of all fetched pairs, None where there are none; local: own pairs, for dtype and shape."""
+        """Send gradients the way the KV blocks came; with nodes summed inside the node first.
+
+        Args:
+            grads: of all fetched KV blocks, then broadcast ones; None where there are none.
+            plan: of this rank.
+            comm: ranks between which KV blocks travel.
+            local: own KV blocks, for dtype and shape.
+            index_elements: B * Di, see SelectedSession.
+        """
         self.plan, self.comm, self.num_own = plan, comm, local.shape[0]
         if grads is None:
             rows = local.new_empty(0, local[0].numel() + index_elements)
@@ -167,7 +194,8 @@ class _Return:
         assert comm.inner is not None, "a plan with nodes comes with their groups"
         assert comm.outer is not None, "a plan with nodes comes with their groups"
         returned = _send_back(rows, plan.hops[1], comm.inner, "kv_grad").wait()
-        # What this rank's node wants of own pairs and of rows in transit, summed in rank order.
+        # This node's gradients of own KV blocks and of rows in transit, summed in rank order: only one sum of
+        # each row crosses the network.
         dtype = torch.promote_types(rows.dtype, torch.float32)
         num_rows = self.num_own + sum(plan.hops[0].receive)
         sums = torch.zeros(num_rows, rows.shape[1], dtype=dtype, device=rows.device)
@@ -181,12 +209,13 @@ class _Return:
         )
 
     def finish(self, own: PairGrads) -> None:
-        """Wait and add to the gradients of own pairs: by rank, with nodes by node; hot pairs last."""
+        """Wait and add to the gradients of own KV blocks: by rank or by node, broadcast ones last."""
         hop, rows = self.plan.hops[0], self.pending.wait()
         if self.from_node is None:
             add_in_rank_order(own, hop.take, rows, hop.send)
         else:
             node = self.comm.rank // len(self.plan.hops[1].send)
+            # The own node's sum has its turn among the nodes, so that the order does not depend on the rank.
             everyone = torch.arange(self.num_own, device=rows.device)
             for n, (place, part) in enumerate(
                 zip(hop.take.split(hop.send), rows.split(hop.send), strict=True)

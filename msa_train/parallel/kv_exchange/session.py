@@ -1,9 +1,9 @@
-"""What the ways to bring remote key/value blocks to the queries have in common.
+"""Share what the ways to bring remote KV blocks to the queries have in common.
 
 A session lives from the forward to the backward pass of one layer call.
 
-Shapes: M KV groups, NB blocks of the pack, NL blocks per rank, P ranks, B block size, D head dim, Di index
-head dim. A rank's own pairs (group, block) are numbered group * NL + local block.
+Shapes: M KV heads, NB blocks of the pack, NL blocks per rank, P ranks, B block size, D head dim, Di index
+head dim. A rank's own KV blocks are numbered head * NL + local block.
 """
 
 from abc import ABC, abstractmethod
@@ -19,23 +19,26 @@ from msa_train.parallel.kv_exchange.requests import global_block
 from msa_train.parallel.kv_exchange.saved_tensors import SavedTensors
 from msa_train.parallel.sharding.shard_layout import ShardLayout
 
-# Gradients of a pool: dkv [N, 2, B, D] and dk_index [N, B, Di] (None without the KL loss).
+# Gradients of a pool of N KV blocks: dkv [N, 2, B, D] and dk_index [N, B, Di] (None without the KL loss).
 PairGrads = tuple[Tensor, Tensor | None]
 
 
 @dataclass(slots=True)
 class KvSource:
-    """Readable pairs and where to find them. entry_of: [M, NB] int64 pool entry of a pair, -1 if absent."""
+    """Hold KV blocks that can be read, and where to find them."""
 
     pool: BlockPool
+    "N KV blocks: keys and values [N, 2, B, D], and ids"
     entry_of: Tensor
+    "[M, NB] int64 entry in the pool of every KV block of the pack, -1 if absent"
 
     def entries(self, block_indices: Tensor) -> Tensor:
-        """Block ids [T, M, topk] -> pool entries [T, M, topk] int64, -1 where not in this pool.
+        """Look up block ids [T, M, topk] -> pool entries [T, M, topk] int64, -1 where not in this pool.
 
         Example: entry_of [[4, -1, 7]] maps ids [[[2, 1, -1]]] to [[[7, -1, -1]]].
         """
         num_groups = self.entry_of.shape[0]
+        # Column 0 stands for id -1, so that empty slots need no mask.
         table = torch.nn.functional.pad(self.entry_of, (1, 0), value=-1)
         ids = block_indices.long().permute(1, 0, 2).reshape(num_groups, -1) + 1
         found = table.gather(1, ids).view(num_groups, block_indices.shape[0], -1)
@@ -43,27 +46,39 @@ class KvSource:
 
 
 class ExchangeSession(SavedTensors, ABC):
-    """One layer call: sources for the forward, gradients of all sources in the backward."""
+    """Exchange KV blocks of one layer call: sources for the forward, their gradients in the backward."""
 
     def __init__(self, local: Tensor, num_groups: int, layout: ShardLayout, comm: KvComm) -> None:
-        """local: [M * NL, 2, B, D], this rank's keys and values by pair."""
+        """Take over `local` [M * NL, 2, B, D], own keys and values by KV block; nothing is sent yet."""
         super().__init__(local)
         self.num_groups, self.layout, self.comm = num_groups, layout, comm
 
     @abstractmethod
     def sources(self) -> Iterator[KvSource]:
-        """Pools that together hold every pair this rank's queries selected."""
+        """Yield pools that together hold every KV block this rank's queries selected, each in one pool only.
+
+        Raises:
+            ExchangeError: a collective failed.
+        """
 
     @abstractmethod
     def backward(self, compute: Callable[[KvSource], PairGrads]) -> PairGrads:
-        """Call `compute` on every source and return the summed gradients of this rank's own pairs."""
+        """Call `compute` on every source and return the gradients of own KV blocks, summed over ranks.
+
+        Raises:
+            ExchangeError: a collective failed.
+        """
 
     def own_source(self) -> KvSource:
-        """This rank's own pairs."""
+        """Make a source of this rank's own KV blocks."""
         return self.shard_source(self.local, range(self.layout.cp_rank, self.layout.cp_rank + 1))
 
     def shard_source(self, kv: Tensor, owners: range) -> KvSource:
-        """Pool of whole shards: kv [len(owners) * M * NL, 2, B, D], shard after shard."""
+        """Make a source of whole shards: kv [len(owners) * M * NL, 2, B, D], shard after shard.
+
+        Example: one head, rank 0 has blocks 0 and 3, rank 1 blocks 1 and 2; the shard of rank 1 alone ->
+        entry_of [[-1, 0, 1, -1]].
+        """
         local, device = self.layout.num_local_blocks, kv.device
         entry_of = torch.full((self.num_groups, self.layout.num_blocks), -1, dtype=torch.int64, device=device)
         owner = torch.arange(owners.start, owners.stop, device=device).view(-1, 1, 1)
@@ -75,7 +90,7 @@ class ExchangeSession(SavedTensors, ABC):
 
 
 def add_in_rank_order(total: PairGrads, pairs: Tensor, rows: Tensor, sizes: list[int]) -> None:
-    """Add returned gradients to those of own pairs, one sender after the other: arrival changes nothing.
+    """Add returned gradients to those of own KV blocks, one sender after the other: arrival changes nothing.
 
     Args:
         total: dkv [N, 2, B, D] and dk_index [N, B, Di] or None, changed in place.
@@ -88,6 +103,7 @@ def add_in_rank_order(total: PairGrads, pairs: Tensor, rows: Tensor, sizes: list
     for place, part in zip(pairs.split(sizes), rows.split(sizes), strict=True):
         if part.shape[0] == 0:
             continue
+        # Sent in the dtype of keys and values, summed in that of the own gradients, fp32 at least.
         part = part.to(dkv.dtype)
         dkv.index_add_(0, place, part[:, :width].view(-1, *dkv.shape[1:]))
         if dk_index is not None:
@@ -95,7 +111,7 @@ def add_in_rank_order(total: PairGrads, pairs: Tensor, rows: Tensor, sizes: list
 
 
 def grad_rows(grads: PairGrads, dtype: torch.dtype) -> Tensor:
-    """Gradients of a pool as rows for the wire: [N, 2 * B * D (+ B * Di)]."""
+    """Lay out the gradients of a pool as rows for the wire: [N, 2 * B * D (+ B * Di)]."""
     dkv, dk_index = grads
     if dk_index is None:
         return dkv.flatten(1).to(dtype)

@@ -1,1 +1,1 @@
-"""Which tokens lie on which context-parallel rank, and moving them."""
+"""Lay out the tokens of a pack over context-parallel ranks, and move them."""

@@ -1,7 +1,12 @@
-"""Who computes which queries, so that all ranks have equal work. Integers; no process group needed.
+"""Share out queries, so that all ranks have equal work. Integers; no process group needed.
+
+Late tokens see more than early ones, so with contiguous shards the last rank would have nearly twice the mean
+of what is quadratic: block selection and full attention. Queries move, and their results come back; keys and
+values stay. Block-sparse attention itself is alike for all queries and needs no balancing.
 
 Work is counted per unit: a few neighbouring queries of one document. Every rank derives the same plan from
-the documents of the pack.
+the documents of the pack: arrays of 32,768 units at 1M tokens, gone through once for every rank that gives,
+about 4M comparisons at 256 ranks.
 """
 
 import math
@@ -24,12 +29,12 @@ _ZIGZAG_UP_TO = 105
 
 
 def unit_tokens(block_size: int) -> int:
-    """Largest power of two that divides a block, up to 32 tokens."""
+    """Find the tokens of a unit: the largest power of two that divides a block, up to 32."""
     return math.gcd(block_size, _UNIT_TOKENS)
 
 
 def index_work(cu_seqlens: Sequence[int], block_size: int) -> tuple[Integers, Integers]:
-    """Block scores that the queries of each unit need, padding included, and each unit's document.
+    """Count the block scores that queries need, padding included: [U] by unit, and each unit's document [U].
 
     Example: block_size 2, one document of 6 tokens -> [2, 4, 6]: two queries see 1, 2, 3 blocks.
     """
@@ -42,7 +47,7 @@ def index_work(cu_seqlens: Sequence[int], block_size: int) -> tuple[Integers, In
 def causal_work(
     cu_seqlens: Sequence[int], doc_lengths: Sequence[int], block_size: int
 ) -> tuple[Integers, Integers]:
-    """(query, key) pairs of full attention for the queries of each unit, and each unit's document.
+    """Count the (query, key) pairs of full attention: [U] by unit, and each unit's document [U].
 
     Example: block_size 2, one document of 3 tokens in a slot of 6 -> [1 + 2, 3, 0].
     """
@@ -50,12 +55,16 @@ def causal_work(
     position = np.arange(0, starts[-1], unit)
     document = np.searchsorted(starts, position, side="right") - 1
     before = position - starts[document]
+    # Queries at n = before, before + 1, ... see n + 1 keys each: real * before + 1 + 2 + ... + real.
     real = np.clip(np.asarray(doc_lengths, dtype=np.int64)[document] - before, 0, unit)
     return real * before + real * (real + 1) // 2, document
 
 
 def rank_work(plan: SequencePartition, work: Integers) -> list[int]:
-    """Work of each rank, for queries dealt in whole units."""
+    """Add up the work of each rank, for queries dealt in whole units.
+
+    Example: units of one token with work 1 to 8, ranks [(0, 4)] and [(4, 8)] -> [10, 26].
+    """
     unit = plan.seq_len // len(work)
     total = np.concatenate((np.zeros(1, dtype=np.int64), work.cumsum()))
     return [
@@ -65,12 +74,12 @@ def rank_work(plan: SequencePartition, work: Integers) -> list[int]:
 
 
 def is_balanced(loads: Sequence[int], percent: int = _MOVE_ABOVE) -> bool:
-    """Whether the largest load is at most `percent` of the mean."""
+    """Tell whether the largest load is at most `percent` of the mean."""
     return 100 * max(loads) * len(loads) <= percent * sum(loads)
 
 
 def balance(home: SequencePartition, work: Integers, document: Integers) -> SequencePartition:
-    """Who computes which queries: ranks with more than the mean give some of theirs to those with less.
+    """Move queries from ranks with more work than the mean to those with less.
 
     A giver parts with the end of its costliest document part, then of the next one: few queries, in few
     ranges. Givers and takers line up, the largest surplus beside the largest deficit, and each taker gets
@@ -86,13 +95,17 @@ def balance(home: SequencePartition, work: Integers, document: Integers) -> Sequ
         document: [U] of each unit.
 
     Returns:
-        The plan of computation, or `home` itself if that is balanced.
+        The partition of queries to compute with, or `home` itself if that is balanced.
+
+    Example: units of one token with work 1 to 8, ranks [(0, 4)] and [(4, 8)]: loads 10 and 26, mean 18. Rank
+    1 gives its last unit, of work 8 -> ((0, 4), (7, 8)) and ((4, 7),), 18 each.
     """
     loads, size, unit = rank_work(home, work), home.size, home.seq_len // len(work)
     total = sum(loads)
     if is_balanced(loads):
         return home
     mean = total // size
+    # Ties go by rank, so that every rank makes the same plan.
     givers = sorted((r for r in range(size) if loads[r] > mean), key=lambda r: (-loads[r], r))
     takers = sorted((r for r in range(size) if loads[r] < mean), key=lambda r: (loads[r], r))
     if not takers:
@@ -112,9 +125,11 @@ def balance(home: SequencePartition, work: Integers, document: Integers) -> Sequ
 def balance_ring(
     home: SequencePartition, work: Integers, document: Integers
 ) -> tuple[SequencePartition, SequencePartition]:
-    """Plans of queries and of keys for a ring: zigzag for both where that is balanced, as every step is then.
+    """Plan queries and keys for a ring: zigzag for both where that is balanced, as every step is then.
 
     Otherwise keys stay and queries move as in `balance`.
+
+    Example: one document of 8 tokens, blocks of 2, 2 ranks -> ((0, 2), (6, 8)) and ((2, 6),) for both.
     """
     if is_balanced(rank_work(home, work)):
         return home, home
@@ -126,6 +141,7 @@ def balance_ring(
 
 
 def _owners(plan: SequencePartition, unit: int) -> Integers:
+    """List the rank of each unit: ranges ((0, 2), (6, 8)) and ((2, 6),), units of 2 -> [0, 1, 1, 0]."""
     owner = np.empty(plan.seq_len // unit, dtype=np.int64)
     for rank, ranges in enumerate(plan.ranges):
         for start, stop in ranges:
@@ -134,15 +150,23 @@ def _owners(plan: SequencePartition, unit: int) -> Integers:
 
 
 def _given(owner: Integers, work: Integers, document: Integers, surpluses: list[tuple[int, int]]) -> Integers:
-    """Units that ranks give away, for (rank, surplus); what one gives too much the next gives less."""
+    """Pick units that ranks give away, for (rank, surplus); the next gives less where one gives too much.
+
+    Example: 12 units of work 1 to 12 on 3 ranks, one document; (rank 2, surplus 16) -> [11]: unit 10 would
+    come next, but its middle would be at 12 + 11 / 2, beyond 16.
+    """
     given, carried = [np.zeros(0, dtype=np.int64)], 0
     costliest = np.zeros(int(document[-1]) + 1, dtype=np.int64)
     for rank, surplus in surpluses:
         units = np.flatnonzero((owner == rank) & (work > 0))
         costliest[document[units]] = 0
         np.maximum.at(costliest, document[units], work[units])
+        # By document, the one with the costliest unit first; in it from its end on: the costliest queries,
+        # in few ranges.
         units = units[np.lexsort((-units, document[units], -costliest[document[units]]))]
         after = work[units].cumsum()
+        # Up to the unit whose middle lies within the surplus, so that rounding errors are at most half a
+        # unit.
         taken = int(np.count_nonzero(2 * after - work[units] <= 2 * (surplus + carried)))
         given.append(units[:taken])
         carried += surplus - int(after[taken - 1] if taken else 0)
@@ -150,7 +174,10 @@ def _given(owner: Integers, work: Integers, document: Integers, surpluses: list[
 
 
 def _edges(deficits: list[int], given: int) -> Integers:
-    """Where each taker's share of the given work ends, doubled; Python's integers, as products are large."""
+    """Find where each taker's share of the given work ends, doubled; Python's integers, for large products.
+
+    Example: deficits [3, 1] and 8 given -> [12, 16]: the first takes up to 6.
+    """
     total, edge, edges = sum(deficits), 0, []
     for deficit in deficits:
         edge += deficit
@@ -159,6 +186,7 @@ def _edges(deficits: list[int], given: int) -> Integers:
 
 
 def _plan_of(owner: Integers, unit: int, size: int) -> SequencePartition:
+    """Make a partition of units' ranks: [0, 1, 1, 0], units of 2 -> ((0, 2), (6, 8)) and ((2, 6),)."""
     cuts = np.flatnonzero(np.diff(owner)) + 1
     edges = [0, *cuts.tolist(), len(owner)]
     ranges: list[list[tuple[int, int]]] = [[] for _ in range(size)]

@@ -1,4 +1,9 @@
-"""Which positions of a pack each rank holds, for every layout. Plain integers; no process group needed."""
+"""Share out the positions of a pack over ranks, for every layout. Plain integers; no process group needed.
+
+Contiguous shards keep the union of selected blocks small, for neighbouring queries select alike; what they
+leave unbalanced is mended by moving queries (`load_balance`). Zigzag and dealt shards are balanced as they
+are, and select more remote blocks.
+"""
 
 import heapq
 from collections.abc import Iterable, Sequence
@@ -17,25 +22,24 @@ _DEALT_CHUNKS = 8
 
 @dataclass(slots=True, frozen=True)
 class SequencePartition:
-    """A partition of the positions of a pack.
-
-    ranges: per rank, ascending and never touching one another. A rank's rows are its positions in ascending
-    order.
+    """Hold a partition of the positions of a pack. A rank's rows are its positions in ascending order.
 
     Example: 8 tokens, zigzag over 2 ranks -> ranges (((0, 2), (6, 8)), ((2, 6),)).
     """
 
     seq_len: int
+    "tokens of the pack"
     ranges: tuple[tuple[Range, ...], ...]
+    "[start, stop) by rank, ascending and never touching one another"
 
     @property
     def size(self) -> int:
-        """Ranks."""
+        """Count the ranks."""
         return len(self.ranges)
 
     @property
     def is_contiguous(self) -> bool:
-        """Whether rank after rank, row after row is the order of the pack."""
+        """Tell whether rank after rank, row after row is the order of the pack."""
         position = 0
         for ranges in self.ranges:
             for start, stop in ranges:
@@ -45,14 +49,14 @@ class SequencePartition:
         return True
 
     def num_tokens(self, rank: int) -> int:
-        """Tokens that a rank holds."""
+        """Count the tokens that a rank holds."""
         return count(self.ranges[rank])
 
 
 def make_partition(
     kind: CpLayout, size: int, cu_seqlens: Sequence[int], block_size: int
 ) -> SequencePartition:
-    """Ranges of all ranks: whole blocks, as many tokens on every rank.
+    """Make the ranges of all ranks: whole blocks, as many tokens on every rank.
 
     Args:
         kind: see CpLayout.
@@ -85,7 +89,7 @@ def plan(
     kind: CpLayout = CpLayout.contiguous,
     block_size: int = 1,
 ) -> tuple[Range, ...]:
-    """Positions of one rank, see `make_partition`.
+    """List the positions of one rank, see `make_partition`.
 
     Example: plan(0, 2, [0, 8], kind=CpLayout.zigzag) -> ((0, 2), (6, 8)).
     """
@@ -93,20 +97,26 @@ def plan(
 
 
 def contiguous_plan(seq_len: int, size: int) -> SequencePartition:
-    """Rank r holds the r-th of `size` equal parts."""
+    """Give rank r the r-th of `size` equal parts: 8 tokens, 2 ranks -> ((0, 4),) and ((4, 8),)."""
     length = seq_len // size
     return SequencePartition(seq_len, tuple(((r * length, (r + 1) * length),) for r in range(size)))
 
 
 def zigzag_plan(seq_len: int, size: int) -> SequencePartition:
-    """Of 2 * size equal chunks rank r holds r and 2 * size - 1 - r: equal causal work for one document."""
+    """Give rank r chunks r and 2 * size - 1 - r of 2 * size equal ones: equal causal work for one document.
+
+    Example: 8 tokens, 2 ranks -> ((0, 2), (6, 8)) and ((2, 6),).
+    """
     length = seq_len // (2 * size)
     chunks = [(i * length, (i + 1) * length) for i in range(2 * size)]
     return SequencePartition(seq_len, tuple(joined((chunks[r], chunks[-1 - r])) for r in range(size)))
 
 
 def _dealt_plan(seq_len: int, size: int, cu_seqlens: Sequence[int], block_size: int) -> SequencePartition:
-    """Chunks, the costliest first, to the rank with the least causal work that may still take one.
+    """Deal chunks, the costliest first, to the rank with the least causal work that may still take one.
+
+    Example: documents [0, 2) and [2, 8), blocks of 2, 2 ranks: areas [3, 3, 7, 11]; chunk 3 to rank 0, 2 and
+    0 to rank 1, 1 to rank 0 -> ((2, 4), (6, 8)) and ((0, 2), (4, 6)).
 
     Source: MagiAttention (github.com/SandAI-org/MagiAttention) deals equal chunks by a heap in this way.
     """
@@ -114,9 +124,11 @@ def _dealt_plan(seq_len: int, size: int, cu_seqlens: Sequence[int], block_size: 
     num_chunks = seq_len // length
     areas = _causal_areas(cu_seqlens, length, num_chunks)
     heap, dealt = [(0, rank) for rank in range(size)], [[] for _ in range(size)]
+    # Late chunks of long documents cost most; dealt first, the small ones even out what they leave.
     for chunk in sorted(range(num_chunks), key=lambda i: (-areas[i], i)):
         area, rank = heapq.heappop(heap)
         dealt[rank].append(chunk)
+        # A full rank does not return to the heap: ranks hold equally many tokens.
         if len(dealt[rank]) < num_chunks // size:
             heapq.heappush(heap, (area + areas[chunk], rank))
     return SequencePartition(
@@ -125,16 +137,23 @@ def _dealt_plan(seq_len: int, size: int, cu_seqlens: Sequence[int], block_size: 
 
 
 def _dealt_chunk(rank_blocks: int, block_size: int) -> int:
-    """Blocks of a chunk: up to 1,024 tokens, fewer where a rank would get only a few chunks."""
+    """Choose the blocks of a chunk: up to 1,024 tokens, fewer where a rank would get only a few chunks.
+
+    Example: 64 blocks of 128 tokens per rank -> 8, eight chunks of 1,024 tokens; 4 blocks of 2 tokens -> 1.
+    """
     most = max(1, min(_DEALT_TOKENS // block_size, rank_blocks // _DEALT_CHUNKS))
     return next(n for n in range(most, 0, -1) if rank_blocks % n == 0)
 
 
 def _causal_areas(cu_seqlens: Sequence[int], length: int, num_chunks: int) -> list[int]:
-    """(query, key) pairs of each chunk's queries within their documents, padding included."""
+    """Count the (query, key) pairs of each chunk's queries within their documents, padding included.
+
+    Example: documents [0, 2) and [2, 8), chunks of 2 -> [3, 3, 7, 11].
+    """
     areas = [0] * num_chunks
     for doc_start, doc_stop in pairwise(cu_seqlens):
         for chunk in range(doc_start // length, -(-doc_stop // length)):
+            # Sum of 1 to n is n (n + 1) / 2: pairs of queries up to `last`, less those before `first`.
             first = max(doc_start, chunk * length) - doc_start
             last = min(doc_stop, (chunk + 1) * length) - doc_start
             areas[chunk] += (last * (last + 1) - first * (first + 1)) // 2
@@ -142,7 +161,9 @@ def _causal_areas(cu_seqlens: Sequence[int], length: int, num_chunks: int) -> li
 
 
 def merge_ranks(plan: SequencePartition, group_size: int) -> SequencePartition:
-    """Every `group_size` neighbouring ranks become one that holds what they held together.
+    """Make every `group_size` neighbouring ranks one that holds what they held together.
+
+    Example: zigzag of 16 tokens over 4 ranks, group_size 2 -> ((0, 4), (12, 16)) and ((4, 12),).
 
     Raises:
         ValueError: if they do not come out even.
@@ -156,7 +177,7 @@ def merge_ranks(plan: SequencePartition, group_size: int) -> SequencePartition:
 
 
 def joined(ranges: Iterable[Range]) -> tuple[Range, ...]:
-    """Ascending ranges with those that touch or overlap made one: [(0, 2), (2, 5)] -> ((0, 5),)."""
+    """Join ascending ranges where they touch or overlap: [(0, 2), (2, 5)] -> ((0, 5),)."""
     result: list[Range] = []
     for start, stop in ranges:
         if start >= stop:
@@ -169,17 +190,18 @@ def joined(ranges: Iterable[Range]) -> tuple[Range, ...]:
 
 
 def count(ranges: Sequence[Range]) -> int:
-    """Positions in ranges that do not overlap."""
+    """Count the positions in ranges that do not overlap: [(0, 2), (6, 8)] -> 4."""
     return sum(stop - start for start, stop in ranges)
 
 
 def common(first: Sequence[Range], second: Sequence[Range]) -> list[Range]:
-    """Positions in both: [(0, 4), (6, 9)] and [(2, 7)] -> [(2, 4), (6, 7)]. Both ascending."""
+    """Find the positions in both: [(0, 4), (6, 9)] and [(2, 7)] -> [(2, 4), (6, 7)]. Both ascending."""
     result, i, j = [], 0, 0
     while i < len(first) and j < len(second):
         start, stop = max(first[i][0], second[j][0]), min(first[i][1], second[j][1])
         if start < stop:
             result.append((start, stop))
+        # The range that ends first meets no other any more.
         if first[i][1] <= second[j][1]:
             i += 1
         else:
@@ -188,7 +210,7 @@ def common(first: Sequence[Range], second: Sequence[Range]) -> list[Range]:
 
 
 def without(first: Sequence[Range], second: Sequence[Range]) -> tuple[Range, ...]:
-    """Positions of the first that are not in the second: [(0, 9)] and [(2, 4)] -> ((0, 2), (4, 9)).
+    """Find the positions of the first that are not in the second: [(0, 9)] and [(2, 4)] -> ((0, 2), (4, 9)).
 
     Both ascending.
     """
@@ -202,7 +224,7 @@ def without(first: Sequence[Range], second: Sequence[Range]) -> tuple[Range, ...
 
 
 def rows_in(part: Sequence[Range], whole: Sequence[Range]) -> list[Range]:
-    """Row ranges of positions `part` among the rows of `whole`, which holds them all. Both ascending.
+    """Find the row ranges of positions `part` among the rows of `whole`, which has them all. Both ascending.
 
     Example: part [(7, 8)] of whole [(0, 2), (6, 8)] -> [(3, 4)].
     """

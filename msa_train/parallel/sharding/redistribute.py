@@ -1,6 +1,9 @@
-"""Moves rows of tokens from the ranks of one plan to those of another; the gradient moves back.
+"""Move rows of tokens from the ranks of one partition to those of another; the gradient moves back.
 
-Shapes: T rows that a rank has before, U rows that it has after.
+Only what changes its rank is sent, to up to P - 1 ranks; index lists take 8 bytes for each row kept, sent or
+received.
+
+Shapes: T rows that a rank has before, U rows that it has after, P ranks.
 """
 
 from collections.abc import Sequence
@@ -19,29 +22,38 @@ Ranges = Sequence[Sequence[Range]]
 
 @dataclass(slots=True)
 class TokenMoves:
-    """What one rank keeps, sends and receives.
+    """Hold what one rank keeps, sends and receives.
 
-    num_before, num_after: its rows. kept: [K] int64 rows before, and the rows after that they become. sent:
-    rows before by destination; received: rows after by source; send, receive: how many per rank. in_order:
-    whether what is received is all there is after, row after row.
+    Example: rank 0 of `make_relayout`'s example: num_before 4, num_after 6, kept rows 0 to 3 -> 0 to 3,
+    nothing sent, received [4, 5], receive [0, 2].
     """
 
     num_before: int
+    "rows before, T"
     num_after: int
+    "rows after, U"
     kept: tuple[Tensor, Tensor]
+    "[K] int64 rows before that stay, and the rows after that they become"
     sent: Tensor
+    "[sum(send)] int64 rows before, by destination"
     send: list[int]
+    "[P] rows to each rank"
     received: Tensor
+    "[sum(receive)] int64 rows after, by source"
     receive: list[int]
+    "[P] rows from each rank"
     in_order: bool
+    "what is received is all there is after, row after row"
 
 
 @dataclass(slots=True)
 class Relayout:
-    """Both ways between the plan that tokens are held by and the one they are computed by."""
+    """Hold both ways between the partition that tokens are held by and the one they are computed by."""
 
     there: TokenMoves
+    "from where they are held"
     back: TokenMoves
+    "to where they are held"
 
 
 def make_relayout(home: SequencePartition, away: SequencePartition, rank: int) -> Relayout | None:
@@ -57,11 +69,16 @@ def make_relayout(home: SequencePartition, away: SequencePartition, rank: int) -
 
 
 def make_moves(before: Ranges, after: Ranges, rank: int) -> TokenMoves:
-    """Plan the moves of one rank, on the host; ranks to which `after` gives the same position get copies."""
+    """Plan the moves of one rank, on the host; ranks to which `after` gives the same position get copies.
+
+    Example: rows of [(0, 4)] and [(4, 8)] to [] and [(2, 4)]: rank 0 has sent [2, 3], send [0, 2]; rank 1 has
+    received [0, 1], receive [2, 0], in order.
+    """
     mine, next_mine, ranks = before[rank], after[rank], range(len(before))
     nothing: list[Range] = []
     leaving = [nothing if r == rank else common(mine, after[r]) for r in ranks]
     coming = [nothing if r == rank else common(before[r], next_mine) for r in ranks]
+    # Rows that stay are copied here and not sent: most of them where queries move to balance work.
     staying = common(mine, next_mine)
     arriving = [rows for parts in coming for rows in rows_in(parts, next_mine)]
     return TokenMoves(
@@ -77,7 +94,7 @@ def make_moves(before: Ranges, after: Ranges, rank: int) -> TokenMoves:
 
 
 def busiest_rank(before: Ranges, after: Ranges) -> int:
-    """Most rows that a rank sends or receives.
+    """Find the most rows that a rank sends or receives; looks at all P^2 pairs of ranks, 65,536 at P = 256.
 
     Example: one document of 12 tokens on 3 ranks, each to see all before it: rank 0 sends 4 rows twice, rank
     2 receives 8 -> 8.
@@ -93,24 +110,29 @@ def _indices(ranges: Sequence[Range]) -> Tensor:
 
 
 def move_rows(x: Tensor, moves: TokenMoves, comm: CpComm, purpose: str) -> Tensor:
-    """[T, ...] -> [U, ...], without a gradient. Every rank must call it."""
+    """Move rows [T, ...] -> [U, ...], without a gradient. Every rank must call it.
+
+    Raises:
+        ExchangeError: the all-to-all failed.
+    """
     arrived = comm.all_to_all(x[moves.sent], moves.send, moves.receive, purpose)
     result = x.new_empty(moves.num_after, *x.shape[1:])
     before, after = moves.kept
+    # Both writes together fill every row once.
     result[after] = x[before]
     result[moves.received] = arrived
     return result
 
 
 def relayout(x: Tensor, moves: Relayout | None, comm: CpComm, purpose: str) -> Tensor:
-    """[T, ...] -> [U, ...]; x itself without moves. Gradients return under the purpose `{purpose}_grad`."""
+    """Move rows [T, ...] -> [U, ...]; x itself without moves. Gradients return as `{purpose}_grad`."""
     if moves is None:
         return x
     return _Relayout.apply(x, moves.there, moves.back, comm, purpose)
 
 
 def restore(x: Tensor, moves: Relayout | None, comm: CpComm, purpose: str) -> Tensor:
-    """The inverse of `relayout`: [U, ...] -> [T, ...]."""
+    """Move rows back, the inverse of `relayout`: [U, ...] -> [T, ...]."""
     if moves is None:
         return x
     return _Relayout.apply(x, moves.back, moves.there, comm, purpose)
@@ -121,6 +143,7 @@ class _Relayout(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, moves: TokenMoves, inverse: TokenMoves, comm: CpComm, purpose: str
     ) -> Tensor:
+        # A permutation of rows over ranks: its gradient is the inverse permutation, without any sum.
         ctx.inverse, ctx.comm, ctx.purpose = inverse, comm, purpose
         return move_rows(x, moves, comm, purpose)
 

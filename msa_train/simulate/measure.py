@@ -1,4 +1,4 @@
-"""Kernel rates of this machine's device, with this project's own kernels: what `--rates` wants.
+"""Measure kernel rates of this machine's device, with this project's own kernels: what `--rates` wants.
 
 On a CPU one thread works and its processor time counts, so that other processes disturb little; on a GPU
 its own clock counts. The fastest of several rounds is taken.
@@ -29,17 +29,20 @@ ROUNDS = 3
 
 @dataclass(slots=True)
 class MeasuredRates:
-    """rates: by name of RATE_NAMES. setting: sizes and dtype in words."""
+    """Hold what was measured."""
 
     rates: dict[str, float]
+    "FLOP/s, bytes per second or seconds, by name of RATE_NAMES"
     device: str
+    "name of the device"
     setting: str
+    "sizes and dtype in words"
 
 
 def measure_rates(
     shape: LayerShape, *, num_tokens: int, seq_len: int, precision: str | None = None, rounds: int = ROUNDS
 ) -> MeasuredRates:
-    """Time every kernel of a layer.
+    """Time every kernel of a layer; memory and time grow with num_tokens * seq_len for full attention.
 
     Args:
         shape: heads and sizes.
@@ -66,7 +69,7 @@ def measure_rates(
 
 
 def write_rates(path: Path, measured: MeasuredRates, command: str) -> None:
-    """A file that `load_rates` reads."""
+    """Write a file that `load_rates` reads; command: the one that measured, named as the source."""
     source = f"measured: {measured.setting}; {command}"
     content: dict[str, Any] = {
         "name": path.stem,
@@ -82,7 +85,7 @@ def write_rates(path: Path, measured: MeasuredRates, command: str) -> None:
 
 
 class _Bench:
-    """Tensors of one layer, T queries against S keys."""
+    """Hold the tensors of one layer, T queries against S keys, and time kernels on them."""
 
     def __init__(
         self, shape: LayerShape, num_tokens: int, seq_len: int, device: torch.device, dtype: torch.dtype
@@ -109,8 +112,9 @@ class _Bench:
         self.pool = BlockPool(kv=pack_blocks(self.k, self.v, shape.block_size), block=block)
 
     def run(self, rounds: int) -> dict[str, float]:
-        """Rates by name."""
+        """Return the rates by name: work counted as LayerShape counts it, over the fastest round's seconds."""
         shape, T = self.shape, self.T
+        # the queries are the last T of S: each sees S - T keys before them, and 1 to T of its own
         causal = T * (self.S - T) + T * (T + 1) / 2
         tiles = T * min(shape.topk, self.S // shape.block_size)
         qkv = self._seconds(lambda: self.x @ self.weight, rounds)
@@ -149,7 +153,11 @@ class _Bench:
         )  # fmt: skip
 
     def _sparse(self, rounds: int) -> tuple[float, float, float]:
-        """Seconds of forward (with the KL normaliser), backward without the KL loss, and what it adds."""
+        """Return the seconds of forward (with the KL normaliser), backward without the KL loss, and the KL
+        loss.
+
+        The KL loss has no kernel of its own: its time is the difference of backward passes with and without.
+        """
         num_blocks = self.S // self.shape.block_size
         group = torch.arange(self.shape.num_kv_heads, device=self.device)[:, None]
         ids = self._select().long()
@@ -171,6 +179,7 @@ class _Bench:
         return forward_s, backward_s, max(both_s - backward_s, 1e-3 * backward_s)
 
     def _full(self, rounds: int) -> tuple[float, float]:
+        """Return the seconds of forward and backward attention over all T * S pairs, none masked."""
         q, k, v = self.q.permute(1, 2, 0, 3), self.k.transpose(0, 1), self.v.transpose(0, 1)
         scale = self.q.shape[-1] ** -0.5
         out, lse = attention_part(q, k, v, causal=False, softmax_scale=scale)
@@ -185,7 +194,7 @@ class _Bench:
         return self._seconds(forward, rounds), self._seconds(backward, rounds)
 
     def _overhead(self, rounds: int) -> float:
-        """Seconds of a layer's forward kernels on one query, where there is next to nothing to compute."""
+        """Return the seconds of a layer's forward kernels on one query, which computes next to nothing."""
         size = self.shape.block_size
         small = _Bench(self.shape, size, size, self.device, self.dtype)
         small.x, small.weight = small.x[:1, :1], small.weight[:1, :1]
@@ -203,7 +212,7 @@ class _Bench:
         return self._seconds(forward, rounds)
 
     def _seconds(self, call: Callable[[], object], rounds: int) -> float:
-        """Fastest of some rounds, after one that does not count."""
+        """Return the seconds of the fastest of some rounds, after one that does not count."""
         call()
         return min(self._once(call) for _ in range(rounds))
 

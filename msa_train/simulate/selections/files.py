@@ -1,4 +1,4 @@
-"""Reading one part of a recording of selections, see recorded.py, whoever wrote it."""
+"""Read one part of a recording of selections, see recorded.py, whoever wrote it."""
 
 import zipfile
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ Fields = dict[str, Any]
 
 
 def read_part(path: Path) -> Fields:
-    """The fields of a part: whole numbers, texts and arrays.
+    """Read the fields of a part: whole numbers, texts and arrays.
 
     Raises:
         ValueError: one line, if it is no recording, contradicts itself, or takes half the free memory.
@@ -46,6 +46,7 @@ def read_part(path: Path) -> Fields:
 
 
 def _load(path: Path) -> dict[str, NDArray[Any]]:
+    # the archive's own table says how large it becomes, before anything is unpacked
     with open_regular(path) as file:
         with zipfile.ZipFile(file) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
@@ -58,7 +59,7 @@ def _load(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def _checked(fields: dict[str, NDArray[Any]]) -> Fields:
-    """The same fields, of the kinds and sizes that belong together."""
+    """Return the same fields, of the kinds and sizes that belong together."""
     found: Fields = {name: _count(name, fields[name]) for name in _COUNTS}
     block, chunk = found["block_size"], found["chunk_tokens"]
     for name, unit in (

@@ -1,4 +1,4 @@
-"""config.json of a model of ours."""
+"""Write the config.json of a model of ours."""
 
 import json
 import math
@@ -12,7 +12,7 @@ DEFAULT_MAX_POSITIONS = 1048576
 
 
 def family_of(model: ModelConfig) -> Family:
-    """The released architecture that a model of ours has.
+    """Find the released architecture that a model of ours has.
 
     Raises:
         ValueError: one line, naming the first setting that none of them has.
@@ -54,12 +54,12 @@ def write_hf_config(
     dtype: str,
     max_positions: int = DEFAULT_MAX_POSITIONS,
 ) -> dict[str, Any]:
-    """config.json of a model of ours: minimax_m2, or the bare text model of minimax_m3_vl.
+    """Write the config.json of a model of ours: minimax_m2, or the bare text model of minimax_m3_vl.
 
     Args:
         model, attention: the shape.
         dtype: of the weights, as transformers writes it, e.g. "bfloat16".
-        max_positions: longest sequence that the model is meant for.
+        max_positions: longest sequence that the model is meant for, tokens.
 
     Raises:
         ValueError: if no released architecture is like it.
@@ -116,7 +116,7 @@ def write_hf_config(
 def extend_hf_config(
     config: dict[str, Any], model: ModelConfig, attention: AttentionConfig
 ) -> dict[str, Any]:
-    """A config.json with what a long-context extension may change: rope_theta and the selection's sizes.
+    """Change in a config.json what a long-context extension may: rope_theta and the selection's sizes.
 
     Args:
         config: of the model that was extended; stays as it is.
@@ -141,12 +141,15 @@ def extend_hf_config(
 
 
 def _like(value: float, given: float) -> float:
-    """The value as it is given where both are equal: 5000000 stays a whole number."""
+    """Keep the given spelling where both are equal: 5000000 stays a whole number."""
     return given if given == value else value
 
 
 def _partial_factor(rotary_dim: int, head_dim: int) -> float:
-    """A factor that gives rotary_dim back when it is multiplied and cut to a whole number (29 of 100!)."""
+    """Find a factor that gives rotary_dim back when it is multiplied and cut to a whole number.
+
+    Example: 29 / 100 = 0.29 in float64 gives int(100 * 0.29) = 28; the next float above it gives 29.
+    """
     factor = rotary_dim / head_dim
     while int(head_dim * factor) < rotary_dim:
         factor = math.nextafter(factor, 2.0)

@@ -1,4 +1,4 @@
-"""Packs by number, and the packs of each data-parallel rank by step."""
+"""Number packs without end, and deal those of each step to the data-parallel ranks."""
 
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +14,10 @@ _PLANS_KEPT = 2
 
 
 class PackedDataset:
-    """An endless row of packs; number i is the same for every rank and every run with the same seed.
+    """Build packs on demand from an endless row; number i is the same for all ranks and runs of a seed.
+
+    Memory: 32 bytes per piece in the packing and 8 in each of two epoch plans, on every data-parallel rank;
+    the tokens themselves stay in the memory-mapped file. A pack has 16 bytes per token: 16 MiB for 1M tokens.
 
     Args:
         view: the documents.
@@ -34,39 +37,48 @@ class PackedDataset:
 
     @property
     def view(self) -> DocumentView:
-        """The documents."""
+        """Return the documents."""
         return self._view
 
     @property
     def num_packs(self) -> int:
-        """Packs of one epoch; the same for all epochs."""
+        """Return the packs of one epoch; the same for all epochs."""
         return self._packing.num_packs
 
     @property
     def num_documents(self) -> int:
-        """Documents of one epoch."""
+        """Return the documents of one epoch."""
         return len(self._view.lengths)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of one epoch, without padding."""
+        """Return the tokens of one epoch, without padding."""
         return int(self._view.lengths.sum())
 
     @property
     def padding_share(self) -> float:
-        """Share of an epoch's positions that is padding."""
+        """Return the share of an epoch's positions that is padding, 0 to 1.
+
+        Example: 3 packs of 8 tokens hold 17 tokens -> 1 - 17 / 24 = 0.29.
+        """
         return 1.0 - self.num_tokens / (self.num_packs * self._seq_len)
 
     def __getitem__(self, index: int) -> Pack:
-        """Pack number `index`, counted over all epochs.
+        """Build pack number `index`, counted over all epochs.
+
+        Example: seq_len 8, block_size 4, a pack with the end [19, 20] of one document and another document
+        [1, 2, 3]: tokens [19, 20, 0, 0, 1, 2, 3, 0], labels [20, -, -, -, 2, 3, -, -] (- is IGNORE_LABEL),
+        cu_seqlens [0, 4, 8], doc_lengths [2, 3].
 
         Raises:
+            IndexError: for a negative number.
             ValueError: if a token id has no row in the embedding.
         """
         if index < 0:
             raise IndexError(f"pack {index}: packs are counted from 0 and have no end")
         epoch, pack = divmod(index, self.num_packs)
         pieces = self._plan(epoch).pieces(pack)
+        # each piece starts on the next block boundary; the last slot takes the rest of the pack
         blocks = -(-pieces.length // self._block_size)
         cu_seqlens = np.zeros(len(pieces) + 1, np.int32)
         np.cumsum(blocks[:-1] * self._block_size, out=cu_seqlens[1:-1])
@@ -82,6 +94,7 @@ class PackedDataset:
         return Pack(tokens, labels, cu_seqlens, pieces.length.astype(np.int32))
 
     def _plan(self, epoch: int) -> EpochPlan:
+        """Return the plan of an epoch; made by the step's thread and by the one that reads ahead."""
         with self._lock:
             if epoch not in self._plans:
                 while len(self._plans) >= _PLANS_KEPT:
@@ -91,7 +104,7 @@ class PackedDataset:
 
 
 class BatchStream:
-    """Packs of one data-parallel rank, step by step; the next step is read ahead in a thread.
+    """Read the packs of one data-parallel rank, step by step; the next step is read ahead in a thread.
 
     Args:
         dataset: the packs.
@@ -104,7 +117,7 @@ class BatchStream:
         self._ahead: tuple[range, Future[list[Pack]]] | None = None
 
     def packs(self, first: int, dp_rank: int, dp_size: int, global_batch_size: int) -> list[Pack]:
-        """The packs of one rank in one step; `first` is the number of the step's first pack.
+        """Return the packs of one rank in one step; `first` is the number of the step's first pack.
 
         The step's packs are the global_batch_size numbers from `first` on, whatever dp_size is; rank r
         takes every dp_size-th from the r-th on. Example: with first 4 and global_batch_size 4, rank 0 of 2

@@ -1,4 +1,4 @@
-"""From the data settings to packs: find or build the token files, split them, pack them."""
+"""Prepare the data settings for training: find or build the token files, split them, pack them."""
 
 import os
 import time
@@ -39,11 +39,12 @@ Log = Callable[[str], None]
 
 @dataclass(kw_only=True, slots=True)
 class Corpus:
-    """What was prepared."""
+    """Describe what was prepared."""
 
     prefix: str
     "path of the .bin/.idx pair, without suffix"
     num_documents: int
+    "in all, held-out ones included"
     num_tokens: int
     "with the end-of-document tokens"
     num_bytes: int | None
@@ -59,12 +60,15 @@ class Corpus:
     sizes: dict[str, int]
     "bytes of each file beside the prefix, by name"
     description: str
+    "one line for the log"
 
 
 def prepare_corpus(data: DataConfig, *, vocab_size: int, log: Log | None = None, run_dir: str = "") -> Corpus:
     """Check the data settings and build the token files if they are missing.
 
-    Called once before the workers start; harmless when repeated, also by several processes at once.
+    Called once before the workers start; harmless when repeated, also by several processes at once. A text is
+    read and tokenized once: batches of 16 MB are in memory, and 24 bytes per document; the files take 2 bytes
+    per token (4 from 65,500 ids on), and 44 per document in .idx and documents.dat.
 
     Args:
         data: the settings.
@@ -91,7 +95,7 @@ def prepare_corpus(data: DataConfig, *, vocab_size: int, log: Log | None = None,
 def load_datasets(
     data: DataConfig, *, block_size: int, vocab_size: int, prepared: Corpus | None = None
 ) -> tuple[PackedDataset, PackedDataset | None, Corpus]:
-    """Training packs, validation packs (None if nothing is held out) and the corpus.
+    """Load training packs, validation packs (None if nothing is held out) and the corpus.
 
     Args:
         data: the settings.
@@ -187,6 +191,7 @@ def _write_files(
     hashes, num_bytes, num_tokens = array("Q"), array("q"), array("q")
 
     def documents() -> Iterator[npt.NDArray[np.int32]]:
+        # counts grow while the store is written, so that the text is tokenized once
         for names, texts in _batches(data, source, tokenizer, log):
             for name, text, tokens in zip(names, texts, tokenizer.encode_batch(texts), strict=True):
                 hashes.append(hash_name(name))
@@ -216,7 +221,7 @@ def _write_files(
 def _batches(
     data: DataConfig, source: Source, tokenizer: Tokenizer, log: Log
 ) -> Iterator[tuple[list[str], list[bytes]]]:
-    """Documents that are not empty, in batches large enough to keep the tokenizer's threads busy."""
+    """Yield documents that are not empty, in batches large enough to keep the tokenizer's threads busy."""
     names: list[str] = []
     texts: list[bytes] = []
     batch_bytes = total_bytes = total_documents = 0
@@ -262,7 +267,11 @@ def _read_cache(data: DataConfig, folder: Path, source: Source, tokenizer: Token
 
 
 def _bytes_per_label(documents: Documents, fraction: float) -> float | None:
-    """Bytes of text per position that has a label; a document has one label less than tokens."""
+    """Return the bytes of text per position that has a label; a document has one label less than tokens.
+
+    Example: one document of 9 bytes is held out, in 4 tokens (the end included) -> 9 / 3 = 3 bytes per label;
+    a loss of 2.08 nats per label is then 2.08 / ln 2 / 3 = 1 bit per byte.
+    """
     counted = choose_held_out(documents.hashes, documents.num_tokens, fraction)
     if not counted.any():
         counted = np.ones_like(counted)
@@ -275,4 +284,4 @@ def _held_out_words(data: DataConfig, held_out: int) -> str:
 
 
 def _ignore(line: str) -> None:
-    """Log that goes nowhere."""
+    """Drop a line of the log."""

@@ -1,4 +1,4 @@
-"""How a worker that fails tells it: to the launcher by a file, else on stderr. Standard library only."""
+"""Tell the failure of a worker: to the launcher by a file, else on stderr. Standard library only."""
 
 import json
 import os
@@ -14,7 +14,10 @@ LAUNCHER_PID = "MSA_TRAIN_LAUNCHER_PID"
 
 
 def record(error: BaseException) -> None:
-    """Tell an exception: type, text, traceback and time."""
+    """Tell an exception: type, text, traceback and time.
+
+    The file is the one that torch's elastic agent names in TORCHELASTIC_ERROR_FILE, in its own format.
+    """
     rank = os.environ.get("RANK", "0")
     text = "" if _is_plain(error) else "".join(traceback.format_exception(error))
     file, is_recorded = os.environ.get("TORCHELASTIC_ERROR_FILE"), False
@@ -38,7 +41,7 @@ def record(error: BaseException) -> None:
 
 
 def _is_plain(error: BaseException) -> bool:
-    """Whether the text says all: no rank has done anything yet that a traceback could explain."""
+    """Tell if the text says all: no rank has done anything yet that a traceback could explain."""
     module = sys.modules.get("msa_train.parallel.comm.job_store")
     return module is not None and isinstance(error, module.JobIncompleteError)
 
@@ -52,4 +55,5 @@ def end_by(error: BaseException) -> NoReturn:
     record(error)
     sys.stdout.flush()
     sys.stderr.flush()
+    # not sys.exit: that would end the calling thread alone
     os._exit(1)

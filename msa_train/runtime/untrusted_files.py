@@ -1,4 +1,4 @@
-"""Reading files that somebody else made: regular ones, of limited size and depth, and only where they belong.
+"""Read files that somebody else made: regular ones, of limited size and depth, and only where they belong.
 
 A name in a downloaded folder may be a pipe that never ends, a device, or a link to a private key; JSON may be
 nested until the interpreter gives up. Standard library only, below all other packages.
@@ -39,7 +39,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_limited(path: Path, max_bytes: int) -> bytes:
-    """Content of a regular file.
+    """Read the content of a regular file; at most max_bytes + 1 bytes are in memory.
 
     Raises:
         OSError: as `open_regular`, and EFBIG for more than max_bytes.
@@ -52,7 +52,9 @@ def read_limited(path: Path, max_bytes: int) -> bytes:
 
 
 def parse_json(content: bytes | str) -> Any:
-    """A JSON value; names that an object says twice, NaN and Infinity are refused, a byte order mark is not.
+    """Parse JSON; names that an object says twice, NaN and Infinity are refused, a byte order mark is not.
+
+    Format: RFC 8259, which has neither NaN nor Infinity and leaves the meaning of repeated names open.
 
     Raises:
         ValueError: without the path, e.g. "is not JSON (Expecting value: line 1 column 1 (char 0))".
@@ -69,7 +71,7 @@ def parse_json(content: bytes | str) -> Any:
 
 
 def member(folder: Path, name: str) -> Path:
-    """The file that an entry of a folder is, links followed.
+    """Resolve an entry of a folder to the file that it is, links followed.
 
     It must be in the folder, or in the store of the Hugging Face hub cache that the folder is a snapshot of:
     there snapshots/REVISION/NAME is a link to ../../blobs/HASH.
@@ -82,6 +84,7 @@ def member(folder: Path, name: str) -> Path:
         raise ValueError(
             f"{folder}: names a file {one_line(name)!r}, which must be a plain name in the folder"
         )
+    # both sides without links, so that a comparison of paths is one of places
     root = folder.resolve()
     real = (root / name).resolve(strict=True)
     allowed = [root]
@@ -96,7 +99,7 @@ def member(folder: Path, name: str) -> Path:
 
 
 def read_json(folder: Path, name: str, max_bytes: int) -> dict[str, Any]:
-    """The object in a JSON file of a downloaded folder.
+    """Read the object in a JSON file of a downloaded folder.
 
     Raises:
         ValueError: one line, if it is not there, leads out of the folder, is too large or no JSON object.
@@ -117,7 +120,7 @@ def read_json(folder: Path, name: str, max_bytes: int) -> dict[str, Any]:
 
 
 def read_record(path: Path, kinds: dict[str, Any]) -> dict[str, Any]:
-    """Some values of a small JSON object beside a run; texts are one line.
+    """Read some values of a small JSON object beside a run; texts are one line.
 
     Args:
         path: of the file.
@@ -141,14 +144,17 @@ def read_record(path: Path, kinds: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether this can name a file in a folder: no separators, all of it can be printed, not hidden."""
+    """Tell if this can name a file in a folder: "a.bin" can, "../x", ".x" and "a\\n" cannot."""
     if not isinstance(name, str) or not name.isprintable() or "/" in name:
         return False
     return bool(name) and not name.startswith(".")
 
 
 def one_line(text: str, limit: int = 160) -> str:
-    """A text of somebody else's for a message: one line, printable, of limited length."""
+    """Fit a text of somebody else's for a message: one line, printable, of limited length.
+
+    Example: "abcdefghij" with limit 8 -> "abcde..."; a line end becomes a space, an escape character "?".
+    """
     line = " ".join(text.split())
     line = "".join(letter if letter.isprintable() else "?" for letter in line)
     return line if len(line) <= limit else f"{line[: limit - 3]}..."

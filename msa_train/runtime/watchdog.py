@@ -1,4 +1,4 @@
-"""Ends a process that makes no step for too long, after writing down where all its threads stand."""
+"""End a process that makes no step for too long, after writing down where all its threads stand."""
 
 import faulthandler
 import os
@@ -16,13 +16,18 @@ _SPARE_S = 30
 
 
 class Watchdog:
-    """Watches a block of code that calls `beat` now and then.
+    """Watch a block of code that calls `beat` now and then.
 
     Example: with Watchdog(1800, "rank 3") as watchdog: ...; watchdog.beat("step 17 is made")
     """
 
     def __init__(self, timeout_s: float, name: str) -> None:
-        """timeout_s: longest time between two beats, 0: any. name: of this process in the message."""
+        """Prepare to watch.
+
+        Args:
+            timeout_s: longest time between two beats, in seconds; 0: any.
+            name: of this process in the message.
+        """
         self.timeout_s, self.name = timeout_s, name
         self._last, self._done = "the start", threading.Event()
         self._last_s = time.monotonic()
@@ -45,7 +50,7 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def beat(self, done: str) -> None:
-        """Something is done, named in the message if nothing follows."""
+        """Note that something is done, named in the message if nothing follows."""
         self._last, self._last_s = done, time.monotonic()
         if self.timeout_s > 0:
             faulthandler.dump_traceback_later(self.timeout_s + _SPARE_S, exit=True)

@@ -42,7 +42,7 @@ class MeasuredRates:
 def measure_rates(
     shape: LayerShape, *, num_tokens: int, seq_len: int, precision: str | None = None, rounds: int = ROUNDS
 ) -> MeasuredRates:
-    """Time every kernel of a layer; memory and time grow with num_tokens * seq_len for full attention.
+    """Time every kernel of a layer; full attention and index scoring take time with num_tokens * seq_len.
 
     Args:
         shape: heads and sizes.
@@ -53,6 +53,7 @@ def measure_rates(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = precision or ("bf16" if device.type == "cuda" else "fp32")
+    # processor time of several threads would depend on how they wait for one another
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -112,7 +113,7 @@ class _Bench:
         self.pool = BlockPool(kv=pack_blocks(self.k, self.v, shape.block_size), block=block)
 
     def run(self, rounds: int) -> dict[str, float]:
-        """Return the rates by name: work counted as LayerShape counts it, over the fastest round's seconds."""
+        """Return the rates by name: work as LayerShape counts it, over the seconds of the fastest round."""
         shape, T = self.shape, self.T
         # the queries are the last T of S: each sees S - T keys before them, and 1 to T of its own
         causal = T * (self.S - T) + T * (T + 1) / 2
@@ -121,6 +122,7 @@ class _Bench:
         index = self._seconds(self._select, rounds)
         forward, backward, kl = self._sparse(rounds)
         full_forward, full_backward = self._full(rounds)
+        # rows are packed in the order of requests, which is no order in memory
         pairs = torch.randperm(self.pool.kv.shape[0], device=self.device)
         copied = self._seconds(lambda: self.pool.kv.index_select(0, pairs), rounds)
         sparse = shape.sparse_flops(tiles)
@@ -153,13 +155,13 @@ class _Bench:
         )  # fmt: skip
 
     def _sparse(self, rounds: int) -> tuple[float, float, float]:
-        """Return the seconds of forward (with the KL normaliser), backward without the KL loss, and the KL
-        loss.
+        """Return the seconds of forward (with the KL normaliser), backward without KL loss, and the KL loss.
 
         The KL loss has no kernel of its own: its time is the difference of backward passes with and without.
         """
         num_blocks = self.S // self.shape.block_size
         group = torch.arange(self.shape.num_kv_heads, device=self.device)[:, None]
+        # block ids per KV head become rows of the pool, which holds the blocks of all heads one after another
         ids = self._select().long()
         entries = torch.where(ids >= 0, ids + group * num_blocks, -1)
         queries = self._queries(with_kl=True)
@@ -167,6 +169,7 @@ class _Bench:
         assert part.lse_index is not None, "index queries were given"
         term = KlTerm(lse_index=part.lse_index, weight=1.0)
         dout = self.dout.to(queries.compute_dtype)
+        # row sums of dO * O, as in FlashAttention-2's backward pass (arXiv 2307.08691)
         delta = (dout * part.out).sum(-1)
 
         def backward(kl: KlTerm | None) -> object:
@@ -224,6 +227,7 @@ class _Bench:
             end.record()
             torch.cuda.synchronize()
             return begin.elapsed_time(end) / 1e3
+        # processor time, not wall-clock time: other processes of the machine do not count
         start = time.process_time()
         call()
         return max(time.process_time() - start, 1e-9)

@@ -51,6 +51,7 @@ def answer(scenario: Scenario, selections: Selections) -> Answer:
         outer=outer,
     )
     wants = collect_wants(selections, outer, scenario.shape.num_kv_heads, scenario.options.head_size)
+    # both follow from the placement alone: scoring sees all blocks before a query, selected or not
     index, local = share_index(outer, balanced=scenario.index_balance), selections.local_share(outer)
     work = MsaWork(
         tiles=outer.tiles(scenario.shape.topk),
@@ -128,6 +129,7 @@ def scaling(
             scenario, cp_size=size, seq_len=tokens * size if weak else scenario.seq_len, full_schemes=[]
         )
         result = answer(at, selections(at))
+        # at fixed kernel rates, time without waiting is compute: its share is what parallel work keeps
         efficiency = {name: r.total.compute / r.total.total for name, r in result.msa.items()}
         base = points[0].efficiency if points else efficiency
         points.append(

@@ -1,4 +1,4 @@
-"""Settings that are allowed and do not do what they seem to say: one line for each, before the run starts."""
+"""Find settings that are allowed and do not do what they seem to say: one line each, before a run starts."""
 
 from msa_train.config.options import BadStep
 from msa_train.config.run import RunConfig
@@ -6,7 +6,7 @@ from msa_train.config.stage_plan import plan_stages, total_steps
 
 
 def contradictions(config: RunConfig) -> list[str]:
-    """What a user should know about settings that cancel one another: `name=value: consequence; fix`."""
+    """List what a user should know about settings that cancel one another: `name=value: consequence; fix`."""
     return [*_warm_ups(config), *_without_effect(config)]
 
 

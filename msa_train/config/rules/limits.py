@@ -1,4 +1,4 @@
-"""The largest sizes that are taken at their word; what lies above is a slip of the hand.
+"""Limit sizes to the largest that are taken at their word; what lies above is a slip of the hand.
 
 A size beyond them would fill the memory, or keep the machine busy for minutes, before anything else could
 refuse it. Each limit is far above what has been trained anywhere.
@@ -105,7 +105,7 @@ def check_size(name: str, value: int, limit: int) -> None:
 
 
 def _whole_numbers(config: object, prefix: str) -> Iterator[tuple[str, int]]:
-    """Every whole number with its dotted key."""
+    """Yield every whole number with its dotted key, e.g. ("model.num_layers", 3)."""
     if isinstance(config, bool):
         return
     if isinstance(config, int):

@@ -1,4 +1,4 @@
-"""Which files a corpus consists of, before any of them is read."""
+"""Find the files that a corpus consists of, before any of them is read."""
 
 import glob
 import hashlib
@@ -24,15 +24,18 @@ _NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
 
 @dataclass(slots=True)
 class SourceFile:
-    """A file as it was when the corpus was listed."""
+    """Describe a file as it was when the corpus was listed."""
 
     path: str
+    "absolute"
     name: str
     "path below the corpus' root, so that moving a corpus renames no document"
     document: str
     "name of the document that it is, or becomes part of"
     size: int
+    "bytes on disk"
     mtime_ns: int
+    "time of the last change of content, nanoseconds since 1970"
     ctime_ns: int
     "of the last change of content or owner; unlike mtime_ns, copying tools cannot set it back"
     identity: tuple[object, ...]
@@ -40,34 +43,39 @@ class SourceFile:
 
     @property
     def is_jsonl(self) -> bool:
-        """Whether each line is a document."""
+        """Tell if each line is a document, by the name's ending: a.jsonl, b.JSON.gz, not c.txt."""
         endings = tuple(kind + packed for kind in RECORD_SUFFIXES for packed in PACKED_SUFFIXES)
         return self.name.lower().endswith(endings)
 
 
 @dataclass(slots=True)
 class Source:
-    """The files of a corpus, sorted by document and name."""
+    """Hold the files of a corpus, sorted by document and name."""
 
     corpus: str
     "the setting, for messages"
     description: str
+    "one line for the log"
     files: list[SourceFile]
+    "each file once"
     is_stdlib: bool = False
+    "the corpus is Python's standard library, whose files are joined to documents"
 
     @property
     def num_bytes(self) -> int:
-        """Size of the files on disk."""
+        """Return the size of the files on disk, bytes."""
         return sum(file.size for file in self.files)
 
     def fingerprint(self) -> str:
-        """Hash of every file's path, size and times of change."""
+        """Hash every file's path, size and times of change (SHA-256, hexadecimal); no content is read."""
         rows = [(f.path, f.document, f.size, f.mtime_ns, f.ctime_ns) for f in self.files]
         return hashlib.sha256(json.dumps(rows).encode("ascii")).hexdigest()
 
 
 def find_indexed(corpus: str) -> str | None:
-    """Prefix of the Megatron .bin/.idx pair that the setting names, or None if it names none.
+    """Return the prefix of the Megatron .bin/.idx pair that the setting names, or None if it names none.
+
+    Example: data/books.bin or data/books -> data/books, where books.bin and books.idx exist.
 
     Raises:
         ValueError: if one file of the pair is missing.
@@ -125,7 +133,7 @@ def find_source(corpus: str, own: Collection[str] = ()) -> Source:
 
 
 def _mode(corpus: str, path: Path) -> int:
-    """Kind of the file, 0 where there is none."""
+    """Return the mode of the file, 0 where there is none."""
     try:
         return path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -135,7 +143,7 @@ def _mode(corpus: str, path: Path) -> int:
 
 
 def _each_once(files: list[SourceFile]) -> list[SourceFile]:
-    """Of several paths to one file the first, but rather one whose name says that its lines are records."""
+    """Keep one of several paths to a file: the first one named as records, else the first."""
     first: dict[tuple[object, ...], SourceFile] = {}
     for file in sorted(files, key=lambda file: not file.is_jsonl):
         first.setdefault(file.identity, file)
@@ -143,7 +151,7 @@ def _each_once(files: list[SourceFile]) -> list[SourceFile]:
 
 
 def _told(files: list[SourceFile], repeated: int, left_out: list[str]) -> str:
-    """What was found, in words: "2 of records, 1 of plain text; left out: 1 folder(s) of runs or caches"."""
+    """Say what was found: "2 of records, 1 of plain text; left out: 1 folder(s) of runs or caches"."""
     records = sum(file.is_jsonl for file in files)
     counts = ((records, "of records"), (len(files) - records, "of plain text"))
     found = ", ".join(f"{count} {what}" for count, what in counts if count)
@@ -196,7 +204,7 @@ def _stdlib() -> Source:
 
 
 def _stdlib_document(path: PurePosixPath) -> str:
-    """Name of the document that a file of the standard library belongs to.
+    """Name the document that a file of the standard library belongs to.
 
     A package is one document. Modules outside packages are put together by first letter, and so are those of
     the package `test`, whose sub-packages are documents of their own. Examples: asyncio/tasks.py -> asyncio,

@@ -1,4 +1,4 @@
-"""Tokenized corpora on disk: built whole or not at all, checked before use.
+"""Keep tokenized corpora on disk: built whole or not at all, checked before use.
 
 CACHE_DIR/
     CACHEDIR.TAG                backup tools leave the folder out, and so does the search for a corpus
@@ -7,6 +7,10 @@ CACHE_DIR/
         documents.dat               [3, num_documents] 64-bit little-endian: hash of the name, bytes, tokens
         corpus.json                 sizes and CRC-32 of these files
     ....partial-*/              being written, or left by a crash
+
+Cost for N tokens in D documents: corpus.bin has 2 N bytes (4 N from 65,500 ids on), corpus.idx 42 + 20 D,
+documents.dat 24 D. At 4 bytes of text per token, 1 TB of text becomes 250 billion tokens, at most 1 TB again.
+Nothing is ever removed: each corpus and tokenizer has a folder of its own.
 """
 
 import hashlib
@@ -38,11 +42,14 @@ _NAMES = ("corpus.bin", "corpus.idx", DOCUMENTS_NAME)
 
 @dataclass(slots=True)
 class Documents:
-    """Parallel arrays over the documents of a corpus of text, kept beside the tokens."""
+    """Hold parallel arrays over the documents of a corpus of text, kept beside the tokens."""
 
     hashes: npt.NDArray[np.uint64]
+    "[num_documents] uint64, hash of the name, see split.hash_name"
     num_bytes: npt.NDArray[np.int64]
+    "[num_documents] int64, bytes of text"
     num_tokens: npt.NDArray[np.int64]
+    "[num_documents] int64, tokens, the end of the document included"
 
 
 def cache_root(data: DataConfig) -> Path:
@@ -65,7 +72,7 @@ def cache_root(data: DataConfig) -> Path:
 
 
 def cache_key(data: DataConfig, source: Source, tokenizer: Tokenizer) -> str:
-    """Name of the folder of a corpus: what its tokens follow from."""
+    """Name the folder of a corpus by what its tokens follow from: 24 hexadecimal digits of a SHA-256."""
     parts = [FORMAT, source.is_stdlib, source.fingerprint(), tokenizer.fingerprint, data.text_field]
     return hashlib.sha256(json.dumps(parts).encode("ascii")).hexdigest()[:24]
 
@@ -110,20 +117,20 @@ def _publish(partial: Path, folder: Path, summary: dict[str, Any]) -> None:
 
 
 def _entry(path: Path) -> dict[str, int]:
-    """What corpus.json says about a file. It is read back once, which is little beside the tokenizing."""
+    """Return what corpus.json says about a file. It is read back once, which is little beside tokenizing."""
     size, crc32 = path.stat().st_size, file_crc32(path)
     return {"size": size, "crc32": crc32, "sample_crc32": sample_crc32(path)}
 
 
 def write_documents(path: Path, documents: Documents) -> None:
-    """Write the arrays one after another."""
+    """Write the arrays one after another, 24 bytes per document, little-endian; 2 documents -> 48 bytes."""
     with path.open("wb") as stream:
         for array in (documents.hashes, documents.num_bytes, documents.num_tokens):
             stream.write(array.astype(array.dtype.newbyteorder("<")).tobytes())
 
 
 def read_documents(folder: Path) -> Documents:
-    """The arrays of a cached corpus, [num_documents] each.
+    """Read the arrays of a cached corpus, [num_documents] each.
 
     Raises:
         ValueError: if the file cannot hold them.
@@ -138,10 +145,11 @@ def read_documents(folder: Path) -> Documents:
 def check_cache(data: DataConfig, folder: Path) -> tuple[str, dict[str, int]]:
     """Compare the files of a cached corpus with their sizes and checksums.
 
-    Files above FULL_CHECK_BYTES are compared in samples: a terabyte would take many minutes at every start.
+    Files above FULL_CHECK_BYTES (8 GiB) are compared in samples of 8 MiB: a terabyte would take many minutes
+    at every start, more than 15 at 1 GB/s.
 
     Returns:
-        What changes when any token, or the name of any document, does; size of each file by name.
+        A digest that changes when any token, or the name of any document, does; size of each file by name.
 
     Raises:
         ValueError: naming the file that is damaged.
@@ -174,7 +182,7 @@ def _damage(path: Path, entry: dict[str, int]) -> str | None:
 
 
 def damaged(data: DataConfig, folder: Path, reason: str) -> ValueError:
-    """The one line that reports a damaged cache."""
+    """Word the one line that reports a damaged cache."""
     return ValueError(
         f"data.cache_dir={data.cache_dir}: {folder} is damaged ({reason}); remove it, and it is built again"
     )

@@ -77,6 +77,7 @@ def collect_wants(selections: Selections, placement: Placement, num_kv_heads: in
     for rank in range(size):
         # [M, P', NL]: blocks in the order of their owners
         wanted = selections.needed(placement, rank)[:, placement.order]
+        # own blocks need no request
         wanted[:, rank] = False
         pairs[rank] = np.count_nonzero(wanted)
         for place in range(head_size):
@@ -124,6 +125,7 @@ def exchange_rows(wants: Wants, cluster: Cluster, *, hierarchical: bool, hot_sha
     ranks 0 and 2 one row each intra-node. Hierarchical: ranks 0 and 1 send 1 row each inter-node, then ranks
     0 to 3 send 1, 0, 2 and 1 rows intra-node. Fetched are [0, 1, 2, 3] either way.
     """
+    # several schemes and `auto` ask for the same plan
     key = (cluster.gpus_per_node, hierarchical, hot_share)
     if key not in wants.planned:
         wants.planned[key] = _plan_rows(wants, cluster, hierarchical=hierarchical, hot_share=hot_share)
@@ -143,6 +145,7 @@ def _plan_rows(wants: Wants, cluster: Cluster, *, hierarchical: bool, hot_share:
 
 def _place_rows(demand: Demand, cluster: Cluster) -> tuple[list[CollectiveCost], IntArray, IntArray]:
     """Count one place: hops in rows, KV blocks fetched per rank, broadcast blocks per owner."""
+    # find_demand has already taken broadcast blocks out of the bitmaps
     shape, hot = demand.shape, demand.hot.sum(1).numpy()
     counts = count_bits(demand.bits).numpy()
     if not shape.hierarchical:

@@ -55,12 +55,13 @@ class FullLayer:
         setup, parts = self.setup, self._parts(scheme)
         moved = self._moved(parts)
         move_s = [wire.time_s(self.cluster) for wire in moved]
-        # FLOPs of every (computing rank, key owner): 4 * D * Hq per causal pair
+        # FLOPs of every (computing rank, key owner), [P, P]: 4 * D * Hq per causal pair
         rate = setup.shape.full_flops(1) * parts.pairs
         forward_s = np.asarray(setup.seconds(rate, setup.rates.full_forward_flops))
         backward_s = np.asarray(setup.seconds(BACKWARD_FACTOR * rate, setup.rates.full_backward_flops))
         traffic = {"full_query": moved} if any(wire.sent.any() for wire in moved) else {}
         forward, backward = Timeline(self.cp_size), Timeline(self.cp_size)
+        # moves of queries and outputs are exposed: attention needs the first, the projection the second
         forward.compute(setup.overhead_s() + setup.projections_s())
         forward.collective("full_query", move_s[0])
         backward.compute(2 * setup.output_s())
@@ -94,10 +95,12 @@ class FullLayer:
         # a ring works on one shard while the next one arrives, each with a gradient of its size
         rows = 4 * self.shard_bytes
         if scheme not in _RINGS:
+            # own shard and what was fetched, each with a gradient of the same type
             rows = 2 * float(sum(wire.received.max() for wire in traffic["full_kv"][:1]) + self.shard_bytes)
         return SchemeReport(scheme.value, *passes, traffic, rows)
 
     def _parts(self, scheme: FullScheme) -> _Parts:
+        # (balanced, ring) decide who computes what; all other schemes share the parts
         key = (scheme is not FullScheme.ring_unbalanced, scheme in _RINGS)
         if key not in self._known:
             self._known[key] = self._divide(*key)
@@ -122,6 +125,7 @@ class FullLayer:
             # units of `rank` before each position; the difference of two is what lies in the document
             below = np.concatenate(([0], np.cumsum(key_owner == rank)))
             seen = (below[position] - below[doc_start]).astype(float) * unit * unit
+            # a unit's own keys: the first query sees one of them, the last all
             seen += (key_owner == rank) * (unit * (unit + 1) / 2)
             pairs[:, rank] = np.bincount(share.owner, seen, minlength=self.cp_size)
         return _Parts(share, key_owner, pairs)
@@ -135,6 +139,7 @@ class FullLayer:
         heads = shape.num_heads * shape.head_dim * shape.element_bytes
         queries = collective_cost.all_to_all(parts.share.moved, heads, self.cluster)
         home = owners(self.setup.outer.plan, unit)
+        # only a balanced ring moves keys; elsewhere the owners are those of the layout and nothing is added
         keys = moves(home, parts.key_owner, self.cp_size) * unit
         both = parts.share.moved * heads + keys * shape.kv_token_bytes
         there = collective_cost.all_to_all(both, 1.0, self.cluster)
@@ -181,6 +186,7 @@ class FullLayer:
         fetch, give = self._fetch(FullScheme.selected, parts)
         traffic["full_kv"], traffic["full_kv_grad"] = [fetch], [give]
         own = [np.diagonal(part) for part in seconds]
+        # seconds over own keys hide the fetch; those over all others follow it
         remote = [part.sum(1) - mine for part, mine in zip(seconds, own, strict=True)]
         fetch_s, give_s = fetch.time_s(self.cluster), give.time_s(self.cluster)
         overlap = self.setup.options.overlap
@@ -190,6 +196,7 @@ class FullLayer:
             backward.compute(remote[1])
             backward.under("full_kv_grad", give_s, own[1], overlap=overlap)
             return
+        # fetched again: the way here takes own keys as cover, and the way back has none left
         traffic["full_kv_again"] = [fetch]
         backward.under("full_kv_again", fetch_s, own[1], overlap=overlap)
         backward.compute(remote[1])

@@ -78,6 +78,7 @@ def spans(hot: NDArray[np.int64], elements: int, node_size: int) -> tuple[NDArra
     """
     size = hot.shape[0]
     ends = hot.cumsum() * elements
+    # rounded up: the last slice may be partly empty, and is sent whole by the gather all the same
     slice_size = -(-int(ends[-1]) // size)
     rank = np.arange(size)
     # slices of the same place in all nodes are neighbours, so that a gather between nodes gives one piece
@@ -89,12 +90,16 @@ def spans(hot: NDArray[np.int64], elements: int, node_size: int) -> tuple[NDArra
 def _one(hot: NDArray[np.int64], shape: LayerShape, cluster: Cluster, node_size: int) -> HotWires:
     """Plan for one place of the Ulysses groups; hot: [P']."""
     size, item = hot.shape[0], shape.element_bytes
+    # slices cut through blocks, so they are counted in elements; gradient rows are longer and cut on their
+    # own
     parts, slice_size = spans(hot, shape.pair_bytes // item, node_size)
     grad_parts, grad_slice = spans(hot, shape.pair_grad_bytes // item, node_size)
+    # owners send each rank its slice; afterwards each rank sends the summed slice back to its owners
     out = collective_cost.all_to_all(parts, item, cluster)
     home = collective_cost.all_to_all(grad_parts.T, item, cluster)
     if node_size == size:
         gathered = collective_cost.all_gather(slice_size * item, size, cluster)
+        # every rank has gradients for every slice: a sum by all-to-all, added up where it arrives
         summed = collective_cost.all_to_all(np.full((size, size), grad_slice), item, cluster)
         return HotWires([out, gathered], [summed, home])
     nodes = size // node_size

@@ -44,6 +44,7 @@ class LayerCosts:
 
         A node has fewer of them, each with its own links. Example: 8 per node, head_size 4 -> 2 per node.
         """
+        # each rank of the group carries its own part of the heads over its own links
         return replace(
             self.cluster, gpus_per_node=max(1, self.cluster.gpus_per_node // self.options.head_size)
         )

@@ -32,6 +32,7 @@ from msa_train.simulate.inputs.cluster import Cluster
 FloatArray = NDArray[np.float64]
 FP32_BYTES = 4
 REQUEST_HEADER_BYTES = 64
+"bytes of a request beside its bitmaps"
 
 
 @dataclass(slots=True)
@@ -173,6 +174,7 @@ class Selected(Exchange):
         if not options.keep_for_backward:
             for name in [name for name in self.traffic if name.startswith("kv") and "grad" not in name]:
                 self.traffic[name.replace("kv", "kv_again", 1)] = list(self.traffic[name])
+        # what is packed for the first hop, own broadcast blocks included; what is unpacked after the last one
         self.sent = self.fullest(rows.hops[0].sent + rows.hot.flatten())
         self.fetched = self.fullest(rows.fetched + rows.hot.sum(axis=1).repeat(self.size))
         self._count_memory(rows.hops, request)
@@ -184,8 +186,10 @@ class Selected(Exchange):
         fetched rows with their gradients in fp32 and once more in the wire's type, and gradients that arrive.
         """
         shape = self.setup.shape
+        # in a hierarchical exchange a rank receives rows for its whole node before they are handed on
         transit = self.fullest(hops[0].received) if len(hops) == 2 else np.zeros(self.size)
         forward = (self.sent + transit + self.fetched) * shape.pair_bytes
+        # a gradient exists twice: summed in fp32 while it is computed, and in the wire's type when it leaves
         wide = 1 + FP32_BYTES / shape.element_bytes
         backward = self.fetched * (shape.pair_bytes + wide * shape.pair_grad_bytes)
         backward = backward + (self.sent + transit) * shape.pair_grad_bytes
@@ -199,6 +203,7 @@ class Selected(Exchange):
     def forward(self, clocks: Timeline, *, again: bool) -> None:
         """See Exchange.forward."""
         if not again:
+            # the host must see the requests before it can launch sends of the right sizes
             clocks.collective("request", self.seconds("request") + self.cluster.host_sync_s)
         self._fetch(clocks, "kv", self.work.forward.own)
         clocks.compute(self.work.forward.others)
@@ -206,12 +211,14 @@ class Selected(Exchange):
     def _fetch(self, clocks: Timeline, purpose: str, computing: FloatArray) -> None:
         """Fetch in both hops and broadcast; only what starts at once is hidden under `computing`."""
         scatter_s, gather_s = self.hot.seconds(self.hot.forward, self.cluster)
+        # owners gather the rows into one buffer before anything can leave
         clocks.copy(self.setup.copy_s(self.sent * self.setup.shape.pair_bytes))
         first = f"{purpose}_outer" if self.hierarchical else purpose
         clocks.under(
             first, self.seconds(first) + scatter_s, computing, self._first_among, overlap=self.overlap
         )
         if self.hierarchical:
+            # the second hop waits for the whole first one, and own blocks are done by then
             clocks.collective(purpose, self.seconds(purpose), Among.node)
         if self.hot.forward:
             clocks.collective(f"{purpose}_hot", gather_s)
@@ -222,6 +229,7 @@ class Selected(Exchange):
         keep = self.setup.options.keep_for_backward
         if not keep:
             self._fetch(clocks, "kv_again", own)
+        # gradients of others' blocks come first, so that they can travel under those of own blocks
         clocks.compute(self.work.backward.others)
         clocks.copy(self.setup.copy_s(self.fetched * shape.pair_grad_bytes))
         first = "kv_grad"
@@ -236,6 +244,7 @@ class Selected(Exchange):
         )
         if self.hot.backward:
             clocks.collective("kv_grad_hot", home_s)
+        # owners add what arrives to their own gradients
         clocks.copy(self.setup.copy_s(self.sent * shape.pair_grad_bytes))
 
 
@@ -275,6 +284,7 @@ class AllGather(Exchange):
     def backward(self, clocks: Timeline) -> None:
         """See Exchange.backward."""
         self._gather(clocks, "kv_again", self.work.backward.own)
+        # a reduce-scatter needs the gradients of all blocks, so nothing is left to compute under it
         clocks.compute(self.work.backward.others)
         clocks.collective("kv_grad", self.seconds("kv_grad"))
 
@@ -288,7 +298,7 @@ class AllGather(Exchange):
 
 @dataclass(slots=True)
 class AllGatherAllReduce(Exchange):
-    """Gather once and keep, as the nearest rival does; gradients are summed on all ranks; nothing overlaps."""
+    """Gather once and keep, as the nearest rival does; all ranks get the sum of gradients; no overlap."""
 
     def plan(self) -> None:
         """See Exchange.plan."""
@@ -332,11 +342,11 @@ class Ring(Exchange):
             self.took("kv", self.step.scaled(self.size - 1))
             self.took("kv_again", self.step.scaled(self.size - 1))
             self.took("kv_grad", self.grad_step.scaled(self.size))
+        # a shard on its way, and up to three gradients of a shard in fp32
         self.memory_bytes = shard + 3 * grads
 
     def _steps(self, work: PassWork) -> list[FloatArray]:
-        """List the [P'] seconds of each of P' steps: own shard first, then others by KV blocks wanted from
-        each.
+        """List the [P'] seconds of each of P' steps: own shard first, others by KV blocks wanted from each.
 
         Example: a rank of 4 with 6 s over others, which wants 1, 2 and 0 blocks of them -> 2, 4 and 0 s.
         """
@@ -357,6 +367,7 @@ class Ring(Exchange):
         for number, seconds in enumerate(self._steps(self.work.backward)):
             # gradients of the piece before travel beside the next piece
             self._step(clocks, "kv_again", seconds, step_s * (number < self.size - 1) + grad_s * (number > 0))
+        # the last shift brings every shard's gradient home, with nothing left to compute
         if self.size > 1:
             clocks.neighbours("kv_grad", np.zeros(self.size), grad_s)
 

@@ -32,6 +32,7 @@ from msa_train.simulate.inputs.scenario import Scheme
 
 FloatArray = NDArray[np.float64]
 BLOCK_ID_BYTES = 4
+"int32"
 
 
 @dataclass(slots=True)
@@ -88,6 +89,7 @@ class MsaLayer:
         flops = shape.sparse_flops(tiles) / self.head_size
         backward_s = setup.seconds(BACKWARD_FACTOR * flops, rates.sparse_backward_flops)
         if shape.trains_index:
+            # the KL loss is computed in the backward pass, which has the main branch's logits once more
             backward_s = backward_s + setup.seconds(shape.kl_flops(tiles) / self.head_size, rates.kl_flops)
         forward_s = setup.seconds(flops, rates.sparse_forward_flops)
         return AttentionWork.divided(np.asarray(forward_s), np.asarray(backward_s), self.work.local_share)
@@ -98,6 +100,7 @@ class MsaLayer:
             return self.report_auto(selected=self._selected_pays())
         exchange = self._exchange(scheme)
         forward, backward = self._forward(exchange, again=False), self._backward(exchange)
+        # index keys have no gradient collective: their gradients are part of each KV block's row
         traffic = {"index_key": [self._index_keys()], **exchange.traffic}
         if self.work.index_moved.any():
             traffic["index_query"] = list(self._index_moves())
@@ -112,6 +115,7 @@ class MsaLayer:
             forward,
             backward,
             self._with_inner(traffic),
+            # every rank keeps all index keys of the pack, whatever the scheme
             exchange.memory_bytes + self._index_bytes(),
         )
 
@@ -158,6 +162,7 @@ class MsaLayer:
         # per hop, rows of the rank that sends or receives most: all others wait for it
         busiest = [int(max(hop.sent.max(), hop.received.max())) for hop in rows.hops]
         fetches = 1 if setup.options.keep_for_backward else 2
+        # the rule knows one exchange; of several places of a Ulysses group the fullest counts
         num_hot = int(rows.hot.sum(axis=1).max())
         cost = selected_cost(shape, busiest, num_hot, size, rates, fetches=fetches)
         return cost <= all_gather_cost(shape, size, rates)
@@ -170,6 +175,7 @@ class MsaLayer:
         started = clocks.start()
         if not setup.options.overlap:
             clocks.finish("index_key", started, keys)
+        # index keys travel while queries, keys and values are projected
         clocks.compute(self._projections_s())
         self._switch_heads(clocks, self._inner_bytes_in())
         if setup.options.overlap:
@@ -251,6 +257,7 @@ class MsaLayer:
     def _with_inner(self, traffic: dict[str, list[CollectiveCost]]) -> dict[str, list[CollectiveCost]]:
         if self.head_size == 1:
             return traffic
+        # once in and once out per pass, and once more each in a recomputation
         passes = 2 + self.setup.options.recompute
         inner = [self._inner(self._inner_bytes_in()), self._inner(self._inner_bytes_out())]
         return {**traffic, "heads": inner * passes}
@@ -263,6 +270,7 @@ def measured_rates(cluster: Cluster, cp_size: int) -> ExchangeRates:
     s + 0.2 s, all-to-all (2 of 3 bytes inter-node) 3 s + 0.133 s, all-gather on rails 3 s + 0.067 s.
     """
     nodes = cluster.num_nodes(cp_size)
+    # two sizes give a line exactly, as the model's times are lines: 4 KiB for latency, 4 MiB for the rate
     node_size, sizes = cp_size // nodes, (2.0**12, 2.0**22)
 
     def line(move: Callable[[float], CollectiveCost]) -> Line:

@@ -167,6 +167,7 @@ class Timeline:
         [3, 6].
         """
         before = self._lag()
+        # a piece leaves when its sender has reached this step, and its receiver has posted for it
         arrived = np.maximum(self.busy, np.roll(self.busy, 1)) + seconds
         self.busy = np.maximum(self.busy + compute, arrived)
         self.free = np.maximum(self.free + compute, np.roll(self.free, 1))
@@ -187,10 +188,12 @@ class Timeline:
             wire=dict(self.wire),
         )
 
+    # the wire's share of the time so far: both sets of clocks have done the same work and waited alike
     def _lag(self) -> float:
         return float(self.busy.max() - self.free.max())
 
     def _note(self, name: str, seconds: float, before: float) -> None:
+        # telescoping: the changes of the lag, summed over collectives, are the lag at the end
         self._last_name = name
         self.exposed[name] = self.exposed.get(name, 0.0) + self._lag() - before
         self.wire[name] = self.wire.get(name, 0.0) + seconds

@@ -102,8 +102,7 @@ class LayerShape:
         return 2 * self.index_head_dim * self.num_kv_heads * causal_pairs
 
     def sparse_flops(self, tiles: Amount) -> Amount:
-        """Return the FLOPs of forward attention over E = `tiles` (query, block) pairs per KV head: 4 D Hq B
-        E.
+        """Return the FLOPs of forward attention over E (query, block) pairs per KV head, `tiles`: 4 D Hq B E.
 
         Two products (scores, values) of 2 D FLOPs per query head and key; Hq / M query heads share a tile.
         """

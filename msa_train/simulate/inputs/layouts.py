@@ -50,12 +50,14 @@ def place(
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout}: must be one of {', '.join(LAYOUTS)}")
     starts = _check_documents(seq_len, block_size, cu_seqlens)
+    # training's own planner: what is simulated is what would run
     plan = make_partition(CpLayout(layout), cp_size, starts.tolist(), block_size)
     if head_size > 1:
         plan = merge_ranks(plan, head_size)
     owner = owners(plan, block_size)
     # a stable sort by owner lists each rank's blocks in ascending order, equally many of each
     order = np.argsort(owner, kind="stable").reshape(plan.size, -1)
+    # every block of a document points at the document's first block; documents are whole blocks
     doc_start = np.repeat(starts[:-1] // block_size, np.diff(starts) // block_size)
     return Placement(seq_len, block_size, plan.size, owner, order, doc_start, plan, starts.tolist())
 
@@ -119,6 +121,7 @@ def share_full(placement: Placement, *, balanced: bool, ring: bool) -> tuple[Sha
 
 
 def _share(placement: Placement, away: SequencePartition, work: IntArray) -> Share:
+    # work is given per unit, so its length tells the unit
     unit = placement.seq_len // len(work)
     home, owner = owners(placement.plan, unit), owners(away, unit)
     moved = moves(home, owner, placement.cp_size) * unit

@@ -46,8 +46,7 @@ class Placement:
         return self.seq_len // self.cp_size
 
     def tiles(self, topk: int) -> IntArray:
-        """Count [P] (query, block) pairs that a rank's queries select for one KV head: topk, fewer at the
-        start.
+        """Count [P] (query, block) pairs that a rank's queries select per KV head: topk, fewer at the start.
 
         Example: blocks of 2 tokens, topk 2, one document of 6 tokens on one rank -> 2 * (1 + 2 + 2).
         """

@@ -95,6 +95,7 @@ class RecordedSelections:
     def local_share(self, placement: Placement) -> NDArray[np.float64]:
         """See Selections.local_share; ranks without a sampled query get the mean."""
         self._check(placement)
+        # counts per rank of the sampled queries: all selected blocks, and those that the rank holds
         home = placement.owner[self.sample_position // self.block_size]
         valid = self.sample_blocks >= 0
         local = valid & (placement.owner[np.maximum(self.sample_blocks, 0)] == home[:, None, None])
@@ -134,6 +135,7 @@ def read_selections(path: Path) -> list[RecordedSelections]:
             raise ValueError(
                 f"{path}: its parts differ in {name}; keep the parts of one recording in a folder"
             )
+    # parts are sorted by their first token, so a gap or an overlap shows at the next part
     position = 0
     for part in parts:
         if int(part["first_token"]) != position:

@@ -111,6 +111,7 @@ class SyntheticSelections:
         count = max(1, min(placement.order.shape[1], 4096 // placement.cp_size))
         for rank in range(placement.cp_size):
             own = placement.order[rank]
+            # blocks at the middles of `count` equal parts: all depths of the rank's shard are drawn
             blocks = own[(np.arange(count) * 2 + 1) * own.shape[0] // (2 * count)]
             picks = self._draw(placement, blocks, np.arange(count) + rank * count)
             valid = picks >= 0
@@ -157,6 +158,7 @@ class SyntheticSelections:
         Source: Efraimidis and Spirakis 2006 (weighted sampling), as Gumbel-top-k in Kool et al. 2019. Returns
         [M, NB] bool.
         """
+        # a stream per rank: ranks can be asked in any order, and one of them alone
         rng = np.random.default_rng((self.seed, 1, placement.cp_size, rank))
         own = placement.order[rank]
         visible = np.flatnonzero(placement.visible(rank))
@@ -168,6 +170,7 @@ class SyntheticSelections:
         # distance of a remote block to the rank's next own one, which is the nearest query that can see it
         next_own = own[np.searchsorted(own, visible)]
         near = (next_own - visible).astype(np.float32) ** np.float32(-self.distance_exponent)
+        # both parts of the weights are normalised, so popular_share is their share of the sum
         near *= (1 - self.popular_share) / near.sum()
         sinks = np.isin(visible, np.unique(placement.doc_start[own])[:, None] + np.arange(self.sink_blocks))
         for group in range(self.num_kv_heads):
@@ -229,8 +232,7 @@ class SyntheticSelections:
         return result[:, 1:]
 
     def _draw(self, placement: Placement, blocks: IntArray, runs: IntArray) -> IntArray:
-        """Draw for [R] query blocks and run numbers: [R, M, topk] selected blocks, -1 where fewer are
-        visible.
+        """Draw [R, M, topk] blocks for [R] query blocks and run numbers, -1 where fewer are visible.
 
         Example: topk 3 with 1 local and 1 sink block: block 0 -> [0, -1, -1], block 1 -> [0, 1, -1], block 4
         -> [4, 0, 2], of which 2 was drawn.
@@ -264,6 +266,7 @@ class SyntheticSelections:
         )
         # a number of its own for each (run, KV head, slot): whoever draws for it finds the same block
         key = key + np.arange(slots)
+        # channel 0 draws distances, 1 the choice between both ways, 2 the place in the order of popularity
         distance = _power_law(_uniform(key, self.seed, 0), np.maximum(before, 1), self.distance_exponent)
         picks = blocks[:, None, None] - np.minimum(distance, before).astype(np.int64)
         if self.popular_share == 0:
@@ -301,6 +304,7 @@ def _uniform(key: IntArray, seed: int, channel: int) -> FloatArray:
     """
     x = key.astype(np.uint64)
     with np.errstate(over="ignore"):
+        # four channels per key; multiples of the golden ratio's 64 bits spread seeds, as in splitmix64
         x = x * np.uint64(4) + np.uint64(channel)
         x ^= np.uint64((seed * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) % 2**64)
         x = (x + np.uint64(0x9E3779B97F4A7C15)) & np.uint64(2**64 - 1)

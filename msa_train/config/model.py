@@ -91,6 +91,7 @@ class ModelConfig:
                 f"model.num_dense_ffn_layers={self.num_dense_ffn_layers}: must be from 0 to "
                 f"model.num_layers={self.num_layers}"
             )
+        # channels are rotated in pairs
         if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
             raise ValueError(
                 f"model.rotary_dim={self.rotary_dim}: must be even and at most model.head_dim={self.head_dim}"
@@ -104,6 +105,7 @@ class ModelConfig:
             ValueError: for a kind that does not exist, or more layers than num_layers.
         """
         kinds: list[AttentionKind] = []
+        # checked as it grows: a count with nine digits would fill the memory first
         for part in self.layer_attention.split(","):
             name, _, count = part.strip().partition("*")
             if name not in AttentionKind.__members__ or (count and not _COUNT.fullmatch(count)):

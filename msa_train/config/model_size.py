@@ -45,8 +45,7 @@ def model_size(model: ModelConfig, attention: AttentionConfig) -> ModelSize:
 
 
 def _attention(model: ModelConfig) -> int:
-    # projections of queries and outputs (Hq each), of keys and values (M each); a norm's weights if there is
-    # one
+    # projections of queries and outputs (Hq heads each), of keys and values (M each); norms come on top
     heads = 2 * model.num_heads + 2 * model.num_kv_heads
     count = heads * model.head_dim * model.hidden_size
     if model.qk_norm is QkNorm.head:

@@ -47,7 +47,7 @@ class Stage:
         """Return the tokens of the run after `step` updates, padding included.
 
         Example: a stage from step 4 on with 128 tokens before it, packs of 64, one per step: after 10 steps
-            512.
+        512.
         """
         return self.first_token + (step - self.first_step) * global_batch_size * self.seq_len
 
@@ -96,6 +96,7 @@ def plan_stages(config: RunConfig) -> tuple[Stage, ...]:
         first_step = stages[-1].last_step if stages else 0
         seq_len = stage.seq_len or config.data.seq_len
         if stage.tokens:
+            # whole steps: 100 tokens in steps of one pack of 32 are 4 steps
             num_steps = -(-stage.tokens // (batch * seq_len))
         elif index == len(written) - 1:
             num_steps = limit - first_step
@@ -128,6 +129,7 @@ def plan_stages(config: RunConfig) -> tuple[Stage, ...]:
                 warmup_steps=stage.warmup_steps,
             )
         )
+        # stages behind the last step are not planned; this one keeps its whole length
         if limit and stages[-1].last_step >= limit:
             return tuple(stages)
     if limit:

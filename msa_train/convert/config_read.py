@@ -106,7 +106,9 @@ def _read_m3(fields: Fields, *, tied: bool) -> HfModel:
         zero_centered_norm=True,
         activation=Activation.swiglu_oai,
     )
+    # of a vision-language model, the outer object may say it for the language model inside
     model.tie_embeddings = model.tie_embeddings or tied
+    # a model of full attention may have any index sizes: they mean nothing
     if AttentionKind.msa in kinds:
         _check_index(fields, model, index)
     fields.check_fixed()
@@ -130,6 +132,7 @@ def _num_layers(fields: Fields) -> int:
 
 def _num_experts(fields: Fields, layers: int) -> int:
     """Take the number of experts of a layer, a field that has two names."""
+    # null is a value that is refused later, so absence needs a mark of its own
     absent = object()
     one, other = fields.left.pop("num_local_experts", absent), fields.left.pop("num_experts", absent)
     if absent not in (one, other) and one != other:
@@ -240,6 +243,7 @@ def _num_dense(fields: Fields, layers: int) -> int:
     if len(types) != layers:
         raise fields.refusal("mlp_layer_types", types, f"must name {layers} layers")
     count = sum(kind == "dense" for kind in types)
+    # our configuration has a number of dense layers and no list
     if types != ["dense"] * count + ["sparse"] * (layers - count):
         raise fields.refusal("mlp_layer_types", types, "dense layers must come before all others here")
     return count

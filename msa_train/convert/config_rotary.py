@@ -18,6 +18,7 @@ def read_rotary(fields: Fields, head_dim: int) -> dict[str, Any]:
     """
     rope = _parameters(fields)
     theta, factor = (_agreed(fields, rope, name) for name in ("rope_theta", "partial_rotary_factor"))
+    # what is left are fields of other kinds of scaling, such as a factor
     for name, value in rope.items():
         if value is not None:
             raise fields.refusal(f"rope_parameters.{name}", value, "is not implemented here; must be absent")

@@ -17,6 +17,7 @@ def family_of(model: ModelConfig) -> Family:
     Raises:
         ValueError: one line, naming the first setting that none of them has.
     """
+    # the activation is what the two architectures never share
     family = Family.m3 if model.activation is Activation.swiglu_oai else Family.m2
     needed: dict[str, Any] = {"qk_norm": QkNorm.head, "zero_centered_norm": True}
     if family is Family.m2:
@@ -93,6 +94,7 @@ def write_hf_config(
         "bos_token_id": None,
         "eos_token_id": None,
     }
+    # transformers has these fields for M3 alone; the activation's constants are those of options.Activation
     if family is Family.m3:
         dense = model.num_dense_ffn_layers
         kinds = {AttentionKind.full: "full_attention", AttentionKind.msa: SPARSE}
@@ -122,6 +124,7 @@ def extend_hf_config(
         config: of the model that was extended; stays as it is.
         model, attention: our configuration after the extension.
     """
+    # a deep copy, of what is JSON anyway
     result: dict[str, Any] = json.loads(json.dumps(config))
     text = result["text_config"] if isinstance(result.get("text_config"), dict) else result
     for place in (text, text.get("rope_parameters"), text.get("rope_scaling")):
@@ -134,6 +137,7 @@ def extend_hf_config(
     }
     sparse = text.get("sparse_attention_config") or {}
     for name, value in values.items():
+        # in whichever spelling the config.json has them, and nowhere that it does not
         for place, field in ((text, name), (sparse, SPARSE_FIELDS[name])):
             if place.get(field) is not None:
                 place[field] = value

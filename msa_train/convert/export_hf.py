@@ -100,6 +100,7 @@ def plan_export(
     Raises:
         ValueError: one line, if the checkpoint lacks tensors or `like` is of another model.
     """
+    # nothing but shapes and dtypes is read here
     weights = _Weights(checkpoint, dtype)
     if like is not None:
         config = _config_like(like, model, attention, ignore)
@@ -128,6 +129,7 @@ def _plan_like(
                 f"tensor {name}: {found} in {like}, this model has {list(tensor.shape)}; use the folder that "
                 "the weights came from"
             )
+    # the same files in the same order, so that the folder can stand in for the original one
     copied = [name for name in entries if name not in tensors]
     files: dict[str, list[NewTensor]] = {}
     for name, entry in entries.items():
@@ -144,6 +146,7 @@ def write_export(plan: ExportPlan, folder: Path, progress: Callable[[int], None]
         progress: told the bytes of each piece.
     """
     partial_folder = folder.with_name(f".{folder.name}.partial")
+    # left by an export that was killed
     shutil.rmtree(partial_folder, ignore_errors=True)
     partial_folder.mkdir(parents=True)
     try:
@@ -254,6 +257,7 @@ def _config_like(
     for part, other in ((theirs.model, mine.model), (theirs.attention, mine.attention)):
         section = "model" if part is theirs.model else "attention"
         for field in part.__dataclass_fields__:
+            # without meaning where no layer is dense, written in several ways, or of initialisation alone
             if field in ("ffn_hidden_size", "layer_attention") or field.endswith("std"):
                 continue
             if getattr(part, field) != getattr(other, field):

@@ -86,6 +86,7 @@ def plan_import(folder: Path, hf: HfModel) -> ImportPlan:
                 f"tensor {name}: has shape {list(entry.shape)} where config.json gives {list(shape)}; "
                 "correct config.json, or fetch both again"
             )
+    # a tensor of ours has one dtype, so all that is fused into it must agree
     for key, spans in table.by_key().items():
         for one, other in pairwise(spans):
             if weights.dtype(one.name) is not weights.dtype(other.name):
@@ -141,6 +142,7 @@ def write_import(
     try:
         for box in boxes(plan, box_bytes):
             piece = torch.empty(box.sizes, dtype=weights.dtype(box.spans[0].name))
+            # the box as rows: spans count them with the leading dimensions flattened
             rows = piece.view(-1, *box.sizes[-1:]) if len(box.sizes) > 1 else piece
             at = 0
             for span in box.spans:
@@ -152,6 +154,7 @@ def write_import(
             progress(piece.nbytes)
     finally:
         weights.close()
+    # Megatron's loader asks every module for an extra state, if only an empty one
     for module, num_experts in plan.table.objects.items():
         writer.add_empty_object(f"{module}._extra_state", num_experts)
     writer.close()
@@ -192,6 +195,7 @@ def _groups(spans: list[Span], max_rows: int, rows_of_expert: int) -> Iterator[l
         done = 0
         while done < span.num_rows:
             row = span.key_row + done
+            # a box ends when it is full, and where the next expert begins
             if group and (room == 0 or (rows_of_expert and row % rows_of_expert == 0)):
                 yield group
                 group, room = [], max_rows

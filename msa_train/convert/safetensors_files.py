@@ -65,6 +65,7 @@ def read_index(folder: Path) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     for name in sorted(set(places.values())) or [SINGLE_NAME]:
         for tensor, entry in read_header(_file_of(folder, name)).items():
+            # two files with the same name in them: which one counts would depend on their order
             if tensor in entries:
                 raise ValueError(
                     f"tensor {one_line(tensor)}: is in {entries[tensor].file.name} and in {name}; keep one"

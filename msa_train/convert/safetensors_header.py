@@ -74,6 +74,7 @@ def parse_header(path: Path, file: BinaryIO, size: int) -> dict[str, Entry]:
         first = file.tell()
         entries = [_entry(path, name, one, first) for name, one in header.items() if name != "__metadata__"]
         _check_metadata(header.get("__metadata__"))
+        # by both ends: an empty tensor begins where the next one does
         entries.sort(key=lambda item: (item[1].begin, item[1].end))
         end = _check_places(entries, first)
     except (ValueError, struct.error) as error:
@@ -85,6 +86,7 @@ def parse_header(path: Path, file: BinaryIO, size: int) -> dict[str, Entry]:
 
 def _header(file: BinaryIO, size: int) -> dict[str, Any]:
     (length,) = struct.unpack("<Q", file.read(8))
+    # checked before reading: a damaged length would ask for up to 2^64 bytes
     if length > MAX_HEADER_BYTES or 8 + length > size:
         raise ValueError(f"a header of {length} bytes in a file of {size}")
     try:

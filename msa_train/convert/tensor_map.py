@@ -17,8 +17,7 @@ Names of a layer, theirs (M3) -> ours below decoder.layers.N.:
     block_sparse_moe.experts.E.{w1,w3}, w2          mlp.experts.experts.linear_fc1[E], linear_fc2[E]
     block_sparse_moe.shared_experts.*               mlp.shared_experts.*, as of mlp
 
-Cost: a span per whole tensor, 3 M per attention and 2 to 3 per expert: 23,433 for M3 in the released
-spelling.
+Cost: a span per whole tensor, 3 M per attention, 2 to 3 per expert: 23,433 for M3 as it is released.
 """
 
 from collections.abc import Callable, Collection
@@ -81,6 +80,7 @@ def detect_naming(names: Collection[str]) -> Naming:
             f"tensor model.embed_tokens.weight: is not there, nor below {' or '.join(_PREFIXES[1:])}; this "
             "is no checkpoint of a minimax_m2 or minimax_m3_vl language model"
         )
+    # names of the vision tower, which has layers of its own, say nothing
     own = [name for name in names if name.startswith(prefix)]
     return Naming(
         prefix=prefix,
@@ -203,6 +203,7 @@ class _Layer:
         self.table.add(f"{attn}o_proj.weight", f"{ours}linear_proj.weight", (hidden, model.num_heads * dim))
         self.table.objects[f"{ours}linear_proj"] = 0
         for ours_norm, theirs, heads in (("q", "q", model.num_heads), ("k", "k", model.num_kv_heads)):
+            # a norm per head has one weight of D shared by all heads, a norm over the width Hq D or M D
             width = dim if model.qk_norm is QkNorm.head else heads * dim
             if model.qk_norm is not QkNorm.none:
                 self.table.add(f"{attn}{theirs}_norm.weight", f"{ours}{ours_norm}_layernorm.weight", (width,))
@@ -243,6 +244,7 @@ class _Layer:
             self.table.add(f"{theirs}gate_up_proj.weight", f"{ours}linear_fc1.weight", (2 * width, hidden))
         else:
             self.table.shapes[f"{ours}linear_fc1.weight"] = (2 * width, hidden)
+            # Megatron's gated layers split fc1's output in two halves: gate first
             for part, half in enumerate(("gate_proj", "up_proj")):
                 self._rows(
                     f"{theirs}{half}.weight", (width, hidden), f"{ours}linear_fc1.weight", part * width
@@ -263,8 +265,7 @@ class _Layer:
         else:
             self.table.shapes[f"{fc1}.weight"] = (count, 2 * width, hidden)
             self.table.shapes[f"{fc2}.weight"] = (count, hidden, width)
-            # expert e of fc1 has 2 * width rows: w1 (gate) from 2 e * width on, w3 (up) from (2 e + 1) *
-            # width on
+            # expert e of fc1 has 2 W rows, W = width: w1 (gate) from 2 e W on, w3 (up) from (2 e + 1) W on
             for expert in range(count):
                 one = f"{moe}experts.{expert}."
                 self._rows(f"{one}w1.weight", (width, hidden), f"{fc1}.weight", 2 * expert * width)

@@ -76,6 +76,7 @@ class PackedDataset:
         """
         if index < 0:
             raise IndexError(f"pack {index}: packs are counted from 0 and have no end")
+        # all epochs have equally many packs, so a step finds its place without replaying earlier ones
         epoch, pack = divmod(index, self.num_packs)
         pieces = self._plan(epoch).pieces(pack)
         # each piece starts on the next block boundary; the last slot takes the rest of the pack
@@ -90,6 +91,7 @@ class PackedDataset:
             # One token more than the piece has: what follows it in the document is its last label.
             text = self._view.read(int(doc), int(start), int(length) + 1)
             tokens[position : position + length] = text[:length]
+            # a piece that is cut off has a label at its last token too; the document's last token has none
             labels[position : position + len(text) - 1] = text[1:]
         return Pack(tokens, labels, cu_seqlens, pieces.length.astype(np.int32))
 
@@ -97,6 +99,7 @@ class PackedDataset:
         """Return the plan of an epoch; made by the step's thread and by the one that reads ahead."""
         with self._lock:
             if epoch not in self._plans:
+                # of the plans kept, the epoch farthest from this one goes first
                 while len(self._plans) >= _PLANS_KEPT:
                     del self._plans[max(self._plans, key=lambda kept: abs(kept - epoch))]
                 self._plans[epoch] = self._packing.epoch(epoch)
@@ -128,6 +131,7 @@ class BatchStream:
         """
         assert 0 <= dp_rank < dp_size, f"dp_rank={dp_rank} of dp_size={dp_size}"
         indices = _rank_indices(first, dp_rank, dp_size, global_batch_size)
+        # after a rollback or a change of batch size other packs are wanted than were read ahead
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] == indices:
             packs = ahead[1].result()
@@ -136,6 +140,7 @@ class BatchStream:
                 ahead[1].cancel()
             packs = self._build(indices)
         if self._pool is not None:
+            # read while this step computes; an error in it is raised by the step that wants these packs
             following = _rank_indices(first + global_batch_size, dp_rank, dp_size, global_batch_size)
             self._ahead = following, self._pool.submit(self._build, following)
         return packs

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 IGNORE_LABEL = -100
 
+# streams of random numbers: the order of the search, what fills the slots, the order of the packs
 _PACKING_STREAM, _PIECE_STREAM, _PACK_STREAM = range(3)
 
 
@@ -161,6 +162,7 @@ def pack_documents(
     if seed < 0:
         raise ValueError(f"data.seed={seed}: must not be negative; use data.seed={-seed}")
     pieces = split_documents(doc_lengths, seq_len)
+    # documents of a corpus are often sorted by kind and length; shuffled, small pieces are left to fill packs
     pieces = pieces.take(_shuffle(len(pieces), seed, _PACKING_STREAM, 0))
     blocks = -(-pieces.length // block_size)
     pack = _choose_packs(blocks, seq_len // block_size)
@@ -186,6 +188,7 @@ def split_documents(doc_lengths: npt.NDArray[np.int64], seq_len: int) -> Pieces:
     """
     lengths = doc_lengths.astype(np.int64)
     num_pieces = -(-lengths // seq_len)
+    # one entry per piece: 0 pieces for an empty document, which so vanishes
     doc = np.repeat(np.arange(len(lengths)), num_pieces)
     first_piece = np.cumsum(num_pieces) - num_pieces
     # a piece's number within its document, times seq_len
@@ -232,6 +235,7 @@ def best_fit(sizes: npt.NDArray[np.int64], capacity: int) -> npt.NDArray[np.int6
             free, pack = capacity, num_packs
             num_packs += 1
         packs.append(pack)
+        # a full pack is forgotten: it can take nothing more
         if rest := free - size:
             packs_with_free[rest].append(pack)
             free_mask |= 1 << rest

@@ -31,6 +31,7 @@ from msa_train.data.token_cache.store import TokenStore, write_store
 from msa_train.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from msa_train.runtime.checksums import digest, file_crc32, sample_crc32
 
+# enough texts for every core's thread of the tokenizer
 _BATCH_BYTES = 16 << 20
 _REPORT_EVERY_S = 30.0
 
@@ -111,6 +112,7 @@ def load_datasets(
     _check_unchanged(data, corpus)
     store = TokenStore(corpus.prefix, corpus=data.corpus)
     if corpus.num_bytes is None:
+        # documents of a .bin/.idx have no names: their places are hashed
         hashes = hash_indices(store.num_documents)
     else:
         hashes = read_documents(Path(corpus.prefix).parent).hashes
@@ -144,6 +146,7 @@ def _describe_indexed(data: DataConfig, store: TokenStore, vocab_size: int) -> C
     prefix = store.prefix
     if store.num_tokens == 0:
         raise corpus_error(data.corpus, f"{prefix}.bin is empty; give a corpus with at least one token")
+    # a sample now, every id when it is read: a terabyte is not read twice
     largest = store.check_sample(vocab_size)
     held_out = check_labels(
         data.corpus, hash_indices(store.num_documents), store.lengths, fraction=data.validation_fraction
@@ -169,6 +172,7 @@ def _describe_indexed(data: DataConfig, store: TokenStore, vocab_size: int) -> C
 def _prepare_text(data: DataConfig, vocab_size: int, log: Log, own: list[str]) -> Corpus:
     tokenizer = build_tokenizer(data)
     if tokenizer.vocab_size > vocab_size:
+        # a multiple of 64 rows divides well over tensor-parallel ranks and matrix tiles
         enough = -(-tokenizer.vocab_size // 64) * 64
         raise ValueError(
             f"data.tokenizer={data.tokenizer}: needs {tokenizer.vocab_size} rows, "
@@ -176,6 +180,7 @@ def _prepare_text(data: DataConfig, vocab_size: int, log: Log, own: list[str]) -
         )
     source = find_source(data.corpus, own)
     folder = cache_root(data) / cache_key(data, source, tokenizer)
+    # the folder appears whole, so its being there is enough
     if not folder.exists():
         log(f"tokenizing {source.description}, {source.num_bytes / 1e6:.1f} MB, into {folder}")
         build(data, folder, lambda partial: _write_files(data, source, tokenizer, partial, log))
@@ -273,6 +278,7 @@ def _bytes_per_label(documents: Documents, fraction: float) -> float | None:
     a loss of 2.08 nats per label is then 2.08 / ln 2 / 3 = 1 bit per byte.
     """
     counted = choose_held_out(documents.hashes, documents.num_tokens, fraction)
+    # the loss that is turned into bits per byte is that of validation, where there is one
     if not counted.any():
         counted = np.ones_like(counted)
     num_labels = int((documents.num_tokens[counted] - 1).sum())

@@ -34,6 +34,7 @@ class DocumentView:
         Raises:
             ValueError: if an id has no row in the embedding.
         """
+        # never beyond the view's part of the document: a tail belongs to validation alone
         count = min(count, int(self.lengths[doc]) - start)
         tokens = self.store.read(int(self.begin[doc]) + start, count)
         self.store.check_ids(tokens, self.vocab_size)
@@ -80,6 +81,7 @@ def choose_held_out(
     """
     if fraction == 0 or len(hashes) < 2:
         return np.zeros(len(hashes), np.bool_)
+    # hashes are even over 0 to 2^64: the lowest `fraction` of that range
     held_out = hashes < np.uint64(int(fraction * 2**64))
     share = float(lengths[held_out].sum() / lengths.sum())
     if fraction / 2 <= share <= fraction * 2 and not held_out.all():
@@ -135,6 +137,7 @@ def check_labels(
     Raises:
         ValueError: if there is no label on one of the sides, whose loss would be 0 all the time.
     """
+    # only lengths matter here, so no document needs its place
     (_, train), (_, held_out) = _sides(np.zeros_like(lengths), lengths, hashes, fraction)
     if not np.any(train > 1):
         raise corpus_error(
@@ -162,6 +165,7 @@ def _sides(
     fraction: float,
 ) -> tuple[_Side, _Side]:
     """Return training and held-out documents, without the empty ones."""
+    # before the split, so that an empty document cannot be all that is held out
     kept = lengths > 0
     begin, lengths, hashes = begin[kept], lengths[kept], hashes[kept]
     if fraction > 0 and len(lengths) == 1:
@@ -176,6 +180,7 @@ def _split_tail(
     """Give the tail of the only document to validation; example: 100 tokens, fraction 0.05 -> 95 and 5."""
     length = int(lengths[0])
     tail = max(round(length * fraction), _MIN_TAIL_TOKENS)
+    # both sides need two tokens to have a label
     if length - tail < _MIN_TAIL_TOKENS:
         return (begin, lengths), (begin[:0], lengths[:0])
     return (begin, lengths - tail), (begin + (length - tail), np.array([tail], np.int64))

@@ -72,6 +72,7 @@ def read_stopped(run_dir: str | Path) -> StopRecord | None:
         content = read_record(path, {field.name: field.type for field in fields(StopRecord)})
     except FileNotFoundError:
         return None
+    # no signal of that name: nothing of ours wrote it
     if content["signal"] not in signal.Signals.__members__:
         raise ValueError(f"{path}: is damaged; remove it")
     return StopRecord(**content)
@@ -84,4 +85,5 @@ def clear_stopped(run_dir: str | Path) -> None:
 
 def _note(number: int, frame: FrameType | None) -> None:
     global _requested
+    # the first signal counts: a SIGTERM that follows does not change why the run stops
     _requested = _requested or number

@@ -45,6 +45,7 @@ def read_limited(path: Path, max_bytes: int) -> bytes:
         OSError: as `open_regular`, and EFBIG for more than max_bytes.
     """
     with open_regular(path) as file:
+        # one byte more tells a file that is too large from one that just fits
         content = file.read(max_bytes + 1) or b""
     if len(content) > max_bytes:
         raise OSError(errno.EFBIG, f"has more than {max_bytes:,} bytes", str(path))
@@ -88,6 +89,7 @@ def member(folder: Path, name: str) -> Path:
     root = folder.resolve()
     real = (root / name).resolve(strict=True)
     allowed = [root]
+    # HUB/models--NAME/snapshots/REVISION: blobs lie beside snapshots
     if root.parent.name == "snapshots":
         allowed.append(root.parent.parent / "blobs")
     if not any(real.is_relative_to(place) for place in allowed):
@@ -137,6 +139,7 @@ def read_record(path: Path, kinds: dict[str, Any]) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read ({one_line(str(error))}); remove it") from None
     for name, kind in kinds.items():
+        # type() and not isinstance: true is an int in Python
         if not isinstance(content, dict) or type(content.get(name)) is not kind:
             raise ValueError(f"{path}: is damaged ({name} is not there or of another kind); remove it")
     values = {name: content[name] for name in kinds}

@@ -52,10 +52,12 @@ class Watchdog:
     def beat(self, done: str) -> None:
         """Note that something is done, named in the message if nothing follows."""
         self._last, self._last_s = done, time.monotonic()
+        # armed anew by every beat; it only fires if the thread below could not run
         if self.timeout_s > 0:
             faulthandler.dump_traceback_later(self.timeout_s + _SPARE_S, exit=True)
 
     def _watch(self) -> None:
+        # sleeps until the last beat is too old, and looks again whether a newer one has come
         while not self._done.wait(max(self._last_s + self.timeout_s - time.monotonic(), 0.01)):
             silent_s = time.monotonic() - self._last_s
             if silent_s >= self.timeout_s:

@@ -18,6 +18,7 @@ def _warm_ups(config: RunConfig) -> list[str]:
             f"optim.warmup_steps={warm_up}: the run ends after {steps} steps, before the learning rate has "
             f"reached optim.lr={config.optim.lr:g}; use optim.warmup_steps={steps // 10}, or more steps"
         )
+    # the last stage that is reached may be cut off by train.steps
     left = steps
     for stage in plan_stages(config):
         length = min(stage.num_steps, left)

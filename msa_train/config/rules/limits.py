@@ -65,6 +65,7 @@ def check_sizes(config: RunConfig) -> None:
     """
     for name, value in _whole_numbers(config, ""):
         parts = name.split(".")
+        # stages have names of the user's, so their keys are looked up without them
         limit = LIMITS.get(name if parts[0] != "stages" else f"stages.{parts[-1]}", COUNT)
         check_size(name, value, limit)
     for name, seq_len in _seq_lens(config):
@@ -106,6 +107,7 @@ def check_size(name: str, value: int, limit: int) -> None:
 
 def _whole_numbers(config: object, prefix: str) -> Iterator[tuple[str, int]]:
     """Yield every whole number with its dotted key, e.g. ("model.num_layers", 3)."""
+    # true is an int in Python, and no size
     if isinstance(config, bool):
         return
     if isinstance(config, int):

@@ -324,6 +324,7 @@ def _checkpoints(config: RunConfig) -> None:
 
 def _world(config: RunConfig, world_size: int) -> None:
     parallel = config.parallel
+    # ranks that hold one copy of the model on one pack; experts may span several such units
     unit = parallel.tp_size * parallel.pp_size * parallel.cp_size
     if world_size % unit:
         raise ValueError(
@@ -338,6 +339,7 @@ def _world(config: RunConfig, world_size: int) -> None:
             f"(launcher.num_processes={world_size} / parallel.pp_size={parallel.pp_size}); "
             f"use one of {_divisors(stage)}"
         )
+    # every data-parallel rank takes equally many packs of a step
     dp_size = world_size // unit
     if config.train.global_batch_size % dp_size:
         raise ValueError(
@@ -349,6 +351,7 @@ def _world(config: RunConfig, world_size: int) -> None:
 
 def _divisors(number: int) -> str:
     """List the divisors, "1, 2, 3, 6" of 6; by trial up to the root, so that a million ranks cost nothing."""
+    # divisors come in pairs n, number / n with one of them at most the root
     small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
     return ", ".join(str(n) for n in sorted({*small, *(number // n for n in small)}))
 

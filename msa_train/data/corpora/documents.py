@@ -76,6 +76,7 @@ def _read(corpus: str, file: SourceFile) -> bytes:
         )
     try:
         with open(file.path, "rb") as stream:
+            # at most one byte more than was listed: a file that grows is refused by the check that follows
             text = stream.read(file.size + 1)
             _check_unchanged(corpus, file, stream)
     except OSError as error:
@@ -120,6 +121,7 @@ def _utf8_error(text: bytes) -> int | None:
 
 
 def _jsonl_documents(corpus: str, file: SourceFile, text_field: str) -> Iterator[tuple[str, bytes]]:
+    # number: of the last line read, so that an error names the next one
     number = 0
     # .json is the name of other things too
     is_json = file.name.lower().removesuffix(".gz").removesuffix(".zst").endswith(".json")

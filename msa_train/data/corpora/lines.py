@@ -78,8 +78,7 @@ def _zstd_chunks(stream: BinaryIO) -> Iterator[bytes]:
 
 
 def _split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    # pieces of a long line are joined once at its end: adding them up one by one takes the square of its
-    # length
+    # pieces of a line are joined once at its end: adding them one by one takes the square of its length
     pending: list[bytes] = []
     size = 0
     for chunk in chunks:

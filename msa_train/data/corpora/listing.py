@@ -94,6 +94,7 @@ def list_files(corpus: str, root: Path, parts: tuple[str, ...], own: Collection[
                 )
             listing.left_out.append(folder)
             continue
+        # reversed: the stack then gives folders in the order of their names
         waiting += reversed(list(_visit(corpus, folder, entries, left, listing)))
     return listing
 
@@ -114,6 +115,7 @@ def _visit(
         parts = parts[1:]
     part, rest = parts[0], parts[1:]
     for name, entry in entries.items():
+        # as in a shell: `*` does not match a name with a dot in front
         hidden = name.startswith(".") and not part.startswith(".")
         if name != part and (hidden or not fnmatch.fnmatchcase(name, part)):
             continue
@@ -165,6 +167,7 @@ def _hub_snapshot(corpus: str, folder: str) -> str:
         current = _begin(os.path.join(folder, "refs", "main"), _REF_BYTES).strip()
     except OSError:
         current = ""
+    # refs/main names the current revision; a single one needs no name
     if current not in revisions and len(revisions) != 1:
         raise corpus_error(
             corpus,

@@ -80,6 +80,7 @@ def find_indexed(corpus: str) -> str | None:
     Raises:
         ValueError: if one file of the pair is missing.
     """
+    # a name with suffix asks for a pair in any case; one without only if no file or folder has that very name
     path = os.path.expanduser(corpus)
     prefix = path[:-4] if path.endswith(INDEXED_SUFFIXES) else path
     found = [suffix for suffix in INDEXED_SUFFIXES if os.path.isfile(prefix + suffix)]
@@ -110,6 +111,7 @@ def find_source(corpus: str, own: Collection[str] = ()) -> Source:
     if corpus == "stdlib":
         return _stdlib()
     path = Path(corpus).expanduser()
+    # what exists by its name is taken as such, whatever characters of a glob the name has
     mode = _mode(corpus, path)
     listing = Listing()
     if stat.S_ISDIR(mode):
@@ -145,6 +147,7 @@ def _mode(corpus: str, path: Path) -> int:
 def _each_once(files: list[SourceFile]) -> list[SourceFile]:
     """Keep one of several paths to a file: the first one named as records, else the first."""
     first: dict[tuple[object, ...], SourceFile] = {}
+    # a stable sort: records first, else in the order of names
     for file in sorted(files, key=lambda file: not file.is_jsonl):
         first.setdefault(file.identity, file)
     return [file for file in files if first[file.identity] is file]
@@ -182,6 +185,7 @@ def _source_file(corpus: str, path: Path, root: Path, document: str = "") -> Sou
         size=status.st_size,
         mtime_ns=status.st_mtime_ns,
         ctime_ns=status.st_ctime_ns,
+        # with size and time: two files to which a file system gives the same number stay two
         identity=(file_number(path, status), status.st_size, status.st_mtime_ns),
     )
 
@@ -190,6 +194,7 @@ def _stdlib() -> Source:
     root = Path(sysconfig.get_path("stdlib"))
     files: list[SourceFile] = []
     for folder, subfolders, names in os.walk(root):
+        # in place: os.walk then leaves the others out and goes by name
         subfolders[:] = sorted(name for name in subfolders if name not in _NOT_STDLIB)
         for path in (Path(folder, name) for name in names if name.endswith(".py")):
             document = _stdlib_document(PurePosixPath(path.relative_to(root).as_posix()))

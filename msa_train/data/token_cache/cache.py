@@ -73,6 +73,7 @@ def cache_root(data: DataConfig) -> Path:
 
 def cache_key(data: DataConfig, source: Source, tokenizer: Tokenizer) -> str:
     """Name the folder of a corpus by what its tokens follow from: 24 hexadecimal digits of a SHA-256."""
+    # times and sizes of files stand for their content: to hash a terabyte is to read it
     parts = [FORMAT, source.is_stdlib, source.fingerprint(), tokenizer.fingerprint, data.text_field]
     return hashlib.sha256(json.dumps(parts).encode("ascii")).hexdigest()[:24]
 
@@ -109,6 +110,7 @@ def _publish(partial: Path, folder: Path, summary: dict[str, Any]) -> None:
     (partial / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     sync_tree(partial)
     try:
+        # a rename onto a folder that is not empty fails: another process was first, with the same files
         partial.rename(folder)
     except OSError:
         if not folder.exists():
@@ -135,6 +137,7 @@ def read_documents(folder: Path) -> Documents:
     Raises:
         ValueError: if the file cannot hold them.
     """
+    # read as unsigned throughout: sizes are never negative, hashes use all 64 bits
     raw = np.fromfile(folder / DOCUMENTS_NAME, "<u8").astype(np.uint64)
     if len(raw) == 0 or len(raw) % 3:
         raise ValueError(f"{DOCUMENTS_NAME}: holds no three arrays")
@@ -158,6 +161,7 @@ def check_cache(data: DataConfig, folder: Path) -> tuple[str, dict[str, int]]:
         files: dict[str, dict[str, int]] = json.loads((folder / MANIFEST_NAME).read_bytes())["files"]
         entries = {name: files[name] for name in _NAMES}
         reasons = [f"{name}: {reason}" for name in _NAMES if (reason := _damage(folder / name, files[name]))]
+        # by the recorded checksums, so that a check by samples gives the same digest as a full one
         content = digest(entries[name][key] for name in _NAMES for key in ("size", "crc32"))
         sizes = {name: entry["size"] for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, RecursionError) as error:

@@ -115,6 +115,7 @@ class TokenStore:
             The largest id seen.
         """
         windows = max(1, min(_SAMPLE_WINDOWS, -(-self.num_tokens // _SAMPLE_TOKENS)))
+        # evenly spread windows of 65,536 tokens, the last one ending with the file
         begins = np.linspace(0, max(self.num_tokens - _SAMPLE_TOKENS, 0), windows).astype(np.int64)
         count = min(_SAMPLE_TOKENS, self.num_tokens)
         largest = 0

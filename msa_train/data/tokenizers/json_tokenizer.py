@@ -83,6 +83,7 @@ class JsonTokenizer:
             raise self._unreadable(error) from error
         self.vocab_size = max(vocab.values(), default=-1) + 1
         self.eod_id = vocab[end]
+        # of the file's bytes, and of the one setting that changes tokens; 2 counts changes of this code
         self.fingerprint = f"json-2-{special_tokens:d}-{hashlib.sha256(content).hexdigest()}"
         self._tokenizer, self._special_tokens = tokenizer, special_tokens
         self._end = end
@@ -114,6 +115,7 @@ class JsonTokenizer:
         ids = [np.array(encoding.ids, np.int32) for encoding in encodings]
         if not self._special_tokens:
             for i, tokens in enumerate(ids):
+                # written in the text, the end of a document would cut it in two
                 if (tokens == self.eod_id).any():
                     ids[i] = self._in_parts(decoded[i])
         for text in texts:
@@ -279,6 +281,7 @@ def _has_all_bytes(settings: dict[str, Any], vocab: dict[str, int]) -> bool:
     """Tell if every byte has a token, so that no character is ever unknown."""
     from tokenizers import pre_tokenizers
 
+    # two ways to have all bytes: 256 tokens <0x00> to <0xFF>, or 256 letters that stand for them
     if settings["model"].get("byte_fallback") is True:
         return all(f"<0x{byte:02X}>" in vocab for byte in range(256))
     steps = json.dumps([settings.get("normalizer"), settings.get("pre_tokenizer")])

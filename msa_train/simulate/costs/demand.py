@@ -158,8 +158,7 @@ def _place_rows(demand: Demand, cluster: Cluster) -> tuple[list[CollectiveCost],
             near_steps=int(near.any()), far_steps=int(far.any()),
         )  # fmt: skip
         return [wire], counts.sum(1), hot
-    # first hop: to the requester's node, into the rank at the owner's place there; second hop: inside the
-    # node
+    # first hop: to the rank at the owner's place in the requester's node; second hop: inside that node
     loads = find_loads(demand)
     (out_far, out_near), (in_far, in_near) = (
         [x.numpy().astype(float) for x in loads.send],

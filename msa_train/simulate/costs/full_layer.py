@@ -109,8 +109,7 @@ class FullLayer:
     def _divide(self, balanced: bool, ring: bool) -> _Parts:
         """Count the causal pairs of every two ranks.
 
-        A unit of w queries sees w * w pairs in each earlier unit of its document and w * (w + 1) / 2 in
-        itself.
+        A unit of w queries sees w * w pairs in each earlier unit of its document, w * (w + 1) / 2 in itself.
         Example: 8 tokens in units of 2, ranks [0, 0, 1, 1] compute and hold -> [[10, 0], [16, 10]].
         """
         placement = self.setup.outer
@@ -246,8 +245,7 @@ class FullLayer:
         rows = np.zeros((self.cp_size, self.cp_size), dtype=np.int64)
         for rank in range(self.cp_size):
             mine = np.flatnonzero(share.owner == rank)
-            # union of the intervals [document start, query]: +1 where one begins, -1 behind its end, summed
-            # up
+            # union of the intervals [document start, query]: sum of +1 where one begins, -1 behind its end
             change = np.zeros(position.shape[0] + 1, dtype=np.int64)
             np.add.at(change, doc_start[mine], 1)
             np.add.at(change, mine + 1, -1)

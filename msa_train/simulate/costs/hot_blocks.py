@@ -90,7 +90,7 @@ def spans(hot: NDArray[np.int64], elements: int, node_size: int) -> tuple[NDArra
 def _one(hot: NDArray[np.int64], shape: LayerShape, cluster: Cluster, node_size: int) -> HotWires:
     """Plan for one place of the Ulysses groups; hot: [P']."""
     size, item = hot.shape[0], shape.element_bytes
-    # slices cut through blocks, so they are counted in elements; gradient rows are longer and cut on their
+    # slices cut through blocks, so they are counted in elements; gradient rows are longer: slices of their
     # own
     parts, slice_size = spans(hot, shape.pair_bytes // item, node_size)
     grad_parts, grad_slice = spans(hot, shape.pair_grad_bytes // item, node_size)

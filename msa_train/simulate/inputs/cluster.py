@@ -93,8 +93,7 @@ class Cluster:
 _DGX = "NVIDIA DGX {0} user guide and data sheet: {1}"
 _ASSUMED = "latencies, host_sync_s and link_efficiency are assumptions"
 
-# data sheets give NVLink for both directions together, and network cards in bits: half of 900 GB/s, 400 Gbit
-# / 8
+# data sheets give NVLink for both directions together and network cards in bits: 900 GB/s / 2, 400 Gbit/s / 8
 _H100 = Cluster(
     name="h100",
     gpus_per_node=8,

@@ -64,6 +64,7 @@ class LayerShape:
     @property
     def kv_token_bytes(self) -> int:
         """Return the bytes of keys and values of one token, all KV heads: 2048 for M3 in bf16."""
+        # 2: a key and a value
         return 2 * self.num_kv_heads * self.head_dim * self.element_bytes
 
     @property
@@ -82,6 +83,7 @@ class LayerShape:
 
         These are dK, dV and, with the KL loss, the gradient of the block's index keys by this KV head.
         """
+        # index keys are shared by all KV heads, but each head's requester has a gradient for them of its own
         index = self.index_head_dim * self.block_size * self.element_bytes if self.trains_index else 0
         return self.pair_bytes + index
 
@@ -117,6 +119,7 @@ class LayerShape:
 
         Teacher logits of all query heads, then per KV head student logits and gradients of query and key.
         """
+        # 1 product with the keys for all Hq teachers, and 3 with the index keys for the M students
         per_token = self.head_dim * self.num_heads + 3 * self.index_head_dim * self.num_kv_heads
         return 2 * per_token * self.block_size * tiles
 

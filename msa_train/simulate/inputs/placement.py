@@ -50,6 +50,8 @@ class Placement:
 
         Example: blocks of 2 tokens, topk 2, one document of 6 tokens on one rank -> 2 * (1 + 2 + 2).
         """
+        # blocks from the document's first one up to the query's own; a query's tiles do not depend on its
+        # place in the block, as blocks are counted whole
         visible = np.arange(self.num_blocks, dtype=np.int64) - self.doc_start + 1
         return (np.minimum(visible, topk) * self.block_size)[self.order].sum(axis=1)
 
@@ -71,5 +73,6 @@ class Placement:
         np.add.at(change, self.doc_start[own], 1)
         np.add.at(change, own, -1)
         seen = change[:-1].cumsum() > 0
+        # a document's later own blocks make earlier ones visible too, and these are no remote blocks
         seen[own] = False
         return seen

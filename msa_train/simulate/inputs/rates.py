@@ -63,6 +63,7 @@ class KernelRates:
             raise ValueError(f"kind={one_line(self.kind)}: must be one of {', '.join(KINDS)}")
         for name in RATE_NAMES:
             value = getattr(self, name)
+            # an overhead may be 0, a speed may not: times are work over speed
             if value < 0 or (value == 0 and name != "layer_overhead_s"):
                 raise ValueError(f"{name}={value}: must be positive")
 
@@ -90,6 +91,7 @@ def load_rates(name_or_path: str) -> KernelRates:
     rates = values.get("rates")
     if not isinstance(rates, dict):
         raise ValueError(f"{path}: rates is missing; it must map each of {', '.join(RATE_NAMES)}")
+    # a misspelt rate would be passed over, and another one used in its place
     unknown = sorted(one_line(str(name)) for name in rates if name not in RATE_NAMES)
     missing = [name for name in RATE_NAMES if name not in rates]
     if unknown or missing:

@@ -1,7 +1,7 @@
 """Compare predicted with measured times of the wire benchmark (benchmarks/exchange).
 
 A step there is the attention of one MSA layer, forward and backward, without projections and selection. The
-scenario is whether bytes, rates, waiting and overlap add up to the step, so what computing took is taken from
+comparison asks if bytes, rates, waiting and overlap add up to the step, so what computing took is taken from
 the measurement, row by row: processor time over own and over other blocks (`sources_cpu_s_mean`), the rest of
 `compute_cpu_s`, and what moving bytes took beside it (`process_cpu_s`). Processors of the benchmark are few,
 and serve the links as well: the same computing takes up to half as long again while bytes arrive. Limited
@@ -152,6 +152,7 @@ def compare_file(path: Path, rates_name: str | None = None) -> list[Comparison]:
 
 
 def _compare(row: Row, result: dict[str, Any], rates: KernelRates | None, path: Path) -> Comparison:
+    # the reference row without a limit tells the share of headers, on the same ranks and selection
     same = [r for r in result["rows"] if r["part"] == row["part"] and r["selection"] == row["selection"]]
     free = [r for r in same if not r["rate_mbit"] and r["scheme"] == REFERENCE]
     case = [c for c in result["selections"] if (c["part"], c["selection"]) == (row["part"], row["selection"])]
@@ -218,6 +219,7 @@ def predict(row: Row, free: Row, case: Row, cores: int, rates: KernelRates | Non
 
 def _attention(row: Row, setup: LayerCosts) -> AttentionWork:
     """Take the seconds that the row's ranks computed, on their share of the cores."""
+    # processor seconds on 1 / n of a core take n times as long on the clock
     seconds = {
         name: np.full(setup.cp_size, value / setup.cluster.compute_share)
         for name, value in row["sources_cpu_s_mean"].items()
@@ -231,6 +233,7 @@ def _attention(row: Row, setup: LayerCosts) -> AttentionWork:
 def _shape(values: Row) -> LayerShape:
     groups = int(values["num_kv_heads"])
     return LayerShape(
+        # there are no projections in the benchmark's step
         hidden_size=1,
         num_heads=groups * int(values["heads_per_group"]),
         num_kv_heads=groups,
@@ -248,6 +251,7 @@ def _cluster(row: Row, free: Row, cores: int, size: int) -> Cluster:
     nodes = 2 if row["node_rate_mbit"] else 1
     received = float(np.sum(free["interface_received_bytes"]))
     counted = float(np.sum(free["counted_bytes"]))
+    # processor time that is not computing went into moving bytes: system calls, copies, headers
     moving = np.sum(row["process_cpu_s"]) - np.sum(row["compute_cpu_s"])
     # 4 ranks on 2 cores compute at half speed each
     share = min(1.0, cores / size)

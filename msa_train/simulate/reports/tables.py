@@ -63,6 +63,7 @@ def write_tables(folder: Path, shape: LayerShape, say: Progress = print) -> list
                     # full-attention layers do not depend on f
                     scenario.full_schemes = []
                 answers.append(answer(scenario, _stated(shape, f)))
+                # the same in Ulysses groups of 4, for two schemes
                 inner = replace(
                     scenario,
                     options=Options(head_size=HEAD_SIZE),
@@ -189,6 +190,7 @@ def _markdown(
 
 def _answer_lines(one: Answer, inner: Answer) -> list[str]:
     scenario = one.scenario
+    # speed-ups are told against the all-gather without Ulysses groups, for both kinds of rows
     base = one.msa[Scheme.all_gather.value].total.total
     head = (
         *("scheme", "recv MB", "max recv", "max sent", "max far", "exposed ms", "imbalance ms", "layer ms"),

@@ -84,6 +84,7 @@ def answer_text(answer: Answer) -> str:
     scenario = answer.scenario
     docs = 1 if scenario.cu_seqlens is None else len(scenario.cu_seqlens) - 1
     head_size = scenario.options.head_size
+    # the first lines say what was asked, so that a table can be read without its command
     lines = [
         f"{tokens_text(scenario.seq_len)} tokens in {docs} document{'s' * (docs > 1)}, cp_size "
         f"{scenario.cp_size}"

@@ -70,6 +70,7 @@ def _checked(fields: dict[str, NDArray[Any]]) -> Fields:
     ):
         if found[name] % unit:
             raise ValueError(f"{name}={found[name]}: must be a multiple of {unit}")
+    # the part covers tokens [first, last) of the pack, whole chunks of them
     first, last = found["first_token"], found["first_token"] + found["num_tokens"]
     if last > found["seq_len"]:
         raise ValueError(f"num_tokens={found['num_tokens']}: goes beyond seq_len={found['seq_len']}")
@@ -102,6 +103,7 @@ def _checked(fields: dict[str, NDArray[Any]]) -> Fields:
 def _count(name: str, value: NDArray[Any]) -> int:
     if value.shape != () or value.dtype.kind not in "iu":
         raise ValueError(f"{name}={one_line(str(value), 60)}: must be a whole number")
+    # only first_token may be 0
     number, least = int(value), int(name != "first_token")
     if not least <= number < 2**62:
         raise ValueError(f"{name}={number}: must be a whole number from {least} on")

@@ -135,8 +135,7 @@ class SyntheticSelections:
     def _share(self, placement: Placement) -> float:
         """Return the share of visible remote blocks that makes f of all remote ones, mean over ranks.
 
-        Example: visible are [0, 4] of 4 remote blocks, on average half: f = 0.25 takes 0.5 of what is
-            visible.
+        Example: 2 ranks see [0, 4] of 4 remote blocks, on average half: f 0.25 takes 0.5 of what they see.
         """
         assert self.f is not None, "called where f is given"
         key = ("share", id(placement))
@@ -187,7 +186,7 @@ class SyntheticSelections:
         """Return [NB] float32, the popularity of each block: place in the order ** -popular_exponent.
 
         Example: order [5, 2, 6, 0, 7, 1, 4, 3], exponent 1 -> block 5 has 1, block 2 has 0.5, block 0 has
-            0.25.
+        0.25.
         """
         key = ("popularity", placement.num_blocks, group)
         if key not in self._kept:
@@ -299,8 +298,7 @@ def _power_law(u: FloatArray, largest: FloatArray | float, exponent: float) -> F
 def _uniform(key: IntArray, seed: int, channel: int) -> FloatArray:
     """Hash key, seed and channel to uniform numbers in [0, 1) by splitmix64's finaliser (Steele et al. 2014).
 
-    Example: keys [0, 1, 2], seed 0 -> channel 0: [0.3624, 0.5871, 0.3275], channel 1: [0.4309, 0.0277,
-    0.8377].
+    Example: keys [0, 1, 2], seed 0 -> channel 0: [0.3624, 0.5871, 0.3275], 1: [0.4309, 0.0277, 0.8377].
     """
     x = key.astype(np.uint64)
     with np.errstate(over="ignore"):

@@ -33,6 +33,7 @@ _NO_EFFECT = {
 
 
 _LARGEST = 1e30
+"above all sensible numbers, and below what fp32 holds"
 
 
 class Family(Enum):
@@ -120,6 +121,7 @@ class Fields:
     """
 
     def __init__(self, values: dict[str, Any], place: str, family: Family, ignore: Collection[str]) -> None:
+        # a user may name a field by its path, text_config.x, or by itself
         ignored = {name.removeprefix(place) for name in ignore} | _NO_EFFECT
         self.left = {name: value for name, value in values.items() if name not in ignored}
         self.place, self.family = place, family
@@ -186,6 +188,7 @@ class Fields:
     def check_fixed(self) -> None:
         """Refuse other values than the one that is implemented."""
         for name, allowed in (_FIXED_IN_BOTH | _FIXED[self.family]).items():
+            # absent or null means the default, which is the implemented value
             value = self.left.pop(name, None)
             if value is not None and value not in allowed:
                 raise self.refusal(

@@ -53,6 +53,7 @@ def read_hf_config(config: dict[str, Any], *, ignore: Collection[str] = ()) -> H
         text = config.get("text_config")
         if not isinstance(text, dict):
             raise ValueError("text_config: is not there; a minimax_m3_vl config.json has one")
+        # quantization may be named outside or inside of the language model's object
         fp8_block = fp8_block or _fp8_block(text)
         tied = Fields(config, "", Family.m3, ignore).flag("tie_word_embeddings", False)
         hf = _read_m3(Fields(text, "text_config.", Family.m3, ignore), tied=tied)
@@ -84,6 +85,7 @@ def _read_m2(fields: Fields) -> HfModel:
         zero_centered_norm=False,
         activation=Activation.swiglu,
     )
+    # in this order: what is left after both is unknown, and could be another model
     fields.check_fixed()
     fields.check_nothing_left()
     return HfModel(family=Family.m2, model=model, attention=AttentionConfig())
@@ -161,6 +163,7 @@ def _common(fields: Fields, layers: int, **special: Any) -> ModelConfig:
             "num_attention_heads", heads, f"must be at most {_MAX_EXPERTS:,} over all layers"
         )
     width = fields.whole("intermediate_size")
+    # of no effect on imported weights; an index branch that the checkpoint lacks is drawn with it
     std = fields.number("initializer_range", 0.02)
     return ModelConfig(
         **{"ffn_hidden_size": width} | special,
@@ -253,6 +256,7 @@ def _check_index(fields: Fields, model: ModelConfig, index: dict[str, int]) -> N
     heads, dim = index["index_n_heads"], index["index_head_dim"]
     if heads != model.num_kv_heads:
         raise fields.refusal("index_n_heads", heads, f"must be num_key_value_heads={model.num_kv_heads}")
+    # index queries and keys are rotated like the main branch's, so they need as many channels
     if dim < model.rotary_dim:
         raise fields.refusal(
             "index_head_dim", dim, f"must be at least the rotated channels, {model.rotary_dim}"

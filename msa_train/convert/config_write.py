@@ -19,6 +19,7 @@ def family_of(model: ModelConfig) -> Family:
     """
     # the activation is what the two architectures never share
     family = Family.m3 if model.activation is Activation.swiglu_oai else Family.m2
+    # settings that the configuration of ours leaves open and the architecture fixes
     needed: dict[str, Any] = {"qk_norm": QkNorm.head, "zero_centered_norm": True}
     if family is Family.m2:
         needed = {
@@ -77,6 +78,7 @@ def write_hf_config(
         "num_attention_heads": model.num_heads,
         "num_key_value_heads": model.num_kv_heads,
         "head_dim": model.head_dim,
+        # transformers computes M3's clamped activation whatever stands here
         "hidden_act": "silu",
         "max_position_embeddings": max_positions,
         "initializer_range": model.init_std,
@@ -89,6 +91,7 @@ def write_hf_config(
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": model.rope_theta,
+            # transformers multiplies this by head_dim and cuts, see _partial_factor
             "partial_rotary_factor": _partial_factor(model.rotary_dim, model.head_dim),
         },
         "bos_token_id": None,
@@ -155,6 +158,7 @@ def _partial_factor(rotary_dim: int, head_dim: int) -> float:
     Example: 29 / 100 = 0.29 in float64 gives int(100 * 0.29) = 28; the next float above it gives 29.
     """
     factor = rotary_dim / head_dim
+    # a float too small by its last bit is mended by its next neighbour, so this runs once or never
     while int(head_dim * factor) < rotary_dim:
         factor = math.nextafter(factor, 2.0)
     return factor

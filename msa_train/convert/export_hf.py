@@ -106,6 +106,7 @@ def plan_export(
         config = _config_like(like, model, attention, ignore)
         _note_dtype(config, dtype)
         return _plan_like(like, model, attention, config, weights)
+    # spellings that transformers writes itself: per expert for M2, fused for the bare text model of M3
     naming = M2_NAMING if family_of(model) is Family.m2 else M3_TEXT_NAMING
     table = build_table(model, attention, naming)
     packed = pack_files(list(_tensors(table, weights).values()), shard_bytes)
@@ -155,6 +156,7 @@ def write_export(plan: ExportPlan, folder: Path, progress: Callable[[int], None]
         if len(plan.files) > 1:
             _write_json(partial_folder / INDEX_NAME, index_json(plan.files))
         _write_json(partial_folder / CONFIG_NAME, plan.config)
+        # fails where the folder has got content in the meantime
         if folder.exists():
             folder.rmdir()
         partial_folder.rename(folder)
@@ -189,6 +191,7 @@ class _Weights:
         for span in spans:
             shape = self.shapes[span.key]
             row_bytes = (shape[-1] if len(shape) > 1 else 1) * self.dtype(span.key).itemsize
+            # rows of the written type; a row larger than a piece is read whole
             step = max(1, PIECE_BYTES // row_bytes)
             for at in range(0, span.num_rows, step):
                 count = min(step, span.num_rows - at)
@@ -208,6 +211,7 @@ def _tensors(table: TensorTable, weights: _Weights) -> dict[str, NewTensor]:
     spans_of = table.by_name()
     for name, shape in table.hf_shapes.items():
         spans = spans_of[name]
+        # all spans of a tensor of theirs lie in one tensor of ours
         dtype = weights.dtype(spans[0].key)
         result[name] = NewTensor(
             name=name,

@@ -73,6 +73,7 @@ def plan_import(folder: Path, hf: HfModel) -> ImportPlan:
     """
     weights = StoredWeights(folder, hf.fp8_block)
     entries = weights.entries
+    # names decide the spelling, config.json decides which tensors and shapes there must be
     table = build_table(hf.model, hf.attention, detect_naming(entries))
     lacking = [name for name in table.hf_shapes if name not in entries]
     if lacking:
@@ -97,6 +98,7 @@ def plan_import(folder: Path, hf: HfModel) -> ImportPlan:
     # asks every tensor once: this is where an unknown dtype or a missing scale is found
     for name in table.hf_shapes:
         weights.dtype(name)
+    # scales are used up by their weights and have no place of their own
     placed = table.hf_shapes.keys() | weights.scales()
     return ImportPlan(table, weights, [name for name in entries if name not in placed])
 
@@ -170,6 +172,7 @@ def boxes(plan: ImportPlan, box_bytes: int = BOX_BYTES) -> Iterator[Box]:
         shape = plan.table.shapes[key]
         columns = shape[-1] if len(shape) > 1 else 1
         max_rows = max(1, box_bytes // (columns * plan.weights.dtype(spans[0].name).itemsize))
+        # 0: no experts, so boxes may begin anywhere
         rows_of_expert = shape[1] if len(shape) == 3 else 0
         for group in _groups(spans, max_rows, rows_of_expert):
             first, count = group[0].key_row, sum(span.num_rows for span in group)

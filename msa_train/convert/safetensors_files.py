@@ -71,6 +71,7 @@ def read_index(folder: Path) -> dict[str, Entry]:
                     f"tensor {one_line(tensor)}: is in {entries[tensor].file.name} and in {name}; keep one"
                 )
             entries[tensor] = replace(entry, file=folder / name)
+    # the index must not promise more than the files hold, else a tensor would be missed without a word
     for tensor, name in places.items():
         if tensor not in entries or entries[tensor].file.name != name:
             raise ValueError(
@@ -125,6 +126,7 @@ class RowReader:
         first = entry.begin + row * (out[0].numel() if out.numel() else 0) * out.element_size()
         file = self._open(entry.file)
         file.seek(first)
+        # bytes of the tensor itself: the file is read into it without a copy
         data = out.view(-1).view(torch.uint8).numpy().data
         assert first + len(data) <= entry.end, f"rows from {row} on are beyond the tensor's end"
         if file.readinto(data) != len(data):  # type: ignore[attr-defined]

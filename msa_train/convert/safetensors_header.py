@@ -79,6 +79,7 @@ def parse_header(path: Path, file: BinaryIO, size: int) -> dict[str, Entry]:
         end = _check_places(entries, first)
     except (ValueError, struct.error) as error:
         raise ValueError(f"{path}: is not a safetensors file ({error}); fetch it again") from None
+    # the header is sound, so the file was cut short: the message gives both sizes
     if size != end:
         raise ValueError(f"{path}: has {size} of {end} bytes; fetch it again")
     return dict(entries)

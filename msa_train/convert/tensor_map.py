@@ -130,6 +130,7 @@ class TensorTable:
         Example: [2, 4, 3] -> spans of rows 0-3 and 4-7.
         """
         self.hf_shapes[name] = self.shapes[key] = shape
+        # [E, R, C] has R rows in each of E experts; vectors have rows of one number
         count, rows = (shape[0], shape[1]) if len(shape) == 3 else (1, shape[0])
         self.spans += [Span(name, i * rows, key, i * rows, rows) for i in range(count)]
 
@@ -164,6 +165,7 @@ def build_table(model: ModelConfig, attention: AttentionConfig, naming: Naming) 
     table.add(
         f"{naming.prefix}embed_tokens.weight", "embedding.word_embeddings.weight", (model.vocab_size, hidden)
     )
+    # in the order of the layers, so that an import's boxes come out in the order of the model
     for index, kind in enumerate(model.attention_kinds()):
         layer = _Layer(table, model, naming, f"{naming.prefix}layers.{index}.", f"decoder.layers.{index}.")
         layer.attention()

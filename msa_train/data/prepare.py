@@ -83,6 +83,7 @@ def prepare_corpus(data: DataConfig, *, vocab_size: int, log: Log | None = None,
     log = log or _ignore
     prefix = None if data.corpus == "stdlib" else find_indexed(data.corpus)
     if prefix is None:
+        # the corpus may be a folder that holds this run's own files, which are no text to train on
         own = [folder for folder in (os.path.expanduser(data.cache_dir), run_dir) if folder]
         return _prepare_text(data, vocab_size, log, own)
     if data.tokenizer != "bytes":
@@ -127,6 +128,7 @@ def load_datasets(
 
 def _check_unchanged(data: DataConfig, corpus: Corpus) -> None:
     """Compare sizes with those that were seen when the corpus was prepared, perhaps on another machine."""
+    # sizes alone: every worker asks, and checksums were compared when the corpus was prepared
     for name, size in corpus.sizes.items():
         path = Path(corpus.prefix).with_name(name)
         try:
@@ -281,6 +283,7 @@ def _bytes_per_label(documents: Documents, fraction: float) -> float | None:
     # the loss that is turned into bits per byte is that of validation, where there is one
     if not counted.any():
         counted = np.ones_like(counted)
+    # ln 2 nats are a bit: loss / ln 2 / (bytes per label) is bits per byte, whatever the tokenizer
     num_labels = int((documents.num_tokens[counted] - 1).sum())
     return int(documents.num_bytes[counted].sum()) / num_labels if num_labels else None
 

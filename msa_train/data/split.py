@@ -83,6 +83,7 @@ def choose_held_out(
         return np.zeros(len(hashes), np.bool_)
     # hashes are even over 0 to 2^64: the lowest `fraction` of that range
     held_out = hashes < np.uint64(int(fraction * 2**64))
+    # documents are drawn, tokens are wanted: with few or unequal documents the two shares differ
     share = float(lengths[held_out].sum() / lengths.sum())
     if fraction / 2 <= share <= fraction * 2 and not held_out.all():
         return held_out
@@ -103,6 +104,7 @@ def _fill_share(
         if length <= room:
             held_out[doc] = True
             room -= length
+    # every document is longer than the share: the shortest one costs training least
     if not held_out.any():
         held_out[lengths.argmin()] = True
     return held_out

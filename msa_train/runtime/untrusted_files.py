@@ -159,6 +159,7 @@ def one_line(text: str, limit: int = 160) -> str:
     Example: "abcdefghij" with limit 8 -> "abcde..."; a line end becomes a space, an escape character "?".
     """
     line = " ".join(text.split())
+    # no escape sequence of a file reaches the terminal
     line = "".join(letter if letter.isprintable() else "?" for letter in line)
     return line if len(line) <= limit else f"{line[: limit - 3]}..."
 
@@ -172,6 +173,7 @@ def _check_regular(path: Path, mode: int) -> None:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # a name that is there twice means different things to different readers
     values = dict(pairs)
     if len(values) < len(pairs):
         seen: set[str] = set()

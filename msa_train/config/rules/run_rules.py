@@ -171,6 +171,7 @@ def _index_heads(config: RunConfig) -> None:
 
 
 def _head_parallel(config: RunConfig) -> None:
+    # tensor parallelism divides the KV heads first; Ulysses groups trade what is left on a rank
     parallel, groups = config.parallel, config.model.num_kv_heads // config.parallel.tp_size
     size = parallel.cp_head_size
     if parallel.cp_size % size:
@@ -239,6 +240,7 @@ def _experts(config: RunConfig) -> None:
 
 def _recording(config: RunConfig) -> None:
     every, parallel = config.logging.selections_every, config.parallel
+    # a recording holds all KV heads of a rank's queries, which these two kinds of parallelism spread
     for name in ("tp_size", "cp_head_size"):
         if every > 0 and getattr(parallel, name) > 1:
             raise ValueError(
@@ -332,6 +334,7 @@ def _world(config: RunConfig, world_size: int) -> None:
             f" = {parallel.tp_size} * {parallel.pp_size} * {parallel.cp_size} = {unit}; "
             f"use launcher.num_processes={max(world_size // unit, 1) * unit} or smaller parallel sizes"
         )
+    # experts are spread inside a pipeline stage, over all its ranks if need be
     stage = world_size // parallel.pp_size
     if stage % parallel.ep_size:
         raise ValueError(

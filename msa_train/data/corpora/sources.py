@@ -127,6 +127,7 @@ def find_source(corpus: str, own: Collection[str] = ()) -> Source:
     if not listing.paths:
         what = "holds no file that is not hidden" if kind == "folder" else "matches no file"
         raise corpus_error(corpus, f"{what}; give another path")
+    # names below the root: a corpus that was moved keeps its documents, and so its split
     files = [_source_file(corpus, Path(file), root) for file in listing.paths]
     files.sort(key=lambda file: file.name)
     kept = _each_once(files)
@@ -217,6 +218,7 @@ def _stdlib_document(path: PurePosixPath) -> str:
     """
     package = path.parts[:-1]
     if not package or package == ("test",):
+        # single modules are joined to documents of the size of packages
         letter = path.name.removeprefix("test_").lstrip("_")[:1].lower()
         return "/".join((*package, "modules", letter))
     return "/".join(package[: 2 if package[0] == "test" else 1])

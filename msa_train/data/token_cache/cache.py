@@ -91,6 +91,7 @@ def build(data: DataConfig, folder: Path, write: Callable[[Path], dict[str, Any]
     Raises:
         ValueError: if the disk does not take them, or what `write` raises.
     """
+    # beside the target, on the same file system: only then a rename is one step
     partial = folder.with_name(f"{folder.name}.partial-{uuid.uuid4().hex}")
     try:
         partial.mkdir()
@@ -180,6 +181,7 @@ def _damage(path: Path, entry: dict[str, int]) -> str | None:
         return "missing"
     if size != entry["size"]:
         return f"{size} bytes instead of {entry['size']}"
+    # 8 GiB take about ten seconds to read and check at 1 GB/s
     whole = size <= FULL_CHECK_BYTES
     sound = file_crc32(path) == entry["crc32"] if whole else sample_crc32(path) == entry["sample_crc32"]
     return None if sound else "checksum"

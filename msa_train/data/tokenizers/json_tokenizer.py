@@ -88,6 +88,7 @@ class JsonTokenizer:
         self._tokenizer, self._special_tokens = tokenizer, special_tokens
         self._end = end
         self._unknown_id = _unknown_id(settings, vocab)
+        # then nothing needs to be counted, and the library's faster call can be used
         self._loses_nothing = _has_all_bytes(settings, vocab)
         special = [one["content"] for one in _added(settings) if one.get("special")]
         # longest first: of two that begin alike, the text has the longer one
@@ -134,6 +135,7 @@ class JsonTokenizer:
             ("tokens are the unknown one", counts.unknown, counts.tokens),
             ("characters have no token and are lost", counts.lost, counts.characters),
         ):
+            # an error above the allowed share, a line in the log below it
             if count > self._max_unknown * total:
                 raise ValueError(
                     f"data.tokenizer={self._path}: {count:,} of {total:,} {what}, {count / total:.1%} where "
@@ -245,6 +247,7 @@ def _added(settings: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _find_end_of_document(path: str, settings: dict[str, Any]) -> str:
     """Find the token that ends documents, and make it special: an entry that text can give is none."""
+    # by our order of names, not the file's: the same tokenizer saved anew keeps its end
     added = {one["content"]: one for one in _added(settings)}
     for name in END_OF_DOCUMENT_NAMES:
         if name in added:

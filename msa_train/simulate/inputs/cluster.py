@@ -150,6 +150,7 @@ def load_cluster(name_or_path: str) -> Cluster:
     Raises:
         ValueError: if it is neither, or a value does not fit.
     """
+    # a preset's name wins over a file of that name, which has a suffix anyway
     if name_or_path in PRESETS:
         return PRESETS[name_or_path]
     path = Path(name_or_path)

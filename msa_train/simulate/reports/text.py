@@ -63,6 +63,7 @@ def report_data(report: SchemeReport) -> dict[str, Any]:
         "sent_bytes_max": float(sent.max()),
         "far_bytes_max": float(report.far.max()),
         "received_bytes_mean_by_purpose": {
+            # a purpose may take several collectives: gather and scatter of broadcast blocks, both hops
             name: float(np.sum([wire.received.mean() for wire in wires]))
             for name, wires in report.traffic.items()
         },

@@ -29,7 +29,7 @@ class ParallelConfig:
     cp_size: int = 1
     "context parallelism: ranks that share one sequence"
     cp_head_size: int = 1
-    "Ulysses degree: ranks that trade tokens for KV heads before attention; divides cp_size and num_kv_heads"
+    "Ulysses degree: neighbours of these that trade tokens for KV heads; divides cp_size and num_kv_heads"
     ep_size: int = 1
     "expert parallelism: ranks that share the experts; may span context and data parallel ranks"
     tp_size: int = 1
@@ -61,7 +61,7 @@ class ExchangeConfig:
     ranks_per_node: int = 0
     "ranks of a node: what several of them want crosses the network once; 0: no nodes, -1: as started"
     hot_share: float = 0.75
-    "KV blocks that this share of the others (3 or more) wants are broadcast if it spares the busiest; 0: no"
+    "KV blocks that this share of the others (>= 3) wants are broadcast if it spares the busiest; 0: none"
 
 
 @dataclass(kw_only=True, slots=True)

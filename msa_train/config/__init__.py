@@ -1,4 +1,4 @@
-"""Typed configuration: dataclasses, their choices, and the rules between them. Standard library only."""
+"""Hold the typed configuration: dataclasses, their choices, the rules between them. Standard library only."""
 
 from msa_train.config.cluster import ClusterConfig, ContainerRuntime, Tasks, check_cluster, check_time
 from msa_train.config.model import AttentionConfig, ModelConfig

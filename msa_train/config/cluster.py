@@ -1,4 +1,4 @@
-"""What msa-submit needs to know about a cluster; nothing in here changes what is computed."""
+"""Describe a cluster to msa-submit; nothing in here changes what is computed."""
 
 import re
 from dataclasses import dataclass, field
@@ -20,14 +20,14 @@ _LIMITS = {
 
 
 class Tasks(Enum):
-    """What Slurm starts on a node."""
+    """Choose what Slurm starts on a node."""
 
     node = "node"  # one task, which starts torch's elastic agent and through it a worker per GPU
     gpu = "gpu"  # one task per worker: nothing stands between Slurm and the trainer
 
 
 class ContainerRuntime(Enum):
-    """Who opens a container image."""
+    """Choose who opens a container image."""
 
     pyxis = "pyxis"  # a plugin of srun: --container-image
     apptainer = "apptainer"  # a command before the command
@@ -35,21 +35,26 @@ class ContainerRuntime(Enum):
 
 @dataclass(kw_only=True, slots=True)
 class ClusterConfig:
-    """One file of conf/cluster. Empty text leaves the choice to Slurm."""
+    """Hold one file of conf/cluster. Empty text leaves the choice to Slurm."""
 
     partition: str = ""
+    "of Slurm"
     account: str = ""
+    "of Slurm, which the job is charged to"
     qos: str = ""
+    "quality of service of Slurm"
     gpus_per_node: int = 8
     "0: a cluster without GPUs"
     workers_per_node: int = 0
     "0: one per GPU"
     cpus_per_worker: int = 8
+    "processor cores of a worker"
     memory: str = ""
     "per node, as Slurm writes it: 500G; 0: all of it"
     exclusive: bool = True
     "no other job on the nodes"
     tasks: Tasks = Tasks.node
+    "processes that Slurm starts on a node"
     sbatch: list[str] = field(default_factory=list[str])
     "more options of sbatch, such as --constraint=h100"
     srun: list[str] = field(default_factory=list[str])
@@ -60,6 +65,7 @@ class ClusterConfig:
     container: str = ""
     "image with msa_train installed; empty: none"
     container_runtime: ContainerRuntime = ContainerRuntime.pyxis
+    "program that opens the image"
     container_mounts: list[str] = field(default_factory=list[str])
     "HOST:INSIDE, besides run_dir and the current folder"
     setup: list[str] = field(default_factory=list[str])
@@ -70,7 +76,7 @@ class ClusterConfig:
     "variables too: those of NCCL and of the fabric, which differ between sites"
 
     signal_lead_s: int = 300
-    "a run is asked to save and stop so long before the time is up; Slurm may ask up to 60 s earlier"
+    "a run is asked to save and stop so many seconds before its time is up; Slurm may ask up to 60 s earlier"
     requeue: bool = True
     "go on in another slice of time; also after the loss of a node"
     max_restarts: int = 3
@@ -78,13 +84,13 @@ class ClusterConfig:
     preflight: bool = True
     "check every node before each start"
     min_memory_gb: float = 0.0
-    "free memory that the preflight asks of every node"
+    "free memory that the preflight asks of every node, GB"
     exclude_bad_nodes: bool = True
     "a node that the preflight names is left out and the job requeued; false: the job ends"
 
     @property
     def workers(self) -> int:
-        """Workers of one node."""
+        """Count the workers of one node."""
         return self.workers_per_node or self.gpus_per_node
 
 
@@ -121,7 +127,7 @@ def check_cluster(cluster: ClusterConfig) -> None:
 
 
 def check_time(time: str, cluster: ClusterConfig) -> int:
-    """Seconds of a time limit as Slurm writes it.
+    """Convert a time limit as Slurm writes it (sbatch --time) to seconds.
 
     Example: 04:00:00 -> 14400, 1-00 -> 86400, 90 (minutes) -> 5400.
 
@@ -132,6 +138,7 @@ def check_time(time: str, cluster: ClusterConfig) -> int:
         raise ValueError(f"time={time}: must be HH:MM:SS, D-HH:MM:SS or minutes; use time=04:00:00")
     days, dash, rest = time.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
+    # behind a day, parts are hours first; without one, two parts are minutes and seconds
     if dash:
         hours, minutes, seconds = [*parts, 0, 0][:3]
     elif len(parts) == 3:

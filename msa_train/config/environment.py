@@ -1,4 +1,4 @@
-"""Environment variables by which a launcher tells its workers how they meet."""
+"""Name the environment variables by which a launcher tells its workers how they meet."""
 
 # a file that the user alone can open, where all ranks are on one machine
 STORE_FILE = "MSA_TRAIN_STORE"

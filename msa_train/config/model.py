@@ -1,4 +1,4 @@
-"""Shape of the model and of its attention."""
+"""Describe the shape of the model and of its attention."""
 
 import re
 from dataclasses import dataclass
@@ -12,16 +12,24 @@ MAX_LAYERS = 10_000
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
-    """Architecture of a GQA + sigmoid-routed mixture-of-experts language model."""
+    """Describe the architecture of a GQA + sigmoid-routed mixture-of-experts language model.
+
+    Raises:
+        ValueError: if a size is not positive, or sizes do not divide one another.
+    """
 
     name: str = "tiny"
+    "of the model"
     num_layers: int = 3
+    "transformer layers"
     hidden_size: int = 128
+    "channels of the residual stream"
     num_heads: int = 4
     "query heads"
     num_kv_heads: int = 2
-    "key/value heads; one KV group, and one MSA selection, each"
+    "key/value heads; one group of query heads, and one MSA selection, each"
     head_dim: int = 32
+    "channels of each head"
     vocab_size: int = 512
     "rows of the embedding; at least the tokenizer's size"
     ffn_hidden_size: int = 256
@@ -29,7 +37,9 @@ class ModelConfig:
     num_dense_ffn_layers: int = 1
     "the first layers have a dense feed-forward network instead of experts"
     num_experts: int = 8
+    "routed experts of a layer"
     moe_router_topk: int = 2
+    "routed experts of a token"
     moe_ffn_hidden_size: int = 64
     "width of one routed expert"
     shared_expert_hidden_size: int = 64
@@ -43,12 +53,17 @@ class ModelConfig:
     rotary_dim: int = 24
     "rotated channels of each head, the first ones; also of the index heads"
     rope_theta: float = 10.0
+    "base of the rotary embedding's frequencies"
     qk_norm: QkNorm = QkNorm.head
+    "RMS normalisation of queries and keys"
     norm_eps: float = 1e-6
+    "added to the mean square in RMS norms"
     zero_centered_norm: bool = True
     "norm weights act as 1 + w, w initialised to 0 (Gemma style)"
     activation: Activation = Activation.swiglu_oai
+    "of feed-forward layers and experts"
     tie_embeddings: bool = False
+    "the output layer uses the embedding's weights"
     init_std: float = 0.05
     "standard deviation of initial weights; output projections of layers: / sqrt(2 * num_layers)"
     embedding_init_std: float = 0.15
@@ -76,6 +91,7 @@ class ModelConfig:
                 f"model.num_dense_ffn_layers={self.num_dense_ffn_layers}: must be from 0 to "
                 f"model.num_layers={self.num_layers}"
             )
+        # channels are rotated in pairs
         if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
             raise ValueError(
                 f"model.rotary_dim={self.rotary_dim}: must be even and at most model.head_dim={self.head_dim}"
@@ -83,8 +99,13 @@ class ModelConfig:
         self.attention_kinds()
 
     def attention_kinds(self) -> list[AttentionKind]:
-        """Attention of each layer, e.g. "full*3,msa" with 5 layers -> [full, full, full, msa, msa]."""
+        """List the attention of each layer, e.g. "full*3,msa" with 5 layers -> [full, full, full, msa, msa].
+
+        Raises:
+            ValueError: for a kind that does not exist, or more layers than num_layers.
+        """
         kinds: list[AttentionKind] = []
+        # checked as it grows: a count with nine digits would fill the memory first
         for part in self.layer_attention.split(","):
             name, _, count = part.strip().partition("*")
             if name not in AttentionKind.__members__ or (count and not _COUNT.fullmatch(count)):
@@ -103,15 +124,22 @@ class ModelConfig:
 
 @dataclass(kw_only=True, slots=True)
 class AttentionConfig:
-    """MiniMax Sparse Attention: block selection and the training of its index branch. Sliding windows."""
+    """Describe MiniMax Sparse Attention: block selection and its training; also sliding windows.
+
+    Source: arXiv 2606.13392. A query of M3 attends to topk * block_size = 16 * 128 = 2048 tokens per KV head.
+
+    Raises:
+        ValueError: for values that are out of range.
+    """
 
     block_size: int = 128
     "tokens per key block; also the alignment of documents in a pack"
     topk: int = 16
-    "blocks each query and KV group attends to, the local block included"
+    "blocks that each query attends to for each KV head, the local block included"
     local_blocks: int = 1
     "last blocks up to the query's own that are always selected; they use top-k slots"
     index_head_dim: int = 128
+    "channels of index queries and keys"
     kl_weight: float = 1.0
     "factor of the KL loss, summed over layers, that trains the index branch; 0 freezes the branch"
     kl_temperature: float = 1.0

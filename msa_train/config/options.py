@@ -1,10 +1,10 @@
-"""Choices a user can make by name. Values are what is written in YAML and on the command line."""
+"""Name the choices that a user can make. Values are what is written in YAML and on the command line."""
 
 from enum import Enum
 
 
 class EngineKind(Enum):
-    """Who owns gradient reduction, optimizer and schedule."""
+    """Choose who owns gradient reduction, optimizer and schedule."""
 
     auto = "auto"  # megatron with GPUs, torch without
     megatron = "megatron"  # Megatron's DDP, distributed optimizer and pipeline schedules
@@ -12,7 +12,7 @@ class EngineKind(Enum):
 
 
 class Device(Enum):
-    """Where the workers compute."""
+    """Choose the devices that the workers compute on."""
 
     auto = "auto"
     cpu = "cpu"
@@ -20,16 +20,16 @@ class Device(Enum):
 
 
 class KvExchange(Enum):
-    """How a layer gets the keys and values of other context-parallel ranks."""
+    """Choose how a layer gets the keys and values of other context-parallel ranks."""
 
-    selected = "selected"  # only the (block, group) pairs that a local query sees
+    selected = "selected"  # only the KV blocks (a block of a KV head) that a local query sees
     all_gather = "all_gather"  # all keys and values, gathered; gradients reduce-scattered
     ring = "ring"  # one neighbour's shard at a time, partial results merged by log-sum-exp
     auto = "auto"  # selected or all_gather, for each call of a layer what measured rates say
 
 
 class AttentionKernel(Enum):
-    """What computes block selection, sparse attention and its KL loss, in MSA and sliding-window layers."""
+    """Choose what computes block selection, sparse attention and its KL loss, for MSA and sliding windows."""
 
     auto = "auto"  # triton on GPUs, where it is installed and has tiles for the shape; else cpu
     triton = "triton"  # GPUs; fp32, fp16, bf16
@@ -38,7 +38,10 @@ class AttentionKernel(Enum):
 
 
 class CpLayout(Enum):
-    """Which tokens of a sequence a context-parallel rank holds."""
+    """Choose the tokens of a sequence that a context-parallel rank holds.
+
+    Example: 16 tokens in blocks of 2 on 2 ranks: contiguous gives rank 0 tokens 0-7, zigzag 0-3 and 12-15.
+    """
 
     contiguous = "contiguous"  # one run of tokens: few remote blocks are selected
     zigzag = "zigzag"  # two of 2 * cp_size chunks, r and 2 * cp_size - 1 - r
@@ -46,7 +49,7 @@ class CpLayout(Enum):
 
 
 class Precision(Enum):
-    """dtype of the model's parameters and activations; optimizer state is at least fp32."""
+    """Choose the dtype of the model's parameters and activations; optimizer state is at least fp32."""
 
     fp32 = "fp32"
     bf16 = "bf16"
@@ -54,21 +57,21 @@ class Precision(Enum):
 
 
 class Recompute(Enum):
-    """What is computed again in the backward pass instead of being kept."""
+    """Choose what is computed again in the backward pass instead of being kept."""
 
     none = "none"
     full = "full"  # every transformer layer; the block selection is replayed, not repeated
 
 
 class OptimizerKind(Enum):
-    """How weights are updated."""
+    """Choose how weights are updated."""
 
     adamw = "adamw"
     muon = "muon"  # orthogonalised momentum for the layers' matrices, AdamW for the rest; engine=torch
 
 
 class LrSchedule(Enum):
-    """Shape of the learning rate after the warm-up."""
+    """Choose the shape of the learning rate after the warm-up."""
 
     cosine = "cosine"
     wsd = "wsd"  # constant, then linear decay over the last `decay_fraction`
@@ -76,7 +79,7 @@ class LrSchedule(Enum):
 
 
 class QkNorm(Enum):
-    """RMS normalisation of queries and keys before the rotary embedding."""
+    """Choose the RMS normalisation of queries and keys before the rotary embedding."""
 
     none = "none"
     head = "head"  # one weight of head_dim, shared by the heads (M3)
@@ -84,14 +87,14 @@ class QkNorm(Enum):
 
 
 class Activation(Enum):
-    """Gated activation of feed-forward layers and experts."""
+    """Choose the gated activation of feed-forward layers and experts."""
 
     swiglu = "swiglu"
     swiglu_oai = "swiglu_oai"  # (clamp(up, +-7) + 1) * g * sigmoid(1.702 g), g = min(gate, 7)
 
 
 class AttentionKind(Enum):
-    """Attention of one layer."""
+    """Choose the attention of one layer."""
 
     full = "full"
     msa = "msa"  # the blocks that an index branch selects
@@ -99,14 +102,14 @@ class AttentionKind(Enum):
 
 
 class StageAttention(Enum):
-    """What the main branch of MSA layers attends to in a stage."""
+    """Choose what the main branch of MSA layers attends to in a stage."""
 
     sparse = "sparse"  # the selected blocks
     dense = "dense"  # everything before a token in its document; the index branch may learn, selects nothing
 
 
 class KlTarget(Enum):
-    """Tokens over which the KL loss compares the index branch with the main branch."""
+    """Choose the tokens over which the KL loss compares the index branch with the main branch."""
 
     auto = "auto"  # causal with dense attention, selected with sparse attention
     causal = "causal"  # all tokens up to the query in its document
@@ -115,7 +118,7 @@ class KlTarget(Enum):
 
 
 class BadStep(Enum):
-    """What is done about a step whose loss or gradient is not finite, or whose loss is a spike."""
+    """Choose what is done about a step whose loss or gradient is not finite, or whose loss is a spike."""
 
     end = "end"  # the run ends before the step is saved
     skip = "skip"  # weights stay as they are, data moves on; too many in a row end the run
@@ -123,14 +126,14 @@ class BadStep(Enum):
 
 
 class SaveFailure(Enum):
-    """What becomes of a run whose checkpoint could not be written."""
+    """Choose what becomes of a run whose checkpoint could not be written."""
 
     end = "end"  # it ends with the cause
     go_on = "go_on"  # it says so and trains on; the next checkpoint is tried when it is due
 
 
 class Progress(Enum):
-    """How the training loop reports on the terminal."""
+    """Choose how the training loop reports on the terminal."""
 
     auto = "auto"  # a bar on a terminal, lines otherwise
     bar = "bar"

@@ -1,4 +1,4 @@
-"""Everything about a run apart from the model's shape."""
+"""Describe everything about a run apart from the model's shape."""
 
 from dataclasses import dataclass, field
 
@@ -21,12 +21,15 @@ from msa_train.config.stages import StageConfig
 
 @dataclass(kw_only=True, slots=True)
 class ParallelConfig:
-    """Sizes of the process groups. Data parallelism takes what remains of the world."""
+    """Size the process groups. Data parallelism takes what remains of the world.
+
+    Example: 64 ranks with tp 2, pp 2 and cp 4 -> 64 / 16 = 4 data-parallel ranks.
+    """
 
     cp_size: int = 1
     "context parallelism: ranks that share one sequence"
     cp_head_size: int = 1
-    "of these, neighbours that trade tokens for KV groups before attention; divides cp_size and num_kv_heads"
+    "Ulysses degree: neighbours of these that trade tokens for KV heads; divides cp_size and num_kv_heads"
     ep_size: int = 1
     "expert parallelism: ranks that share the experts; may span context and data parallel ranks"
     tp_size: int = 1
@@ -34,7 +37,9 @@ class ParallelConfig:
     pp_size: int = 1
     "pipeline parallelism; engine=megatron only"
     cp_layout: CpLayout = CpLayout.contiguous
+    "tokens of a sequence that each context-parallel rank holds"
     kv_exchange: KvExchange = KvExchange.selected
+    "way of a layer to the keys and values of other context-parallel ranks"
     balance_index: bool = True
     "queries of the block selection move to ranks with less of it"
     balance_full_attention: bool = True
@@ -47,21 +52,21 @@ class ParallelConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ExchangeConfig:
-    """How keys and values travel between context-parallel ranks; see also parallel.kv_exchange."""
+    """Tune how keys and values travel between context-parallel ranks; see also parallel.kv_exchange."""
 
     overlap: bool = True
     "compute while they travel; false only changes when a rank waits, never a result"
     keep_for_backward: bool = True
-    "keep fetched pairs for the backward pass; false: fetch them again (selected, auto)"
+    "keep fetched KV blocks for the backward pass; false: fetch them again (selected, auto)"
     ranks_per_node: int = 0
     "ranks of a node: what several of them want crosses the network once; 0: no nodes, -1: as started"
     hot_share: float = 0.75
-    "pairs that this share of the others (at least 3) wants are broadcast if that spares the busiest; 0: none"
+    "KV blocks that this share of the others (>= 3) wants are broadcast if it spares the busiest; 0: none"
 
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
-    """Where text comes from and how it becomes sequences."""
+    """Name the text, and say how it becomes sequences."""
 
     corpus: str = "stdlib"
     "'stdlib' (source files of this Python), or a file, folder or glob of text, JSONL or Megatron .bin/.idx"
@@ -85,43 +90,54 @@ class DataConfig:
 
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
-    """The optimizer and its learning rate."""
+    """Set the optimizer and its learning rate."""
 
     algorithm: OptimizerKind = OptimizerKind.adamw
+    "rule by which weights are updated"
     lr: float = 3e-4
+    "peak learning rate"
     muon_lr: float = 0.02
     "learning rate of the matrices that Muon updates; follows the same schedule as lr"
     muon_momentum: float = 0.95
+    "decay of Muon's momentum, from 0 to below 1"
     min_lr_ratio: float = 0.1
     "final learning rate as a share of lr"
     schedule: LrSchedule = LrSchedule.cosine
+    "shape of the learning rate after the warm-up"
     schedule_steps: int = 0
     "steps over which it goes, at its last value from then on; 0: those of the whole run"
     warmup_steps: int = 100
+    "first steps, over which the learning rate rises to lr"
     decay_fraction: float = 0.2
     "share of the steps over which wsd decays"
     weight_decay: float = 0.1
+    "decoupled weight decay of matrices"
     index_lr_scale: float = 1.0
     "learning rate of the index branch relative to lr and muon_lr"
     index_weight_decay: float = 0.1
     "weight decay of the index branch's matrices"
     beta1: float = 0.9
+    "decay of AdamW's mean gradient"
     beta2: float = 0.95
+    "decay of AdamW's mean squared gradient"
     eps: float = 1e-8
+    "added to the root of the mean squared gradient"
     clip_grad: float = 1.0
     "maximum of the global gradient norm; 0 switches clipping off"
 
 
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
-    """Length and arithmetic of the training."""
+    """Set length and arithmetic of the training."""
 
     steps: int = 100
     "optimizer steps of the whole run; 0: as many as the stages have"
     global_batch_size: int = 1
     "packs per optimizer step over all data-parallel ranks and accumulation"
     precision: Precision = Precision.bf16
+    "dtype of parameters and activations"
     recompute: Recompute = Recompute.none
+    "layers that are computed again in the backward pass"
     validate_every: int = 100
     "steps between validations; 0 for none"
     validation_packs: int = 8
@@ -137,11 +153,12 @@ class TrainConfig:
     spike_factor: float = 0.0
     "a loss above this times the median of the last spike_window losses is a spike; 0: none is"
     spike_window: int = 50
+    "last losses whose median a spike is compared with"
 
 
 @dataclass(kw_only=True, slots=True)
 class CheckpointConfig:
-    """When checkpoints are written and from where a run starts."""
+    """Say when checkpoints are written and from where a run starts."""
 
     every: int = 100
     "steps between checkpoints; one more is written after the last step; 0 for none at all"
@@ -165,7 +182,7 @@ class CheckpointConfig:
 
 @dataclass(kw_only=True, slots=True)
 class LoggingConfig:
-    """What is written while training."""
+    """Say what is written while training."""
 
     every: int = 1
     "steps between entries of metrics.jsonl and TensorBoard"
@@ -176,16 +193,19 @@ class LoggingConfig:
     selections_every: int = 0
     "steps between recordings of what the first pack selects, in run_dir/selections; 0 for none"
     tensorboard: bool = True
+    "write TensorBoard files beside metrics.jsonl"
     progress: Progress = Progress.auto
+    "report on the terminal"
 
 
 @dataclass(kw_only=True, slots=True)
 class LauncherConfig:
-    """Local worker processes."""
+    """Set the local worker processes."""
 
     num_processes: int = 0
     "workers on this machine; 0: one per GPU, or 2 without GPUs; ignored under torchrun and srun"
     device: Device = Device.auto
+    "that the workers compute on"
     threads_per_process: int = 1
     "CPU threads of a worker"
     timeout_s: int = 600
@@ -194,20 +214,22 @@ class LauncherConfig:
 
 @dataclass(kw_only=True, slots=True)
 class WatchdogConfig:
-    """When a run that makes no progress is given up."""
+    """Say when a run that makes no progress is given up."""
 
     timeout_s: int = 1800
-    "longest time in which no pack, step or checkpoint is begun or ended; then ranks log their stacks and end"
+    "longest time (s) in which no pack, step or checkpoint begins or ends; then ranks log stacks and end"
 
 
 @dataclass(kw_only=True, slots=True)
 class RunConfig:
-    """One training run."""
+    """Describe one training run."""
 
     name: str = "unnamed"
+    "of the run"
     run_dir: str = "runs/unnamed"
     "checkpoints, logs and metrics; a run goes on where its run_dir stopped"
     engine: EngineKind = EngineKind.auto
+    "owner of gradient reduction, optimizer and schedule"
     model: ModelConfig = field(default_factory=ModelConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

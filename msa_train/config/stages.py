@@ -1,4 +1,4 @@
-"""Stages of a training run: what is trained, how and for how long. Integer arithmetic; nothing is started.
+"""Describe the stages of a training run: what is trained, how and for how long.
 
 A run without stages is one stage of `train.steps` steps with sparse attention. The recipe of arXiv 2606.13392
 section 4 has two: the main branch runs full attention while the index branch learns from all causal tokens
@@ -12,7 +12,7 @@ from msa_train.config.options import KlTarget, StageAttention
 
 @dataclass(kw_only=True, slots=True)
 class StageConfig:
-    """One stage as the user writes it; stages follow one another in the order of the file."""
+    """Hold one stage as the user writes it; stages follow one another in the order of the file."""
 
     tokens: int = 0
     "length, padding included, rounded up to whole steps; 0 in the last stage: up to train.steps"

@@ -1,4 +1,4 @@
-"""Text that comes from files and names, made fit for a terminal. The one place that knows what is not."""
+"""Make text that comes from files and names fit for a terminal. The one place that knows what is not."""
 
 import re
 

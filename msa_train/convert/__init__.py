@@ -1,1 +1,1 @@
-"""Released models in and out: Hugging Face folders and our checkpoints."""
+"""Convert released models: Hugging Face folders to our checkpoints and back."""

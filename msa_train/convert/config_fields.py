@@ -1,4 +1,4 @@
-"""The fields of a config.json: their defaults, the values that are implemented, those without an effect."""
+"""List the fields of a config.json: their defaults, values that are implemented, those without an effect."""
 
 from collections.abc import Collection
 from enum import Enum
@@ -33,10 +33,11 @@ _NO_EFFECT = {
 
 
 _LARGEST = 1e30
+"above all sensible numbers, and below what fp32 holds"
 
 
 class Family(Enum):
-    """Which of the released architectures a model is."""
+    """Name the released architectures."""
 
     m2 = "minimax_m2"
     m3 = "minimax_m3_vl"
@@ -107,61 +108,73 @@ _FIXED_IN_BOTH: dict[str, tuple[Any, ...]] = {
 
 
 class Fields:
-    """The fields of one config.json, each taken once; what is left over is refused.
+    """Take the fields of one config.json, each once; what is left over is refused.
 
     Numbers, texts and lists are taken as what they are: "64", true and null are no numbers, in transformers
     neither.
+
+    Args:
+        values: content of the object.
+        place: where it stands, e.g. "text_config.", for messages.
+        family: whose defaults and fixed values hold.
+        ignore: fields to treat as absent.
     """
 
     def __init__(self, values: dict[str, Any], place: str, family: Family, ignore: Collection[str]) -> None:
+        # a user may name a field by its path, text_config.x, or by itself
         ignored = {name.removeprefix(place) for name in ignore} | _NO_EFFECT
         self.left = {name: value for name, value in values.items() if name not in ignored}
         self.place, self.family = place, family
 
     def default(self, name: str, default: Any = None) -> Any:
-        """What an absent field means."""
+        """Return what an absent field means."""
         return _DEFAULTS[self.family].get(name, default)
 
     def whole(self, name: str, *, least: int = 1) -> int:
-        """A whole number that has a default."""
+        """Take a whole number that has a default."""
         return self.as_whole(name, self.left.pop(name, self.default(name)), least=least)
 
     def as_whole(self, name: str, value: Any, *, least: int = 1) -> int:
-        """The value of a field as a size."""
+        """Return the value of a field as a size, below 2^31; True and 64.0 are no sizes.
+
+        Raises:
+            ValueError: for anything else.
+        """
+        # type() and not isinstance: true is an int in Python
         if type(value) is not int or not least <= value < 2**31:
             raise self.refusal(name, value, f"must be a whole number from {least} on")
         return value
 
     def number(self, name: str, default: float | None = None, *, above: float = 0.0) -> float:
-        """A finite number above another one."""
+        """Take a finite number above another one."""
         return self.as_number(name, self.left.pop(name, self.default(name, default)), above=above)
 
     def as_number(self, name: str, value: Any, *, above: float = 0.0) -> float:
-        """The value of a field as a finite number."""
+        """Return the value of a field as a finite number."""
         if type(value) not in (int, float) or not above < value < _LARGEST:
             raise self.refusal(name, value, f"must be a number above {above:g}")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
-        """A field that is true or false."""
+        """Take a field that is true or false."""
         value = self.left.pop(name, default)
         if not isinstance(value, bool):
             raise self.refusal(name, value, "must be true or false")
         return value
 
     def mapping(self, name: str) -> dict[str, Any]:
-        """A copy of an object, empty where it is absent or null."""
+        """Take a copy of an object, empty where it is absent or null."""
         value = self.left.pop(name, None)
         if value is not None and not isinstance(value, dict):
             raise self.refusal(name, value, "must be an object")
         return dict(value or {})
 
     def values(self, name: str) -> list[Any] | None:
-        """A list, None where it is absent or null."""
+        """Take a list, None where it is absent or null."""
         return self.as_list(name, self.left.pop(name, None))
 
     def as_list(self, name: str, value: Any) -> list[Any] | None:
-        """The value of a field as a list of texts and numbers."""
+        """Return the value of a field as a list of texts and numbers."""
         if value is not None and (
             not isinstance(value, list) or any(type(one) in (list, dict) for one in value)
         ):
@@ -169,12 +182,13 @@ class Fields:
         return value
 
     def refusal(self, name: str, value: Any, rule: str) -> ValueError:
-        """The error for a field."""
+        """Make the error for a field: `name=value: rule`."""
         return ValueError(f"{self.place}{excerpt(name, 80)}={excerpt(str(value), 80)}: {rule}")
 
     def check_fixed(self) -> None:
         """Refuse other values than the one that is implemented."""
         for name, allowed in (_FIXED_IN_BOTH | _FIXED[self.family]).items():
+            # absent or null means the default, which is the implemented value
             value = self.left.pop(name, None)
             if value is not None and value not in allowed:
                 raise self.refusal(

@@ -1,4 +1,4 @@
-"""config.json of MiniMax-M2 and M3 checkpoints, and our configuration of the same model.
+"""Translate the config.json of MiniMax-M2 and M3 checkpoints into our configuration of the same model.
 
 Every field is either translated, or checked to have the one value that is implemented here, or known to have
 no effect on the weights' meaning. Anything else is refused: a field that is passed over can be another model.
@@ -21,11 +21,14 @@ _MAX_LAYERS, _MAX_EXPERTS = 4096, 2**20
 
 @dataclass(kw_only=True, slots=True)
 class HfModel:
-    """What config.json says about the language model."""
+    """Hold what config.json says about the language model."""
 
     family: Family
+    "released architecture"
     model: ModelConfig
+    "its shape"
     attention: AttentionConfig
+    "sizes of block selection; defaults where no layer has it"
     fp8_block: tuple[int, int] | None = None
     "rows and columns that share a scale, in a checkpoint of 8-bit weights"
 
@@ -50,6 +53,7 @@ def read_hf_config(config: dict[str, Any], *, ignore: Collection[str] = ()) -> H
         text = config.get("text_config")
         if not isinstance(text, dict):
             raise ValueError("text_config: is not there; a minimax_m3_vl config.json has one")
+        # quantization may be named outside or inside of the language model's object
         fp8_block = fp8_block or _fp8_block(text)
         tied = Fields(config, "", Family.m3, ignore).flag("tie_word_embeddings", False)
         hf = _read_m3(Fields(text, "text_config.", Family.m3, ignore), tied=tied)
@@ -81,6 +85,7 @@ def _read_m2(fields: Fields) -> HfModel:
         zero_centered_norm=False,
         activation=Activation.swiglu,
     )
+    # in this order: what is left after both is unknown, and could be another model
     fields.check_fixed()
     fields.check_nothing_left()
     return HfModel(family=Family.m2, model=model, attention=AttentionConfig())
@@ -103,7 +108,9 @@ def _read_m3(fields: Fields, *, tied: bool) -> HfModel:
         zero_centered_norm=True,
         activation=Activation.swiglu_oai,
     )
+    # of a vision-language model, the outer object may say it for the language model inside
     model.tie_embeddings = model.tie_embeddings or tied
+    # a model of full attention may have any index sizes: they mean nothing
     if AttentionKind.msa in kinds:
         _check_index(fields, model, index)
     fields.check_fixed()
@@ -118,7 +125,7 @@ def _read_m3(fields: Fields, *, tied: bool) -> HfModel:
 
 
 def _num_layers(fields: Fields) -> int:
-    """Layers, so few that lists of them, and of their experts, are no burden."""
+    """Take the number of layers, so few that lists of them, and of their experts, are no burden."""
     layers = fields.whole("num_hidden_layers")
     if layers > _MAX_LAYERS:
         raise fields.refusal("num_hidden_layers", layers, f"must be at most {_MAX_LAYERS:,}")
@@ -126,7 +133,8 @@ def _num_layers(fields: Fields) -> int:
 
 
 def _num_experts(fields: Fields, layers: int) -> int:
-    """Experts of a layer, which have two names."""
+    """Take the number of experts of a layer, a field that has two names."""
+    # null is a value that is refused later, so absence needs a mark of its own
     absent = object()
     one, other = fields.left.pop("num_local_experts", absent), fields.left.pop("num_experts", absent)
     if absent not in (one, other) and one != other:
@@ -142,8 +150,9 @@ def _num_experts(fields: Fields, layers: int) -> int:
 
 
 def _common(fields: Fields, layers: int, **special: Any) -> ModelConfig:
-    """ModelConfig from the fields that both families have, and those in `special`."""
+    """Make a ModelConfig from the fields that both families have, and those in `special`."""
     topk = fields.whole("num_experts_per_tok")
+    # Megatron divides the scores of several experts by their sum and leaves a single one as it is
     if topk == 1:
         raise fields.refusal(
             "num_experts_per_tok", 1, "weights of a single expert differ here; must be 2 or more"
@@ -154,6 +163,7 @@ def _common(fields: Fields, layers: int, **special: Any) -> ModelConfig:
             "num_attention_heads", heads, f"must be at most {_MAX_EXPERTS:,} over all layers"
         )
     width = fields.whole("intermediate_size")
+    # of no effect on imported weights; an index branch that the checkpoint lacks is drawn with it
     std = fields.number("initializer_range", 0.02)
     return ModelConfig(
         **{"ffn_hidden_size": width} | special,
@@ -177,7 +187,7 @@ def _common(fields: Fields, layers: int, **special: Any) -> ModelConfig:
 
 
 def _sparse_fields(fields: Fields) -> dict[str, Any]:
-    """Content of sparse_attention_config, which released checkpoints have, after checking what is fixed."""
+    """Take sparse_attention_config, which released checkpoints have, after checking what is fixed."""
     sparse = fields.mapping("sparse_attention_config")
     place = "sparse_attention_config."
     for name, value in {"sparse_init_block": 0, "sparse_score_type": "max"}.items():
@@ -190,6 +200,7 @@ def _sparse_fields(fields: Fields) -> dict[str, Any]:
         raise fields.refusal(place + "use_sparse_attention", uses, "contradicts sparse_attention_freq")
     name = place + "sparse_disable_index_value"
     values = fields.as_list(name, sparse.pop("sparse_disable_index_value", None))
+    # both lists have an entry per layer: index values must be disabled wherever attention is sparse
     if any(on and not off for on, off in zip(frequency or [], values or [], strict=False)):
         raise fields.refusal(name, values, "index values are not implemented here")
     known = {*SPARSE_FIELDS.values(), "sparse_attention_freq"}
@@ -200,7 +211,7 @@ def _sparse_fields(fields: Fields) -> dict[str, Any]:
 
 
 def _index_field(fields: Fields, name: str, sparse: dict[str, Any]) -> int:
-    """A field of the index branch, which may be spelled in two ways."""
+    """Take a field of the index branch, which has two spellings, e.g. index_head_dim and sparse_index_dim."""
     absent = object()
     flat, legacy = fields.left.pop(name, absent), sparse.get(SPARSE_FIELDS[name], absent)
     if absent not in (flat, legacy) and flat != legacy:
@@ -210,6 +221,7 @@ def _index_field(fields: Fields, name: str, sparse: dict[str, Any]) -> int:
 
 
 def _attention_kinds(fields: Fields, sparse: dict[str, Any], layers: int) -> list[AttentionKind]:
+    # layer_types names every layer; sparse_attention_freq has 1 or 0 for each: [0, 1] is full, msa
     types = fields.values("layer_types")
     if types is None and sparse.get("sparse_attention_freq") is not None:
         types = [SPARSE if on else "full_attention" for on in sparse["sparse_attention_freq"]]
@@ -224,13 +236,17 @@ def _attention_kinds(fields: Fields, sparse: dict[str, Any], layers: int) -> lis
 
 
 def _num_dense(fields: Fields, layers: int) -> int:
-    """Number of dense layers, which must be the first ones."""
+    """Take the number of dense layers, which must be the first ones.
+
+    Example: moe_layer_freq [0, 0, 0, 1, 1] -> 3; [0, 1, 0] -> an error.
+    """
     types, frequency = fields.values("mlp_layer_types"), fields.values("moe_layer_freq")
     if types is None:
         types = ["sparse" if on else "dense" for on in frequency or [1] * layers]
     if len(types) != layers:
         raise fields.refusal("mlp_layer_types", types, f"must name {layers} layers")
     count = sum(kind == "dense" for kind in types)
+    # our configuration has a number of dense layers and no list
     if types != ["dense"] * count + ["sparse"] * (layers - count):
         raise fields.refusal("mlp_layer_types", types, "dense layers must come before all others here")
     return count
@@ -240,6 +256,7 @@ def _check_index(fields: Fields, model: ModelConfig, index: dict[str, int]) -> N
     heads, dim = index["index_n_heads"], index["index_head_dim"]
     if heads != model.num_kv_heads:
         raise fields.refusal("index_n_heads", heads, f"must be num_key_value_heads={model.num_kv_heads}")
+    # index queries and keys are rotated like the main branch's, so they need as many channels
     if dim < model.rotary_dim:
         raise fields.refusal(
             "index_head_dim", dim, f"must be at least the rotated channels, {model.rotary_dim}"
@@ -249,12 +266,15 @@ def _check_index(fields: Fields, model: ModelConfig, index: dict[str, int]) -> N
 
 
 def _attention_text(kinds: list[AttentionKind]) -> str:
-    """[full, full, msa] -> "full*2,msa*1"."""
+    """Write kinds of layers as runs: [full, full, msa] -> "full*2,msa*1"."""
     return ",".join(f"{kind.value}*{len(list(run))}" for kind, run in groupby(kinds))
 
 
 def _fp8_block(config: dict[str, Any]) -> tuple[int, int] | None:
-    """Block size of 8-bit weights, None for plain ones; other kinds of quantization are refused."""
+    """Take the block size of 8-bit weights, None for plain ones; other kinds of quantization are refused.
+
+    Example: {"quant_method": "fp8", "weight_block_size": [128, 128]} -> (128, 128).
+    """
     for name in ("quantization_config", "quantization"):
         given = config.get(name)
         if not given:

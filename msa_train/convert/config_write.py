@@ -1,4 +1,4 @@
-"""config.json of a model of ours."""
+"""Write the config.json of a model of ours."""
 
 import json
 import math
@@ -12,12 +12,14 @@ DEFAULT_MAX_POSITIONS = 1048576
 
 
 def family_of(model: ModelConfig) -> Family:
-    """The released architecture that a model of ours has.
+    """Find the released architecture that a model of ours has.
 
     Raises:
         ValueError: one line, naming the first setting that none of them has.
     """
+    # the activation is what the two architectures never share
     family = Family.m3 if model.activation is Activation.swiglu_oai else Family.m2
+    # settings that the configuration of ours leaves open and the architecture fixes
     needed: dict[str, Any] = {"qk_norm": QkNorm.head, "zero_centered_norm": True}
     if family is Family.m2:
         needed = {
@@ -54,12 +56,12 @@ def write_hf_config(
     dtype: str,
     max_positions: int = DEFAULT_MAX_POSITIONS,
 ) -> dict[str, Any]:
-    """config.json of a model of ours: minimax_m2, or the bare text model of minimax_m3_vl.
+    """Write the config.json of a model of ours: minimax_m2, or the bare text model of minimax_m3_vl.
 
     Args:
         model, attention: the shape.
         dtype: of the weights, as transformers writes it, e.g. "bfloat16".
-        max_positions: longest sequence that the model is meant for.
+        max_positions: longest sequence that the model is meant for, tokens.
 
     Raises:
         ValueError: if no released architecture is like it.
@@ -76,6 +78,7 @@ def write_hf_config(
         "num_attention_heads": model.num_heads,
         "num_key_value_heads": model.num_kv_heads,
         "head_dim": model.head_dim,
+        # transformers computes M3's clamped activation whatever stands here
         "hidden_act": "silu",
         "max_position_embeddings": max_positions,
         "initializer_range": model.init_std,
@@ -88,11 +91,13 @@ def write_hf_config(
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": model.rope_theta,
+            # transformers multiplies this by head_dim and cuts, see _partial_factor
             "partial_rotary_factor": _partial_factor(model.rotary_dim, model.head_dim),
         },
         "bos_token_id": None,
         "eos_token_id": None,
     }
+    # transformers has these fields for M3 alone; the activation's constants are those of options.Activation
     if family is Family.m3:
         dense = model.num_dense_ffn_layers
         kinds = {AttentionKind.full: "full_attention", AttentionKind.msa: SPARSE}
@@ -116,12 +121,13 @@ def write_hf_config(
 def extend_hf_config(
     config: dict[str, Any], model: ModelConfig, attention: AttentionConfig
 ) -> dict[str, Any]:
-    """A config.json with what a long-context extension may change: rope_theta and the selection's sizes.
+    """Change in a config.json what a long-context extension may: rope_theta and the selection's sizes.
 
     Args:
         config: of the model that was extended; stays as it is.
         model, attention: our configuration after the extension.
     """
+    # a deep copy, of what is JSON anyway
     result: dict[str, Any] = json.loads(json.dumps(config))
     text = result["text_config"] if isinstance(result.get("text_config"), dict) else result
     for place in (text, text.get("rope_parameters"), text.get("rope_scaling")):
@@ -134,6 +140,7 @@ def extend_hf_config(
     }
     sparse = text.get("sparse_attention_config") or {}
     for name, value in values.items():
+        # in whichever spelling the config.json has them, and nowhere that it does not
         for place, field in ((text, name), (sparse, SPARSE_FIELDS[name])):
             if place.get(field) is not None:
                 place[field] = value
@@ -141,13 +148,17 @@ def extend_hf_config(
 
 
 def _like(value: float, given: float) -> float:
-    """The value as it is given where both are equal: 5000000 stays a whole number."""
+    """Keep the given spelling where both are equal: 5000000 stays a whole number."""
     return given if given == value else value
 
 
 def _partial_factor(rotary_dim: int, head_dim: int) -> float:
-    """A factor that gives rotary_dim back when it is multiplied and cut to a whole number (29 of 100!)."""
+    """Find a factor that gives rotary_dim back when it is multiplied and cut to a whole number.
+
+    Example: 29 / 100 = 0.29 in float64 gives int(100 * 0.29) = 28; the next float above it gives 29.
+    """
     factor = rotary_dim / head_dim
+    # a float too small by its last bit is mended by its next neighbour, so this runs once or never
     while int(head_dim * factor) < rotary_dim:
         factor = math.nextafter(factor, 2.0)
     return factor

@@ -30,17 +30,22 @@ _MAX_INDEX_BYTES = 256 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class NewTensor:
-    """A tensor to write; `pieces` yields its rows in order, as tensors whose bytes follow one another."""
+    """Describe a tensor to write."""
 
     name: str
+    "in the file"
     dtype: str
+    "as safetensors spells it, e.g. BF16"
     shape: tuple[int, ...]
+    "sizes of its dimensions"
     num_bytes: int
+    "of all its numbers"
     pieces: Callable[[], Iterator[Tensor]]
+    "yields its rows in order, as tensors whose bytes follow one another"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """torch.bfloat16 -> "BF16".
+    """Spell a dtype as safetensors does: torch.bfloat16 -> "BF16".
 
     Raises:
         ValueError: for a type that models are not stored in.
@@ -51,7 +56,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def read_index(folder: Path) -> dict[str, Entry]:
-    """All tensors of a checkpoint folder by name, in the order of the files.
+    """Find all tensors of a checkpoint folder by name, in the order of the files; only headers are read.
 
     Raises:
         ValueError: one line, if there is no checkpoint, a file is missing, damaged or a link out of the
@@ -61,11 +66,13 @@ def read_index(folder: Path) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     for name in sorted(set(places.values())) or [SINGLE_NAME]:
         for tensor, entry in read_header(_file_of(folder, name)).items():
+            # two files with the same name in them: which one counts would depend on their order
             if tensor in entries:
                 raise ValueError(
                     f"tensor {excerpt(tensor)}: is in {entries[tensor].file.name} and in {name}; keep one"
                 )
             entries[tensor] = replace(entry, file=folder / name)
+    # the index must not promise more than the files hold, else a tensor would be missed without a word
     for tensor, name in places.items():
         if tensor not in entries or entries[tensor].file.name != name:
             raise ValueError(
@@ -76,7 +83,7 @@ def read_index(folder: Path) -> dict[str, Entry]:
 
 
 def _read_places(folder: Path) -> dict[str, str]:
-    """File of each tensor, from the index; empty where there is none."""
+    """Read the file of each tensor from the index; empty where there is none."""
     index = folder / INDEX_NAME
     if not os.path.lexists(index):
         return {}
@@ -101,7 +108,7 @@ def _file_of(folder: Path, name: str) -> Path:
 
 
 class RowReader:
-    """Reads rows of tensors; keeps one file open."""
+    """Read rows of tensors; keeps one file open."""
 
     def __init__(self) -> None:
         self._path: Path | None = None
@@ -110,11 +117,17 @@ class RowReader:
     def read_into(self, entry: Entry, row: int, out: Tensor) -> None:
         """Fill `out`, [rows, ...] of the entry's dtype and contiguous, with rows from `row` on.
 
-        Rows of a tensor with three dimensions are those of its last two, counted over the first.
+        Rows of a tensor with three dimensions are those of its last two, counted over the first. Example: row
+        5 of [2, 4, 3] is row 1 of the second matrix, 15 numbers from the begin.
+
+        Raises:
+            ValueError: if the file ends too early.
         """
+        # one seek and one read: rows are contiguous, so no more is touched than what is asked for
         first = entry.begin + row * (out[0].numel() if out.numel() else 0) * out.element_size()
         file = self._open(entry.file)
         file.seek(first)
+        # bytes of the tensor itself: the file is read into it without a copy
         data = out.view(-1).view(torch.uint8).numpy().data
         assert first + len(data) <= entry.end, f"rows from {row} on are beyond the tensor's end"
         if file.readinto(data) != len(data):  # type: ignore[attr-defined]
@@ -143,6 +156,7 @@ def write_file(path: Path, tensors: list[NewTensor], progress: Callable[[int], N
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
+    # offsets count from the first byte behind the header, without gaps
     for tensor in tensors:
         place = [at, at + tensor.num_bytes]
         header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": place}
@@ -165,7 +179,10 @@ def write_file(path: Path, tensors: list[NewTensor], progress: Callable[[int], N
 
 
 def pack_files(tensors: list[NewTensor], max_bytes: int) -> list[list[NewTensor]]:
-    """Deal tensors over files of at most `max_bytes`, in order; a larger tensor has a file to itself."""
+    """Deal tensors over files of at most `max_bytes`, in order; a larger tensor has a file to itself.
+
+    Example: tensors of 4, 4, 10 and 2 bytes, files of 8 -> [4, 4], [10], [2].
+    """
     files: list[list[NewTensor]] = []
     room = 0
     for tensor in tensors:
@@ -178,14 +195,18 @@ def pack_files(tensors: list[NewTensor], max_bytes: int) -> list[list[NewTensor]
 
 
 def file_names(count: int) -> list[str]:
-    """One file is model.safetensors, several are model-00001-of-00003.safetensors and so on."""
+    """Name the files: one is model.safetensors, several are model-00001-of-00003.safetensors and so on."""
     if count == 1:
         return [SINGLE_NAME]
     return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
 
 
 def index_json(files: Mapping[str, list[NewTensor]]) -> dict[str, object]:
-    """Content of model.safetensors.index.json."""
+    """Make the content of model.safetensors.index.json.
+
+    Example: tensors a and b of 4 bytes in file x -> {"metadata": {"total_size": 8}, "weight_map": {"a": "x",
+    "b": "x"}}.
+    """
     places = {tensor.name: name for name, tensors in files.items() for tensor in tensors}
     size = sum(tensor.num_bytes for tensors in files.values() for tensor in tensors)
     return {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}

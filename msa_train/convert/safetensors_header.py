@@ -1,8 +1,13 @@
-"""What a safetensors file says about its tensors, checked by the rules of the safetensors package itself.
+"""Read what a safetensors file says about its tensors, and check it by the rules of that package.
 
 8 bytes length of the header (little endian), the header (JSON: dtype, shape and byte range of each tensor),
 the bytes. Ranges follow one another without gaps from the first byte to the end of the file, and each is as
-long as its shape and dtype ask for: where one digit is damaged, two of these disagree.
+long as its shape and dtype ask for: where one digit is damaged, two of these disagree. Format:
+https://github.com/huggingface/safetensors (README, "Format").
+
+Example: tensor "a", BF16 [2]: length 0x58 = 88 in 8 bytes, then
+{"__metadata__":{"format":"pt"},"a":{"dtype":"BF16","shape":[2],"data_offsets":[0,4]}} and 2 spaces, then 4
+bytes: begin 96, end 100 in the file. Only the header is read: 100 to 200 bytes per tensor.
 """
 
 import os
@@ -34,17 +39,22 @@ _BITS = {
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A tensor in a file: dtype as safetensors spells it, first and last byte (exclusive) in the file."""
+    """Locate a tensor in a file."""
 
     file: Path
+    "that holds it"
     dtype: str
+    "as safetensors spells it, e.g. BF16"
     shape: tuple[int, ...]
+    "sizes of its dimensions"
     begin: int
+    "its first byte in the file"
     end: int
+    "the byte behind its last one"
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """Tensors of one file, by place.
+    """Read the tensors of one file, by place.
 
     Raises:
         ValueError: one line, if it is missing, no safetensors file, damaged or cut short.
@@ -59,16 +69,18 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def parse_header(path: Path, file: BinaryIO, size: int) -> dict[str, Entry]:
-    """The same of an open file of so many bytes; errors as of `read_header`."""
+    """Read the same of an open file of so many bytes; errors as of `read_header`."""
     try:
         header = _header(file, size)
         first = file.tell()
         entries = [_entry(path, name, one, first) for name, one in header.items() if name != "__metadata__"]
         _check_metadata(header.get("__metadata__"))
+        # by both ends: an empty tensor begins where the next one does
         entries.sort(key=lambda item: (item[1].begin, item[1].end))
         end = _check_places(entries, first)
     except (ValueError, struct.error) as error:
         raise ValueError(f"{path}: is not a safetensors file ({error}); fetch it again") from None
+    # the header is sound, so the file was cut short: the message gives both sizes
     if size != end:
         raise ValueError(f"{path}: has {size} of {end} bytes; fetch it again")
     return dict(entries)
@@ -76,6 +88,7 @@ def parse_header(path: Path, file: BinaryIO, size: int) -> dict[str, Entry]:
 
 def _header(file: BinaryIO, size: int) -> dict[str, Any]:
     (length,) = struct.unpack("<Q", file.read(8))
+    # checked before reading: a damaged length would ask for up to 2^64 bytes
     if length > MAX_HEADER_BYTES or 8 + length > size:
         raise ValueError(f"a header of {length} bytes in a file of {size}")
     try:
@@ -88,7 +101,7 @@ def _header(file: BinaryIO, size: int) -> dict[str, Any]:
 
 
 def _entry(path: Path, name: str, value: Any, first: int) -> tuple[str, Entry]:
-    """A tensor, the bytes of which are as many as its shape and dtype ask for."""
+    """Make the entry of a tensor, the bytes of which are as many as its shape and dtype ask for."""
     what = f"tensor {excerpt(name)}"
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{what} has not just dtype, shape and data_offsets")
@@ -97,6 +110,7 @@ def _entry(path: Path, name: str, value: Any, first: int) -> tuple[str, Entry]:
         raise ValueError(f"{what} has dtype {excerpt(str(dtype), 20)}")
     if not _are_sizes(shape) or not _are_sizes(place) or len(place) != 2:
         raise ValueError(f"{what} has a shape or place that is not in whole numbers")
+    # bits and not bytes: two F4 numbers share a byte
     bits = _BITS[dtype]
     for number in shape:
         bits *= number
@@ -110,7 +124,7 @@ def _are_sizes(values: Any) -> bool:
 
 
 def _check_metadata(values: Any) -> None:
-    """Texts by name; Megatron, transformers and the hub keep nothing else here."""
+    """Check for texts by name; Megatron, transformers and the hub keep nothing else here."""
     if values is None:
         return
     if not isinstance(values, dict) or not all(isinstance(one, str) for one in values.values()):

@@ -1,4 +1,4 @@
-"""Corpora, tokenizers and packing: from the data settings to the packs of each step."""
+"""Turn the data settings into the packs of each step: corpora, tokenizers, packing."""
 
 from msa_train.data.dataset import BatchStream, PackedDataset
 from msa_train.data.packing import IGNORE_LABEL, Pack

@@ -1,4 +1,4 @@
-"""Packs by number, and the packs of each data-parallel rank by step."""
+"""Number packs without end, and deal those of each step to the data-parallel ranks."""
 
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +14,10 @@ _PLANS_KEPT = 2
 
 
 class PackedDataset:
-    """An endless row of packs; number i is the same for every rank and every run with the same seed.
+    """Build packs on demand from an endless row; number i is the same for all ranks and runs of a seed.
+
+    Memory: 32 bytes per piece in the packing and 8 in each of two epoch plans, on every data-parallel rank;
+    the tokens themselves stay in the memory-mapped file. A pack has 16 bytes per token: 16 MiB for 1M tokens.
 
     Args:
         view: the documents.
@@ -34,39 +37,49 @@ class PackedDataset:
 
     @property
     def view(self) -> DocumentView:
-        """The documents."""
+        """Return the documents."""
         return self._view
 
     @property
     def num_packs(self) -> int:
-        """Packs of one epoch; the same for all epochs."""
+        """Return the packs of one epoch; the same for all epochs."""
         return self._packing.num_packs
 
     @property
     def num_documents(self) -> int:
-        """Documents of one epoch."""
+        """Return the documents of one epoch."""
         return len(self._view.lengths)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of one epoch, without padding."""
+        """Return the tokens of one epoch, without padding."""
         return int(self._view.lengths.sum())
 
     @property
     def padding_share(self) -> float:
-        """Share of an epoch's positions that is padding."""
+        """Return the share of an epoch's positions that is padding, 0 to 1.
+
+        Example: 3 packs of 8 tokens hold 17 tokens -> 1 - 17 / 24 = 0.29.
+        """
         return 1.0 - self.num_tokens / (self.num_packs * self._seq_len)
 
     def __getitem__(self, index: int) -> Pack:
-        """Pack number `index`, counted over all epochs.
+        """Build pack number `index`, counted over all epochs.
+
+        Example: seq_len 8, block_size 4, a pack with the end [19, 20] of one document and another document
+        [1, 2, 3]: tokens [19, 20, 0, 0, 1, 2, 3, 0], labels [20, -, -, -, 2, 3, -, -] (- is IGNORE_LABEL),
+        cu_seqlens [0, 4, 8], doc_lengths [2, 3].
 
         Raises:
+            IndexError: for a negative number.
             ValueError: if a token id has no row in the embedding.
         """
         if index < 0:
             raise IndexError(f"pack {index}: packs are counted from 0 and have no end")
+        # all epochs have equally many packs, so a step finds its place without replaying earlier ones
         epoch, pack = divmod(index, self.num_packs)
         pieces = self._plan(epoch).pieces(pack)
+        # each piece starts on the next block boundary; the last slot takes the rest of the pack
         blocks = -(-pieces.length // self._block_size)
         cu_seqlens = np.zeros(len(pieces) + 1, np.int32)
         np.cumsum(blocks[:-1] * self._block_size, out=cu_seqlens[1:-1])
@@ -78,12 +91,15 @@ class PackedDataset:
             # One token more than the piece has: what follows it in the document is its last label.
             text = self._view.read(int(doc), int(start), int(length) + 1)
             tokens[position : position + length] = text[:length]
+            # a piece that is cut off has a label at its last token too; the document's last token has none
             labels[position : position + len(text) - 1] = text[1:]
         return Pack(tokens, labels, cu_seqlens, pieces.length.astype(np.int32))
 
     def _plan(self, epoch: int) -> EpochPlan:
+        """Return the plan of an epoch; made by the step's thread and by the one that reads ahead."""
         with self._lock:
             if epoch not in self._plans:
+                # of the plans kept, the epoch farthest from this one goes first
                 while len(self._plans) >= _PLANS_KEPT:
                     del self._plans[max(self._plans, key=lambda kept: abs(kept - epoch))]
                 self._plans[epoch] = self._packing.epoch(epoch)
@@ -91,7 +107,7 @@ class PackedDataset:
 
 
 class BatchStream:
-    """Packs of one data-parallel rank, step by step; the next step is read ahead in a thread.
+    """Read the packs of one data-parallel rank, step by step; the next step is read ahead in a thread.
 
     Args:
         dataset: the packs.
@@ -104,7 +120,7 @@ class BatchStream:
         self._ahead: tuple[range, Future[list[Pack]]] | None = None
 
     def packs(self, first: int, dp_rank: int, dp_size: int, global_batch_size: int) -> list[Pack]:
-        """The packs of one rank in one step; `first` is the number of the step's first pack.
+        """Return the packs of one rank in one step; `first` is the number of the step's first pack.
 
         The step's packs are the global_batch_size numbers from `first` on, whatever dp_size is; rank r
         takes every dp_size-th from the r-th on. Example: with first 4 and global_batch_size 4, rank 0 of 2
@@ -115,6 +131,7 @@ class BatchStream:
         """
         assert 0 <= dp_rank < dp_size, f"dp_rank={dp_rank} of dp_size={dp_size}"
         indices = _rank_indices(first, dp_rank, dp_size, global_batch_size)
+        # after a rollback or a change of batch size other packs are wanted than were read ahead
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] == indices:
             packs = ahead[1].result()
@@ -123,6 +140,7 @@ class BatchStream:
                 ahead[1].cancel()
             packs = self._build(indices)
         if self._pool is not None:
+            # read while this step computes; an error in it is raised by the step that wants these packs
             following = _rank_indices(first + global_batch_size, dp_rank, dp_size, global_batch_size)
             self._ahead = following, self._pool.submit(self._build, following)
         return packs

@@ -1,1 +1,1 @@
-"""What a process owes its run directory: whole files, one owner, last words. Standard library only."""
+"""Keep what a process owes its run directory: whole files, one owner, last words. Standard library only."""

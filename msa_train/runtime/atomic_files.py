@@ -1,4 +1,4 @@
-"""Files that are written in folders which others may write to as well. Standard library only.
+"""Write files whole or not at all, in folders that others may write to as well. Standard library only.
 
 A name in such a folder can be a link that leads to a file of the user's own. So no link is followed: a file
 is made under a new, random name and moved to its place, and one that is appended to must not be a link.
@@ -20,11 +20,16 @@ _PARTIAL = re.compile(r"\..+\.[0-9a-f]{16}\.partial")
 
 @contextmanager
 def new_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """A file that appears whole or not at all, and on the disk, when the block ends.
+    """Write a file that appears whole or not at all, and on the disk, when the block ends.
+
+    Example: stopped.json is written as .stopped.json.0123456789abcdef.partial, synced, then renamed.
 
     Args:
         path: where it appears, in place of a file or link of that name.
         mode: "w" for text in UTF-8, "wb" for bytes.
+
+    Raises:
+        OSError: if the disk does not take it; the partial file is removed then.
     """
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     encoding = None if "b" in mode else "utf-8"
@@ -46,6 +51,7 @@ def open_to_append(path: Path) -> TextIO:
     Raises:
         OSError: if the name is a link, or something else than a file.
     """
+    # O_NOFOLLOW refuses links, O_NONBLOCK does not wait for a pipe's other end
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         descriptor = os.open(path, flags, 0o666)

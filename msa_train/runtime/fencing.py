@@ -1,7 +1,9 @@
-"""Which start of a run may write its checkpoints. Standard library only.
+"""Fence off older starts of a run, which may no longer write its checkpoints. Standard library only.
 
 After a network split, processes of an old start can live on beside those of the requeued one. Every start
-writes its generation into run_dir; who finds another one there has been superseded and must publish nothing.
+writes its fencing token into run_dir; who finds another one there has been superseded and must publish
+nothing. Fencing tokens: Kleppmann, Designing Data-Intensive Applications (2017), chapter 8. Tokens are
+compared for equality only: the last one that was claimed is the one that counts.
 """
 
 import os
@@ -14,16 +16,19 @@ VARIABLE = "MSA_TRAIN_GENERATION"
 
 
 class SupersededError(RuntimeError):
-    """Another start has taken over this run_dir."""
+    """Report that another start has taken over this run_dir."""
 
 
 def own_token() -> str:
-    """Of this process's start, empty where nobody has given it one. Under Slurm job and restart: 7.0."""
+    """Return the fencing token of this process's start, empty where nobody has given it one.
+
+    Under Slurm it is job and restart: "7.0" of job 7 at its first start.
+    """
     return os.environ.get(VARIABLE, "")
 
 
 def claim(run_dir: str | Path, generation: str) -> None:
-    """Make this the start that may write; for the one process that has claimed run_dir."""
+    """Make this the start that may write; for the one process that owns run_dir."""
     os.environ[VARIABLE] = generation
     path = Path(run_dir) / GENERATION_NAME
     with new_file(path) as file:

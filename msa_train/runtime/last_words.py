@@ -1,4 +1,4 @@
-"""How a worker that fails tells it: to the launcher by a file, else on stderr. Standard library only."""
+"""Tell the failure of a worker: to the launcher by a file, else on stderr. Standard library only."""
 
 import json
 import os
@@ -16,7 +16,10 @@ LAUNCHER_PID = "MSA_TRAIN_LAUNCHER_PID"
 
 
 def record(error: BaseException) -> None:
-    """Tell an exception: type, text, traceback and time."""
+    """Tell an exception: type, text, traceback and time.
+
+    The file is the one that torch's elastic agent names in TORCHELASTIC_ERROR_FILE, in its own format.
+    """
     rank = os.environ.get("RANK", "0")
     text = "" if _is_plain(error) else "".join(traceback.format_exception(error))
     file, is_recorded = os.environ.get("TORCHELASTIC_ERROR_FILE"), False
@@ -54,8 +57,8 @@ def _write(path: Path, content: str) -> bool:
 
 
 def _is_plain(error: BaseException) -> bool:
-    """Whether the text says all, or the output does: there is nothing that a traceback could explain."""
-    plain = {"parallel.job_store": "JobIncompleteError", "training.watchdog": "StalledError"}
+    """Tell if the text says all, or the output does: there is nothing that a traceback could explain."""
+    plain = {"parallel.comm.job_store": "JobIncompleteError", "runtime.watchdog": "StalledError"}
     modules = {name: sys.modules.get(f"msa_train.{name}") for name in plain}
     return any(isinstance(error, getattr(modules[name], plain[name], ())) for name in plain)
 
@@ -69,4 +72,5 @@ def end_by(error: BaseException) -> NoReturn:
     record(error)
     sys.stdout.flush()
     sys.stderr.flush()
+    # not sys.exit: that would end the calling thread alone
     os._exit(1)

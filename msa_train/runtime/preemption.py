@@ -1,4 +1,4 @@
-"""Asking a run to stop after the step it is in. Standard library only: read before torch is imported.
+"""Ask a run to stop after the step it is in. Standard library only: read before torch is imported.
 
 SIGUSR1 says that the time is nearly up, SIGTERM that the place is wanted for something else. Either only
 leaves a note here; the training loop looks at it after every step, saves and ends.
@@ -22,16 +22,16 @@ _requested = 0
 
 @dataclass(kw_only=True, slots=True)
 class StopRecord:
-    """Why and where a run stopped before its end: content of run_dir/stopped.json."""
+    """Record why and where a run stopped before its end: content of run_dir/stopped.json."""
 
     step: int
     "optimizer steps made"
     signal: str
     "name of the signal, e.g. SIGUSR1"
     saved: bool
-    "whether there is a checkpoint of this step, so that another start goes on from there"
+    "there is a checkpoint of this step, so that another start goes on from there"
     generation: str
-    "of the start that stopped; empty where there are none"
+    "fencing token of the start that stopped; empty where it had none"
 
 
 def install_handlers(*signals: signal.Signals) -> None:
@@ -43,13 +43,13 @@ def install_handlers(*signals: signal.Signals) -> None:
 
 
 def ignore() -> None:
-    """Nothing more is left to stop; a late signal must not turn a good end into a bad one."""
+    """Ignore the signals: nothing is left to stop, and a late one must not turn a good end into a bad one."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def signal_received() -> int:
-    """Number of the first signal that asked this process to stop, 0 if none has."""
+    """Return the number of the first signal that asked this process to stop, 0 if none has."""
     return _requested
 
 
@@ -62,7 +62,7 @@ def write_stopped(run_dir: str | Path, stopped: StopRecord) -> None:
 
 
 def read_stopped(run_dir: str | Path) -> StopRecord | None:
-    """The mark of the last start, None if that did not stop early.
+    """Read the mark of the last start, None if that did not stop early.
 
     Raises:
         ValueError: one line, if the file is damaged.
@@ -72,6 +72,7 @@ def read_stopped(run_dir: str | Path) -> StopRecord | None:
         content = read_record(path, {field.name: field.type for field in fields(StopRecord)})
     except FileNotFoundError:
         return None
+    # no signal of that name: nothing of ours wrote it
     if content["signal"] not in signal.Signals.__members__:
         raise ValueError(f"{path}: is damaged; remove it")
     return StopRecord(**content)
@@ -84,4 +85,5 @@ def clear_stopped(run_dir: str | Path) -> None:
 
 def _note(number: int, frame: FrameType | None) -> None:
     global _requested
+    # the first signal counts: a SIGTERM that follows does not change why the run stops
     _requested = _requested or number

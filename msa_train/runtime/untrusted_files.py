@@ -1,4 +1,4 @@
-"""Reading files that somebody else made: regular ones, of limited size and depth, and only where they belong.
+"""Read files that somebody else made: regular ones, of limited size and depth, and only where they belong.
 
 A name in a downloaded folder may be a pipe that never ends, a device, or a link to a private key; JSON may be
 nested until the interpreter gives up. Standard library only, below all other packages.
@@ -52,12 +52,13 @@ def regular_size(path: Path) -> int:
 
 
 def read_limited(path: Path, max_bytes: int) -> bytes:
-    """Content of a regular file.
+    """Read the content of a regular file; at most max_bytes + 1 bytes are in memory.
 
     Raises:
         OSError: as `open_regular`, and EFBIG for more than max_bytes.
     """
     with open_regular(path) as file:
+        # one byte more tells a file that is too large from one that just fits
         content = file.read(max_bytes + 1) or b""
     if len(content) > max_bytes:
         raise OSError(errno.EFBIG, f"has more than {max_bytes:,} bytes", str(path))
@@ -65,7 +66,9 @@ def read_limited(path: Path, max_bytes: int) -> bytes:
 
 
 def parse_json(content: bytes | str) -> Any:
-    """A JSON value; names that an object says twice, NaN and Infinity are refused, a byte order mark is not.
+    """Parse JSON; names that an object says twice, NaN and Infinity are refused, a byte order mark is not.
+
+    Format: RFC 8259, which has neither NaN nor Infinity and leaves the meaning of repeated names open.
 
     Raises:
         ValueError: without the path, e.g. "is not JSON (Expecting value: line 1 column 1 (char 0))".
@@ -82,7 +85,7 @@ def parse_json(content: bytes | str) -> Any:
 
 
 def member(folder: Path, name: str) -> Path:
-    """The file that an entry of a folder is, links followed.
+    """Resolve an entry of a folder to the file that it is, links followed.
 
     It must be in the folder, or in the store of the Hugging Face hub cache that the folder is a snapshot of:
     there snapshots/REVISION/NAME is a link to ../../blobs/HASH.
@@ -95,10 +98,11 @@ def member(folder: Path, name: str) -> Path:
         raise ValueError(
             f"{folder}: names a file {excerpt(name)!r}, which must be a plain name in the folder"
         )
-    # not Path.resolve: before Python 3.13 links in a circle are no OSError there
+    # both sides without links; not Path.resolve: before Python 3.13 links in a circle are no OSError there
     root = Path(os.path.realpath(folder))
     real = Path(os.path.realpath(root / name, strict=True))
     allowed = [root]
+    # HUB/models--NAME/snapshots/REVISION: blobs lie beside snapshots
     if root.parent.name == "snapshots":
         allowed.append(root.parent.parent / "blobs")
     if not any(real.is_relative_to(place) for place in allowed):
@@ -110,7 +114,7 @@ def member(folder: Path, name: str) -> Path:
 
 
 def read_json(folder: Path, name: str, max_bytes: int) -> dict[str, Any]:
-    """The object in a JSON file of a downloaded folder.
+    """Read the object in a JSON file of a downloaded folder.
 
     Raises:
         ValueError: one line, if it is not there, leads out of the folder, is too large or no JSON object.
@@ -131,7 +135,7 @@ def read_json(folder: Path, name: str, max_bytes: int) -> dict[str, Any]:
 
 
 def read_record(path: Path, kinds: dict[str, Any]) -> dict[str, Any]:
-    """Some values of a small JSON object beside a run; texts are one line.
+    """Read some values of a small JSON object beside a run; texts are one line.
 
     Args:
         path: of the file.
@@ -148,6 +152,7 @@ def read_record(path: Path, kinds: dict[str, Any]) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read ({excerpt(str(error))}); remove it") from None
     for name, kind in kinds.items():
+        # type() and not isinstance: true is an int in Python
         if not isinstance(content, dict) or type(content.get(name)) is not kind:
             raise ValueError(f"{path}: is damaged ({name} is not there or of another kind); remove it")
     values = {name: content[name] for name in kinds}
@@ -155,7 +160,7 @@ def read_record(path: Path, kinds: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether this can name a file in a folder: no separators, all of it can be printed, not hidden."""
+    """Tell if this can name a file in a folder: "a.bin" can, "../x", ".x" and "a\\n" cannot."""
     if not isinstance(name, str) or not name.isprintable() or "/" in name:
         return False
     return bool(name) and not name.startswith(".")
@@ -170,6 +175,7 @@ def _check_regular(path: Path, mode: int) -> None:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # a name that is there twice means different things to different readers
     values = dict(pairs)
     if len(values) < len(pairs):
         seen: set[str] = set()

@@ -1,4 +1,4 @@
-"""YAML that somebody else wrote: of limited size, also after its aliases are followed."""
+"""Parse YAML that somebody else wrote: of limited size, also after its aliases are followed."""
 
 from typing import Any
 
@@ -12,6 +12,9 @@ MAX_NODES = 100_000
 
 def check_yaml(text: str) -> None:
     """Look through a document without making its values.
+
+    Aliases can double a value in every line (the "billion laughs"), so the size is counted on the tree of
+    nodes, in which each node is visited once.
 
     Raises:
         ValueError: without the path, e.g. "is not YAML (...)"; also for what is nested too deeply, contains
@@ -29,7 +32,7 @@ def check_yaml(text: str) -> None:
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a document.
+    """Parse a document.
 
     Raises:
         ValueError: as `check_yaml`.
@@ -64,6 +67,7 @@ def num_values(node: yaml.Node, known: dict[int, int] | None = None) -> int:
     if isinstance(node, yaml.ScalarNode):
         return 1
     if id(node) not in known:
+        # -1 marks a node whose children are being counted: to meet it again is to be inside itself
         known[id(node)] = -1
         children = [child for item in node.value for child in (item if isinstance(item, tuple) else (item,))]
         known[id(node)] = 1 + sum(num_values(child, known) for child in children)

@@ -1,4 +1,4 @@
-"""Ends a process that makes no step for too long, after writing down where all its threads stand."""
+"""End a process that makes no step for too long, after writing down where all its threads stand."""
 
 import faulthandler
 import os
@@ -23,7 +23,7 @@ class StalledError(RuntimeError):
 
 
 class Watchdog:
-    """Watches a block of code that calls `beat` now and then.
+    """Watch a block of code that calls `beat` now and then.
 
     Example: with Watchdog(1800, "rank 3") as watchdog: ...; watchdog.beat("step 17 is made")
     """
@@ -66,12 +66,14 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def beat(self, done: str) -> None:
-        """Something is done, named in the message if nothing follows."""
+        """Note that something is done, named in the message if nothing follows."""
         self._last, self._last_s = done, time.monotonic()
+        # armed anew by every beat; it only fires if the thread below could not run
         if self.timeout_s > 0:
             faulthandler.dump_traceback_later(self.timeout_s + _SPARE_S, exit=True)
 
     def _watch(self) -> None:
+        # sleeps until the last beat is too old, and looks again whether a newer one has come
         while not self._done.wait(max(self._last_s + self.timeout_s - time.monotonic(), 0.01)):
             silent_s = time.monotonic() - self._last_s
             if silent_s >= self.timeout_s:

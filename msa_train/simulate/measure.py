@@ -1,4 +1,4 @@
-"""Kernel rates of this machine's device, with this project's own kernels: what `--rates` wants.
+"""Measure kernel rates of this machine's device, with this project's own kernels: what `--rates` wants.
 
 On a CPU one thread works and its processor time counts, so that other processes disturb little; on a GPU
 its own clock counts. The fastest of several rounds is taken.
@@ -29,17 +29,20 @@ ROUNDS = 3
 
 @dataclass(slots=True)
 class MeasuredRates:
-    """rates: by name of RATE_NAMES. setting: sizes and dtype in words."""
+    """Hold what was measured."""
 
     rates: dict[str, float]
+    "FLOP/s, bytes per second or seconds, by name of RATE_NAMES"
     device: str
+    "name of the device"
     setting: str
+    "sizes and dtype in words"
 
 
 def measure_rates(
     shape: LayerShape, *, num_tokens: int, seq_len: int, precision: str | None = None, rounds: int = ROUNDS
 ) -> MeasuredRates:
-    """Time every kernel of a layer.
+    """Time every kernel of a layer; full attention and index scoring take time with num_tokens * seq_len.
 
     Args:
         shape: heads and sizes.
@@ -50,6 +53,7 @@ def measure_rates(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = precision or ("bf16" if device.type == "cuda" else "fp32")
+    # processor time of several threads would depend on how they wait for one another
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -66,7 +70,7 @@ def measure_rates(
 
 
 def write_rates(path: Path, measured: MeasuredRates, command: str) -> None:
-    """A file that `load_rates` reads."""
+    """Write a file that `load_rates` reads; command: the one that measured, named as the source."""
     source = f"measured: {measured.setting}; {command}"
     content: dict[str, Any] = {
         "name": path.stem,
@@ -82,7 +86,7 @@ def write_rates(path: Path, measured: MeasuredRates, command: str) -> None:
 
 
 class _Bench:
-    """Tensors of one layer, T queries against S keys."""
+    """Hold the tensors of one layer, T queries against S keys, and time kernels on them."""
 
     def __init__(
         self, shape: LayerShape, num_tokens: int, seq_len: int, device: torch.device, dtype: torch.dtype
@@ -109,14 +113,16 @@ class _Bench:
         self.pool = BlockPool(kv=pack_blocks(self.k, self.v, shape.block_size), block=block)
 
     def run(self, rounds: int) -> dict[str, float]:
-        """Rates by name."""
+        """Return the rates by name: work as LayerShape counts it, over the seconds of the fastest round."""
         shape, T = self.shape, self.T
+        # the queries are the last T of S: each sees S - T keys before them, and 1 to T of its own
         causal = T * (self.S - T) + T * (T + 1) / 2
         tiles = T * min(shape.topk, self.S // shape.block_size)
         qkv = self._seconds(lambda: self.x @ self.weight, rounds)
         index = self._seconds(self._select, rounds)
         forward, backward, kl = self._sparse(rounds)
         full_forward, full_backward = self._full(rounds)
+        # rows are packed in the order of requests, which is no order in memory
         pairs = torch.randperm(self.pool.kv.shape[0], device=self.device)
         copied = self._seconds(lambda: self.pool.kv.index_select(0, pairs), rounds)
         sparse = shape.sparse_flops(tiles)
@@ -149,9 +155,13 @@ class _Bench:
         )  # fmt: skip
 
     def _sparse(self, rounds: int) -> tuple[float, float, float]:
-        """Seconds of forward (with the KL normaliser), backward without the KL loss, and what it adds."""
+        """Return the seconds of forward (with the KL normaliser), backward without KL loss, and the KL loss.
+
+        The KL loss has no kernel of its own: its time is the difference of backward passes with and without.
+        """
         num_blocks = self.S // self.shape.block_size
         group = torch.arange(self.shape.num_kv_heads, device=self.device)[:, None]
+        # block ids per KV head become rows of the pool, which holds the blocks of all heads one after another
         ids = self._select().long()
         entries = torch.where(ids >= 0, ids + group * num_blocks, -1)
         queries = self._queries(with_kl=True)
@@ -159,6 +169,7 @@ class _Bench:
         assert part.lse_index is not None, "index queries were given"
         term = KlTerm(lse_index=part.lse_index, weight=1.0)
         dout = self.dout.to(queries.compute_dtype)
+        # row sums of dO * O, as in FlashAttention-2's backward pass (arXiv 2307.08691)
         delta = (dout * part.out).sum(-1)
 
         def backward(kl: KlTerm | None) -> object:
@@ -171,6 +182,7 @@ class _Bench:
         return forward_s, backward_s, max(both_s - backward_s, 1e-3 * backward_s)
 
     def _full(self, rounds: int) -> tuple[float, float]:
+        """Return the seconds of forward and backward attention over all T * S pairs, none masked."""
         q, k, v = self.q.permute(1, 2, 0, 3), self.k.transpose(0, 1), self.v.transpose(0, 1)
         scale = self.q.shape[-1] ** -0.5
         out, lse = attention_part(q, k, v, causal=False, softmax_scale=scale)
@@ -185,7 +197,7 @@ class _Bench:
         return self._seconds(forward, rounds), self._seconds(backward, rounds)
 
     def _overhead(self, rounds: int) -> float:
-        """Seconds of a layer's forward kernels on one query, where there is next to nothing to compute."""
+        """Return the seconds of a layer's forward kernels on one query, which computes next to nothing."""
         size = self.shape.block_size
         small = _Bench(self.shape, size, size, self.device, self.dtype)
         small.x, small.weight = small.x[:1, :1], small.weight[:1, :1]
@@ -203,7 +215,7 @@ class _Bench:
         return self._seconds(forward, rounds)
 
     def _seconds(self, call: Callable[[], object], rounds: int) -> float:
-        """Fastest of some rounds, after one that does not count."""
+        """Return the seconds of the fastest of some rounds, after one that does not count."""
         call()
         return min(self._once(call) for _ in range(rounds))
 
@@ -215,6 +227,7 @@ class _Bench:
             end.record()
             torch.cuda.synchronize()
             return begin.elapsed_time(end) / 1e3
+        # processor time, not wall-clock time: other processes of the machine do not count
         start = time.process_time()
         call()
         return max(time.process_time() - start, 1e-9)

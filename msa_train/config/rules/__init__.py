@@ -1,1 +1,1 @@
-"""What settings must be, and the one line that says so."""
+"""Check settings, each failure with the one line that says so."""

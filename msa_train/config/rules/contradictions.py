@@ -1,4 +1,4 @@
-"""Settings that are allowed and do not do what they seem to say: one line for each, before the run starts."""
+"""Find settings that are allowed and do not do what they seem to say: one line each, before a run starts."""
 
 from msa_train.config.options import BadStep
 from msa_train.config.run import RunConfig
@@ -6,7 +6,7 @@ from msa_train.config.stage_plan import plan_stages, total_steps
 
 
 def contradictions(config: RunConfig) -> list[str]:
-    """What a user should know about settings that cancel one another: `name=value: consequence; fix`."""
+    """List what a user should know about settings that cancel one another: `name=value: consequence; fix`."""
     return [*_warm_ups(config), *_without_effect(config)]
 
 
@@ -18,6 +18,7 @@ def _warm_ups(config: RunConfig) -> list[str]:
             f"optim.warmup_steps={warm_up}: the run ends after {steps} steps, before the learning rate has "
             f"reached optim.lr={config.optim.lr:g}; use optim.warmup_steps={steps // 10}, or more steps"
         )
+    # the last stage that is reached may be cut off by train.steps
     left = steps
     for stage in plan_stages(config):
         length = min(stage.num_steps, left)

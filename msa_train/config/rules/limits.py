@@ -1,4 +1,4 @@
-"""The largest sizes that are taken at their word; what lies above is a slip of the hand.
+"""Limit sizes to the largest that are taken at their word; what lies above is a slip of the hand.
 
 A size beyond them would fill the memory, or keep the machine busy for minutes, before anything else could
 refuse it. Each limit is far above what has been trained anywhere.
@@ -65,6 +65,7 @@ def check_sizes(config: RunConfig) -> None:
     """
     for name, value in _whole_numbers(config, ""):
         parts = name.split(".")
+        # stages have names of the user's, so their keys are looked up without them
         limit = LIMITS.get(name if parts[0] != "stages" else f"stages.{parts[-1]}", COUNT)
         check_size(name, value, limit)
     for name, seq_len in _seq_lens(config):
@@ -105,7 +106,8 @@ def check_size(name: str, value: int, limit: int) -> None:
 
 
 def _whole_numbers(config: object, prefix: str) -> Iterator[tuple[str, int]]:
-    """Every whole number with its dotted key."""
+    """Yield every whole number with its dotted key, e.g. ("model.num_layers", 3)."""
+    # true is an int in Python, and no size
     if isinstance(config, bool):
         return
     if isinstance(config, int):

@@ -1,4 +1,4 @@
-"""Rules that hold for every number of a configuration."""
+"""Check rules that hold for every number of a configuration."""
 
 import math
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ def check_finite_numbers(config: Any, section: str = "") -> None:
 
 
 def _floats(config: Any, section: str) -> Iterator[tuple[str, float, object]]:
-    """Name, value and default of every float."""
+    """Yield name, value and default of every float."""
     for field in fields(config):
         name, value = f"{section}{field.name}", getattr(config, field.name)
         parts: dict[str, Any] = {name: value}

@@ -1,4 +1,4 @@
-"""Rules between configuration fields, checked before any process starts.
+"""Check rules between configuration fields, before any process starts.
 
 Each violation is a ValueError of one line: name=value, the rule, the fix.
 """
@@ -26,7 +26,7 @@ _SMALLEST_FP32 = 1.2e-38
 
 
 def resolve_engine(config: RunConfig, *, has_gpu: bool) -> EngineKind:
-    """The engine that `auto` stands for on this kind of machine."""
+    """Return the engine that `auto` stands for on this kind of machine."""
     if config.engine is not EngineKind.auto:
         return config.engine
     return EngineKind.megatron if has_gpu else EngineKind.torch
@@ -38,7 +38,7 @@ def check_rules(config: RunConfig, *, world_size: int, has_gpu: bool) -> None:
     Args:
         config: the whole run.
         world_size: number of worker processes over all nodes.
-        has_gpu: whether the workers compute on GPUs.
+        has_gpu: the workers compute on GPUs.
 
     Raises:
         ValueError: naming the value, the rule and the fix.
@@ -61,6 +61,7 @@ def check_rules(config: RunConfig, *, world_size: int, has_gpu: bool) -> None:
         _training,
         _checkpoints,
     )
+    # in this order: later rules divide by sizes that earlier ones have found positive
     for rule in rules:
         rule(config)
     _world(config, world_size)
@@ -127,6 +128,7 @@ def _positive_sizes(config: RunConfig) -> None:
 
 
 def _sequence(config: RunConfig) -> None:
+    # every rank holds whole blocks: cp_size shards of them, or 2 * cp_size chunks in the zigzag layout
     block_size, cp_size = config.attention.block_size, config.parallel.cp_size
     factors = f"parallel.cp_size * attention.block_size = {cp_size} * {block_size}"
     unit, fix = cp_size * block_size, ""
@@ -154,7 +156,7 @@ def _sequence(config: RunConfig) -> None:
 
 
 def _seq_lens(config: RunConfig) -> list[tuple[str, int]]:
-    """Every length of a pack with the key that sets it."""
+    """List every length of a pack with the key that sets it."""
     named = [(f"stages.{name}.seq_len", stage.seq_len) for name, stage in config.stages.items()]
     return [("data.seq_len", config.data.seq_len), *((name, length) for name, length in named if length)]
 
@@ -169,6 +171,7 @@ def _index_heads(config: RunConfig) -> None:
 
 
 def _head_parallel(config: RunConfig) -> None:
+    # tensor parallelism divides the KV heads first; Ulysses groups trade what is left on a rank
     parallel, groups = config.parallel, config.model.num_kv_heads // config.parallel.tp_size
     size = parallel.cp_head_size
     if parallel.cp_size % size:
@@ -237,6 +240,7 @@ def _experts(config: RunConfig) -> None:
 
 def _recording(config: RunConfig) -> None:
     every, parallel = config.logging.selections_every, config.parallel
+    # a recording holds all KV heads of a rank's queries, which these two kinds of parallelism spread
     for name in ("tp_size", "cp_head_size"):
         if every > 0 and getattr(parallel, name) > 1:
             raise ValueError(
@@ -322,6 +326,7 @@ def _checkpoints(config: RunConfig) -> None:
 
 def _world(config: RunConfig, world_size: int) -> None:
     parallel = config.parallel
+    # ranks that hold one copy of the model on one pack; experts may span several such units
     unit = parallel.tp_size * parallel.pp_size * parallel.cp_size
     if world_size % unit:
         raise ValueError(
@@ -329,6 +334,7 @@ def _world(config: RunConfig, world_size: int) -> None:
             f" = {parallel.tp_size} * {parallel.pp_size} * {parallel.cp_size} = {unit}; "
             f"use launcher.num_processes={max(world_size // unit, 1) * unit} or smaller parallel sizes"
         )
+    # experts are spread inside a pipeline stage, over all its ranks if need be
     stage = world_size // parallel.pp_size
     if stage % parallel.ep_size:
         raise ValueError(
@@ -336,6 +342,7 @@ def _world(config: RunConfig, world_size: int) -> None:
             f"(launcher.num_processes={world_size} / parallel.pp_size={parallel.pp_size}); "
             f"use one of {_divisors(stage)}"
         )
+    # every data-parallel rank takes equally many packs of a step
     dp_size = world_size // unit
     if config.train.global_batch_size % dp_size:
         raise ValueError(
@@ -346,7 +353,8 @@ def _world(config: RunConfig, world_size: int) -> None:
 
 
 def _divisors(number: int) -> str:
-    """ "1, 2, 3, 6" of 6; by trial up to the root, so that a million ranks cost nothing."""
+    """List the divisors, "1, 2, 3, 6" of 6; by trial up to the root, so that a million ranks cost nothing."""
+    # divisors come in pairs n, number / n with one of them at most the root
     small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
     return ", ".join(str(n) for n in sorted({*small, *(number // n for n in small)}))
 

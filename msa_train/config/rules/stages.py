@@ -1,4 +1,4 @@
-"""Rules about stages. Each failure is one ValueError line: the value, the rule, the fix."""
+"""Check rules about stages. Each failure is one ValueError line: the value, the rule, the fix."""
 
 from msa_train.config.options import AttentionKind, KlTarget, StageAttention
 from msa_train.config.run import RunConfig
@@ -24,7 +24,7 @@ def check_stages(config: RunConfig) -> None:
 
 
 def _check_target(stage: Stage) -> None:
-    """The KL loss looks at the tokens that the main branch attends to, whose probabilities it has."""
+    """Check that the KL loss looks at tokens that the main branch attends to, whose probabilities it has."""
     if stage.attention is StageAttention.dense and stage.kl is KlTarget.selected:
         raise ValueError(
             f"stages.{stage.name}.kl=selected: with attention=dense nothing is selected; "

@@ -1,4 +1,4 @@
-"""Rules about text values: what could not be stored, printed or handed to a shell as it stands."""
+"""Check text values: refuse what could not be stored, printed or handed to a shell as it stands."""
 
 import unicodedata
 from collections.abc import Iterator
@@ -55,7 +55,7 @@ def check_texts(config: object) -> None:
 
 
 def texts(config: object, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Every text value with its dotted key, e.g. ("model.name", "tiny")."""
+    """Yield every text value with its dotted key, e.g. ("model.name", "tiny")."""
     if isinstance(config, str):
         yield prefix.removesuffix("."), config
     elif is_dataclass(config):

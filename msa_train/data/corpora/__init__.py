@@ -1,1 +1,1 @@
-"""Finding and reading text files."""
+"""Find and read text files."""

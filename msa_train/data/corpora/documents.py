@@ -1,4 +1,4 @@
-"""Documents of a corpus, one after another."""
+"""Read the documents of a corpus, one after another."""
 
 import codecs
 import itertools
@@ -33,12 +33,15 @@ _JSON_FIX = (
 
 
 def iterate_documents(source: Source, *, text_field: str, needs_utf8: bool) -> Iterator[tuple[str, bytes]]:
-    """Name and text of every document, in the same order every time.
+    """Yield name and text of every document, in the same order every time, one in memory at a time.
 
     Args:
         source: the files.
         text_field: key of the text in JSONL records.
-        needs_utf8: whether files that are not UTF-8 are an error; else their bytes are taken as they are.
+        needs_utf8: files that are not UTF-8 are an error; else their bytes are taken as they are.
+
+    Example: notes.txt -> ("notes.txt", its bytes); the second record of a.jsonl -> ("a.jsonl:2", its text
+    field).
 
     Raises:
         ValueError: naming the file, and the line of a JSONL file, that is not as it should be.
@@ -73,6 +76,7 @@ def _read(corpus: str, file: SourceFile) -> bytes:
         )
     try:
         with open(file.path, "rb") as stream:
+            # at most one byte more than was listed: a file that grows is refused by the check that follows
             text = stream.read(file.size + 1)
             _check_unchanged(corpus, file, stream)
     except OSError as error:
@@ -81,7 +85,7 @@ def _read(corpus: str, file: SourceFile) -> bytes:
 
 
 def _check_unchanged(corpus: str, file: SourceFile, stream: BinaryIO) -> None:
-    """What is kept of a file is found again by size and time, so it must be the file of that time."""
+    """Check that this is still the file that was listed: tokens are found again by its size and time."""
     status = os.fstat(stream.fileno())
     if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
         raise corpus_error(
@@ -117,6 +121,7 @@ def _utf8_error(text: bytes) -> int | None:
 
 
 def _jsonl_documents(corpus: str, file: SourceFile, text_field: str) -> Iterator[tuple[str, bytes]]:
+    # number: of the last line read, so that an error names the next one
     number = 0
     # .json is the name of other things too
     is_json = file.name.lower().removesuffix(".gz").removesuffix(".zst").endswith(".json")

@@ -1,4 +1,7 @@
-"""Lines of plain, gzip and zstd files, with bounds: kilobytes can unpack to more than any memory holds."""
+"""Read lines of plain, gzip and zstd files, with bounds: kilobytes can unpack to more than any memory holds.
+
+Formats: RFC 1952 (gzip) and RFC 8878 (Zstandard).
+"""
 
 import gzip
 from collections.abc import Iterable, Iterator
@@ -18,11 +21,14 @@ _ZSTD_WINDOW_BYTES = 1 << 31
 
 
 class BoundError(Exception):
-    """A file is no corpus that anybody meant; the text says what is beyond the bounds, and what to do."""
+    """Report a file that nobody means as a corpus; the text says what is beyond bounds, and what to do."""
 
 
 def iterate_lines(name: str, stream: BinaryIO) -> Iterator[bytes]:
-    """Lines without their ends; the name's ending says how the file is packed.
+    """Yield lines without their ends; the name's ending says how the file is packed.
+
+    Memory: one line, at most 128 MiB, and the pieces it is joined from. Example: "ab\\nc" and "d\\n" -> "ab",
+    "cd" and an empty line behind the last end.
 
     Raises:
         BoundError: if a line or what is unpacked is beyond all measure.
@@ -72,6 +78,7 @@ def _zstd_chunks(stream: BinaryIO) -> Iterator[bytes]:
 
 
 def _split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    # pieces of a line are joined once at its end: adding them one by one takes the square of its length
     pending: list[bytes] = []
     size = 0
     for chunk in chunks:

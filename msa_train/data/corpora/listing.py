@@ -1,7 +1,9 @@
-"""Paths of a corpus: folders walked, globs expanded. Folders of runs and caches are no data.
+"""List the paths of a corpus: folders walked, globs expanded. Folders of runs and caches are no data.
 
 Python's own glob follows circles of links until the system stops it, passes over folders that it may not
 read, and takes `data[1]/*.txt` for a class of characters although there is a folder of that name.
+
+Cost: one scandir per folder, whose names are sorted, and a stat per folder; all paths are in memory.
 """
 
 import fnmatch
@@ -24,16 +26,19 @@ _TAG_BYTES = _REF_BYTES = 1 << 10
 
 @dataclass(slots=True)
 class Listing:
-    """paths: what was found, links to files included; left_out: folders of runs and caches, not entered."""
+    """Hold what a search has found."""
 
     paths: list[str] = field(default_factory=list[str])
+    "files, links to files included"
     left_out: list[str] = field(default_factory=list[str])
+    "folders of runs and caches, which were not entered"
 
 
 def split_glob(pattern: Path) -> tuple[Path, tuple[str, ...]]:
-    """Folder and the parts below it that are patterns.
+    """Split a glob into a folder and the parts below it that are patterns.
 
-    Example: /data/*/a.txt -> /data and ("*", "a.txt"). A part that exists by its very name is no pattern.
+    A part that exists by its very name is no pattern. Example: /data/*/a.txt -> /data and ("*", "a.txt"),
+    /data/** -> /data and ("**", "*").
     """
     root, parts = Path(pattern.anchor), list(pattern.relative_to(pattern.anchor).parts)
     while len(parts) > 1 and (not glob.has_magic(parts[0]) or os.path.lexists(root / parts[0])):
@@ -44,12 +49,12 @@ def split_glob(pattern: Path) -> tuple[Path, tuple[str, ...]]:
 
 
 def file_number(path: str | Path, status: os.stat_result) -> Hashable:
-    """The same for all paths to one file or folder. Some network file systems number all of them 0."""
+    """Identify a file or folder, the same by all paths to it. Some network file systems number all 0."""
     return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(path)
 
 
 def list_files(corpus: str, root: Path, parts: tuple[str, ...], own: Collection[str]) -> Listing:
-    """Everything below `root` that is no folder and matches, hidden names only where the pattern has the dot.
+    """List all files below `root` that match, hidden names only where the pattern has the dot.
 
     Links to folders are followed, for corpora are often put together from them; each folder is entered once.
 
@@ -59,6 +64,9 @@ def list_files(corpus: str, root: Path, parts: tuple[str, ...], own: Collection[
         parts: patterns of the names on the way; `**` stands for any number of folders.
         own: folders that are no data besides those that are marked; they need not exist.
 
+    Example: files a/x.txt, a/b/y.txt, a/.k.txt, .h/z.txt and a folder run/ of a run: parts ("**", "*.txt") ->
+    a/x.txt and a/b/y.txt, ("*", "*.txt") -> a/x.txt; run/ is left out of both.
+
     Raises:
         ValueError: if a folder cannot be read, or `root` itself belongs to a run or a cache.
     """
@@ -66,6 +74,7 @@ def list_files(corpus: str, root: Path, parts: tuple[str, ...], own: Collection[
     if not root.is_dir():
         return listing
     not_data = {number for folder in own if (number := _number(folder)) is not None}
+    # a folder may be entered once for each number of parts that are left: `**/a/*` may meet `a` in two ways
     seen: set[tuple[Hashable, int]] = set()
     # a stack of our own: folders may be nested deeper than Python's calls
     waiting = [(str(root), parts)]
@@ -85,6 +94,7 @@ def list_files(corpus: str, root: Path, parts: tuple[str, ...], own: Collection[
                 )
             listing.left_out.append(folder)
             continue
+        # reversed: the stack then gives folders in the order of their names
         waiting += reversed(list(_visit(corpus, folder, entries, left, listing)))
     return listing
 
@@ -98,12 +108,14 @@ def _visit(
         yield _hub_snapshot(corpus, folder), parts
         return
     if deep:
+        # `**` stands for one more folder, or for none: then the next part is matched here
         for name, entry in entries.items():
             if not name.startswith(".") and _is_dir(entry):
                 yield entry.path, parts
         parts = parts[1:]
     part, rest = parts[0], parts[1:]
     for name, entry in entries.items():
+        # as in a shell: `*` does not match a name with a dot in front
         hidden = name.startswith(".") and not part.startswith(".")
         if name != part and (hidden or not fnmatch.fnmatchcase(name, part)):
             continue
@@ -115,7 +127,7 @@ def _visit(
 
 
 def _number(folder: str) -> Hashable:
-    """None where there is none, or nothing can be said about it."""
+    """Identify a folder; None where there is none, or nothing can be said about it."""
     try:
         return file_number(folder, os.stat(folder))
     except OSError:
@@ -148,13 +160,14 @@ def _is_of_a_run_or_cache(entries: dict[str, os.DirEntry[str]]) -> bool:
 
 
 def _hub_snapshot(corpus: str, folder: str) -> str:
-    """The files of a data set in Hugging Face's cache: blobs hold them once more, refs name revisions."""
+    """Find a data set's files in Hugging Face's cache: blobs hold them once more, refs name revisions."""
     snapshots = os.path.join(folder, "snapshots")
     revisions = [name for name, entry in _entries(corpus, snapshots).items() if _is_dir(entry)]
     try:
         current = _begin(os.path.join(folder, "refs", "main"), _REF_BYTES).strip()
     except OSError:
         current = ""
+    # refs/main names the current revision; a single one needs no name
     if current not in revisions and len(revisions) != 1:
         raise corpus_error(
             corpus,

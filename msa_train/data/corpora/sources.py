@@ -1,4 +1,4 @@
-"""Which files a corpus consists of, before any of them is read."""
+"""Find the files that a corpus consists of, before any of them is read."""
 
 import glob
 import hashlib
@@ -24,15 +24,18 @@ _NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
 
 @dataclass(slots=True)
 class SourceFile:
-    """A file as it was when the corpus was listed."""
+    """Describe a file as it was when the corpus was listed."""
 
     path: str
+    "absolute"
     name: str
     "path below the corpus' root, so that moving a corpus renames no document"
     document: str
     "name of the document that it is, or becomes part of"
     size: int
+    "bytes on disk"
     mtime_ns: int
+    "time of the last change of content, nanoseconds since 1970"
     ctime_ns: int
     "of the last change of content or owner; unlike mtime_ns, copying tools cannot set it back"
     identity: tuple[object, ...]
@@ -40,38 +43,44 @@ class SourceFile:
 
     @property
     def is_jsonl(self) -> bool:
-        """Whether each line is a document."""
+        """Tell if each line is a document, by the name's ending: a.jsonl, b.JSON.gz, not c.txt."""
         endings = tuple(kind + packed for kind in RECORD_SUFFIXES for packed in PACKED_SUFFIXES)
         return self.name.lower().endswith(endings)
 
 
 @dataclass(slots=True)
 class Source:
-    """The files of a corpus, sorted by document and name."""
+    """Hold the files of a corpus, sorted by document and name."""
 
     corpus: str
     "the setting, for messages"
     description: str
+    "one line for the log"
     files: list[SourceFile]
+    "each file once"
     is_stdlib: bool = False
+    "the corpus is Python's standard library, whose files are joined to documents"
 
     @property
     def num_bytes(self) -> int:
-        """Size of the files on disk."""
+        """Return the size of the files on disk, bytes."""
         return sum(file.size for file in self.files)
 
     def fingerprint(self) -> str:
-        """Hash of every file's path, size and times of change."""
+        """Hash every file's path, size and times of change (SHA-256, hexadecimal); no content is read."""
         rows = [(f.path, f.document, f.size, f.mtime_ns, f.ctime_ns) for f in self.files]
         return hashlib.sha256(json.dumps(rows).encode("ascii")).hexdigest()
 
 
 def find_indexed(corpus: str) -> str | None:
-    """Prefix of the Megatron .bin/.idx pair that the setting names, or None if it names none.
+    """Return the prefix of the Megatron .bin/.idx pair that the setting names, or None if it names none.
+
+    Example: data/books.bin or data/books -> data/books, where books.bin and books.idx exist.
 
     Raises:
         ValueError: if one file of the pair is missing.
     """
+    # a name with suffix asks for a pair in any case; one without only if no file or folder has that very name
     path = os.path.expanduser(corpus)
     prefix = path[:-4] if path.endswith(INDEXED_SUFFIXES) else path
     found = [suffix for suffix in INDEXED_SUFFIXES if os.path.isfile(prefix + suffix)]
@@ -102,6 +111,7 @@ def find_source(corpus: str, own: Collection[str] = ()) -> Source:
     if corpus == "stdlib":
         return _stdlib()
     path = Path(corpus).expanduser()
+    # what exists by its name is taken as such, whatever characters of a glob the name has
     mode = _mode(corpus, path)
     listing = Listing()
     if stat.S_ISDIR(mode):
@@ -117,6 +127,7 @@ def find_source(corpus: str, own: Collection[str] = ()) -> Source:
     if not listing.paths:
         what = "holds no file that is not hidden" if kind == "folder" else "matches no file"
         raise corpus_error(corpus, f"{what}; give another path")
+    # names below the root: a corpus that was moved keeps its documents, and so its split
     files = [_source_file(corpus, Path(file), root) for file in listing.paths]
     files.sort(key=lambda file: file.name)
     kept = _each_once(files)
@@ -125,7 +136,7 @@ def find_source(corpus: str, own: Collection[str] = ()) -> Source:
 
 
 def _mode(corpus: str, path: Path) -> int:
-    """Kind of the file, 0 where there is none."""
+    """Return the mode of the file, 0 where there is none."""
     try:
         return path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -135,15 +146,16 @@ def _mode(corpus: str, path: Path) -> int:
 
 
 def _each_once(files: list[SourceFile]) -> list[SourceFile]:
-    """Of several paths to one file the first, but rather one whose name says that its lines are records."""
+    """Keep one of several paths to a file: the first one named as records, else the first."""
     first: dict[tuple[object, ...], SourceFile] = {}
+    # a stable sort: records first, else in the order of names
     for file in sorted(files, key=lambda file: not file.is_jsonl):
         first.setdefault(file.identity, file)
     return [file for file in files if first[file.identity] is file]
 
 
 def _told(files: list[SourceFile], repeated: int, left_out: list[str]) -> str:
-    """What was found, in words: "2 of records, 1 of plain text; left out: 1 folder(s) of runs or caches"."""
+    """Say what was found: "2 of records, 1 of plain text; left out: 1 folder(s) of runs or caches"."""
     records = sum(file.is_jsonl for file in files)
     counts = ((records, "of records"), (len(files) - records, "of plain text"))
     found = ", ".join(f"{count} {what}" for count, what in counts if count)
@@ -174,6 +186,7 @@ def _source_file(corpus: str, path: Path, root: Path, document: str = "") -> Sou
         size=status.st_size,
         mtime_ns=status.st_mtime_ns,
         ctime_ns=status.st_ctime_ns,
+        # with size and time: two files to which a file system gives the same number stay two
         identity=(file_number(path, status), status.st_size, status.st_mtime_ns),
     )
 
@@ -182,6 +195,7 @@ def _stdlib() -> Source:
     root = Path(sysconfig.get_path("stdlib"))
     files: list[SourceFile] = []
     for folder, subfolders, names in os.walk(root):
+        # in place: os.walk then leaves the others out and goes by name
         subfolders[:] = sorted(name for name in subfolders if name not in _NOT_STDLIB)
         for path in (Path(folder, name) for name in names if name.endswith(".py")):
             document = _stdlib_document(PurePosixPath(path.relative_to(root).as_posix()))
@@ -196,7 +210,7 @@ def _stdlib() -> Source:
 
 
 def _stdlib_document(path: PurePosixPath) -> str:
-    """Name of the document that a file of the standard library belongs to.
+    """Name the document that a file of the standard library belongs to.
 
     A package is one document. Modules outside packages are put together by first letter, and so are those of
     the package `test`, whose sub-packages are documents of their own. Examples: asyncio/tasks.py -> asyncio,
@@ -204,6 +218,7 @@ def _stdlib_document(path: PurePosixPath) -> str:
     """
     package = path.parts[:-1]
     if not package or package == ("test",):
+        # single modules are joined to documents of the size of packages
         letter = path.name.removeprefix("test_").lstrip("_")[:1].lower()
         return "/".join((*package, "modules", letter))
     return "/".join(package[: 2 if package[0] == "test" else 1])

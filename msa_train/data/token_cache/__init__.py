@@ -1,1 +1,1 @@
-"""Tokenized corpora on the disk."""
+"""Keep tokenized corpora on the disk."""

@@ -1,4 +1,10 @@
-"""Token files: Megatron's .bin/.idx pairs, written and read with Megatron-core's own classes.
+"""Write and read token files: Megatron's .bin/.idx pairs, by Megatron-core's own classes.
+
+Format (megatron.core.datasets.indexed_dataset): the .bin holds token ids one after another, uint16 below
+65,500 ids, else int32. The .idx, little-endian: magic (9 bytes), version 1 (uint64), code of the integer type
+(uint8), number of sequences and of document edges (uint64 each), together 34 bytes; then a length (int32) and
+a pointer in bytes (int64) per sequence, and an edge (int64) per document and one more. Example: documents of
+3 and 2 tokens: .bin 10 bytes, .idx 34 + 2 * 12 + 3 * 8 = 82 bytes.
 
 Megatron is imported inside functions: it takes seconds, and finding a prepared corpus does not need it.
 """
@@ -24,13 +30,15 @@ _SAMPLE_WINDOWS, _SAMPLE_TOKENS = 64, 1 << 16
 
 
 class TokenStore:
-    """Documents of a .bin/.idx pair, memory-mapped.
+    """Read the documents of a .bin/.idx pair, memory-mapped; 16 bytes per document are in memory.
 
     Attributes:
         corpus: the setting that led here, for messages.
         prefix: path without .bin and .idx.
         begin: [num_documents] int64, first token of each document, counted from the start of the .bin.
         lengths: [num_documents] int64, tokens of each document.
+
+    Example: documents of 3 and 2 tokens -> begin [0, 3], lengths [3, 2].
 
     Raises:
         ValueError: if the pair is broken or holds no token.
@@ -55,6 +63,7 @@ class TokenStore:
         sequence_begins = sequence_ends - index.sequence_lengths
         if not np.array_equal(index.sequence_pointers, sequence_begins * self._dtype.itemsize):
             raise corpus_error(corpus, f"sequences of {prefix}.bin are not in order; write the pair again")
+        # a document is one or more sequences: its edges are the token positions of its first sequences
         edges = np.concatenate([[0], sequence_ends])[self._document_indices()]
         self.begin, self.lengths = edges[:-1].copy(), np.diff(edges)
         if np.any(index.sequence_lengths < 0):
@@ -84,16 +93,16 @@ class TokenStore:
 
     @property
     def num_documents(self) -> int:
-        """Documents, empty ones included."""
+        """Count the documents, empty ones included."""
         return len(self.lengths)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all documents."""
+        """Count the tokens of all documents."""
         return int(self.lengths.sum())
 
     def read(self, begin: int, count: int) -> npt.NDArray[np.int64]:
-        """Copy `count` tokens from token `begin` of the .bin on."""
+        """Copy `count` tokens from token `begin` of the .bin on: [count] int64."""
         tokens = self._dataset.bin_reader.read(
             dtype=self._dtype.type, count=count, offset=begin * self._dtype.itemsize
         )
@@ -106,6 +115,7 @@ class TokenStore:
             The largest id seen.
         """
         windows = max(1, min(_SAMPLE_WINDOWS, -(-self.num_tokens // _SAMPLE_TOKENS)))
+        # evenly spread windows of 65,536 tokens, the last one ending with the file
         begins = np.linspace(0, max(self.num_tokens - _SAMPLE_TOKENS, 0), windows).astype(np.int64)
         count = min(_SAMPLE_TOKENS, self.num_tokens)
         largest = 0
@@ -116,7 +126,11 @@ class TokenStore:
         return largest
 
     def check_ids(self, tokens: npt.NDArray[np.int64], vocab_size: int) -> None:
-        """Raise ValueError if a token has no row in the embedding."""
+        """Check that every token has a row in the embedding.
+
+        Raises:
+            ValueError: for a negative id, or one from vocab_size on.
+        """
         if len(tokens) == 0:
             return
         smallest, largest = int(tokens.min()), int(tokens.max())
@@ -133,12 +147,19 @@ class TokenStore:
 
 
 def write_store(prefix: str, documents: Iterable[npt.NDArray[np.int32]], *, vocab_size: int) -> None:
-    """Write documents as a .bin/.idx pair that Megatron's own tools can read too."""
+    """Write documents as a .bin/.idx pair that Megatron's own tools can read too; one is in memory at a time.
+
+    Args:
+        prefix: path without .bin and .idx.
+        documents: [num_tokens] int32 each.
+        vocab_size: decides the type of the ids, see the module.
+    """
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     builder = IndexedDatasetBuilder(prefix + ".bin", dtype=DType.optimal_dtype(vocab_size))
     for document in documents:
         full, rest = divmod(len(document), _MAX_SEQUENCE_TOKENS)
+        # a document that is too long for one length becomes several sequences
         lengths = [_MAX_SEQUENCE_TOKENS] * full + [rest] * (rest > 0)
         # It is declared for tensors, but hands what it gets to numpy.
         builder.add_document(document, lengths)  # pyright: ignore[reportArgumentType]
@@ -164,6 +185,7 @@ def _check_pair(prefix: str, corpus: str) -> None:
         raise corpus_error(corpus, f"{prefix}.bin holds no integers (type code {code}); write the pair again")
     if num_sequences == 0 or sizes[1] == 0:
         raise corpus_error(corpus, f"{prefix}.bin is empty; give a corpus with at least one token")
+    # int32 length and int64 pointer of each sequence, int64 of each edge
     told = _INDEX_HEADER.size + 12 * num_sequences + 8 * num_edges
     if num_edges < 2 or sizes[0] < told:
         raise corpus_error(corpus, f"{prefix}.idx is cut off; copy it again")

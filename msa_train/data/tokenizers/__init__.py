@@ -1,1 +1,1 @@
-"""From text to token ids."""
+"""Turn text into token ids."""

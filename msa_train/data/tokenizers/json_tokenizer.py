@@ -1,4 +1,4 @@
-"""A `tokenizer.json`, read by the tokenizers library, so that tokens stand for the text and nothing else.
+"""Read a `tokenizer.json` by the tokenizers library, so that tokens stand for the text and nothing else.
 
 The file may come from anywhere, and may ask for things that lose text without a word: truncation, characters
 that it has no tokens for, words in the text that are taken for the end of a document.
@@ -42,16 +42,20 @@ _NAMED = 3
 
 @dataclass(slots=True)
 class _Counts:
-    """Of all texts so far: tokens and unknown ones; characters that are no spaces, and lost ones."""
+    """Count tokens and characters of all texts so far."""
 
     tokens: int = 0
+    "in all"
     unknown: int = 0
+    "tokens that are the unknown one"
     characters: int = 0
+    "characters that are no spaces"
     lost: int = 0
+    "characters that no token covers"
 
 
 class JsonTokenizer:
-    """A tokenizer.json.
+    """Tokenize by a tokenizer.json.
 
     Special tokens that its post-processor would add are left out; documents end with `eod_id` instead, which
     no text gives without special_tokens. Truncation, padding and dropout of the file are switched off.
@@ -83,10 +87,12 @@ class JsonTokenizer:
             raise self._unreadable(error) from error
         self.vocab_size = max(vocab.values(), default=-1) + 1
         self.eod_id = vocab[end]
+        # of the file's bytes, and of the one setting that changes tokens; 2 counts changes of this code
         self.fingerprint = f"json-2-{special_tokens:d}-{hashlib.sha256(content).hexdigest()}"
         self._tokenizer, self._special_tokens = tokenizer, special_tokens
         self._end = end
         self._unknown_id = _unknown_id(settings, vocab)
+        # then nothing needs to be counted, and the library's faster call can be used
         self._loses_nothing = _has_all_bytes(settings, vocab)
         special = [one["content"] for one in _added(settings) if one.get("special")]
         # longest first: of two that begin alike, the text has the longer one
@@ -95,11 +101,11 @@ class JsonTokenizer:
         self._met: dict[bytes, int] = {}
 
     def encode(self, text: bytes) -> npt.NDArray[np.int32]:
-        """Token ids of one UTF-8 text."""
+        """Return the token ids of one UTF-8 text, [num_tokens] int32."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[npt.NDArray[np.int32]]:
-        """Token ids of UTF-8 texts, on all cores (threads of the library).
+        """Return the token ids of UTF-8 texts, on all cores (threads of the library).
 
         Raises:
             ValueError: if the library cannot encode one of them.
@@ -111,6 +117,7 @@ class JsonTokenizer:
         ids = [np.array(encoding.ids, np.int32) for encoding in encodings]
         if not self._special_tokens:
             for i, tokens in enumerate(ids):
+                # written in the text, the end of a document would cut it in two
                 if (tokens == self.eod_id).any():
                     ids[i] = self._in_parts(decoded[i])
         for text in texts:
@@ -129,6 +136,7 @@ class JsonTokenizer:
             ("tokens are the unknown one", counts.unknown, counts.tokens),
             ("characters have no token and are lost", counts.lost, counts.characters),
         ):
+            # an error above the allowed share, a line in the log below it
             if count > self._max_unknown * total:
                 raise ValueError(
                     f"data.tokenizer={self._path}: {count:,} of {total:,} {what}, {count / total:.1%} where "
@@ -164,9 +172,10 @@ class JsonTokenizer:
             raise self._cannot_encode(error) from error
 
     def _in_parts(self, text: str) -> npt.NDArray[np.int32]:
-        """Tokens of a text in which a word is the end of a document: it is cut behind its first letter.
+        """Tokenize a text in which a word is the end of a document: it is cut behind its first letter.
 
         Only vocabularies that have the end as a word of their own need this, besides as an added token.
+        Example: "a</s>b" with the end </s> is tokenized as "a<" and "/s>b".
         """
         first, rest = self._end[:1], self._end[1:]
         pieces = text.split(self._end)
@@ -181,8 +190,9 @@ class JsonTokenizer:
         return tokens
 
     def _count(self, text: str, offsets: list[tuple[int, int]], tokens: npt.NDArray[np.int32]) -> None:
-        """Characters that no token covers, and unknown tokens."""
+        """Count characters that no token covers, and unknown tokens; offsets: begin and end of each token."""
         visible = np.array([not letter.isspace() for letter in text], bool)
+        # +1 where a token begins, -1 where it ends: the running sum is the number of tokens over a character
         edges = np.zeros(len(text) + 1, np.int64)
         places = np.array(offsets, np.int64).reshape(-1, 2)
         np.add.at(edges, places[:, 0], 1)
@@ -209,12 +219,12 @@ class JsonTokenizer:
 
 
 def _as_value_error(error: BaseException, message: str) -> BaseException:
-    """The library raises nothing narrower than Exception, and a panic of it is no Exception."""
+    """Make a ValueError: the library raises nothing narrower than Exception, and a panic is not even that."""
     return error if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)) else ValueError(message)
 
 
 def _read(path: str) -> tuple[bytes, dict[str, Any]]:
-    """The file's bytes, and what they say, without what makes tokens a matter of chance."""
+    """Read the file's bytes, and what they say, without dropout, which makes tokens a matter of chance."""
     try:
         content = read_limited(Path(path).expanduser(), _MAX_BYTES)
     except OSError as error:
@@ -239,7 +249,7 @@ def _read(path: str) -> tuple[bytes, dict[str, Any]]:
 
 
 def _added(settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Tokens that are found in the text before all others; of the right form."""
+    """List the added tokens, which are found in the text before all others; those of the right form."""
     added = settings.get("added_tokens")
     return [
         one
@@ -249,7 +259,8 @@ def _added(settings: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _find_end_of_document(path: str, settings: dict[str, Any]) -> str:
-    """The token that ends documents, and is special from now on: an entry that text can give is none."""
+    """Find the token that ends documents, and make it special: an entry that text can give is none."""
+    # by our order of names, not the file's: the same tokenizer saved anew keeps its end
     added = {one["content"]: one for one in _added(settings)}
     for name in END_OF_DOCUMENT_NAMES:
         if name in added:
@@ -274,7 +285,7 @@ def _find_end_of_document(path: str, settings: dict[str, Any]) -> str:
 
 
 def _unknown_id(settings: dict[str, Any], vocab: dict[str, int]) -> int | None:
-    """Id of the token for what the vocabulary lacks, None where there is none."""
+    """Return the id of the token for what the vocabulary lacks, None where there is none."""
     model = settings["model"]
     given = (
         model.get("unk_id") if isinstance(model["vocab"], list) else vocab.get(model.get("unk_token") or "")
@@ -283,9 +294,10 @@ def _unknown_id(settings: dict[str, Any], vocab: dict[str, int]) -> int | None:
 
 
 def _has_all_bytes(settings: dict[str, Any], vocab: dict[str, int]) -> bool:
-    """Whether every byte has a token, so that no character is ever unknown."""
+    """Tell if every byte has a token, so that no character is ever unknown."""
     from tokenizers import pre_tokenizers
 
+    # two ways to have all bytes: 256 tokens <0x00> to <0xFF>, or 256 letters that stand for them
     if settings["model"].get("byte_fallback") is True:
         return all(f"<0x{byte:02X}>" in vocab for byte in range(256))
     steps = json.dumps([settings.get("normalizer"), settings.get("pre_tokenizer")])

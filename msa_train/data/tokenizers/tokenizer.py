@@ -1,4 +1,4 @@
-"""Tokenizers: plain bytes, or a `tokenizer.json` (json_tokenizer.py)."""
+"""Tokenize text by plain bytes, or by a `tokenizer.json` (json_tokenizer.py)."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -10,13 +10,13 @@ from msa_train.config import DataConfig
 
 
 class Tokenizer(Protocol):
-    """Text to token ids.
+    """Turn text into token ids.
 
     Attributes:
         vocab_size: rows that the embedding needs: the largest id + 1.
         eod_id: the token that ends every document.
         fingerprint: changes when any token id can change.
-        needs_utf8: whether text must be valid UTF-8.
+        needs_utf8: text must be valid UTF-8.
     """
 
     @property
@@ -32,15 +32,15 @@ class Tokenizer(Protocol):
     def needs_utf8(self) -> bool: ...
 
     def encode(self, text: bytes) -> npt.NDArray[np.int32]:
-        """Token ids of one text, without end of document."""
+        """Return the token ids of one text, [num_tokens] int32, without end of document."""
         ...
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[npt.NDArray[np.int32]]:
-        """Token ids of many texts; may use several cores."""
+        """Return the token ids of many texts; may use several cores."""
         ...
 
     def findings(self) -> list[str]:
-        """What was lost or met in all texts so far, a line each.
+        """List what was lost or met in all texts so far, a line each.
 
         Raises:
             ValueError: if so much was lost that the tokens do not stand for the text.
@@ -49,7 +49,7 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """Ids 0 to 255 are the bytes themselves, 256 ends a document."""
+    """Tokenize by bytes: ids 0 to 255 are the bytes themselves, 256 ends a document; "ab" -> [97, 98]."""
 
     vocab_size = 257
     eod_id = 256
@@ -57,20 +57,20 @@ class ByteTokenizer:
     needs_utf8 = False
 
     def encode(self, text: bytes) -> npt.NDArray[np.int32]:
-        """One id per byte."""
+        """Return one id per byte."""
         return np.frombuffer(text, np.uint8).astype(np.int32)
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[npt.NDArray[np.int32]]:
-        """One id per byte of each text."""
+        """Return one id per byte of each text."""
         return [self.encode(text) for text in texts]
 
     def findings(self) -> list[str]:
-        """Nothing can be lost."""
+        """Return no lines: nothing can be lost."""
         return []
 
 
 def build_tokenizer(data: DataConfig) -> Tokenizer:
-    """The tokenizer that `data.tokenizer` names.
+    """Build the tokenizer that `data.tokenizer` names.
 
     Raises:
         ValueError: if it cannot be used.

@@ -1,1 +1,1 @@
-"""What a layer costs: bytes and times of its transfers and kernels."""
+"""Add up what a layer costs: bytes and seconds of its transfers and kernels."""

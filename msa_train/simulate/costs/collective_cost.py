@@ -1,8 +1,11 @@
-"""Bytes of collectives per rank, by link, and the time they take.
+"""Count the bytes of collectives per rank and link, and the time they take.
 
-A rank's links (to and from its node, to and from other nodes) work at once; a collective ends when the
-fullest link of any rank is done. Latency is paid per message in a row: P - 1 in rings, one in an all-to-
-all.
+A rank's links (intra-node and inter-node) work at once; a collective ends when the fullest link of any rank
+is done. Latency is paid per message in a row: about P in rings, one in an all-to-all. This is the alpha-beta
+model of collectives (Thakur, Rabenseifner, Gropp 2005), with one bandwidth per kind of link. `near` in a name
+is intra-node, `far` is inter-node.
+
+Every function needs O(P) numbers, `all_to_all` the P x P table that it is given.
 """
 
 from dataclasses import dataclass
@@ -17,30 +20,33 @@ FloatArray = NDArray[np.float64]
 
 @dataclass(slots=True)
 class CollectiveCost:
-    """One collective. Arrays [P] in bytes: sent and received inside the node (near) and beyond (far).
-
-    near_steps, far_steps: messages that wait for each other.
-    """
+    """Hold the bytes of one collective, or rows of any unit until `scaled` makes bytes of them."""
 
     near_sent: FloatArray
+    "[P] float64, bytes that each rank sends to ranks of its node"
     near_received: FloatArray
+    "[P] float64, bytes that each rank receives from ranks of its node"
     far_sent: FloatArray
+    "[P] float64, bytes that each rank sends to other nodes"
     far_received: FloatArray
+    "[P] float64, bytes that each rank receives from other nodes"
     near_steps: int = 0
+    "intra-node messages that wait for one another"
     far_steps: int = 0
+    "inter-node messages that wait for one another"
 
     @property
     def sent(self) -> FloatArray:
-        """[P] bytes that each rank sends."""
+        """Return [P] bytes that each rank sends."""
         return self.near_sent + self.far_sent
 
     @property
     def received(self) -> FloatArray:
-        """[P] bytes that each rank receives."""
+        """Return [P] bytes that each rank receives."""
         return self.near_received + self.far_received
 
     def reversed(self) -> "CollectiveCost":
-        """The way back: who received sends."""
+        """Return the way back: each rank sends what it received."""
         return CollectiveCost(
             self.near_received,
             self.near_sent,
@@ -51,7 +57,7 @@ class CollectiveCost:
         )
 
     def scaled(self, factor: float) -> "CollectiveCost":
-        """The same pattern with other row sizes."""
+        """Return the same pattern with other row sizes, e.g. rows times bytes of a row."""
         return CollectiveCost(
             self.near_sent * factor,
             self.near_received * factor,
@@ -62,16 +68,27 @@ class CollectiveCost:
         )
 
     def time_s(self, cluster: Cluster) -> float:
-        """Seconds until the last rank is done: the slowest of its links, its node's uplink, its processor."""
+        """Return the seconds until the last rank is done.
+
+        The time is the slowest of a rank's links, its node's uplink and its processor, plus latencies:
+
+            max(near / node_rate, far / network_rate, uplink, received * host_s_per_byte) + steps * latency
+
+        Example: rank 0 of a node sends 30 bytes, rank 1 sends 10, both in one step; 10 bytes/s, latency 1 s
+        -> 30 / 10 + 1 = 4 s.
+        """
+        # on Ethernet one card carries both kinds of messages, so far bytes count on the near link too
         shared = cluster.one_link
         near = max((self.near_sent + shared * self.far_sent).max(), self._near_in(shared).max())
         far = max(self.far_sent.max(), self.far_received.max())
         times = [near / cluster.node_rate, far / cluster.network_rate]
+        # a node's uplink is full duplex: the larger of what its ranks send and what they receive together
         if cluster.node_uplink_bytes and self.far_sent.shape[0] > cluster.gpus_per_node:
             both = [
                 x.reshape(-1, cluster.gpus_per_node).sum(1).max() for x in (self.far_sent, self.far_received)
             ]
             times.append(max(both) / (cluster.node_uplink_bytes * cluster.link_efficiency))
+        # where processors copy every received byte, the busiest one may be slower than any link
         times.append(self.received.max() * cluster.host_s_per_byte / cluster.compute_share)
         latency = self.near_steps * cluster.node_latency_s + self.far_steps * cluster.network_latency_s
         return float(max(times)) + latency
@@ -81,19 +98,31 @@ class CollectiveCost:
 
 
 def node_of(cluster: Cluster, cp_size: int) -> NDArray[np.int64]:
-    """[P] node of each rank."""
+    """Return [P] int64, the node of each rank.
+
+    Example: 4 ranks, 2 per node -> [0, 0, 1, 1].
+    """
     return np.arange(cp_size) // cluster.gpus_per_node
 
 
 def nothing(cp_size: int) -> CollectiveCost:
-    """A collective that moves nothing."""
+    """Return a collective that moves nothing."""
     none = np.zeros(cp_size)
     return CollectiveCost(none, none, none, none)
 
 
 def all_to_all(rows: NDArray[np.number], row_bytes: float, cluster: Cluster) -> CollectiveCost:
-    """Everyone to everyone at once; rows: [P, P] by receiver and sender, the diagonal does not travel."""
+    """Count an all-to-all with rows of any number between each two ranks.
+
+    Args:
+        rows: [P, P] rows by receiver and sender; the diagonal does not travel.
+        row_bytes: bytes of a row.
+        cluster: gives the nodes.
+
+    Example: rows [[9, 1], [3, 9]] of 10 bytes on one node -> sent [30, 10], received [10, 30].
+    """
     cp_size = rows.shape[0]
+    # rows[i, j] goes from j to i: sums over receivers (axis 0) are sent, sums over senders (axis 1) received
     node = node_of(cluster, cp_size)
     rows = rows * (1 - np.eye(cp_size, dtype=np.int64))
     near = rows * (node[:, None] == node[None, :])
@@ -109,11 +138,19 @@ def all_to_all(rows: NDArray[np.number], row_bytes: float, cluster: Cluster) -> 
 
 
 def all_gather(shard_bytes: float, cp_size: int, cluster: Cluster) -> CollectiveCost:
-    """Every rank gets every shard.
+    """Count an all-gather: every rank gets the shards of the P - 1 others.
 
     With `multi_rail_collectives` a byte crosses the network once per node, through the cards of all its
     ranks in equal parts, and is handed on inside; else one ring runs through all ranks, and the ranks at a
     node's borders carry everything.
+
+    Args:
+        shard_bytes: bytes that each rank brings.
+        cp_size: P.
+        cluster: gives the nodes.
+
+    Example: 4 ranks in 2 nodes, shards of 12 bytes -> each rank sends 36 bytes, on rails 12 of them
+    inter-node; in one ring ranks 1 and 3 send all their 36 inter-node, ranks 0 and 2 none.
     """
     if cp_size == 1:
         return nothing(1)
@@ -124,10 +161,13 @@ def all_gather(shard_bytes: float, cp_size: int, cluster: Cluster) -> Collective
         return CollectiveCost(total, total, 0 * total, 0 * total, near_steps=cp_size - 1)
     near_steps, far_steps = cp_size - nodes, nodes
     if cluster.multi_rail_collectives or per_node == 1:
+        # the node takes in (P - L) shards, 1 / L of them through each of its L cards; what is left of the
+        # P - 1 shards that a rank receives comes from its neighbours
         far = np.full(cp_size, (cp_size - per_node) * shard_bytes / per_node)
         near = (total - far) * (per_node > 1)
-        # rails run side by side: P / L steps between nodes, then the node's own
+        # rails run side by side: P / L - 1 steps between nodes, then the node's own L - 1
         return CollectiveCost(near, near, far, far, near_steps=per_node - 1, far_steps=nodes - 1)
+    # the ring leaves a node at its last rank and enters the next one at its first
     place = np.arange(cp_size) % per_node
     sends_far, gets_far = place == per_node - 1, place == 0
     return CollectiveCost(
@@ -136,12 +176,15 @@ def all_gather(shard_bytes: float, cp_size: int, cluster: Cluster) -> Collective
 
 
 def reduce_scatter(shard_bytes: float, cp_size: int, cluster: Cluster) -> CollectiveCost:
-    """Sum of everyone's P shards, one to each rank: an all-gather's way back."""
+    """Count a reduce-scatter: every rank gets the sum of its shard, which is an all-gather's way back."""
     return all_gather(shard_bytes, cp_size, cluster).reversed()
 
 
 def all_reduce(shard_bytes: float, cp_size: int, cluster: Cluster) -> CollectiveCost:
-    """Sum of P shards, all of it to everyone: reduce-scatter, then all-gather."""
+    """Count an all-reduce of P shards: a reduce-scatter, then an all-gather, twice the bytes of either.
+
+    Example: the all-gather of 4 ranks above has 24 + 12 bytes per rank, the all-reduce 48 + 24.
+    """
     once = all_gather(shard_bytes, cp_size, cluster)
     return CollectiveCost(
         2 * once.near_sent,
@@ -154,11 +197,15 @@ def all_reduce(shard_bytes: float, cp_size: int, cluster: Cluster) -> Collective
 
 
 def shift(num_bytes: float, cp_size: int, cluster: Cluster) -> CollectiveCost:
-    """One step of a ring: everyone to the next rank."""
+    """Count one step of a ring: every rank sends to the next one.
+
+    Example: 4 ranks in 2 nodes, 10 bytes -> ranks 0 and 2 send intra-node, 1 and 3 inter-node.
+    """
     if cp_size == 1:
         return nothing(1)
     node = node_of(cluster, cp_size)
     to_far, from_far = node != np.roll(node, -1), node != np.roll(node, 1)
+    # all ranks step together, so the step has the latency of the slowest link that it uses
     each = np.full(cp_size, float(num_bytes))
     far = bool(to_far.any())
     return CollectiveCost(
@@ -172,7 +219,7 @@ def shift(num_bytes: float, cp_size: int, cluster: Cluster) -> CollectiveCost:
 
 
 def side_by_side(parts: list[CollectiveCost]) -> CollectiveCost:
-    """Collectives of different ranks at the same time, as one."""
+    """Join collectives of different ranks that run at the same time: [P'] each -> [len(parts) * P']."""
     if len(parts) == 1:
         return parts[0]
     return CollectiveCost(

@@ -1,7 +1,11 @@
-"""Selections through the exchange's own planner: what all ranks want, and what therefore travels.
+"""Pass selections through the exchange's own planner: KV blocks that all ranks want, and rows that travel.
 
-Head-parallel ranks: with head_size u the innermost u ranks hold u shards as one sequence shard and M / u KV
-groups each; the exchange runs among P' = P / u such ranks, once per place in the inner group.
+A KV block is one block of one KV head; a row of the exchange is one KV block. Ulysses groups: with head_size
+u the innermost u ranks hold u shards as one sequence shard and M / u KV heads each; the exchange runs among
+P' = P / u such ranks, once per place in the Ulysses group.
+
+Cost: a bitmap has one bit per requester and KV block, so all of them have P' * M * NB / 8 bytes: 4 MiB for 4M
+tokens (NB = 32768 blocks), 256 ranks and 4 KV heads. Selections are asked one rank at a time, [M, NB] each.
 """
 
 from dataclasses import dataclass, field
@@ -22,30 +26,35 @@ IntArray = NDArray[np.int64]
 
 @dataclass(slots=True)
 class Wants:
-    """Requests of all ranks of a layer.
-
-    bits: [u] of [P', P', W] uint8, by requester and owner, as the planner takes them. pairs: [P'] remote
-    pairs that each rank selected, all groups. num_groups: of one place, M / u.
-    """
+    """Hold the requests of all ranks of a layer."""
 
     placement: Placement
+    "of the P' sequence shards"
     num_groups: int
+    "KV heads of one place of a Ulysses group, M / u"
     bits: list[torch.Tensor]
+    "[u] of [P', P', W] uint8: bitmaps of KV blocks by requester and owner, as the planner takes them"
     pairs: IntArray
+    "[P'] int64, remote KV blocks that each rank selected, of all M KV heads"
     planned: "dict[tuple[int, bool, float], Hops]" = field(default_factory=dict, repr=False)
     "plans made so far, by node size, hierarchical and hot_share"
 
     @property
     def f(self) -> float:
-        """Selected remote pairs over all remote pairs, mean over ranks; 0 where nothing is remote."""
+        """Return selected over all remote KV blocks, mean over ranks; 0 where nothing is remote.
+
+        Example: 2 ranks, 4 blocks, one KV head; rank 1 selects one of rank 0's two blocks, rank 0 none of
+        rank 1's: mean(0, 1) / 2 = 0.25.
+        """
         placement = self.placement
+        # NB blocks without the NB / P' own ones, for each of the M / u KV heads of the u places
         remote = placement.num_blocks - placement.num_blocks // placement.cp_size
         total = remote * self.num_groups * len(self.bits)
         return float(self.pairs.mean()) / total if total else 0.0
 
     @property
     def bitmap_bytes(self) -> int:
-        """Bytes of one owner's pairs in one requester's bitmap."""
+        """Return W, bytes of one owner's KV blocks in one requester's bitmap: ceil(M / u * NL / 8)."""
         return self.bits[0].shape[2]
 
 
@@ -56,7 +65,10 @@ def collect_wants(selections: Selections, placement: Placement, num_kv_heads: in
         selections: what is replayed.
         placement: of the P' sequence shards.
         num_kv_heads: M, a multiple of head_size.
-        head_size: u.
+        head_size: u, the Ulysses degree.
+
+    Example: 4 ranks with one block each, one KV head, every block before a query selected -> bits [[0], [0],
+    [0], [0]], [[1], [0], [0], [0]], [[1], [1], [0], [0]], [[1], [1], [1], [0]] and pairs [0, 1, 2, 3].
     """
     size, per_place = placement.cp_size, num_kv_heads // head_size
     width = -(-per_place * placement.order.shape[1] // 8)
@@ -65,10 +77,12 @@ def collect_wants(selections: Selections, placement: Placement, num_kv_heads: in
     for rank in range(size):
         # [M, P', NL]: blocks in the order of their owners
         wanted = selections.needed(placement, rank)[:, placement.order]
+        # own blocks need no request
         wanted[:, rank] = False
         pairs[rank] = np.count_nonzero(wanted)
         for place in range(head_size):
             groups = wanted[place * per_place : (place + 1) * per_place]
+            # [P', M / u * NL]: a bitmap numbers the KV blocks of an owner by head, then by block
             flat = groups.transpose(1, 0, 2).reshape(size, -1)
             bits[place][rank] = np.packbits(flat, axis=1, bitorder="little")
     return Wants(placement, per_place, [torch.from_numpy(b) for b in bits], pairs)
@@ -76,18 +90,18 @@ def collect_wants(selections: Selections, placement: Placement, num_kv_heads: in
 
 @dataclass(slots=True)
 class Hops:
-    """What an exchange of KV blocks moves; a row is one block of one KV head."""
+    """Hold what an exchange moves, in rows; a row is one KV block, one block of one KV head."""
 
     hops: list[CollectiveCost]
-    "[u], in rows"
+    "of u * P' ranks, in rows: one in a flat exchange, inter-node and intra-node in a hierarchical one"
     fetched: IntArray
-    "[u * P'] blocks that each rank holds afterwards, hot ones left out"
+    "[u * P'] int64, KV blocks that each rank has fetched afterwards, broadcast blocks left out"
     hot: IntArray
-    "[u, P'] hot blocks by owner"
+    "[u, P'] int64, broadcast blocks by place and owner"
 
 
 def exchange_shape(wants: Wants, cluster: Cluster, *, hierarchical: bool, hot_share: float) -> ExchangeShape:
-    """The planner's view of this exchange; arguments as of `exchange_rows`."""
+    """Describe this exchange as the planner wants it; arguments as of `exchange_rows`."""
     size = wants.placement.cp_size
     return ExchangeShape(
         cp_size=size,
@@ -99,14 +113,19 @@ def exchange_shape(wants: Wants, cluster: Cluster, *, hierarchical: bool, hot_sh
 
 
 def exchange_rows(wants: Wants, cluster: Cluster, *, hierarchical: bool, hot_share: float) -> Hops:
-    """Plan the exchange and count.
+    """Plan the exchange and count the rows of each hop; a plan is made once and kept in `wants`.
 
     Args:
         wants: of all ranks.
         cluster: gives the nodes; of the P' ranks, see `outer_cluster`.
         hierarchical: over the network to one rank per node and from there to the node's others.
-        hot_share: share of the other ranks that make a pair hot, 0 for none.
+        hot_share: share of the other ranks that must want a KV block for it to be broadcast, 0 for none.
+
+    Example: the 4 ranks of `collect_wants` in 2 nodes. Flat: ranks 0 and 1 send 2 rows each inter-node, and
+    ranks 0 and 2 one row each intra-node. Hierarchical: ranks 0 and 1 send 1 row each inter-node, then ranks
+    0 to 3 send 1, 0, 2 and 1 rows intra-node. Fetched are [0, 1, 2, 3] either way.
     """
+    # several schemes and `auto` ask for the same plan
     key = (cluster.gpus_per_node, hierarchical, hot_share)
     if key not in wants.planned:
         wants.planned[key] = _plan_rows(wants, cluster, hierarchical=hierarchical, hot_share=hot_share)
@@ -125,7 +144,8 @@ def _plan_rows(wants: Wants, cluster: Cluster, *, hierarchical: bool, hot_share:
 
 
 def _place_rows(demand: Demand, cluster: Cluster) -> tuple[list[CollectiveCost], IntArray, IntArray]:
-    """Rows of one place: hops, fetched pairs per rank, hot pairs per owner."""
+    """Count one place: hops in rows, KV blocks fetched per rank, broadcast blocks per owner."""
+    # find_demand has already taken broadcast blocks out of the bitmaps
     shape, hot = demand.shape, demand.hot.sum(1).numpy()
     counts = count_bits(demand.bits).numpy()
     if not shape.hierarchical:
@@ -138,6 +158,7 @@ def _place_rows(demand: Demand, cluster: Cluster) -> tuple[list[CollectiveCost],
             near_steps=int(near.any()), far_steps=int(far.any()),
         )  # fmt: skip
         return [wire], counts.sum(1), hot
+    # first hop: to the rank at the owner's place in the requester's node; second hop: inside that node
     loads = find_loads(demand)
     (out_far, out_near), (in_far, in_near) = (
         [x.numpy().astype(float) for x in loads.send],
@@ -152,5 +173,8 @@ def _place_rows(demand: Demand, cluster: Cluster) -> tuple[list[CollectiveCost],
 
 
 def requested_by_owner(wants: Wants) -> IntArray:
-    """[P', P'] pairs of all groups by requester and owner."""
+    """Return [P', P'] int64, KV blocks of all KV heads by requester and owner.
+
+    Example: the 4 ranks of `collect_wants` -> [[0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0]].
+    """
     return sum((count_bits(bits).numpy() for bits in wants.bits), np.zeros(1, dtype=np.int64))

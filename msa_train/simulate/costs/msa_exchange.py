@@ -1,6 +1,18 @@
-"""What each scheme of an MSA layer sends and when, as msa_train.parallel's sessions do it.
+"""Model each scheme of an MSA layer: the bytes it sends and when, as msa_train.parallel's sessions do it.
 
-Names of collectives are those of `CpComm.traffic`. Symbols: P' ranks of the exchange, u head-parallel places.
+Names of collectives are those of `CpComm.traffic`. Symbols: P' ranks of the exchange, u places of a Ulysses
+group; a row is one KV block (one block of one KV head), S = NL * M / u rows of a rank.
+
+Bytes that a rank receives per layer, forward and backward, with K = bytes of a row and G of its gradient:
+
+    all_gather              (P' - 1) * S * (2 K + G)      gathered again in the backward pass
+    all_gather_all_reduce   (P' - 1) * S * (K + 2 G)      kept; an all-reduce moves its bytes twice
+    ring                    (P' - 1) * S * 2 K + P' * S * fp32 G
+    selected                f * (P' - 1) * S * K + its share of all requests * G
+
+So an all-gather grows with the ranks, and `selected` only with what is selected. On 256 ranks with 16,384
+tokens each (S = 512, K = 64 KiB, G = 96 KiB), an all-gather receives 255 * 512 * 224 KiB = 29.9 GB per layer
+and rank.
 """
 
 from abc import ABC, abstractmethod
@@ -20,63 +32,76 @@ from msa_train.simulate.inputs.cluster import Cluster
 FloatArray = NDArray[np.float64]
 FP32_BYTES = 4
 REQUEST_HEADER_BYTES = 64
+"bytes of a request beside its bitmaps"
 
 
 @dataclass(slots=True)
 class PassWork:
-    """Seconds of each rank over its own blocks, under which others travel, and over the others, [P'] each."""
+    """Hold the seconds that each rank computes in one pass."""
 
     own: FloatArray
+    "[P'] over the rank's own blocks, under which others travel"
     others: FloatArray
+    "[P'] over blocks of other ranks"
 
     @property
     def total(self) -> FloatArray:
-        """Over all blocks."""
+        """Return [P'] seconds over all blocks."""
         return self.own + self.others
 
 
 @dataclass(slots=True)
 class AttentionWork:
-    """What every rank computes."""
+    """Hold the seconds that every rank computes in both passes."""
 
     forward: PassWork
+    "forward attention"
     backward: PassWork
+    "backward attention, KL loss included"
 
     @classmethod
     def divided(cls, forward_s: FloatArray, backward_s: FloatArray, own: FloatArray) -> "AttentionWork":
-        """[P'] seconds each, of which the share `own` [P'] needs own blocks only."""
+        """Divide [P'] seconds of each pass: the share `own` [P'] needs own blocks only.
+
+        Example: forward [4, 8], own [1, 0.25] -> forward own [4, 2], others [0, 6].
+        """
         forward, backward = (PassWork(x * own, x * (1 - own)) for x in (forward_s, backward_s))
         return cls(forward, backward)
 
 
 @dataclass(slots=True)
 class Exchange(ABC):
-    """One scheme. traffic: collectives by purpose, [u * P'] ranks; memory_bytes: its largest buffers."""
+    """Model one scheme: fill in traffic and memory once, then move the clocks of a pass."""
 
     setup: LayerCosts
+    "the layer on its cluster"
     wants: Wants
+    "requests of all ranks"
     work: AttentionWork
+    "seconds of attention"
     traffic: dict[str, list[CollectiveCost]] = field(default_factory=dict)
+    "collectives of u * P' ranks in bytes, by purpose, in order"
     memory_bytes: float = 0.0
+    "largest buffers, bytes of the rank that has most"
 
     @property
     def cluster(self) -> Cluster:
-        """As the ranks of one place see it."""
+        """Return the cluster as the ranks of one place see it."""
         return self.setup.outer_cluster
 
     @property
     def size(self) -> int:
-        """P'."""
+        """Return P', ranks of the exchange."""
         return self.setup.outer.cp_size
 
     @property
     def overlap(self) -> bool:
-        """Whether collectives run under computing."""
+        """Tell if collectives run under computing."""
         return self.setup.options.overlap
 
     @property
     def shard_pairs(self) -> int:
-        """Pairs that a rank owns."""
+        """Return S, KV blocks that a rank owns: NL * M / u."""
         return self.setup.outer.order.shape[1] * self.wants.num_groups
 
     @abstractmethod
@@ -84,25 +109,25 @@ class Exchange(ABC):
         """Fill in traffic and memory."""
 
     def before_selection(self, clocks: Timeline) -> None:  # noqa: B027
-        """Projections are done."""
+        """Move the clocks where projections are done and nothing is selected yet."""
 
     @abstractmethod
     def forward(self, clocks: Timeline, *, again: bool) -> None:
-        """From the selection to the attention's output; again: in a recomputation."""
+        """Move the clocks from the selection to the attention's output; again: in a recomputation."""
 
     def before_backward(self, clocks: Timeline) -> None:  # noqa: B027
-        """The output's gradient is here."""
+        """Move the clocks where the output's gradient arrives."""
 
     @abstractmethod
     def backward(self, clocks: Timeline) -> None:
-        """From the gradient of the attention's output to those of q, k, v."""
+        """Move the clocks from the gradient of the attention's output to those of q, k, v."""
 
     def everywhere(self, wire: CollectiveCost) -> CollectiveCost:
-        """A collective of P' ranks, once per place."""
+        """Repeat a collective of P' ranks for each of the u places."""
         return collective_cost.side_by_side([wire] * self.setup.options.head_size)
 
     def fullest(self, values: FloatArray) -> FloatArray:
-        """[u * P'] -> [P'], the fullest place."""
+        """Take the fullest place: [u * P'] -> [P']; example: u = 2, [1, 5, 3, 2] -> [3, 5]."""
         return values.reshape(-1, self.size).max(axis=0)
 
     def took(self, name: str, wire: CollectiveCost) -> None:
@@ -110,18 +135,22 @@ class Exchange(ABC):
         self.traffic.setdefault(name, []).append(wire)
 
     def seconds(self, name: str) -> float:
-        """Time of all collectives of a purpose."""
+        """Return the seconds of all collectives of a purpose, one after another."""
         return sum(wire.time_s(self.cluster) for wire in self.traffic.get(name, []))
 
 
 @dataclass(slots=True)
 class Selected(Exchange):
-    """Requested pairs from their owners, flat or by node; the first hop runs under local attention."""
+    """Fetch requested KV blocks from their owners, flat or by node; the first hop is hidden by own blocks."""
 
     hierarchical: bool = False
+    "over the network once per node, then inside"
     hot: HotWires = field(init=False)
+    "collectives of broadcast blocks"
     sent: FloatArray = field(init=False)
+    "[P'] rows that a rank packs, broadcast ones included, fullest place"
     fetched: FloatArray = field(init=False)
+    "[P'] rows that a rank holds afterwards, broadcast ones included, fullest place"
 
     def plan(self) -> None:
         """See Exchange.plan."""
@@ -129,8 +158,10 @@ class Selected(Exchange):
         rows = exchange_rows(
             self.wants, self.cluster, hierarchical=self.hierarchical, hot_share=options.hot_share
         )
+        # each rank sends its bitmaps for all P' owners to all: P'^2 * W bytes are in the gathered request
         request = REQUEST_HEADER_BYTES + self.size * self.wants.bitmap_bytes
         self.took("request", self.everywhere(collective_cost.all_gather(request, self.size, self.cluster)))
+        # gradients take the same way back, with the index keys' gradient in each row
         names = ["outer", ""] if len(rows.hops) == 2 else [""]
         for name, hop in zip(names, rows.hops, strict=True):
             self.took(_name("kv", name), hop.scaled(shape.pair_bytes))
@@ -143,15 +174,22 @@ class Selected(Exchange):
         if not options.keep_for_backward:
             for name in [name for name in self.traffic if name.startswith("kv") and "grad" not in name]:
                 self.traffic[name.replace("kv", "kv_again", 1)] = list(self.traffic[name])
+        # what is packed for the first hop, own broadcast blocks included; what is unpacked after the last one
         self.sent = self.fullest(rows.hops[0].sent + rows.hot.flatten())
         self.fetched = self.fullest(rows.fetched + rows.hot.sum(axis=1).repeat(self.size))
         self._count_memory(rows.hops, request)
 
     def _count_memory(self, hops: list[CollectiveCost], request: float) -> None:
-        """Forward: requests, rows to send, in transit, fetched; backward: gradients, fp32 and on the wire."""
+        """Add the larger of two moments, in bytes.
+
+        Forward: requests, rows to send, rows in transit on the node's middle rank, fetched rows. Backward:
+        fetched rows with their gradients in fp32 and once more in the wire's type, and gradients that arrive.
+        """
         shape = self.setup.shape
+        # in a hierarchical exchange a rank receives rows for its whole node before they are handed on
         transit = self.fullest(hops[0].received) if len(hops) == 2 else np.zeros(self.size)
         forward = (self.sent + transit + self.fetched) * shape.pair_bytes
+        # a gradient exists twice: summed in fp32 while it is computed, and in the wire's type when it leaves
         wide = 1 + FP32_BYTES / shape.element_bytes
         backward = self.fetched * (shape.pair_bytes + wide * shape.pair_grad_bytes)
         backward = backward + (self.sent + transit) * shape.pair_grad_bytes
@@ -159,25 +197,28 @@ class Selected(Exchange):
 
     @property
     def _first_among(self) -> Among:
-        """Who takes part in what crosses the network; hot pairs make it everyone's."""
+        """Return who takes part in what crosses the network; broadcast blocks make it everyone's."""
         return Among.place if self.hierarchical and not self.hot.forward else Among.everyone
 
     def forward(self, clocks: Timeline, *, again: bool) -> None:
         """See Exchange.forward."""
         if not again:
+            # the host must see the requests before it can launch sends of the right sizes
             clocks.collective("request", self.seconds("request") + self.cluster.host_sync_s)
         self._fetch(clocks, "kv", self.work.forward.own)
         clocks.compute(self.work.forward.others)
 
     def _fetch(self, clocks: Timeline, purpose: str, computing: FloatArray) -> None:
-        """Both hops and the hot pairs; only what starts at once is hidden."""
+        """Fetch in both hops and broadcast; only what starts at once is hidden under `computing`."""
         scatter_s, gather_s = self.hot.seconds(self.hot.forward, self.cluster)
+        # owners gather the rows into one buffer before anything can leave
         clocks.copy(self.setup.copy_s(self.sent * self.setup.shape.pair_bytes))
         first = f"{purpose}_outer" if self.hierarchical else purpose
         clocks.under(
             first, self.seconds(first) + scatter_s, computing, self._first_among, overlap=self.overlap
         )
         if self.hierarchical:
+            # the second hop waits for the whole first one, and own blocks are done by then
             clocks.collective(purpose, self.seconds(purpose), Among.node)
         if self.hot.forward:
             clocks.collective(f"{purpose}_hot", gather_s)
@@ -188,6 +229,7 @@ class Selected(Exchange):
         keep = self.setup.options.keep_for_backward
         if not keep:
             self._fetch(clocks, "kv_again", own)
+        # gradients of others' blocks come first, so that they can travel under those of own blocks
         clocks.compute(self.work.backward.others)
         clocks.copy(self.setup.copy_s(self.fetched * shape.pair_grad_bytes))
         first = "kv_grad"
@@ -195,23 +237,23 @@ class Selected(Exchange):
             clocks.collective("kv_grad", self.seconds("kv_grad"), Among.node)
             first = "kv_grad_outer"
         scatter_s, home_s = self.hot.seconds(self.hot.backward, self.cluster)
+        # own blocks come last where rows were kept, and hide the way back; fetched again, they hid that
         computing = own if keep else 0 * own
         clocks.under(
             first, self.seconds(first) + scatter_s, computing, self._first_among, overlap=self.overlap
         )
         if self.hot.backward:
             clocks.collective("kv_grad_hot", home_s)
+        # owners add what arrives to their own gradients
         clocks.copy(self.setup.copy_s(self.sent * shape.pair_grad_bytes))
 
 
 @dataclass(slots=True)
 class AllGather(Exchange):
-    """All pairs, in the backward pass again; the gather runs under attention over own pairs.
-
-    early: it starts before index scoring instead, which nothing prevents: it waits for no selection.
-    """
+    """Gather all KV blocks, in the backward pass again; the gather runs under attention over own blocks."""
 
     early: bool = False
+    "start before index scoring instead, which nothing prevents: a gather waits for no selection"
     _started: Mark = field(init=False)
 
     def plan(self) -> None:
@@ -242,6 +284,7 @@ class AllGather(Exchange):
     def backward(self, clocks: Timeline) -> None:
         """See Exchange.backward."""
         self._gather(clocks, "kv_again", self.work.backward.own)
+        # a reduce-scatter needs the gradients of all blocks, so nothing is left to compute under it
         clocks.compute(self.work.backward.others)
         clocks.collective("kv_grad", self.seconds("kv_grad"))
 
@@ -255,7 +298,7 @@ class AllGather(Exchange):
 
 @dataclass(slots=True)
 class AllGatherAllReduce(Exchange):
-    """As the nearest rival has it: one gather, kept; gradients summed on all ranks; no overlap."""
+    """Gather once and keep, as the nearest rival does; all ranks get the sum of gradients; no overlap."""
 
     def plan(self) -> None:
         """See Exchange.plan."""
@@ -263,6 +306,7 @@ class AllGatherAllReduce(Exchange):
         shard, grads = self.shard_pairs * shape.pair_bytes, self.shard_pairs * shape.pair_grad_bytes
         self.took("kv", self.everywhere(collective_cost.all_gather(shard, self.size, self.cluster)))
         self.took("kv_grad", self.everywhere(collective_cost.all_reduce(grads, self.size, self.cluster)))
+        # as in AllGather: gathered rows, their gradients in fp32 and on the wire
         self.memory_bytes = self.size * (shard + (1 + FP32_BYTES / shape.element_bytes) * grads)
 
     def forward(self, clocks: Timeline, *, again: bool) -> None:
@@ -278,10 +322,12 @@ class AllGatherAllReduce(Exchange):
 
 @dataclass(slots=True)
 class Ring(Exchange):
-    """Shards go round, one arrives while a rank works on another; in the backward gradients go along."""
+    """Pass shards round, one arrives while a rank works on another; going back, gradients go along."""
 
     step: CollectiveCost = field(init=False)
+    "one shift of a shard of keys and values, bytes"
     grad_step: CollectiveCost = field(init=False)
+    "one shift of its gradients in fp32, bytes"
 
     def plan(self) -> None:
         """See Exchange.plan."""
@@ -291,14 +337,19 @@ class Ring(Exchange):
         grads = self.shard_pairs * shape.pair_grad_bytes * FP32_BYTES / shape.element_bytes
         self.step = self.everywhere(collective_cost.shift(shard, self.size, self.cluster))
         self.grad_step = self.everywhere(collective_cost.shift(grads, self.size, self.cluster))
+        # keys and values visit P' - 1 ranks, gradients make the whole round and come home
         if self.size > 1:
             self.took("kv", self.step.scaled(self.size - 1))
             self.took("kv_again", self.step.scaled(self.size - 1))
             self.took("kv_grad", self.grad_step.scaled(self.size))
+        # a shard on its way, and up to three gradients of a shard in fp32
         self.memory_bytes = shard + 3 * grads
 
     def _steps(self, work: PassWork) -> list[FloatArray]:
-        """[P'] work at each step: own shard first, then in proportion to the pairs wanted from each."""
+        """List the [P'] seconds of each of P' steps: own shard first, others by KV blocks wanted from each.
+
+        Example: a rank of 4 with 6 s over others, which wants 1, 2 and 0 blocks of them -> 2, 4 and 0 s.
+        """
         rows = requested_by_owner(self.wants).astype(float)
         rows /= np.maximum(rows.sum(axis=1, keepdims=True), 1)
         rank, numbers = np.arange(self.size), range(1, self.size)
@@ -316,6 +367,7 @@ class Ring(Exchange):
         for number, seconds in enumerate(self._steps(self.work.backward)):
             # gradients of the piece before travel beside the next piece
             self._step(clocks, "kv_again", seconds, step_s * (number < self.size - 1) + grad_s * (number > 0))
+        # the last shift brings every shard's gradient home, with nothing left to compute
         if self.size > 1:
             clocks.neighbours("kv_grad", np.zeros(self.size), grad_s)
 

@@ -1,7 +1,8 @@
-"""One MSA layer under each scheme: its collectives, its clocks, its memory.
+"""Time one MSA layer under each scheme: its collectives, its clocks, its memory.
 
 Forward: index keys travel under the query, key and value projections; scoring and top-k; then the exchange
-(`msa_exchange`); output projection. Backward: the same the other way round.
+(`msa_exchange`); output projection. Backward: the same the other way round. Index keys have no backward
+exchange of their own: their gradients travel with those of the KV blocks.
 """
 
 from collections.abc import Callable
@@ -31,27 +32,27 @@ from msa_train.simulate.inputs.scenario import Scheme
 
 FloatArray = NDArray[np.float64]
 BLOCK_ID_BYTES = 4
+"int32"
 
 
 @dataclass(slots=True)
 class MsaWork:
-    """What a layer's queries ask for, [P'] each.
-
-    tiles: (query, block) pairs that one group's queries of a rank select. wants: requests of all ranks.
-    local_share: share of the (query, block) pairs whose block is local. index_scores: (query, block) pairs
-    that each rank scores. index_moved: [P', P'] tokens whose index queries change ranks for that, by
-    receiving and holding rank.
-    """
+    """Hold what a layer's queries ask for."""
 
     tiles: NDArray[np.int64]
+    "[P'] (query, block) pairs that the queries of a rank select for one KV head"
     wants: Wants
+    "requests of all ranks"
     local_share: FloatArray
+    "[P'] share of the (query, block) pairs whose block is local, 0 to 1"
     index_scores: NDArray[np.int64]
+    "[P'] (query, block) pairs that each rank scores"
     index_moved: NDArray[np.int64]
+    "[P', P'] tokens whose index queries change ranks for equal scoring, by receiving and holding rank"
 
 
 class MsaLayer:
-    """Times and bytes of one layer call."""
+    """Find times and bytes of one layer call, forward and backward, for every scheme."""
 
     def __init__(
         self,
@@ -61,39 +62,50 @@ class MsaLayer:
         attention: AttentionWork | None = None,
         with_projections: bool = True,
     ) -> None:
-        """attention: what attention took where it was measured; None: by the kernels' rates.
-        with_projections: False leaves the attention alone, as the wire benchmark measures it."""
+        """Time attention and index scoring.
+
+        Args:
+            setup: the layer on its cluster.
+            work: what its queries ask for.
+            attention: seconds of attention where they were measured; None: by the kernels' rates.
+            with_projections: False leaves the attention alone, as the wire benchmark measures it.
+        """
         self.setup, self.work, self.with_projections = setup, work, with_projections
         self.head_size, self.outer_size = setup.options.head_size, setup.outer.cp_size
         self.cluster = setup.outer_cluster
         shape, rates = setup.shape, setup.rates
         self.attention = attention or self._by_rates()
+        # every key of a block is scored before its maximum is taken; a rank scores M / u of the M KV heads
         index = shape.index_flops(work.index_scores.astype(np.float64) * shape.block_size) / self.head_size
         self.index_s = np.asarray(setup.seconds(index, rates.index_flops))
         projection = shape.index_projection_flops(setup.tokens)
         self.index_projection_s = float(setup.seconds(projection, rates.projection_flops))
 
     def _by_rates(self) -> AttentionWork:
+        """Return the seconds of attention by FLOPs and kernel rates."""
         setup, shape, rates = self.setup, self.setup.shape, self.setup.rates
         tiles = self.work.tiles.astype(np.float64)
-        # a head-parallel rank has 1 / u of the heads and u times the queries
+        # a rank of a Ulysses group has 1 / u of the heads and u times the queries, which `tiles` counts
         flops = shape.sparse_flops(tiles) / self.head_size
         backward_s = setup.seconds(BACKWARD_FACTOR * flops, rates.sparse_backward_flops)
         if shape.trains_index:
+            # the KL loss is computed in the backward pass, which has the main branch's logits once more
             backward_s = backward_s + setup.seconds(shape.kl_flops(tiles) / self.head_size, rates.kl_flops)
         forward_s = setup.seconds(flops, rates.sparse_forward_flops)
         return AttentionWork.divided(np.asarray(forward_s), np.asarray(backward_s), self.work.local_share)
 
     def report(self, scheme: Scheme) -> SchemeReport:
-        """One scheme's layer."""
+        """Time one scheme: forward, backward, and the collectives of both."""
         if scheme is Scheme.auto:
             return self.report_auto(selected=self._selected_pays())
         exchange = self._exchange(scheme)
         forward, backward = self._forward(exchange, again=False), self._backward(exchange)
+        # index keys have no gradient collective: their gradients are part of each KV block's row
         traffic = {"index_key": [self._index_keys()], **exchange.traffic}
         if self.work.index_moved.any():
             traffic["index_query"] = list(self._index_moves())
         if self.setup.options.recompute:
+            # selection and requests are replayed, so index queries and requests do not travel again
             backward = self._forward(exchange, again=True) + backward
             for name in ("index_key", "kv", "kv_outer", "kv_hot"):
                 if name in traffic:
@@ -103,10 +115,12 @@ class MsaLayer:
             forward,
             backward,
             self._with_inner(traffic),
+            # every rank keeps all index keys of the pack, whatever the scheme
             exchange.memory_bytes + self._index_bytes(),
         )
 
     def _exchange(self, scheme: Scheme) -> Exchange:
+        """Return the model of a scheme, with its traffic filled in."""
         parts = self.setup, self.work.wants, self.attention
         exchange: Exchange
         if scheme in (Scheme.selected, Scheme.selected_hierarchical):
@@ -123,7 +137,7 @@ class MsaLayer:
         return exchange
 
     def report_auto(self, *, selected: bool) -> SchemeReport:
-        """`auto` that found selected pairs cheaper, or an all-gather."""
+        """Time `auto` where it found selected KV blocks cheaper, or an all-gather."""
         chosen = Scheme.selected_hierarchical if selected else Scheme.all_gather
         report = self.report(chosen)
         if not selected:
@@ -137,7 +151,7 @@ class MsaLayer:
         return report
 
     def _selected_pays(self) -> bool:
-        """The exchange's own rule, from rates as it would measure them on this cluster."""
+        """Apply the exchange's own rule to rates as it would measure them on this cluster."""
         hierarchical = 1 < self.cluster.num_nodes(self.outer_size) < self.outer_size
         setup, wants, rates = self.setup, self.work.wants, measured_rates(self.cluster, self.outer_size)
         size = KvBlockBytes(setup.shape.pair_bytes, setup.shape.pair_grad_bytes)
@@ -145,19 +159,23 @@ class MsaLayer:
             wants, self.cluster, hierarchical=hierarchical, hot_share=setup.options.hot_share
         )
         shape = exchange_shape(wants, self.cluster, hierarchical=hierarchical, hot_share=0.0)
+        # per hop, rows of the rank that sends or receives most: all others wait for it
         busiest = [int(max(hop.sent.max(), hop.received.max())) for hop in rows.hops]
         fetches = 1 if setup.options.keep_for_backward else 2
+        # the rule knows one exchange; of several places of a Ulysses group the fullest counts
         num_hot = int(rows.hot.sum(axis=1).max())
         cost = selected_cost(shape, busiest, num_hot, size, rates, fetches=fetches)
         return cost <= all_gather_cost(shape, size, rates)
 
     def _forward(self, exchange: Exchange, *, again: bool) -> LayerTime:
+        """Move the clocks through a forward pass; again: in a recomputation, without scoring."""
         setup, clocks = self.setup, self._clocks()
         keys = self._index_keys().time_s(self.setup.cluster)
         clocks.compute(setup.overhead_s())
         started = clocks.start()
         if not setup.options.overlap:
             clocks.finish("index_key", started, keys)
+        # index keys travel while queries, keys and values are projected
         clocks.compute(self._projections_s())
         self._switch_heads(clocks, self._inner_bytes_in())
         if setup.options.overlap:
@@ -174,6 +192,7 @@ class MsaLayer:
         return clocks.result()
 
     def _backward(self, exchange: Exchange) -> LayerTime:
+        """Move the clocks through a backward pass; a projection has two products there."""
         clocks = self._clocks()
         exchange.before_backward(clocks)
         clocks.compute(2 * self._output_s())
@@ -193,12 +212,12 @@ class MsaLayer:
         return Timeline(self.outer_size, self.outer_size // self.cluster.num_nodes(self.outer_size))
 
     def _index_keys(self) -> CollectiveCost:
-        """Every rank gets all index keys, head-parallel or not."""
+        """Gather all index keys on every rank, in Ulysses groups or not: T * index_head_dim elements each."""
         shard = self.setup.tokens * self.setup.shape.index_token_bytes
         return collective_cost.all_gather(shard, self.setup.cp_size, self.setup.cluster)
 
     def _index_moves(self) -> tuple[CollectiveCost, CollectiveCost]:
-        """Index queries to the ranks that score them, block ids back."""
+        """Move index queries to the ranks that score them, and block ids (int32) back."""
         shape = self.setup.shape
         query = shape.num_kv_heads * shape.index_head_dim * shape.element_bytes / self.head_size
         ids = shape.num_kv_heads * shape.topk * BLOCK_ID_BYTES / self.head_size
@@ -210,21 +229,22 @@ class MsaLayer:
         return float(self.setup.outer.seq_len * self.setup.shape.index_token_bytes)
 
     def _inner_bytes_in(self) -> float:
-        """Queries, keys, values and index queries that a rank sends to the others of its inner group."""
+        """Return the bytes of q, k, v and index queries that a rank sends in its Ulysses group."""
         shape, heads = self.setup.shape, self.setup.shape.num_heads + 2 * self.setup.shape.num_kv_heads
         each = heads * shape.head_dim + shape.num_kv_heads * shape.index_head_dim
         return self._inner_share() * each * shape.element_bytes
 
     def _inner_bytes_out(self) -> float:
-        """Outputs on their way back to the rank of their tokens."""
+        """Return the bytes of outputs that a rank sends back to the ranks of their tokens."""
         shape = self.setup.shape
         return self._inner_share() * shape.num_heads * shape.head_dim * shape.element_bytes
 
     def _inner_share(self) -> float:
+        # of T tokens, the heads of the u - 1 other ranks leave: T * (u - 1) / u tokens with all their heads
         return self.setup.tokens * (self.head_size - 1) / self.head_size
 
     def _inner(self, num_bytes: float) -> CollectiveCost:
-        """An all-to-all of the inner ranks, in which each sends and receives so much."""
+        """Return an all-to-all of each Ulysses group, in which each rank sends and receives so many bytes."""
         each, none = np.full(self.setup.cp_size, num_bytes), np.zeros(self.setup.cp_size)
         if self.head_size <= self.setup.cluster.gpus_per_node:
             return CollectiveCost(each, each, none, none, near_steps=1)
@@ -237,21 +257,28 @@ class MsaLayer:
     def _with_inner(self, traffic: dict[str, list[CollectiveCost]]) -> dict[str, list[CollectiveCost]]:
         if self.head_size == 1:
             return traffic
+        # once in and once out per pass, and once more each in a recomputation
         passes = 2 + self.setup.options.recompute
         inner = [self._inner(self._inner_bytes_in()), self._inner(self._inner_bytes_out())]
         return {**traffic, "heads": inner * passes}
 
 
 def measured_rates(cluster: Cluster, cp_size: int) -> ExchangeRates:
-    """What timing equal collectives on this cluster gives, a short one and a long one of each kind."""
+    """Time equal collectives on this cluster, a short one and a long one of each kind, and fit lines.
+
+    Example: 4 ranks, 2 per node, 10 and 5 bytes/s, latencies 1 and 2 s -> inner 1 s + 0.1 s per byte, outer 2
+    s + 0.2 s, all-to-all (2 of 3 bytes inter-node) 3 s + 0.133 s, all-gather on rails 3 s + 0.067 s.
+    """
     nodes = cluster.num_nodes(cp_size)
+    # two sizes give a line exactly, as the model's times are lines: 4 KiB for latency, 4 MiB for the rate
     node_size, sizes = cp_size // nodes, (2.0**12, 2.0**22)
 
     def line(move: Callable[[float], CollectiveCost]) -> Line:
-        """move: a collective in which each rank sends so many bytes."""
+        """Fit a line; move: returns a collective in which each rank sends so many bytes."""
         return fit_line(sizes, [move(num_bytes).time_s(cluster) for num_bytes in sizes])
 
     def exchange(num_bytes: float, mates: NDArray[np.bool_]) -> CollectiveCost:
+        # each rank sends num_bytes in equal parts to its mates, itself left out
         return collective_cost.all_to_all(mates * (num_bytes / max(1, mates[0].sum() - 1)), 1.0, cluster)
 
     rank, others = np.arange(cp_size), max(1, cp_size - 1)

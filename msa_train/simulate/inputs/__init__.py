@@ -1,1 +1,1 @@
-"""What a study is given: cluster, rates, layer shape, layouts."""
+"""Hold what a study is given: cluster, rates, layer shape, layouts."""

@@ -1,4 +1,4 @@
-"""Clusters: who is near whom, and what their links carry."""
+"""Describe clusters: ranks of a node, and what intra-node and inter-node links carry."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,25 +10,29 @@ GIGA = 1e9
 
 @dataclass(kw_only=True, slots=True)
 class Cluster:
-    """Links of a cluster of equal nodes.
+    """Describe the links of a cluster of equal nodes.
 
     Rates are those of one rank and one direction, as a data sheet has them; `link_efficiency` is the share
     that large transfers reach. Ranks are numbered node by node.
+
+    Raises:
+        ValueError: for a rate, latency or share that is out of range.
     """
 
     name: str
+    "for reports"
     gpus_per_node: int
     "ranks that share the fast links"
     node_rate_bytes: float
     "bytes per second between ranks of a node (NVLink)"
     network_rate_bytes: float
-    "bytes per second to other nodes"
+    "bytes per second of a rank to other nodes"
     node_latency_s: float
-    "start of a message inside a node"
+    "start of an intra-node message, s"
     network_latency_s: float
-    "start of a message between nodes"
+    "start of an inter-node message, s"
     host_sync_s: float
-    "a small copy to the host that the next launch waits for"
+    "a small copy to the host that the next launch waits for, s"
     link_efficiency: float = 1.0
     "share of a rate that large transfers reach"
     multi_rail_collectives: bool = True
@@ -36,9 +40,9 @@ class Cluster:
     node_uplink_bytes: float = 0.0
     "bytes per second between a node and the others, shared by its ranks; 0: no limit of its own"
     one_link: bool = False
-    "whether node_rate_bytes is one link that near and far messages share (Ethernet), not two kinds of links"
+    "node_rate_bytes is one link that intra-node and inter-node messages share (Ethernet), not two kinds"
     host_s_per_byte: float = 0.0
-    "processor time of a received byte, where processors and not adapters move the data"
+    "processor seconds of a received byte, where processors and not adapters move the data"
     compute_share: float = 1.0
     "share of a device that a rank computes on; below 1 where processes share processor cores"
     source: str = ""
@@ -63,16 +67,18 @@ class Cluster:
 
     @property
     def node_rate(self) -> float:
-        """Bytes per second inside a node that large transfers reach."""
+        """Return the bytes per second inside a node that large transfers reach."""
         return self.node_rate_bytes * self.link_efficiency
 
     @property
     def network_rate(self) -> float:
-        """Bytes per second between nodes that large transfers reach."""
+        """Return the bytes per second between nodes that large transfers reach."""
         return self.network_rate_bytes * self.link_efficiency
 
     def num_nodes(self, cp_size: int) -> int:
-        """Nodes that a group of ranks fills.
+        """Count the nodes that a group of ranks fills.
+
+        Example: 8 per node: 4 ranks -> 1, 16 ranks -> 2, 12 ranks -> an error.
 
         Raises:
             ValueError: if it does not fill whole nodes.
@@ -87,6 +93,7 @@ class Cluster:
 _DGX = "NVIDIA DGX {0} user guide and data sheet: {1}"
 _ASSUMED = "latencies, host_sync_s and link_efficiency are assumptions"
 
+# data sheets give NVLink for both directions together and network cards in bits: 900 GB/s / 2, 400 Gbit/s / 8
 _H100 = Cluster(
     name="h100",
     gpus_per_node=8,
@@ -138,11 +145,12 @@ PRESETS: dict[str, Cluster] = {
 
 
 def load_cluster(name_or_path: str) -> Cluster:
-    """A preset by name, or the cluster of a YAML or JSON file.
+    """Load a preset by name, or the cluster of a YAML or JSON file.
 
     Raises:
         ValueError: if it is neither, or a value does not fit.
     """
+    # a preset's name wins over a file of that name, which has a suffix anyway
     if name_or_path in PRESETS:
         return PRESETS[name_or_path]
     path = Path(name_or_path)

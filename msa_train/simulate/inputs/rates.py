@@ -1,4 +1,4 @@
-"""Kernel rates: how fast a device does the parts of a layer, measured or assumed, with sources."""
+"""Load kernel rates: how fast a device does the parts of a layer, measured or assumed, with sources."""
 
 import math
 from dataclasses import dataclass, field
@@ -25,48 +25,56 @@ _SHIPPED = Path(__file__).parent / "rates"
 
 @dataclass(kw_only=True, slots=True)
 class KernelRates:
-    """Rates of one device; FLOPs as `shape.LayerShape` counts them.
+    """Hold the rates of one device; FLOPs as `layer_shape.LayerShape` counts them.
 
     Raises:
         ValueError: for rates that are not positive.
     """
 
     name: str
+    "of the file"
     kind: str
     "measured or assumption, of the file as a whole"
     device: str
+    "for reports"
     projection_flops: float
     "FLOP/s of the projections' matrix products"
     index_flops: float
     "FLOP/s of index scoring with block maximum and top-k"
     sparse_forward_flops: float
+    "FLOP/s of block-sparse attention, forward"
     sparse_backward_flops: float
+    "FLOP/s of its backward pass, 2.5 times the forward FLOPs counted, KL loss left out"
     kl_flops: float
     "FLOP/s of the KL loss in the backward pass"
     full_forward_flops: float
+    "FLOP/s of full attention, forward"
     full_backward_flops: float
+    "FLOP/s of its backward pass, 2.5 times the forward FLOPs counted"
     copy_bytes: float
     "bytes per second of packing, unpacking and adding rows, each row counted once"
     layer_overhead_s: float
-    "time of a layer's forward pass that no size explains: launches, small operators"
+    "time of a layer's forward pass that no size explains: launches, small operators, s"
     sources: dict[str, str] = field(default_factory=dict)
+    "source of each rate by name"
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"kind={excerpt(self.kind)}: must be one of {', '.join(KINDS)}")
         for name in RATE_NAMES:
             value = getattr(self, name)
+            # an overhead may be 0, a speed may not: times are work over speed
             if value < 0 or (value == 0 and name != "layer_overhead_s"):
                 raise ValueError(f"{name}={value}: must be positive")
 
 
 def shipped_rates() -> dict[str, Path]:
-    """Rate files that come with the package, by name."""
+    """List the rate files that come with the package, by name."""
     return {path.stem: path for path in sorted(_SHIPPED.glob("*.yaml"))}
 
 
 def load_rates(name_or_path: str) -> KernelRates:
-    """Rates of a shipped file by name, or of a file.
+    """Load the rates of a shipped file by name, or of a file.
 
     A file holds name, kind, device and, under `rates`, per field of RATE_NAMES a mapping of value and source.
 
@@ -83,6 +91,7 @@ def load_rates(name_or_path: str) -> KernelRates:
     rates = values.get("rates")
     if not isinstance(rates, dict):
         raise ValueError(f"{path}: rates is missing; it must map each of {', '.join(RATE_NAMES)}")
+    # a misspelt rate would be passed over, and another one used in its place
     unknown = sorted(excerpt(str(name)) for name in rates if name not in RATE_NAMES)
     missing = [name for name in RATE_NAMES if name not in rates]
     if unknown or missing:

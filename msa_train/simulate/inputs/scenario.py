@@ -1,4 +1,4 @@
-"""What is asked of the model: a layer, a cluster, a size, schemes. Checked before anything is computed."""
+"""Describe what is asked of the model: a layer, a cluster, a size, schemes. All is checked at the start."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ MAX_CP_SIZE = 1024
 
 
 class Scheme(Enum):
-    """How keys and values of other ranks are brought."""
+    """Name the ways to bring keys and values of other ranks."""
 
     ring = "ring"  # shards pass by
     all_gather = "all_gather"  # all of them, twice; gradients reduce-scattered
@@ -23,13 +23,13 @@ class Scheme(Enum):
         "all_gather_early"  # the same, started before index scoring, which training does not do
     )
     all_gather_all_reduce = "all_gather_all_reduce"  # all of them, kept; gradients all-reduced, then cut
-    selected = "selected"  # the pairs a local query selected, from their owners
+    selected = "selected"  # the KV blocks that a local query selected, from their owners
     selected_hierarchical = "selected_hierarchical"  # the same, over the network once per node
     auto = "auto"  # what parallel.kv_exchange=auto chooses
 
 
 class FullScheme(Enum):
-    """How a full-attention layer gets keys and values; queries move for equal work unless it is said."""
+    """Name the ways of full attention to keys and values; queries move for equal work unless it is said."""
 
     ring = "ring"  # shards pass by
     ring_unbalanced = "ring_unbalanced"  # the same, every rank computes the queries that it holds
@@ -40,18 +40,18 @@ class FullScheme(Enum):
 
 @dataclass(kw_only=True, slots=True)
 class Options:
-    """Switches of the exchange.
-
-    keep_for_backward: fetched keys and values stay until the backward pass; else they are fetched again.
-    overlap: collectives run under computing where the model has it so. recompute: the layer's forward pass
-    runs again in the backward pass (selection and requests replayed). hot_share: see ExchangeShape.
-    """
+    """Hold the switches of the exchange."""
 
     keep_for_backward: bool = True
+    "fetched keys and values stay until the backward pass; else they are fetched again"
     overlap: bool = True
+    "collectives run under computing where the model has it so"
     recompute: bool = False
+    "the layer's forward pass runs again in the backward pass, selection and requests replayed"
     hot_share: float = 0.75
+    "share of the other ranks that must want a KV block for it to be broadcast, 0 to 1; 0: none is"
     head_size: int = 1
+    "u, Ulysses degree: ranks that trade tokens for heads before attention"
 
     def __post_init__(self) -> None:
         if not 0 <= self.hot_share <= 1:
@@ -60,19 +60,34 @@ class Options:
 
 @dataclass(kw_only=True, slots=True)
 class Scenario:
-    """What is asked. cu_seqlens None: one document. index_balance: queries move for equal scoring work."""
+    """Hold what is asked.
+
+    Raises:
+        ValueError: if sizes are out of range or do not divide one another.
+    """
 
     shape: LayerShape
+    "sizes of the layer"
     cluster: Cluster
+    "links between ranks"
     rates: KernelRates
+    "speed of the kernels"
     seq_len: int
+    "tokens of the pack, 1 to MAX_SEQ_LEN"
     cp_size: int
+    "P, context-parallel ranks, 1 to MAX_CP_SIZE"
     layout: str = "contiguous"
+    "one of layouts.LAYOUTS"
     cu_seqlens: Sequence[int] | None = None
+    "[num_docs + 1] block-aligned document starts and seq_len; None: one document"
     schemes: list[Scheme] = field(default_factory=lambda: list(Scheme))
+    "asked of an MSA layer"
     full_schemes: list[FullScheme] = field(default_factory=lambda: list(FullScheme))
+    "asked of a full-attention layer"
     options: Options = field(default_factory=Options)
+    "switches of the exchange"
     index_balance: bool = True
+    "index queries move for equal scoring work"
 
     def __post_init__(self) -> None:
         if not 1 <= self.cp_size <= MAX_CP_SIZE:
@@ -93,7 +108,7 @@ class Scenario:
         self.cluster.num_nodes(self.cp_size)
 
     def placement(self, head_size: int | None = None) -> Placement:
-        """The pack on its ranks, head-parallel groups as one. head_size: that of the options by default."""
+        """Place the pack on its ranks, Ulysses groups as one; head_size: that of the options by default."""
         return place(
             self.layout,
             seq_len=self.seq_len,
@@ -105,9 +120,12 @@ class Scenario:
 
 
 def equal_documents(num_docs: int, seq_len: int, block_size: int) -> list[int]:
-    """Starts of documents of about equal length, on block boundaries; the last entry is seq_len.
+    """Return the starts of documents of about equal length, on block boundaries; the last entry is seq_len.
 
     Example: 3 documents in 8 blocks of 2 tokens -> [0, 4, 10, 16].
+
+    Raises:
+        ValueError: if there are more documents than blocks.
     """
     num_blocks = seq_len // block_size
     if not 1 <= num_docs <= num_blocks:

@@ -1,4 +1,4 @@
-"""Reading small settings files, YAML or JSON, into dataclasses with clear errors."""
+"""Read small settings files, YAML or JSON, into dataclasses with clear errors."""
 
 import math
 from contextlib import suppress
@@ -18,7 +18,7 @@ _KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or 
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML or JSON file.
+    """Read the mapping in a YAML or JSON file.
 
     Raises:
         ValueError: if the file is missing, is neither, or holds something else.
@@ -42,12 +42,14 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def build(kind: type[Settings], values: dict[str, Any], *, where: str) -> Settings:
-    """A dataclass of numbers and texts from a mapping.
+    """Build a dataclass of numbers and texts from a mapping.
 
     Args:
         kind: the dataclass; its __post_init__ checks ranges.
         values: by field name.
         where: named in errors, e.g. a path.
+
+    Example: a field of type float given as the text "400e9", as YAML reads it -> 4e11.
 
     Raises:
         ValueError: on names that the class lacks, fields that are missing, values of another type.
@@ -74,7 +76,7 @@ def _needed(known: dict[str, Field[Any]]) -> list[str]:
 
 
 def _typed(field: Field[Any], value: Any) -> Any:
-    """The value as the field's type; 400e9 without a sign is text in YAML and a number here."""
+    """Convert a value to the field's type; 400e9 without a sign is text in YAML and a number here."""
     kind = field.type
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         with suppress(ValueError, OverflowError):

@@ -1,1 +1,1 @@
-"""Studies as text, tables and comparisons with measurements."""
+"""Show studies as text, tables and comparisons with measurements."""

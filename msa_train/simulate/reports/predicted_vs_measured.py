@@ -1,7 +1,7 @@
-"""Predicted against measured times of the wire benchmark (benchmarks/exchange).
+"""Compare predicted with measured times of the wire benchmark (benchmarks/exchange).
 
 A step there is the attention of one MSA layer, forward and backward, without projections and selection. The
-scenario is whether bytes, rates, waiting and overlap add up to the step, so what computing took is taken from
+comparison asks if bytes, rates, waiting and overlap add up to the step, so what computing took is taken from
 the measurement, row by row: processor time over own and over other blocks (`sources_cpu_s_mean`), the rest of
 `compute_cpu_s`, and what moving bytes took beside it (`process_cpu_s`). Processors of the benchmark are few,
 and serve the links as well: the same computing takes up to half as long again while bytes arrive. Limited
@@ -43,8 +43,12 @@ _NEVER = 1e30
 
 @dataclass(slots=True, frozen=True)
 class _Known:
+    """Hold the model's name of a scheme of the benchmark."""
+
     scheme: Scheme
+    "of the model"
     options: Options
+    "with which the benchmark runs it"
 
 
 SCHEMES = {
@@ -63,32 +67,45 @@ Row = dict[str, Any]
 
 @dataclass(slots=True)
 class Comparison:
-    """One measured row. error: predicted / measured - 1; bytes are sums over ranks."""
+    """Compare one measured row with its prediction.
+
+    Example: measured 2 s, predicted 2.2 s -> error 0.1.
+    """
 
     part: str
+    "number of ranks, as the benchmark names it"
     rate_mbit: int
+    "limit of each rank's link, Mbit/s"
     node_rate_mbit: int
+    "limit of each node's link, Mbit/s; 0: one node"
     scheme: str
+    "the benchmark's name"
     selection: str
+    "the benchmark's name, e.g. trained"
     f: float
+    "share of remote KV blocks selected, 0 to 1"
     measured_s: float
+    "median step, s"
     predicted_s: float
+    "modelled step, s"
     error: float
+    "predicted / measured - 1"
     counted_bytes: float
+    "received, counted by the collectives, sum over ranks"
     predicted_bytes: float
+    "received in the model, sum over ranks"
 
 
 @dataclass(slots=True)
 class GivenPairs:
-    """Selections of which only the numbers of pairs are known; which ones is drawn evenly.
-
-    pairs: [P, P] by requester and owner. share: of the (query, block) pairs that a rank with remote ones
-    serves itself.
-    """
+    """Make up selections of which only the numbers of KV blocks are known, by drawing evenly."""
 
     pairs: NDArray[np.int64]
+    "[P, P] KV blocks by requester and owner"
     num_kv_heads: int
+    "M"
     share: float
+    "of the (query, block) pairs, the share that a rank with remote ones serves itself, 0 to 1"
 
     def needed(self, placement: Placement, rank: int) -> Bits:
         """See Selections.needed."""
@@ -96,6 +113,7 @@ class GivenPairs:
         needed = np.zeros((self.num_kv_heads, placement.num_blocks), dtype=bool)
         local = placement.order.shape[1]
         for owner, count in enumerate(self.pairs[rank]):
+            # KV block n of an owner: KV head n // NL, its block n % NL
             drawn = rng.permutation(self.num_kv_heads * local)[:count]
             needed[drawn // local, placement.order[owner][drawn % local]] = True
         return needed
@@ -134,6 +152,7 @@ def compare_file(path: Path, rates_name: str | None = None) -> list[Comparison]:
 
 
 def _compare(row: Row, result: dict[str, Any], rates: KernelRates | None, path: Path) -> Comparison:
+    # the reference row without a limit tells the share of headers, on the same ranks and selection
     same = [r for r in result["rows"] if r["part"] == row["part"] and r["selection"] == row["selection"]]
     free = [r for r in same if not r["rate_mbit"] and r["scheme"] == REFERENCE]
     case = [c for c in result["selections"] if (c["part"], c["selection"]) == (row["part"], row["selection"])]
@@ -162,12 +181,12 @@ def _compare(row: Row, result: dict[str, Any], rates: KernelRates | None, path: 
 
 
 def predict(row: Row, free: Row, case: Row, cores: int, rates: KernelRates | None = None) -> SchemeReport:
-    """The modelled step of a row.
+    """Model the step of a row.
 
     Args:
         row: a measured row with limited rates.
         free: the reference scheme without a limit, same ranks and selection.
-        case: the selection: sizes and who fetched how many pairs from whom.
+        case: the selection: sizes and who fetched how many KV blocks from whom.
         cores: of the machine, shared by all ranks.
         rates: kernel rates; None: the row's processor times.
     """
@@ -199,7 +218,8 @@ def predict(row: Row, free: Row, case: Row, cores: int, rates: KernelRates | Non
 
 
 def _attention(row: Row, setup: LayerCosts) -> AttentionWork:
-    """What the row's ranks computed, on their share of the cores."""
+    """Take the seconds that the row's ranks computed, on their share of the cores."""
+    # processor seconds on 1 / n of a core take n times as long on the clock
     seconds = {
         name: np.full(setup.cp_size, value / setup.cluster.compute_share)
         for name, value in row["sources_cpu_s_mean"].items()
@@ -213,6 +233,7 @@ def _attention(row: Row, setup: LayerCosts) -> AttentionWork:
 def _shape(values: Row) -> LayerShape:
     groups = int(values["num_kv_heads"])
     return LayerShape(
+        # there are no projections in the benchmark's step
         hidden_size=1,
         num_heads=groups * int(values["heads_per_group"]),
         num_kv_heads=groups,
@@ -226,11 +247,13 @@ def _shape(values: Row) -> LayerShape:
 
 
 def _cluster(row: Row, free: Row, cores: int, size: int) -> Cluster:
-    """The namespaces of the benchmark: one link per rank, nodes joined by a link that they share."""
+    """Describe the benchmark's namespaces: one link per rank, nodes joined by a link that they share."""
     nodes = 2 if row["node_rate_mbit"] else 1
     received = float(np.sum(free["interface_received_bytes"]))
     counted = float(np.sum(free["counted_bytes"]))
+    # processor time that is not computing went into moving bytes: system calls, copies, headers
     moving = np.sum(row["process_cpu_s"]) - np.sum(row["compute_cpu_s"])
+    # 4 ranks on 2 cores compute at half speed each
     share = min(1.0, cores / size)
     return Cluster(
         name="namespaces",
@@ -252,7 +275,7 @@ def _cluster(row: Row, free: Row, cores: int, size: int) -> Cluster:
 
 
 def _rates(row: Row) -> KernelRates:
-    """Nothing takes time by a rate; what the row computed beside attention comes first."""
+    """Make rates by which nothing takes time; what the row computed beside attention comes first."""
     beside = float(np.mean(row["compute_cpu_s"])) - sum(row["sources_cpu_s_mean"].values())
     return KernelRates(
         name="measured",
@@ -271,12 +294,12 @@ def _rates(row: Row) -> KernelRates:
 
 
 def comparison_data(rows: list[Comparison]) -> dict[str, Any]:
-    """For JSON."""
+    """Return the rows and the worst error as plain data for JSON."""
     return {"goal": GOAL, "worst_error": _worst(rows).error, "rows": [asdict(row) for row in rows]}
 
 
 def comparison_text(rows: list[Comparison]) -> str:
-    """A table, and the farthest prediction."""
+    """Return a table, and a line about the farthest prediction."""
     head = ("scheme", "ranks", "Mbit/s", "between", "f", "measured s", "predicted s", "error", "bytes")
     cells = [
         (

@@ -1,4 +1,4 @@
-"""Answers as text tables and as plain data for JSON."""
+"""Turn answers into text tables and plain data for JSON."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -26,7 +26,7 @@ _COLUMNS = (
 
 
 def answer_data(answer: Answer) -> dict[str, Any]:
-    """Everything of an answer, ready for JSON: bytes, seconds."""
+    """Return everything of an answer, ready for JSON: bytes, seconds."""
     scenario = answer.scenario
     return {
         "scenario": {
@@ -54,7 +54,7 @@ def answer_data(answer: Answer) -> dict[str, Any]:
 
 
 def report_data(report: SchemeReport) -> dict[str, Any]:
-    """One scheme."""
+    """Return one scheme's report, ready for JSON: bytes per rank, seconds."""
     total, received, sent = report.total, report.received, report.sent
     return {
         "chosen": report.chosen.value if report.chosen else None,
@@ -63,6 +63,7 @@ def report_data(report: SchemeReport) -> dict[str, Any]:
         "sent_bytes_max": float(sent.max()),
         "far_bytes_max": float(report.far.max()),
         "received_bytes_mean_by_purpose": {
+            # a purpose may take several collectives: gather and scatter of broadcast blocks, both hops
             name: float(np.sum([wire.received.mean() for wire in wires]))
             for name, wires in report.traffic.items()
         },
@@ -80,10 +81,11 @@ def report_data(report: SchemeReport) -> dict[str, Any]:
 
 
 def answer_text(answer: Answer) -> str:
-    """Tables of an answer."""
+    """Return the tables of an answer: MB per rank, ms."""
     scenario = answer.scenario
     docs = 1 if scenario.cu_seqlens is None else len(scenario.cu_seqlens) - 1
     head_size = scenario.options.head_size
+    # the first lines say what was asked, so that a table can be read without its command
     lines = [
         f"{tokens_text(scenario.seq_len)} tokens in {docs} document{'s' * (docs > 1)}, cp_size "
         f"{scenario.cp_size}"
@@ -126,18 +128,18 @@ def _row(name: str, report: SchemeReport) -> tuple[str, ...]:
 
 
 def scaling_data(points: Sequence[ScalePoint]) -> list[dict[str, Any]]:
-    """A curve for JSON."""
+    """Return a curve, ready for JSON."""
     return [asdict(point) for point in points]
 
 
 def scaling_text(points: Sequence[ScalePoint], *, weak: bool) -> str:
-    """A curve with a title."""
+    """Return a curve with a title."""
     title = "weak scaling, tokens per rank fixed" if weak else "strong scaling, sequence fixed"
     return "\n".join([f"speed kept from {points[0].cp_size} ranks on ({title})", *scaling_table(points), ""])
 
 
 def scaling_table(points: Sequence[ScalePoint]) -> list[str]:
-    """Speed kept per scheme."""
+    """Return the speed kept per scheme as table lines."""
     names = list(points[0].kept)
     rows = [("cp_size", "tokens", "f", *names)]
     for point in points:
@@ -147,7 +149,7 @@ def scaling_table(points: Sequence[ScalePoint]) -> list[str]:
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Markdown lines: the first row is the head, the first column is text, the others are numbers."""
+    """Return Markdown lines: the first row is the head, the first column is text, the others are numbers."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
 
     def line(row: Sequence[str]) -> str:
@@ -162,7 +164,7 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def tokens_text(tokens: int) -> str:
-    """196608 -> 192K, 1048576 -> 1M."""
+    """Shorten a number of tokens: 196608 -> 192K, 1048576 -> 1M, 1000 -> 1000."""
     for unit, name in ((2**20, "M"), (2**10, "K")):
         if tokens % unit == 0:
             return f"{tokens // unit}{name}"

@@ -1,4 +1,4 @@
-"""Reading one part of a recording of selections, see recorded.py, whoever wrote it."""
+"""Read one part of a recording of selections, see recorded.py, whoever wrote it."""
 
 import zipfile
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ Fields = dict[str, Any]
 
 
 def read_part(path: Path) -> Fields:
-    """The fields of a part: whole numbers, texts and arrays.
+    """Read the fields of a part: whole numbers, texts and arrays.
 
     Raises:
         ValueError: one line, if it is no recording, contradicts itself, or takes half the free memory.
@@ -47,6 +47,7 @@ def read_part(path: Path) -> Fields:
 
 
 def _load(path: Path) -> dict[str, NDArray[Any]]:
+    # the archive's own table says how large it becomes, before anything is unpacked
     with open_regular(path) as file:
         with zipfile.ZipFile(file) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
@@ -59,7 +60,7 @@ def _load(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def _checked(fields: dict[str, NDArray[Any]]) -> Fields:
-    """The same fields, of the kinds and sizes that belong together."""
+    """Return the same fields, of the kinds and sizes that belong together."""
     found: Fields = {name: _count(name, fields[name]) for name in _COUNTS}
     block, chunk = found["block_size"], found["chunk_tokens"]
     for name, unit in (
@@ -70,6 +71,7 @@ def _checked(fields: dict[str, NDArray[Any]]) -> Fields:
     ):
         if found[name] % unit:
             raise ValueError(f"{name}={found[name]}: must be a multiple of {unit}")
+    # the part covers tokens [first, last) of the pack, whole chunks of them
     first, last = found["first_token"], found["first_token"] + found["num_tokens"]
     if last > found["seq_len"]:
         raise ValueError(f"num_tokens={found['num_tokens']}: goes beyond seq_len={found['seq_len']}")
@@ -100,6 +102,7 @@ def _checked(fields: dict[str, NDArray[Any]]) -> Fields:
 def _count(name: str, value: NDArray[Any]) -> int:
     if value.shape != () or value.dtype.kind not in "iu":
         raise ValueError(f"{name}={excerpt(str(value), 60)}: must be a whole number")
+    # only first_token may be 0
     number, least = int(value), int(name != "first_token")
     if not least <= number < 2**62:
         raise ValueError(f"{name}={number}: must be a whole number from {least} on")

@@ -1,4 +1,4 @@
-"""Made-up selections with stated properties, a function of their parameters and the seed alone.
+"""Make up selections with stated properties, a function of their parameters and the seed alone.
 
 Two ways to state how much a rank's queries agree:
 
@@ -9,9 +9,12 @@ Two ways to state how much a rank's queries agree:
   is what comes out.
 
 Every query takes its `local_blocks` last blocks and the document's first `sink_blocks`. A further block is,
-with probability `popular_share`, one of the group's popular ones (Zipf with exponent `popular_exponent`
+with probability `popular_share`, one of the KV head's popular ones (Zipf with exponent `popular_exponent`
 over a random order of all blocks, the same for all queries), else at a distance drawn with density distance
 ** -distance_exponent (0: anywhere before, 1: every octave alike, 2: mostly near).
+
+Cost per rank: with f, O(M * NB) random numbers (131,072 for 4M tokens and 4 KV heads, times 256 ranks); with
+alike_tokens, O(runs * M * topk), where runs = tokens of a rank / alike_tokens.
 """
 
 from dataclasses import dataclass, field
@@ -24,27 +27,41 @@ from msa_train.parallel.selection_file import Bits
 from msa_train.simulate.inputs.placement import IntArray, Placement
 
 FloatArray = NDArray[np.float64]
-# Draws held at once
+# Draws held at once: 32 MiB in each array of 64-bit numbers
 _DRAWS = 2**22
 
 
 @dataclass(kw_only=True, slots=True)
 class SyntheticSelections:
-    """See the module. num_kv_heads, topk, local_blocks: of the model; one of f and alike_tokens is set.
+    """Draw selections as the module says; one of f and alike_tokens is set.
 
-    f: share of all remote blocks, 0 to 1. alike_tokens: a multiple or a divisor of block_size.
+    Example: 8 blocks on 2 contiguous ranks, one KV head, topk 2, f 0.25: rank 1 sees 4 remote blocks, rank 0
+    none, so rank 1 selects 2 of its 4 and the mean over ranks is (0 + 2 / 4) / 2 = 0.25.
+
+    Raises:
+        ValueError: for parameters that are out of range or contradict each other.
     """
 
     num_kv_heads: int
+    "M, of the model"
     topk: int
+    "blocks that a query selects per KV head, of the model"
     local_blocks: int = 1
+    "last blocks that every query selects, of the model"
     f: float | None = None
+    "share of all remote KV blocks that a rank selects, mean over ranks, 0 to 1"
     alike_tokens: int | None = None
+    "neighbouring queries that select alike; a multiple or a divisor of block_size"
     sink_blocks: int = 1
+    "first blocks of a document that every query selects"
     popular_share: float = 0.5
+    "share of the other draws that go to popular blocks, 0 to 1"
     popular_exponent: float = 1.0
+    "Zipf exponent of popularity, 0 to 10"
     distance_exponent: float = 1.0
+    "exponent of the density of distances, 0 to 10"
     seed: int = 0
+    "of all draws"
     _kept: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False, compare=False)
     "what all ranks of a placement share"
 
@@ -67,7 +84,7 @@ class SyntheticSelections:
                 raise ValueError(f"{name}={getattr(self, name)}: must be from 0 to 10")
 
     def check(self, placement: Placement) -> None:
-        """Whether the placement allows these selections.
+        """Check that the placement allows these selections.
 
         Raises:
             ValueError: for more of f than ranks may see, or runs that do not fit the blocks.
@@ -94,6 +111,7 @@ class SyntheticSelections:
         count = max(1, min(placement.order.shape[1], 4096 // placement.cp_size))
         for rank in range(placement.cp_size):
             own = placement.order[rank]
+            # blocks at the middles of `count` equal parts: all depths of the rank's shard are drawn
             blocks = own[(np.arange(count) * 2 + 1) * own.shape[0] // (2 * count)]
             picks = self._draw(placement, blocks, np.arange(count) + rank * count)
             valid = picks >= 0
@@ -115,7 +133,10 @@ class SyntheticSelections:
         )
 
     def _share(self, placement: Placement) -> float:
-        """Share of the visible remote blocks that makes f of all remote ones, mean over ranks."""
+        """Return the share of visible remote blocks that makes f of all remote ones, mean over ranks.
+
+        Example: 2 ranks see [0, 4] of 4 remote blocks, on average half: f 0.25 takes 0.5 of what they see.
+        """
         assert self.f is not None, "called where f is given"
         key = ("share", id(placement))
         if key in self._kept:
@@ -131,7 +152,12 @@ class SyntheticSelections:
         return self._kept[key]
 
     def _stated(self, placement: Placement, rank: int, share: float) -> Bits:
-        """Weighted draw without replacement: the n largest of log(weight) plus Gumbel noise."""
+        """Draw by weight without replacement: the n largest of log(weight) plus Gumbel noise.
+
+        Source: Efraimidis and Spirakis 2006 (weighted sampling), as Gumbel-top-k in Kool et al. 2019. Returns
+        [M, NB] bool.
+        """
+        # a stream per rank: ranks can be asked in any order, and one of them alone
         rng = np.random.default_rng((self.seed, 1, placement.cp_size, rank))
         own = placement.order[rank]
         visible = np.flatnonzero(placement.visible(rank))
@@ -140,8 +166,10 @@ class SyntheticSelections:
         count = int(share * visible.shape[0] + 0.5)
         if count == 0:
             return result
+        # distance of a remote block to the rank's next own one, which is the nearest query that can see it
         next_own = own[np.searchsorted(own, visible)]
         near = (next_own - visible).astype(np.float32) ** np.float32(-self.distance_exponent)
+        # both parts of the weights are normalised, so popular_share is their share of the sum
         near *= (1 - self.popular_share) / near.sum()
         sinks = np.isin(visible, np.unique(placement.doc_start[own])[:, None] + np.arange(self.sink_blocks))
         for group in range(self.num_kv_heads):
@@ -149,12 +177,17 @@ class SyntheticSelections:
             weight = near + popular * (self.popular_share / popular.sum(dtype=np.float64))
             # the same order as log(weight) + Gumbel: the smallest exponentials over weights
             key = rng.standard_exponential(visible.shape[0], dtype=np.float32) / weight
+            # sinks come before every draw, whose keys are positive
             key[sinks] = -1
             result[group, visible[np.argpartition(key, count - 1)[:count]]] = True
         return result
 
     def _popularity(self, placement: Placement, group: int) -> NDArray[np.float32]:
-        """[NB] weights of the popular blocks."""
+        """Return [NB] float32, the popularity of each block: place in the order ** -popular_exponent.
+
+        Example: order [5, 2, 6, 0, 7, 1, 4, 3], exponent 1 -> block 5 has 1, block 2 has 0.5, block 0 has
+        0.25.
+        """
         key = ("popularity", placement.num_blocks, group)
         if key not in self._kept:
             position = np.empty(placement.num_blocks, dtype=np.float32)
@@ -163,7 +196,7 @@ class SyntheticSelections:
         return self._kept[key]
 
     def _popular_order(self, placement: Placement, group: int) -> IntArray:
-        """[NB] the group's blocks, the most popular one first."""
+        """Return [NB] int64, the blocks in this KV head's order, the most popular one first."""
         key = ("order", placement.num_blocks, group)
         if key not in self._kept:
             rng = np.random.default_rng((self.seed, 2, group))
@@ -171,7 +204,10 @@ class SyntheticSelections:
         return self._kept[key]
 
     def _chosen(self, placement: Placement, rank: int) -> Bits:
-        """Union of what the runs of a rank's queries draw."""
+        """Join what the runs of a rank's queries draw: [M, NB] bool.
+
+        Example: blocks of 128 tokens: 256 alike -> one draw for 2 blocks, 64 alike -> two draws per block.
+        """
         self.check(placement)
         assert self.alike_tokens is not None, "called where it is given"
         size, own = placement.block_size, placement.order[rank]
@@ -184,6 +220,7 @@ class SyntheticSelections:
             each = size // self.alike_tokens
             blocks = own.repeat(each)
             runs = blocks * each + np.tile(np.arange(each), own.shape[0])
+        # column 0 takes the draws that are -1, and is cut off in the end
         result = np.zeros((self.num_kv_heads, placement.num_blocks + 1), dtype=bool)
         result[:, own + 1] = True
         step = max(1, _DRAWS // (self.num_kv_heads * self.topk))
@@ -194,7 +231,11 @@ class SyntheticSelections:
         return result[:, 1:]
 
     def _draw(self, placement: Placement, blocks: IntArray, runs: IntArray) -> IntArray:
-        """[R] query blocks and run numbers -> [R, M, topk] selected blocks, -1 where fewer are visible."""
+        """Draw [R, M, topk] blocks for [R] query blocks and run numbers, -1 where fewer are visible.
+
+        Example: topk 3 with 1 local and 1 sink block: block 0 -> [0, -1, -1], block 1 -> [0, 1, -1], block 4
+        -> [4, 0, 2], of which 2 was drawn.
+        """
         start = placement.doc_start[blocks]
         before = blocks - start
         slots = self.topk - self.local_blocks - self.sink_blocks
@@ -217,11 +258,14 @@ class SyntheticSelections:
         return picks
 
     def _draw_slots(self, placement: Placement, blocks: IntArray, runs: IntArray, slots: int) -> IntArray:
+        """Draw the slots that are neither local nor sinks: [R, M, slots] blocks, some perhaps twice."""
         before = (blocks - placement.doc_start[blocks]).astype(np.float64)[:, None, None]
         key = (runs[:, None, None] * self.num_kv_heads + np.arange(self.num_kv_heads)[:, None]) * max(
             slots, 1
         )
+        # a number of its own for each (run, KV head, slot): whoever draws for it finds the same block
         key = key + np.arange(slots)
+        # channel 0 draws distances, 1 the choice between both ways, 2 the place in the order of popularity
         distance = _power_law(_uniform(key, self.seed, 0), np.maximum(before, 1), self.distance_exponent)
         picks = blocks[:, None, None] - np.minimum(distance, before).astype(np.int64)
         if self.popular_share == 0:
@@ -238,7 +282,12 @@ class SyntheticSelections:
 
 
 def _power_law(u: FloatArray, largest: FloatArray | float, exponent: float) -> FloatArray:
-    """Whole-number draws from 1 to about `largest` with density x ** -exponent, from uniform u, as floats."""
+    """Turn uniform u into whole numbers from 1 to about `largest` with density x ** -exponent, as floats.
+
+    Inverse of the distribution function: x = (1 + u (top^(1 - a) - 1))^(1 / (1 - a)), and top^u for a = 1.
+    Example: largest 7, u = [0, 0.25, 0.5, 0.75]: a = 1 -> [1, 1, 2, 4], a = 0 -> [1, 2, 4, 6], a = 2 -> [1,
+    1, 1, 2].
+    """
     top = largest + 1.0
     if abs(exponent - 1) < 1e-6:
         return np.floor(top**u)
@@ -247,13 +296,18 @@ def _power_law(u: FloatArray, largest: FloatArray | float, exponent: float) -> F
 
 
 def _uniform(key: IntArray, seed: int, channel: int) -> FloatArray:
-    """Uniform numbers in [0, 1) that depend on key, seed and channel alone (splitmix64's finaliser)."""
+    """Hash key, seed and channel to uniform numbers in [0, 1) by splitmix64's finaliser (Steele et al. 2014).
+
+    Example: keys [0, 1, 2], seed 0 -> channel 0: [0.3624, 0.5871, 0.3275], 1: [0.4309, 0.0277, 0.8377].
+    """
     x = key.astype(np.uint64)
     with np.errstate(over="ignore"):
+        # four channels per key; multiples of the golden ratio's 64 bits spread seeds, as in splitmix64
         x = x * np.uint64(4) + np.uint64(channel)
         x ^= np.uint64((seed * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) % 2**64)
         x = (x + np.uint64(0x9E3779B97F4A7C15)) & np.uint64(2**64 - 1)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         x ^= x >> np.uint64(31)
+    # the upper 53 bits fill a float64's mantissa
     return (x >> np.uint64(11)).astype(np.float64) * 2.0**-53

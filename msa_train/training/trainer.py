@@ -263,7 +263,7 @@ class Trainer:
         values |= self._save_metrics
         self._save_metrics = {}
         notes = self.reporting.writer.write(step, values)
-        self.reporting.progress.update(step, **values)
+        self.reporting.progress.update(step, values)
         for note in notes:
             self._note(note)
 

@@ -61,7 +61,7 @@ def test_values_have_the_declared_form(rows: list[dict[str, Any]]) -> None:
 
 
 def form_of(value: Any) -> Parts:
-    """What a value is made of."""
+    """Tell what a value is made of."""
     if not isinstance(value, dict):
         return Parts.none
     if not value or not all(name.startswith("layer") for name in value):

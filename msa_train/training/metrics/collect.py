@@ -200,7 +200,7 @@ def router_bias_range(model: MsaGptModel) -> dict[str, float]:
 
 
 def _by_purpose(counts: Mapping[str, float]) -> Tensor:
-    """[declared purposes] fp64."""
+    """Order numbers as the registry does: [declared purposes] fp64."""
     return torch.tensor([counts.get(metric.purpose, 0) for metric in _TRAFFIC], dtype=torch.float64)
 
 

@@ -65,7 +65,7 @@ _SECTIONS: tuple[tuple[str, str, Sequence[Metric]], ...] = (
 
 
 def document() -> str:
-    """Everything of docs/metrics.md."""
+    """Make all of docs/metrics.md."""
     parts = [_HEAD]
     for title, text, metrics in _SECTIONS:
         parts.append(f"## {title}\n")

@@ -5,7 +5,7 @@ from enum import Enum
 
 
 class OverRanks(Enum):
-    """How the ranks' numbers become one; in words of docs/metrics.md."""
+    """Say how the ranks' numbers become one, in words of docs/metrics.md."""
 
     same = "the same on all"
     rank_0 = "rank 0's"
@@ -16,7 +16,7 @@ class OverRanks(Enum):
 
 
 class Parts(Enum):
-    """What a value is made of, and so what stands for the @ of its tag; in words of docs/metrics.md."""
+    """Say what a value is made of, and so what stands for the @ of its tag, in words of docs/metrics.md."""
 
     none = "a number"
     layers = '`{"layer03": number}`'
@@ -27,7 +27,7 @@ class Parts(Enum):
 
 
 class Chart(Enum):
-    """Charts of TensorBoard's Custom Scalars page in their order: category and title."""
+    """Name the charts of TensorBoard's Custom Scalars page, in their order: category and title."""
 
     loss = ("training", "loss")
     kl = ("training", "KL loss of the index branch")
@@ -50,7 +50,7 @@ class Chart(Enum):
 
 
 class InSummary(Enum):
-    """What summary.json says of a metric."""
+    """Say what summary.json keeps of a metric, by the ends of its fields."""
 
     nothing = ()
     first_and_last = ("first", "last")
@@ -61,7 +61,7 @@ class InSummary(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One key of metrics.jsonl and all that follows from it."""
+    """Declare one key of metrics.jsonl and all that follows from it."""
 
     key: str
     "in metrics.jsonl"

@@ -18,7 +18,7 @@ _FIRST_AND_LAST, _LAST = InSummary.first_and_last, InSummary.last
 
 
 def _traffic(key: str, *, chart: Chart | None = None, group: str = "exchange", part_of: str = "") -> Metric:
-    """Bytes of one purpose of `CpComm`, which the key names."""
+    """Declare the bytes of one purpose of `CpComm`, which the key names."""
     purpose = key.removesuffix("_bytes")
     return Metric(
         key,
@@ -174,7 +174,7 @@ _RENAMED = {"f": "kv_selected_fraction_by_layer"}
 
 
 def with_present_keys(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of metrics.jsonl of any version under the keys that are declared here."""
+    """Put a line of metrics.jsonl of any version under the keys that are declared here."""
     present = {_RENAMED.get(key, key): value for key, value in row.items()}
     if "nonfinite" in present:
         present["nonfinite"] = [_RENAMED.get(key, key) for key in present["nonfinite"]]

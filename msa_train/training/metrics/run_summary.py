@@ -77,7 +77,7 @@ def _summary(
 
 
 def _from_metrics(last: dict[str, Any], history: list[dict[str, Any]]) -> dict[str, Any]:
-    """What each metric says of the run, as the registry declares."""
+    """Keep what the registry declares of each metric."""
     summary: dict[str, Any] = {}
     for key in _keys_of(InSummary.first_and_last):
         values = [row[key] for row in history if row.get(key) is not None]

@@ -10,13 +10,13 @@ _TAGS = {metric.key: metric.tag for metric in METRICS if metric.tag}
 
 
 def _pattern(metric: Metric) -> str:
-    """Regular expression for the tags of a metric."""
+    """Make the regular expression that the tags of a metric match."""
     index = ".*" if metric.parts is Parts.purposes else "layer.*"
     return metric.tag.replace("@", index) + "$"
 
 
 def _charts() -> dict[str, dict[str, list[Any]]]:
-    """As the Custom Scalars page takes them: by category and title."""
+    """Lay out the charts as the Custom Scalars page takes them: by category and title."""
     charts: dict[str, dict[str, list[Any]]] = {}
     for chart in Chart:
         category, title = chart.value

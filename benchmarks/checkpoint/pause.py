@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import ROOT, command, machine
+from msa_train.training.metrics.writer import read_metrics
 
 STEPS, EVERY = 13, 3
 MODEL = (
@@ -56,7 +57,7 @@ def train(run_dir: Path, *overrides: str) -> list[dict[str, Any]]:
     folders = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     environ = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
     subprocess.run(command, check=True, cwd=ROOT, env=environ, stdout=sys.stderr)
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return read_metrics(run_dir)
 
 
 def figures(runs: list[list[dict[str, Any]]]) -> dict[str, Any]:

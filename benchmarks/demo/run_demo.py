@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import ROOT, command, machine
+from msa_train.training.metrics.writer import read_metrics
 
 EXCHANGES = ("selected", "all_gather", "ring")
 WARM_UP_STEPS = 2
@@ -33,11 +34,6 @@ def train(run_dir: Path, *overrides: str) -> float:
     return time.perf_counter() - start
 
 
-def rows_of(run_dir: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl of a run."""
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
 def whole_run(folder: Path, trained: Path | None) -> dict[str, Any]:
     """The demo from start to end with its own settings, or one that was run before."""
     run_dir = folder / "whole"
@@ -49,7 +45,7 @@ def whole_run(folder: Path, trained: Path | None) -> dict[str, Any]:
 
 def figures_of(run_dir: Path, wall_s: float | None) -> dict[str, Any]:
     """Figures of a finished run; wall_s: seconds of the whole command where it was timed."""
-    rows = rows_of(run_dir)
+    rows = read_metrics(run_dir)
     summary = json.loads((run_dir / "summary.json").read_text())
     validations = [(row["step"], row["val_bits_per_byte"]) for row in rows if "val_bits_per_byte" in row]
     return {
@@ -75,7 +71,7 @@ def paired_steps(folder: Path, *, rounds: int, steps: int) -> dict[str, dict[str
     """Median step time and bytes per step of each exchange, from a trained model's weights."""
     times: dict[str, list[float]] = {name: [] for name in EXCHANGES}
     last: dict[str, dict[str, Any]] = {}
-    trained = rows_of(folder / "whole")[-1]["step"]
+    trained = read_metrics(folder / "whole")[-1]["step"]
     for index in range(rounds):
         for name in EXCHANGES:
             run_dir = folder / f"{name}_{index}"
@@ -87,7 +83,7 @@ def paired_steps(folder: Path, *, rounds: int, steps: int) -> dict[str, dict[str
                 "train.validate_every=0",
                 "checkpoint.every=0",
             )
-            rows = rows_of(run_dir)
+            rows = read_metrics(run_dir)
             times[name] += [row["step_time_s"] for row in rows[WARM_UP_STEPS:]]
             last[name] = rows[-1]
     return {

@@ -28,9 +28,9 @@ from msa_train.training.metrics.selection_recording import SelectionLog
 from msa_train.training.metrics.writer import MetricsWriter
 from msa_train.training.optim.lr_schedule import LearningRates, stage_rates
 from msa_train.training.resume_rules import schedule_record
-from msa_train.training.stability.finite_check import SpoiltStateError, not_finite
+from msa_train.training.stability.finite_check import SpoiltStateError
 from msa_train.training.stability.skip_policy import RollbackError
-from msa_train.training.stability.step_guard import StepGuard
+from msa_train.training.stability.step_guard import StepGuard, StepOutcome
 from msa_train.training.step_batch import StepBatch, make_batch
 
 
@@ -126,8 +126,8 @@ class Trainer:
                         return
 
     def _conclude(self, step: int, stage: Stage, values: dict[str, Any]) -> None:
-        """Go on, go back or end, see StepGuard.conclude."""
-        if "bad_step" in values or not_finite(values):
+        """Go on, go back or end, see StepGuard.after_step."""
+        if self.guard.outcome(values) is not StepOutcome.taken:
             # the checkpoint that is under way may be the one to go on from
             self._tell_saved(self.saver.wait())
         text = self.guard.after_step(step, values, self._first_pack(step, stage))
@@ -277,7 +277,7 @@ class Trainer:
         values |= self._save_metrics
         self._save_metrics = {}
         notes = self.reporting.writer.write(step, values)
-        self.reporting.progress.update(step, **values)
+        self.reporting.progress.update(step, values)
         for note in notes:
             self._note(note)
 

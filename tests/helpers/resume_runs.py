@@ -146,7 +146,7 @@ class Record:
         self.rows.append({"step": step, **values})
         return []
 
-    def update(self, step: int, **values: Any) -> None:
+    def update(self, step: int, values: Mapping[str, Any]) -> None:
         """See Progress."""
 
     def note(self, text: str) -> None:

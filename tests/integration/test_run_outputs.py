@@ -36,6 +36,7 @@ POSITIONS = GLOBAL_BATCH_SIZE * SEQ_LEN
 BLOCK_BYTES = 2 * HEAD_DIM * BLOCK_SIZE * FP32_BYTES
 BLOCKS = SEQ_LEN // BLOCK_SIZE
 
+SELECTED = "kv_selected_fraction_by_layer"
 TAGS = {
     "loss/lm": "lm_loss",
     "loss/kl": "kl_loss",
@@ -62,7 +63,7 @@ TAGS = {
     "exchange/full_query_bytes": "full_query_bytes",
     "memory/memory_gib": "memory_gib",
 }
-ALWAYS = {"step", "step_time_s", "f", "kl_loss_by_layer", "kv_grad_bytes", *TAGS.values()} - {"val_loss"}
+ALWAYS = {"step", "step_time_s", SELECTED, "kl_loss_by_layer", "kv_grad_bytes", *TAGS.values()} - {"val_loss"}
 PROBED = {"block_recall", "score_recall", "score_recall_best", "attention_entropy"}
 ALWAYS -= PROBED
 
@@ -99,10 +100,10 @@ def test_training_lowers_the_losses(rows: list[dict[str, Any]]) -> None:
 
 def test_sums_and_means_agree(rows: list[dict[str, Any]]) -> None:
     for row in rows:
-        assert set(row["kl_loss_by_layer"]) == set(row["f"]) == set(SPARSE_LAYERS)
+        assert set(row["kl_loss_by_layer"]) == set(row[SELECTED]) == set(SPARSE_LAYERS)
         assert row["kl_loss"] == pytest.approx(sum(row["kl_loss_by_layer"].values()))
-        assert all(len(groups) == NUM_KV_HEADS for groups in row["f"].values())
-        assert row["kv_selected_fraction"] == pytest.approx(np.mean(list(row["f"].values())))
+        assert all(len(groups) == NUM_KV_HEADS for groups in row[SELECTED].values())
+        assert row["kv_selected_fraction"] == pytest.approx(np.mean(list(row[SELECTED].values())))
         # every real token, and no padding, goes to ROUTER_TOPK experts
         real = row["tokens_per_expert_mean"] * NUM_EXPERTS / ROUTER_TOPK
         assert row["padding_share"] == pytest.approx(1 - real / POSITIONS)
@@ -140,7 +141,7 @@ def test_bytes_are_those_of_the_selected_blocks(rows: list[dict[str, Any]]) -> N
     # each of the ranks lacks half of the blocks of each pack
     remote_blocks = GLOBAL_BATCH_SIZE * CP_SIZE * (BLOCKS - BLOCKS // CP_SIZE)
     for row in rows:
-        selected = sum(f * remote_blocks for groups in row["f"].values() for f in groups)
+        selected = sum(f * remote_blocks for groups in row[SELECTED].values() for f in groups)
         assert selected == pytest.approx(round(selected))
         assert row["kv_bytes"] == pytest.approx(selected * BLOCK_BYTES)
         everything = remote_blocks * NUM_KV_HEADS * len(SPARSE_LAYERS) * BLOCK_BYTES
@@ -157,7 +158,7 @@ def test_tensorboard_has_the_same_numbers(rows: list[dict[str, Any]], events: Ev
             counts = [(row["step"], row[f"tokens_per_expert_{end}_by_layer"][layer]) for row in rows]
             _same(events, f"moe/{layer}_tokens_per_expert_{end}", counts)
         for group in range(NUM_KV_HEADS):
-            shares = [(row["step"], row["f"][layer][group]) for row in rows]
+            shares = [(row["step"], row[SELECTED][layer][group]) for row in rows]
             _same(events, f"exchange/f_{layer}_group{group}", shares)
 
 
@@ -178,7 +179,7 @@ def test_summary_sums_up(finished: FinishedRun, rows: list[dict[str, Any]]) -> N
         assert (summary[f"{name}_first"], summary[f"{name}_last"]) == (values[0], values[-1])
     for name in ("kv_bytes", "kv_grad_bytes", "kv_bytes_all_gather", "index_key_bytes", "full_query_bytes"):
         assert summary[f"{name}_total"] == sum(row[name] for row in rows)
-    assert summary["f_last"] == rows[-1]["f"]
+    assert summary["f_last"] == rows[-1][SELECTED]
     assert summary["tokens_per_s_median"] == np.median([row["tokens_per_s"] for row in rows])
     share = summary["kv_bytes_total"] / summary["kv_bytes_all_gather_total"]
     assert f"({share:.0%} of it moved)" in finished.output
@@ -193,7 +194,7 @@ def test_other_exchanges_move_everything_and_compute_the_same(
     assert [row["step"] for row in got] == [1, 2, 3, 4]
     for ours, theirs in zip(got, rows[:4], strict=True):
         assert ours["kv_bytes"] == ours["kv_bytes_all_gather"] == theirs["kv_bytes_all_gather"]
-        assert ours["f"] == theirs["f"]
+        assert ours[SELECTED] == theirs[SELECTED]
         for name in ("lm_loss", "kl_loss", "grad_norm"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-6), f"{name} of step {ours['step']}"
     assert got[-1]["val_loss"] == pytest.approx(rows[3]["val_loss"], rel=1e-6)
@@ -225,5 +226,7 @@ def test_selections_are_recorded(finished: FinishedRun) -> None:
             remote = sum(
                 layer.needed(placement, rank) & (placement.owner != rank) for rank in range(CP_SIZE)
             ).sum(axis=1)
-            both_packs = np.array(rows[step - 1]["f"][f"layer{layer.layer:02d}"]) * BLOCKS * GLOBAL_BATCH_SIZE
+            both_packs = (
+                np.array(rows[step - 1][SELECTED][f"layer{layer.layer:02d}"]) * BLOCKS * GLOBAL_BATCH_SIZE
+            )
             assert ((remote <= both_packs + 1e-6) & (both_packs <= remote + BLOCKS)).all()

@@ -28,7 +28,7 @@ def test_resume_around_a_switch_is_exact(tiny: tuple[str, ...], tmp_path: Path) 
         is_dense = row["step"] <= DENSE_STEPS
         assert row["stage"] == (0 if is_dense else 1)
         assert row["kl_loss"] > 0
-        assert ("f" not in row) is is_dense
+        assert ("kv_selected_fraction_by_layer" not in row) is is_dense
         assert (row["kv_bytes"] == 0) is is_dense
     assert [row["tokens"] for row in want] == [512, 1024, 1536, 2048, 2560, 3584, 4608, 5632, 6656]
     assert want[DENSE_STEPS]["lr"] == want[DENSE_STEPS + 1]["lr"] / 2

@@ -18,14 +18,14 @@ from msa_train.training.metrics.tables import format_table, write_summary
 from msa_train.training.metrics.tensorboard import scalars
 from msa_train.training.metrics.writer import MetricsWriter, json_ready, read_metrics
 
+SELECTED = "kv_selected_fraction_by_layer"
+
 
 def test_tags_of_every_form_of_value() -> None:
     assert list(scalars("lm_loss", 2.5)) == [("loss/lm", 2.5)]
     assert list(scalars("kv_selected_fraction", 0.5)) == [("exchange/f", 0.5)]
     want = [("exchange/f_layer03_group0", 0.25), ("exchange/f_layer03_group1", 0.5)]
-    assert list(scalars("f", {"layer03": [0.25, 0.5]})) == want
-    assert list(scalars("f", [None, None, [0.25, 0.5]])) == want
-    assert list(scalars("tokens_per_expert_max", [None, 7])) == [("moe/layer02_tokens_per_expert_max", 7.0)]
+    assert list(scalars(SELECTED, {"layer03": [0.25, 0.5]})) == want
     by_layer = scalars("tokens_per_expert_max_by_layer", {"layer02": 7})
     assert list(by_layer) == [("moe/layer02_tokens_per_expert_max", 7.0)]
     assert list(scalars("tokens_per_expert_max", 9)) == [("moe/tokens_per_expert_max", 9.0)]
@@ -36,19 +36,22 @@ def test_tags_of_every_form_of_value() -> None:
         ("attention_distance/block_recall_layer02_distance4", 0.5),
     ]
     assert list(scalars("block_recall", 0.5)) == [("attention/block_recall", 0.5)]
-    assert list(scalars("lr", [0.1])) == [("optim/lr_layer01", 0.1)]
+    assert list(scalars("exposed_s_by_purpose", {"kv_grad": 2})) == [("exchange/exposed_s_kv_grad", 2.0)]
     assert list(scalars("memory_gib", 1.5)) == [("memory/memory_gib", 1.5)]
-    assert list(scalars("temperature", [0.5])) == [("other/temperature_layer01", 0.5)]
+    assert list(scalars("undeclared", 0.5)) == [("other/undeclared", 0.5)]
+    assert list(scalars("undeclared", {"layer01": 0.5})) == [("other/undeclared_layer01", 0.5)]
 
 
 def test_lines_hold_what_was_given(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path / "new", tensorboard=False, resume_step=0)
-    writer.write(1, {"lm_loss": np.float32(0.5), "tokens": 7, "f": {"layer02": [0.0, torch.tensor(0.25)]}})
+    writer.write(
+        1, {"lm_loss": np.float32(0.5), "tokens": 7, SELECTED: {"layer02": [0.0, torch.tensor(0.25)]}}
+    )
     writer.write(
         2, {"lm_loss": math.nan, "grad_norm": math.inf, "kl_loss": 0.25, "val": [1.0, -math.inf, None]}
     )
     assert read_metrics(tmp_path / "new") == [
-        {"step": 1, "lm_loss": 0.5, "tokens": 7, "f": {"layer02": [0.0, 0.25]}},
+        {"step": 1, "lm_loss": 0.5, "tokens": 7, SELECTED: {"layer02": [0.0, 0.25]}},
         {
             "step": 2,
             "lm_loss": None,
@@ -82,10 +85,28 @@ def test_a_number_cut_short_is_not_read(tmp_path: Path) -> None:
     assert read_metrics(path) == [{"step": 1}]
 
 
+def test_files_of_an_earlier_version_are_read(tmp_path: Path) -> None:
+    old = '{"step": 1, "kv_selected_fraction": 0.5, "f": {"layer02": [0.25, null]}, "nonfinite": ["lr", "f"]}'
+    (tmp_path / "metrics.jsonl").write_text(old + "\n")
+    writer = MetricsWriter(tmp_path, tensorboard=False, resume_step=1)
+    writer.write(2, {SELECTED: {"layer02": [0.5, 0.5]}})
+    writer.close()
+    assert read_metrics(tmp_path) == [
+        {
+            "step": 1,
+            "kv_selected_fraction": 0.5,
+            SELECTED: {"layer02": [0.25, None]},
+            "nonfinite": ["lr", SELECTED],
+        },
+        {"step": 2, SELECTED: {"layer02": [0.5, 0.5]}},
+    ]
+    assert (tmp_path / "metrics.jsonl").read_text().startswith(old + "\n"), "what was written stays"
+
+
 def test_resume_drops_later_steps_everywhere(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path, tensorboard=True, resume_step=0)
     for step in range(1, 8):
-        writer.write(step, {"lm_loss": float(step), "f": {"layer02": [0.5, step / 10]}})
+        writer.write(step, {"lm_loss": float(step), SELECTED: {"layer02": [0.5, step / 10]}})
     # no close: a killed process has none either
     resumed = MetricsWriter(tmp_path, tensorboard=True, resume_step=4)
     for step in range(5, 10):

@@ -29,17 +29,19 @@ class Clock:
 def test_line_holds_everything_known() -> None:
     stream, clock = io.StringIO(), Clock()
     progress = Progress(ProgressKind.lines, 400, 118, stream, clock=clock)
-    progress.update(119, lm_loss=2.5, tokens_per_s=8000)
+    progress.update(119, dict(lm_loss=2.5, tokens_per_s=8000))
     clock.now = 10.0
     progress.update(
         120,
-        lm_loss=2.3123,
-        tokens_per_s=8100,
-        kl_loss=0.12,
-        grad_norm=0.9,
-        lr=3.9e-3,
-        tokens=5,
-        memory_gib=1.5,
+        dict(
+            lm_loss=2.3123,
+            tokens_per_s=8100,
+            kl_loss=0.12,
+            grad_norm=0.9,
+            lr=3.9e-3,
+            tokens=5,
+            memory_gib=1.5,
+        ),
     )
     first, second = stream.getvalue().splitlines()
     assert first == "step 119/400  lm_loss 2.5  8.0K tok/s"
@@ -51,7 +53,7 @@ def test_lines_are_few_but_first_last_and_validations_are_there() -> None:
     progress = Progress(ProgressKind.lines, 100, 0, stream, clock=clock)
     for step in range(1, 101):
         clock.now += 0.5
-        progress.update(step, lm_loss=1.0, tokens_per_s=10, val_loss=0.5 if step == 9 else None)
+        progress.update(step, dict(lm_loss=1.0, tokens_per_s=10, val_loss=0.5 if step == 9 else None))
     progress.close()
     steps = [int(line.split("/")[0].removeprefix("step ")) for line in stream.getvalue().splitlines()]
     assert steps[:4] == [1, 7, 9, 15]
@@ -63,7 +65,7 @@ def test_close_shows_the_last_step_of_an_interrupted_run() -> None:
     stream, clock = io.StringIO(), Clock()
     progress = Progress(ProgressKind.lines, 100, 0, stream, clock=clock)
     for step in (1, 2, 3):
-        progress.update(step, lm_loss=1.0, tokens_per_s=10)
+        progress.update(step, dict(lm_loss=1.0, tokens_per_s=10))
     progress.close()
     assert [line.split()[1] for line in stream.getvalue().splitlines()] == ["1/100", "3/100"]
 
@@ -72,10 +74,10 @@ def test_time_left_does_not_count_the_slow_start() -> None:
     stream, clock = io.StringIO(), Clock()
     progress = Progress(ProgressKind.lines, 10, 0, stream, clock=clock)
     clock.now = 300.0
-    progress.update(1, lm_loss=1.0, tokens_per_s=10)
+    progress.update(1, dict(lm_loss=1.0, tokens_per_s=10))
     for step in range(2, 9):
         clock.now += 5.0
-        progress.update(step, lm_loss=1.0, tokens_per_s=10)
+        progress.update(step, dict(lm_loss=1.0, tokens_per_s=10))
     assert stream.getvalue().splitlines()[-1].endswith("left 10s")
 
 
@@ -84,7 +86,7 @@ def test_steps_may_be_logged_rarely() -> None:
     progress = Progress(ProgressKind.lines, 100, 0, stream, clock=clock)
     for step in (10, 20):
         clock.now += 20.0
-        progress.update(step, lm_loss=1.0, tokens_per_s=10)
+        progress.update(step, dict(lm_loss=1.0, tokens_per_s=10))
     assert stream.getvalue().splitlines()[-1].endswith("left 2m40s")
 
 
@@ -100,9 +102,9 @@ def test_steps_may_be_logged_rarely() -> None:
 )
 def test_bar_or_lines(kind: ProgressKind, stream: io.StringIO, as_bar: bool) -> None:
     progress = Progress(kind, 4, 1, stream)
-    progress.update(2, lm_loss=2.25, tokens_per_s=10)
+    progress.update(2, dict(lm_loss=2.25, tokens_per_s=10))
     progress.note("checkpoint step 2 written in 0.1 s")
-    progress.update(4, lm_loss=1.25, tokens_per_s=10, val_loss=1.5)
+    progress.update(4, dict(lm_loss=1.25, tokens_per_s=10, val_loss=1.5))
     progress.close()
     text = stream.getvalue()
     assert ("\r" in text) is as_bar
@@ -135,7 +137,7 @@ def test_a_terminal_without_size_gets_lines(rows: int, columns: int, as_bar: boo
     with os.fdopen(leader, "rb", buffering=0) as screen:
         with os.fdopen(follower, "w") as stream:
             progress = Progress(ProgressKind.auto, 4, 0, stream)
-            progress.update(4, lm_loss=1.25, tokens_per_s=10)
+            progress.update(4, dict(lm_loss=1.25, tokens_per_s=10))
             progress.close()
         shown = read_to_the_end(screen).decode()
     assert ("100%" in shown) is as_bar

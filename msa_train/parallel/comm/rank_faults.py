@@ -33,7 +33,7 @@ _LOST = re.compile(
 _NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)
 
 # What a purpose of `CpComm` is called in messages.
-_POINTS = {
+POINTS = {
     "index_key": "gathering index keys",
     "index_key_grad": "returning gradients of index keys",
     "request_shape": "comparing shapes of block requests",
@@ -130,4 +130,4 @@ class RankStatus:
 def describe(layer: int, purpose: str) -> str:
     """Put a point into words: 3, "kv" -> "layer 3, fetching keys and values (kv)"."""
     where = f"layer {layer}, " if layer else ""
-    return f"{where}{_POINTS[purpose]} ({purpose})" if purpose in _POINTS else f"{where}{purpose}"
+    return f"{where}{POINTS[purpose]} ({purpose})" if purpose in POINTS else f"{where}{purpose}"

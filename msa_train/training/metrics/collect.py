@@ -1,5 +1,6 @@
 """Turns what the ranks saw in a step into one row of metrics, by a single all-reduce."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import psutil
@@ -23,30 +24,11 @@ from msa_train.parallel.attention.selection_recall import RecallSums
 from msa_train.parallel.comm.fault_watch import watched
 from msa_train.parallel.process_groups import Groups
 from msa_train.training.engines.engine import StepResult
+from msa_train.training.metrics.registry import METRICS
 from msa_train.training.metrics.selection_recall import attention_metrics
 from msa_train.training.step_batch import StepBatch
 
-# Purposes of `CpComm` traffic that are logged; sums over all ranks.
-_TRAFFIC = {
-    "kv": "kv_bytes",
-    "kv_again": "kv_again_bytes",
-    "kv_grad": "kv_grad_bytes",
-    "index_key": "index_key_bytes",
-    "index_key_grad": "index_key_grad_bytes",
-    "index_query": "index_query_bytes",
-    "request": "request_bytes",
-    "full_kv": "full_kv_bytes",
-    "full_kv_again": "full_kv_again_bytes",
-    "full_kv_grad": "full_kv_grad_bytes",
-    "full_query": "full_query_bytes",
-    "full_query_grad": "full_query_grad_bytes",
-    "heads": "heads_bytes",
-    "heads_grad": "heads_grad_bytes",
-}
-# Parts of the first three that go another way: between nodes, and of hot pairs.
-_WAYS = ("outer", "hot")
-_BY_WAY = {f"{name}_{way}": f"{name}_{way}_bytes" for way in _WAYS for name in list(_TRAFFIC)[:3]}
-_PURPOSES = [*_TRAFFIC, *_BY_WAY]
+_TRAFFIC = [metric for metric in METRICS if metric.purpose]
 
 
 def kv_bytes_all_gather(
@@ -93,7 +75,6 @@ class StepMetrics:
             counts_loss: whether this rank's loss sum is to be added.
         """
         model, stats, exposed = self.config.model, result.stats, result.counters.exposed.seconds()
-        traffic = [result.counters.traffic[name] for name in _PURPOSES]
         parts = {
             "loss": torch.tensor([result.lm_loss_sum if counts_loss else 0.0], dtype=torch.float64),
             "kl": _by_layer(stats.kl, self.msa_layers, ()),
@@ -101,8 +82,8 @@ class StepMetrics:
             "experts": _by_layer(stats.tokens_per_expert, self.moe_layers, (model.num_experts,)),
             "attention": _by_layer(stats.attention, self.msa_layers, self._probe_shape(batch, stage)),
             "exchange": _by_layer(stats.exchange, self.block_layers, (2,)),
-            "traffic": torch.tensor(traffic, dtype=torch.float64),
-            "exposed": torch.tensor([exposed.get(name, 0.0) for name in _PURPOSES], dtype=torch.float64),
+            "traffic": _by_purpose(result.counters.traffic.received),
+            "exposed": _by_purpose(exposed),
         }
         flat = torch.cat([part.flatten() for part in parts.values()]).to(self.groups.device)
         with watched("metrics"):
@@ -126,12 +107,12 @@ class StepMetrics:
         return values | self._memory()
 
     def _traffic(self, traffic: Tensor, batch: StepBatch, stage: Stage) -> dict[str, int]:
-        by_purpose = dict(zip(_PURPOSES, map(int, traffic.tolist()), strict=True))
-        values = {key: by_purpose[name] for name, key in _TRAFFIC.items()}
-        for name, key in _BY_WAY.items():
-            values[_TRAFFIC[name.rpartition("_")[0]]] += by_purpose[name]
-            if by_purpose[name]:
-                values[key] = by_purpose[name]
+        values: dict[str, int] = {}
+        for metric, num_bytes in zip(_TRAFFIC, map(int, traffic.tolist()), strict=True):
+            if metric.part_of:
+                values[metric.part_of] += num_bytes
+            if num_bytes or not metric.part_of:
+                values[metric.key] = num_bytes
         gathered = kv_bytes_all_gather(self.config, batch.num_packs, stage.seq_len, stage.attention)
         if gathered or stage.attention is StageAttention.sparse:
             values["kv_bytes_all_gather"] = gathered
@@ -144,7 +125,7 @@ class StepMetrics:
     def _exposed(self, seconds: Tensor) -> dict[str, Any]:
         """Time that a rank waits for the exchange, mean over ranks."""
         mean = (seconds / self.groups.world_size).tolist()
-        by_purpose = {name: value for name, value in zip(_PURPOSES, mean, strict=True) if value}
+        by_purpose = {metric.purpose: value for metric, value in zip(_TRAFFIC, mean, strict=True) if value}
         return {"exposed_s": sum(mean), "exposed_s_by_purpose": by_purpose}
 
     def _choices(self, calls: Tensor) -> dict[str, Any]:
@@ -180,7 +161,10 @@ class StepMetrics:
             return {}
         num_blocks = stage.seq_len // self.config.attention.block_size
         f = selected / (num_blocks * (cp_size - 1) * batch.num_packs)
-        return {"kv_selected_fraction": float(f.mean()), "f": _named(self.msa_layers, f.tolist())}
+        return {
+            "kv_selected_fraction": float(f.mean()),
+            "kv_selected_fraction_by_layer": _named(self.msa_layers, f.tolist()),
+        }
 
     def _experts(self, tokens: Tensor) -> dict[str, Any]:
         if not self.moe_layers:
@@ -213,6 +197,11 @@ def router_bias_range(model: MsaGptModel) -> dict[str, float]:
         return {}
     stacked = torch.stack(biases)
     return {"router_bias_min": float(stacked.min()), "router_bias_max": float(stacked.max())}
+
+
+def _by_purpose(counts: Mapping[str, float]) -> Tensor:
+    """Order numbers as the registry does: [declared purposes] fp64."""
+    return torch.tensor([counts.get(metric.purpose, 0) for metric in _TRAFFIC], dtype=torch.float64)
 
 
 def _by_layer(sums: dict[int, Tensor], layers: list[int], shape: tuple[int, ...]) -> Tensor:

@@ -2,13 +2,14 @@
 
 import os
 import time
-from collections.abc import Callable
-from typing import TextIO
+from collections.abc import Callable, Mapping
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from msa_train.config import Progress as ProgressKind
 from msa_train.config import printable
+from msa_train.training.metrics.registry import METRICS
 
 LINE_INTERVAL_S = 3.0
 _BAR = "{percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
@@ -40,29 +41,16 @@ class Progress:
         self._seen: tuple[int, float] | None = None
         self._step_s: float | None = None
 
-    def update(
-        self,
-        step: int,
-        *,
-        lm_loss: float,
-        tokens_per_s: float,
-        kl_loss: float | None = None,
-        grad_norm: float | None = None,
-        lr: float | None = None,
-        val_loss: float | None = None,
-        **_: object,
-    ) -> None:
-        """Report that `step` steps are made. What is None is left out; other metrics may be passed too."""
+    def update(self, step: int, values: Mapping[str, Any]) -> None:
+        """Report that `step` steps are made; values: the metrics of the last one, tokens_per_s among them."""
         self._time(step)
-        numbers = {
-            "lm_loss": (lm_loss, ".4g"),
-            "kl": (kl_loss, ".3g"),
-            "val_loss": (val_loss, ".4g"),
-            "grad": (grad_norm, ".2g"),
-            "lr": (lr, ".1e"),
-        }
-        parts = [f"{name} {value:{form}}" for name, (value, form) in numbers.items() if value is not None]
-        speed = f"{format_count(tokens_per_s)} tok/s"
+        parts = [
+            metric.line.format(values[metric.key])
+            for metric in METRICS
+            if metric.line and values.get(metric.key) is not None
+        ]
+        speed = f"{format_count(values['tokens_per_s'])} tok/s"
+        val_loss = values.get("val_loss")
         if self._bar is not None:
             # narrow terminals cut the end off
             self._bar.set_postfix_str("  ".join([speed, *parts]), refresh=False)

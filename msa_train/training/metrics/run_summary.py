@@ -6,10 +6,15 @@ from typing import Any, TextIO
 
 from msa_train.config import KvExchange, RunConfig, printable
 from msa_train.parallel.process_groups import Groups
+from msa_train.training.metrics.metric import InSummary
 from msa_train.training.metrics.progress import format_count, format_duration
+from msa_train.training.metrics.registry import METRICS
 from msa_train.training.metrics.tables import format_table, write_summary
 from msa_train.training.metrics.writer import METRICS_NAME, TENSORBOARD_NAME, read_metrics
 from msa_train.training.resume_rules import train_on_settings
+
+# summary.json keeps the name that this had before its metric got another
+_FIELDS = {"kv_selected_fraction_by_layer": "f"}
 
 
 def report(
@@ -68,47 +73,45 @@ def _summary(
         "dp_size": groups.dp_size,
         "tokens_per_s_median": rates[len(rates) // 2] if rates else None,
     }
-    for name in ("lm_loss", "kl_loss", "val_loss", "val_bits_per_byte", "block_recall", "score_recall"):
-        values = [row[name] for row in history if row.get(name) is not None]
+    return summary | _from_metrics(last, history)
+
+
+def _from_metrics(last: dict[str, Any], history: list[dict[str, Any]]) -> dict[str, Any]:
+    """Keep what the registry declares of each metric."""
+    summary: dict[str, Any] = {}
+    for key in _keys_of(InSummary.first_and_last):
+        values = [row[key] for row in history if row.get(key) is not None]
         if values:
-            summary[f"{name}_first"], summary[f"{name}_last"] = values[0], values[-1]
-    # what travelled; checkpoints did not
-    totals = [name for name in last if name.endswith("_bytes") and name != "checkpoint_bytes"]
-    totals += ["kv_bytes_all_gather"] if "kv_bytes_all_gather" in last else []
-    for name in totals:
-        summary[f"{name}_total"] = sum(row.get(name, 0) for row in history)
+            summary[f"{key}_first"], summary[f"{key}_last"] = values[0], values[-1]
+    for key in _keys_of(InSummary.total):
+        if key in last:
+            summary[f"{key}_total"] = sum(row.get(key, 0) for row in history)
     waits = [
         row["exposed_s"] / row["step_time_s"]
         for row in history
         if row.get("step_time_s") and "exposed_s" in row
     ]
     if waits:
-        summary["exposed_s_total"] = sum(row.get("exposed_s", 0.0) for row in history)
-        summary["exposed_s_by_purpose_last"] = last.get("exposed_s_by_purpose", {})
         summary["exposed_share_median"] = sorted(waits)[len(waits) // 2]
-    if "auto_selected" in last:
-        summary["auto_selected_by_layer_last"] = last["auto_selected_by_layer"]
-    if "kv_selected_fraction" in last:
-        summary["kv_selected_fraction_last"] = last["kv_selected_fraction"]
-        summary["f_last"] = last["f"]
-    for name in ("padding_share", "memory_gib"):
-        if name in last:
-            summary[name] = last[name]
+    for key in _keys_of(InSummary.last):
+        if key in last:
+            summary[f"{_FIELDS.get(key, key)}_last"] = last[key]
+    for key in _keys_of(InSummary.last_as_it_is):
+        if key in last:
+            summary[key] = last[key]
     return summary
+
+
+def _keys_of(kind: InSummary) -> list[str]:
+    return [metric.key for metric in METRICS if metric.in_summary is kind]
 
 
 def _loss_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [("steps", f"{summary['steps']} ({format_count(summary['tokens'])} tokens)")]
-    for name, title in (
-        ("lm_loss", "training loss (nats)"),
-        ("kl_loss", "KL loss of the index branch"),
-        ("block_recall", "block recall of the selection"),
-        ("score_recall", "attention mass it covers"),
-        ("val_loss", "validation loss (nats)"),
-        ("val_bits_per_byte", "validation bits per byte"),
-    ):
-        if f"{name}_last" in summary:
-            rows.append((title, f"{summary[f'{name}_first']:.3f} -> {summary[f'{name}_last']:.3f}"))
+    for metric in METRICS:
+        if metric.title and f"{metric.key}_last" in summary:
+            first, last = summary[f"{metric.key}_first"], summary[f"{metric.key}_last"]
+            rows.append((metric.title, f"{first:.3f} -> {last:.3f}"))
     if summary["tokens_per_s_median"]:
         rate = f"{format_count(summary['tokens_per_s_median'])} tokens/s (median)"
         rows.append(("speed", f"{rate}, {format_duration(summary['seconds_this_start'])} this start"))

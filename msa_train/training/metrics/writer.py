@@ -1,8 +1,8 @@
 """metrics.jsonl and TensorBoard. Rank 0 only.
 
-A value is a number; or a dict by layer, {"layer03": entry}; or a list with an entry for each layer, None
-where the layer has no such value. An entry is a number, a list with a number for each KV group or a dict of
-named numbers. Layers count from 1, groups from 0.
+A value is a number, a dict of named numbers or a dict by layer, {"layer03": entry}. An entry is a number, a
+list with a number for each KV group or a dict of named numbers. Layers count from 1, groups from 0. The keys
+are those of `registry`.
 """
 
 import json
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from msa_train.runtime.atomic_files import is_full, new_file, open_to_append
+from msa_train.training.metrics.registry import with_present_keys
 from msa_train.training.metrics.tensorboard import CHARTS, scalars
 
 METRICS_NAME, TENSORBOARD_NAME = "metrics.jsonl", "tensorboard"
@@ -90,7 +91,7 @@ class MetricsWriter:
 
         Args:
             step: optimizer steps made; greater than in earlier calls.
-            values: numbers and lists by name, see the module. Not-a-number and infinity become null in
+            values: numbers and dicts by key, see the module. Not-a-number and infinity become null in
                 metrics.jsonl and their names are listed under "nonfinite".
 
         Returns:
@@ -167,9 +168,12 @@ def _quiet_about_disks(thread: threading.ExceptHookArgs) -> None:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Steps of a metrics.jsonl (or of the run_dir that holds it); lines cut short by a kill are left out."""
+    """Steps of a metrics.jsonl (or of the run_dir that holds it), under the keys of this version.
+
+    Lines cut short by a kill are left out.
+    """
     path = Path(path)
-    return [entry for _, entry in _entries(path / METRICS_NAME if path.is_dir() else path)]
+    return [with_present_keys(entry) for _, entry in _entries(path / METRICS_NAME if path.is_dir() else path)]
 
 
 def json_ready(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

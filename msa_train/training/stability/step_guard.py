@@ -1,6 +1,7 @@
 """Applies train.bad_step while a run goes on: judges steps before they are taken, and takes the run back."""
 
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Any, NoReturn
 
 import torch
@@ -30,6 +31,17 @@ class _Judged:
     loss: float = 0.0
     grad_norm: float = 0.0
     complaint: str = ""
+
+
+class StepOutcome(Enum):
+    """Say what became of a step."""
+
+    taken = auto()
+    "as nearly all are"
+    skipped = auto()
+    "judged bad and left out"
+    not_finite = auto()
+    "taken, and a loss or the gradient is not finite"
 
 
 class StepGuard:
@@ -88,6 +100,12 @@ class StepGuard:
         self.bad_steps.record_skipped()
         return {"bad_step": 1, **self.bad_steps.metrics()}
 
+    def outcome(self, values: dict[str, Any]) -> StepOutcome:
+        """Tell what became of the step that was judged last; values: its metrics."""
+        if self._judged.complaint:
+            return StepOutcome.skipped
+        return StepOutcome.not_finite if not_finite(values) else StepOutcome.taken
+
     def after_step(self, step: int, values: dict[str, Any], first_pack: int) -> str:
         """What becomes of the run after a step.
 
@@ -103,12 +121,12 @@ class StepGuard:
             DivergedError: if the run must end.
             RollbackError: if it shall go on from a checkpoint.
         """
-        judged = self._judged
-        if not judged.complaint:
+        judged, outcome = self._judged, self.outcome(values)
+        if outcome is not StepOutcome.skipped:
             text = self._excused(step, values)
             if text:
                 return text
-            where = self._where(self._bad_values) if not_finite(values) else ""
+            where = self._where(self._bad_values) if outcome is StepOutcome.not_finite else ""
             check_finite(step, values, self.store, where)
             return ""
         try:

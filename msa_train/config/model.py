@@ -45,7 +45,7 @@ class ModelConfig:
     router_bias_update_rate: float = 1e-3
     "step of the auxiliary-loss-free expert bias; 0 freezes it"
     layer_attention: str = "full,msa"
-    "attention per layer: comma-separated kinds, `kind*n` repeats, the last one fills the rest; full, msa, swa"
+    "attention per layer: full, msa or swa, comma-separated; `kind*n` repeats, the last one fills the rest"
     rotary_dim: int = 24
     "rotated channels of each head, the first ones; also of the index heads"
     rope_theta: float = 10.0

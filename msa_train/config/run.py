@@ -58,7 +58,7 @@ class ExchangeConfig:
     ranks_per_node: int = 0
     "context-parallel ranks of a node: what several want is fetched once; 0: no nodes, -1: find out"
     hot_share: float = 0.75
-    "KV blocks that this share of the others (3 at least) wants are broadcast if it spares the busiest; 0: none"
+    "KV blocks that this share of the others (at least 3) wants are broadcast if that helps; 0: none"
 
 
 @dataclass(kw_only=True, slots=True)

@@ -19,7 +19,7 @@ class ModelConfig:
     """
 
     name: str = "tiny"
-    "of the model"
+    "shown in what a run prints"
     num_layers: int = 3
     "transformer layers"
     hidden_size: int = 128
@@ -27,9 +27,9 @@ class ModelConfig:
     num_heads: int = 4
     "query heads"
     num_kv_heads: int = 2
-    "key/value heads; one group of query heads, and one MSA selection, each"
+    "key/value heads; one MSA selection each; must divide num_heads"
     head_dim: int = 32
-    "channels of each head"
+    "channels of a head"
     vocab_size: int = 512
     "rows of the embedding; at least the tokenizer's size"
     ffn_hidden_size: int = 256
@@ -39,7 +39,7 @@ class ModelConfig:
     num_experts: int = 8
     "routed experts of a layer"
     moe_router_topk: int = 2
-    "routed experts of a token"
+    "experts of each token"
     moe_ffn_hidden_size: int = 64
     "width of one routed expert"
     shared_expert_hidden_size: int = 64
@@ -49,21 +49,21 @@ class ModelConfig:
     router_bias_update_rate: float = 1e-3
     "step of the auxiliary-loss-free expert bias; 0 freezes it"
     layer_attention: str = "full,msa"
-    "attention per layer: comma-separated kinds, `kind*n` repeats, the last one fills the rest"
+    "attention per layer: full, msa or swa, comma-separated; `kind*n` repeats, the last one fills the rest"
     rotary_dim: int = 24
     "rotated channels of each head, the first ones; also of the index heads"
     rope_theta: float = 10.0
-    "base of the rotary embedding's frequencies"
+    "base of the rotary frequencies"
     qk_norm: QkNorm = QkNorm.head
-    "RMS normalisation of queries and keys"
+    "RMS normalisation of queries and keys before the rotary embedding"
     norm_eps: float = 1e-6
-    "added to the mean square in RMS norms"
+    "added to the mean square in RMS normalisation"
     zero_centered_norm: bool = True
     "norm weights act as 1 + w, w initialised to 0 (Gemma style)"
     activation: Activation = Activation.swiglu_oai
     "of feed-forward layers and experts"
     tie_embeddings: bool = False
-    "the output layer uses the embedding's weights"
+    "one matrix for the embedding and the output"
     init_std: float = 0.05
     "standard deviation of initial weights; output projections of layers: / sqrt(2 * num_layers)"
     embedding_init_std: float = 0.15
@@ -135,11 +135,11 @@ class AttentionConfig:
     block_size: int = 128
     "tokens per key block; also the alignment of documents in a pack"
     topk: int = 16
-    "blocks that each query attends to for each KV head, the local block included"
+    "blocks that each query and KV head attends to, the local block included"
     local_blocks: int = 1
     "last blocks up to the query's own that are always selected; they use top-k slots"
     index_head_dim: int = 128
-    "channels of index queries and keys"
+    "channels of an index query and of the index key"
     kl_weight: float = 1.0
     "factor of the KL loss, summed over layers, that trains the index branch; 0 freezes the branch"
     kl_temperature: float = 1.0
@@ -149,7 +149,7 @@ class AttentionConfig:
     window_sink: int = 0
     "first blocks of the document that every query of a sliding-window layer sees too; 0 for none"
     kernel: AttentionKernel = AttentionKernel.auto
-    "what computes selection, sparse attention and the KL losses; full attention runs in torch whatever it is"
+    "what computes selection, sparse attention and all KL losses; full attention runs in torch whatever it is"
 
     def __post_init__(self) -> None:
         _positive(self, ["block_size", "topk", "local_blocks", "index_head_dim"])

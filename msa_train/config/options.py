@@ -7,22 +7,22 @@ class EngineKind(Enum):
     """Choose who owns gradient reduction, optimizer and schedule."""
 
     auto = "auto"  # megatron with GPUs, torch without
-    megatron = "megatron"  # Megatron's DDP, distributed optimizer and pipeline schedules
+    megatron = "megatron"  # Megatron's DDP, distributed optimizer, tensor and pipeline parallelism
     torch = "torch"  # gradient all-reduce and torch.optim.AdamW; any device
 
 
 class Device(Enum):
     """Choose the devices that the workers compute on."""
 
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
+    auto = "auto"  # GPUs where there are any
+    cpu = "cpu"  # GPUs are left alone
+    cuda = "cuda"  # GPUs; it is an error if there are none
 
 
 class KvExchange(Enum):
     """Choose how a layer gets the keys and values of other context-parallel ranks."""
 
-    selected = "selected"  # only the KV blocks (a block of a KV head) that a local query sees
+    selected = "selected"  # only the KV blocks that a local query selected
     all_gather = "all_gather"  # all keys and values, gathered; gradients reduce-scattered
     ring = "ring"  # one neighbour's shard at a time, partial results merged by log-sum-exp
     auto = "auto"  # selected or all_gather, for each call of a layer what measured rates say
@@ -51,37 +51,37 @@ class CpLayout(Enum):
 class Precision(Enum):
     """Choose the dtype of the model's parameters and activations; optimizer state is at least fp32."""
 
-    fp32 = "fp32"
-    bf16 = "bf16"
+    fp32 = "fp32"  # 32 bits
+    bf16 = "bf16"  # 16 bits; fp32 weights are kept by the optimizer
     fp64 = "fp64"  # for exactness tests
 
 
 class Recompute(Enum):
     """Choose what is computed again in the backward pass instead of being kept."""
 
-    none = "none"
+    none = "none"  # nothing
     full = "full"  # every transformer layer; the block selection is replayed, not repeated
 
 
 class OptimizerKind(Enum):
     """Choose how weights are updated."""
 
-    adamw = "adamw"
+    adamw = "adamw"  # either engine
     muon = "muon"  # orthogonalised momentum for the layers' matrices, AdamW for the rest; engine=torch
 
 
 class LrSchedule(Enum):
     """Choose the shape of the learning rate after the warm-up."""
 
-    cosine = "cosine"
+    cosine = "cosine"  # half a cosine down to min_lr_ratio
     wsd = "wsd"  # constant, then linear decay over the last `decay_fraction`
-    constant = "constant"
+    constant = "constant"  # as it is
 
 
 class QkNorm(Enum):
     """Choose the RMS normalisation of queries and keys before the rotary embedding."""
 
-    none = "none"
+    none = "none"  # no normalisation
     head = "head"  # one weight of head_dim, shared by the heads (M3)
     width = "width"  # one weight over all heads together (M2)
 
@@ -89,14 +89,14 @@ class QkNorm(Enum):
 class Activation(Enum):
     """Choose the gated activation of feed-forward layers and experts."""
 
-    swiglu = "swiglu"
+    swiglu = "swiglu"  # up * silu(gate)
     swiglu_oai = "swiglu_oai"  # (clamp(up, +-7) + 1) * g * sigmoid(1.702 g), g = min(gate, 7)
 
 
 class AttentionKind(Enum):
     """Choose the attention of one layer."""
 
-    full = "full"
+    full = "full"  # everything before a token in its document
     msa = "msa"  # the blocks that an index branch selects
     swa = "swa"  # sliding window of `attention.window` tokens and, if wanted, the document's first blocks
 
@@ -136,5 +136,5 @@ class Progress(Enum):
     """Choose how the training loop reports on the terminal."""
 
     auto = "auto"  # a bar on a terminal, lines otherwise
-    bar = "bar"
-    lines = "lines"
+    bar = "bar"  # a bar
+    lines = "lines"  # a line every few seconds

@@ -29,7 +29,7 @@ class ParallelConfig:
     cp_size: int = 1
     "context parallelism: ranks that share one sequence"
     cp_head_size: int = 1
-    "Ulysses degree: neighbours of these that trade tokens for KV heads; divides cp_size and num_kv_heads"
+    "Ulysses degree: neighbours that trade tokens for KV heads; divides cp_size and model.num_kv_heads"
     ep_size: int = 1
     "expert parallelism: ranks that share the experts; may span context and data parallel ranks"
     tp_size: int = 1
@@ -37,9 +37,9 @@ class ParallelConfig:
     pp_size: int = 1
     "pipeline parallelism; engine=megatron only"
     cp_layout: CpLayout = CpLayout.contiguous
-    "tokens of a sequence that each context-parallel rank holds"
+    "which tokens a context-parallel rank holds"
     kv_exchange: KvExchange = KvExchange.selected
-    "way of a layer to the keys and values of other context-parallel ranks"
+    "how keys and values of other context-parallel ranks come to the queries"
     balance_index: bool = True
     "queries of the block selection move to ranks with less of it"
     balance_full_attention: bool = True
@@ -59,9 +59,9 @@ class ExchangeConfig:
     keep_for_backward: bool = True
     "keep fetched KV blocks for the backward pass; false: fetch them again (selected, auto)"
     ranks_per_node: int = 0
-    "ranks of a node: what several of them want crosses the network once; 0: no nodes, -1: as started"
+    "context-parallel ranks of a node: what several want is fetched once; 0: no nodes, -1: find out"
     hot_share: float = 0.75
-    "KV blocks that this share of the others (>= 3) wants are broadcast if it spares the busiest; 0: none"
+    "KV blocks that this share of the others (at least 3) wants are broadcast if that helps; 0: none"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -73,7 +73,7 @@ class DataConfig:
     tokenizer: str = "bytes"
     "'bytes', or the path of a tokenizer.json"
     special_tokens: bool = False
-    "take special tokens of the tokenizer that are written in a text for what they name; false: for text"
+    "special tokens written in a text stand for what they name; false: they are text, and counted"
     max_unknown: float = 0.01
     "largest share of unknown tokens or lost characters with which a tokenizer is accepted"
     text_field: str = "text"
@@ -93,13 +93,13 @@ class OptimConfig:
     """Set the optimizer and its learning rate."""
 
     algorithm: OptimizerKind = OptimizerKind.adamw
-    "rule by which weights are updated"
+    "how weights are updated"
     lr: float = 3e-4
     "peak learning rate"
     muon_lr: float = 0.02
     "learning rate of the matrices that Muon updates; follows the same schedule as lr"
     muon_momentum: float = 0.95
-    "decay of Muon's momentum, from 0 to below 1"
+    "momentum of Muon"
     min_lr_ratio: float = 0.1
     "final learning rate as a share of lr"
     schedule: LrSchedule = LrSchedule.cosine
@@ -107,21 +107,21 @@ class OptimConfig:
     schedule_steps: int = 0
     "steps over which it goes, at its last value from then on; 0: those of the whole run"
     warmup_steps: int = 100
-    "first steps, over which the learning rate rises to lr"
+    "first steps, over which the learning rate rises from 0"
     decay_fraction: float = 0.2
     "share of the steps over which wsd decays"
     weight_decay: float = 0.1
-    "decoupled weight decay of matrices"
+    "weight decay of the backbone's matrices"
     index_lr_scale: float = 1.0
     "learning rate of the index branch relative to lr and muon_lr"
     index_weight_decay: float = 0.1
     "weight decay of the index branch's matrices"
     beta1: float = 0.9
-    "decay of AdamW's mean gradient"
+    "AdamW: decay of the first moment"
     beta2: float = 0.95
-    "decay of AdamW's mean squared gradient"
+    "AdamW: decay of the second moment"
     eps: float = 1e-8
-    "added to the root of the mean squared gradient"
+    "AdamW: added to the root of the second moment"
     clip_grad: float = 1.0
     "maximum of the global gradient norm; 0 switches clipping off"
 
@@ -135,9 +135,9 @@ class TrainConfig:
     global_batch_size: int = 1
     "packs per optimizer step over all data-parallel ranks and accumulation"
     precision: Precision = Precision.bf16
-    "dtype of parameters and activations"
+    "dtype of parameters and activations; optimizer state is at least fp32"
     recompute: Recompute = Recompute.none
-    "layers that are computed again in the backward pass"
+    "what is computed again in the backward pass instead of being kept"
     validate_every: int = 100
     "steps between validations; 0 for none"
     validation_packs: int = 8
@@ -153,7 +153,7 @@ class TrainConfig:
     spike_factor: float = 0.0
     "a loss above this times the median of the last spike_window losses is a spike; 0: none is"
     spike_window: int = 50
-    "last losses whose median a spike is compared with"
+    "recent losses whose median a spike is measured by"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -193,9 +193,9 @@ class LoggingConfig:
     selections_every: int = 0
     "steps between recordings of what the first pack selects, in run_dir/selections; 0 for none"
     tensorboard: bool = True
-    "write TensorBoard files beside metrics.jsonl"
+    "write run_dir/tensorboard too"
     progress: Progress = Progress.auto
-    "report on the terminal"
+    "how the training loop reports on the terminal"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -205,11 +205,11 @@ class LauncherConfig:
     num_processes: int = 0
     "workers on this machine; 0: one per GPU, or 2 without GPUs; ignored under torchrun and srun"
     device: Device = Device.auto
-    "that the workers compute on"
+    "where the workers compute"
     threads_per_process: int = 1
     "CPU threads of a worker"
     timeout_s: int = 600
-    "longest wait of a collective, in seconds, before the job is taken down"
+    "longest wait for another rank, in seconds, before the job is taken down"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -217,7 +217,7 @@ class WatchdogConfig:
     """Say when a run that makes no progress is given up."""
 
     timeout_s: int = 1800
-    "longest time (s) in which no pack, step or checkpoint begins or ends; then ranks log stacks and end"
+    "longest time in which no pack, step or checkpoint begins or ends; then ranks log their stacks; 0: any"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -227,9 +227,9 @@ class RunConfig:
     name: str = "unnamed"
     "of the run"
     run_dir: str = "runs/unnamed"
-    "checkpoints, logs and metrics; a run goes on where its run_dir stopped"
+    "checkpoints, metrics, logs; runs/NAME in all shipped runs; a run goes on where its run_dir stopped"
     engine: EngineKind = EngineKind.auto
-    "owner of gradient reduction, optimizer and schedule"
+    "who owns gradient reduction, optimizer and schedule"
     model: ModelConfig = field(default_factory=ModelConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -31,7 +31,7 @@ def test_cfg_prints_what_the_workers_would_load(tmp_path: Path, capsys: pytest.C
 
 def test_cfg_prints_one_value_for_scripts(capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(["run=demo", "run_dir=it's a:b, Müller", "--cfg=run_dir", "--cfg=engine"]) == 0
-    assert capsys.readouterr().out == "it's a:b, Müller\nauto\n"
+    assert capsys.readouterr().out == "it's a:b, Müller\ntorch\n"
     assert train.main(["run=demo_warmup", "--cfg=stages.dense_warmup.attention"]) == 0
     assert capsys.readouterr().out == "dense\n"
     assert train.main(["run=demo", "--cfg=stages"]) == 2

@@ -138,11 +138,11 @@ class VariantsPart:
         groups = groups_at_once(context.sizes, self.seq_len, context.scale.most_values)
         ids: Tensor = select(self._index, context.sizes, context.kernel)[:, :groups].contiguous()
         problem = make_groups(context.tensors, context.sizes, self._index, ids, with_kl=True)
-        part = pool_forward(problem.queries, problem.pool, problem.entries, kernel=context.kernel)
+        part = pool_forward(problem.queries, problem.pool, problem.block_table, kernel=context.kernel)
         assert part.lse_index is not None, "made with an index branch"
         delta = (problem.dout.to(part.out.dtype) * part.out).sum(-1)
         term = KlTerm(part.lse_index, weight=1.0)
-        return problem.queries, problem.pool, problem.entries, problem.dout, delta, part.lse, term
+        return problem.queries, problem.pool, problem.block_table, problem.dout, delta, part.lse, term
 
     def _attention_s(self) -> float:
         context = self.context

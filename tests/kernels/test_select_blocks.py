@@ -120,10 +120,10 @@ def test_lse_is_that_of_attention() -> None:
     blocks, lse = select_blocks(
         q_index, k_index[:, 0], torch.tensor([0, 64]), block_size=8, topk=3, return_lse=True
     )
-    queries, pool, entries = whole_pack(q, k, v, blocks, 8, 1.0, 0, window=None)
+    queries, pool, block_table = whole_pack(q, k, v, blocks, 8, 1.0, 0, window=None)
     queries.q_index, queries.k_index = q_index, k_index[:, 0].reshape(8, 8, 8)
     queries.index_scale = 8**-0.5
-    want = pool_forward(queries, pool, entries).lse_index
+    want = pool_forward(queries, pool, block_table).lse_index
     assert want is not None
     assert lse.dtype == torch.float32
     assert float((lse - want).abs().max()) < 1e-5

@@ -71,16 +71,19 @@ def _portion(queries: Tensor, keys: Tensor, blocks: Tensor, position: Tensor) ->
     own = blocks == (position // block_size)[:, None]
     for keep, masked in (((blocks >= 0) & ~own, False), (own, True)):
         width = _rows_per_item(int(keep.sum()) / num_blocks)
-        work = build_work_list(blocks, keep, num_entries=num_blocks, rows_per_item=width)
+        work = build_work_list(blocks, keep, num_physical_blocks=num_blocks, rows_per_item=width)
         per_batch = max(1, _TILE_ELEMENTS // (width * block_size))
-        for first in range(0, work.entry.numel(), per_batch):
+        for first in range(0, work.physical_block.numel(), per_batch):
             items = slice(first, first + per_batch)
-            batch = WorkList(pair=work.pair[items], entry=work.entry[items])
+            batch = WorkList(pair=work.pair[items], physical_block=work.physical_block[items])
             row = batch.pair.clamp(min=0) // num_slots
-            scores = queries[row] @ keys[batch.entry].to(queries.dtype).mT
+            scores = queries[row] @ keys[batch.physical_block].to(queries.dtype).mT
             if masked:
-                token = batch.entry[:, None] * block_size + torch.arange(block_size, device=row.device)
+                token = batch.physical_block[:, None] * block_size + torch.arange(
+                    block_size, device=row.device
+                )
                 scores.masked_fill_(token[:, None] > position[row][:, :, None], float("-inf"))
+            # empty places of items write to the extra pair, which is cut off below
             target = torch.where(batch.pair < 0, num_rows * num_slots, batch.pair)
             part[target] = scores.logsumexp(-1)
     return part[:-1].view(num_rows, num_slots).logsumexp(1)

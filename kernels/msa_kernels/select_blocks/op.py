@@ -225,6 +225,7 @@ def topk_lowest_id(scores: Tensor, topk: int) -> Tensor:
     """
     num_blocks = scores.shape[-1]
     width = min(topk, num_blocks)
+    # one more than is taken: it tells whether the last one taken is tied with the first refused
     values, ids = scores.topk(min(width + 1, num_blocks), dim=-1)
     if num_blocks > width:
         threshold, below = values[:, width - 1], values[:, width]
@@ -232,6 +233,7 @@ def topk_lowest_id(scores: Tensor, topk: int) -> Tensor:
         if tied.numel():
             ranked, order = scores[tied].sort(dim=-1, descending=True, stable=True)
             values[tied, :width], ids[tied, :width] = ranked[:, :width], order[:, :width]
+    # num_blocks stands for none until all are sorted, so that it ends on the right
     ids = ids[:, :width].masked_fill(values[:, :width] == float("-inf"), num_blocks)
     ids = ids.sort(dim=-1).values
     return ids.masked_fill_(ids == num_blocks, -1)

@@ -123,6 +123,7 @@ def _queries_of(
     args: SelectionArgs, out: Tensor, slots: int
 ) -> tuple[tuple[Tensor, ...], tuple[int, int, int], dict[str, Any]]:
     """Return arguments that both kernels share: pointers, sizes of documents and offset, constants."""
+    # document starts may lie on the host, where they were checked; copying them does not wait
     starts = args.cu_seqlens.to(out.device, non_blocking=True).contiguous()
     num_docs = starts.numel() - 1
     pointers = (
@@ -168,6 +169,7 @@ def _num_splits(device: torch.device, num_tiles: int, num_blocks: int, slots: in
     processors = _DEFAULT_PROCESSORS
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
+    # few rows: without a division of their keys most processors would be idle
     wanted = _PROGRAMS_PER_PROCESSOR * processors // num_tiles
     return max(1, min(wanted, num_blocks // _MIN_BLOCKS_PER_SPLIT, _MERGE_CANDIDATES // slots))
 
@@ -175,6 +177,7 @@ def _num_splits(device: torch.device, num_tiles: int, num_blocks: int, slots: in
 def _rows_for_descriptor(rows: Tensor) -> Tensor:
     """Return the same [N, D] as the copy engine can read it: rows of whole 16 bytes, on 16-byte borders."""
     step = _BYTES_PER_DESCRIPTOR_ROW // rows.element_size()
+    # bf16 has 8 values in 16 bytes: rows of 20 are padded to 24
     extra = -rows.shape[1] % step
     if extra:
         return torch.nn.functional.pad(rows, (0, extra))

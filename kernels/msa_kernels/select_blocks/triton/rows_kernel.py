@@ -1,4 +1,4 @@
-"""Share between scoring and merging: a row's visible and forced blocks, sums of exponentials, the result.
+"""Serve scoring and merging: a row's visible and forced blocks, sums of exponentials, the result.
 
 Shapes: T queries, M KV heads, R = T * M rows (query, KV head), B block size, K top-k slots, KP the power of
 two that holds K. Prefixes as in the other kernels: o_ offsets, m_ masks, p_ pointers, b_ tiles.

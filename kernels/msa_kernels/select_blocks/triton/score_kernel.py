@@ -158,6 +158,7 @@ def select_blocks_kernel(
     begin = tl.min(tl.where(sees_any, first, NO_BLOCK), axis=0)
     end = tl.max(tl.where(sees_any, limit + 1, 0), axis=0)
     if SPLIT:
+        # equal parts of whole tiles; of a short range the last programs get none
         length = tl.cdiv(tl.maximum(end - begin, 0), num_splits * TILE_BLOCKS) * TILE_BLOCKS
         begin = begin + split * length
         end = tl.minimum(end, begin + length)
@@ -223,6 +224,7 @@ def select_blocks_kernel(
                         b_best, b_id, b_total = insert_block(
                             b_best, b_id, b_total, score[None, :], block + j, total, WITH_LSE
                         )
+            # stop is below start where no row has a block left before `end`: the loop ends then
             cursor = tl.maximum(stop, start)
     if WITH_LSE:
         peak = tl.full([ROWS], float("-inf"), tl.float32)
@@ -260,5 +262,6 @@ def select_blocks_kernel(
             b_lse = tl.where(m_scored, b_best * scale_log2 + tl.log2(b_total), float("-inf"))
             peak, total = add_exp(peak, total, tl.trans(b_lse))
             tl.store(lse + row, (peak + tl.log2(total)) * LN2, row < num_rows)
+        # slots that nothing was put into, and those beyond K
         b_id = tl.where((b_best == float("-inf")) | (o_slot >= K), NO_BLOCK, b_id)
         store_ascending(out, b_id, row, num_rows, K, KP)

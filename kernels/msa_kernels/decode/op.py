@@ -101,6 +101,7 @@ def _decode_torch(
             continue
         pages = cache.pages(b, length)
         scores = _block_scores(q_index[b].to(dtype), cache, pages, length, block_size)
+        # forced blocks are the last ones, since the query is the last token
         scores[:, max(0, scores.shape[1] - local_blocks) :] = float("inf")
         blocks = topk_lowest_id(scores, topk)
         block_indices[b, :, : blocks.shape[1]] = blocks.to(torch.int32)
@@ -132,6 +133,7 @@ def _block_scores(
         for begin in range(0, held, tile):
             keys = cache.index_keys(page, slice(begin, min(begin + tile, held)), q_index.dtype)
             products = keys @ q_index.T
+            # the last block of a sequence may be short: what is missing of it scores -inf
             missing = -len(products) % block_size
             if missing:
                 products = torch.nn.functional.pad(products, (0, 0, 0, missing), value=float("-inf"))
@@ -143,6 +145,7 @@ def _block_scores(
 
 def _not_in_triton(q: Tensor, q_index: Tensor, cache: DecodeCache, block_size: int, topk: int) -> str | None:
     """Return why there is no Triton kernel for these arguments, None if there is one."""
+    # one dtype for both operands of a product; fp8 keys are converted to that of the queries
     dtypes = {tensor.dtype for tensor in (q, q_index, cache.k)}
     if not cache.has_fp8_keys:
         dtypes.add(cache.k_index.dtype)

@@ -51,6 +51,7 @@ def decode_attention_reference(
         for head in range(num_heads):
             kv_head = head // (num_heads // num_kv_heads)
             chosen = block_indices[b, kv_head]
+            # every token of a selected block that the sequence has
             tokens = torch.isin(torch.arange(length) // block_size, chosen[chosen >= 0])
             scores = k[tokens, kv_head] @ q[b, head].double().cpu() * softmax_scale
             lse[b, head] = scores.logsumexp(0)

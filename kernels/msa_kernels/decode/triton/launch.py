@@ -46,6 +46,7 @@ def decode_attention_triton(
         config: tile shapes; None: by shape.
         num_parts: programs that share the blocks of a sequence and KV head; None: what fills the device.
     """
+    # lengths stay on the device: the launch does not depend on them, so a CUDA graph can hold it
     seq_lens = seq_lens.to(q.device, non_blocking=True).contiguous()
     dim = _padded(max(q.shape[-1], q_index.shape[-1]))
     if config is None:
@@ -231,6 +232,7 @@ def _attend(
     batch, num_heads, dim = q.shape
     num_kv_heads, topk = block_indices.shape[1:]
     kv_rows, heads_per_kv_head = batch * num_kv_heads, num_heads // num_kv_heads
+    # (sequence, KV head) pairs are what can be done at once without a division
     wanted = triton.cdiv(_WANTED_PROGRAMS, max(1, kv_rows)) if num_parts is None else num_parts
     part_slots: int = triton.cdiv(topk, max(1, min(topk, wanted)))
     num_parts = math.ceil(topk / part_slots)
@@ -240,6 +242,7 @@ def _attend(
         return out, lse
     part_out, part_lse = out, lse
     if num_parts > 1:
+        # fp32 whatever q is: parts are added before they are rounded
         part_out = q.new_empty(kv_rows, num_parts, heads_per_kv_head, dim, dtype=torch.float32)
         part_lse = q.new_empty(kv_rows, num_parts, heads_per_kv_head, dtype=torch.float32)
     k, v = (rows if rows.stride(3) == 1 else rows.contiguous() for rows in (cache.k, cache.v))

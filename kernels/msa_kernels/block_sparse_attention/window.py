@@ -66,8 +66,7 @@ def window_blocks(
     taken = torch.cat((recent >= first_block, sink < first_block), dim=1)
     if query_valid is not None:
         taken &= query_valid[:, None]
-    # num_blocks stands for none, so that sorting brings it to the right; a block of both is taken once, as
-    # recent
+    # num_blocks stands for none, so that sorting brings it to the right; a block of both counts as recent
     ids = torch.cat((recent, sink), dim=1).masked_fill_(~taken, num_blocks).sort(dim=1).values
     ids = ids[:, :num_blocks].masked_fill(ids[:, :num_blocks] == num_blocks, -1)
     return ids.to(torch.int32), TokenWindow(start=start, sink_stop=doc_start + sink_blocks * block_size)

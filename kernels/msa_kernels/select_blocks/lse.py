@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from msa_kernels.block_sparse_attention.work_list import WorkList, build_work_list
+from msa_kernels.block_sparse_attention.work_list import build_work_list
 
 # (row, slot) pairs that are sorted at a time, and scores of one tile
 _PAIRS = 2**19
@@ -75,16 +75,14 @@ def _portion(queries: Tensor, keys: Tensor, blocks: Tensor, position: Tensor) ->
         per_batch = max(1, _TILE_ELEMENTS // (width * block_size))
         for first in range(0, work.physical_block.numel(), per_batch):
             items = slice(first, first + per_batch)
-            batch = WorkList(pair=work.pair[items], physical_block=work.physical_block[items])
-            row = batch.pair.clamp(min=0) // num_slots
-            scores = queries[row] @ keys[batch.physical_block].to(queries.dtype).mT
+            pair, block = work.pair[items], work.physical_block[items]
+            row = pair.clamp(min=0) // num_slots
+            scores = queries[row] @ keys[block].to(queries.dtype).mT
             if masked:
-                token = batch.physical_block[:, None] * block_size + torch.arange(
-                    block_size, device=row.device
-                )
+                token = block[:, None] * block_size + torch.arange(block_size, device=row.device)
                 scores.masked_fill_(token[:, None] > position[row][:, :, None], float("-inf"))
             # empty places of items write to the extra pair, which is cut off below
-            target = torch.where(batch.pair < 0, num_rows * num_slots, batch.pair)
+            target = torch.where(pair < 0, num_rows * num_slots, pair)
             part[target] = scores.logsumexp(-1)
     return part[:-1].view(num_rows, num_slots).logsumexp(1)
 

@@ -125,7 +125,7 @@ def attend_backward_kernel(
         m_q = m_row[:, None] & (o_d < D)[None, :]
         b_q = tl.load(q + o_rg[:, None] * D + o_d[None, :], mask=m_q, other=0.0)
         b_do = tl.load(dout + o_rg[:, None] * D + o_d[None, :], mask=m_q, other=0.0)
-        # s * scale - lse = scale * (q . k - lse / scale), so -lse / scale is where the product's sum begins.
+        # scale * q . k - lse = scale * (q . k - lse / scale): the product's sum begins with -lse / scale.
         # Rows that are not there, and queries that see nothing, get probability 0 from -lse = -inf. lse, mask
         # and delta are the products' initial values: beside them they would take as many registers as scores.
         b_lse = tl.load(lse + o_rg, mask=m_row, other=float("-inf"))

@@ -201,7 +201,7 @@ def decode_attention_kernel(
     """
     part = tl.program_id(0)
     first_head = tl.program_id(1) * HEADS
-    # (sequence, KV head), as M counts them
+    # (sequence, KV head), M of them to a sequence
     kv_row = first_head // G
     sequence, kv_head = kv_row // M, (kv_row % M).to(tl.int64)
     length = tl.load(seq_lens + sequence).to(tl.int32)

@@ -62,7 +62,7 @@ def msa_core(shape: CoreShape, inputs: CoreInputs) -> CoreResult:
     selected = select_blocks(
         inputs.q_index, inputs.k_index, starts, block_size=shape.block_size, topk=shape.topk
     )
-    queries, pool, entries = whole_pack(
+    queries, pool, block_table = whole_pack(
         inputs.q, inputs.k, inputs.v, selected, shape.block_size, shape.head_dim**-0.5, 0, window=None
     )
     queries = replace(
@@ -71,12 +71,12 @@ def msa_core(shape: CoreShape, inputs: CoreInputs) -> CoreResult:
         k_index=inputs.k_index.view(-1, shape.block_size, shape.index_dim),
         index_scale=shape.index_dim**-0.5,
     )
-    result = pool_forward(queries, pool, entries)
+    result = pool_forward(queries, pool, block_table)
     assert result.lse_index is not None, "index queries were given"
     dout = inputs.dout.view_as(result.out)
     delta = torch.einsum("tmgd,tmgd->tmg", dout, result.out)
     term = KlTerm(lse_index=result.lse_index, weight=1.0)
-    grads = pool_backward(queries, pool, entries, dout, delta, result.lse, term)
+    grads = pool_backward(queries, pool, block_table, dout, delta, result.lse, term)
     assert grads.dq_index is not None, "a KL term was given"
     assert grads.dk_index is not None, "a KL term was given"
     assert grads.kl is not None, "a KL term was given"

@@ -27,9 +27,8 @@ from benchmarks.gpu.patches import Change, changed
 from benchmarks.gpu.problem import LayerSizes, Tensors
 from benchmarks.gpu.selection_reference import exact_selection
 
-_FORWARD, _BACKWARD = (
-    f"msa_kernels.block_sparse_attention.triton.{name}" for name in ("launch_forward", "launch_backward")
-)
+_TRITON = "msa_kernels.block_sparse_attention.triton"
+_FORWARD, _BACKWARD = f"{_TRITON}.launch_forward", f"{_TRITON}.launch_backward"
 NAMES = ("out", "dq", "dk", "dv", "dq_index", "dk_index", "kl")
 
 
@@ -151,7 +150,7 @@ def _pool_run(problem: AttentionProblem, kernel: str) -> tuple[Tensor, ...]:
         problem.scales["index_scale"] / temperature, temperature, problem.window,
     )  # fmt: skip
     pools = [_pool(problem, number) for number in range(problem.case.num_pools)]
-    parts = [pool_forward(queries, pool, entries, kernel=kernel) for _, pool, entries in pools]
+    parts = [pool_forward(queries, pool, block_table, kernel=kernel) for _, pool, block_table in pools]
     merged = parts[0]
     for part in parts[1:]:
         merged = _merge(merged, part)
@@ -164,8 +163,8 @@ def _pool_run(problem: AttentionProblem, kernel: str) -> tuple[Tensor, ...]:
     dq_index = torch.zeros(q_index.shape, dtype=dout.dtype, device=q.device)
     dkv = torch.zeros(M * S // B, 2, B, q.shape[-1], dtype=dout.dtype, device=q.device)
     dk_index = torch.zeros(M * S // B, B, k_index.shape[-1], dtype=dout.dtype, device=q.device)
-    for pairs, pool, entries in pools:
-        grads = pool_backward(queries, pool, entries, dout, delta, merged.lse, term, kernel=kernel)
+    for pairs, pool, block_table in pools:
+        grads = pool_backward(queries, pool, block_table, dout, delta, merged.lse, term, kernel=kernel)
         dq += grads.dq
         dkv[pairs] = grads.dkv
         if term is not None and grads.dq_index is not None and grads.dk_index is not None:
@@ -179,18 +178,18 @@ def _pool_run(problem: AttentionProblem, kernel: str) -> tuple[Tensor, ...]:
 
 
 def _pool(problem: AttentionProblem, number: int) -> tuple[Tensor, BlockPool, Tensor]:
-    """Return the pairs (group, block) of a pool, the pool, and the entries of the queries in it."""
+    """Return the pairs (group, block) of a pool, the pool, and the block table of the queries in it."""
     _, k, v, _, _ = problem.inputs
     ids, device = problem.block_indices.long(), k.device
     NB, M = k.shape[0] // problem.block_size, k.shape[1]
     pairs = torch.arange(M * NB, device=device)
     pairs = pairs[pairs % problem.case.num_pools == number]
-    entry_of = torch.full((M * NB,), -1, device=device)
-    entry_of[pairs] = torch.arange(len(pairs), device=device)
+    physical_block = torch.full((M * NB,), -1, device=device)
+    physical_block[pairs] = torch.arange(len(pairs), device=device)
     pair = ids.clamp(min=0) + torch.arange(M, device=device)[:, None] * NB
-    entries = torch.where(ids >= 0, entry_of[pair], -1)
+    block_table = torch.where(ids >= 0, physical_block[pair], -1)
     kv = pack_blocks(k, v, problem.block_size)[pairs].contiguous()
-    return pairs, BlockPool(kv, (pairs % NB).contiguous()), entries
+    return pairs, BlockPool(kv, (pairs % NB).contiguous()), block_table
 
 
 def _merge(a: PoolOutput, b: PoolOutput) -> PoolOutput:

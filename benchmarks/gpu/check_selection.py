@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from msa_kernels import select_blocks
 from msa_kernels.block_sparse_attention.reference import selection_mask
+from msa_kernels.select_blocks.types import SelectionArgs
 from torch import Tensor
 
 from benchmarks.gpu.comparison import SCORE_ROUNDING, Check, selection_check, worst_row
@@ -85,7 +86,7 @@ def _select(problem: SelectionProblem, sizes: LayerSizes, kernel: str, num_split
     # the operator itself divides ranges where there are few rows
     from msa_kernels.select_blocks.triton.launch import select_blocks_triton
 
-    return select_blocks_triton(*tensors, **shape, num_splits=num_splits)[0]
+    return select_blocks_triton(SelectionArgs(*tensors, **shape), num_splits=num_splits)[0]
 
 
 def _selected_lse(problem: SelectionProblem, sizes: LayerSizes, kernel: str) -> Check:

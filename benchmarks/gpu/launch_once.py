@@ -47,15 +47,15 @@ def operator(what: str, tensors: Tensors, sizes: LayerSizes, seq_len: int) -> Ca
         return lambda: select(index, sizes, "auto")
     ids = select(index, sizes, "auto")
     problem = make_groups(tensors, sizes, index, ids, with_kl=what == "backward")
-    queries, pool, entries = problem.queries, problem.pool, problem.entries
+    queries, pool, block_table = problem.queries, problem.pool, problem.block_table
     if what == "forward":
-        return lambda: pool_forward(queries, pool, entries)
-    part = pool_forward(queries, pool, entries)
+        return lambda: pool_forward(queries, pool, block_table)
+    part = pool_forward(queries, pool, block_table)
     assert part.lse_index is not None, "made with an index branch"
     dout = problem.dout.to(queries.compute_dtype)
     delta = (dout * part.out).sum(-1)
     term = KlTerm(part.lse_index, weight=1.0)
-    return lambda: pool_backward(queries, pool, entries, dout, delta, part.lse, term)
+    return lambda: pool_backward(queries, pool, block_table, dout, delta, part.lse, term)
 
 
 class Launches:

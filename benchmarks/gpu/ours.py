@@ -119,7 +119,9 @@ class OursPart:
     def _forward(self) -> None:
         problem, sizes = self._problem(with_kl=False), self.context.sizes
         seconds = self.context.clock.seconds(
-            lambda: pool_forward(problem.queries, problem.pool, problem.entries, kernel=self.context.kernel)
+            lambda: pool_forward(
+                problem.queries, problem.pool, problem.block_table, kernel=self.context.kernel
+            )
         )
         flops = self._num_pairs * sizes.pair_flops()
         num_bytes = sizes.forward_bytes(self._num_pairs, self.context.tensors.element_bytes)
@@ -127,11 +129,11 @@ class OursPart:
 
     def _backward(self) -> None:
         problem, sizes, kernel = self._problem(with_kl=True), self.context.sizes, self.context.kernel
-        part = pool_forward(problem.queries, problem.pool, problem.entries, kernel=kernel)
+        part = pool_forward(problem.queries, problem.pool, problem.block_table, kernel=kernel)
         assert part.lse_index is not None, "made with an index branch"
         term = KlTerm(part.lse_index, weight=1.0)
         delta = (problem.dout.to(part.out.dtype) * part.out).sum(-1)
-        arguments = (problem.queries, problem.pool, problem.entries, problem.dout, delta, part.lse, term)
+        arguments = (problem.queries, problem.pool, problem.block_table, problem.dout, delta, part.lse, term)
         del part, delta, problem
         seconds = self.context.clock.seconds(lambda: pool_backward(*arguments, kernel=kernel))
         flops = self._num_pairs * (2.5 * sizes.pair_flops() + sizes.kl_pair_flops())

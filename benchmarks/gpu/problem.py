@@ -162,7 +162,7 @@ class GroupProblem:
 
     queries: SparseQueries
     pool: BlockPool
-    entries: Tensor
+    block_table: Tensor
     dout: Tensor
 
 
@@ -187,6 +187,6 @@ def make_groups(
     return GroupProblem(
         queries=queries,
         pool=BlockPool(kv=pack_blocks(k, v, B), block=block),
-        entries=torch.where(ids >= 0, ids + first, -1),
+        block_table=torch.where(ids >= 0, ids + first, -1),
         dout=tensors.normal(S, groups, sizes.heads_per_group, D),
     )

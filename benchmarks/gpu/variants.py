@@ -47,10 +47,10 @@ def variants(context: Context) -> list[Variant]:
         return []
     found = [Variant(SCORING, SHIPPED, (), "selection")]
     for config in select_configs.CANDIDATES:
-        tile = f"{config.block_m}x{config.tile_n}, {config.num_warps} warps, {config.num_stages} stages"
+        tile = f"{config.rows}x{config.keys}, {config.num_warps} warps, {config.num_stages} stages"
         found.append(Variant(SCORING, tile, ((f"{_SELECT}.configs", "MAIN", (config,)),), "selection"))
     for count in NUM_SPLITS:
-        change = (f"{_SELECT}.launch", "_num_splits", lambda *_, count=count: count)
+        change = (f"{_SELECT}.triton.launch", "_num_splits", lambda *_, count=count: count)
         found.append(Variant(SCORING, f"keys divided by {count}", (change,), "selection"))
     found.append(Variant(BACKWARD, SHIPPED, (), "attention"))
     for config in sparse_configs.ATTEND_BACKWARD_CANDIDATES:
@@ -138,11 +138,11 @@ class VariantsPart:
         groups = groups_at_once(context.sizes, self.seq_len, context.scale.most_values)
         ids: Tensor = select(self._index, context.sizes, context.kernel)[:, :groups].contiguous()
         problem = make_groups(context.tensors, context.sizes, self._index, ids, with_kl=True)
-        part = pool_forward(problem.queries, problem.pool, problem.entries, kernel=context.kernel)
+        part = pool_forward(problem.queries, problem.pool, problem.block_table, kernel=context.kernel)
         assert part.lse_index is not None, "made with an index branch"
         delta = (problem.dout.to(part.out.dtype) * part.out).sum(-1)
         term = KlTerm(part.lse_index, weight=1.0)
-        return problem.queries, problem.pool, problem.entries, problem.dout, delta, part.lse, term
+        return problem.queries, problem.pool, problem.block_table, problem.dout, delta, part.lse, term
 
     def _attention_s(self) -> float:
         context = self.context

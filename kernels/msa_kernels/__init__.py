@@ -1,5 +1,6 @@
-"""Operators of MiniMax Sparse Attention: block selection, block-sparse attention, the index branch's KL loss,
-decoding.
+"""Offer the operators of MiniMax Sparse Attention.
+
+Block selection, block-sparse attention, the index branch's KL loss, decoding.
 
 Depends on torch only; Triton is imported where one of its kernels runs. Every operator has a plain
 `reference` and an `op` that never holds a query-by-sequence matrix.

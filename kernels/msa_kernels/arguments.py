@@ -1,4 +1,4 @@
-"""Checks of arguments that the operators share. Every error names the value, the rule and the way out."""
+"""Check arguments, as all operators do. Every error names the value, the rule and the way out."""
 
 import os
 
@@ -49,7 +49,7 @@ def check_topk(topk: int, local_blocks: int) -> None:
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether values of this tensor are checked: always on the CPU, where looking costs next to nothing.
+    """Decide whether a tensor's values are checked: on the CPU always, where looking costs little.
 
     On a device one has to wait for them; MSA_KERNELS_CHECK=1 asks for it.
     """
@@ -68,6 +68,7 @@ def check_values(name: str, tensor: Tensor, low: int, high: int, rule: str) -> N
     """
     if not readable(tensor):
         return
+    # one pass and one wait for both
     least, most = (int(value) for value in tensor.aminmax())
     if least < low or most > high:
         raise ValueError(f"{name}={least if least < low else most}: must be {rule}")

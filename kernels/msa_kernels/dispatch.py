@@ -1,4 +1,4 @@
-"""Which of its implementations an operator runs."""
+"""Choose which of its implementations an operator runs."""
 
 import os
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def choose_kernel(kernel: str, device: torch.device, unsupported: str | None) -> str:
-    """The implementation to run: "triton", "cpu" or "reference".
+    """Choose the implementation to run: "triton", "cpu" or "reference".
 
     Args:
         kernel: one of KERNELS. "auto": Triton on a GPU if it is installed and has a kernel for the arguments,
@@ -40,8 +40,9 @@ def choose_kernel(kernel: str, device: torch.device, unsupported: str | None) ->
 
 
 def dtypes_not_in_triton(tensors: Sequence[Tensor]) -> str:
-    """Names of the dtypes, where they are not one that Triton kernels take; empty where they are."""
+    """Name the dtypes, where they are not one that Triton kernels take; empty where they are."""
     dtypes = {tensor.dtype for tensor in tensors}
+    # two operands of a product must be of one dtype
     if len(dtypes) == 1 and dtypes <= set(_TRITON_DTYPES):
         return ""
     return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
@@ -49,5 +50,5 @@ def dtypes_not_in_triton(tensors: Sequence[Tensor]) -> str:
 
 @cache
 def has_triton() -> bool:
-    """Whether triton can be imported; does not import it."""
+    """Find out whether triton can be imported, without importing it."""
     return find_spec("triton") is not None

@@ -1,4 +1,4 @@
-"""What the Triton kernels can serve, asked with sizes instead of tensors: before a run starts."""
+"""Tell what the Triton kernels can serve, from sizes instead of tensors: before a run starts."""
 
 import torch
 
@@ -16,20 +16,21 @@ def why_not_triton(
     index_head_dim: int = 0,
     topk: int = 1,
 ) -> str | None:
-    """Why selection or attention, forward or backward, has no Triton kernel for these sizes; None: they have.
+    """Return why selection or attention has no Triton kernel, forward or backward, for these sizes.
 
     Args:
         dtype: of all tensors.
-        num_kv_heads: KV groups. heads_per_group: query heads of each.
+        num_kv_heads: KV heads. heads_per_group: query heads of each.
         head_dim, index_head_dim: channels; no index branch with 0.
         block_size: tokens per block.
-        topk: blocks per query and group.
+        topk: blocks per query and KV head.
 
     Returns:
-        Text for an error, "name=value: rule".
+        Text for an error, "name=value: rule"; None where there are kernels.
     """
 
     def sizes(*shape: int) -> torch.Tensor:
+        """Make a tensor without data, which answers the same questions as those of a call."""
         return torch.empty(shape, dtype=dtype, device="meta")
 
     q, kv = sizes(1, num_kv_heads, heads_per_group, head_dim), sizes(1, 2, block_size, head_dim)

@@ -163,9 +163,9 @@ class _Bench:
         group = torch.arange(self.shape.num_kv_heads, device=self.device)[:, None]
         # block ids per KV head become rows of the pool, which holds the blocks of all heads one after another
         ids = self._select().long()
-        entries = torch.where(ids >= 0, ids + group * num_blocks, -1)
+        block_table = torch.where(ids >= 0, ids + group * num_blocks, -1)
         queries = self._queries(with_kl=True)
-        part = pool_forward(queries, self.pool, entries)
+        part = pool_forward(queries, self.pool, block_table)
         assert part.lse_index is not None, "index queries were given"
         term = KlTerm(lse_index=part.lse_index, weight=1.0)
         dout = self.dout.to(queries.compute_dtype)
@@ -174,9 +174,9 @@ class _Bench:
 
         def backward(kl: KlTerm | None) -> object:
             asked = self._queries(with_kl=kl is not None)
-            return pool_backward(asked, self.pool, entries, dout, delta, part.lse, kl)
+            return pool_backward(asked, self.pool, block_table, dout, delta, part.lse, kl)
 
-        forward_s = self._seconds(lambda: pool_forward(queries, self.pool, entries), rounds)
+        forward_s = self._seconds(lambda: pool_forward(queries, self.pool, block_table), rounds)
         backward_s = self._seconds(lambda: backward(None), rounds)
         both_s = self._seconds(lambda: backward(term), rounds)
         return forward_s, backward_s, max(both_s - backward_s, 1e-3 * backward_s)
@@ -201,7 +201,7 @@ class _Bench:
         size = self.shape.block_size
         small = _Bench(self.shape, size, size, self.device, self.dtype)
         small.x, small.weight = small.x[:1, :1], small.weight[:1, :1]
-        entries = torch.arange(self.shape.num_kv_heads, device=self.device)[None, :, None]
+        block_table = torch.arange(self.shape.num_kv_heads, device=self.device)[None, :, None]
         queries = SparseQueries(small.q[:1], small.position[:1], 1.0)
 
         def forward() -> None:
@@ -210,7 +210,7 @@ class _Bench:
                 small.q_index[:1], small.k_index, small.cu_seqlens, block_size=size, topk=self.shape.topk,
                 local_blocks=self.shape.local_blocks,
             )  # fmt: skip
-            pool_forward(queries, small.pool, entries)
+            pool_forward(queries, small.pool, block_table)
 
         return self._seconds(forward, rounds)
 

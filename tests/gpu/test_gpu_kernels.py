@@ -57,7 +57,7 @@ def forward_bits(rank: int, world_size: int) -> list[int]:
     problem = sparse_problem()
 
     def call() -> Sequence[Tensor]:
-        part = pool_forward(problem.queries, problem.pool, problem.entries, kernel=KERNEL)
+        part = pool_forward(problem.queries, problem.pool, problem.block_table, kernel=KERNEL)
         assert part.lse_index is not None, "made with an index branch"
         return part.out, part.lse, part.lse_index
 
@@ -68,7 +68,7 @@ def backward_bits(rank: int, world_size: int) -> list[int]:
     """All gradients, those of the KL loss too, and its value."""
     problem = sparse_problem()
     # the forward's kernels are another rank's matter
-    part = pool_forward(problem.queries, problem.pool, problem.entries, kernel="cpu")
+    part = pool_forward(problem.queries, problem.pool, problem.block_table, kernel="cpu")
     assert part.lse_index is not None, "made with an index branch"
     term = KlTerm(part.lse_index, weight=1.0)
     dout = problem.dout.float()
@@ -76,7 +76,7 @@ def backward_bits(rank: int, world_size: int) -> list[int]:
 
     def call() -> Sequence[Tensor]:
         grads = pool_backward(
-            problem.queries, problem.pool, problem.entries, dout, delta, part.lse, term, kernel=KERNEL
+            problem.queries, problem.pool, problem.block_table, dout, delta, part.lse, term, kernel=KERNEL
         )
         assert grads.dq_index is not None, "called with a KL term"
         assert grads.dk_index is not None, "called with a KL term"

@@ -20,7 +20,7 @@ class PoolProblem:
 
     queries: SparseQueries
     pools: list[BlockPool]
-    entries: list[Tensor]
+    block_tables: list[Tensor]
     dout: Tensor
     kl_weight: float = 0.25
     with_kl: bool = True
@@ -53,7 +53,7 @@ class Shape:
 
 
 def make_problem(shape: Shape, dtype: torch.dtype) -> PoolProblem:
-    """A problem with random values; entries of the pools in random order."""
+    """A problem with random values; blocks of the pools in random order."""
     random = torch.Generator().manual_seed(shape.seed)
     S, T, M, NB = shape.seq_len, shape.num_queries, shape.groups, shape.seq_len // shape.block_size
 
@@ -79,15 +79,15 @@ def make_problem(shape: Shape, dtype: torch.dtype) -> PoolProblem:
     # A random pool for each (block, group), and a random place in it.
     home = torch.randint(shape.num_pools, (M * NB,), generator=random)
     order = torch.randperm(M * NB, generator=random)
-    pools, entries = [], []
+    pools, block_tables = [], []
     for pool in range(shape.num_pools):
         mine = order[home[order] == pool]
         place = torch.full((M * NB + 1,), -1)
         place[mine] = torch.arange(mine.numel())
         pools.append(BlockPool(kv=kv[mine].contiguous(), block=blocks[mine]))
-        entries.append(place[everywhere])
+        block_tables.append(place[everywhere])
     return PoolProblem(
-        queries, pools, entries, dout=normal(T, M, shape.heads, shape.dim), with_kl=shape.with_index
+        queries, pools, block_tables, dout=normal(T, M, shape.heads, shape.dim), with_kl=shape.with_index
     )
 
 
@@ -118,8 +118,8 @@ def _select(shape: Shape, position: Tensor, q: Tensor, k: Tensor) -> tuple[Tenso
 def attend(problem: PoolProblem, kernel: str) -> PoolOutput:
     """Forward over all pools, merged by log-sum-exp."""
     total: PoolOutput | None = None
-    for pool, entries in zip(problem.pools, problem.entries, strict=True):
-        part = pool_forward(problem.queries, pool, entries, kernel=kernel)
+    for pool, block_table in zip(problem.pools, problem.block_tables, strict=True):
+        part = pool_forward(problem.queries, pool, block_table, kernel=kernel)
         total = part if total is None else _merge(total, part)
     assert total is not None, "a problem has a pool"
     return total
@@ -134,8 +134,8 @@ def attend_backward(problem: PoolProblem, merged: PoolOutput, kernel: str) -> li
         assert merged.lse_index is not None, "with an index branch"
         term = KlTerm(lse_index=merged.lse_index, weight=problem.kl_weight, lse_teacher=merged.lse_teacher)
     return [
-        pool_backward(problem.queries, pool, entries, dout, delta, merged.lse, term, kernel=kernel)
-        for pool, entries in zip(problem.pools, problem.entries, strict=True)
+        pool_backward(problem.queries, pool, block_table, dout, delta, merged.lse, term, kernel=kernel)
+        for pool, block_table in zip(problem.pools, problem.block_tables, strict=True)
     ]
 
 
@@ -156,7 +156,7 @@ def to_dtype(problem: PoolProblem, dtype: torch.dtype) -> PoolProblem:
     return PoolProblem(
         queries,
         pools,
-        problem.entries,
+        problem.block_tables,
         problem.dout.to(dtype),
         kl_weight=problem.kl_weight,
         with_kl=problem.with_kl,

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from msa_kernels import block_sparse_attention, select_blocks
-from msa_kernels.block_sparse_attention import tiled as pool_module
+from msa_kernels.block_sparse_attention import tiled_chunk as pool_module
 from msa_kernels.block_sparse_attention.op import pack_blocks, unpack_blocks
 from msa_kernels.block_sparse_attention.reference import (
     attention_reference,
@@ -116,14 +116,14 @@ def test_kl_value_and_gradients(starts: list[int]) -> None:
     blocks = torch.arange(S // block_size).repeat(M)
     pool = BlockPool(kv=pack_blocks(k, v, block_size), block=blocks)
     ids = block_indices.long()
-    entries = torch.where(ids >= 0, ids + torch.arange(M)[:, None] * (S // block_size), -1)
-    result = pool_forward(queries, pool, entries)
+    block_table = torch.where(ids >= 0, ids + torch.arange(M)[:, None] * (S // block_size), -1)
+    result = pool_forward(queries, pool, block_table)
     assert result.lse_index is not None
     zero = torch.zeros_like(result.out)
     grads = pool_backward(
         queries,
         pool,
-        entries,
+        block_table,
         zero,
         zero.sum(-1),
         result.lse,
@@ -139,10 +139,10 @@ def test_kl_value_and_gradients(starts: list[int]) -> None:
     assert not grads.dq.any()
     # Constant index keys move no probability: then dq_index is k * sum_j ds_j, which must vanish.
     queries.k_index = torch.ones_like(queries.k_index) if queries.k_index is not None else None
-    result = pool_forward(queries, pool, entries)
+    result = pool_forward(queries, pool, block_table)
     assert result.lse_index is not None
     term = KlTerm(lse_index=result.lse_index, weight=1.0)
-    grads = pool_backward(queries, pool, entries, zero, zero.sum(-1), result.lse, term)
+    grads = pool_backward(queries, pool, block_table, zero, zero.sum(-1), result.lse, term)
     assert grads.dq_index is not None
     assert grads.dq_index.abs().max() < 1e-13
 
@@ -168,10 +168,10 @@ def test_pack_round_trip() -> None:
 
 def test_work_list_example() -> None:
     """The example of the docstring."""
-    entries = torch.tensor([[5, 7], [7, -1], [7, 5]])
-    work = build_work_list(entries, entries >= 0, num_entries=9, rows_per_item=2)
+    block_table = torch.tensor([[5, 7], [7, -1], [7, 5]])
+    work = build_work_list(block_table, block_table >= 0, num_physical_blocks=9, rows_per_item=2)
     assert work.pair.tolist() == [[0, 5], [1, 2], [4, -1]]
-    assert work.entry.tolist() == [5, 7, 7]
+    assert work.physical_block.tolist() == [5, 7, 7]
 
 
 @pytest.mark.parametrize(

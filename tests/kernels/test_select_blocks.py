@@ -10,6 +10,7 @@ from msa_kernels.block_sparse_attention.tiled import pool_forward
 from msa_kernels.select_blocks import lse as lse_module
 from msa_kernels.select_blocks import op as op_module
 from msa_kernels.select_blocks.reference import select_blocks_reference
+from msa_kernels.select_blocks.types import SelectionArgs
 
 
 @pytest.mark.parametrize(
@@ -41,7 +42,7 @@ def test_equals_definition(
     }
     got = select_blocks(q, k, starts, **arguments)
     assert got.dtype == torch.int32
-    assert torch.equal(got, select_blocks_reference(q, k, starts, **arguments)[0])
+    assert torch.equal(got, select_blocks_reference(SelectionArgs(q, k, starts, **arguments))[0])
     assert (got[~valid] == -1).all()
 
 
@@ -50,7 +51,9 @@ def test_ties_go_to_the_lower_block() -> None:
     q, k = torch.ones(64, 2, 4), torch.ones(64, 4)
     got = select_blocks(q, k, torch.tensor([0, 64]), block_size=4, topk=5)
     assert got[63].tolist() == [[0, 1, 2, 3, 15]] * 2
-    assert torch.equal(got, select_blocks_reference(q, k, torch.tensor([0, 64]), block_size=4, topk=5)[0])
+    assert torch.equal(
+        got, select_blocks_reference(SelectionArgs(q, k, torch.tensor([0, 64]), block_size=4, topk=5))[0]
+    )
 
 
 def test_groups_select_independently() -> None:
@@ -117,10 +120,10 @@ def test_lse_is_that_of_attention() -> None:
     blocks, lse = select_blocks(
         q_index, k_index[:, 0], torch.tensor([0, 64]), block_size=8, topk=3, return_lse=True
     )
-    queries, pool, entries = whole_pack(q, k, v, blocks, 8, 1.0, 0, window=None)
+    queries, pool, block_table = whole_pack(q, k, v, blocks, 8, 1.0, 0, window=None)
     queries.q_index, queries.k_index = q_index, k_index[:, 0].reshape(8, 8, 8)
     queries.index_scale = 8**-0.5
-    want = pool_forward(queries, pool, entries).lse_index
+    want = pool_forward(queries, pool, block_table).lse_index
     assert want is not None
     assert lse.dtype == torch.float32
     assert float((lse - want).abs().max()) < 1e-5

@@ -37,13 +37,13 @@ def pool_run(tensors: list[Tensor], dout: Tensor, ids: Tensor, kernel: str) -> t
     )  # fmt: skip
     pool = BlockPool(pack_blocks(k, v, BLOCK_SIZE), torch.arange(NB, device=q.device).repeat(M))
     group = torch.arange(M, device=q.device)[:, None]
-    entries = torch.where(ids >= 0, ids.long() + group * NB, -1)
-    part = pool_forward(queries, pool, entries, kernel=kernel)
+    block_table = torch.where(ids >= 0, ids.long() + group * NB, -1)
+    part = pool_forward(queries, pool, block_table, kernel=kernel)
     assert part.lse_index is not None
     dout = dout.to(part.out.dtype)
     term = KlTerm(part.lse_index, weight=1.0)
     grads = pool_backward(
-        queries, pool, entries, dout, (dout * part.out).sum(-1), part.lse, term, kernel=kernel
+        queries, pool, block_table, dout, (dout * part.out).sum(-1), part.lse, term, kernel=kernel
     )
     assert grads.dk_index is not None
     assert grads.dq_index is not None

@@ -100,8 +100,8 @@ def test_equals_the_definition(name: str, dtype: torch.dtype) -> None:
         assert torch.equal(a[~seen], b[~seen].to(a.dtype)), field.name
         tolerance = TOLERANCE[dtype] if field.name == "out" else TOLERANCE[torch.float32]
         assert_rows_close(a.masked_fill(~seen, 0.0), b.masked_fill(~seen, 0.0), tolerance)
-    for entries, ours, theirs in zip(
-        problem.entries, got_grads, attend_backward(exact, want, "reference"), strict=True
+    for block_table, ours, theirs in zip(
+        problem.block_tables, got_grads, attend_backward(exact, want, "reference"), strict=True
     ):
         for field in dataclasses.fields(PoolGrads):
             a, b = getattr(ours, field.name), getattr(theirs, field.name)
@@ -109,7 +109,7 @@ def test_equals_the_definition(name: str, dtype: torch.dtype) -> None:
             if a is not None:
                 assert_rows_close(a, b, TOLERANCE[dtype])
         unread = torch.ones(ours.dkv.shape[0], dtype=torch.bool)
-        unread[entries[entries >= 0]] = False
+        unread[block_table[block_table >= 0]] = False
         assert not ours.dkv[unread].any()
         assert ours.dk_index is None or not ours.dk_index[unread].any()
 
@@ -119,10 +119,10 @@ def test_equals_the_definition(name: str, dtype: torch.dtype) -> None:
 def test_empty(num_queries: int) -> None:
     """No query, or a pool without blocks, or one whose blocks nobody reads."""
     problem = make_problem(Shape(num_queries=num_queries), torch.float32)
-    problem.entries = [entries.fill_(-1) for entries in problem.entries]
+    problem.block_tables = [block_table.fill_(-1) for block_table in problem.block_tables]
     empty = BlockPool(kv=problem.pools[0].kv[:0], block=problem.pools[0].block[:0])
     problem.pools.append(empty)
-    problem.entries.append(problem.entries[0])
+    problem.block_tables.append(problem.block_tables[0])
     merged, grads = run_triton(run_pools, problem, Shape())
     assert not merged.out.any()
     assert torch.isinf(merged.lse).all()
@@ -147,19 +147,22 @@ def test_runs_are_bitwise_equal() -> None:
 
 
 def test_schedule_equals_the_work_list() -> None:
-    """The same lists of pairs per entry as the tiled path works through."""
+    """The same lists of pairs per physical block as the tiled path works through."""
     problem = make_problem(Shape(groups=3), torch.float32)
-    pool, entries, position = problem.pools[0], problem.entries[0], problem.queries.position
-    schedule = build_schedule(entries, pool.block, position, None, block_size=16)
-    partial = pool.block[entries.clamp(min=0)] * 16 + 15 > position[:, None, None]
+    pool, block_table, position = problem.pools[0], problem.block_tables[0], problem.queries.position
+    schedule = build_schedule(block_table, pool.block, position, None, block_size=16)
+    partial = pool.block[block_table.clamp(min=0)] * 16 + 15 > position[:, None, None]
     for masked in (False, True):
-        keep = (entries >= 0) & (partial == masked)
+        keep = (block_table >= 0) & (partial == masked)
         want = build_work_list(
-            entries.flatten(0, 1), keep.flatten(0, 1), num_entries=pool.block.numel(), rows_per_item=4
+            block_table.flatten(0, 1),
+            keep.flatten(0, 1),
+            num_physical_blocks=pool.block.numel(),
+            rows_per_item=4,
         )
         items = schedule.items(masked=masked, pairs_per_item=4)
         count = int(items.num_items)
-        assert items.entry[:count].tolist() == want.entry.tolist()
+        assert items.physical_block[:count].tolist() == want.physical_block.tolist()
         pairs = [
             schedule.order[begin:stop].tolist()
             for begin, stop in zip(items.begin[:count], items.stop[:count], strict=True)
@@ -169,14 +172,30 @@ def test_schedule_equals_the_work_list() -> None:
 
 def test_items_example() -> None:
     """The example of the docstring."""
-    entries = torch.tensor([0, 0, 1, 0]).view(4, 1, 1)
-    schedule = build_schedule(entries, torch.tensor([0, 1]), torch.full((4,), 7), None, block_size=4)
+    block_table = torch.tensor([0, 0, 1, 0]).view(4, 1, 1)
+    schedule = build_schedule(block_table, torch.tensor([0, 1]), torch.full((4,), 7), None, block_size=4)
     items = schedule.items(masked=False, pairs_per_item=2)
     assert schedule.order.tolist() == [0, 1, 3, 2]
     assert int(items.num_items) == 3
-    assert items.entry[:3].tolist() == [0, 0, 1]
+    assert items.physical_block[:3].tolist() == [0, 0, 1]
     assert items.begin[:3].tolist() == [0, 2, 3]
     assert items.stop[:3].tolist() == [2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("first", "order", "offsets"),
+    [(7, [0, 5, 1, 2, 4, 3], [0, 2, 5, 5, 5]), (6, [0, 5, 2, 4, 1, 3], [0, 2, 4, 4, 5])],
+    ids=["all_whole", "own_block_in_part"],
+)
+def test_schedule_example(first: int, order: list[int], offsets: list[int]) -> None:
+    """The example of the docstring."""
+    block_table = torch.tensor([[0, 1], [1, -1], [1, 0]])[:, None]
+    schedule = build_schedule(
+        block_table, torch.tensor([0, 1]), torch.tensor([first, 8, 9]), None, block_size=4
+    )
+    assert schedule.order.tolist() == order
+    assert schedule.offsets.tolist() == offsets
+    assert schedule.used.tolist() == [1, 1, 1, 0, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -224,7 +243,7 @@ def launch_all(shape: Shape, dtype: torch.dtype) -> None:
     from msa_kernels.block_sparse_attention import triton as triton_path
 
     problem = make_problem(shape, dtype)
-    part = (problem.queries, problem.pools[0], problem.entries[0])
+    part = (problem.queries, problem.pools[0], problem.block_tables[0])
     with limits(shape):
         merged = triton_path.forward(*part)
         term = None if merged.lse_index is None else KlTerm(merged.lse_index, 0.1, merged.lse_teacher)
@@ -315,13 +334,13 @@ def test_unsupported(shape: Shape, dtype: torch.dtype, words: str | None) -> Non
 def test_bad_kernel(kernel: str) -> None:
     problem = make_problem(Shape(), torch.float64)
     with pytest.raises(ValueError, match=f"kernel={kernel}"):
-        pool_forward(problem.queries, problem.pools[0], problem.entries[0], kernel=kernel)
+        pool_forward(problem.queries, problem.pools[0], problem.block_tables[0], kernel=kernel)
 
 
 def test_auto_on_the_cpu_is_the_tiled_path() -> None:
     problem = make_problem(Shape(), torch.float32)
     outputs: list[Tensor] = [
-        pool_forward(problem.queries, problem.pools[0], problem.entries[0], kernel=kernel).out
+        pool_forward(problem.queries, problem.pools[0], problem.block_tables[0], kernel=kernel).out
         for kernel in ("auto", "cpu")
     ]
     assert torch.equal(*outputs)

@@ -41,7 +41,7 @@ def _with_indices(problem: PoolProblem, change: Any) -> PoolProblem:
 def test_block_sparse_attention_takes_strided_indices() -> None:
     problem = make_problem(POOLS, torch.float32)
     changed = _with_indices(problem, strided)
-    changed.entries = [strided(entries) for entries in changed.entries]
+    changed.block_tables = [strided(block_table) for block_table in changed.block_tables]
     want, got = (run_triton(run_pools, each, POOLS) for each in (problem, changed))
     assert torch.equal(got[0].out, want[0].out)
     for field in dataclasses.fields(PoolGrads):

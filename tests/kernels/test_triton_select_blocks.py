@@ -8,6 +8,7 @@ import torch
 from msa_kernels import select_blocks
 from msa_kernels.select_blocks.lse import selected_lse
 from msa_kernels.select_blocks.reference import select_blocks_reference
+from msa_kernels.select_blocks.types import SelectionArgs
 from torch import Tensor
 
 from tests.helpers.triton_env import (
@@ -27,13 +28,19 @@ def _launch(*args: Any, **kwargs: Any) -> Tensor:
     return _launch_with_lse(*args, **kwargs)[0]
 
 
-def _launch_with_lse(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+def _launch_with_lse(
+    *tensors: Tensor,
+    config: tuple[Any, ...] | None = None,
+    num_splits: int | None = None,
+    lse_scale: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
     from msa_kernels.select_blocks.configs import SelectConfig
     from msa_kernels.select_blocks.triton.launch import select_blocks_triton
 
-    if "config" in kwargs:
-        kwargs["config"] = SelectConfig(*kwargs["config"])
-    return select_blocks_triton(*args, **kwargs)
+    args = SelectionArgs(*tensors, **kwargs, return_lse=lse_scale is not None, index_scale=lse_scale)
+    tiles = None if config is None else SelectConfig(*config)
+    return select_blocks_triton(args, config=tiles, num_splits=num_splits)
 
 
 def _small_integers(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
@@ -77,7 +84,7 @@ def test_equals_definition(
     }
     starts = torch.tensor(cu_seqlens, dtype=torch.int32)
     got = run_triton(select_blocks, q, k, starts, kernel="triton", **arguments)
-    want = select_blocks_reference(q, k, starts, **arguments)[0]
+    want = select_blocks_reference(SelectionArgs(q, k, starts, **arguments))[0]
     assert got.dtype == torch.int32
     assert torch.equal(got, want)
 
@@ -103,7 +110,7 @@ def test_ties_go_to_the_lower_block(num_splits: int) -> None:
     arguments: dict[str, Any] = {"block_size": 16, "topk": 5, "query_offset": 160}
     got = run_triton(_launch, q, k, starts, num_splits=num_splits, **arguments)
     assert got[95].tolist() == [[0, 1, 2, 3, 15]] * 2
-    assert torch.equal(got, select_blocks_reference(q, k, starts, **arguments)[0])
+    assert torch.equal(got, select_blocks_reference(SelectionArgs(q, k, starts, **arguments))[0])
 
 
 @pytest.mark.parametrize("num_splits", [1, 4], ids=["whole_range", "four_parts"])
@@ -116,7 +123,7 @@ def test_scattered_positions_and_strided_inputs(num_splits: int) -> None:
     got = run_triton(
         _launch, every[position], k, starts, block_size=16, topk=4, position=position, num_splits=num_splits
     )
-    want = select_blocks_reference(every, k, starts, block_size=16, topk=4)[0]
+    want = select_blocks_reference(SelectionArgs(every, k, starts, block_size=16, topk=4))[0]
     assert torch.equal(got, want[position])
 
 
@@ -131,7 +138,7 @@ def test_configurations_select_alike(config: tuple[Any, ...]) -> None:
     starts = torch.tensor([0, 48, 208])
     arguments: dict[str, Any] = {"block_size": 16, "topk": 9, "local_blocks": 2, "query_offset": 150}
     got = run_triton(_launch, q, k, starts, config=config, num_splits=1, **arguments)
-    assert torch.equal(got, select_blocks_reference(q, k, starts, **arguments)[0])
+    assert torch.equal(got, select_blocks_reference(SelectionArgs(q, k, starts, **arguments))[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
@@ -170,7 +177,7 @@ def test_parts_of_blocks_select_alike(
     arguments: dict[str, Any] = {"block_size": block_size, "topk": 5, "local_blocks": local_blocks}
     arguments |= {"position": where, "query_valid": valid}
     got = run_triton(_launch, q, k, starts, config=config, num_splits=num_splits, **arguments)
-    assert torch.equal(got, select_blocks_reference(q, k, starts, **arguments)[0])
+    assert torch.equal(got, select_blocks_reference(SelectionArgs(q, k, starts, **arguments))[0])
 
 
 @pytest.mark.parametrize("num_splits", [8, 16])
@@ -292,11 +299,11 @@ def _launch_shipped(shapes: list[tuple[int, int, int, str]], lse_scale: float | 
         # with the log-sum-exp, blocks are not divided, and most candidates would be one configuration
         candidates = CANDIDATES if lse_scale is None else ()
         for config in (*MAIN, *candidates) if is_m3 else [None]:
-            select_blocks_triton(
-                q, k, torch.tensor([0, 8192]), block_size=block_size, topk=topk, config=config,
-                num_splits=2 if config is MAIN[0] else 1,
-                lse_scale=lse_scale,
+            args = SelectionArgs(
+                q, k, torch.tensor([0, 8192]), block_size=block_size, topk=topk,
+                return_lse=lse_scale is not None, index_scale=lse_scale,
             )  # fmt: skip
+            select_blocks_triton(args, config=config, num_splits=2 if config is MAIN[0] else 1)
 
 
 @pytest.mark.parametrize("lse_scale", [None, 0.1], ids=["ids", "ids_and_lse"])
@@ -311,19 +318,15 @@ def test_compiles_for_hopper(lse_scale: float | None) -> None:
     kernels = compiled_kernels(_launch_shipped, shapes, lse_scale)
     assert_fits_hopper(kernels)
     scoring = [kernel for kernel in kernels if kernel.name == "select_blocks_kernel"]
-    m3 = [
-        kernel
-        for kernel in scoring
-        if kernel.constants["BLOCK_SIZE"] == 128 and kernel.constants["CHUNK"] == 128
-    ]
+    m3 = [kernel for kernel in scoring if kernel.constants["B"] == 128 and kernel.constants["CHUNK"] == 128]
     assert len(m3) == (7 if lse_scale is None else 3)
     for kernel in m3:
         assert "wgmma.mma_async" in kernel.ptx
         assert "cp.async.bulk.tensor" in kernel.ptx
         print(
-            f"{kernel.constants['BLOCK_M']} x {kernel.constants['TILE_N']}, {kernel.num_warps} warps, "
-            f"{kernel.constants['NUM_STAGES']} stages: {kernel.registers} registers, {kernel.shared_bytes} B"
+            f"{kernel.constants['ROWS']} x {kernel.constants['KEYS']}, {kernel.num_warps} warps, "
+            f"{kernel.constants['STAGES']} stages: {kernel.registers} registers, {kernel.shared_bytes} B"
         )
-        if kernel.constants["NUM_STAGES"] != 3:
+        if kernel.constants["STAGES"] != 3:
             assert 2 * (kernel.shared_bytes + 1024) <= 233472
             assert 2 * 32 * kernel.num_warps * kernel.registers <= 65536

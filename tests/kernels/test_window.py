@@ -3,7 +3,7 @@
 import pytest
 import torch
 from msa_kernels import block_sparse_attention, window_blocks
-from msa_kernels.block_sparse_attention import tiled as pool_module
+from msa_kernels.block_sparse_attention import tiled_chunk as pool_module
 from msa_kernels.block_sparse_attention.reference import attention_reference, window_mask
 from torch import Tensor
 

@@ -28,8 +28,8 @@ def test_nothing_selected() -> None:
 
 def test_entries_of_the_docstring() -> None:
     pool = BlockPool(kv=torch.zeros(8, 2, 1, 1), block=torch.zeros(8, dtype=torch.int64))
-    source = KvSource(pool=pool, entry_of=torch.tensor([[4, -1, 7]]))
-    assert source.entries(torch.tensor([[[2, 1, -1]]])).tolist() == [[[7, -1, -1]]]
+    source = KvSource(pool=pool, physical_block=torch.tensor([[4, -1, 7]]))
+    assert source.block_table(torch.tensor([[[2, 1, -1]]])).tolist() == [[[7, -1, -1]]]
 
 
 def test_pairs_by_owner_leave_out_own_ones() -> None:

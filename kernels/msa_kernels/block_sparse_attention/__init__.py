@@ -1,1 +1,1 @@
-"""Exact attention over selected key/value blocks, with the KL loss that trains the selection."""
+"""Attend exactly to selected key/value blocks, with the KL loss that trains the selection."""

@@ -1,4 +1,4 @@
-"""Which implementation attends over a pool: Triton kernels, the tiled torch path, or the plain definition."""
+"""Choose what attends to a pool: Triton kernels, the tiled torch path, or the plain definition."""
 
 import importlib
 from types import ModuleType
@@ -17,7 +17,7 @@ _MODULES = {
 def implementation(
     kernel: str, q: Tensor, kv: Tensor, q_index: Tensor | None, k_index: Tensor | None
 ) -> ModuleType | None:
-    """Module with `forward` and `backward` for this call, or None for the tiled path in tiled.py.
+    """Return the module with `forward` and `backward` for this call, or None for the tiled path in tiled.py.
 
     Triton is imported only where it is taken.
 
@@ -33,7 +33,8 @@ def implementation(
 
 
 def unsupported(q: Tensor, kv: Tensor, q_index: Tensor | None, k_index: Tensor | None) -> str | None:
-    """Why there are no Triton kernels for these tensors; None where there are."""
+    """Return why there are no Triton kernels for these tensors; None where there are."""
+    # products on tensor cores take two operands of one dtype
     tensors = [tensor for tensor in (q, kv, q_index, k_index) if tensor is not None]
     if dtypes := dtypes_not_in_triton(tensors):
         return f"dtype={dtypes}: q, K/V and index tensors must all be bfloat16, float16 or float32"

@@ -1,4 +1,4 @@
-"""Tile sizes of the Triton kernels, by head dim, block size and bytes of an element.
+"""Choose tile sizes of the Triton kernels, by head dim, block size and bytes of an element.
 
 The forward holds rows x block_size scores and rows x head_dim outputs in registers, K and V of a block and a
 few tiles of queries in shared memory. The backward holds two gradients of block_size x head_dim in registers,
@@ -12,20 +12,22 @@ from msa_kernels.tiles import padded
 
 @dataclass(frozen=True, slots=True)
 class TileConfig:
-    """Tile sizes for calls up to max_dim, max_block and max_bytes.
-
-    max_dim, max_block: head dim and block size, rounded up to a power of two; max_bytes: element size. rows:
-    (query, head) rows per step. num_stages: tiles on their way at a time. separate: gradients of K and V in
-    launches of their own, which forms the probabilities twice.
-    """
+    """Set tile sizes for calls up to max_dim, max_block and max_bytes."""
 
     max_dim: int
+    """Largest head dim, rounded up to a power of two, in channels."""
     max_block: int
+    """Largest block size, rounded up to a power of two, in tokens."""
     max_bytes: int
+    """Largest element, in bytes."""
     rows: int
+    """(query, query head) rows per step."""
     num_warps: int
+    """Warps of 32 threads per program."""
     num_stages: int
+    """Tiles on their way at a time."""
     separate: bool = False
+    """Gradients of K and V in launches of their own, which forms the probabilities twice."""
 
 
 # In every table the first that serves is taken.
@@ -41,7 +43,8 @@ INDEX_LSE = (
     TileConfig(256, 256, 2, rows=64, num_warps=8, num_stages=2),
     TileConfig(256, 128, 4, rows=16, num_warps=8, num_stages=1),
 )
-# Larger blocks are taken in parts of max_block.
+# Larger blocks are taken in parts of max_block. 8 warps: two gradients of 128 x 128 in fp32 are 32,768
+# values, all registers of 4 warps (128 threads of 255) and half of those of 8.
 ATTEND_BACKWARD = (
     TileConfig(128, 128, 2, rows=32, num_warps=8, num_stages=2),
     TileConfig(256, 128, 2, rows=32, num_warps=8, num_stages=2, separate=True),
@@ -58,7 +61,8 @@ KL_BACKWARD = (
     TileConfig(128, 32, 4, rows=16, num_warps=8, num_stages=1),
     TileConfig(256, 16, 4, rows=16, num_warps=8, num_stages=1),
 )
-# Sums over parts and slots: values per program, (row, head) rows per program, tiles on their way at a time.
+# Sums over parts and slots: values per program, (row, query head) rows per program, tiles on their way at a
+# time.
 ADD_SPLITS_CHUNK = 4096
 ADD_SLOTS_CHUNK = 1024
 ADD_SLOTS_TILE = 4096
@@ -67,10 +71,14 @@ COMBINE_STAGES = 4
 
 
 def why_not(dim: int, block: int, index_dim: int, heads: int, element_bytes: int) -> str | None:
-    """Why no configuration serves these sizes; None where there are some.
+    """Return why no configuration serves these sizes; None where there are some.
 
-    heads: of a group. index_dim 0: no index branch.
+    Args:
+        dim, block, index_dim: head dim, tokens per block, index head dim (0: no index branch).
+        heads: query heads of a KV head.
+        element_bytes: of one value.
     """
+    # the backward takes a block in parts of any length, so that it fits whatever its size
     tables = [(ATTEND, "head_dim", dim, block), (ATTEND_BACKWARD, "head_dim", dim, 1)]
     if index_dim:
         tables += [
@@ -89,7 +97,7 @@ def why_not(dim: int, block: int, index_dim: int, heads: int, element_bytes: int
 
 
 def pick(configs: tuple[TileConfig, ...], dim: int, block: int, element_bytes: int) -> TileConfig | None:
-    """The first configuration that serves these padded sizes; None where there is none."""
+    """Return the first configuration that serves these padded sizes; None where there is none."""
     for config in configs:
         if dim <= config.max_dim and block <= config.max_block and element_bytes <= config.max_bytes:
             return config

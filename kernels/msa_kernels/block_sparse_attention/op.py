@@ -1,6 +1,7 @@
-"""Block-sparse attention of one process over a whole pack, with autograd.
+"""Attend to selected blocks of a whole pack in one process, with autograd.
 
-Shapes: T queries, M KV groups, G query heads per group, D head dim, S keys of the pack.
+Shapes: T queries, M KV heads, G query heads of each, D head dim, S keys of the pack, B block size, NB = S /
+B.
 """
 
 from typing import Any
@@ -26,7 +27,7 @@ def block_sparse_attention(
     window: TokenWindow | None = None,
     kernel: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention of each query over the visible tokens of its selected blocks.
+    """Attend with each query to the visible tokens of its selected blocks.
 
     Args:
         q: [T, num_heads, D] queries of positions `query_offset ...`.
@@ -68,6 +69,8 @@ def block_sparse_attention(
 
 
 class _BlockSparseAttention(torch.autograd.Function):
+    """Join the forward and the backward over the pool that holds the whole pack."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -81,22 +84,27 @@ class _BlockSparseAttention(torch.autograd.Function):
         window: TokenWindow | None,
         kernel: str,
     ) -> tuple[Tensor, Tensor]:
+        """Attend, and keep inputs, output and log-sum-exp for the backward."""
         arguments = (block_size, softmax_scale, query_offset, window)
-        queries, pool, entries = whole_pack(q, k, v, block_indices, *arguments)
-        result = pool_forward(queries, pool, entries, kernel=kernel)
+        queries, pool, block_table = whole_pack(q, k, v, block_indices, *arguments)
+        result = pool_forward(queries, pool, block_table, kernel=kernel)
         ctx.save_for_backward(q, k, v, block_indices, result.out, result.lse)
         ctx.arguments, ctx.kernel = arguments, kernel
+        # lse is there for merging: a gradient through it would need another term in ds
         lse = result.lse.flatten(1)
         ctx.mark_non_differentiable(lse)
         return result.out.flatten(1, 2).to(q.dtype), lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
+        """Form the gradients of q, k and v."""
         q, k, v, block_indices, out, lse = ctx.saved_tensors
-        queries, pool, entries = whole_pack(q, k, v, block_indices, *ctx.arguments)
+        queries, pool, block_table = whole_pack(q, k, v, block_indices, *ctx.arguments)
+        # sums and products of the backward run in the compute dtype, whatever the inputs' is
         dout = dout.view_as(out).to(out.dtype)
+        # sum over keys of p * dp, the same for every key: see tiled_backward.py
         delta = (dout * out).sum(-1)
-        grads = pool_backward(queries, pool, entries, dout, delta, lse, None, kernel=ctx.kernel)
+        grads = pool_backward(queries, pool, block_table, dout, delta, lse, None, kernel=ctx.kernel)
         dk, dv = unpack_blocks(grads.dkv, k.shape[1])
         return grads.dq.flatten(1, 2).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *(None,) * 6
 
@@ -111,35 +119,45 @@ def whole_pack(
     query_offset: int,
     window: TokenWindow | None,
 ) -> tuple[SparseQueries, BlockPool, Tensor]:
-    """All blocks of all groups as a pool: entry = group * num_blocks + block."""
+    """Make a pool of all blocks of all KV heads, and the block table: physical block = KV head * NB + block.
+
+    Example (NB 8): blocks [0, 5, -1] of KV head 1 are [8, 13, -1] in the block table.
+    """
     T, M, num_blocks = q.shape[0], k.shape[1], k.shape[0] // block_size
     position = torch.arange(query_offset, query_offset + T, device=q.device)
     q = q.view(T, M, -1, q.shape[-1])
     queries = SparseQueries(q=q, position=position, softmax_scale=softmax_scale, window=window)
     block = torch.arange(num_blocks, device=q.device).repeat(M)
     pool = BlockPool(kv=pack_blocks(k, v, block_size), block=block)
-    group = torch.arange(M, device=q.device)[:, None]
+    head = torch.arange(M, device=q.device)[:, None]
     ids = block_indices.long()
-    return queries, pool, torch.where(ids >= 0, ids + group * num_blocks, -1)
+    return queries, pool, torch.where(ids >= 0, ids + head * num_blocks, -1)
 
 
 def pack_blocks(k: Tensor, v: Tensor, block_size: int) -> Tensor:
-    """Keys and values by (group, block): k, v [S, M, D] -> [M * S / block_size, 2, block_size, D]."""
+    """Order keys and values by KV head, then block: k, v [S, M, D] -> [M * NB, 2, B, D].
+
+    Example (S 4, B 2, M 2): physical block 0 is tokens 0, 1 of KV head 0, block 1 its tokens 2, 3, block 2
+    tokens 0, 1 of KV head 1. So each block of a head lies in one piece, which a kernel or a message reads at
+    once.
+    """
     M, D = k.shape[1:]
+    # [2, NB, B, M, D] -> [M, NB, 2, B, D]
     kv = torch.stack((k, v)).view(2, -1, block_size, M, D)
     return kv.permute(3, 1, 0, 2, 4).reshape(-1, 2, block_size, D)
 
 
-def unpack_blocks(kv: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-    """Inverse of `pack_blocks`: [M * NB, 2, B, D] -> k, v [NB * B, M, D]."""
+def unpack_blocks(kv: Tensor, num_kv_heads: int) -> tuple[Tensor, Tensor]:
+    """Undo `pack_blocks`: [M * NB, 2, B, D] -> k, v [NB * B, M, D]."""
     D = kv.shape[-1]
-    k, v = kv.view(num_groups, -1, *kv.shape[1:]).permute(2, 1, 3, 0, 4).reshape(2, -1, num_groups, D)
+    k, v = kv.view(num_kv_heads, -1, *kv.shape[1:]).permute(2, 1, 3, 0, 4).reshape(2, -1, num_kv_heads, D)
     return k, v
 
 
 def check_attention(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, block_size: int, query_offset: int
 ) -> None:
+    """Raise ValueError on shapes, dtypes, devices, sizes and block ids that do not fit."""
     if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or q.shape[-1] != k.shape[-1]:
         raise ValueError(
             f"q.shape={tuple(q.shape)}, k.shape={tuple(k.shape)}, v.shape={tuple(v.shape)}: must be "

@@ -1,4 +1,8 @@
-"""Arguments and results of attention over a pool of KV blocks."""
+"""Hold arguments and results of attention over a pool of KV blocks.
+
+Shapes: T queries, M KV heads, G query heads of each, D head dim, Di index head dim, N physical blocks of a
+pool, NB blocks of the pack, B tokens of a block.
+"""
 
 from dataclasses import dataclass
 
@@ -10,72 +14,83 @@ from msa_kernels.block_sparse_attention.window import TokenWindow
 
 @dataclass(slots=True)
 class SparseQueries:
-    """The query side of one call, this rank's tokens.
-
-    q: [T, M, G, D]; position: [T] int64 in the pack. q_index: [T, M, Di] and k_index: [NB, B, Di], index
-    keys of the whole pack by block, or None when the KL loss is not computed. temperature: divides the
-    logits of the KL loss's teacher; index_scale must be divided by it already. window: which tokens of its
-    blocks a query sees; None: all but the future.
-    """
+    """Describe the query side of one call: this rank's tokens."""
 
     q: Tensor
+    """[T, M, G, D] queries, any float dtype."""
     position: Tensor
+    """[T] int64 positions in the pack, in tokens."""
     softmax_scale: float
+    """Factor of the scores, above 0."""
     q_index: Tensor | None = None
+    """[T, M, Di] index queries; None when the KL loss is not computed."""
     k_index: Tensor | None = None
+    """[NB, B, Di] index keys of the whole pack, by block; None as q_index."""
     index_scale: float = 1.0
+    """Factor of the index scores, divided by `temperature` already."""
     temperature: float = 1.0
+    """Divides the logits of the KL loss's teacher."""
     window: TokenWindow | None = None
+    """Tokens of its blocks that a query sees; None: all but the future."""
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """dtype of scores and sums."""
+        """Return the dtype of scores and sums."""
         return torch.float64 if self.q.dtype == torch.float64 else torch.float32
 
 
 @dataclass(slots=True)
 class BlockPool:
-    """Readable (block, group) pairs. kv: [N, 2, B, D] keys and values; block: [N] int64 global block ids."""
+    """Hold the blocks that can be read: physical block n is one block of one KV head, as in a paged cache.
+
+    Example: with blocks 4 and 0 of KV head 0 and block 4 of KV head 1, block is [4, 0, 4], and a query whose
+    KV head 1 selected block 4 has 2 in its block table. The pool does not know of heads, the block table
+    does.
+    """
 
     kv: Tensor
+    """[N, 2, B, D] keys and values."""
     block: Tensor
+    """[N] int64 global ids of the blocks in the pack, from which their tokens' positions follow."""
 
 
 @dataclass(slots=True)
 class PoolOutput:
-    """Attention over one pool: out [T, M, G, D], lse [T, M, G].
-
-    With a KL loss also lse_index [T, M] and, where the temperature is not 1, lse_teacher [T, M, G].
-    """
+    """Hold attention over one pool, in the compute dtype."""
 
     out: Tensor
+    """[T, M, G, D] outputs, normalised over this pool."""
     lse: Tensor
+    """[T, M, G] natural log of the sums of exponentials."""
     lse_index: Tensor | None
+    """[T, M] the same of the index scores; None without index queries."""
     lse_teacher: Tensor | None
+    """[T, M, G] the same of the scores divided by the temperature; None where that is 1."""
 
 
 @dataclass(slots=True)
 class KlTerm:
-    """The KL loss in a backward pass; log-sum-exps as in PoolOutput, merged over pools.
-
-    weight: factor of sum over queries and groups of the divergence.
-    """
+    """Ask for the KL loss in a backward pass; log-sum-exps as in PoolOutput, merged over pools."""
 
     lse_index: Tensor
+    """[T, M] of the index scores."""
     weight: float
+    """Factor of the sum over queries and KV heads of the divergence."""
     lse_teacher: Tensor | None = None
+    """[T, M, G] at the teacher's temperature; None where that is 1."""
 
 
 @dataclass(slots=True)
 class PoolGrads:
-    """Gradients over one pool, in the compute dtype.
-
-    dq [T, M, G, D]; dkv [N, 2, B, D]; with a KL term dq_index [T, M, Di], dk_index [N, B, Di] and kl, the
-    unweighted sum of the divergences over this pool's tokens (fp64 scalar).
-    """
+    """Hold gradients over one pool, in the compute dtype; the last three None without a KL term."""
 
     dq: Tensor
+    """[T, M, G, D] of the queries, this pool's share."""
     dkv: Tensor
+    """[N, 2, B, D] of keys and values."""
     dq_index: Tensor | None
+    """[T, M, Di] of the index queries, this pool's share."""
     dk_index: Tensor | None
+    """[N, B, Di] of the index keys, by physical block."""
     kl: Tensor | None
+    """Unweighted sum of the divergences over this pool's tokens, fp64 scalar, in nats."""

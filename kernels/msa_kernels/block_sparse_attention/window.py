@@ -1,4 +1,4 @@
-"""Sliding windows: the blocks that hold a query's window, and which of their tokens it sees.
+"""Find the blocks that hold a query's sliding window, and the tokens of them that it sees.
 
 Shapes: T queries, W slots, enough for the blocks of a window and of the sink.
 """
@@ -11,14 +11,12 @@ from torch import Tensor
 
 @dataclass(slots=True)
 class TokenWindow:
-    """Tokens of its blocks that a query sees, besides the causal rule: j >= start or j < sink_stop.
-
-    start, sink_stop: [T] int64 positions in the pack; sink_stop is a block boundary, and the start of the
-    query's document where there is no sink.
-    """
+    """Limit the tokens j of its blocks that a query sees to j >= start or j < sink_stop, and to its past."""
 
     start: Tensor
+    """[T] int64, first position of the window in the pack, in tokens."""
     sink_stop: Tensor
+    """[T] int64, position where the sink ends, on a block border; the document's start if there is none."""
 
 
 def window_blocks(
@@ -31,7 +29,7 @@ def window_blocks(
     sink_blocks: int = 0,
     query_valid: Tensor | None = None,
 ) -> tuple[Tensor, TokenWindow]:
-    """Blocks and tokens of a causal sliding window within documents.
+    """Select blocks and tokens of a causal sliding window within documents.
 
     A query sees the last `window` tokens up to itself and the first `sink_blocks` blocks of its document.
 
@@ -62,11 +60,13 @@ def window_blocks(
     first_block = (start // block_size)[:, None]
     # A window touches most blocks when it ends on the first token of one.
     width = min((window + block_size - 2) // block_size + 1, num_blocks)
+    # candidates: the last `width` blocks up to the query's own, and the first blocks of the document
     recent = (position // block_size)[:, None] - torch.arange(width, device=device)
     sink = (doc_start // block_size)[:, None] + torch.arange(min(sink_blocks, num_blocks), device=device)
     taken = torch.cat((recent >= first_block, sink < first_block), dim=1)
     if query_valid is not None:
         taken &= query_valid[:, None]
+    # num_blocks stands for none, so that sorting brings it to the right; a block of both counts as recent
     ids = torch.cat((recent, sink), dim=1).masked_fill_(~taken, num_blocks).sort(dim=1).values
     ids = ids[:, :num_blocks].masked_fill(ids[:, :num_blocks] == num_blocks, -1)
     return ids.to(torch.int32), TokenWindow(start=start, sink_stop=doc_start + sink_blocks * block_size)

@@ -1,1 +1,1 @@
-"""Attention of one new token per sequence over a cache, through block selection."""
+"""Attend with one new token per sequence to a cache, through block selection."""

@@ -1,4 +1,7 @@
-"""The cache that decoding reads: keys, values and index keys, flat or in pages."""
+"""Hold the cache that decoding reads: keys, values and index keys, flat or in pages.
+
+Shapes: B sequences, M KV heads, D head dim, Di index head dim.
+"""
 
 from dataclasses import dataclass
 
@@ -11,10 +14,13 @@ from msa_kernels.decode.fp8 import DTYPE
 
 @dataclass(frozen=True, slots=True)
 class DecodeCache:
-    """Keys, values and index keys of B sequences, the new token's included.
+    """Hold keys, values and index keys of B sequences, the new token's included.
 
     Flat: sequence b has row b of each tensor. Paged: token t of sequence b lies in page
-    `page_table[b, t // page_size]`, at t % page_size.
+    `page_table[b, t // page_size]`, at t % page_size. A page holds whole blocks.
+
+    Example (blocks of 128 tokens, pages of 256, page_table [[5, 0, 2]]): block 3 of sequence 0 is tokens 384
+    to 511, which lie in page page_table[0, 384 // 256] = 0, at places 128 to 255.
     """
 
     k: Tensor
@@ -24,37 +30,40 @@ class DecodeCache:
     k_index: Tensor
     """[num_pages, page_size, Di]; flat: [B, capacity, Di]. float8_e4m3fn with a scale, see `fp8.py`."""
     page_table: Tensor | None = None
-    """[B, pages per sequence] int32; entries past a sequence's length are not read. None: flat."""
+    """[B, pages per sequence] int32; pages past a sequence's length are not read. None: flat."""
     k_index_scale: Tensor | None = None
     """[num_pages, page_size] fp32; flat: [B, capacity]. Factor of each token's fp8 index key."""
 
     @property
     def page_size(self) -> int:
-        """Tokens of one page, or the capacity of a flat cache."""
+        """Return the tokens of one page, or the capacity of a flat cache."""
         return self.k.shape[1]
 
     @property
     def num_sequences(self) -> int:
-        """B, which the page table may give."""
+        """Count the sequences, B, by the page table where there is one."""
         return self.k.shape[0] if self.page_table is None else self.page_table.shape[0]
 
     @property
     def capacity(self) -> int:
-        """Most tokens that a sequence may have."""
+        """Return the most tokens that a sequence may have."""
         return self.page_size if self.page_table is None else self.page_table.shape[1] * self.page_size
 
     @property
     def has_fp8_keys(self) -> bool:
-        """Whether index keys are kept in 8 bits."""
+        """Tell whether index keys are kept in 8 bits."""
         return self.k_index.dtype == DTYPE
 
     def index_keys(self, page: int, tokens: slice, dtype: torch.dtype) -> Tensor:
-        """Index keys of some tokens of a page, [n, Di] in `dtype`, scale included."""
+        """Read index keys of some tokens of a page, [n, Di] in `dtype`, scale included."""
         keys = self.k_index[page, tokens].to(dtype)
         return keys if self.k_index_scale is None else keys * self.k_index_scale[page, tokens, None].to(dtype)
 
     def pages(self, sequence: int, length: int) -> list[int]:
-        """Pages that hold the first `length` tokens of a sequence; waits for a page table on a device."""
+        """List the pages that hold a sequence's first `length` tokens; waits for a page table on a device.
+
+        Example (pages of 256 tokens, page_table [[5, 0, 2]]): 300 tokens lie in [5, 0].
+        """
         if self.page_table is None:
             return [sequence]
         return self.page_table[sequence, : -(-length // self.page_size)].tolist()
@@ -85,6 +94,7 @@ class DecodeCache:
             raise ValueError(f"page_size={self.page_size}: must be a multiple of block_size={block_size}")
 
     def _check_scale(self) -> None:
+        """Raise ValueError unless 8-bit index keys, and no others, come with a scale per token."""
         scale = self.k_index_scale
         if self.k_index.element_size() == 1 and not self.has_fp8_keys:
             raise ValueError(f"k_index.dtype={self.k_index.dtype}: 8-bit index keys must be {DTYPE}")

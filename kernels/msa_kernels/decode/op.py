@@ -1,6 +1,6 @@
-"""One new token per sequence: score the cached index keys, take the best blocks, attend to their tokens.
+"""Decode one new token per sequence: score cached index keys, take the best blocks, attend to their tokens.
 
-Shapes: B sequences, H query heads, M KV groups, D head dim, Di index head dim, S tokens of a sequence.
+Shapes: B sequences, H query heads, M KV heads, D head dim, Di index head dim, S tokens of a sequence.
 """
 
 import torch
@@ -30,7 +30,7 @@ def decode_attention(
     softmax_scale: float | None = None,
     kernel: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention of the newest token of each sequence over the cached tokens of its selected blocks.
+    """Attend with the newest token of each sequence to the cached tokens of its selected blocks.
 
     A sequence is one document. The selection is that of `select_blocks` for its last token, the softmax that
     of `block_sparse_attention`.
@@ -44,7 +44,7 @@ def decode_attention(
         seq_lens: [B] int, tokens per sequence, the newest included; 0 for a sequence that is not there. At
             most the cache's capacity.
         block_size: tokens per block; divides the page size of a paged cache.
-        topk: blocks per sequence and group.
+        topk: blocks per sequence and KV head.
         local_blocks: forced blocks that end at the newest token's, at most topk.
         softmax_scale: factor of the scores, default D ** -0.5.
         kernel: "triton" (GPUs; fp32, fp16, bf16), "cpu" (torch, any device), "reference", or "auto".
@@ -90,8 +90,9 @@ def _decode_torch(
     local_blocks: int,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Follow the contract of `decode_attention` in torch, one sequence after the other; waits for lengths."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    num_groups = q_index.shape[1]
+    num_kv_heads = q_index.shape[1]
     out = torch.zeros_like(q)
     lse = q.new_full(q.shape[:2], float("-inf"), dtype=dtype)
     block_indices = torch.full((*q_index.shape[:2], topk), -1, dtype=torch.int32, device=q.device)
@@ -100,17 +101,19 @@ def _decode_torch(
             continue
         pages = cache.pages(b, length)
         scores = _block_scores(q_index[b].to(dtype), cache, pages, length, block_size)
+        # forced blocks are the last ones, since the query is the last token
         scores[:, max(0, scores.shape[1] - local_blocks) :] = float("inf")
         blocks = topk_lowest_id(scores, topk)
         block_indices[b, :, : blocks.shape[1]] = blocks.to(torch.int32)
+        # [M, topk, block_size]; block 3 of 128 tokens has tokens 384 to 511
         token = blocks[:, :, None] * block_size + torch.arange(block_size, device=q.device)
         # an empty slot has block -1
         seen = ((token >= 0) & (token < length) & (blocks >= 0)[:, :, None]).flatten(1)
         token = token.clamp(0, length - 1).flatten(1)
         page = torch.tensor(pages, device=q.device)[token // cache.page_size]
-        group = torch.arange(num_groups, device=q.device)[:, None]
-        k, v = (rows[page, token % cache.page_size, group].to(dtype) for rows in (cache.k, cache.v))
-        queries = q[b].view(num_groups, -1, q.shape[-1]).to(dtype)
+        kv_head = torch.arange(num_kv_heads, device=q.device)[:, None]
+        k, v = (rows[page, token % cache.page_size, kv_head].to(dtype) for rows in (cache.k, cache.v))
+        queries = q[b].view(num_kv_heads, -1, q.shape[-1]).to(dtype)
         logits = (queries @ k.mT * softmax_scale).masked_fill_(~seen[:, None], float("-inf"))
         lse[b] = logits.logsumexp(-1).flatten()
         out[b] = (logits.softmax(-1) @ v).flatten(0, 1).to(q.dtype)
@@ -120,7 +123,7 @@ def _decode_torch(
 def _block_scores(
     q_index: Tensor, cache: DecodeCache, pages: list[int], length: int, block_size: int
 ) -> Tensor:
-    """Largest score of each block of one sequence: q_index [M, Di] -> [M, NB]; -inf past its tokens."""
+    """Take the largest score of each block of a sequence, whole or not: q_index [M, Di] -> [M, NB]."""
     num_blocks = -(-length // block_size)
     scores = q_index.new_empty(num_blocks, len(q_index))
     tile = max(1, _TOKENS_PER_TILE // block_size) * block_size
@@ -130,6 +133,7 @@ def _block_scores(
         for begin in range(0, held, tile):
             keys = cache.index_keys(page, slice(begin, min(begin + tile, held)), q_index.dtype)
             products = keys @ q_index.T
+            # the last block of a sequence may be short: what is missing of it scores -inf
             missing = -len(products) % block_size
             if missing:
                 products = torch.nn.functional.pad(products, (0, 0, 0, missing), value=float("-inf"))
@@ -140,7 +144,8 @@ def _block_scores(
 
 
 def _not_in_triton(q: Tensor, q_index: Tensor, cache: DecodeCache, block_size: int, topk: int) -> str | None:
-    """Why there is no Triton kernel for these arguments, None if there is one."""
+    """Return why there is no Triton kernel for these arguments, None if there is one."""
+    # one dtype for both operands of a product; fp8 keys are converted to that of the queries
     dtypes = {tensor.dtype for tensor in (q, q_index, cache.k)}
     if not cache.has_fp8_keys:
         dtypes.add(cache.k_index.dtype)
@@ -167,19 +172,20 @@ def _check(
     topk: int,
     local_blocks: int,
 ) -> None:
+    """Raise ValueError on shapes, dtypes, devices, sizes, lengths and pages that do not fit."""
     if block_size < 1:
         raise ValueError(f"block_size={block_size}: must be at least 1")
     cache.check(block_size)
-    _, _, num_groups, dim = cache.k.shape
+    _, _, num_kv_heads, dim = cache.k.shape
     batch = cache.num_sequences
     if q.dim() != 3 or q.shape[0] != batch or q.shape[2] != dim:
         raise ValueError(f"q.shape={tuple(q.shape)}: must be [B, H, D] = [{batch}, H, {dim}], as the cache")
-    if q.shape[1] % num_groups:
-        raise ValueError(f"H={q.shape[1]}: must be a multiple of the cache's M={num_groups}")
-    if q_index.shape != (batch, num_groups, cache.k_index.shape[-1]):
+    if q.shape[1] % num_kv_heads:
+        raise ValueError(f"H={q.shape[1]}: must be a multiple of the cache's M={num_kv_heads}")
+    if q_index.shape != (batch, num_kv_heads, cache.k_index.shape[-1]):
         raise ValueError(
             f"q_index.shape={tuple(q_index.shape)}: must be [B, M, Di] = "
-            f"[{batch}, {num_groups}, {cache.k_index.shape[-1]}]"
+            f"[{batch}, {num_kv_heads}, {cache.k_index.shape[-1]}]"
         )
     if seq_lens.shape != (batch,):
         raise ValueError(f"seq_lens.shape={tuple(seq_lens.shape)}: must be [B] = [{batch}]")

@@ -1,21 +1,24 @@
-"""Tile sizes of the Triton kernels, by head dims and bytes of an element. See README.md."""
+"""Choose tile sizes of the Triton kernels, by head dims and bytes of an element. See README.md."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class DenseConfig:
-    """Tiles for head dims up to max_dim, rounded up to a power of two, and elements up to max_bytes.
-
-    rows: queries, keys: keys of one score tile. num_stages: tiles on their way at a time.
-    """
+    """Set tiles for head dims up to max_dim and elements up to max_bytes."""
 
     max_dim: int
+    """Largest head dim, rounded up to a power of two, in channels."""
     max_bytes: int
+    """Largest element, in bytes."""
     rows: int
+    """Queries of one score tile."""
     keys: int
+    """Keys of one score tile."""
     num_warps: int
+    """Warps of 32 threads per program."""
     num_stages: int
+    """Tiles on their way at a time."""
 
 
 # In every table the first that serves is taken.
@@ -34,7 +37,7 @@ DIFFERENCE = (
 
 
 def pick(table: tuple[DenseConfig, ...], dim: int, element_bytes: int) -> DenseConfig | None:
-    """The first configuration that serves this padded head dim; None where there is none."""
+    """Return the first configuration that serves this padded head dim; None where there is none."""
     for config in table:
         if dim <= config.max_dim and element_bytes <= config.max_bytes:
             return config

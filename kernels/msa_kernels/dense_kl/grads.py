@@ -1,4 +1,4 @@
-"""What one part of the dense KL loss leaves."""
+"""Hold what one part of the dense KL loss leaves."""
 
 from dataclasses import dataclass
 
@@ -7,8 +7,11 @@ from torch import Tensor
 
 @dataclass(slots=True)
 class DenseKlGrads:
-    """dq_index [M, Q, Di], dk_index [K, Di] in the compute dtype; kl: unweighted sum, fp64 scalar."""
+    """Hold gradients and value over one part of the keys; gradients in the compute dtype."""
 
     dq_index: Tensor
+    """[M, Q, Di] of the index queries, this part's share."""
     dk_index: Tensor
+    """[K, Di] of the part's index keys."""
     kl: Tensor
+    """Unweighted sum of the divergences over this part's tokens, fp64 scalar, in nats."""

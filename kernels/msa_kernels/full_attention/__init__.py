@@ -1,1 +1,1 @@
-"""Dense attention in parts that are merged by log-sum-exp."""
+"""Attend to all keys in parts that are merged by log-sum-exp."""

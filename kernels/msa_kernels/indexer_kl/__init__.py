@@ -1,1 +1,1 @@
-"""KL loss of the index branch over selected blocks."""
+"""Form the KL loss of the index branch over selected blocks."""

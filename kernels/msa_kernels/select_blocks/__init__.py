@@ -1,1 +1,1 @@
-"""Top-k selection of key blocks by the index branch."""
+"""Select key blocks for every query: top-k by the index branch."""

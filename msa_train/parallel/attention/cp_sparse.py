@@ -132,7 +132,7 @@ class _CpSparseAttention(torch.autograd.Function):
         total: PoolOutput | None = None
         # Softmax over several sources: lse = log(sum_i e^lse_i), out = sum_i e^(lse_i - lse) out_i.
         for source in session.sources():
-            part = pool_forward(queries, source.pool, source.entries(call.block_indices), kernel=kernel)
+            part = pool_forward(queries, source.pool, source.block_table(call.block_indices), kernel=kernel)
             total = part if total is None else _merge(total, part)
         assert total is not None, "an exchange has at least one source"
         out = total.out.to(q.dtype)
@@ -166,9 +166,9 @@ class _CpSparseAttention(torch.autograd.Function):
         sums = _QuerySums()
 
         def compute(source: KvSource) -> PairGrads:
-            entries = source.entries(call.block_indices)
+            block_table = source.block_table(call.block_indices)
             grads = pool_backward(
-                queries, source.pool, entries, dout, delta, lse, term, kernel=call.kernel.value
+                queries, source.pool, block_table, dout, delta, lse, term, kernel=call.kernel.value
             )
             sums.add(grads.dq, grads.dq_index, grads.kl)
             return grads.dkv, grads.dk_index

@@ -39,7 +39,7 @@ class AllGatherSession(ExchangeSession):
     def _others(self, gathered: Tensor) -> KvSource:
         """Make a source of all shards [P, M * NL, 2, B, D]; own blocks are left to the other source."""
         source = self.shard_source(gathered.flatten(0, 1), range(self.layout.cp_size))
-        source.entry_of.masked_fill_(self.own_source().entry_of >= 0, -1)
+        source.physical_block.masked_fill_(self.own_source().physical_block >= 0, -1)
         return source
 
     def _shards(self, grad: Tensor) -> Tensor:

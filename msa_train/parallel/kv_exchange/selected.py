@@ -98,13 +98,13 @@ class SelectedSession(ExchangeSession):
         owner = torch.cat((plan.owner, plan.hot_owner))
         group = torch.cat((plan.group, plan.hot_group))
         block = global_block(owner, torch.cat((plan.block_of_owner, plan.hot_block_of_owner)), layout)
-        entry_of = torch.full(
+        physical_block = torch.full(
             (self.num_groups, layout.num_blocks), -1, dtype=torch.int64, device=block.device
         )
-        entry = torch.arange(block.shape[0], device=block.device)
+        place = torch.arange(block.shape[0], device=block.device)
         # Own broadcast blocks came back too; a KV block in two pools would be attended to twice.
-        entry_of[group, block] = torch.where(owner == layout.cp_rank, -1, entry)
-        return KvSource(pool=BlockPool(kv=fetched, block=block), entry_of=entry_of)
+        physical_block[group, block] = torch.where(owner == layout.cp_rank, -1, place)
+        return KvSource(pool=BlockPool(kv=fetched, block=block), physical_block=physical_block)
 
 
 class _Fetch:

@@ -29,17 +29,17 @@ class KvSource:
 
     pool: BlockPool
     "N KV blocks: keys and values [N, 2, B, D], and ids"
-    entry_of: Tensor
-    "[M, NB] int64 entry in the pool of every KV block of the pack, -1 if absent"
+    physical_block: Tensor
+    "[M, NB] int64 place in the pool of every KV block of the pack, -1 if absent"
 
-    def entries(self, block_indices: Tensor) -> Tensor:
-        """Look up block ids [T, M, topk] -> pool entries [T, M, topk] int64, -1 where not in this pool.
+    def block_table(self, block_indices: Tensor) -> Tensor:
+        """Look up block ids [T, M, topk] -> physical blocks [T, M, topk] int64, -1 where not in this pool.
 
-        Example: entry_of [[4, -1, 7]] maps ids [[[2, 1, -1]]] to [[[7, -1, -1]]].
+        Example: physical_block [[4, -1, 7]] maps ids [[[2, 1, -1]]] to [[[7, -1, -1]]].
         """
-        num_groups = self.entry_of.shape[0]
+        num_groups = self.physical_block.shape[0]
         # Column 0 stands for id -1, so that empty slots need no mask.
-        table = torch.nn.functional.pad(self.entry_of, (1, 0), value=-1)
+        table = torch.nn.functional.pad(self.physical_block, (1, 0), value=-1)
         ids = block_indices.long().permute(1, 0, 2).reshape(num_groups, -1) + 1
         found = table.gather(1, ids).view(num_groups, block_indices.shape[0], -1)
         return found.permute(1, 0, 2)
@@ -77,16 +77,18 @@ class ExchangeSession(SavedTensors, ABC):
         """Make a source of whole shards: kv [len(owners) * M * NL, 2, B, D], shard after shard.
 
         Example: one head, rank 0 has blocks 0 and 3, rank 1 blocks 1 and 2; the shard of rank 1 alone ->
-        entry_of [[-1, 0, 1, -1]].
+        physical_block [[-1, 0, 1, -1]].
         """
         local, device = self.layout.num_local_blocks, kv.device
-        entry_of = torch.full((self.num_groups, self.layout.num_blocks), -1, dtype=torch.int64, device=device)
+        physical_block = torch.full(
+            (self.num_groups, self.layout.num_blocks), -1, dtype=torch.int64, device=device
+        )
         owner = torch.arange(owners.start, owners.stop, device=device).view(-1, 1, 1)
         group = torch.arange(self.num_groups, device=device).view(1, -1, 1)
         block = global_block(owner, torch.arange(local, device=device).view(1, 1, -1), self.layout)
         block = block.expand(-1, self.num_groups, -1)
-        entry_of[group, block] = torch.arange(kv.shape[0], device=device).view(block.shape)
-        return KvSource(pool=BlockPool(kv=kv, block=block.flatten()), entry_of=entry_of)
+        physical_block[group, block] = torch.arange(kv.shape[0], device=device).view(block.shape)
+        return KvSource(pool=BlockPool(kv=kv, block=block.flatten()), physical_block=physical_block)
 
 
 def add_in_rank_order(total: PairGrads, pairs: Tensor, rows: Tensor, sizes: list[int]) -> None:

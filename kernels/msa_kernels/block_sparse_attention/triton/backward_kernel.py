@@ -1,8 +1,12 @@
-"""Triton kernels of the backward pass: gradients of the queries that read a block and of the block itself.
+"""Form gradients by Triton kernels: of the queries that read a block and of the block itself.
 
 Shapes and names as in forward_kernel.py. Gradients of K and V belong to the program that holds the block;
 where a long list is split, its parts are kept apart and added in order. Gradients of queries are kept per
 pair and added by slot. So every sum has one order, and nothing is added atomically.
+
+With p = exp(s - lse) and dp = dout . v: ds = p * (dp - delta), where delta = dout . out is the sum of p * dp
+over all keys; dk = scale * ds^T q, dq = scale * ds k, dv = p^T dout. ../tiled_backward.py derives it, and
+the KL loss's.
 """
 
 import triton
@@ -15,10 +19,11 @@ from msa_kernels.block_sparse_attention.triton.forward_kernel import LOG2E, visi
 def store_gradient(
     p_grad, b_grad, o_b, num_add, B: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ADD: tl.constexpr
 ):
-    """Stores b_grad [X, DP] in rows o_b of [B, D], or with ADD adds it there in the rows below num_add.
+    """Store b_grad [X, DP] in rows o_b of [B, D], or with ADD add it there in the rows below num_add.
 
     By halves, so that what is added to takes few registers beside two gradients.
     """
+    # [X, DP] -> [X, DP // 2] twice: tl.split takes apart a last dim of 2
     halves = tl.permute(tl.reshape(b_grad, [b_grad.shape[0], 2, DP // 2]), (0, 2, 1))
     b_low, b_high = tl.split(halves)
     o_d = tl.arange(0, DP // 2)
@@ -47,7 +52,7 @@ def attend_backward_kernel(
     window_start,  # [T] int64
     sink_stop,  # [T] int64
     order,  # [P] int32
-    item_entry,  # [I] int32
+    item_physical_block,  # [I] int32
     item_begin,  # [I] int64
     item_stop,  # [I] int64
     num_items,  # [1] int64
@@ -80,7 +85,7 @@ def attend_backward_kernel(
     WITH_DV: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One item: K, V and their gradients stay while the queries that read the block pass by.
+    """Serve one item: K, V and their gradients stay while the queries that read the block pass by.
 
     Scores are kept as [block, rows], so that they are the left operand of the products with dout and q.
     With WITH_TEACHER, the mean over heads of the probabilities is kept for the KL loss. ADD and ADD_DQ:
@@ -90,21 +95,23 @@ def attend_backward_kernel(
     item = tl.program_id(0)
     if item >= tl.load(num_items):
         return
-    entry = tl.load(item_entry + item).to(tl.int64)
+    physical_block = tl.load(item_physical_block + item).to(tl.int64)
     begin = tl.load(item_begin + item).to(tl.int32)
     stop = tl.load(item_stop + item).to(tl.int32)
-    first_token = tl.load(block + entry) * B
+    first_token = tl.load(block + physical_block) * B
     o_b = first_key + tl.arange(0, BP)
     o_d = tl.arange(0, DP)
     o_row = tl.arange(0, ROWS)
     head = o_row % GP
     o_kv = o_b[:, None] * D + o_d[None, :]
     m_kv = (o_b < B)[:, None] & (o_d < D)[None, :]
-    b_k = tl.load(kv + entry * (2 * B * D) + o_kv, mask=m_kv, other=0.0)
-    b_v = tl.load(kv + entry * (2 * B * D) + B * D + o_kv, mask=m_kv, other=0.0)
+    b_k = tl.load(kv + physical_block * (2 * B * D) + o_kv, mask=m_kv, other=0.0)
+    b_v = tl.load(kv + physical_block * (2 * B * D) + B * D + o_kv, mask=m_kv, other=0.0)
+    # the left operand of dq^T = K^T ds^T, transposed once before the loop
     b_kt = tl.trans(b_k)
     split = tl.load(item_split + item)
-    p_dkv = dkv + entry * (2 * B * D)
+    # a block whose list is one item writes its gradient, others leave parts for `add_splits_kernel`
+    p_dkv = dkv + physical_block * (2 * B * D)
     if split >= 0:
         p_dkv = dkv_part + split * (2 * B * D)
     b_dk = tl.zeros([BP, DP], dtype=tl.float32)
@@ -118,6 +125,7 @@ def attend_backward_kernel(
         m_q = m_row[:, None] & (o_d < D)[None, :]
         b_q = tl.load(q + o_rg[:, None] * D + o_d[None, :], mask=m_q, other=0.0)
         b_do = tl.load(dout + o_rg[:, None] * D + o_d[None, :], mask=m_q, other=0.0)
+        # scale * q . k - lse = scale * (q . k - lse / scale): the product's sum begins with -lse / scale.
         # Rows that are not there, and queries that see nothing, get probability 0 from -lse = -inf. lse, mask
         # and delta are the products' initial values: beside them they would take as many registers as scores.
         b_lse = tl.load(lse + o_rg, mask=m_row, other=float("-inf"))
@@ -138,6 +146,7 @@ def attend_backward_kernel(
         if WITH_TEACHER:
             o_query = first + tl.arange(0, ROWS // GP)
             m_query = o_query < stop
+            # one pair per query here, where `pair` above has one per row of the tile
             query_pair = tl.load(order + o_query, mask=m_query, other=0)
             b_t = b_p
             if SOFTENED:
@@ -154,10 +163,12 @@ def attend_backward_kernel(
             b_dv = tl.dot(b_p, b_do, b_dv, input_precision="ieee")
         if WITH_DK:
             b_delta = tl.load(delta + o_rg, mask=m_row, other=0.0)
+            # dp - delta in one: the product's sum begins with -delta
             b_dp = tl.zeros([BP, ROWS], dtype=tl.float32) - b_delta[None, :]
             b_dp = tl.dot(b_v, tl.trans(b_do), b_dp, input_precision="ieee")
             b_ds = (b_p.to(tl.float32) * b_dp).to(b_k.dtype)
             b_dk = tl.dot(b_ds, b_q, b_dk, input_precision="ieee")
+            # formed transposed, 128 rows high, then turned: see README.md
             b_dq = tl.trans(tl.dot(b_kt, b_ds, input_precision="ieee"))
             p_dq = dq_part + (pair * G + head)[:, None] * D + o_d[None, :]
             if ADD_DQ:
@@ -177,16 +188,16 @@ def kl_backward_kernel(
     k_index,  # [NB, B, Di]
     lse_index,  # [R] fp32
     teacher_part,  # [P, B] fp32
-    block,
-    position,
-    window_start,
-    sink_stop,
-    order,
-    item_entry,
-    item_begin,
-    item_stop,
-    num_items,
-    item_split,
+    block,  # [N] int64
+    position,  # [T] int64
+    window_start,  # [T] int64
+    sink_stop,  # [T] int64
+    order,  # [P] int32
+    item_physical_block,  # [I] int32
+    item_begin,  # [I] int64
+    item_stop,  # [I] int64
+    num_items,  # [1] int64
+    item_split,  # [I] int64
     dq_part,  # [P, Di], dtype of q_index
     kl_part,  # [P] fp32
     dk_index,  # [N, B, Di] fp32
@@ -207,7 +218,7 @@ def kl_backward_kernel(
     ADD_DQ: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One item: student - teacher, its products with index keys and index queries, and the divergence.
+    """Serve one item of the KL loss: its value, and student - teacher times index keys and queries.
 
     ADD and ADD_DQ: earlier launches have left a sum in dk_index, and in dq_part and kl_part.
     """
@@ -215,10 +226,10 @@ def kl_backward_kernel(
     item = tl.program_id(0)
     if item >= tl.load(num_items):
         return
-    entry = tl.load(item_entry + item).to(tl.int64)
+    physical_block = tl.load(item_physical_block + item).to(tl.int64)
     begin = tl.load(item_begin + item).to(tl.int32)
     stop = tl.load(item_stop + item).to(tl.int32)
-    block_id = tl.load(block + entry)
+    block_id = tl.load(block + physical_block)
     o_b = first_key + tl.arange(0, BP)
     o_d = tl.arange(0, DP)
     o_row = tl.arange(0, ROWS)
@@ -235,6 +246,7 @@ def kl_backward_kernel(
         m_q = m_row[:, None] & (o_d < D)[None, :]
         b_q = tl.load(q_index + row[:, None] * D + o_d[None, :], mask=m_q, other=0.0)
         b_lse = tl.load(lse_index + row, mask=m_row, other=float("inf"))
+        # +inf: probability 0, also for a query that sees nothing
         b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
         m_t = m_row[:, None] & (o_b < B)[None, :]
         b_t = tl.load(teacher_part + pair[:, None] * B + o_b[None, :], mask=m_t, other=0.0)
@@ -264,11 +276,12 @@ def kl_backward_kernel(
             b_dq += tl.load(p_dq, mask=m_q, other=0.0).to(tl.float32)
         tl.store(p_dq, b_dq.to(dq_part.dtype.element_ty), mask=m_q)
     split = tl.load(item_split + item)
+    # after the products, where a small weight cannot underflow in 16 bits
     b_dk *= scale
     if split >= 0:
         tl.store(dk_part + split * (B * D) + o_bd, b_dk, mask=m_bd)
     else:
-        p_dk = dk_index + entry * (B * D) + o_bd
+        p_dk = dk_index + physical_block * (B * D) + o_bd
         if ADD:
             b_dk += tl.load(p_dk, mask=m_bd, other=0.0)
         tl.store(p_dk, b_dk, mask=m_bd)
@@ -277,27 +290,27 @@ def kl_backward_kernel(
 @triton.jit
 def add_splits_kernel(
     part,  # [splits, size] fp32
-    first_split,  # [N] int64, where the parts of an entry begin
-    num_splits,  # [N] int64, 0 for entries whose list was not split
+    first_split,  # [N] int64, where the parts of a physical block begin
+    num_splits,  # [N] int64, 0 for blocks whose list was not split
     total,  # [N, size] fp32
     size,
     ADD: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Parts of one entry's gradient added in the order of its list."""
-    entry = tl.program_id(0).to(tl.int64)
-    count = tl.load(num_splits + entry).to(tl.int32)
+    """Add the parts of one block's gradient in the order of its list."""
+    physical_block = tl.program_id(0).to(tl.int64)
+    count = tl.load(num_splits + physical_block).to(tl.int32)
     if count == 0:
         return
-    first = tl.load(first_split + entry)
+    first = tl.load(first_split + physical_block)
     o = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     m = o < size
     b_sum = tl.zeros([CHUNK], dtype=tl.float32)
     for i in tl.range(0, count):
         b_sum += tl.load(part + (first + i) * size + o, mask=m, other=0.0)
     if ADD:
-        b_sum += tl.load(total + entry * size + o, mask=m, other=0.0)
-    tl.store(total + entry * size + o, b_sum, mask=m)
+        b_sum += tl.load(total + physical_block * size + o, mask=m, other=0.0)
+    tl.store(total + physical_block * size + o, b_sum, mask=m)
 
 
 @triton.jit
@@ -313,7 +326,7 @@ def add_slots_kernel(
     CHUNK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Gradients of a row's used pairs added by slot, times scale."""
+    """Add the gradients of a row's used pairs by slot, times scale."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     o = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     m_row = row < num_rows

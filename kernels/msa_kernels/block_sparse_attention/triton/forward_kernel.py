@@ -1,10 +1,11 @@
-"""Triton kernels of the forward pass: attention of the queries that read a block, and the sum over blocks.
+"""Attend by Triton kernels: the queries that read a block, block by block, and the sum over blocks.
 
-Shapes: R rows (query, group), K slots, G heads of a group, D head dim, N pool entries, B block size, P pairs
-(row, slot). GP, DP, BP are powers of two that hold G, D, B; a tile holds ROWS = queries * GP rows.
-Scores are kept as powers of two: scale_log2 = scale * log2(e). Tensors of pairs and rows belong to one
-portion of the queries and hold less than 2^31 values; offsets into tensors of blocks have 64 bits. Prefixes:
-o_ offsets, m_ masks, p_ pointers, b_ tiles.
+Shapes: T queries, M KV heads, R = T * M rows (query, KV head), K slots, G query heads of a KV head, D head
+dim, N physical blocks, NB blocks of the pack, B block size, I items, P = R * K pairs. A pair is a (row,
+slot) pair, numbered row * K + slot. GP, DP, BP are powers of two that hold G, D, B; a tile holds ROWS =
+queries * GP rows. Scores are kept as powers of two: scale_log2 = scale * log2(e). Tensors of pairs and rows
+belong to one portion of the queries and hold less than 2^31 values; offsets into tensors of blocks have 64
+bits. Prefixes: o_ offsets, m_ masks, p_ pointers, b_ tiles.
 """
 
 import triton
@@ -16,7 +17,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def visible_tokens(position, window_start, sink_stop, query, first_token, o_token, WINDOWED: tl.constexpr):
-    """Tokens that queries see: query ids [X] of any shape that broadcasts against o_token -> bool."""
+    """Mark tokens that queries see: query ids [X] of any shape that broadcasts against o_token -> bool."""
     last = (tl.load(position + query) - first_token).to(tl.int32)
     seen = o_token <= last
     if WINDOWED:
@@ -34,8 +35,8 @@ def attend_kernel(
     position,  # [T] int64
     window_start,  # [T] int64
     sink_stop,  # [T] int64
-    order,  # [P] int32, pairs by entry
-    item_entry,  # [I] int32
+    order,  # [P] int32, pairs by physical block
+    item_physical_block,  # [I] int32
     item_begin,  # [I] int64
     item_stop,  # [I] int64
     num_items,  # [1] int64
@@ -58,23 +59,25 @@ def attend_kernel(
     SOFTENED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One item: a block stays in shared memory while the queries that read it pass by, ROWS rows at a time.
+    """Serve one item: a block stays in shared memory while the queries that read it pass by, ROWS at a time.
 
     Every (row, slot) pair belongs to one item, which writes the pair's output and log-sum-exp over this block
     alone. A block is one tile wide, so no softmax has to be corrected on the way.
     """
+    # the grid is what any selection may need; programs beyond the true number end at once
     item = tl.program_id(0)
     if item >= tl.load(num_items):
         return
-    entry = tl.load(item_entry + item).to(tl.int64)
+    physical_block = tl.load(item_physical_block + item).to(tl.int64)
     begin = tl.load(item_begin + item).to(tl.int32)
     stop = tl.load(item_stop + item).to(tl.int32)
-    first_token = tl.load(block + entry) * B
+    first_token = tl.load(block + physical_block) * B
     o_b = tl.arange(0, BP)
     o_d = tl.arange(0, DP)
     o_row = tl.arange(0, ROWS)
+    # rows of a tile run over the heads first: with GP 4, row 6 is head 2 of the second query
     head = o_row % GP
-    p_k = kv + entry * (2 * B * D) + o_b[:, None] * D + o_d[None, :]
+    p_k = kv + physical_block * (2 * B * D) + o_b[:, None] * D + o_d[None, :]
     m_kv = (o_b < B)[:, None] & (o_d < D)[None, :]
     b_k = tl.load(p_k, mask=m_kv, other=0.0)
     b_v = tl.load(p_k + B * D, mask=m_kv, other=0.0)
@@ -110,6 +113,7 @@ def attend_kernel(
         total = tl.sum(b_p, 1)
         tl.store(lse_part + o_pair, (peak + tl.log2(total)) * LN2, mask=m_row)
         b_o = tl.dot(b_p.to(b_v.dtype), b_v, input_precision="ieee")
+        # normalised here, so that the merge has nothing to know but the log-sum-exp
         b_o = b_o / tl.where(total > 0.0, total, 1.0)[:, None]
         tl.store(out_part + o_pair[:, None] * D + o_d[None, :], b_o.to(out_part.dtype.element_ty), mask=m_q)
 
@@ -119,14 +123,14 @@ def index_lse_kernel(
     q_index,  # [R, Di]
     k_index,  # [NB, B, Di]
     block,  # [N] int64
-    position,
-    window_start,
-    sink_stop,
-    order,
-    item_entry,
-    item_begin,
-    item_stop,
-    num_items,
+    position,  # [T] int64
+    window_start,  # [T] int64
+    sink_stop,  # [T] int64
+    order,  # [P] int32, pairs by physical block
+    item_physical_block,  # [I] int32
+    item_begin,  # [I] int64
+    item_stop,  # [I] int64
+    num_items,  # [1] int64
     index_part,  # [P] fp32
     scale_log2,
     M: tl.constexpr,
@@ -140,14 +144,14 @@ def index_lse_kernel(
     WINDOWED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Log-sum-exp of the index scores over the block, for each pair of the item."""
+    """Take the log-sum-exp of the index scores over the block, for each pair of the item."""
     item = tl.program_id(0)
     if item >= tl.load(num_items):
         return
-    entry = tl.load(item_entry + item).to(tl.int64)
+    physical_block = tl.load(item_physical_block + item).to(tl.int64)
     begin = tl.load(item_begin + item).to(tl.int32)
     stop = tl.load(item_stop + item).to(tl.int32)
-    block_id = tl.load(block + entry)
+    block_id = tl.load(block + physical_block)
     o_b = tl.arange(0, BP)
     o_d = tl.arange(0, DP)
     o_row = tl.arange(0, ROWS)
@@ -198,7 +202,9 @@ def combine_kernel(
     INDEXED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """ROWS (row, head) pairs: partial results weighted by their share of the sum of exponentials.
+    """Weight the partial results of ROWS (row, query head) by their share of the sum of exponentials.
+
+    lse = log of the sum over slots of exp(lse_part), out = sum over slots of exp(lse_part - lse) * out_part.
 
     Parts of unused pairs were never written and are not read.
     """
@@ -210,6 +216,7 @@ def combine_kernel(
     m_row = (row < num_rows) & (head < G)
     m_d = (o_d < D)[None, :]
     # [KP, ROWS]
+    # all slots of a row side by side: K numbers each, few beside the outputs
     pair = row[None, :] * K + o_k
     m_part = m_row[None, :] & (o_k < K)
     m_part = m_part & (tl.load(used + pair, mask=m_part, other=0) > 0)
@@ -230,7 +237,9 @@ def combine_kernel(
         peak = tl.where(peak == float("-inf"), 0.0, peak)
         index_total = peak + tl.log(tl.sum(tl.exp(scores - peak[None, :]), 0))
         tl.store(lse_index + row, index_total, mask=m_row & (head == 0))
+    # a row without a block: -inf - -inf would not be a number, -inf - 0 has weight 0
     finite = tl.where(total == float("-inf"), 0.0, total)
+    # outputs slot by slot: [KP, ROWS, DP] at a time would not fit into registers
     b_o = tl.zeros([ROWS, DP], dtype=tl.float32)
     for slot in tl.range(0, K, num_stages=STAGES):
         one = row * K + slot

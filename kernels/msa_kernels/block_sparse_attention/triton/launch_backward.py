@@ -1,4 +1,4 @@
-"""Launches the Triton kernels of the backward pass: torch tensors in, torch tensors out.
+"""Launch the Triton kernels of the backward pass: torch tensors in, torch tensors out.
 
 Imports Triton. Shapes as in launch_forward.py.
 """
@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from msa_kernels.block_sparse_attention import configs
-from msa_kernels.block_sparse_attention.triton import backward_kernel as kernel_backward
+from msa_kernels.block_sparse_attention.triton import backward_kernel
 from msa_kernels.block_sparse_attention.triton import forward_kernel as kernel
 from msa_kernels.block_sparse_attention.triton.launch_forward import Portion, Sizes, portions, sizes_of
 from msa_kernels.block_sparse_attention.triton.schedule import Items, Splits
@@ -19,7 +19,7 @@ from msa_kernels.block_sparse_attention.types import BlockPool, KlTerm, PoolGrad
 from msa_kernels.tiles import padded
 
 # Partial gradients of the queries of one portion. More queries at a time mean that K, V and their gradients,
-# 320 KiB per block and group of the M3 shape, travel less often per query.
+# 320 KiB per block and KV head of the M3 shape, travel less often per query.
 BACKWARD_PART_BYTES = 2**32
 # Gradients of blocks whose list was split; from this follows how long an item may be.
 SPLIT_BYTES = 2**28
@@ -28,56 +28,68 @@ BACKWARD_PAIRS_PER_ITEM = 256
 
 @dataclass(slots=True)
 class _Lists:
-    """Items of one kind, and places for split lists. add: dkv and dk_index hold sums of earlier launches."""
+    """Hold items of one kind, and places for split lists."""
 
     items: Items
+    """Pairs by physical block."""
     splits: Splits
+    """Places for the gradients of blocks that have several items."""
     masked: bool
+    """Whether the pairs see a part of their block only."""
     add: bool
+    """Whether dkv and dk_index hold sums of earlier launches."""
 
 
 @dataclass(slots=True)
 class _Rows:
-    """Query-side inputs and buffers of one portion, contiguous."""
+    """Hold inputs and buffers of one portion, contiguous: R rows (query, KV head), P = R * K pairs."""
 
     dout: Tensor
+    """[R, G, D], dtype of q."""
     delta: Tensor
+    """[R, G] fp32, dout . out."""
     lse: Tensor
+    """[R, G] fp32, merged over pools."""
     lse_index: Tensor | None
+    """[R] fp32, of the index scores; None without a KL term."""
     lse_teacher: Tensor | None
+    """[R, G] fp32, at the teacher's temperature; None where that is 1."""
     dq_part: Tensor
+    """[P, G, D], dtype of q: gradients of queries by pair."""
     teacher_part: Tensor | None
+    """[P, B] fp32, the teacher's probabilities by pair; None without a KL term."""
     kl_weight: float
+    """Factor of the KL loss."""
 
 
 def backward(
     queries: SparseQueries,
     pool: BlockPool,
-    entries: Tensor,
+    block_table: Tensor,
     dout: Tensor,
     delta: Tensor,
     lse: Tensor,
     kl_term: KlTerm | None,
 ) -> PoolGrads:
-    """`pool_backward` by Triton kernels; dtypes as in `launch.forward`, dout rounded to that of q."""
+    """Run `pool_backward` by Triton kernels; dtypes as in the forward, dout rounded to that of q."""
     if not queries.softmax_scale > 0.0:
         raise ValueError(f"softmax_scale={queries.softmax_scale}: must be above 0, the kernels divide by it")
     with_kl = kl_term is not None and queries.q_index is not None
-    grads = _allocate(queries, pool, entries, with_kl)
-    if pool.kv.shape[0] == 0 or entries.numel() == 0:
+    grads = _allocate(queries, pool, block_table, with_kl)
+    if pool.kv.shape[0] == 0 or block_table.numel() == 0:
         return grads
-    sizes = sizes_of(queries, pool, entries)
+    sizes = sizes_of(queries, pool, block_table)
     pair_bytes = sizes.pair_bytes + with_kl * (4 * sizes.B + sizes.index_dim * sizes.element_bytes)
-    for chunk, portion in portions(queries, pool, entries, BACKWARD_PART_BYTES // pair_bytes):
+    for chunk, portion in portions(queries, pool, block_table, BACKWARD_PART_BYTES // pair_bytes):
         rows = _rows(portion, dout[chunk], delta[chunk], lse[chunk], kl_term if with_kl else None, chunk)
         _backward_portion(portion, rows, grads, chunk)
     return grads
 
 
-def _allocate(queries: SparseQueries, pool: BlockPool, entries: Tensor, with_kl: bool) -> PoolGrads:
-    """Every value is written by the first portion; zeros where there is nothing to compute."""
+def _allocate(queries: SparseQueries, pool: BlockPool, block_table: Tensor, with_kl: bool) -> PoolGrads:
+    """Allocate gradients: the first portion writes every value; zeros where there is nothing to compute."""
     N, _, B, _ = pool.kv.shape
-    new = torch.zeros if N == 0 or entries.numel() == 0 else torch.empty
+    new = torch.zeros if N == 0 or block_table.numel() == 0 else torch.empty
     device = queries.q.device
     grads = PoolGrads(
         dq=new(queries.q.shape, device=device),
@@ -97,6 +109,7 @@ def _allocate(queries: SparseQueries, pool: BlockPool, entries: Tensor, with_kl:
 def _rows(
     portion: Portion, dout: Tensor, delta: Tensor, lse: Tensor, kl_term: KlTerm | None, chunk: slice
 ) -> _Rows:
+    """Bring the rows of `chunk` into the layout of the kernels, and allocate their buffers."""
     q, sizes, pairs = portion.queries.q, portion.sizes, portion.num_pairs
     rows = _Rows(
         dout=dout.to(q.dtype).contiguous(),
@@ -118,23 +131,26 @@ def _rows(
 
 
 def _backward_portion(portion: Portion, rows: _Rows, grads: PoolGrads, chunk: slice) -> None:
-    """Fills in dq of `chunk`; writes (first portion) or adds to the gradients of blocks."""
+    """Fill in dq of `chunk`; write (first portion) or add to the gradients of blocks."""
     sizes, first = portion.sizes, chunk.start == 0
     split_bytes = 4 * sizes.B * max(2 * sizes.D, sizes.index_dim)
-    # A split list has at most twice as many parts as full items fit into it.
+    # A split list has at most twice as many parts as full items fit into it: of 257 pairs, 256 per item, 2
+    # parts.
     longest = triton.cdiv(2 * portion.num_pairs, max(1, SPLIT_BYTES // split_bytes))
     longest = max(longest, BACKWARD_PAIRS_PER_ITEM)
     lists = []
     for masked in (False, True):
         # The first launch of all also writes the zeros of blocks that nobody reads.
-        every_entry = first and not masked
-        items = portion.schedule.items(masked=masked, pairs_per_item=longest, every_entry=every_entry)
-        lists.append(_Lists(items, items.splits(), masked, add=not every_entry))
+        every_block = first and not masked
+        items = portion.schedule.items(masked=masked, pairs_per_item=longest, every_block=every_block)
+        lists.append(_Lists(items, items.splits(), masked, add=not every_block))
+    # A list of n > longest pairs has at most 2 n / longest parts, so all of them together have 2 P / longest.
     num_splits = max(1, 2 * portion.num_pairs // longest)
     dkv_part = grads.dkv.new_empty(num_splits, *grads.dkv.shape[1:])
     for part in lists:
         _attend_backward(portion, rows, part, grads.dkv, dkv_part)
         _add_splits(part, dkv_part, grads.dkv)
+    # up to SPLIT_BYTES, which the KL loss's parts may take again
     del dkv_part
     _add_slots(portion, rows.dq_part, grads.dq[chunk], portion.queries.softmax_scale)
     if rows.teacher_part is not None:
@@ -144,7 +160,7 @@ def _backward_portion(portion: Portion, rows: _Rows, grads: PoolGrads, chunk: sl
 def _kl_portion(
     portion: Portion, rows: _Rows, grads: PoolGrads, chunk: slice, lists: list[_Lists], num_splits: int
 ) -> None:
-    """The same for the index branch, from the teacher that the attention's backward has left."""
+    """Do the same for the index branch, from the teacher that the attention's backward has left."""
     assert grads.dq_index is not None, "allocated with the KL term"
     assert grads.dk_index is not None, "allocated with the KL term"
     assert grads.kl is not None, "allocated with the KL term"
@@ -163,15 +179,16 @@ def _kl_portion(
 
 
 def _attend_backward(portion: Portion, rows: _Rows, part: _Lists, dkv: Tensor, dkv_part: Tensor) -> None:
-    """Gradients of K and V, partial gradients of the queries and the teacher, of all pairs of one kind."""
+    """Form gradients of K and V, partial gradients of queries and the teacher, of all pairs of one kind."""
     sizes, queries = portion.sizes, portion.queries
     config = sizes.config(configs.ATTEND_BACKWARD, split=True)
     constants = portion.constants(masked=part.masked) | sizes.shape
     constants["BP"] = min(constants["BP"], config.max_block)
     unused = rows.lse
+    # dV first: its launch also leaves the teacher, and dq is formed beside dK
     halves = ((False, True), (True, False)) if config.separate else ((True, True),)
     for first_key, (with_dk, with_dv) in product(range(0, sizes.B, constants["BP"]), halves):
-        kernel_backward.attend_backward_kernel[(part.items.entry.numel(),)](
+        backward_kernel.attend_backward_kernel[(part.items.physical_block.numel(),)](
             queries.q,
             rows.dout,
             rows.lse,
@@ -213,13 +230,13 @@ def _kl_backward(
     dk_index: Tensor,
     dk_part: Tensor,
 ) -> None:
-    """Gradients and value of the KL loss, of all pairs of one kind."""
+    """Form gradients and value of the KL loss, of all pairs of one kind."""
     sizes, queries = portion.sizes, portion.queries
     config = sizes.config(configs.KL_BACKWARD, index=True, split=True)
     constants = portion.constants(masked=part.masked)
     constants["BP"] = min(constants["BP"], config.max_block)
     for first_key in range(0, sizes.B, constants["BP"]):
-        kernel_backward.kl_backward_kernel[(part.items.entry.numel(),)](
+        backward_kernel.kl_backward_kernel[(part.items.physical_block.numel(),)](
             queries.q_index,
             queries.k_index,
             rows.lse_index,
@@ -247,9 +264,9 @@ def _kl_backward(
 
 
 def _add_splits(part: _Lists, parts: Tensor, total: Tensor) -> None:
-    """Parts of split lists [splits, ...] into total [N, ...]."""
+    """Add parts of split lists [splits, ...] into total [N, ...]."""
     size, chunk = total[0].numel(), configs.ADD_SPLITS_CHUNK
-    kernel_backward.add_splits_kernel[(total.shape[0], triton.cdiv(size, chunk))](
+    backward_kernel.add_splits_kernel[(total.shape[0], triton.cdiv(size, chunk))](
         parts,
         part.splits.first,
         part.splits.count,
@@ -262,12 +279,12 @@ def _add_splits(part: _Lists, parts: Tensor, total: Tensor) -> None:
 
 
 def _add_slots(portion: Portion, parts: Tensor, total: Tensor, scale: float) -> None:
-    """Parts of pairs [P, ...] into total [T, M, ...], times scale."""
+    """Add parts of pairs [P, ...] into total [T, M, ...], times scale."""
     sizes: Sizes = portion.sizes
     num_rows, size = portion.num_pairs // sizes.K, parts[0].numel()
     chunk = min(triton.next_power_of_2(size), configs.ADD_SLOTS_CHUNK)
     rows = configs.ADD_SLOTS_TILE // chunk
-    kernel_backward.add_slots_kernel[(triton.cdiv(num_rows, rows), triton.cdiv(size, chunk))](
+    backward_kernel.add_slots_kernel[(triton.cdiv(num_rows, rows), triton.cdiv(size, chunk))](
         portion.schedule.used,
         parts,
         total,

@@ -1,7 +1,7 @@
-"""Launches the Triton kernels of the forward pass: torch tensors in, torch tensors out.
+"""Launch the Triton kernels of the forward pass: torch tensors in, torch tensors out.
 
-Imports Triton. Shapes: T queries, M KV groups, G query heads per group, K top-k slots, N pool entries, B
-block size, D head dim, Di index head dim.
+Imports Triton. Shapes: T queries, M KV heads, G query heads of each, K top-k slots, N physical blocks, B
+block size, D head dim, Di index head dim. A pair is a (row, slot) pair, a row (query, KV head).
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ from msa_kernels.block_sparse_attention.window import TokenWindow
 from msa_kernels.tiles import padded
 
 # Partial results of one portion of the queries. 2 GiB hold 8,192 queries of the M3 shape in bf16: their q of
-# one group, 32 MiB, still fits the L2 cache, where it is read once per slot.
+# one KV head, 32 MiB, still fits the L2 cache, where it is read once per slot.
 FORWARD_PART_BYTES = 2**31
 # An item of the forward reads its block once; longer lists are split so that all processors have work.
 FORWARD_PAIRS_PER_ITEM = 64
@@ -35,24 +35,31 @@ INDEX_PAIRS_PER_ITEM = 256
 
 @dataclass(slots=True)
 class Sizes:
-    """Sizes of a call, and the powers of two that hold them."""
+    """Hold the sizes of a call, and the powers of two that hold them."""
 
     M: int
+    """KV heads."""
     K: int
+    """Slots of a row."""
     G: int
+    """Query heads of a KV head."""
     D: int
+    """Head dim, in channels."""
     B: int
+    """Tokens of a block."""
     index_dim: int
+    """Index head dim, in channels; 0 without an index branch."""
     element_bytes: int
+    """Bytes of one value of the inputs."""
 
     @property
     def pair_bytes(self) -> int:
-        """Partial output of one pair (row, slot)."""
+        """Return the size of the partial output of one (row, slot) pair, in bytes."""
         return self.G * self.D * self.element_bytes
 
     @property
     def shape(self) -> dict[str, int]:
-        """Constants of the kernels that say how large tiles are, and how much of them is used."""
+        """Return constants of the kernels that say how large tiles are, and how much of them is used."""
         return {
             "G": self.G,
             "D": self.D,
@@ -63,19 +70,19 @@ class Sizes:
     def config(
         self, table: tuple[configs.TileConfig, ...], *, index: bool = False, split: bool = False
     ) -> configs.TileConfig:
-        """Tile sizes for this call, which `configs.why_not` has found to exist; split: blocks may be cut."""
+        """Pick tile sizes, which `configs.why_not` has found to exist; split: blocks may be cut."""
         block = padded(1 if split else self.B)
         config = configs.pick(table, padded(self.index_dim if index else self.D), block, self.element_bytes)
         assert config is not None, f"no configuration for {self}"
         return config
 
 
-def sizes_of(queries: SparseQueries, pool: BlockPool, entries: Tensor) -> Sizes:
-    """Sizes of a call."""
+def sizes_of(queries: SparseQueries, pool: BlockPool, block_table: Tensor) -> Sizes:
+    """Read the sizes of a call off its tensors."""
     _, M, G, D = queries.q.shape
     return Sizes(
         M=M,
-        K=entries.shape[2],
+        K=block_table.shape[2],
         G=G,
         D=D,
         B=pool.kv.shape[2],
@@ -86,36 +93,40 @@ def sizes_of(queries: SparseQueries, pool: BlockPool, entries: Tensor) -> Sizes:
 
 @dataclass(slots=True)
 class Portion:
-    """Consecutive queries, contiguous, with their schedule over the pool."""
+    """Hold consecutive queries with their schedule over the pool."""
 
     queries: SparseQueries
+    """The queries of this portion, all tensors contiguous."""
     pool: BlockPool
+    """The whole pool, contiguous."""
     sizes: Sizes
+    """Sizes of the call."""
     schedule: Schedule
+    """Work of this portion."""
 
     @property
     def num_pairs(self) -> int:
-        """Pairs (row, slot), used or not."""
+        """Count (row, slot) pairs, used or not."""
         return self.schedule.order.numel()
 
     @property
     def visibility(self) -> tuple[Tensor, Tensor, Tensor]:
-        """position, window start, sink stop; the last two are placeholders where there is no window."""
+        """Return position, window start and sink stop; without a window the last two are placeholders."""
         position, window = self.queries.position, self.queries.window
         return (
             (position, position, position) if window is None else (position, window.start, window.sink_stop)
         )
 
     def work(self, items: Items) -> tuple[Tensor, ...]:
-        """Arguments that describe items to a kernel."""
-        return self.schedule.order, items.entry, items.begin, items.stop, items.num_items
+        """Return arguments that describe items to a kernel."""
+        return self.schedule.order, items.physical_block, items.begin, items.stop, items.num_items
 
     def constants(self, *, masked: bool) -> dict[str, Any]:
-        """Constants that all kernels over items share."""
+        """Return constants that all kernels over items share."""
         windowed = self.queries.window is not None
         sizes = self.sizes
         return {
-            # read for masks alone: without them the same kernel serves any number of groups
+            # read for masks alone: without them the same kernel serves any number of heads
             "M": sizes.M if masked else 1,
             "K": sizes.K,
             "B": sizes.B,
@@ -126,9 +137,9 @@ class Portion:
 
 
 def portions(
-    queries: SparseQueries, pool: BlockPool, entries: Tensor, max_pairs: int
+    queries: SparseQueries, pool: BlockPool, block_table: Tensor, max_pairs: int
 ) -> Iterator[tuple[slice, Portion]]:
-    """Queries in portions of at most `max_pairs` pairs (row, slot), or of one query.
+    """Yield queries in portions of at most `max_pairs` (row, slot) pairs, or of one query.
 
     Raises:
         ValueError: on block ids, positions or borders of windows of another dtype than int64.
@@ -137,13 +148,13 @@ def portions(
     if queries.window is not None:
         borders = {"window.start": queries.window.start, "window.sink_stop": queries.window.sink_stop}
         check_int64(**borders)
-    sizes = sizes_of(queries, pool, entries)
+    sizes = sizes_of(queries, pool, block_table)
     pool = replace(pool, kv=pool.kv.contiguous(), block=pool.block.contiguous())
     k_index = None if queries.k_index is None else queries.k_index.contiguous()
     # Offsets into tensors of pairs have 32 bits in the kernels.
     most = (2**31 - 1) // max(sizes.G * sizes.D, sizes.B, sizes.index_dim)
-    step = queries_per_portion(entries.shape[0], min(max_pairs, most) // (sizes.M * sizes.K))
-    for begin in range(0, entries.shape[0], step):
+    step = queries_per_portion(block_table.shape[0], min(max_pairs, most) // (sizes.M * sizes.K))
+    for begin in range(0, block_table.shape[0], step):
         chunk = slice(begin, begin + step)
         window = queries.window
         if window is not None:
@@ -156,13 +167,13 @@ def portions(
             k_index=k_index,
             window=window,
         )
-        ids = entries[chunk].contiguous()
+        ids = block_table[chunk].contiguous()
         schedule = build_schedule(ids, pool.block, part.position, window, block_size=sizes.B)
         yield chunk, Portion(part, pool, sizes, schedule)
 
 
-def forward(queries: SparseQueries, pool: BlockPool, entries: Tensor) -> PoolOutput:
-    """`pool_forward` by Triton kernels; q, kv, q_index and k_index of one dtype, fp32, fp16 or bf16."""
+def forward(queries: SparseQueries, pool: BlockPool, block_table: Tensor) -> PoolOutput:
+    """Run `pool_forward` by Triton kernels; q, kv, q_index and k_index of one dtype, fp32, fp16 or bf16."""
     T, M, G, D = queries.q.shape
     device, indexed = queries.q.device, queries.q_index is not None
     out = torch.zeros(T, M, G, D, device=device)
@@ -171,16 +182,16 @@ def forward(queries: SparseQueries, pool: BlockPool, entries: Tensor) -> PoolOut
     softened = indexed and queries.temperature != 1.0
     lse_teacher = torch.full_like(lse, float("-inf")) if softened else None
     result = PoolOutput(out=out, lse=lse, lse_index=lse_index, lse_teacher=lse_teacher)
-    if pool.kv.shape[0] == 0 or entries.numel() == 0:
+    if pool.kv.shape[0] == 0 or block_table.numel() == 0:
         return result
-    max_pairs = FORWARD_PART_BYTES // sizes_of(queries, pool, entries).pair_bytes
-    for chunk, portion in portions(queries, pool, entries, max_pairs):
+    max_pairs = FORWARD_PART_BYTES // sizes_of(queries, pool, block_table).pair_bytes
+    for chunk, portion in portions(queries, pool, block_table, max_pairs):
         _forward_portion(portion, result, chunk)
     return result
 
 
 def _forward_portion(portion: Portion, result: PoolOutput, chunk: slice) -> None:
-    """Fills in the rows of `chunk`."""
+    """Fill in the rows of `chunk`: partial results of all pairs, then their sum over slots."""
     sizes, queries = portion.sizes, portion.queries
     softened, indexed = result.lse_teacher is not None, result.lse_index is not None
     pairs = portion.num_pairs
@@ -188,11 +199,13 @@ def _forward_portion(portion: Portion, result: PoolOutput, chunk: slice) -> None
     lse_part = result.lse.new_empty(pairs, sizes.G)
     teacher_part = torch.empty_like(lse_part) if softened else lse_part
     index_part = result.lse.new_empty(pairs) if indexed else lse_part
+    # whole blocks without masks first, then the few that a query sees a part of
     for masked in (False, True):
         _attend(portion, masked, out_part, lse_part, teacher_part, softened)
         if indexed:
             _index_lse(portion, masked, index_part)
     out, lse = result.out[chunk], result.lse[chunk]
+    # a tile takes whole queries, whatever their heads: (row, query head) rows, GP to a query
     rows = max(configs.COMBINE_ROWS, triton.next_power_of_2(sizes.G))
     num_rows = out.shape[0] * sizes.M
     per_program = rows // triton.next_power_of_2(sizes.G)
@@ -221,11 +234,11 @@ def _forward_portion(portion: Portion, result: PoolOutput, chunk: slice) -> None
 def _attend(
     portion: Portion, masked: bool, out_part: Tensor, lse_part: Tensor, teacher_part: Tensor, softened: bool
 ) -> None:
-    """Partial outputs and log-sum-exps of all pairs of one kind."""
+    """Form partial outputs and log-sum-exps of all pairs of one kind."""
     sizes, queries = portion.sizes, portion.queries
     config = sizes.config(configs.ATTEND)
     items = portion.schedule.items(masked=masked, pairs_per_item=FORWARD_PAIRS_PER_ITEM)
-    kernel.attend_kernel[(items.entry.numel(),)](
+    kernel.attend_kernel[(items.physical_block.numel(),)](
         queries.q,
         portion.pool.kv,
         portion.pool.block,
@@ -246,13 +259,13 @@ def _attend(
 
 
 def _index_lse(portion: Portion, masked: bool, index_part: Tensor) -> None:
-    """Log-sum-exp of the index scores of all pairs of one kind."""
+    """Take the log-sum-exp of the index scores of all pairs of one kind."""
     sizes, queries = portion.sizes, portion.queries
     assert queries.q_index is not None, "called with an index branch only"
     assert queries.k_index is not None, "index queries come with index keys"
     config = sizes.config(configs.INDEX_LSE, index=True)
     items = portion.schedule.items(masked=masked, pairs_per_item=INDEX_PAIRS_PER_ITEM)
-    kernel.index_lse_kernel[(items.entry.numel(),)](
+    kernel.index_lse_kernel[(items.physical_block.numel(),)](
         queries.q_index,
         queries.k_index,
         portion.pool.block,

@@ -1,6 +1,7 @@
-"""Work lists for the Triton kernels, built on the device without waiting for it.
+"""List the work of the Triton kernels, built on the device without waiting for it.
 
-Shapes: R rows (query, group), K slots, P = R * K pairs, N pool entries, I items.
+Shapes: T queries, M KV heads, R = T * M rows, K slots, P = R * K pairs, N physical blocks, I items. A pair
+is a (row, slot) pair, numbered row * K + slot.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ _QUERIES_STEP = 64
 
 
 def queries_per_portion(num_queries: int, most: int) -> int:
-    """Length of equal portions of at most `most` queries, a multiple of 64 where so many fit, else `most`.
+    """Choose equal portions of at most `most` queries, a multiple of 64 where so many fit, else `most`.
 
     Example: 16,384 queries of which 13,797 fit are taken 8,192 at a time, 130 of which 101 fit 64 at a time.
     """
@@ -29,91 +30,94 @@ def queries_per_portion(num_queries: int, most: int) -> int:
 
 @dataclass(slots=True)
 class Items:
-    """Items of work: up to `pairs_per_item` pairs that read one entry.
+    """Hold items of work: up to `pairs_per_item` pairs that read one physical block."""
 
-    entry: [I] int32; begin, stop: [I] int64, the item's part of `Schedule.order`; num_items: [1] int64, how
-    many of the I are real (I is what fits any selection, so that the host need not know).
-    first_item: [N + 1] int64, where the items of an entry begin.
-    """
-
-    entry: Tensor
+    physical_block: Tensor
+    """[I] int32, the block that each item reads."""
     begin: Tensor
+    """[I] int64, where the item's part of `Schedule.order` begins."""
     stop: Tensor
+    """[I] int64, where it ends."""
     num_items: Tensor
+    """[1] int64, how many of the I are real: I is what fits any selection, so that the host need not know."""
     first_item: Tensor
+    """[N + 1] int64, where the items of each physical block begin."""
 
     def splits(self) -> "Splits":
-        """The items of entries that have more than one."""
+        """Find the items of blocks that have more than one, and number their places."""
         items = self.first_item.diff()
         count = torch.where(items > 1, items, 0)
         first = count.cumsum(0) - count
-        entry = self.entry.long()
-        place = torch.arange(entry.numel(), device=entry.device) - self.first_item[entry]
-        return Splits(
-            of_item=torch.where(count[entry] > 0, first[entry] + place, -1), first=first, count=count
-        )
+        block = self.physical_block.long()
+        place = torch.arange(block.numel(), device=block.device) - self.first_item[block]
+        of_item = torch.where(count[block] > 0, first[block] + place, -1)
+        return Splits(of_item=of_item, first=first, count=count)
 
 
 @dataclass(slots=True)
 class Splits:
-    """Places for what items of one entry, of several, must leave to be added up.
+    """Give places to the items of one physical block, of several, whose results are added up later.
 
-    Example: entries with 1, 3 and 2 items get of_item = [-1, 0, 1, 2, 3, 4], first = [0, 0, 3] and
+    Example: blocks with 1, 3 and 2 items get of_item = [-1, 0, 1, 2, 3, 4], first = [0, 0, 3] and
     count = [0, 3, 2].
-
-    of_item: [I] int64, -1 for items that are alone; first, count: [N] int64, the places of an entry.
     """
 
     of_item: Tensor
+    """[I] int64, the item's place, -1 for items that are alone."""
     first: Tensor
+    """[N] int64, the first place of each physical block."""
     count: Tensor
+    """[N] int64, its number of places."""
 
 
 @dataclass(slots=True)
 class Schedule:
-    """Pairs (row * K + slot) sorted by the entry they read.
+    """Hold (row, slot) pairs sorted by the physical block they read.
 
-    First those that see the whole block, by entry, then those that see a part of it, by entry, then the
+    First those that see the whole block, by block, then those that see a part of it, by block, then the
     unused.
-
-    order: [P] int32; offsets: [2N + 1] int64, where each entry's pairs begin in `order`. used: [P] uint8, 1
-    where the pair is on a list.
     """
 
     order: Tensor
+    """[P] int32, the pairs, row * K + slot."""
     offsets: Tensor
+    """[2N + 1] int64, where each block's pairs begin in `order`: N whole blocks, then N partly seen ones."""
     used: Tensor
+    """[P] uint8, 1 where the pair is on a list."""
 
     @property
-    def num_entries(self) -> int:
-        """N."""
+    def num_physical_blocks(self) -> int:
+        """Count the physical blocks, N."""
         return self.offsets.numel() // 2
 
-    def items(self, *, masked: bool, pairs_per_item: int, every_entry: bool = False) -> Items:
-        """Split the lists of one kind into items, entries ascending, pairs of an entry in order.
+    def items(self, *, masked: bool, pairs_per_item: int, every_block: bool = False) -> Items:
+        """Split the lists of one kind into items, physical blocks ascending, pairs of a block in order.
 
-        Example (N = 2, pairs_per_item 2, masked False): offsets [0, 3, 4, ...] has 3 pairs of entry 0 and 1
-        of entry 1, so entry = [0, 0, 1, ...], begin = [0, 2, 3, ...], stop = [2, 3, 4, ...], num_items = 3.
+        Example (N = 2, pairs_per_item 2, masked False): offsets [0, 3, 4, ...] has 3 pairs of block 0 and 1
+        of block 1, so physical_block = [0, 0, 1, ...], begin = [0, 2, 3, ...], stop = [2, 3, 4, ...],
+        num_items = 3.
 
         Args:
             masked: the pairs that see a part of the block, or those that see all of it.
             pairs_per_item: longest item.
-            every_entry: give an entry without pairs one empty item.
+            every_block: give a block without pairs one empty item.
         """
-        N, device = self.num_entries, self.offsets.device
+        N, device = self.num_physical_blocks, self.offsets.device
         offsets = self.offsets[N:] if masked else self.offsets[: N + 1]
         items = (offsets.diff() + pairs_per_item - 1) // pairs_per_item
-        if every_entry:
+        if every_block:
             items.clamp_(min=1)
         first_item = torch.zeros(N + 1, dtype=torch.int64, device=device)
         torch.cumsum(items, 0, out=first_item[1:])
-        most = self.order.numel() // pairs_per_item + (N if every_entry else min(N, self.order.numel()))
+        # Full items hold all P pairs at most, and each block adds one that is not full: no selection needs
+        # more.
+        most = self.order.numel() // pairs_per_item + (N if every_block else min(N, self.order.numel()))
         item = torch.arange(most, device=device)
-        entry = torch.searchsorted(first_item[1:], item, right=True).clamp_(max=N - 1)
-        begin = offsets[entry] + (item - first_item[entry]) * pairs_per_item
-        stop = torch.minimum(begin + pairs_per_item, offsets[entry + 1])
+        block = torch.searchsorted(first_item[1:], item, right=True).clamp_(max=N - 1)
+        begin = offsets[block] + (item - first_item[block]) * pairs_per_item
+        stop = torch.minimum(begin + pairs_per_item, offsets[block + 1])
         return Items(
-            entry=entry.to(torch.int32),
+            physical_block=block.to(torch.int32),
             begin=begin,
             stop=stop,
             num_items=first_item[-1:],
@@ -122,24 +126,30 @@ class Schedule:
 
 
 def build_schedule(
-    entries: Tensor,
+    block_table: Tensor,
     block: Tensor,
     position: Tensor,
     window: TokenWindow | None,
     *,
     block_size: int,
 ) -> Schedule:
-    """Sort pairs by entry, keeping the order of rows: one stable radix sort, the same on every run.
+    """Sort pairs by physical block, keeping the order of rows: one stable radix sort, the same on every run.
+
+    Example (M 1, K 2, N 2, block_size 4): queries at positions 7, 8, 9 with the block table [[0, 1], [1,
+    -1], [1, 0]] and block = [0, 1] hold pairs 0 to 5. Pair 1 is query 7's own block, seen to its last token,
+    hence whole like all others; pair 3 is unused. The keys are [0, 1, 1, 4, 1, 0] (4 = 2N: unused), so order
+    is [0, 5, 1, 2, 4, 3] and offsets [0, 2, 5, 5, 5]. With the first query at position 6 pair 1 sees a part
+    of its block: its key is N + 1 = 3, order [0, 5, 2, 4, 1, 3] and offsets [0, 2, 4, 4, 5].
 
     Args:
-        entries: [T, M, K] int64 pool entry per slot, -1 for none.
-        block: [N] int64 block ids of the entries.
+        block_table: [T, M, K] int64 physical block per slot, -1 for none.
+        block: [N] int64 global ids of the physical blocks.
         position: [T] int64; window: of the same queries, or None.
         block_size: tokens per block.
     """
-    num_entries = block.numel()
-    used = entries >= 0
-    begin = block[entries.clamp(min=0)] * block_size
+    num_physical_blocks = block.numel()
+    used = block_table >= 0
+    begin = block[block_table.clamp(min=0)] * block_size
     partial = begin + block_size > position[:, None, None] + 1
     if window is not None:
         start, sink_stop = window.start[:, None, None], window.sink_stop[:, None, None]
@@ -147,11 +157,13 @@ def build_schedule(
         # Blocks that lie wholly before the window hold nothing that the query sees.
         used &= ~cut | (begin + block_size > start)
         partial |= cut
-    key = torch.where(used, entries + num_entries * partial, 2 * num_entries).to(torch.int32).flatten()
+    # One sort for both kinds: 0 to N - 1 are whole blocks, N to 2N - 1 partly seen ones, 2N is unused.
+    unused = 2 * num_physical_blocks
+    key = torch.where(used, block_table + num_physical_blocks * partial, unused).to(torch.int32).flatten()
     key, order = torch.sort(key, stable=True)
     # Half the bytes: the kernels wait for a few of these ids at a time.
     order = order.to(torch.int32)
-    borders = torch.arange(2 * num_entries + 1, dtype=torch.int32, device=key.device)
+    borders = torch.arange(2 * num_physical_blocks + 1, dtype=torch.int32, device=key.device)
     return Schedule(
         order=order, offsets=torch.searchsorted(key, borders), used=used.flatten().to(torch.uint8)
     )

@@ -1,1 +1,1 @@
-"""Triton kernels of decoding and their launches."""
+"""Decode by Triton kernels: the kernels and their launches."""

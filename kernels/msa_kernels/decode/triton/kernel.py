@@ -1,4 +1,9 @@
-"""Triton kernels of decoding: block scores, best blocks, attention over parts of them, merge of the parts.
+"""Decode by Triton kernels: block scores, best blocks, attention over parts of them, merge of the parts.
+
+Shapes: M KV heads, G query heads of each, H = M * G, K top-k slots, D head dim (of index keys in the
+scores), B block size, NB blocks, P pages. MP, DP, KP, BP, HP are powers of two that hold M, D, K, B and a
+program's heads. The number of sequences is a size of the grid. Prefixes: o_ offsets, m_ masks, p_ pointers,
+b_ tiles.
 
 A tile is one block, or a part of one. Tokens of one block lie in one page, so a tile needs one page number.
 USE_DOT: products on tensor cores. Without it (fp32, whose digits they would drop): sums over elements.
@@ -9,40 +14,45 @@ import triton.language as tl
 
 from msa_kernels.select_blocks.triton.rows_kernel import NO_BLOCK
 
+LN2 = tl.constexpr(0.6931471805599453)
+
 
 @triton.jit
-def _place(table_ptr, sequence, token, page_size, pages_per_sequence, HAS_TABLE: tl.constexpr):
-    """Page of a token, and its place in the page; a flat cache is one page per sequence."""
+def find_page(page_table, sequence, token, page_size, pages_per_sequence, HAS_TABLE: tl.constexpr):
+    """Look up the page of a token, and its place in the page; a flat cache is one page per sequence.
+
+    Example (pages of 256 tokens, sequence 1 with pages 7, 3): token 300 lies in page 3, at place 44.
+    """
     if HAS_TABLE:
-        page = tl.load(table_ptr + sequence.to(tl.int64) * pages_per_sequence + token // page_size)
+        page = tl.load(page_table + sequence.to(tl.int64) * pages_per_sequence + token // page_size)
         return page.to(tl.int64), token % page_size
     else:
         return sequence.to(tl.int64), token
 
 
 @triton.jit
-def _from_fp8(bits, dtype: tl.constexpr, NATIVE: tl.constexpr):
-    """float8_e4m3fn in uint8 -> dtype; NATIVE False: 2^-8 of the values, from their bits.
+def from_fp8(b_bits, dtype: tl.constexpr, NATIVE: tl.constexpr):
+    """Convert float8_e4m3fn in uint8 to dtype; NATIVE False: to 2^-8 of the values, from their bits.
 
     The 4 bits of the exponent, its bias 7, become the last 4 of fp16's 5, whose bias is 15; subnormal numbers
     too. Example: 0x40 is 2 (exponent 8), as fp16 0x2000 it is 2^-7 (exponent 8). No NaN: 0x7f becomes 480.
     """
     if NATIVE:
-        return bits.to(tl.float8e4nv, bitcast=True).to(dtype)
+        return b_bits.to(tl.float8e4nv, bitcast=True).to(dtype)
     else:
-        wide = bits.to(tl.int16)
-        half = (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.int16)
-        return half.to(tl.float16, bitcast=True).to(dtype)
+        b_wide = b_bits.to(tl.int16)
+        b_half = (((b_wide & 0x80) << 8) | ((b_wide & 0x7F) << 7)).to(tl.int16)
+        return b_half.to(tl.float16, bitcast=True).to(dtype)
 
 
 @triton.jit
 def decode_scores_kernel(
-    q_ptr,
-    k_ptr,
-    scale_ptr,
-    table_ptr,
-    seq_lens_ptr,
-    score_ptr,
+    q_index,  # [sequences, M, D]
+    k_index,  # [P, page_size, D], any strides but the last; uint8 with FP8
+    k_scale,  # [P, page_size] fp32, read with FP8
+    page_table,  # [sequences, pages_per_sequence] int32 or int64, read with HAS_TABLE
+    seq_lens,  # [sequences] int32 or int64
+    score,  # [sequences, M, NB] fp32
     num_blocks,
     page_size,
     pages_per_sequence,
@@ -51,224 +61,228 @@ def decode_scores_kernel(
     scale_page_stride,
     scale_token_stride,
     blocks_per_program,
-    NUM_GROUPS: tl.constexpr,
-    GROUP_ROWS: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    TILE_N: tl.constexpr,
+    M: tl.constexpr,
+    MP: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    B: tl.constexpr,
+    BP: tl.constexpr,
     LOCAL_BLOCKS: tl.constexpr,
     HAS_TABLE: tl.constexpr,
     USE_DOT: tl.constexpr,
     FP8: tl.constexpr,
     NATIVE_FP8: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """Grid [cdiv(num_blocks, blocks_per_program), B]. score [B, M, num_blocks] fp32, all of it written.
+    """Score a few blocks of one sequence; grid [cdiv(NB, blocks_per_program), sequences].
 
-    q [B, M, DIM], index keys [pages, page_size, DIM]. Forced blocks, and those not there, get -inf.
-    FP8: index keys are float8_e4m3fn in uint8, with a scale per token [pages, page_size] fp32.
+    All of `score` is written: forced blocks, and those not there, get -inf. FP8: index keys are
+    float8_e4m3fn, with a scale per token.
     """
     sequence = tl.program_id(1)
     # forced blocks need no score, and all others are whole
-    num_scored = tl.cdiv(tl.load(seq_lens_ptr + sequence), BLOCK_SIZE).to(tl.int32) - LOCAL_BLOCKS
-    group = tl.arange(0, GROUP_ROWS)
-    dim = tl.arange(0, DIM_PAD)
-    row = tl.arange(0, TILE_N)
-    q_offset = (sequence * NUM_GROUPS + group)[:, None] * DIM + dim[None, :]
-    q = tl.load(q_ptr + q_offset, (group < NUM_GROUPS)[:, None] & (dim < DIM)[None, :], 0.0)
-    is_key = (row < BLOCK_SIZE)[:, None] & (dim < DIM)[None, :]
-    target = score_ptr + (sequence.to(tl.int64) * NUM_GROUPS + group) * num_blocks
+    num_scored = tl.cdiv(tl.load(seq_lens + sequence), B).to(tl.int32) - LOCAL_BLOCKS
+    o_m = tl.arange(0, MP)
+    o_d = tl.arange(0, DP)
+    o_b = tl.arange(0, BP)
+    o_q = (sequence * M + o_m)[:, None] * D + o_d[None, :]
+    b_q = tl.load(q_index + o_q, (o_m < M)[:, None] & (o_d < D)[None, :], 0.0)
+    m_k = (o_b < B)[:, None] & (o_d < D)[None, :]
+    p_score = score + (sequence.to(tl.int64) * M + o_m) * num_blocks
     begin = tl.program_id(0) * blocks_per_program
     end = tl.minimum(begin + blocks_per_program, num_blocks)
     scored_end = tl.maximum(tl.minimum(end, num_scored), begin)
-    for block in tl.range(begin, scored_end, num_stages=NUM_STAGES):
-        page, token = _place(
-            table_ptr, sequence, block * BLOCK_SIZE, page_size, pages_per_sequence, HAS_TABLE
-        )
-        source = k_ptr + page * k_page_stride + (token + row).to(tl.int64)[:, None] * k_token_stride
-        scale = tl.full([TILE_N], 1.0, tl.float32)
+    for block in tl.range(begin, scored_end, num_stages=STAGES):
+        page, place = find_page(page_table, sequence, block * B, page_size, pages_per_sequence, HAS_TABLE)
+        p_k = k_index + page * k_page_stride + (place + o_b).to(tl.int64)[:, None] * k_token_stride
+        b_scale = tl.full([BP], 1.0, tl.float32)
         if FP8:
-            k = _from_fp8(tl.load(source + dim[None, :], is_key, 0), q.dtype, NATIVE_FP8)
-            scale_row = page * scale_page_stride + (token + row).to(tl.int64) * scale_token_stride
-            scale = tl.load(scale_ptr + scale_row, row < BLOCK_SIZE, 0.0)
+            b_k = from_fp8(tl.load(p_k + o_d[None, :], m_k, 0), b_q.dtype, NATIVE_FP8)
+            o_scale = page * scale_page_stride + (place + o_b).to(tl.int64) * scale_token_stride
+            b_scale = tl.load(k_scale + o_scale, o_b < B, 0.0)
             if not NATIVE_FP8:
-                scale *= 256.0
+                b_scale *= 256.0
         else:
-            k = tl.load(source + dim[None, :], is_key, 0.0)
+            b_k = tl.load(p_k + o_d[None, :], m_k, 0.0)
         if USE_DOT:
-            scores = tl.dot(k, tl.trans(q), input_precision="ieee")
+            # [BP, MP]: keys are the rows, as a product has at least 64 of them on Hopper and M is small
+            b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
             if FP8:
-                scores *= scale[:, None]
-            if TILE_N > BLOCK_SIZE:
-                scores = tl.where((row < BLOCK_SIZE)[:, None], scores, float("-inf"))
-            tl.store(target + block, tl.max(scores, axis=0), group < NUM_GROUPS)
+                b_s *= b_scale[:, None]
+            if BP > B:
+                b_s = tl.where((o_b < B)[:, None], b_s, float("-inf"))
+            tl.store(p_score + block, tl.max(b_s, axis=0), o_m < M)
         else:
-            for g in range(NUM_GROUPS):
-                own = (sequence * NUM_GROUPS + g) * DIM + dim
-                products = k * tl.load(q_ptr + own, dim < DIM, 0.0)[None, :]
-                score = tl.where(row < BLOCK_SIZE, tl.sum(products, axis=1) * scale, float("-inf"))
-                group_target = score_ptr + (sequence.to(tl.int64) * NUM_GROUPS + g) * num_blocks
-                tl.store(group_target + block, tl.max(score, axis=0))
+            for m in range(M):
+                o_own = (sequence * M + m) * D + o_d
+                b_product = b_k * tl.load(q_index + o_own, o_d < D, 0.0)[None, :]
+                b_own = tl.where(o_b < B, tl.sum(b_product, axis=1) * b_scale, float("-inf"))
+                p_own = score + (sequence.to(tl.int64) * M + m) * num_blocks
+                tl.store(p_own + block, tl.max(b_own, axis=0))
     for block in range(scored_end, end):
-        tl.store(target + block, tl.full([GROUP_ROWS], float("-inf"), tl.float32), group < NUM_GROUPS)
+        tl.store(p_score + block, tl.full([MP], float("-inf"), tl.float32), o_m < M)
 
 
 @triton.jit
 def best_candidates_kernel(
-    score_ptr,
-    id_ptr,
-    best_score_ptr,
-    best_id_ptr,
+    score,  # [rows, C] fp32
+    id,  # [rows, C] int32; not read with ID_IS_COLUMN
+    best_score,  # [rows, num_chunks, KP] fp32
+    best_id,  # [rows, num_chunks, KP] int32
     num_candidates,
     num_chunks,
-    TOPK: tl.constexpr,
-    SLOTS: tl.constexpr,
+    K: tl.constexpr,
+    KP: tl.constexpr,
     CHUNK: tl.constexpr,
     ID_IS_COLUMN: tl.constexpr,
 ):
-    """Grid [num_chunks, rows]: the TOPK best of each CHUNK candidates, equal ones by the lower id.
-
-    score, id [rows, num_candidates] -> best_score, best_id [rows, num_chunks * SLOTS].
-    """
+    """Take the K best of each CHUNK of C candidates, equal ones by the lower id; grid [num_chunks, rows]."""
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    column = chunk * CHUNK + tl.arange(0, CHUNK)
-    inside = column < num_candidates
-    scores = tl.load(score_ptr + row * num_candidates + column, inside, float("-inf"))
-    ids = column
+    o_c = chunk * CHUNK + tl.arange(0, CHUNK)
+    m_c = o_c < num_candidates
+    b_s = tl.load(score + row * num_candidates + o_c, m_c, float("-inf"))
+    b_id = o_c
     if not ID_IS_COLUMN:
-        ids = tl.load(id_ptr + row * num_candidates + column, inside, NO_BLOCK)
-    slot = tl.arange(0, SLOTS)
-    best_score = tl.full([SLOTS], float("-inf"), tl.float32)
-    best_id = tl.full([SLOTS], NO_BLOCK, tl.int32)
-    for i in range(TOPK):
-        top = tl.max(scores, axis=0)
-        block = tl.min(tl.where(scores == top, ids, NO_BLOCK), axis=0)
-        best_score = tl.where(slot == i, top, best_score)
-        best_id = tl.where(slot == i, block, best_id)
-        scores = tl.where(ids == block, float("-inf"), scores)
-    target = (row * num_chunks + chunk) * SLOTS + slot
-    tl.store(best_score_ptr + target, best_score)
-    tl.store(best_id_ptr + target, best_id)
+        b_id = tl.load(id + row * num_candidates + o_c, m_c, NO_BLOCK)
+    o_slot = tl.arange(0, KP)
+    b_best = tl.full([KP], float("-inf"), tl.float32)
+    b_best_id = tl.full([KP], NO_BLOCK, tl.int32)
+    for i in range(K):
+        top = tl.max(b_s, axis=0)
+        block = tl.min(tl.where(b_s == top, b_id, NO_BLOCK), axis=0)
+        b_best = tl.where(o_slot == i, top, b_best)
+        b_best_id = tl.where(o_slot == i, block, b_best_id)
+        b_s = tl.where(b_id == block, float("-inf"), b_s)
+    o_best = (row * num_chunks + chunk) * KP + o_slot
+    tl.store(best_score + o_best, b_best)
+    tl.store(best_id + o_best, b_best_id)
 
 
 @triton.jit
 def decode_attention_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    block_ptr,
-    table_ptr,
-    seq_lens_ptr,
-    out_ptr,
-    lse_ptr,
+    q,  # [sequences, H, D]
+    k,  # [P, page_size, M, D], any strides but the last
+    v,  # [P, page_size, M, D], any strides but the last
+    block_indices,  # [sequences, M, K] int32, -1 where empty
+    page_table,  # [sequences, pages_per_sequence] int32 or int64, read with HAS_TABLE
+    seq_lens,  # [sequences] int32 or int64
+    out_part,  # [sequences, M, num_parts, G, D]
+    lse_part,  # [sequences, M, num_parts, G] fp32, natural log
     scale_log2,
     page_size,
     pages_per_sequence,
     k_page_stride,
     k_token_stride,
-    k_group_stride,
+    k_head_stride,
     v_page_stride,
     v_token_stride,
-    v_group_stride,
+    v_head_stride,
     num_parts,
     part_slots,
-    NUM_GROUPS: tl.constexpr,
-    GROUP_HEADS: tl.constexpr,
+    M: tl.constexpr,
+    G: tl.constexpr,
     HEADS: tl.constexpr,
-    HEAD_ROWS: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    TILE_N: tl.constexpr,
+    HP: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    B: tl.constexpr,
+    KEYS: tl.constexpr,
     TILES_PER_BLOCK: tl.constexpr,
-    TOPK: tl.constexpr,
+    K: tl.constexpr,
     HAS_TABLE: tl.constexpr,
     USE_DOT: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """Grid [num_parts, B * H / HEADS]: HEADS heads of a KV group over part_slots of its selected blocks.
+    """Attend with HEADS query heads of a KV head to part_slots of its blocks.
 
-    q [B, H, DIM], blocks [B, M, TOPK] -> out [B, M, num_parts, GROUP_HEADS, DIM], lse [B, M, num_parts,
-    GROUP_HEADS], natural log. A part without a token gets 0 and -inf.
+    Grid [num_parts, sequences * H / HEADS]; KEYS tokens per step. A part without a token gets 0 and -inf.
+
+    Example (K 16, num_parts 3, part_slots 6): the programs take slots 0 to 5, 6 to 11, and 12 to 15.
     """
     part = tl.program_id(0)
     first_head = tl.program_id(1) * HEADS
-    pair = first_head // GROUP_HEADS
-    sequence, kv_group = pair // NUM_GROUPS, (pair % NUM_GROUPS).to(tl.int64)
-    length = tl.load(seq_lens_ptr + sequence).to(tl.int32)
-    head = tl.arange(0, HEAD_ROWS)
-    dim = tl.arange(0, DIM_PAD)
-    row = tl.arange(0, TILE_N)
-    is_head = (head < HEADS)[:, None] & (dim < DIM)[None, :]
-    q = tl.load(q_ptr + (first_head + head)[:, None] * DIM + dim[None, :], is_head, 0.0)
-    acc = tl.zeros([HEAD_ROWS, DIM_PAD], tl.float32)
-    peak = tl.full([HEAD_ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([HEAD_ROWS], tl.float32)
-    for i in tl.range(0, part_slots * TILES_PER_BLOCK, num_stages=NUM_STAGES):
+    # (sequence, KV head), M of them to a sequence
+    kv_row = first_head // G
+    sequence, kv_head = kv_row // M, (kv_row % M).to(tl.int64)
+    length = tl.load(seq_lens + sequence).to(tl.int32)
+    o_head = tl.arange(0, HP)
+    o_d = tl.arange(0, DP)
+    o_key = tl.arange(0, KEYS)
+    m_q = (o_head < HEADS)[:, None] & (o_d < D)[None, :]
+    b_q = tl.load(q + (first_head + o_head)[:, None] * D + o_d[None, :], m_q, 0.0)
+    b_o = tl.zeros([HP, DP], tl.float32)
+    peak = tl.full([HP], float("-inf"), tl.float32)
+    total = tl.zeros([HP], tl.float32)
+    for i in tl.range(0, part_slots * TILES_PER_BLOCK, num_stages=STAGES):
         slot = part * part_slots + i // TILES_PER_BLOCK
-        block = tl.load(block_ptr + pair.to(tl.int64) * TOPK + slot, slot < TOPK, -1)
-        first = (i % TILES_PER_BLOCK) * TILE_N
-        start = tl.maximum(block, 0) * BLOCK_SIZE
-        page, token = _place(table_ptr, sequence, start, page_size, pages_per_sequence, HAS_TABLE)
+        block = tl.load(block_indices + kv_row.to(tl.int64) * K + slot, slot < K, -1)
+        first = (i % TILES_PER_BLOCK) * KEYS
+        start = tl.maximum(block, 0) * B
+        page, place = find_page(page_table, sequence, start, page_size, pages_per_sequence, HAS_TABLE)
         # an empty slot ends before its first token
         stop = tl.where(block >= 0, length, 0)
-        seen = (first + row < BLOCK_SIZE) & (start + first + row < stop)
-        token = (token + first + row).to(tl.int64)[:, None]
-        is_token = seen[:, None] & (dim < DIM)[None, :]
-        k_source = k_ptr + page * k_page_stride + kv_group * k_group_stride + token * k_token_stride
-        v_source = v_ptr + page * v_page_stride + kv_group * v_group_stride + token * v_token_stride
-        k = tl.load(k_source + dim[None, :], is_token, 0.0)
-        v = tl.load(v_source + dim[None, :], is_token, 0.0)
+        m_key = (first + o_key < B) & (start + first + o_key < stop)
+        o_place = (place + first + o_key).to(tl.int64)[:, None]
+        m_kv = m_key[:, None] & (o_d < D)[None, :]
+        p_k = k + page * k_page_stride + kv_head * k_head_stride + o_place * k_token_stride
+        p_v = v + page * v_page_stride + kv_head * v_head_stride + o_place * v_token_stride
+        b_k = tl.load(p_k + o_d[None, :], m_kv, 0.0)
+        b_v = tl.load(p_v + o_d[None, :], m_kv, 0.0)
+        # [HP, KEYS]
         if USE_DOT:
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
         else:
-            scores = tl.sum(k * q, axis=1)[None, :]
-        scores = tl.where(seen[None, :], scores * scale_log2, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, axis=1))
+            b_s = tl.sum(b_k * b_q, axis=1)[None, :]
+        b_s = tl.where(m_key[None, :], b_s * scale_log2, float("-inf"))
+        # The sum so far is total * 2^peak, the output so far b_o * 2^peak: a higher peak shrinks both.
+        new_peak = tl.maximum(peak, tl.max(b_s, axis=1))
         # nothing seen so far: -inf - -inf would not be 0
         base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         shrink = tl.exp2(peak - base)
-        weight = tl.exp2(scores - base[:, None])
-        total = total * shrink + tl.sum(weight, axis=1)
-        acc = acc * shrink[:, None]
+        b_p = tl.exp2(b_s - base[:, None])
+        total = total * shrink + tl.sum(b_p, axis=1)
+        b_o = b_o * shrink[:, None]
         if USE_DOT:
-            acc += tl.dot(weight.to(v.dtype), v, input_precision="ieee")
+            b_o += tl.dot(b_p.to(b_v.dtype), b_v, input_precision="ieee")
         else:
-            acc += tl.sum(v * tl.trans(weight), axis=0)[None, :]
+            b_o += tl.sum(b_v * tl.trans(b_p), axis=0)[None, :]
         peak = new_peak
-    result = acc / tl.where(total > 0, total, 1.0)[:, None]
-    lse = (tl.where(total > 0, peak, 0.0) + tl.log2(total)) * 0.6931471805599453
-    target = (pair.to(tl.int64) * num_parts + part) * GROUP_HEADS + first_head % GROUP_HEADS + head
-    tl.store(out_ptr + target[:, None] * DIM + dim[None, :], result.to(out_ptr.dtype.element_ty), is_head)
-    tl.store(lse_ptr + target, lse, head < HEADS)
+    # normalised by the part's own sum, so that the merge has nothing to know but its log
+    b_o = b_o / tl.where(total > 0, total, 1.0)[:, None]
+    b_lse = (tl.where(total > 0, peak, 0.0) + tl.log2(total)) * LN2
+    o_out = (kv_row.to(tl.int64) * num_parts + part) * G + first_head % G + o_head
+    tl.store(out_part + o_out[:, None] * D + o_d[None, :], b_o.to(out_part.dtype.element_ty), m_q)
+    tl.store(lse_part + o_out, b_lse, o_head < HEADS)
 
 
 @triton.jit
 def merge_parts_kernel(
-    part_out_ptr,
-    part_lse_ptr,
-    out_ptr,
-    lse_ptr,
+    out_part,  # [sequences, M, num_parts, G, D] fp32
+    lse_part,  # [sequences, M, num_parts, G] fp32
+    out,  # [sequences, H, D]
+    lse,  # [sequences, H] fp32
     num_parts,
-    GROUP_HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    PARTS_PAD: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    NP: tl.constexpr,
 ):
-    """Grid [B * H]: parts [B, M, num_parts, GROUP_HEADS, DIM] weighted by their share of the softmax."""
+    """Weight the parts of one query head by their share of the softmax; grid [sequences * H].
+
+    lse = log of the sum of exp(lse_part), out = sum of exp(lse_part - lse) * out_part. NP holds num_parts.
+    """
     query_head = tl.program_id(0).to(tl.int64)
-    pair, head = query_head // GROUP_HEADS, query_head % GROUP_HEADS
-    part = tl.arange(0, PARTS_PAD)
-    dim = tl.arange(0, DIM_PAD)
-    source = (pair * num_parts + part) * GROUP_HEADS + head
-    part_lse = tl.load(part_lse_ptr + source, part < num_parts, float("-inf"))
-    peak = tl.max(part_lse, axis=0)
+    kv_row, head = query_head // G, query_head % G
+    o_part = tl.arange(0, NP)
+    o_d = tl.arange(0, DP)
+    o_in = (kv_row * num_parts + o_part) * G + head
+    b_lse = tl.load(lse_part + o_in, o_part < num_parts, float("-inf"))
+    peak = tl.max(b_lse, axis=0)
     peak = tl.where(peak == float("-inf"), 0.0, peak)
-    weight = tl.exp(part_lse - peak)
+    weight = tl.exp(b_lse - peak)
     total = tl.sum(weight, axis=0)
-    inside = (part < num_parts)[:, None] & (dim < DIM)[None, :]
-    part_out = tl.load(part_out_ptr + source[:, None] * DIM + dim[None, :], inside, 0.0)
-    out = tl.sum(part_out * weight[:, None], axis=0) / tl.where(total > 0, total, 1.0)
-    tl.store(out_ptr + query_head * DIM + dim, out.to(out_ptr.dtype.element_ty), dim < DIM)
-    tl.store(lse_ptr + query_head, peak + tl.log(total))
+    m_part = (o_part < num_parts)[:, None] & (o_d < D)[None, :]
+    b_part = tl.load(out_part + o_in[:, None] * D + o_d[None, :], m_part, 0.0)
+    b_o = tl.sum(b_part * weight[:, None], axis=0) / tl.where(total > 0, total, 1.0)
+    tl.store(out + query_head * D + o_d, b_o.to(out.dtype.element_ty), o_d < D)
+    tl.store(lse + query_head, peak + tl.log(total))

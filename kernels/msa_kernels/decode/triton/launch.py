@@ -1,4 +1,7 @@
-"""Launch of the decoding kernels: torch in, torch out; needs triton."""
+"""Launch the decoding kernels: torch tensors in, torch tensors out; imports Triton.
+
+Shapes: B sequences, H query heads, M KV heads, D head dim, NB blocks.
+"""
 
 import math
 
@@ -37,12 +40,13 @@ def decode_attention_triton(
     config: DecodeConfig | None = None,
     num_parts: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`decode_attention` on a GPU. Arguments as there, already checked.
+    """Run `decode_attention` on a GPU. Arguments as there, already checked.
 
     Args:
         config: tile shapes; None: by shape.
-        num_parts: programs that share the blocks of a sequence and group; None: what fills the device.
+        num_parts: programs that share the blocks of a sequence and KV head; None: what fills the device.
     """
+    # lengths stay on the device: the launch does not depend on them, so a CUDA graph can hold it
     seq_lens = seq_lens.to(q.device, non_blocking=True).contiguous()
     dim = _padded(max(q.shape[-1], q_index.shape[-1]))
     if config is None:
@@ -67,22 +71,27 @@ def decode_attention_triton(
 
 
 def _padded(size: int) -> int:
+    """Round up to a power of two that can be the side of a matrix product."""
     return max(_MIN_ROWS, triton.next_power_of_2(size))
 
 
 def _pages(cache: DecodeCache, unread: Tensor) -> tuple[Tensor, int, int]:
-    """Page table or any tensor, page size, pages per sequence."""
+    """Return the page table (of a flat cache, any tensor), the page size and the pages per sequence."""
     table = unread if cache.page_table is None else cache.page_table.contiguous()
     return table, cache.page_size, 1 if cache.page_table is None else table.shape[1]
 
 
 def _converts_fp8(device: torch.device) -> bool:
-    """Whether Triton converts float8_e4m3fn on this device; the interpreter and compile checks do."""
+    """Ask whether Triton converts float8_e4m3fn on this device; the interpreter and compile checks do."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def _blocks_per_program(config: DecodeConfig, num_blocks: int) -> int:
-    """Of so many blocks in all: what the configuration says at most, fewer where programs would be few."""
+    """Choose what the configuration says, fewer where programs would be few.
+
+    Example (4 by the configuration, 264 programs wanted): 2,000 blocks are taken 4 at a time by 500
+    programs, 500 blocks 2 at a time by 250, 100 blocks one at a time.
+    """
     return max(1, min(config.blocks_per_program, triton.cdiv(num_blocks, _WANTED_PROGRAMS)))
 
 
@@ -95,10 +104,10 @@ def _block_scores(
     local_blocks: int,
     config: DecodeConfig,
 ) -> Tensor:
-    """[B, M, NB] fp32, NB blocks of the longest sequence that the cache can hold."""
-    batch, num_groups, dim = q_index.shape
+    """Score all blocks: [B, M, NB] fp32, NB blocks of the longest sequence that the cache can hold."""
+    batch, num_kv_heads, dim = q_index.shape
     num_blocks = triton.cdiv(cache.capacity, block_size)
-    scores = torch.empty(batch, num_groups, num_blocks, dtype=torch.float32, device=q_index.device)
+    scores = torch.empty(batch, num_kv_heads, num_blocks, dtype=torch.float32, device=q_index.device)
     keys = cache.k_index if cache.k_index.stride(2) == 1 else cache.k_index.contiguous()
     per_program = _blocks_per_program(config, num_blocks * batch)
     table, page_size, pages_per_sequence = _pages(cache, seq_lens)
@@ -120,18 +129,18 @@ def _block_scores(
         0 if scale is None else scale.stride(0),
         0 if scale is None else scale.stride(1),
         per_program,
-        NUM_GROUPS=num_groups,
-        GROUP_ROWS=_padded(num_groups),
-        DIM=dim,
-        DIM_PAD=_padded(dim),
-        BLOCK_SIZE=block_size,
-        TILE_N=_padded(block_size),
+        M=num_kv_heads,
+        MP=_padded(num_kv_heads),
+        D=dim,
+        DP=_padded(dim),
+        B=block_size,
+        BP=_padded(block_size),
         LOCAL_BLOCKS=local_blocks,
         HAS_TABLE=cache.page_table is not None,
         USE_DOT=q_index.dtype != torch.float32,
         FP8=cache.has_fp8_keys,
         NATIVE_FP8=cache.has_fp8_keys and _converts_fp8(keys.device),
-        NUM_STAGES=config.num_stages,
+        STAGES=config.num_stages,
         num_warps=config.num_warps,
     )
     return scores
@@ -140,11 +149,12 @@ def _block_scores(
 def _best_blocks(
     scores: Tensor, seq_lens: Tensor, *, block_size: int, topk: int, local_blocks: int
 ) -> Tensor:
-    """Forced and best blocks [B, M, topk] of block scores [B, M, NB]."""
-    batch, num_groups, num_candidates = scores.shape
-    num_rows, slots = batch * num_groups, max(2, triton.next_power_of_2(topk))
+    """Take forced and best blocks [B, M, topk] of block scores [B, M, NB]."""
+    batch, num_kv_heads, num_candidates = scores.shape
+    num_rows, slots = batch * num_kv_heads, max(2, triton.next_power_of_2(topk))
     ids, id_is_column = scores, True
-    # with very many blocks: the best of each chunk first
+    # With very many blocks: the best of each chunk first. 100,000 candidates become 13 chunks of `slots`
+    # each.
     while num_candidates > _MAX_CANDIDATES:
         num_chunks = triton.cdiv(num_candidates, _MAX_CANDIDATES)
         best = torch.empty(num_rows, num_chunks * slots, dtype=torch.float32, device=scores.device)
@@ -156,14 +166,14 @@ def _best_blocks(
             best_ids,
             num_candidates,
             num_chunks,
-            TOPK=topk,
-            SLOTS=slots,
+            K=topk,
+            KP=slots,
             CHUNK=_MAX_CANDIDATES,
             ID_IS_COLUMN=id_is_column,
             num_warps=8,
         )
         scores, ids, id_is_column, num_candidates = best, best_ids, False, num_chunks * slots
-    block_indices = torch.empty(batch, num_groups, topk, dtype=torch.int32, device=scores.device)
+    block_indices = torch.empty(batch, num_kv_heads, topk, dtype=torch.int32, device=scores.device)
     candidates = _padded(num_candidates)
     # each sequence is one document, whose start is not read; the newest token's position is length - 1
     merge_kernel[(num_rows,)](
@@ -183,15 +193,15 @@ def _best_blocks(
         0,
         -1,
         num_candidates,
-        NUM_GROUPS=num_groups,
-        BLOCK_SIZE=block_size,
-        TOPK=topk,
-        SLOTS=slots,
+        M=num_kv_heads,
+        B=block_size,
+        K=topk,
+        KP=slots,
         LOCAL_BLOCKS=local_blocks,
         HAS_POSITION=True,
         HAS_VALID=False,
-        BLOCK_M=1,
-        CANDIDATES=candidates,
+        ROWS=1,
+        CP=candidates,
         ID_IS_COLUMN=id_is_column,
         WITH_LSE=False,
         num_warps=8 if candidates > 1024 else 4,
@@ -210,27 +220,37 @@ def _attend(
     config: DecodeConfig,
     num_parts: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """out [B, H, D] and lse [B, H] over the tokens of the selected blocks."""
+    """Attend to the tokens of the selected blocks: out [B, H, D] and lse [B, H].
+
+    With few sequences, the slots of a (sequence, KV head) are divided among programs until the device is
+    full.
+
+    Example (topk 16, 2 sequences of 4 KV heads): 264 / 8 = 33 programs are wanted for each, more than it has
+    slots, so each of 16 programs takes one slot and `merge_parts_kernel` joins them. With 22 sequences it is
+    3 programs of 6, 6 and 4 slots.
+    """
     batch, num_heads, dim = q.shape
-    num_groups, topk = block_indices.shape[1:]
-    pairs, group_heads = batch * num_groups, num_heads // num_groups
-    wanted = triton.cdiv(_WANTED_PROGRAMS, max(1, pairs)) if num_parts is None else num_parts
+    num_kv_heads, topk = block_indices.shape[1:]
+    kv_rows, heads_per_kv_head = batch * num_kv_heads, num_heads // num_kv_heads
+    # (sequence, KV head) pairs are what can be done at once without a division
+    wanted = triton.cdiv(_WANTED_PROGRAMS, max(1, kv_rows)) if num_parts is None else num_parts
     part_slots: int = triton.cdiv(topk, max(1, min(topk, wanted)))
     num_parts = math.ceil(topk / part_slots)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(batch, num_heads, dtype=torch.float32)
-    if pairs == 0:
+    if kv_rows == 0:
         return out, lse
     part_out, part_lse = out, lse
     if num_parts > 1:
-        part_out = q.new_empty(pairs, num_parts, group_heads, dim, dtype=torch.float32)
-        part_lse = q.new_empty(pairs, num_parts, group_heads, dtype=torch.float32)
+        # fp32 whatever q is: parts are added before they are rounded
+        part_out = q.new_empty(kv_rows, num_parts, heads_per_kv_head, dim, dtype=torch.float32)
+        part_lse = q.new_empty(kv_rows, num_parts, heads_per_kv_head, dtype=torch.float32)
     k, v = (rows if rows.stride(3) == 1 else rows.contiguous() for rows in (cache.k, cache.v))
-    tile_n = min(config.tile_n, _padded(block_size))
+    tile_keys = min(config.keys, _padded(block_size))
     table, page_size, pages_per_sequence = _pages(cache, seq_lens)
     use_dot = q.dtype != torch.float32
     # one head at a time where there is no matrix product whose rows they could be
-    heads = group_heads if use_dot else 1
+    heads = heads_per_kv_head if use_dot else 1
     decode_attention_kernel[(num_parts, batch * num_heads // heads)](
         q.contiguous(),
         k,
@@ -247,19 +267,19 @@ def _attend(
         *v.stride()[:3],
         num_parts,
         part_slots,
-        NUM_GROUPS=num_groups,
-        GROUP_HEADS=group_heads,
+        M=num_kv_heads,
+        G=heads_per_kv_head,
         HEADS=heads,
-        HEAD_ROWS=_padded(heads) if use_dot else 1,
-        DIM=dim,
-        DIM_PAD=_padded(dim),
-        BLOCK_SIZE=block_size,
-        TILE_N=tile_n,
-        TILES_PER_BLOCK=triton.cdiv(block_size, tile_n),
-        TOPK=topk,
+        HP=_padded(heads) if use_dot else 1,
+        D=dim,
+        DP=_padded(dim),
+        B=block_size,
+        KEYS=tile_keys,
+        TILES_PER_BLOCK=triton.cdiv(block_size, tile_keys),
+        K=topk,
         HAS_TABLE=cache.page_table is not None,
         USE_DOT=use_dot,
-        NUM_STAGES=config.num_stages,
+        STAGES=config.num_stages,
         num_warps=config.num_warps,
     )
     if num_parts > 1:
@@ -269,10 +289,10 @@ def _attend(
             out,
             lse,
             num_parts,
-            GROUP_HEADS=group_heads,
-            DIM=dim,
-            DIM_PAD=_padded(dim),
-            PARTS_PAD=triton.next_power_of_2(num_parts),
+            G=heads_per_kv_head,
+            D=dim,
+            DP=_padded(dim),
+            NP=triton.next_power_of_2(num_parts),
             num_warps=4,
         )
     return out, lse

@@ -1,1 +1,1 @@
-"""Triton kernels of the KL loss over all keys and their launches."""
+"""Form the KL loss over all keys by Triton kernels: the kernels and their launches."""

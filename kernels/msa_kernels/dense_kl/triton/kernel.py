@@ -1,8 +1,8 @@
-"""Triton kernels of the dense KL loss: log-sum-exps, differences of student and teacher, both gradients.
+"""Form the dense KL loss by Triton kernels: log-sum-exps, student minus teacher, both gradients.
 
-Shapes: M KV groups, G query heads per group, Q queries, K keys, D head dim, DI index head dim; DP and DIP are
+Shapes: M KV heads, G query heads of each, Q queries, K keys, D head dim, DI index head dim; DP and DIP are
 powers of two that hold the last two. Scores are kept as powers of two: scale_log2 = scale * log2(e).
-Prefixes: o_ offsets, m_ masks, b_ tiles.
+Prefixes: o_ offsets, m_ masks, p_ pointers, b_ tiles.
 """
 
 import triton
@@ -16,7 +16,7 @@ DIFFERENCE_SCALE = tl.constexpr(1024.0)
 
 @triton.jit
 def load_rows(p_rows, o_row, stop, stride, D: tl.constexpr, DP: tl.constexpr):
-    """Rows o_row [N] below stop of [.., D]: [N, DP], zeros elsewhere; 64-bit offsets."""
+    """Load rows o_row [N] below stop of [.., D]: [N, DP], zeros elsewhere; 64-bit offsets."""
     o_d = tl.arange(0, DP)
     source = p_rows + o_row.to(tl.int64)[:, None] * stride + o_d[None, :]
     return tl.load(source, (o_row < stop)[:, None] & (o_d < D)[None, :], 0.0)
@@ -27,7 +27,7 @@ def add_scores(
     b_q, p_k, first, o_q, num_keys, k_stride, scale_log2, peak, total,
     D: tl.constexpr, DP: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys more in total * 2^peak, the sum of 2^score of each query."""
+    """Add one tile of keys to total * 2^peak, the sum of 2^score of each query."""
     o_k = first + tl.arange(0, KEYS)
     b_k = load_rows(p_k, o_k, num_keys, k_stride, D, DP)
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2
@@ -45,15 +45,15 @@ def add_scores(
 @triton.jit
 def lse_kernel(
     q,  # [M, G, Q, D], any strides but the last
-    k,  # [M, K, D]; stride 0 over groups where they share keys
+    k,  # [M, K, D]; stride 0 over KV heads where they share keys
     lse,  # [M, G, Q] fp32
     num_queries,
     num_keys,
     scale_log2,
-    q_group_stride,
+    q_kv_head_stride,
     q_head_stride,
     q_stride,
-    k_group_stride,
+    k_kv_head_stride,
     k_stride,
     G: tl.constexpr,
     D: tl.constexpr,
@@ -63,15 +63,16 @@ def lse_kernel(
     CAUSAL: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Grid [tiles of queries, M * G]: a tile of queries stays, keys pass by; two numbers per query."""
+    """Take the log-sum-exp of a tile of queries while keys pass by; grid [tiles of queries, M * G]."""
     # the last queries see most keys: longest first
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     o_q = tile * ROWS + tl.arange(0, ROWS)
-    p_q = q + head // G * q_group_stride + head % G * q_head_stride
+    p_q = q + head // G * q_kv_head_stride + head % G * q_head_stride
     b_q = load_rows(p_q, o_q, num_queries, q_stride, D, DP)
-    p_k = k + head // G * k_group_stride
+    p_k = k + head // G * k_kv_head_stride
     stop = num_keys
+    # tiles up to here are seen by every query of the tile and need no mask
     whole = num_keys // KEYS * KEYS
     if CAUSAL:
         stop = tl.minimum(num_keys, (tile + 1) * ROWS)
@@ -105,12 +106,12 @@ def difference_kernel(
     query_stop,
     scale_log2,
     index_scale_log2,
-    q_group_stride,
+    q_kv_head_stride,
     q_head_stride,
     q_stride,
-    k_group_stride,
+    k_kv_head_stride,
     k_stride,
-    q_index_group_stride,
+    q_index_kv_head_stride,
     q_index_stride,
     k_index_stride,
     G: tl.constexpr,
@@ -123,36 +124,37 @@ def difference_kernel(
     CAUSAL: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Grid [tiles of keys, tiles of the C queries, M]: student - teacher, and the divergence, of one tile.
+    """Form student - teacher and the divergence of one tile; grid [tiles of keys, tiles of the C queries, M].
 
     Keys stay in shared memory while the heads' queries pass by; the heads' probabilities are added up in
     registers. Tiles of a causal part that no query sees are left as they are.
     """
     tile = tl.program_id(1)
-    group = tl.program_id(2).to(tl.int64)
+    kv_head = tl.program_id(2).to(tl.int64)
     o_row = tile * ROWS + tl.arange(0, ROWS)
     o_q = query_begin + o_row
     m_q = o_q < query_stop
     chunk = query_stop - query_begin
     o_k = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
-    kl_place = (tl.program_id(0) * tl.num_programs(2) + group) * chunk + o_row
+    kl_place = (tl.program_id(0) * tl.num_programs(2) + kv_head) * chunk + o_row
     # the outer one is decided when the kernel is compiled
     if CAUSAL:  # noqa: SIM102
         if tl.program_id(0) * KEYS >= query_begin + (tile + 1) * ROWS:
             tl.store(kl_part + kl_place, tl.zeros([ROWS], tl.float32), m_q)
             return
-    b_kt = tl.trans(load_rows(k + group * k_group_stride, o_k, num_keys, k_stride, D, DP))
+    b_kt = tl.trans(load_rows(k + kv_head * k_kv_head_stride, o_k, num_keys, k_stride, D, DP))
     b_teacher = tl.zeros([ROWS, KEYS], tl.float32)
     for head in tl.range(0, G, num_stages=STAGES):
-        p_q = q + group * q_group_stride + tl.cast(head, tl.int64) * q_head_stride
+        p_q = q + kv_head * q_kv_head_stride + tl.cast(head, tl.int64) * q_head_stride
         b_q = load_rows(p_q, o_q, query_stop, q_stride, D, DP)
-        b_lse = tl.load(lse + (group * G + head) * num_queries + o_q, m_q, 0.0) * LOG2E
+        # 2^(s * log2(e) - lse * log2(e)) = e^(s - lse)
+        b_lse = tl.load(lse + (kv_head * G + head) * num_queries + o_q, m_q, 0.0) * LOG2E
         b_s = tl.dot(b_q, b_kt, input_precision="ieee")
         b_teacher += tl.exp2(b_s * scale_log2 - b_lse[:, None])
-    b_qi = load_rows(q_index + group * q_index_group_stride, o_q, query_stop, q_index_stride, DI, DIP)
+    b_qi = load_rows(q_index + kv_head * q_index_kv_head_stride, o_q, query_stop, q_index_stride, DI, DIP)
     b_ki = load_rows(k_index, o_k, num_keys, k_index_stride, DI, DIP)
     b_log = tl.dot(b_qi, tl.trans(b_ki), input_precision="ieee") * index_scale_log2
-    b_log -= (tl.load(lse_index + group * num_queries + o_q, m_q, 0.0) * LOG2E)[:, None]
+    b_log -= (tl.load(lse_index + kv_head * num_queries + o_q, m_q, 0.0) * LOG2E)[:, None]
     there = m_q[:, None] & (o_k < num_keys)[None, :]
     seen = there
     if CAUSAL:
@@ -162,8 +164,9 @@ def difference_kernel(
     ratio = tl.log2(tl.where(b_teacher > 0.0, b_teacher, 1.0)) - b_log
     b_kl = tl.sum(tl.where(b_teacher > 0.0, b_teacher * ratio, 0.0), 1) * LN2
     tl.store(kl_part + kl_place, b_kl, m_q)
+    # student - teacher, the gradient of the divergence by the student's scores
     b_ds = (tl.where(seen, tl.exp2(b_log), 0.0) - b_teacher) * DIFFERENCE_SCALE
-    target = difference + (group * chunk + o_row)[:, None] * num_keys + o_k[None, :]
+    target = difference + (kv_head * chunk + o_row)[:, None] * num_keys + o_k[None, :]
     tl.store(target, b_ds.to(difference.dtype.element_ty), there)
 
 
@@ -185,19 +188,19 @@ def query_gradient_kernel(
     CAUSAL: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Grid [tiles of the C queries, splits, M]: differences times index keys, over split_keys keys each.
+    """Multiply differences with index keys, split_keys of them; grid [tiles of the C queries, splits, M].
 
     ROWS, KEYS and CAUSAL as in `difference_kernel`: of a causal part, tiles that it left out are not read.
     split_keys is a multiple of KEYS.
     """
     tile, split = tl.program_id(0), tl.program_id(1)
-    group = tl.program_id(2).to(tl.int64)
+    kv_head = tl.program_id(2).to(tl.int64)
     o_row = tile * ROWS + tl.arange(0, ROWS)
     chunk = query_stop - query_begin
     stop = tl.minimum(num_keys, (split + 1) * split_keys)
     if CAUSAL:
         stop = tl.minimum(stop, tl.minimum(query_stop, query_begin + (tile + 1) * ROWS))
-    p_difference = difference + (group * chunk + o_row)[:, None] * num_keys
+    p_difference = difference + (kv_head * chunk + o_row)[:, None] * num_keys
     b_dq = tl.zeros([ROWS, DIP], tl.float32)
     for first in tl.range(split * split_keys, stop, KEYS, num_stages=STAGES):
         o_k = first + tl.arange(0, KEYS)
@@ -205,7 +208,7 @@ def query_gradient_kernel(
         b_k = load_rows(k_index, o_k, num_keys, k_index_stride, DI, DIP)
         b_dq = tl.dot(b_ds, b_k, b_dq, input_precision="ieee")
     o_d = tl.arange(0, DIP)
-    place = (split * tl.num_programs(2) + group) * chunk + o_row
+    place = (split * tl.num_programs(2) + kv_head) * chunk + o_row
     m_dq = (o_row < chunk)[:, None] & (o_d < DI)[None, :]
     tl.store(dq_part + place[:, None] * DI + o_d[None, :], b_dq * (index_scale / DIFFERENCE_SCALE), m_dq)
 
@@ -219,7 +222,7 @@ def key_gradient_kernel(
     query_begin,
     query_stop,
     index_scale,
-    q_index_group_stride,
+    q_index_kv_head_stride,
     q_index_stride,
     M: tl.constexpr,
     DI: tl.constexpr,
@@ -229,7 +232,7 @@ def key_gradient_kernel(
     CAUSAL: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Grid [tiles of keys]: the C queries' differences times their index queries, added to dk_index.
+    """Add the C queries' differences times their index queries to dk_index; grid [tiles of keys].
 
     ROWS, KEYS and CAUSAL as in `query_gradient_kernel`.
     """
@@ -240,9 +243,10 @@ def key_gradient_kernel(
         # the first tile of queries that reaches beyond the first of these keys
         begin = tl.maximum(tl.program_id(0) * KEYS - query_begin, 0) // ROWS * ROWS
     b_dk = tl.zeros([KEYS, DIP], tl.float32)
-    for group in range(M):
-        p_difference = difference + tl.cast(group, tl.int64) * chunk * num_keys
-        p_q = q_index + tl.cast(group, tl.int64) * q_index_group_stride
+    # all KV heads share the index keys, so one program adds them up, always in the same order
+    for kv_head in range(M):
+        p_difference = difference + tl.cast(kv_head, tl.int64) * chunk * num_keys
+        p_q = q_index + tl.cast(kv_head, tl.int64) * q_index_kv_head_stride
         for first in tl.range(begin, chunk, ROWS, num_stages=STAGES):
             o_row = first + tl.arange(0, ROWS)
             source = p_difference + o_row.to(tl.int64)[:, None] * num_keys + o_k[None, :]

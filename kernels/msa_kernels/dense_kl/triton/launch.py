@@ -1,6 +1,6 @@
-"""Launches the Triton kernels of the dense KL loss: torch tensors in, torch tensors out. Imports Triton.
+"""Launch the Triton kernels of the dense KL loss: torch tensors in, torch tensors out. Imports Triton.
 
-Shapes: M KV groups, G query heads per group, Q queries, K keys, D head dim, Di index head dim.
+Shapes: M KV heads, G query heads of each, Q queries, K keys, D head dim, Di index head dim.
 """
 
 import torch
@@ -13,14 +13,14 @@ from msa_kernels.dense_kl.grads import DenseKlGrads
 from msa_kernels.dense_kl.triton import kernel
 from msa_kernels.tiles import padded
 
-# Differences of student and teacher that exist at a time: in 16 bits, 256 queries of 4 groups and 128K keys
+# Differences of student and teacher that exist at a time: in 16 bits, 256 queries of 4 KV heads and 128K keys
 DIFFERENCE_BYTES = 2**28
 # Programs that fill a large device: two on each of 132 multiprocessors
 _WANTED_PROGRAMS = 264
 
 
 def lse_part(q: Tensor, k: Tensor, *, causal: bool, softmax_scale: float) -> Tensor:
-    """`op.lse_part` on a GPU; q and k of one dtype, fp32, fp16 or bf16."""
+    """Run `op.lse_part` on a GPU; q and k of one dtype, fp32, fp16 or bf16."""
     M, G, Q, D = q.shape
     q, k = _last_dim_dense(q), _last_dim_dense(k)
     if Q == 0 or k.shape[1] == 0:
@@ -61,7 +61,7 @@ def dense_kl_part(
     softmax_scale: float,
     index_scale: float,
 ) -> DenseKlGrads:
-    """`op.dense_kl_part` on a GPU; q, k, q_index and k_index of one dtype, fp32, fp16 or bf16."""
+    """Run `op.dense_kl_part` on a GPU; q, k, q_index and k_index of one dtype, fp32, fp16 or bf16."""
     M, G, Q, D = q.shape
     K, Di = k_index.shape
     q, k, q_index, k_index = (_last_dim_dense(x) for x in (q, k, q_index, k_index))
@@ -83,11 +83,13 @@ def dense_kl_part(
         "num_warps": config.num_warps,
     }
     lse, lse_index = lse.float().contiguous(), lse_index.float().contiguous()
+    # queries at a time: as many tiles as the buffer of differences holds
     tiles = max(1, DIFFERENCE_BYTES // (M * K * q.element_size() * config.rows))
     step = min(tiles * config.rows, Q)
     difference = k_index.new_empty(M * step * K)
     for begin in range(0, Q, step):
         stop = min(begin + step, Q)
+        # of a causal part, keys after the portion's last query are not looked at
         seen = min(K, stop) if causal else K
         row_tiles, key_tiles = triton.cdiv(stop - begin, config.rows), triton.cdiv(seen, config.keys)
         kl_part = lse.new_empty(key_tiles, M, stop - begin)
@@ -116,6 +118,7 @@ def dense_kl_part(
             **constants,
         )
         grads.kl += kl_part.sum(dtype=torch.float64)
+        # few tiles of queries: the keys are shared out, and the shares of dq_index added up below in order
         split_tiles = triton.cdiv(key_tiles, max(1, _WANTED_PROGRAMS // (row_tiles * M)))
         splits = triton.cdiv(key_tiles, split_tiles)
         dq_part = lse.new_empty(splits, M, stop - begin, Di)
@@ -131,6 +134,7 @@ def dense_kl_part(
             k_index.stride(0),
             **constants,
         )
+        # shares of the keys, added in one order
         torch.sum(dq_part, 0, out=grads.dq_index[:, begin:stop])
         kernel.key_gradient_kernel[(key_tiles,)](
             difference,
@@ -148,10 +152,12 @@ def dense_kl_part(
 
 
 def _config(table: tuple[DenseConfig, ...], dim: int, q: Tensor) -> DenseConfig:
+    """Pick tile sizes, which `op._unsupported` has found to exist."""
     config = configs.pick(table, padded(dim), q.element_size())
-    assert config is not None, "`op.unsupported` has found one"
+    assert config is not None, "`op._unsupported` has found one"
     return config
 
 
 def _last_dim_dense(rows: Tensor) -> Tensor:
+    """Return the same with stride 1 in the last dim, the only stride that kernels take for granted."""
     return rows if rows.stride(-1) == 1 else rows.contiguous()

@@ -1,1 +1,1 @@
-"""Triton kernels of block selection and their launches."""
+"""Select blocks by Triton kernels: the kernels and their launch."""

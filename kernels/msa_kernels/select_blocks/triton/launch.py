@@ -1,6 +1,7 @@
-"""Launch of the scoring kernel: descriptors, grid, buffers. Torch in, torch out; needs triton."""
+"""Launch the scoring kernel: descriptors, grid, buffers. Torch in, torch out; imports Triton."""
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -10,6 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from msa_kernels.select_blocks.configs import SelectConfig, select_config
 from msa_kernels.select_blocks.triton.merge_kernel import merge_kernel
 from msa_kernels.select_blocks.triton.score_kernel import select_blocks_kernel
+from msa_kernels.select_blocks.types import SelectionArgs
 
 # Programs per multiprocessor to aim for: two run at a time, the rest evens out their lengths.
 _PROGRAMS_PER_PROCESSOR = 8
@@ -22,32 +24,24 @@ _BYTES_PER_DESCRIPTOR_ROW = 16
 
 
 def select_blocks_triton(
-    q_index: Tensor,
-    k_index: Tensor,
-    cu_seqlens: Tensor,
-    *,
-    block_size: int,
-    topk: int,
-    local_blocks: int = 1,
-    query_offset: int = 0,
-    query_valid: Tensor | None = None,
-    position: Tensor | None = None,
-    lse_scale: float | None = None,
-    config: SelectConfig | None = None,
-    num_splits: int | None = None,
+    args: SelectionArgs, *, config: SelectConfig | None = None, num_splits: int | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """`select_blocks` on a GPU. Arguments as there, already checked; fp16, bf16 or fp32 of one kind.
+    """Run `select_blocks` on a GPU; inputs are fp16, bf16 or fp32 of one kind.
 
     Args:
-        lse_scale: factor of the scores in the log-sum-exp; None: not computed.
+        args: checked already.
         config: tile shapes; None: by shape.
         num_splits: programs that share the keys of a tile of queries; None: as many as fill the device.
+
+    Returns:
+        block_indices [T, M, topk] int32, and lse [T, M] fp32 or None.
     """
-    num_queries, num_groups, _ = q_index.shape
-    out = torch.empty(num_queries, num_groups, topk, dtype=torch.int32, device=q_index.device)
-    with_lse = lse_scale is not None
-    lse = torch.empty(num_queries, num_groups, device=out.device) if with_lse else None
-    num_rows = num_queries * num_groups
+    q_index, k_index, block_size, topk = args.q_index, args.k_index, args.block_size, args.topk
+    T, M, _ = q_index.shape
+    device, with_lse = q_index.device, args.lse_scale is not None
+    out = torch.empty(T, M, topk, dtype=torch.int32, device=device)
+    lse = torch.empty(T, M, device=device) if with_lse else None
+    num_rows = T * M
     if num_rows == 0:
         return out, lse
     slots = max(2, triton.next_power_of_2(topk))
@@ -62,54 +56,34 @@ def select_blocks_triton(
             with_lse=with_lse,
         )
     chunk = min(dim, config.chunk)
-    tile_n, tile_blocks, parts = _key_tile(config.tile_n, block_size, with_lse)
-    num_tiles = triton.cdiv(num_rows, config.block_m)
+    tile_keys, tile_blocks, parts = _key_tile(config.keys, block_size, with_lse)
+    num_tiles = triton.cdiv(num_rows, config.rows)
     if num_splits is None:
-        num_splits = _num_splits(q_index.device, num_tiles, k_index.shape[0] // block_size, slots)
-    starts = cu_seqlens.to(q_index.device, non_blocking=True).contiguous()
-    num_docs = starts.numel() - 1
-    offset = query_offset if position is None else 0
-    shared = {
-        "NUM_GROUPS": num_groups,
-        "BLOCK_SIZE": block_size,
-        "TOPK": topk,
-        "SLOTS": slots,
-        "LOCAL_BLOCKS": local_blocks,
-        "HAS_POSITION": position is not None,
-        "HAS_VALID": query_valid is not None,
-        "WITH_LSE": with_lse,
-    }
-    # a pointer that is not read may be any
-    queries = (
-        starts,
-        starts if position is None else position.contiguous(),
-        starts if query_valid is None else query_valid.contiguous().view(torch.int8),
-        out,
-    )
-    partial_score = partial_id = partial_total = forced_lse = out
+        num_splits = _num_splits(device, num_tiles, k_index.shape[0] // block_size, slots)
+    queries, documents, shared = _queries_of(args, out, slots)
+    score_part = id_part = total_part = forced_lse = out
     if num_splits > 1:
-        partial_score = torch.empty(num_rows, num_splits * slots, dtype=torch.float32, device=out.device)
-        partial_id = torch.empty_like(partial_score, dtype=torch.int32)
+        score_part = torch.empty(num_rows, num_splits * slots, dtype=torch.float32, device=device)
+        id_part = torch.empty_like(score_part, dtype=torch.int32)
         if with_lse:
-            partial_total = torch.empty_like(partial_score)
-            forced_lse = torch.empty(num_rows, dtype=torch.float32, device=out.device)
+            total_part = torch.empty_like(score_part)
+            forced_lse = torch.empty(num_rows, dtype=torch.float32, device=device)
     of_lse = (
         out if lse is None else lse,
-        partial_total,
+        total_part,
         forced_lse,
-        0.0 if lse_scale is None else lse_scale / math.log(2),
+        # exponentials are taken to base 2, which is one instruction
+        0.0 if args.lse_scale is None else args.lse_scale / math.log(2),
     )
     select_blocks_kernel[(num_tiles * num_splits,)](
-        TensorDescriptor.from_tensor(q_rows, [config.block_m, chunk]),
-        TensorDescriptor.from_tensor(keys, [tile_n, chunk]),
+        TensorDescriptor.from_tensor(q_rows, [config.rows, chunk]),
+        TensorDescriptor.from_tensor(keys, [tile_keys, chunk]),
         *queries,
-        partial_score,
-        partial_id,
+        score_part,
+        id_part,
         *of_lse,
         num_rows,
-        num_docs,
-        (num_docs - 1).bit_length(),
-        offset,
+        *documents,
         num_splits,
         **shared,
         SPLIT=num_splits > 1,
@@ -117,39 +91,68 @@ def select_blocks_triton(
         TEST_FIRST=config.test_first or with_lse,
         CHUNK=chunk,
         NUM_CHUNKS=triton.cdiv(dim, chunk),
-        BLOCK_M=config.block_m,
-        TILE_N=tile_n,
+        ROWS=config.rows,
+        KEYS=tile_keys,
         TILE_BLOCKS=tile_blocks,
         PARTS=parts,
-        NUM_STAGES=config.num_stages,
+        STAGES=config.num_stages,
         num_warps=config.num_warps,
     )
     if num_splits > 1:
         candidates = triton.next_power_of_2(num_splits * slots)
+        # so many rows that a program of 4 warps has 8 candidates per thread
         merge_rows = max(1, 1024 // candidates)
         merge_kernel[(triton.cdiv(num_rows, merge_rows),)](
-            partial_score,
-            partial_id,
+            score_part,
+            id_part,
             *queries,
             *of_lse,
             num_rows,
-            num_docs,
-            (num_docs - 1).bit_length(),
-            offset,
+            *documents,
             num_splits * slots,
             **shared,
-            BLOCK_M=merge_rows,
-            CANDIDATES=candidates,
+            ROWS=merge_rows,
+            CP=candidates,
             ID_IS_COLUMN=False,
             num_warps=4,
         )
     return out, lse
 
 
-def _key_tile(wanted: int, block_size: int, with_lse: bool) -> tuple[int, int, int]:
-    """Keys of a tile, a power of two, of which at least 16; the blocks that it holds; its number in a block.
+def _queries_of(
+    args: SelectionArgs, out: Tensor, slots: int
+) -> tuple[tuple[Tensor, ...], tuple[int, int, int], dict[str, Any]]:
+    """Return arguments that both kernels share: pointers, sizes of documents and offset, constants."""
+    # document starts may lie on the host, where they were checked; copying them does not wait
+    starts = args.cu_seqlens.to(out.device, non_blocking=True).contiguous()
+    num_docs = starts.numel() - 1
+    pointers = (
+        starts,
+        # a pointer that is not read may be any
+        starts if args.position is None else args.position.contiguous(),
+        starts if args.query_valid is None else args.query_valid.contiguous().view(torch.int8),
+        out,
+    )
+    # halvings that find one of num_docs documents: 2 for 3 of them
+    search_steps = (num_docs - 1).bit_length()
+    constants = {
+        "M": args.q_index.shape[1],
+        "B": args.block_size,
+        "K": args.topk,
+        "KP": slots,
+        "LOCAL_BLOCKS": args.local_blocks,
+        "HAS_POSITION": args.position is not None,
+        "HAS_VALID": args.query_valid is not None,
+        "WITH_LSE": args.lse_scale is not None,
+    }
+    return pointers, (num_docs, search_steps, args.query_offset if args.position is None else 0), constants
 
-    Example: 64 wanted are 4 blocks of 16, one of 48 and padding, or a half of one of 128.
+
+def _key_tile(wanted: int, block_size: int, with_lse: bool) -> tuple[int, int, int]:
+    """Fit a tile to the blocks: its keys, a power of two from 16 on; blocks it holds; tiles of one block.
+
+    Example: 64 wanted are (64, 4, 1), 4 blocks of 16; (64, 1, 1), one of 48 and padding; or (64, 1, 2), half
+    of one of 128.
     """
     if not with_lse and 16 <= wanted < block_size and block_size % wanted == 0:
         return wanted, 1, block_size // wanted
@@ -158,17 +161,23 @@ def _key_tile(wanted: int, block_size: int, with_lse: bool) -> tuple[int, int, i
 
 
 def _num_splits(device: torch.device, num_tiles: int, num_blocks: int, slots: int) -> int:
-    """Programs per tile of rows, from sizes alone: positions on the device would have to be waited for."""
+    """Choose the programs per tile of rows, from sizes alone: one would have to wait for positions.
+
+    Example (132 multiprocessors): 1,056 programs are wanted, so that 128 tiles of rows have 8 each; with 100
+    blocks only 6, as less than 16 blocks are not worth a program.
+    """
     processors = _DEFAULT_PROCESSORS
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
+    # few rows: without a division of their keys most processors would be idle
     wanted = _PROGRAMS_PER_PROCESSOR * processors // num_tiles
     return max(1, min(wanted, num_blocks // _MIN_BLOCKS_PER_SPLIT, _MERGE_CANDIDATES // slots))
 
 
 def _rows_for_descriptor(rows: Tensor) -> Tensor:
-    """The same [N, D], such that the copy engine can read it: rows of whole 16 bytes, on 16-byte borders."""
+    """Return the same [N, D] as the copy engine can read it: rows of whole 16 bytes, on 16-byte borders."""
     step = _BYTES_PER_DESCRIPTOR_ROW // rows.element_size()
+    # bf16 has 8 values in 16 bytes: rows of 20 are padded to 24
     extra = -rows.shape[1] % step
     if extra:
         return torch.nn.functional.pad(rows, (0, extra))

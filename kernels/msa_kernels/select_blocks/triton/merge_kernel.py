@@ -1,4 +1,8 @@
-"""Triton kernel that takes the best of few candidates: of the parts of a divided range, or of all blocks."""
+"""Take the best of few candidates: of the parts of a divided range, or of all blocks.
+
+Shapes: R rows (query, KV head), C candidates per row, K top-k slots. KP holds K, CP holds C. Prefixes: o_
+offsets, m_ masks, p_ pointers, b_ tiles.
+"""
 
 import triton
 import triton.language as tl
@@ -15,73 +19,74 @@ from msa_kernels.select_blocks.triton.rows_kernel import (
 
 @triton.jit
 def merge_kernel(
-    partial_score_ptr,
-    partial_id_ptr,
-    cu_seqlens_ptr,
-    position_ptr,
-    valid_ptr,
-    out_ptr,
-    lse_ptr,
-    partial_total_ptr,
-    forced_lse_ptr,
+    score_part,  # [R, C] fp32
+    id_part,  # [R, C] int32; not read with ID_IS_COLUMN
+    cu_seqlens,  # [num_docs + 1] int32 or int64
+    position,  # [T] int32 or int64
+    valid,  # [T] int8
+    out,  # [R, K] int32
+    lse,  # [R] fp32
+    total_part,  # [R, C] fp32
+    forced_lse,  # [R] fp32, log2
     scale_log2,
     num_rows,
     num_docs,
     search_steps,
     query_offset,
     num_candidates,
-    NUM_GROUPS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    TOPK: tl.constexpr,
-    SLOTS: tl.constexpr,
+    M: tl.constexpr,
+    B: tl.constexpr,
+    K: tl.constexpr,
+    KP: tl.constexpr,
     LOCAL_BLOCKS: tl.constexpr,
     HAS_POSITION: tl.constexpr,
     HAS_VALID: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    CANDIDATES: tl.constexpr,
+    ROWS: tl.constexpr,
+    CP: tl.constexpr,
     ID_IS_COLUMN: tl.constexpr,
     WITH_LSE: tl.constexpr,
 ):
-    """Best of each row's candidates, beside its forced blocks: partials [num_rows, num_candidates] -> out.
+    """Take the best of each row's candidates, beside its forced blocks.
 
-    Takes the best candidate TOPK times, of equal ones that with the lowest id; no order is asked of them.
-    ID_IS_COLUMN: a candidate's id is its column, and partial_id is not read. WITH_LSE: lse [num_rows] of the
-    chosen ones, see `select_blocks_kernel`.
+    Takes the best candidate K times, of equal ones that with the lowest id; no order is asked of them.
+    ID_IS_COLUMN: a candidate's id is its column. WITH_LSE: also the log-sum-exp over the chosen ones, see
+    `select_blocks_kernel`.
     """
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     first, own, _ = visible_blocks(
-        rows, num_rows, cu_seqlens_ptr, num_docs, search_steps, position_ptr, valid_ptr, query_offset,
-        NUM_GROUPS, BLOCK_SIZE, HAS_POSITION, HAS_VALID,
+        row, num_rows, cu_seqlens, num_docs, search_steps, position, valid, query_offset,
+        M, B, HAS_POSITION, HAS_VALID,
     )  # fmt: skip
-    candidate = tl.arange(0, CANDIDATES)[None, :]
-    source = rows.to(tl.int64)[:, None] * num_candidates + candidate
-    inside = (rows < num_rows)[:, None] & (candidate < num_candidates)
-    scores = tl.load(partial_score_ptr + source, inside, float("-inf"))
+    o_c = tl.arange(0, CP)[None, :]
+    o_part = row.to(tl.int64)[:, None] * num_candidates + o_c
+    m_part = (row < num_rows)[:, None] & (o_c < num_candidates)
+    b_s = tl.load(score_part + o_part, m_part, float("-inf"))
     if ID_IS_COLUMN:
-        ids = tl.broadcast_to(candidate, [BLOCK_M, CANDIDATES])
+        b_id = tl.broadcast_to(o_c, [ROWS, CP])
     else:
-        ids = tl.load(partial_id_ptr + source, inside, NO_BLOCK)
-    slot = tl.arange(0, SLOTS)[None, :]
-    chosen = forced_blocks(first[:, None], own[:, None], slot, LOCAL_BLOCKS)
-    filled = tl.sum((chosen != NO_BLOCK).to(tl.int32), axis=1)
+        b_id = tl.load(id_part + o_part, m_part, NO_BLOCK)
+    o_slot = tl.arange(0, KP)[None, :]
+    b_chosen = forced_blocks(first[:, None], own[:, None], o_slot, LOCAL_BLOCKS)
+    filled = tl.sum((b_chosen != NO_BLOCK).to(tl.int32), axis=1)
     if WITH_LSE:
-        totals = tl.load(partial_total_ptr + source, inside, 0.0)
-        forced_lse = tl.load(forced_lse_ptr + rows, rows < num_rows, float("-inf"))
-        taken = tl.zeros([BLOCK_M, CANDIDATES], tl.int1)
-        all_scores = scores
-    for _ in range(TOPK):
-        top = tl.max(scores, axis=1)
-        block = tl.min(tl.where(scores == top[:, None], ids, NO_BLOCK), axis=1)
-        found = (top > float("-inf")) & (filled < TOPK)
-        chosen = tl.where((slot == filled[:, None]) & found[:, None], block[:, None], chosen)
+        b_total = tl.load(total_part + o_part, m_part, 0.0)
+        b_forced = tl.load(forced_lse + row, row < num_rows, float("-inf"))
+        m_taken = tl.zeros([ROWS, CP], tl.int1)
+        b_all = b_s
+    for _ in range(K):
+        top = tl.max(b_s, axis=1)
+        block = tl.min(tl.where(b_s == top[:, None], b_id, NO_BLOCK), axis=1)
+        found = (top > float("-inf")) & (filled < K)
+        b_chosen = tl.where((o_slot == filled[:, None]) & found[:, None], block[:, None], b_chosen)
         filled += found.to(tl.int32)
         if WITH_LSE:
-            taken |= (ids == block[:, None]) & (scores == top[:, None]) & found[:, None]
-        scores = tl.where(ids == block[:, None], float("-inf"), scores)
+            m_taken |= (b_id == block[:, None]) & (b_s == top[:, None]) & found[:, None]
+        b_s = tl.where(b_id == block[:, None], float("-inf"), b_s)
     if WITH_LSE:
-        block_lse = tl.where(taken, all_scores * scale_log2 + tl.log2(totals), float("-inf"))
-        ones = tl.zeros([BLOCK_M], tl.float32) + 1.0
-        peak, total = add_exp(forced_lse, ones, block_lse)
+        # lse of a block = its score + log2 of its sum of 2^(score of a token - score of the block)
+        b_lse = tl.where(m_taken, b_all * scale_log2 + tl.log2(b_total), float("-inf"))
+        ones = tl.zeros([ROWS], tl.float32) + 1.0
+        peak, total = add_exp(b_forced, ones, b_lse)
         # 2^-inf is 0, and so is what a row without forced blocks began with
-        tl.store(lse_ptr + rows, (peak + tl.log2(total)) * LN2, rows < num_rows)
-    store_ascending(out_ptr, tl.trans(chosen), rows, num_rows, TOPK, SLOTS)
+        tl.store(lse + row, (peak + tl.log2(total)) * LN2, row < num_rows)
+    store_ascending(out, tl.trans(b_chosen), row, num_rows, K, KP)

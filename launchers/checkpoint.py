@@ -11,8 +11,15 @@ from typing import Any
 from launchers.cli.command_line import Parser, number, run_command
 from launchers.cli.output import say
 from launchers.worker import accept_fallbacks
-from msa_train.checkpoint.manifest import MANIFEST_NAME, META_NAME, read_manifest, read_meta
-from msa_train.checkpoint.store import CheckpointStore, structure_damage, verify_folder
+from msa_train.checkpoint.manifest import (
+    MANIFEST_NAME,
+    META_NAME,
+    read_manifest,
+    read_meta,
+    structure_damage,
+    verify_folder,
+)
+from msa_train.checkpoint.store import CheckpointStore
 from msa_train.checkpoint.torch_dist.safe_pickles import METADATA_NAME
 from msa_train.config import printable
 

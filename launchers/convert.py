@@ -258,7 +258,7 @@ def _size_of(files: dict[str, Path]) -> int:
 
 
 def _check_space(target: Path, needed: int) -> None:
-    from msa_train.checkpoint.store import free_bytes
+    from msa_train.runtime.atomic_files import free_bytes
 
     free = free_bytes(target)
     if free < needed:

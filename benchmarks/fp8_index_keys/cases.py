@@ -21,11 +21,11 @@ from benchmarks.learning.measure import block_mass
 from benchmarks.learning.recipe import BLOCK_SIZE, SEQ_LEN, TOPK, Variant, run_config
 from benchmarks.learning.run_one import build_tasks
 from msa_train.config import RunConfig, plan_stages, stage_at
+from msa_train.config.lr_schedule import stage_rates
 from msa_train.model.attention.msa import MsaSelfAttention
 from msa_train.model.inputs.layer_stats import LayerStats
 from msa_train.parallel.process_groups import build_groups, destroy_groups
 from msa_train.training.engines.torch_engine import TorchEngine
-from msa_train.training.optim.lr_schedule import stage_rates
 from msa_train.training.step_batch import make_batch
 
 # M3's: four KV groups, index head dim 128, 16 blocks of 128

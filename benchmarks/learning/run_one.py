@@ -26,10 +26,10 @@ from benchmarks.learning.recipe import EVAL_STAGE, SEQ_LEN, STEPS, SYMBOLS, Vari
 from benchmarks.learning.retrieval_task import RetrievalTask
 from benchmarks.machine import machine
 from msa_train.config import RunConfig, plan_stages, stage_at
+from msa_train.config.lr_schedule import stage_rates
 from msa_train.data import load_datasets
 from msa_train.parallel.process_groups import build_groups, destroy_groups
 from msa_train.training.engines.torch_engine import TorchEngine
-from msa_train.training.optim.lr_schedule import stage_rates
 from msa_train.training.step_batch import make_batch
 
 EVAL_SEED = 2**31

@@ -149,7 +149,7 @@ def check_files(config: RunConfig, *, say: Callable[[str], None], hand_on: bool 
     accept_fallbacks()
     # the first imports numpy, the second torch; a mistake in the configuration need not wait for them
     from msa_train.checkpoint import data_record
-    from msa_train.checkpoint.store import find_to_resume
+    from msa_train.checkpoint.find import find_to_resume
     from msa_train.data import load_datasets, prepare_corpus
 
     vocab_size = config.model.vocab_size

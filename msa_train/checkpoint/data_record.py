@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from msa_train.checkpoint.store import ResumePoint
+from msa_train.checkpoint.find import ResumePoint
 from msa_train.config import RunConfig, plan_stages, stage_at
 from msa_train.data import Corpus
 

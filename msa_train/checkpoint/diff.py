@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from msa_train.checkpoint.format_versions import current_key
 from msa_train.checkpoint.manifest import read_meta
 from msa_train.checkpoint.torch_dist.files import ShardedReader
 from msa_train.checkpoint.torch_dist.finite_state import listed, not_finite
+from msa_train.checkpoint.torch_dist.format_versions import current_key
 
 PIECE_BYTES = 16 * 2**20
 # meta.json's other entries follow from these or change with every save

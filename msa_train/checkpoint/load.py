@@ -15,10 +15,16 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
 from msa_train.checkpoint.all_ranks import CheckpointError, run_on_all_ranks
-from msa_train.checkpoint.format_versions import match_format
-from msa_train.checkpoint.manifest import checksum_damage, read_manifest, read_meta
-from msa_train.checkpoint.store import ResumePoint, select_checkpoint, stored_damage, structure_damage
+from msa_train.checkpoint.find import ResumePoint, select_checkpoint
+from msa_train.checkpoint.manifest import (
+    checksum_damage,
+    read_manifest,
+    read_meta,
+    stored_damage,
+    structure_damage,
+)
 from msa_train.checkpoint.torch_dist.finite_state import NotFiniteError, check_loaded
+from msa_train.checkpoint.torch_dist.format_versions import match_format
 from msa_train.checkpoint.torch_dist.reader import LoadStrategy, check_common
 from msa_train.checkpoint.torch_dist.rng_state import RNG_KEY, rng_shard
 from msa_train.checkpoint.torch_dist.writer import first_failure

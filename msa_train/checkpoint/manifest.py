@@ -4,7 +4,6 @@ A folder may come from anywhere. So its files are regular ones in the folder its
 it, a pipe that never ends or a device is damage, found before anything is opened.
 """
 
-import json
 import os
 import re
 import zlib
@@ -12,9 +11,14 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from msa_train.checkpoint.torch_dist.safe_pickles import COMMON_NAME, METADATA_NAME
+from msa_train.checkpoint.meta import meta_damage
+from msa_train.checkpoint.torch_dist.safe_pickles import (
+    COMMON_NAME,
+    METADATA_NAME,
+    metadata_places,
+    objects_damage,
+)
 from msa_train.config.text import excerpt
-from msa_train.runtime.atomic_files import new_file
 from msa_train.runtime.untrusted_files import open_regular, parse_json, read_limited, regular_size
 
 META_NAME, MANIFEST_NAME = "meta.json", "manifest.json"
@@ -127,13 +131,6 @@ def file_entry(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "crc32": file_checksum(path)}
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write a file that appears whole or not at all."""
-    with new_file(path) as file:
-        json.dump(value, file, indent=1, allow_nan=False)
-        file.write("\n")
-
-
 def file_words(name: str) -> str:
     """A file for a message, e.g. "model file __0_0.distcp"."""
     if name in (META_NAME, MANIFEST_NAME):
@@ -176,3 +173,53 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path.name}: is not a JSON object")
     return value
+
+
+PUBLISHED = re.compile(r"step_(\d{8,})")
+
+
+def verify_folder(folder: Path, *, full: bool) -> str | None:
+    """As CheckpointStore.verify, for any checkpoint folder."""
+    reason = structure_damage(folder)
+    if reason is None and full:
+        reason = stored_damage(folder) or first_checksum_damage(folder)
+    return reason
+
+
+def structure_damage(folder: Path) -> str | None:
+    """What is wrong with the names and sizes of the files, with meta.json or with manifest.json."""
+    if not folder.is_dir():
+        return f"{folder.name}: is no folder"
+    try:
+        files = read_manifest(folder)
+        reason = listed_damage(folder, files) or checksum_damage(folder, META_NAME, files[META_NAME]["crc32"])
+        reason = reason or meta_damage(read_meta(folder), step_of(folder))
+        if reason is None and BACKEND_NAME in files:
+            reason = backend_damage(folder)
+        if reason is None and METADATA_NAME in files:
+            reason = places_damage(metadata_places(folder), files)
+        return reason
+    except FileNotFoundError as error:
+        name = Path(error.filename).name
+        hint = "; some tools leave out names with a dot when they copy" if name == METADATA_NAME else ""
+        return f"{file_words(name)}: missing{hint}"
+    except OSError as error:
+        return f"{file_words(Path(error.filename).name)}: {error.strerror}"
+    except ValueError as error:
+        return str(error)
+
+
+def stored_damage(folder: Path) -> str | None:
+    """What is wrong with stored objects, of a folder whose structure is sound: a stranger's could be code."""
+    return objects_damage(folder) if METADATA_NAME in read_manifest(folder) else None
+
+
+def first_checksum_damage(folder: Path) -> str | None:
+    entries = sorted(read_manifest(folder).items())
+    reasons = (checksum_damage(folder, name, entry["crc32"]) for name, entry in entries)
+    return next((reason for reason in reasons if reason), None)
+
+
+def step_of(folder: Path) -> int | None:
+    match = PUBLISHED.fullmatch(folder.name)
+    return int(match[1]) if match else None

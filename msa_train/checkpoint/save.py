@@ -22,16 +22,16 @@ from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 
 import msa_train
 from msa_train.checkpoint.all_ranks import CheckpointError, run_on_all_ranks, works
-from msa_train.checkpoint.manifest import MANIFEST_NAME, META_NAME, file_entry, write_json
+from msa_train.checkpoint.manifest import MANIFEST_NAME, META_NAME, file_entry
 from msa_train.checkpoint.meta import FORMAT_VERSION
 from msa_train.checkpoint.store import CheckpointStore
-from msa_train.checkpoint.torch_dist.finite_state import listed, not_finite
+from msa_train.checkpoint.torch_dist.finite_state import listed, not_finite, spoilt_state
 from msa_train.checkpoint.torch_dist.rng_state import RNG_KEY, rng_shard, rng_state
 from msa_train.checkpoint.torch_dist.safe_pickles import check_object
 from msa_train.checkpoint.torch_dist.staging import HostStager, StagedState, tensors_of
 from msa_train.checkpoint.torch_dist.writer import Shards, shards_to_write, write_shards
 from msa_train.config import CheckpointConfig, SaveFailure
-from msa_train.training.stability.finite_check import spoilt_state
+from msa_train.runtime.atomic_files import write_json
 
 # A rank may be this far behind the others with its files
 WRITE_TIMEOUT = timedelta(hours=2)

@@ -14,12 +14,14 @@ from typing import Any
 from megatron.core import __version__ as megatron_version
 
 import msa_train
-from msa_train.checkpoint.manifest import MANIFEST_NAME, META_NAME, file_entry, read_meta, write_json
+from msa_train.checkpoint.compatibility import WEIGHTS_CONTENT, fingerprint
+from msa_train.checkpoint.manifest import MANIFEST_NAME, META_NAME, file_entry, read_meta, structure_damage
 from msa_train.checkpoint.meta import FORMAT_VERSION
-from msa_train.checkpoint.store import WEIGHTS_CONTENT, CheckpointStore, fingerprint, structure_damage
+from msa_train.checkpoint.store import CheckpointStore
 from msa_train.config import AttentionConfig, ModelConfig, RunConfig
 from msa_train.config.rules.limits import COUNT, LIMITS, check_size
 from msa_train.config.text import excerpt
+from msa_train.runtime.atomic_files import write_json
 
 # beyond it lie slips of the hand, and what is not finite
 _LARGEST_NUMBER = 1e30

@@ -6,6 +6,7 @@ Folders may be links, as of a run whose checkpoints lie on another disk.
 """
 
 import errno
+import json
 import os
 import re
 import secrets
@@ -89,3 +90,19 @@ def remove_partials(folder: Path) -> None:
     for path in folder.iterdir():
         if _PARTIAL.fullmatch(path.name):
             path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a file that appears whole or not at all."""
+    with new_file(path) as file:
+        json.dump(value, file, indent=1, allow_nan=False)
+        file.write("\n")
+
+
+def free_bytes(path: Path) -> int:
+    """Free space on the disk where `path` is or would be."""
+    folder = path.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    disk = os.statvfs(folder)
+    return disk.f_bavail * disk.f_frsize

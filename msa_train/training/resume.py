@@ -4,9 +4,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from msa_train.checkpoint.format_versions import optimizer_updates
+from msa_train.checkpoint.find import ResumePoint
 from msa_train.checkpoint.load import load_checkpoint, load_newest, load_weights
-from msa_train.checkpoint.store import ResumePoint
+from msa_train.checkpoint.torch_dist.format_versions import optimizer_updates
 from msa_train.checkpoint.torch_dist.rng_state import RNG_KEY, set_rng_state
 from msa_train.config import RunConfig
 from msa_train.training.engines.engine import TrainEngine

@@ -10,10 +10,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from msa_train.checkpoint.compatibility import fingerprint, schedule_record
 from msa_train.checkpoint.data_record import DataRecord
 from msa_train.checkpoint.save import WAITS_FOR_OTHERS, CheckpointSaver, SaveReport
-from msa_train.checkpoint.store import CheckpointStore, fingerprint
+from msa_train.checkpoint.store import CheckpointStore
+from msa_train.checkpoint.torch_dist.finite_state import SpoiltStateError
 from msa_train.config import RunConfig, Stage, StageAttention, plan_stages, stage_at, total_steps
+from msa_train.config.lr_schedule import LearningRates, stage_rates
 from msa_train.data import BatchStream, Corpus, PackedDataset
 from msa_train.parallel.comm.fault_watch import tell_others, watched
 from msa_train.parallel.process_groups import Groups
@@ -26,9 +29,6 @@ from msa_train.training.metrics.collect import StepMetrics, router_bias_range
 from msa_train.training.metrics.progress import Progress
 from msa_train.training.metrics.selection_recording import SelectionLog
 from msa_train.training.metrics.writer import MetricsWriter
-from msa_train.training.optim.lr_schedule import LearningRates, stage_rates
-from msa_train.training.resume_rules import schedule_record
-from msa_train.training.stability.finite_check import SpoiltStateError
 from msa_train.training.stability.skip_policy import RollbackError
 from msa_train.training.stability.step_guard import StepGuard, StepOutcome
 from msa_train.training.step_batch import StepBatch, make_batch

@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from msa_train.checkpoint.store import CheckpointStore
+from msa_train.checkpoint.torch_dist.finite_state import DivergedError
 from msa_train.config import BadStep, EngineKind, RunConfig
 from msa_train.data import Pack
 from msa_train.model.pack_forward import PackForward
@@ -21,7 +22,6 @@ from msa_train.training.engines.megatron_engine import MegatronEngine
 from msa_train.training.engines.torch_engine import TorchEngine
 from msa_train.training.metrics.writer import MetricsWriter, read_metrics
 from msa_train.training.resume import resume
-from msa_train.training.stability.finite_check import DivergedError
 from msa_train.training.trainer import Reporting, Trainer
 from msa_train.training.worker import load_data
 from tests.helpers import cuda_shim

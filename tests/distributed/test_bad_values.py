@@ -13,12 +13,12 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from msa_train.checkpoint.store import CheckpointStore
+from msa_train.checkpoint.torch_dist.finite_state import DivergedError
 from msa_train.config import BadStep, EngineKind, KvExchange, Recompute, RunConfig
 from msa_train.parallel.process_groups import build_groups
 from msa_train.training.engines.engine import TrainEngine
 from msa_train.training.engines.megatron_engine import MegatronEngine
 from msa_train.training.engines.torch_engine import TorchEngine
-from msa_train.training.stability.finite_check import DivergedError
 from msa_train.training.trainer import Trainer
 from msa_train.training.worker import load_data
 from tests.distributed.test_bad_steps import digest

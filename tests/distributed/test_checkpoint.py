@@ -20,6 +20,8 @@ from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
 from msa_train.checkpoint.all_ranks import CheckpointError
+from msa_train.checkpoint.compatibility import fingerprint
+from msa_train.checkpoint.find import check_resume
 from msa_train.checkpoint.load import (
     load_checkpoint,
     load_newest,
@@ -28,10 +30,10 @@ from msa_train.checkpoint.load import (
     verify_distributed,
 )
 from msa_train.checkpoint.save import save_checkpoint
-from msa_train.checkpoint.store import CheckpointStore, check_resume, fingerprint
+from msa_train.checkpoint.store import CheckpointStore
+from msa_train.checkpoint.torch_dist.finite_state import DivergedError
 from msa_train.checkpoint.torch_dist.rng_state import RNG_KEY, rng_state, set_rng_state
 from msa_train.config import RunConfig
-from msa_train.training.stability.finite_check import DivergedError
 from tests.helpers.spawn import run_ranks
 
 ROWS, COLUMNS, EXPERTS = 8, 6, 4

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from megatron.core import parallel_state
 
-from msa_train.checkpoint.format_versions import optimizer_updates
+from msa_train.checkpoint.find import select_checkpoint
 from msa_train.checkpoint.load import load_checkpoint, load_weights
-from msa_train.checkpoint.manifest import file_entry, read_meta
-from msa_train.checkpoint.store import select_checkpoint, verify_folder
+from msa_train.checkpoint.manifest import file_entry, read_meta, verify_folder
+from msa_train.checkpoint.torch_dist.format_versions import optimizer_updates
 from msa_train.config import EngineKind
 from tests.helpers import cuda_shim
 from tests.helpers.format1 import SAVED_STEP, STEPS, build_format1, format1_config, train_format1

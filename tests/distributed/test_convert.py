@@ -11,9 +11,11 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
+from msa_train.checkpoint.compatibility import fingerprint
 from msa_train.checkpoint.load import load_checkpoint
+from msa_train.checkpoint.manifest import verify_folder
 from msa_train.checkpoint.save import save_checkpoint
-from msa_train.checkpoint.store import CheckpointStore, fingerprint, verify_folder
+from msa_train.checkpoint.store import CheckpointStore
 from msa_train.checkpoint.weights_only import checkpoint_folder, publish_weights, shape_of
 from msa_train.config import DataConfig, EngineKind, ParallelConfig, Precision, RunConfig, TrainConfig
 from msa_train.convert.config_read import read_hf_config

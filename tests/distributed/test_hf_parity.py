@@ -20,6 +20,7 @@ from msa_train.config import (
     RunConfig,
     TrainConfig,
 )
+from msa_train.config.lr_schedule import LearningRates
 from msa_train.convert.config_read import HfModel, read_hf_config
 from msa_train.convert.export_hf import plan_export, read_config_file, write_export
 from msa_train.convert.import_hf import plan_import, write_import
@@ -30,7 +31,6 @@ from msa_train.model.inputs.layer_stats import LayerStats
 from msa_train.parallel.process_groups import build_groups
 from msa_train.training.engines.engine import checkpoint_metadata
 from msa_train.training.engines.torch_engine import TorchEngine
-from msa_train.training.optim.lr_schedule import LearningRates
 from msa_train.training.step_batch import make_batch
 from tests.helpers import hf_models
 from tests.helpers.compare import assert_rows_close

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 
 from msa_train.config import Precision, RunConfig, StageAttention, StageConfig
+from msa_train.config.lr_schedule import LearningRates
 from msa_train.data import IGNORE_LABEL
 from msa_train.model.attention.index_branch import is_index_parameter
 from msa_train.model.inputs.layer_stats import LayerStats
@@ -17,7 +18,6 @@ from msa_train.model.layers.cross_entropy import linear_cross_entropy
 from msa_train.model.layers.moe import ExpertLayer, SigmoidRouter
 from msa_train.parallel.process_groups import build_groups
 from msa_train.training.engines.torch_engine import TorchEngine
-from msa_train.training.optim.lr_schedule import LearningRates
 from msa_train.training.step_batch import make_batch
 from tests.helpers.compare import assert_rows_close
 from tests.helpers.model_runs import small_config, step_packs

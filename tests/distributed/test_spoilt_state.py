@@ -10,12 +10,12 @@ import torch
 from megatron.core import parallel_state
 
 from msa_train.checkpoint.store import CheckpointStore
+from msa_train.checkpoint.torch_dist.finite_state import DivergedError
 from msa_train.config import BadStep, EngineKind
 from msa_train.parallel.process_groups import build_groups
 from msa_train.training.engines.megatron_engine import MegatronEngine
 from msa_train.training.engines.torch_engine import TorchEngine
 from msa_train.training.metrics.writer import MetricsWriter
-from msa_train.training.stability.finite_check import DivergedError
 from msa_train.training.trainer import Reporting, Trainer
 from msa_train.training.worker import load_data
 from tests.helpers import cuda_shim

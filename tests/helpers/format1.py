@@ -14,11 +14,11 @@ from msa_train.config import (
     RunConfig,
     TrainConfig,
 )
+from msa_train.config.lr_schedule import LearningRates
 from msa_train.parallel.process_groups import build_groups
 from msa_train.training.engines.engine import TrainEngine
 from msa_train.training.engines.megatron_engine import MegatronEngine
 from msa_train.training.engines.torch_engine import TorchEngine
-from msa_train.training.optim.lr_schedule import LearningRates
 from msa_train.training.step_batch import make_batch
 from tests.helpers.packs import make_pack
 

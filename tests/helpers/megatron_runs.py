@@ -16,12 +16,12 @@ from msa_train.config import (
     StageConfig,
     plan_stages,
 )
+from msa_train.config.lr_schedule import LearningRates, stage_rates
 from msa_train.parallel.process_groups import build_groups
 from msa_train.training.engines.engine import TrainEngine
 from msa_train.training.engines.megatron_engine import MegatronEngine
 from msa_train.training.engines.torch_engine import TorchEngine
 from msa_train.training.metrics.collect import StepMetrics
-from msa_train.training.optim.lr_schedule import LearningRates, stage_rates
 from msa_train.training.step_batch import make_batch
 from tests.helpers import cuda_shim
 from tests.helpers.model_runs import SEQ_LEN, small_config, step_packs

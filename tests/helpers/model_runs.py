@@ -22,6 +22,7 @@ from msa_train.config import (
     StageConfig,
     TrainConfig,
 )
+from msa_train.config.lr_schedule import LearningRates
 from msa_train.data import Pack
 from msa_train.model.attention.msa import MsaSelfAttention
 from msa_train.model.init_weights import global_names
@@ -31,7 +32,6 @@ from msa_train.parallel.attention.selection_recall import RecallSums
 from msa_train.parallel.process_groups import build_groups
 from msa_train.parallel.sharding.shard_layout import ShardLayout
 from msa_train.training.engines.torch_engine import TorchEngine
-from msa_train.training.optim.lr_schedule import LearningRates
 from msa_train.training.step_batch import make_batch
 from tests.helpers.devices import rank_device
 from tests.helpers.packs import make_pack

@@ -10,7 +10,7 @@ import torch
 
 from launchers import convert, train
 from launchers.hydra_config.compose import compose_run
-from msa_train.checkpoint.store import fingerprint
+from msa_train.checkpoint.compatibility import fingerprint
 from msa_train.config import Activation, RunConfig
 from msa_train.convert.tensor_map import M2_NAMING, M3_NAMING, M3_TEXT_NAMING
 from msa_train.training.metrics.writer import read_metrics

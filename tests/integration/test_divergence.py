@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from msa_train.checkpoint.store import CheckpointStore
-from msa_train.training.stability.finite_check import DivergedError, check_finite
+from msa_train.checkpoint.torch_dist.finite_state import DivergedError
+from msa_train.training.stability.finite_check import check_finite
 from tests.helpers.training_command import Training
 from tests.integration.test_resume import ONE_PROCESS
 

@@ -11,8 +11,9 @@ import torch
 from launchers import checkpoint
 from msa_train.checkpoint import diff as checkpoint_diff
 from msa_train.checkpoint.diff import diff_checkpoints
-from msa_train.checkpoint.manifest import MANIFEST_NAME, META_NAME, file_entry, write_json
+from msa_train.checkpoint.manifest import MANIFEST_NAME, META_NAME, file_entry
 from msa_train.checkpoint.torch_dist.files import ShardedReader, ShardedWriter
+from msa_train.runtime.atomic_files import write_json
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "format1"
 SHARD = "__0_0.distcp"

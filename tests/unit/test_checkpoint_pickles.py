@@ -16,8 +16,7 @@ from torch.distributed.checkpoint import metadata as dcp
 
 from launchers import checkpoint as checkpoint_command
 from launchers import convert
-from msa_train.checkpoint.manifest import file_entry, write_json
-from msa_train.checkpoint.store import verify_folder
+from msa_train.checkpoint.manifest import file_entry, verify_folder
 from msa_train.checkpoint.torch_dist import safe_pickles as checkpoint_pickles
 from msa_train.checkpoint.torch_dist.files import ShardedReader, ShardedWriter
 from msa_train.checkpoint.torch_dist.rng_state import rng_state
@@ -29,6 +28,7 @@ from msa_train.checkpoint.torch_dist.safe_pickles import (
 )
 from msa_train.checkpoint.weights_only import publish_weights, shape_of
 from msa_train.config import AttentionConfig, ModelConfig
+from msa_train.runtime.atomic_files import write_json
 
 DTYPES = {value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 

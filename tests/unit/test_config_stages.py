@@ -2,7 +2,7 @@
 
 import pytest
 
-from msa_train.checkpoint.stage_record import check_recorded_stages
+from msa_train.checkpoint.compatibility import check_recorded_stages
 from msa_train.config import (
     DataConfig,
     KlTarget,
@@ -17,7 +17,7 @@ from msa_train.config import (
     stage_at,
     total_steps,
 )
-from msa_train.training.optim.lr_schedule import LearningRates, learning_rate, stage_rates
+from msa_train.config.lr_schedule import LearningRates, learning_rate, stage_rates
 
 
 def run_of(stages: dict[str, StageConfig], *, steps: int = 0, batch: int = 2) -> RunConfig:

@@ -160,7 +160,7 @@ def inside(world: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(world)
     monkeypatch.setattr("launchers.local.launch_checks.count_gpus", lambda: 0)
     # the run that a command starts from was not made here
-    monkeypatch.setattr("msa_train.checkpoint.store.find_to_resume", lambda _config: None)
+    monkeypatch.setattr("msa_train.checkpoint.find.find_to_resume", lambda _config: None)
     yield world
     os.environ.clear()
     os.environ.update(before)

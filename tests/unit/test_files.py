@@ -9,11 +9,10 @@ import pytest
 
 from launchers.local.run_dir import check_writable, claim_run_dir, write_config
 from launchers.preflight import _name
-from msa_train.checkpoint.manifest import write_json
 from msa_train.checkpoint.store import CheckpointStore
 from msa_train.config import RunConfig
 from msa_train.parallel.selection_file import SelectionRecorder
-from msa_train.runtime.atomic_files import new_file, open_to_append, remove_partials
+from msa_train.runtime.atomic_files import new_file, open_to_append, remove_partials, write_json
 from msa_train.runtime.fencing import VARIABLE, claim
 from msa_train.runtime.preemption import StopRecord, write_stopped
 from msa_train.training.metrics.tables import write_summary

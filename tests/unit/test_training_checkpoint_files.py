@@ -11,8 +11,9 @@ import pytest
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
-from msa_train.checkpoint.manifest import META_NAME, file_entry, read_manifest, write_json
-from msa_train.checkpoint.store import check_resume, select_checkpoint, verify_folder
+from msa_train.checkpoint.find import check_resume, select_checkpoint
+from msa_train.checkpoint.manifest import META_NAME, file_entry, read_manifest, verify_folder
+from msa_train.runtime.atomic_files import write_json
 from tests.unit.test_training_checkpoint_store import SHARD, config_of, save
 
 PASSWORDS = "../../../../../../../../../../etc/passwd"

@@ -15,15 +15,12 @@ from pathlib import Path
 import pytest
 
 from msa_train.checkpoint import store as checkpoint_store
-from msa_train.checkpoint.manifest import file_entry, write_json
-from msa_train.checkpoint.store import (
-    CheckpointStore,
-    check_resume,
-    fingerprint,
-    select_checkpoint,
-    verify_folder,
-)
+from msa_train.checkpoint.compatibility import fingerprint
+from msa_train.checkpoint.find import check_resume, select_checkpoint
+from msa_train.checkpoint.manifest import file_entry, verify_folder
+from msa_train.checkpoint.store import CheckpointStore
 from msa_train.config import AttentionConfig, CheckpointConfig, ModelConfig, RunConfig
+from msa_train.runtime.atomic_files import write_json
 
 SHARD = "__0_0.distcp"
 
@@ -512,7 +509,7 @@ def test_latest_follows(tmp_path: Path) -> None:
 
 def test_space_is_asked_for_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = save(config_of(tmp_path), 100)
-    monkeypatch.setattr("msa_train.checkpoint.store.free_bytes", lambda _: 2 * 10**9)
+    monkeypatch.setattr("msa_train.runtime.atomic_files.free_bytes", lambda _: 2 * 10**9)
     store.check_space(10**9)
     text = (
         f"it needs 3 GB and {store.folder} has 2 GB free, the checkpoint of step 100 stays; free some space"

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from launchers.local.launch_checks import check_files
 from msa_train.checkpoint.data_record import RECORD_NAME, hand_on, handed_on, record_of, resume_record
-from msa_train.checkpoint.store import find_to_resume
+from msa_train.checkpoint.find import find_to_resume
 from msa_train.config import CheckpointConfig, DataConfig, RunConfig
 from msa_train.data import prepare_corpus
 from msa_train.training.worker import check_agreement, load_data

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from msa_train.config import LrSchedule, OptimConfig
-from msa_train.training.optim.lr_schedule import learning_rate
+from msa_train.config.lr_schedule import learning_rate
 
 
 def rates(total_steps: int, **changes: object) -> list[float]:

@@ -6,6 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from msa_train.checkpoint.compatibility import (
+    INDEX_NAME,
+    check_index_moments,
+    schedule_notes,
+    schedule_record,
+)
 from msa_train.config import (
     AttentionConfig,
     LrSchedule,
@@ -16,14 +22,8 @@ from msa_train.config import (
     TrainConfig,
     plan_stages,
 )
-from msa_train.training.optim.lr_schedule import learning_rate
-from msa_train.training.resume_rules import (
-    INDEX_NAME,
-    check_index_moments,
-    schedule_notes,
-    schedule_record,
-    train_on_settings,
-)
+from msa_train.config.lr_schedule import learning_rate
+from msa_train.training.metrics.run_summary import train_on_settings
 
 MOMENTS = "optimizer.state.exp_avg.decoder.layers.0.self_attention."
 

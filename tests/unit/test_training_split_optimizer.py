@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from msa_train.config import OptimConfig, OptimizerKind
-from msa_train.training.optim.lr_schedule import LearningRates
+from msa_train.config.lr_schedule import LearningRates
 from msa_train.training.optim.muon_adamw import MuonAdamW
 
 HEAD_DIM = 2

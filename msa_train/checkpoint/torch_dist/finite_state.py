@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from msa_train.checkpoint.all_ranks import CheckpointError, run_on_all_ranks
+from msa_train.checkpoint.store import CheckpointStore
 
 _NAMED = 3
 
@@ -69,3 +70,31 @@ def _leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
         entries = tree.items() if isinstance(tree, dict) else enumerate(tree)
         for key, value in entries:
             yield from _leaves(value, f"{name}.{key}" if name else str(key))
+
+
+class DivergedError(RuntimeError):
+    """A loss or the gradient is not finite."""
+
+
+class SpoiltStateError(DivergedError):
+    """An update has left weights or moments that are not finite; reason: which."""
+
+    def __init__(self, text: str, reason: str) -> None:
+        super().__init__(text)
+        self.reason = reason
+
+
+def spoilt_state(step: int, names: str, store: CheckpointStore) -> SpoiltStateError:
+    """As `diverged`, for what is found before a save."""
+    reason = f"the update left {names} not finite"
+    return SpoiltStateError(str(diverged(step, reason, store)), reason)
+
+
+def diverged(step: int, reason: str, store: CheckpointStore) -> DivergedError:
+    """The error that ends a run, with where to go on from."""
+    saved = store.steps()
+    kept = f"the newest checkpoint is of step {max(saved)}" if saved else "there is no checkpoint yet"
+    return DivergedError(
+        f"step {step}: {reason}; the step is not saved, {kept}; the same command would come here again: "
+        "use a lower optim.lr or optim.clip_grad, or more optim.warmup_steps"
+    )

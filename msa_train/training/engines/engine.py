@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from msa_train.config import RunConfig, Stage
+from msa_train.config.lr_schedule import LearningRates
 from msa_train.data import Pack
 from msa_train.model.gpt import MsaGptModel, build_model
 from msa_train.model.init_weights import init_weights
@@ -15,7 +16,6 @@ from msa_train.model.inputs.layer_stats import LayerStats
 from msa_train.model.pack_forward import PackForward
 from msa_train.parallel.comm.traffic import CommCounters
 from msa_train.parallel.process_groups import Groups
-from msa_train.training.optim.lr_schedule import LearningRates
 from msa_train.training.step_batch import StepBatch
 
 

@@ -17,8 +17,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
 
-from msa_train.checkpoint.format_versions import STATE_PREFIX, rename_keys
+from msa_train.checkpoint.torch_dist.format_versions import STATE_PREFIX, rename_keys
 from msa_train.config import Precision, RunConfig, Stage
+from msa_train.config.lr_schedule import LearningRates
 from msa_train.data import Pack
 from msa_train.model.attention.index_branch import is_index_parameter
 from msa_train.model.inputs.layer_stats import LayerStats
@@ -32,7 +33,6 @@ from msa_train.training.engines.engine import (
     checkpoint_metadata,
     reset_token_counts,
 )
-from msa_train.training.optim.lr_schedule import LearningRates
 from msa_train.training.step_batch import StepBatch
 
 _LossAndSum = tuple[Tensor, Tensor, dict[str, Tensor]]

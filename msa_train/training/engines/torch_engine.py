@@ -10,8 +10,9 @@ from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_te
 from megatron.core.transformer.moe.moe_utils import get_updated_expert_bias
 from torch import nn
 
-from msa_train.checkpoint.format_versions import STATE_NAMES, STATE_PREFIX
+from msa_train.checkpoint.torch_dist.format_versions import STATE_NAMES, STATE_PREFIX
 from msa_train.config import RunConfig, Stage
+from msa_train.config.lr_schedule import LearningRates
 from msa_train.data import Pack
 from msa_train.model.attention.index_branch import is_index_parameter
 from msa_train.model.inputs.layer_stats import LayerStats
@@ -25,7 +26,6 @@ from msa_train.training.engines.engine import (
     reset_token_counts,
 )
 from msa_train.training.optim.grad_buffers import GradBuffers
-from msa_train.training.optim.lr_schedule import LearningRates
 from msa_train.training.optim.muon_adamw import MuonAdamW
 from msa_train.training.step_batch import StepBatch
 

@@ -4,14 +4,14 @@ import math
 from pathlib import Path
 from typing import Any, TextIO
 
-from msa_train.config import KvExchange, RunConfig, printable
+from msa_train.config import KvExchange, LrSchedule, RunConfig, printable
+from msa_train.config.lr_schedule import schedule_steps
 from msa_train.parallel.process_groups import Groups
 from msa_train.training.metrics.metric import InSummary
 from msa_train.training.metrics.progress import format_count, format_duration
 from msa_train.training.metrics.registry import METRICS
 from msa_train.training.metrics.tables import format_table, write_summary
 from msa_train.training.metrics.writer import METRICS_NAME, TENSORBOARD_NAME, read_metrics
-from msa_train.training.resume_rules import train_on_settings
 
 # summary.json keeps the name that this had before its metric got another
 _FIELDS = {"kv_selected_fraction_by_layer": "f"}
@@ -147,3 +147,23 @@ def _size(num_bytes: float) -> str:
         return "0 B"
     power = min(int(math.log(num_bytes, 1024)), 4)
     return f"{num_bytes / 1024**power:.1f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
+def train_on_settings(config: RunConfig, steps: int) -> list[str]:
+    """Settings with which the same command trains as long again, at the learning rate that it ended with.
+
+    Args:
+        config: the run that has ended.
+        steps: updates made.
+    """
+    settings = [f"train.steps={2 * steps}"]
+    stages = list(config.stages)
+    if stages and config.stages[stages[-1]].tokens:
+        settings.append(f"stages.{stages[-1]}.tokens=0")
+    optim, length = config.optim, schedule_steps(config)
+    # one that is not over yet, or stays at its height, needs nothing
+    if optim.schedule is not LrSchedule.constant and optim.warmup_steps < length <= steps:
+        settings.append(f"optim.schedule_steps={length}")
+        if not optim.min_lr_ratio:
+            settings.append("optim.min_lr_ratio=0.1")
+    return settings

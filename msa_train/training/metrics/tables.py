@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from msa_train.checkpoint.manifest import write_json
 from msa_train.config import printable
+from msa_train.runtime.atomic_files import write_json
 from msa_train.training.metrics.writer import json_ready
 
 SUMMARY_NAME = "summary.json"

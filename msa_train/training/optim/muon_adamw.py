@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from msa_train.config import OptimConfig, OptimizerKind
+from msa_train.config.lr_schedule import LearningRates
 from msa_train.model.attention.index_branch import is_index_parameter
-from msa_train.training.optim.lr_schedule import LearningRates
 
 
 class MuonAdamW:

@@ -10,18 +10,13 @@ import torch.distributed as dist
 from msa_train.checkpoint.all_ranks import run_on_all_ranks
 from msa_train.checkpoint.load import load_newest
 from msa_train.checkpoint.store import CheckpointStore
+from msa_train.checkpoint.torch_dist.finite_state import SpoiltStateError, diverged
 from msa_train.config import BadStep, RunConfig, Stage, plan_stages, stage_at
 from msa_train.parallel.comm.fault_watch import watched
 from msa_train.parallel.process_groups import Groups
 from msa_train.training.engines.engine import Accept, StepResult, TrainEngine
 from msa_train.training.resume import restore
-from msa_train.training.stability.finite_check import (
-    VALIDATION,
-    SpoiltStateError,
-    check_finite,
-    diverged,
-    not_finite,
-)
+from msa_train.training.stability.finite_check import VALIDATION, check_finite, not_finite
 from msa_train.training.stability.skip_policy import EventLog, RollbackError, SkipPolicy
 from msa_train.training.step_batch import StepBatch
 

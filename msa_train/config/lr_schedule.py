@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from msa_train.config import LrSchedule, OptimConfig, Stage
+from msa_train.config import LrSchedule, OptimConfig, RunConfig, Stage, total_steps
 
 
 @dataclass(slots=True, frozen=True)
@@ -55,3 +55,12 @@ def _fraction(step: int, start: int, end: int) -> float:
     if step <= start:
         return 0.0
     return min((step - start) / (end - start), 1.0) if end > start else 1.0
+
+
+def schedule_steps(config: RunConfig) -> int:
+    """Updates over which the learning rate takes its course."""
+    return config.optim.schedule_steps or total_steps(config)
+
+
+def next_lr(config: RunConfig, step: int) -> float:
+    return learning_rate(step, config.optim, total_steps(config))

@@ -1,0 +1,160 @@
+"""Find the checkpoint that a run starts from: the newest sound one of its own, or of checkpoint.load."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from msa_train.checkpoint.compatibility import (
+    check_usable,
+    setting_and_fix,
+    short_name,
+    takes_weights_only,
+)
+from msa_train.checkpoint.manifest import (
+    MANIFEST_NAME,
+    META_NAME,
+    first_checksum_damage,
+    read_manifest,
+    read_meta,
+    stored_damage,
+    structure_damage,
+)
+from msa_train.checkpoint.store import CheckpointStore
+from msa_train.config import RunConfig
+
+FULL_CHECK_BYTES = 8 * 2**30
+
+
+_NAMED_DAMAGED = 4
+
+
+@dataclass(kw_only=True, slots=True)
+class ResumePoint:
+    """A checkpoint to start from."""
+
+    path: Path
+    step: int
+    meta: dict[str, Any]
+    own: bool
+    "it is in run_dir, so the run goes on; otherwise it is where checkpoint.load pointed"
+    weights_only: bool
+    "the run takes the model alone and begins at step 0"
+    messages: list[str]
+    "for the user: what is skipped and why; empty where there is nothing remarkable"
+
+
+def select_checkpoint(
+    config: RunConfig, *, full: bool, known_damaged: Mapping[Path, str] | None = None
+) -> ResumePoint | None:
+    """Newest sound checkpoint of run_dir or, where run_dir has none at all, of checkpoint.load.
+
+    Args:
+        config: the whole run.
+        full: compare checksums of all files, not only their sizes.
+        known_damaged: reason by folder, for checkpoints found to be damaged in another way.
+
+    Raises:
+        ValueError: one line, if checkpoints exist but none is sound, if the newest sound one is of another
+            model or of a newer format, or if checkpoint.load leads nowhere.
+    """
+    return _find(config, math.inf if full else 0, known_damaged or {})
+
+
+def check_resume(config: RunConfig) -> list[str]:
+    """What to tell the user about the checkpoint that this run will start from, before any worker starts.
+
+    Checksums are compared up to FULL_CHECK_BYTES per checkpoint; above that only names and sizes.
+
+    Raises:
+        ValueError: as `select_checkpoint`.
+    """
+    found = find_to_resume(config)
+    return found.messages if found else []
+
+
+def find_to_resume(config: RunConfig) -> ResumePoint | None:
+    """The checkpoint that this run will start from, checked as far as `check_resume` does.
+
+    Raises:
+        ValueError: as `select_checkpoint`.
+    """
+    return _find(config, FULL_CHECK_BYTES, {})
+
+
+def _find(
+    config: RunConfig, full_check_bytes: float, known_damaged: Mapping[Path, str]
+) -> ResumePoint | None:
+    store = CheckpointStore(config.run_dir)
+    own_folders = [store.path(step) for step in reversed(store.steps())]
+    if own_folders:
+        return _newest_sound(own_folders, config, full_check_bytes, known_damaged, own=True)
+    if not config.checkpoint.load:
+        return None
+    return _newest_sound(_load_folders(config), config, full_check_bytes, known_damaged, own=False)
+
+
+def _load_folders(config: RunConfig) -> list[Path]:
+    """Checkpoint folders behind checkpoint.load, newest first."""
+    load = Path(config.checkpoint.load).expanduser()
+    if any((load / name).exists() for name in (META_NAME, MANIFEST_NAME)):
+        return [load]
+    store = CheckpointStore(load.parent if load.name == "checkpoints" else load)
+    folders = [store.path(step) for step in reversed(store.steps())]
+    if not folders:
+        state = "has no checkpoint" if load.exists() else "does not exist"
+        raise ValueError(
+            f"checkpoint.load={config.checkpoint.load}: {state}; use the run_dir of a run that has saved, "
+            "one of its folders checkpoints/step_*, or checkpoint.load= to start from new weights"
+        )
+    return folders
+
+
+def _newest_sound(
+    folders: list[Path],
+    config: RunConfig,
+    full_check_bytes: float,
+    known_damaged: Mapping[Path, str],
+    *,
+    own: bool,
+) -> ResumePoint:
+    damaged: list[tuple[Path, str]] = []
+    for folder in folders:
+        reason = known_damaged.get(folder) or structure_damage(folder)
+        if reason is None:
+            # before the checksums, which take long
+            notes = check_usable(read_meta(folder), folder, config, own=own)
+            size = sum(entry["size"] for entry in read_manifest(folder).values())
+            reason = stored_damage(folder)
+            if reason is None and size <= full_check_bytes:
+                reason = first_checksum_damage(folder)
+            if reason is None:
+                return _found(folder, damaged, notes, config, own=own)
+        damaged.append((folder, reason))
+    setting, fix = setting_and_fix(config, own=own)
+    reasons = [f"{folder.name}: {reason}" for folder, reason in damaged[:_NAMED_DAMAGED]]
+    if len(damaged) > _NAMED_DAMAGED:
+        reasons.append(f"and {len(damaged) - _NAMED_DAMAGED} more")
+    remove = f"remove {damaged[0][0].parent} to start anew, or " if own else ""
+    raise ValueError(f"{setting}: every checkpoint is damaged ({'; '.join(reasons)}); {remove}use {fix}")
+
+
+def _found(
+    folder: Path, damaged: list[tuple[Path, str]], notes: list[str], config: RunConfig, *, own: bool
+) -> ResumePoint:
+    meta = read_meta(folder)
+    step = meta["step"]
+    messages = [
+        f"checkpoint {short_name(path)} is damaged ({reason}) and is skipped" for path, reason in damaged
+    ]
+    if messages:
+        messages[-1] += f"; going on from step {step}"
+    return ResumePoint(
+        path=folder,
+        step=step,
+        meta=meta,
+        own=own,
+        weights_only=not own and takes_weights_only(meta, config),
+        messages=messages + notes,
+    )

@@ -13,12 +13,12 @@ from launchers.cli.output import say
 from launchers.worker import accept_fallbacks
 from msa_train.checkpoint.manifest import (
     MANIFEST_NAME,
-    META_NAME,
     read_manifest,
     read_meta,
     structure_damage,
     verify_folder,
 )
+from msa_train.checkpoint.meta import META_NAME
 from msa_train.checkpoint.store import CheckpointStore
 from msa_train.checkpoint.torch_dist.safe_pickles import METADATA_NAME
 from msa_train.config import printable

@@ -57,7 +57,7 @@ def make_inputs(shape: CoreShape, seq_len: int, seed: int = 0) -> CoreInputs:
 
 def msa_core(shape: CoreShape, inputs: CoreInputs) -> CoreResult:
     """Selection, block-sparse attention and the index branch's KL loss, forward and backward."""
-    seq_len, num_groups = len(inputs.q), shape.num_kv_heads
+    seq_len, num_kv_heads = len(inputs.q), shape.num_kv_heads
     starts = torch.tensor([0, seq_len])
     selected = select_blocks(
         inputs.q_index, inputs.k_index, starts, block_size=shape.block_size, topk=shape.topk
@@ -80,7 +80,7 @@ def msa_core(shape: CoreShape, inputs: CoreInputs) -> CoreResult:
     assert grads.dq_index is not None, "a KL term was given"
     assert grads.dk_index is not None, "a KL term was given"
     assert grads.kl is not None, "a KL term was given"
-    dk, dv = unpack_blocks(grads.dkv, num_groups)
+    dk, dv = unpack_blocks(grads.dkv, num_kv_heads)
     return CoreResult(
         out=result.out.flatten(1, 2),
         selected=selected,
@@ -88,7 +88,7 @@ def msa_core(shape: CoreShape, inputs: CoreInputs) -> CoreResult:
         dk=dk,
         dv=dv,
         dq_index=grads.dq_index,
-        dk_index=grads.dk_index.view(num_groups, seq_len, -1).sum(0),
+        dk_index=grads.dk_index.view(num_kv_heads, seq_len, -1).sum(0),
         kl=grads.kl,
     )
 

@@ -65,7 +65,7 @@ def demand_bytes(shape: LayerShape, wants: Wants) -> list[dict[str, int]]:
         shape: of the layer; kept for the backward pass.
         wants: what all ranks want.
     """
-    kv, grad = shape.pair_bytes(shape.kv_token_bytes), shape.pair_bytes(shape.grad_token_bytes)
+    kv, grad = shape.kv_block_bytes(shape.kv_token_bytes), shape.kv_block_bytes(shape.grad_token_bytes)
     rows = _by_node(wants) if wants.ranks_per_node else _flat(wants)
     forward, backward = _hot_forward(wants, kv), _hot_backward(wants, grad)
     shared = {
@@ -100,16 +100,16 @@ def _by_node(wants: Wants) -> list[tuple[int, int]]:
     return rows
 
 
-def _hot_forward(wants: Wants, pair_bytes: int) -> list[int]:
+def _hot_forward(wants: Wants, kv_block_bytes: int) -> list[int]:
     """Bytes of hot pairs that each rank receives: its slice from the owners, then the other slices."""
-    slices, ranks = _Slices.of(wants, pair_bytes), range(wants.size)
+    slices, ranks = _Slices.of(wants, kv_block_bytes), range(wants.size)
     others = (wants.size - 1) * slices.size
     return [others + sum(slices.overlap(o, rank) for o in ranks if o != rank) for rank in ranks]
 
 
-def _hot_backward(wants: Wants, pair_bytes: int) -> list[int]:
+def _hot_backward(wants: Wants, kv_block_bytes: int) -> list[int]:
     """Bytes of their gradients: parts of its slice to be summed, then the sums of its own pairs."""
-    slices, ranks = _Slices.of(wants, pair_bytes), range(wants.size)
+    slices, ranks = _Slices.of(wants, kv_block_bytes), range(wants.size)
     L, N = slices.ranks_per_node, wants.size // slices.ranks_per_node
     parts = ((L - 1) * N + N - 1) * slices.size
     return [parts + sum(slices.overlap(rank, o) for o in ranks if o != rank) for rank in ranks]
@@ -124,8 +124,8 @@ class _Slices:
     ranks_per_node: int
 
     @staticmethod
-    def of(wants: Wants, pair_bytes: int) -> "_Slices":
-        ends = [0, *(wants.hot.sum(1).cumsum(0) * pair_bytes).tolist()]
+    def of(wants: Wants, kv_block_bytes: int) -> "_Slices":
+        ends = [0, *(wants.hot.sum(1).cumsum(0) * kv_block_bytes).tolist()]
         # Whole elements of 4 bytes.
         size = -(-ends[-1] // 4 // wants.size) * 4
         return _Slices(ends, size, wants.ranks_per_node or wants.size)

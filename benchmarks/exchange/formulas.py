@@ -49,7 +49,7 @@ class LayerShape:
         """Gradients of a token's keys and values, and of its index key once per group."""
         return self.kv_token_bytes + self.with_kl * self.num_kv_heads * self.index_token_bytes
 
-    def pair_bytes(self, token_bytes: int) -> int:
+    def kv_block_bytes(self, token_bytes: int) -> int:
         """A (block, group) pair's part of what all groups' tokens take."""
         return token_bytes * self.block_size // self.num_kv_heads
 
@@ -98,6 +98,6 @@ def selected_bytes(shape: LayerShape, cp_size: int, *, fetched: int, served: int
     return {
         "index_key": index_key_bytes(shape, cp_size),
         "request": request_bytes(shape, cp_size),
-        "kv": shape.pair_bytes(shape.kv_token_bytes) * fetched,
-        "kv_grad": shape.pair_bytes(shape.grad_token_bytes) * served,
+        "kv": shape.kv_block_bytes(shape.kv_token_bytes) * fetched,
+        "kv_grad": shape.kv_block_bytes(shape.grad_token_bytes) * served,
     }

@@ -105,8 +105,8 @@ def _layer(context: Context, groups: int, changes: Any = ()) -> None:
     own = torch.arange(SEQ_LEN, device=context.device)[:, None, None] // sizes.block_size
     random = torch.rand(SEQ_LEN, groups, sizes.topk, generator=tensors.generator, device=context.device)
     inputs = make_inputs(tensors, sizes, make_index(tensors, sizes, SEQ_LEN), (random * (own + 1)).int())
-    pair_bytes = sizes.heads_per_group * sizes.head_dim * tensors.element_bytes
-    half = SEQ_LEN // 2 * groups * sizes.topk * pair_bytes
+    kv_block_bytes = sizes.heads_per_group * sizes.head_dim * tensors.element_bytes
+    half = SEQ_LEN // 2 * groups * sizes.topk * kv_block_bytes
     with changed(((_LAUNCH_BACKWARD, "BACKWARD_PART_BYTES", half), *changes)):
         layer_forward(inputs, context.kernel)
         layer_step(inputs, context.kernel)

@@ -14,13 +14,13 @@ from msa_train.checkpoint.compatibility import (
 )
 from msa_train.checkpoint.manifest import (
     MANIFEST_NAME,
-    META_NAME,
     first_checksum_damage,
     read_manifest,
     read_meta,
     stored_damage,
     structure_damage,
 )
+from msa_train.checkpoint.meta import META_NAME
 from msa_train.checkpoint.store import CheckpointStore
 from msa_train.config import RunConfig
 

@@ -11,7 +11,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from msa_train.checkpoint.meta import meta_damage
+from msa_train.checkpoint.meta import META_NAME, meta_damage
 from msa_train.checkpoint.torch_dist.safe_pickles import (
     COMMON_NAME,
     METADATA_NAME,
@@ -21,7 +21,7 @@ from msa_train.checkpoint.torch_dist.safe_pickles import (
 from msa_train.config.text import excerpt
 from msa_train.runtime.untrusted_files import open_regular, parse_json, read_limited, regular_size
 
-META_NAME, MANIFEST_NAME = "meta.json", "manifest.json"
+MANIFEST_NAME = "manifest.json"
 # Megatron's: in which form the tensors are stored
 BACKEND_NAME, BACKEND = "metadata.json", "torch_dist"
 # read by whoever loads a checkpoint, whether the manifest lists them or not

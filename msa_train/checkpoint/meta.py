@@ -3,10 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from msa_train.checkpoint.manifest import META_NAME
-
 # see checkpoint_formats.py
 FORMAT_VERSION = 2
+META_NAME = "meta.json"
 
 _NUMBER = (int, float)
 _NEEDED: dict[str, tuple[type, ...]] = {"step": (int,), "consumed_samples": (int,), "fingerprint": (dict,)}

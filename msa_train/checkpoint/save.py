@@ -22,8 +22,8 @@ from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 
 import msa_train
 from msa_train.checkpoint.all_ranks import CheckpointError, run_on_all_ranks, works
-from msa_train.checkpoint.manifest import MANIFEST_NAME, META_NAME, file_entry
-from msa_train.checkpoint.meta import FORMAT_VERSION
+from msa_train.checkpoint.manifest import MANIFEST_NAME, file_entry
+from msa_train.checkpoint.meta import FORMAT_VERSION, META_NAME
 from msa_train.checkpoint.store import CheckpointStore
 from msa_train.checkpoint.torch_dist.finite_state import listed, not_finite, spoilt_state
 from msa_train.checkpoint.torch_dist.rng_state import RNG_KEY, rng_shard, rng_state

@@ -18,14 +18,8 @@ import secrets
 import shutil
 from pathlib import Path
 
-from msa_train.checkpoint.manifest import (
-    MANIFEST_NAME,
-    META_NAME,
-    PUBLISHED,
-    read_meta,
-    structure_damage,
-    verify_folder,
-)
+from msa_train.checkpoint.manifest import MANIFEST_NAME, PUBLISHED, read_meta, structure_damage, verify_folder
+from msa_train.checkpoint.meta import META_NAME
 from msa_train.runtime.atomic_files import free_bytes, sync
 from msa_train.runtime.fencing import check_not_superseded
 

@@ -15,8 +15,8 @@ from megatron.core import __version__ as megatron_version
 
 import msa_train
 from msa_train.checkpoint.compatibility import WEIGHTS_CONTENT, fingerprint
-from msa_train.checkpoint.manifest import MANIFEST_NAME, META_NAME, file_entry, read_meta, structure_damage
-from msa_train.checkpoint.meta import FORMAT_VERSION
+from msa_train.checkpoint.manifest import MANIFEST_NAME, file_entry, read_meta, structure_damage
+from msa_train.checkpoint.meta import FORMAT_VERSION, META_NAME
 from msa_train.checkpoint.store import CheckpointStore
 from msa_train.config import AttentionConfig, ModelConfig, RunConfig
 from msa_train.config.rules.limits import COUNT, LIMITS, check_size

@@ -51,7 +51,7 @@ def _small_integers(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Te
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("num_groups", "dim", "block_size", "topk", "local_blocks", "cu_seqlens"),
+    ("num_kv_heads", "dim", "block_size", "topk", "local_blocks", "cu_seqlens"),
     [
         (4, 16, 16, 4, 1, [0, 512]),
         (3, 24, 16, 3, 2, [0, 64, 80, 160, 400, 448]),
@@ -63,7 +63,7 @@ def _small_integers(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Te
 )
 def test_equals_definition(
     dtype: torch.dtype,
-    num_groups: int,
+    num_kv_heads: int,
     dim: int,
     block_size: int,
     topk: int,
@@ -72,7 +72,7 @@ def test_equals_definition(
 ) -> None:
     """Queries from the middle of a block to the end, some of them padding."""
     seq_len, offset = cu_seqlens[-1], cu_seqlens[-1] - 70
-    q = _small_integers((70, num_groups, dim), dtype, 1)
+    q = _small_integers((70, num_kv_heads, dim), dtype, 1)
     k = _small_integers((seq_len, dim), dtype, 2)
     valid = torch.rand(70, generator=torch.Generator().manual_seed(3)) > 0.1
     arguments: dict[str, Any] = {

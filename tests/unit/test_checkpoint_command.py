@@ -11,7 +11,8 @@ import torch
 from launchers import checkpoint
 from msa_train.checkpoint import diff as checkpoint_diff
 from msa_train.checkpoint.diff import diff_checkpoints
-from msa_train.checkpoint.manifest import MANIFEST_NAME, META_NAME, file_entry
+from msa_train.checkpoint.manifest import MANIFEST_NAME, file_entry
+from msa_train.checkpoint.meta import META_NAME
 from msa_train.checkpoint.torch_dist.files import ShardedReader, ShardedWriter
 from msa_train.runtime.atomic_files import write_json
 

@@ -19,11 +19,11 @@ def test_gather_crosses_the_network_once_per_node_on_rails() -> None:
     rails = collective_cost.all_gather(100.0, 8, NODES)
     assert rails.received.tolist() == [700.0] * 8
     # 4 remote shards, spread over 4 network cards
-    assert rails.far_received.tolist() == [100.0] * 8
+    assert rails.inter_node_received.tolist() == [100.0] * 8
     ring = collective_cost.all_gather(100.0, 8, replace(NODES, multi_rail_collectives=False))
     assert ring.received.tolist() == [700.0] * 8
-    assert ring.far_received.tolist() == [700.0, 0, 0, 0, 700.0, 0, 0, 0]
-    assert ring.far_sent.tolist() == [0, 0, 0, 700.0, 0, 0, 0, 700.0]
+    assert ring.inter_node_received.tolist() == [700.0, 0, 0, 0, 700.0, 0, 0, 0]
+    assert ring.inter_node_sent.tolist() == [0, 0, 0, 700.0, 0, 0, 0, 700.0]
     assert rails.time_s(NODES) < ring.time_s(NODES)
 
 
@@ -36,8 +36,8 @@ def test_reductions_are_gathers_backwards() -> None:
 def test_all_to_all_by_hand() -> None:
     rows = np.array([[9, 1, 2], [0, 9, 4], [5, 0, 9]])
     moved = collective_cost.all_to_all(rows, 10.0, flat_cluster(gpus_per_node=2))
-    assert moved.near_received.tolist() == [10, 0, 0]
-    assert moved.far_received.tolist() == [20, 40, 50]
+    assert moved.intra_node_received.tolist() == [10, 0, 0]
+    assert moved.inter_node_received.tolist() == [20, 40, 50]
     assert moved.sent.tolist() == [50, 10, 60]
     assert moved.time_s(flat_cluster(gpus_per_node=2, network_rate_bytes=2.0)) == 30.0
 
@@ -55,7 +55,7 @@ def test_limits_of_a_link() -> None:
     late = replace(NODES, node_latency_s=1.0, network_latency_s=100.0)
     assert rails.time_s(late) == pytest.approx(3 * 1.0 + 1 * 100.0, rel=1e-3)
     shifted = collective_cost.shift(1e6, 8, NODES)
-    assert shifted.far_sent.tolist() == [0, 0, 0, 1e6, 0, 0, 0, 1e6]
+    assert shifted.inter_node_sent.tolist() == [0, 0, 0, 1e6, 0, 0, 0, 1e6]
 
 
 @pytest.mark.parametrize("node_size", [2, 3, 6])
@@ -77,7 +77,7 @@ def test_hot_pairs_cost_about_one_gather_of_them() -> None:
     for node_size in (8, 16):
         plan = hot_wires(hot, M3, h100, node_size)
         received = sum(wire.received for wire in plan.forward)
-        assert received == pytest.approx(np.full(16, (64 - 4) * M3.pair_bytes), rel=0.07)
+        assert received == pytest.approx(np.full(16, (64 - 4) * M3.kv_block_bytes), rel=0.07)
         assert sum(plan.seconds(plan.forward, h100)) == sum(wire.time_s(h100) for wire in plan.forward)
     assert hot_wires(np.zeros((1, 16), dtype=int), M3, h100, 16).forward == []
 

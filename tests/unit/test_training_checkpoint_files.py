@@ -12,7 +12,8 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from msa_train.checkpoint.find import check_resume, select_checkpoint
-from msa_train.checkpoint.manifest import META_NAME, file_entry, read_manifest, verify_folder
+from msa_train.checkpoint.manifest import file_entry, read_manifest, verify_folder
+from msa_train.checkpoint.meta import META_NAME
 from msa_train.runtime.atomic_files import write_json
 from tests.unit.test_training_checkpoint_store import SHARD, config_of, save
 

@@ -62,7 +62,7 @@ class GroupedQueryAttention(MegatronModule, ABC):
         self.layer_number, self.tp_group = layer_number, pg_collection.tp
         self.tp_rank, self.tp_size = pg_collection.tp.rank(), pg_collection.tp.size()
         model = config.model
-        self.num_groups = model.num_kv_heads // self.tp_size
+        self.num_local_kv_heads = model.num_kv_heads // self.tp_size
         self.heads_per_group, self.head_dim = model.num_heads // model.num_kv_heads, model.head_dim
         self.linear_qkv = build_module(
             submodules.linear_qkv,
@@ -132,7 +132,7 @@ class GroupedQueryAttention(MegatronModule, ABC):
         """
         # With sequence parallelism this gathers the tokens of all tensor-parallel ranks: T rows come out.
         mixed, _ = self.linear_qkv(hidden_states)
-        mixed = mixed.view(mixed.shape[0], self.num_groups, self.heads_per_group + 2, self.head_dim)
+        mixed = mixed.view(mixed.shape[0], self.num_local_kv_heads, self.heads_per_group + 2, self.head_dim)
         q, k, v = mixed.split([self.heads_per_group, 1, 1], dim=2)
         k, v = k.squeeze(2), v.squeeze(2)
         if self.q_layernorm is not None and self.k_layernorm is not None:

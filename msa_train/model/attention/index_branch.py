@@ -41,10 +41,10 @@ class IndexBranch(MegatronModule):
         super().__init__(config)
         tp_size = pg_collection.tp.size()
         self.tp_group = pg_collection.tp
-        self.num_groups = config.model.num_kv_heads // tp_size
+        self.num_local_kv_heads = config.model.num_kv_heads // tp_size
         self.head_dim = config.attention.index_head_dim
         dtype, hidden = config.params_dtype, config.hidden_size
-        self.linear_q = nn.Linear(hidden, self.num_groups * self.head_dim, bias=False, dtype=dtype)
+        self.linear_q = nn.Linear(hidden, self.num_local_kv_heads * self.head_dim, bias=False, dtype=dtype)
         self.linear_k = nn.Linear(hidden, self.head_dim, bias=False, dtype=dtype)
         self.q_norm = RMSNorm(config, self.head_dim, config.layernorm_epsilon)
         self.k_norm = RMSNorm(config, self.head_dim, config.layernorm_epsilon)
@@ -69,7 +69,7 @@ class IndexBranch(MegatronModule):
         if self.config.sequence_parallel:
             x = gather_from_sequence_parallel_region(x, group=self.tp_group)
         x = x.squeeze(1)
-        q = self.q_norm(self.linear_q(x).view(x.shape[0], self.num_groups, self.head_dim))
+        q = self.q_norm(self.linear_q(x).view(x.shape[0], self.num_local_kv_heads, self.head_dim))
         k = self.k_norm(self.linear_k(x))
         return apply_rotary(q, rotary), apply_rotary(k, rotary)
 

@@ -217,7 +217,7 @@ class MsaSelfAttention(GroupedQueryAttention):
         """
         # Zeros elsewhere, so that metrics can sum over ranks whatever heads each of them has.
         whole = values.new_zeros(self.config.model.num_kv_heads, *values.shape[1:])
-        first = self.tp_rank * self.num_groups + context.ulysses_rank * len(values)
+        first = self.tp_rank * self.num_local_kv_heads + context.ulysses_rank * len(values)
         whole[first : first + len(values)] = values
         return whole
 

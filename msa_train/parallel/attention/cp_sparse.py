@@ -36,7 +36,7 @@ from msa_train.config import AttentionKernel, ExchangeConfig, KvExchange
 from msa_train.parallel.comm.cp_groups import KvComm
 from msa_train.parallel.kv_exchange.choose import negotiate_exchange, open_kv_session
 from msa_train.parallel.kv_exchange.requests import ExchangeDecision, needed_kv_blocks
-from msa_train.parallel.kv_exchange.session import KvSource, PairGrads
+from msa_train.parallel.kv_exchange.session import KvBlockGrads, KvSource
 from msa_train.parallel.sharding.shard_layout import ShardLayout
 
 
@@ -116,12 +116,12 @@ class _CpSparseAttention(torch.autograd.Function):
     ) -> tuple[Tensor, ExchangeDecision]:
         # Blocks lie whole in memory [M * NL, 2, B, D]: one KV block is one row of a message.
         local = pack_blocks(k, v, call.layout.block_size)
-        num_groups, all_keys = k.shape[1], call.k_index
+        num_kv_heads, all_keys = k.shape[1], call.k_index
         decision = call.decision or _decide(local, k_index, ctx.needs_input_grad[0], call)
         session = open_kv_session(
             decision,
             local,
-            num_groups,
+            num_kv_heads,
             call.layout,
             call.comm,
             call.settings,
@@ -165,7 +165,7 @@ class _CpSparseAttention(torch.autograd.Function):
             term = KlTerm(lse_index=lse_index, weight=call.kl_weight, lse_teacher=lse_teacher)
         sums = _QuerySums()
 
-        def compute(source: KvSource) -> PairGrads:
+        def compute(source: KvSource) -> KvBlockGrads:
             block_table = source.block_table(call.block_indices)
             grads = pool_backward(
                 queries, source.pool, block_table, dout, delta, lse, term, kernel=call.kernel.value
@@ -179,8 +179,8 @@ class _CpSparseAttention(torch.autograd.Function):
         if call.on_kl is not None and sums.kl is not None:
             call.on_kl(sums.kl)
         assert sums.dq is not None, "an exchange has at least one source"
-        num_groups = q.shape[1]
-        dk, dv = unpack_blocks(dkv.to(q.dtype), num_groups)
+        num_kv_heads = q.shape[1]
+        dk, dv = unpack_blocks(dkv.to(q.dtype), num_kv_heads)
         if q_index is None:
             return sums.dq.to(q.dtype), dk, dv, None, None, None
         if dk_index is None or sums.dq_index is None:
@@ -196,7 +196,7 @@ class _CpSparseAttention(torch.autograd.Function):
             )
         # All KV heads share one index key, so its gradient is the sum over them: [M * NL, B, Di] -> [T, Di].
         # The session has summed over ranks; over tensor-parallel ranks Megatron sums the weight's gradient.
-        dk_index = dk_index.view(num_groups, -1, *dk_index.shape[1:]).sum(0).flatten(0, 1)
+        dk_index = dk_index.view(num_kv_heads, -1, *dk_index.shape[1:]).sum(0).flatten(0, 1)
         return (
             sums.dq.to(q.dtype),
             dk,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
-from msa_train.parallel.kv_exchange.session import ExchangeSession, KvSource, PairGrads
+from msa_train.parallel.kv_exchange.session import ExchangeSession, KvBlockGrads, KvSource
 
 
 class AllGatherSession(ExchangeSession):
@@ -21,7 +21,7 @@ class AllGatherSession(ExchangeSession):
         if self.layout.cp_size > 1:
             yield self._others(pending.wait())
 
-    def backward(self, compute: Callable[[KvSource], PairGrads]) -> PairGrads:
+    def backward(self, compute: Callable[[KvSource], KvBlockGrads]) -> KvBlockGrads:
         """See ExchangeSession.backward."""
         # All shards would be P times the memory of a layer if they were kept, so they are gathered again.
         pending = self.comm.start_all_gather(self.local, "kv_again")

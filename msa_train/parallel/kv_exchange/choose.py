@@ -64,7 +64,7 @@ def negotiate_exchange(
 def open_kv_session(
     decision: ExchangeDecision,
     local: Tensor,
-    num_groups: int,
+    num_kv_heads: int,
     layout: ShardLayout,
     comm: KvComm,
     settings: ExchangeConfig,
@@ -76,7 +76,7 @@ def open_kv_session(
     Args:
         decision: of all ranks, now or in an earlier identical call.
         local: [M * NL, 2, B, D] this rank's keys and values by KV block.
-        num_groups: M, KV heads.
+        num_kv_heads: M, KV heads.
         layout: this rank's shard.
         comm: collectives of the ranks between which KV blocks travel, of this layer.
         settings: of the exchange.
@@ -87,7 +87,7 @@ def open_kv_session(
         assert isinstance(plan, RankPlan), "an agreed exchange of selected pairs has a plan"
         return SelectedSession(
             local,
-            num_groups,
+            num_kv_heads,
             layout,
             comm,
             plan,
@@ -95,4 +95,4 @@ def open_kv_session(
             index_elements=index_elements,
         )
     session = AllGatherSession if decision.kind is KvExchange.all_gather else SparseRingSession
-    return session(local, num_groups, layout, comm)
+    return session(local, num_kv_heads, layout, comm)

@@ -48,7 +48,7 @@ class ExchangeShape:
 
     cp_size: int
     "P"
-    num_groups: int
+    num_kv_heads: int
     "M, KV heads that a rank attends with"
     num_local_blocks: int
     "NL, blocks of each rank"
@@ -60,7 +60,7 @@ class ExchangeShape:
     @property
     def num_kv_blocks(self) -> int:
         """Count the KV blocks of each rank, NP."""
-        return self.num_groups * self.num_local_blocks
+        return self.num_kv_heads * self.num_local_blocks
 
     @property
     def num_bytes(self) -> int:

@@ -44,10 +44,10 @@ def needed_kv_blocks(block_indices: Tensor, num_blocks: int) -> Tensor:
 
     Example: two queries of one head, [[[2, 0]], [[2, -1]]], 4 blocks -> [[True, False, True, False]].
     """
-    num_groups = block_indices.shape[1]
+    num_kv_heads = block_indices.shape[1]
     # Column 0 takes the -1 entries and is cut off: no mask, whose size the host would have to wait for.
-    needed = torch.zeros(num_groups, num_blocks + 1, dtype=torch.bool, device=block_indices.device)
-    ids = block_indices.permute(1, 0, 2).reshape(num_groups, -1).long() + 1
+    needed = torch.zeros(num_kv_heads, num_blocks + 1, dtype=torch.bool, device=block_indices.device)
+    ids = block_indices.permute(1, 0, 2).reshape(num_kv_heads, -1).long() + 1
     return needed.scatter_(1, ids, True)[:, 1:]
 
 
@@ -122,7 +122,7 @@ def exchange_requests(
     """
     shape = ExchangeShape(
         cp_size=layout.cp_size,
-        num_groups=needed.shape[0],
+        num_kv_heads=needed.shape[0],
         num_local_blocks=layout.num_local_blocks,
         ranks_per_node=0 if comm.inner is None else comm.inner.size,
         hot_share=terms.settings.hot_share,
@@ -170,7 +170,7 @@ def _known(shape: ExchangeShape, layer: int) -> list[int]:
 
     In place of the zeros come KV blocks wanted, and flags of values that are not finite.
     """
-    return [_MAGIC, layer, shape.cp_size, shape.num_groups, shape.num_local_blocks, shape.node_size, 0, 0]
+    return [_MAGIC, layer, shape.cp_size, shape.num_kv_heads, shape.num_local_blocks, shape.node_size, 0, 0]
 
 
 def _split(numbers: list[int], sizes: list[int]) -> list[list[int]]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from torch import Tensor
 
 from msa_train.parallel.comm.cp_comm import Pending
-from msa_train.parallel.kv_exchange.session import ExchangeSession, KvSource, PairGrads
+from msa_train.parallel.kv_exchange.session import ExchangeSession, KvBlockGrads, KvSource
 
 
 class SparseRingSession(ExchangeSession):
@@ -26,7 +26,7 @@ class SparseRingSession(ExchangeSession):
             if pending is not None:
                 (held,) = pending.wait()
 
-    def backward(self, compute: Callable[[KvSource], PairGrads]) -> PairGrads:
+    def backward(self, compute: Callable[[KvSource], KvBlockGrads]) -> KvBlockGrads:
         """See ExchangeSession.backward."""
         held, leaving = self.local, None
         for step in range(self.layout.cp_size):

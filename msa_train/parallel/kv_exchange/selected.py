@@ -21,8 +21,8 @@ from msa_train.parallel.kv_exchange.plan import Hop, RankPlan
 from msa_train.parallel.kv_exchange.requests import global_block
 from msa_train.parallel.kv_exchange.session import (
     ExchangeSession,
+    KvBlockGrads,
     KvSource,
-    PairGrads,
     add_in_rank_order,
     grad_rows,
 )
@@ -35,7 +35,7 @@ class SelectedSession(ExchangeSession):
     def __init__(
         self,
         local: Tensor,
-        num_groups: int,
+        num_kv_heads: int,
         layout: ShardLayout,
         comm: KvComm,
         plan: RankPlan,
@@ -47,7 +47,7 @@ class SelectedSession(ExchangeSession):
 
         Args:
             local: [M * NL, 2, B, D] this rank's keys and values by KV block.
-            num_groups: M, KV heads.
+            num_kv_heads: M, KV heads.
             layout: this rank's shard.
             comm: ranks between which KV blocks travel.
             plan: agreed with all ranks.
@@ -55,7 +55,7 @@ class SelectedSession(ExchangeSession):
             index_elements: B * Di, gradients of a block's index keys that come back with it; 0 without the KL
                 loss.
         """
-        super().__init__(local, num_groups, layout, comm)
+        super().__init__(local, num_kv_heads, layout, comm)
         self.plan, self.keep, self.index_elements = plan, keep_for_backward, index_elements
 
     @property
@@ -73,7 +73,7 @@ class SelectedSession(ExchangeSession):
         if self._has_remote:
             yield self._remote(fetched)
 
-    def backward(self, compute: Callable[[KvSource], PairGrads]) -> PairGrads:
+    def backward(self, compute: Callable[[KvSource], KvBlockGrads]) -> KvBlockGrads:
         """See ExchangeSession.backward."""
         if self._fetched is not None:
             # Remote gradients first, so that they travel while the own ones are computed.
@@ -88,7 +88,7 @@ class SelectedSession(ExchangeSession):
         returning.finish(own)
         return own
 
-    def _return(self, compute: Callable[[KvSource], PairGrads], fetched: Tensor) -> "_Return":
+    def _return(self, compute: Callable[[KvSource], KvBlockGrads], fetched: Tensor) -> "_Return":
         grads = compute(self._remote(fetched)) if self._has_remote else None
         return _Return(grads, self.plan, self.comm, self.local, self.index_elements)
 
@@ -99,7 +99,7 @@ class SelectedSession(ExchangeSession):
         group = torch.cat((plan.group, plan.hot_group))
         block = global_block(owner, torch.cat((plan.block_of_owner, plan.hot_block_of_owner)), layout)
         physical_block = torch.full(
-            (self.num_groups, layout.num_blocks), -1, dtype=torch.int64, device=block.device
+            (self.num_kv_heads, layout.num_blocks), -1, dtype=torch.int64, device=block.device
         )
         place = torch.arange(block.shape[0], device=block.device)
         # Own broadcast blocks came back too; a KV block in two pools would be attended to twice.
@@ -170,7 +170,7 @@ class _Return:
     """Return gradients of fetched KV blocks to their owners; started by the constructor."""
 
     def __init__(
-        self, grads: PairGrads | None, plan: RankPlan, comm: KvComm, local: Tensor, index_elements: int
+        self, grads: KvBlockGrads | None, plan: RankPlan, comm: KvComm, local: Tensor, index_elements: int
     ) -> None:
         """Send gradients the way the KV blocks came; with nodes summed inside the node first.
 
@@ -208,7 +208,7 @@ class _Return:
             sums[self.num_own :].to(rows.dtype), plan.hops[0], comm.outer, "kv_grad_outer"
         )
 
-    def finish(self, own: PairGrads) -> None:
+    def finish(self, own: KvBlockGrads) -> None:
         """Wait and add to the gradients of own KV blocks: by rank or by node, broadcast ones last."""
         hop, rows = self.plan.hops[0], self.pending.wait()
         if self.from_node is None:

@@ -20,7 +20,7 @@ from msa_train.parallel.kv_exchange.saved_tensors import SavedTensors
 from msa_train.parallel.sharding.shard_layout import ShardLayout
 
 # Gradients of a pool of N KV blocks: dkv [N, 2, B, D] and dk_index [N, B, Di] (None without the KL loss).
-PairGrads = tuple[Tensor, Tensor | None]
+KvBlockGrads = tuple[Tensor, Tensor | None]
 
 
 @dataclass(slots=True)
@@ -37,21 +37,21 @@ class KvSource:
 
         Example: physical_block [[4, -1, 7]] maps ids [[[2, 1, -1]]] to [[[7, -1, -1]]].
         """
-        num_groups = self.physical_block.shape[0]
+        num_kv_heads = self.physical_block.shape[0]
         # Column 0 stands for id -1, so that empty slots need no mask.
         table = torch.nn.functional.pad(self.physical_block, (1, 0), value=-1)
-        ids = block_indices.long().permute(1, 0, 2).reshape(num_groups, -1) + 1
-        found = table.gather(1, ids).view(num_groups, block_indices.shape[0], -1)
+        ids = block_indices.long().permute(1, 0, 2).reshape(num_kv_heads, -1) + 1
+        found = table.gather(1, ids).view(num_kv_heads, block_indices.shape[0], -1)
         return found.permute(1, 0, 2)
 
 
 class ExchangeSession(SavedTensors, ABC):
     """Exchange KV blocks of one layer call: sources for the forward, their gradients in the backward."""
 
-    def __init__(self, local: Tensor, num_groups: int, layout: ShardLayout, comm: KvComm) -> None:
+    def __init__(self, local: Tensor, num_kv_heads: int, layout: ShardLayout, comm: KvComm) -> None:
         """Take over `local` [M * NL, 2, B, D], own keys and values by KV block; nothing is sent yet."""
         super().__init__(local)
-        self.num_groups, self.layout, self.comm = num_groups, layout, comm
+        self.num_kv_heads, self.layout, self.comm = num_kv_heads, layout, comm
 
     @abstractmethod
     def sources(self) -> Iterator[KvSource]:
@@ -62,7 +62,7 @@ class ExchangeSession(SavedTensors, ABC):
         """
 
     @abstractmethod
-    def backward(self, compute: Callable[[KvSource], PairGrads]) -> PairGrads:
+    def backward(self, compute: Callable[[KvSource], KvBlockGrads]) -> KvBlockGrads:
         """Call `compute` on every source and return the gradients of own KV blocks, summed over ranks.
 
         Raises:
@@ -81,17 +81,17 @@ class ExchangeSession(SavedTensors, ABC):
         """
         local, device = self.layout.num_local_blocks, kv.device
         physical_block = torch.full(
-            (self.num_groups, self.layout.num_blocks), -1, dtype=torch.int64, device=device
+            (self.num_kv_heads, self.layout.num_blocks), -1, dtype=torch.int64, device=device
         )
         owner = torch.arange(owners.start, owners.stop, device=device).view(-1, 1, 1)
-        group = torch.arange(self.num_groups, device=device).view(1, -1, 1)
+        group = torch.arange(self.num_kv_heads, device=device).view(1, -1, 1)
         block = global_block(owner, torch.arange(local, device=device).view(1, 1, -1), self.layout)
-        block = block.expand(-1, self.num_groups, -1)
+        block = block.expand(-1, self.num_kv_heads, -1)
         physical_block[group, block] = torch.arange(kv.shape[0], device=device).view(block.shape)
         return KvSource(pool=BlockPool(kv=kv, block=block.flatten()), physical_block=physical_block)
 
 
-def add_in_rank_order(total: PairGrads, pairs: Tensor, rows: Tensor, sizes: list[int]) -> None:
+def add_in_rank_order(total: KvBlockGrads, pairs: Tensor, rows: Tensor, sizes: list[int]) -> None:
     """Add returned gradients to those of own KV blocks, one sender after the other: arrival changes nothing.
 
     Args:
@@ -112,7 +112,7 @@ def add_in_rank_order(total: PairGrads, pairs: Tensor, rows: Tensor, sizes: list
             dk_index.index_add_(0, place, part[:, width:].view(-1, *dk_index.shape[1:]))
 
 
-def grad_rows(grads: PairGrads, dtype: torch.dtype) -> Tensor:
+def grad_rows(grads: KvBlockGrads, dtype: torch.dtype) -> Tensor:
     """Lay out the gradients of a pool as rows for the wire: [N, 2 * B * D (+ B * Di)]."""
     dkv, dk_index = grads
     if dk_index is None:

@@ -104,11 +104,11 @@ class ShardLayout:
 
         Example: zigzag over 2 ranks, [[10, 11, 12, 13]] -> [[[10, 13]], [[11, 12]]].
         """
-        num_groups = x.shape[0]
+        num_kv_heads = x.shape[0]
         # Contiguous shards are in rank order already: a view, no copy.
         if not self.plan.is_contiguous:
             x = x[:, self.blocks(x.device).flatten()]
-        return x.view(num_groups, self.cp_size, -1).transpose(0, 1)
+        return x.view(num_kv_heads, self.cp_size, -1).transpose(0, 1)
 
     def in_order(self, x: Tensor) -> Tensor:
         """Put gathered rows of all ranks into the order of the pack: [P, T, ...] -> [S, ...].

@@ -104,8 +104,8 @@ def _spread_groups(x: Tensor, comm: CpComm, purpose: str) -> Tensor:
 
     Example: h = 2, rows (tokens) 0 and 1 of heads a and b: rank 0 sends itself [0a, 1a] and rank 1 [0b, 1b].
     """
-    num_tokens, num_groups = x.shape[:2]
-    chunks = x.view(num_tokens, comm.size, num_groups // comm.size, *x.shape[2:]).transpose(0, 1)
+    num_tokens, num_kv_heads = x.shape[:2]
+    chunks = x.view(num_tokens, comm.size, num_kv_heads // comm.size, *x.shape[2:]).transpose(0, 1)
     rows = [num_tokens] * comm.size
     return comm.all_to_all(chunks.reshape(comm.size * num_tokens, *chunks.shape[2:]), rows, rows, purpose)
 

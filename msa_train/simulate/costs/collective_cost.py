@@ -22,49 +22,49 @@ FloatArray = NDArray[np.float64]
 class CollectiveCost:
     """Hold the bytes of one collective, or rows of any unit until `scaled` makes bytes of them."""
 
-    near_sent: FloatArray
+    intra_node_sent: FloatArray
     "[P] float64, bytes that each rank sends to ranks of its node"
-    near_received: FloatArray
+    intra_node_received: FloatArray
     "[P] float64, bytes that each rank receives from ranks of its node"
-    far_sent: FloatArray
+    inter_node_sent: FloatArray
     "[P] float64, bytes that each rank sends to other nodes"
-    far_received: FloatArray
+    inter_node_received: FloatArray
     "[P] float64, bytes that each rank receives from other nodes"
-    near_steps: int = 0
+    intra_node_steps: int = 0
     "intra-node messages that wait for one another"
-    far_steps: int = 0
+    inter_node_steps: int = 0
     "inter-node messages that wait for one another"
 
     @property
     def sent(self) -> FloatArray:
         """Return [P] bytes that each rank sends."""
-        return self.near_sent + self.far_sent
+        return self.intra_node_sent + self.inter_node_sent
 
     @property
     def received(self) -> FloatArray:
         """Return [P] bytes that each rank receives."""
-        return self.near_received + self.far_received
+        return self.intra_node_received + self.inter_node_received
 
     def reversed(self) -> "CollectiveCost":
         """Return the way back: each rank sends what it received."""
         return CollectiveCost(
-            self.near_received,
-            self.near_sent,
-            self.far_received,
-            self.far_sent,
-            self.near_steps,
-            self.far_steps,
+            self.intra_node_received,
+            self.intra_node_sent,
+            self.inter_node_received,
+            self.inter_node_sent,
+            self.intra_node_steps,
+            self.inter_node_steps,
         )
 
     def scaled(self, factor: float) -> "CollectiveCost":
         """Return the same pattern with other row sizes, e.g. rows times bytes of a row."""
         return CollectiveCost(
-            self.near_sent * factor,
-            self.near_received * factor,
-            self.far_sent * factor,
-            self.far_received * factor,
-            self.near_steps,
-            self.far_steps,
+            self.intra_node_sent * factor,
+            self.intra_node_received * factor,
+            self.inter_node_sent * factor,
+            self.inter_node_received * factor,
+            self.intra_node_steps,
+            self.inter_node_steps,
         )
 
     def time_s(self, cluster: Cluster) -> float:
@@ -79,22 +79,25 @@ class CollectiveCost:
         """
         # on Ethernet one card carries both kinds of messages, so far bytes count on the near link too
         shared = cluster.one_link
-        near = max((self.near_sent + shared * self.far_sent).max(), self._near_in(shared).max())
-        far = max(self.far_sent.max(), self.far_received.max())
+        near = max((self.intra_node_sent + shared * self.inter_node_sent).max(), self._near_in(shared).max())
+        far = max(self.inter_node_sent.max(), self.inter_node_received.max())
         times = [near / cluster.node_rate, far / cluster.network_rate]
         # a node's uplink is full duplex: the larger of what its ranks send and what they receive together
-        if cluster.node_uplink_bytes and self.far_sent.shape[0] > cluster.gpus_per_node:
+        if cluster.node_uplink_bytes and self.inter_node_sent.shape[0] > cluster.gpus_per_node:
             both = [
-                x.reshape(-1, cluster.gpus_per_node).sum(1).max() for x in (self.far_sent, self.far_received)
+                x.reshape(-1, cluster.gpus_per_node).sum(1).max()
+                for x in (self.inter_node_sent, self.inter_node_received)
             ]
             times.append(max(both) / (cluster.node_uplink_bytes * cluster.link_efficiency))
         # where processors copy every received byte, the busiest one may be slower than any link
         times.append(self.received.max() * cluster.host_s_per_byte / cluster.compute_share)
-        latency = self.near_steps * cluster.node_latency_s + self.far_steps * cluster.network_latency_s
+        latency = (
+            self.intra_node_steps * cluster.node_latency_s + self.inter_node_steps * cluster.network_latency_s
+        )
         return float(max(times)) + latency
 
     def _near_in(self, shared: bool) -> FloatArray:
-        return self.near_received + shared * self.far_received
+        return self.intra_node_received + shared * self.inter_node_received
 
 
 def node_of(cluster: Cluster, cp_size: int) -> NDArray[np.int64]:
@@ -132,8 +135,8 @@ def all_to_all(rows: NDArray[np.number], row_bytes: float, cluster: Cluster) -> 
         near.sum(1) * row_bytes,
         far.sum(0) * row_bytes,
         far.sum(1) * row_bytes,
-        near_steps=int(bool(near.any())),
-        far_steps=int(bool(far.any())),
+        intra_node_steps=int(bool(near.any())),
+        inter_node_steps=int(bool(far.any())),
     )
 
 
@@ -158,20 +161,25 @@ def all_gather(shard_bytes: float, cp_size: int, cluster: Cluster) -> Collective
     nodes = cluster.num_nodes(cp_size)
     per_node = cp_size // nodes
     if nodes == 1:
-        return CollectiveCost(total, total, 0 * total, 0 * total, near_steps=cp_size - 1)
-    near_steps, far_steps = cp_size - nodes, nodes
+        return CollectiveCost(total, total, 0 * total, 0 * total, intra_node_steps=cp_size - 1)
+    intra_node_steps, inter_node_steps = cp_size - nodes, nodes
     if cluster.multi_rail_collectives or per_node == 1:
         # the node takes in (P - L) shards, 1 / L of them through each of its L cards; what is left of the
         # P - 1 shards that a rank receives comes from its neighbours
         far = np.full(cp_size, (cp_size - per_node) * shard_bytes / per_node)
         near = (total - far) * (per_node > 1)
         # rails run side by side: P / L - 1 steps between nodes, then the node's own L - 1
-        return CollectiveCost(near, near, far, far, near_steps=per_node - 1, far_steps=nodes - 1)
+        return CollectiveCost(near, near, far, far, intra_node_steps=per_node - 1, inter_node_steps=nodes - 1)
     # the ring leaves a node at its last rank and enters the next one at its first
     place = np.arange(cp_size) % per_node
     sends_far, gets_far = place == per_node - 1, place == 0
     return CollectiveCost(
-        total * ~sends_far, total * ~gets_far, total * sends_far, total * gets_far, near_steps, far_steps
+        total * ~sends_far,
+        total * ~gets_far,
+        total * sends_far,
+        total * gets_far,
+        intra_node_steps,
+        inter_node_steps,
     )
 
 
@@ -187,12 +195,12 @@ def all_reduce(shard_bytes: float, cp_size: int, cluster: Cluster) -> Collective
     """
     once = all_gather(shard_bytes, cp_size, cluster)
     return CollectiveCost(
-        2 * once.near_sent,
-        2 * once.near_received,
-        2 * once.far_sent,
-        2 * once.far_received,
-        2 * once.near_steps,
-        2 * once.far_steps,
+        2 * once.intra_node_sent,
+        2 * once.intra_node_received,
+        2 * once.inter_node_sent,
+        2 * once.inter_node_received,
+        2 * once.intra_node_steps,
+        2 * once.inter_node_steps,
     )
 
 
@@ -213,8 +221,8 @@ def shift(num_bytes: float, cp_size: int, cluster: Cluster) -> CollectiveCost:
         each * ~from_far,
         each * to_far,
         each * from_far,
-        near_steps=int(not far),
-        far_steps=int(far),
+        intra_node_steps=int(not far),
+        inter_node_steps=int(far),
     )
 
 
@@ -223,10 +231,10 @@ def side_by_side(parts: list[CollectiveCost]) -> CollectiveCost:
     if len(parts) == 1:
         return parts[0]
     return CollectiveCost(
-        np.concatenate([wire.near_sent for wire in parts]),
-        np.concatenate([wire.near_received for wire in parts]),
-        np.concatenate([wire.far_sent for wire in parts]),
-        np.concatenate([wire.far_received for wire in parts]),
-        max(wire.near_steps for wire in parts),
-        max(wire.far_steps for wire in parts),
+        np.concatenate([wire.intra_node_sent for wire in parts]),
+        np.concatenate([wire.intra_node_received for wire in parts]),
+        np.concatenate([wire.inter_node_sent for wire in parts]),
+        np.concatenate([wire.inter_node_received for wire in parts]),
+        max(wire.intra_node_steps for wire in parts),
+        max(wire.inter_node_steps for wire in parts),
     )

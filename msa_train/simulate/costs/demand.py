@@ -30,7 +30,7 @@ class Wants:
 
     placement: Placement
     "of the P' sequence shards"
-    num_groups: int
+    num_kv_heads: int
     "KV heads of one place of a Ulysses group, M / u"
     bits: list[torch.Tensor]
     "[u] of [P', P', W] uint8: bitmaps of KV blocks by requester and owner, as the planner takes them"
@@ -49,7 +49,7 @@ class Wants:
         placement = self.placement
         # NB blocks without the NB / P' own ones, for each of the M / u KV heads of the u places
         remote = placement.num_blocks - placement.num_blocks // placement.cp_size
-        total = remote * self.num_groups * len(self.bits)
+        total = remote * self.num_kv_heads * len(self.bits)
         return float(self.pairs.mean()) / total if total else 0.0
 
     @property
@@ -105,7 +105,7 @@ def exchange_shape(wants: Wants, cluster: Cluster, *, hierarchical: bool, hot_sh
     size = wants.placement.cp_size
     return ExchangeShape(
         cp_size=size,
-        num_groups=wants.num_groups,
+        num_kv_heads=wants.num_kv_heads,
         num_local_blocks=wants.placement.order.shape[1],
         ranks_per_node=min(cluster.gpus_per_node, size) if hierarchical else 0,
         hot_share=hot_share,
@@ -155,7 +155,7 @@ def _place_rows(demand: Demand, cluster: Cluster) -> tuple[list[CollectiveCost],
         wire = CollectiveCost(
             near.sum(0).astype(float), near.sum(1).astype(float), far.sum(0).astype(float),
             far.sum(1).astype(float),
-            near_steps=int(near.any()), far_steps=int(far.any()),
+            intra_node_steps=int(near.any()), inter_node_steps=int(far.any()),
         )  # fmt: skip
         return [wire], counts.sum(1), hot
     # first hop: to the rank at the owner's place in the requester's node; second hop: inside that node
@@ -166,8 +166,8 @@ def _place_rows(demand: Demand, cluster: Cluster) -> tuple[list[CollectiveCost],
     )
     none = np.zeros(shape.cp_size)
     hops = [
-        CollectiveCost(none, none, out_far, in_far, far_steps=1),
-        CollectiveCost(out_near, in_near, none, none, near_steps=1),
+        CollectiveCost(none, none, out_far, in_far, inter_node_steps=1),
+        CollectiveCost(out_near, in_near, none, none, intra_node_steps=1),
     ]
     return hops, counts.sum(1), hot
 

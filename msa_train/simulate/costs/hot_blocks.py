@@ -92,8 +92,8 @@ def _one(hot: NDArray[np.int64], shape: LayerShape, cluster: Cluster, node_size:
     size, item = hot.shape[0], shape.element_bytes
     # slices cut through blocks, so they are counted in elements; gradient rows are longer: slices of their
     # own
-    parts, slice_size = spans(hot, shape.pair_bytes // item, node_size)
-    grad_parts, grad_slice = spans(hot, shape.pair_grad_bytes // item, node_size)
+    parts, slice_size = spans(hot, shape.kv_block_bytes // item, node_size)
+    grad_parts, grad_slice = spans(hot, shape.kv_block_grad_bytes // item, node_size)
     # owners send each rank its slice; afterwards each rank sends the summed slice back to its owners
     out = collective_cost.all_to_all(parts, item, cluster)
     home = collective_cost.all_to_all(grad_parts.T, item, cluster)
@@ -108,12 +108,12 @@ def _one(hot: NDArray[np.int64], shape: LayerShape, cluster: Cluster, node_size:
     rail = ones * slice_size * item * (nodes - 1)
     inside = ones * slice_size * item * nodes * (node_size - 1)
     gathers = [
-        CollectiveCost(none, none, rail, rail, far_steps=nodes - 1),
-        CollectiveCost(inside, inside, none, none, near_steps=node_size - 1),
+        CollectiveCost(none, none, rail, rail, inter_node_steps=nodes - 1),
+        CollectiveCost(inside, inside, none, none, intra_node_steps=node_size - 1),
     ]
     inner, outer = (ones * grad_slice * item * count for count in (nodes * (node_size - 1), nodes - 1))
     sums = [
-        CollectiveCost(inner, inner, none, none, near_steps=1),
-        CollectiveCost(none, none, outer, outer, far_steps=1),
+        CollectiveCost(inner, inner, none, none, intra_node_steps=1),
+        CollectiveCost(none, none, outer, outer, inter_node_steps=1),
     ]
     return HotWires([out, *gathers], [*sums, home])

@@ -115,7 +115,7 @@ class SchemeReport:
     @property
     def far(self) -> FloatArray:
         """Return [P] bytes that each rank receives from other nodes, forward and backward."""
-        return _sum([wire.far_received for wires in self.traffic.values() for wire in wires])
+        return _sum([wire.inter_node_received for wires in self.traffic.values() for wire in wires])
 
 
 def _sum(arrays: list[FloatArray]) -> FloatArray:

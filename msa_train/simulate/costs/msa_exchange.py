@@ -100,9 +100,9 @@ class Exchange(ABC):
         return self.setup.options.overlap
 
     @property
-    def shard_pairs(self) -> int:
+    def kv_blocks_per_shard(self) -> int:
         """Return S, KV blocks that a rank owns: NL * M / u."""
-        return self.setup.outer.order.shape[1] * self.wants.num_groups
+        return self.setup.outer.order.shape[1] * self.wants.num_kv_heads
 
     @abstractmethod
     def plan(self) -> None:
@@ -164,8 +164,8 @@ class Selected(Exchange):
         # gradients take the same way back, with the index keys' gradient in each row
         names = ["outer", ""] if len(rows.hops) == 2 else [""]
         for name, hop in zip(names, rows.hops, strict=True):
-            self.took(_name("kv", name), hop.scaled(shape.pair_bytes))
-            self.took(_name("kv_grad", name), hop.reversed().scaled(shape.pair_grad_bytes))
+            self.took(_name("kv", name), hop.scaled(shape.kv_block_bytes))
+            self.took(_name("kv_grad", name), hop.reversed().scaled(shape.kv_block_grad_bytes))
         node_size = self.cluster.gpus_per_node if self.hierarchical else self.size
         self.hot = hot_wires(rows.hot, shape, self.cluster, node_size)
         for name, hot in (("kv_hot", self.hot.forward), ("kv_grad_hot", self.hot.backward)):
@@ -188,11 +188,11 @@ class Selected(Exchange):
         shape = self.setup.shape
         # in a hierarchical exchange a rank receives rows for its whole node before they are handed on
         transit = self.fullest(hops[0].received) if len(hops) == 2 else np.zeros(self.size)
-        forward = (self.sent + transit + self.fetched) * shape.pair_bytes
+        forward = (self.sent + transit + self.fetched) * shape.kv_block_bytes
         # a gradient exists twice: summed in fp32 while it is computed, and in the wire's type when it leaves
         wide = 1 + FP32_BYTES / shape.element_bytes
-        backward = self.fetched * (shape.pair_bytes + wide * shape.pair_grad_bytes)
-        backward = backward + (self.sent + transit) * shape.pair_grad_bytes
+        backward = self.fetched * (shape.kv_block_bytes + wide * shape.kv_block_grad_bytes)
+        backward = backward + (self.sent + transit) * shape.kv_block_grad_bytes
         self.memory_bytes = float(np.maximum(forward + self.size * request, backward).max())
 
     @property
@@ -212,7 +212,7 @@ class Selected(Exchange):
         """Fetch in both hops and broadcast; only what starts at once is hidden under `computing`."""
         scatter_s, gather_s = self.hot.seconds(self.hot.forward, self.cluster)
         # owners gather the rows into one buffer before anything can leave
-        clocks.copy(self.setup.copy_s(self.sent * self.setup.shape.pair_bytes))
+        clocks.copy(self.setup.copy_s(self.sent * self.setup.shape.kv_block_bytes))
         first = f"{purpose}_outer" if self.hierarchical else purpose
         clocks.under(
             first, self.seconds(first) + scatter_s, computing, self._first_among, overlap=self.overlap
@@ -231,7 +231,7 @@ class Selected(Exchange):
             self._fetch(clocks, "kv_again", own)
         # gradients of others' blocks come first, so that they can travel under those of own blocks
         clocks.compute(self.work.backward.others)
-        clocks.copy(self.setup.copy_s(self.fetched * shape.pair_grad_bytes))
+        clocks.copy(self.setup.copy_s(self.fetched * shape.kv_block_grad_bytes))
         first = "kv_grad"
         if self.hierarchical:
             clocks.collective("kv_grad", self.seconds("kv_grad"), Among.node)
@@ -245,7 +245,7 @@ class Selected(Exchange):
         if self.hot.backward:
             clocks.collective("kv_grad_hot", home_s)
         # owners add what arrives to their own gradients
-        clocks.copy(self.setup.copy_s(self.sent * shape.pair_grad_bytes))
+        clocks.copy(self.setup.copy_s(self.sent * shape.kv_block_grad_bytes))
 
 
 @dataclass(slots=True)
@@ -259,7 +259,10 @@ class AllGather(Exchange):
     def plan(self) -> None:
         """See Exchange.plan."""
         shape = self.setup.shape
-        shard, grads = self.shard_pairs * shape.pair_bytes, self.shard_pairs * shape.pair_grad_bytes
+        shard, grads = (
+            self.kv_blocks_per_shard * shape.kv_block_bytes,
+            self.kv_blocks_per_shard * shape.kv_block_grad_bytes,
+        )
         gather = self.everywhere(collective_cost.all_gather(shard, self.size, self.cluster))
         self.took("kv", gather)
         self.took("kv_again", gather)
@@ -303,7 +306,10 @@ class AllGatherAllReduce(Exchange):
     def plan(self) -> None:
         """See Exchange.plan."""
         shape = self.setup.shape
-        shard, grads = self.shard_pairs * shape.pair_bytes, self.shard_pairs * shape.pair_grad_bytes
+        shard, grads = (
+            self.kv_blocks_per_shard * shape.kv_block_bytes,
+            self.kv_blocks_per_shard * shape.kv_block_grad_bytes,
+        )
         self.took("kv", self.everywhere(collective_cost.all_gather(shard, self.size, self.cluster)))
         self.took("kv_grad", self.everywhere(collective_cost.all_reduce(grads, self.size, self.cluster)))
         # as in AllGather: gathered rows, their gradients in fp32 and on the wire
@@ -332,9 +338,9 @@ class Ring(Exchange):
     def plan(self) -> None:
         """See Exchange.plan."""
         shape = self.setup.shape
-        shard = self.shard_pairs * shape.pair_bytes
+        shard = self.kv_blocks_per_shard * shape.kv_block_bytes
         # sums on their way stay in fp32
-        grads = self.shard_pairs * shape.pair_grad_bytes * FP32_BYTES / shape.element_bytes
+        grads = self.kv_blocks_per_shard * shape.kv_block_grad_bytes * FP32_BYTES / shape.element_bytes
         self.step = self.everywhere(collective_cost.shift(shard, self.size, self.cluster))
         self.grad_step = self.everywhere(collective_cost.shift(grads, self.size, self.cluster))
         # keys and values visit P' - 1 ranks, gradients make the whole round and come home

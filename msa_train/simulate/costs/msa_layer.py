@@ -154,7 +154,7 @@ class MsaLayer:
         """Apply the exchange's own rule to rates as it would measure them on this cluster."""
         hierarchical = 1 < self.cluster.num_nodes(self.outer_size) < self.outer_size
         setup, wants, rates = self.setup, self.work.wants, measured_rates(self.cluster, self.outer_size)
-        size = KvBlockBytes(setup.shape.pair_bytes, setup.shape.pair_grad_bytes)
+        size = KvBlockBytes(setup.shape.kv_block_bytes, setup.shape.kv_block_grad_bytes)
         rows = exchange_rows(
             wants, self.cluster, hierarchical=hierarchical, hot_share=setup.options.hot_share
         )
@@ -247,8 +247,8 @@ class MsaLayer:
         """Return an all-to-all of each Ulysses group, in which each rank sends and receives so many bytes."""
         each, none = np.full(self.setup.cp_size, num_bytes), np.zeros(self.setup.cp_size)
         if self.head_size <= self.setup.cluster.gpus_per_node:
-            return CollectiveCost(each, each, none, none, near_steps=1)
-        return CollectiveCost(none, none, each, each, far_steps=1)
+            return CollectiveCost(each, each, none, none, intra_node_steps=1)
+        return CollectiveCost(none, none, each, each, inter_node_steps=1)
 
     def _switch_heads(self, clocks: Timeline, num_bytes: float) -> None:
         if self.head_size > 1:

@@ -73,19 +73,19 @@ class LayerShape:
         return self.index_head_dim * self.element_bytes
 
     @property
-    def pair_bytes(self) -> int:
+    def kv_block_bytes(self) -> int:
         """Return the bytes of keys and values of one KV block: 64 KiB for M3 in bf16."""
         return 2 * self.head_dim * self.block_size * self.element_bytes
 
     @property
-    def pair_grad_bytes(self) -> int:
+    def kv_block_grad_bytes(self) -> int:
         """Return the bytes that come back for a KV block: 96 KiB for M3 in bf16.
 
         These are dK, dV and, with the KL loss, the gradient of the block's index keys by this KV head.
         """
         # index keys are shared by all KV heads, but each head's requester has a gradient for them of its own
         index = self.index_head_dim * self.block_size * self.element_bytes if self.trains_index else 0
-        return self.pair_bytes + index
+        return self.kv_block_bytes + index
 
     def qkv_flops(self, tokens: float) -> float:
         """Return the FLOPs of query, key and value projections: 2 T H (Hq + 2 M) D."""

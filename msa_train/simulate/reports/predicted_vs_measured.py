@@ -97,7 +97,7 @@ class Comparison:
 
 
 @dataclass(slots=True)
-class GivenPairs:
+class GivenKvBlocks:
     """Make up selections of which only the numbers of KV blocks are known, by drawing evenly."""
 
     pairs: NDArray[np.int64]
@@ -201,7 +201,7 @@ def predict(row: Row, free: Row, case: Row, cores: int, rates: KernelRates | Non
         options=known.options,
         outer=placement,
     )
-    given = GivenPairs(pairs, shape.num_kv_heads, min(1.0, LOCAL_SLOTS / shape.topk))
+    given = GivenKvBlocks(pairs, shape.num_kv_heads, min(1.0, LOCAL_SLOTS / shape.topk))
     work = MsaWork(
         tiles=np.full(size, placement.local_seq_len * shape.topk, dtype=np.int64),
         wants=collect_wants(given, placement, shape.num_kv_heads, 1),

@@ -79,8 +79,8 @@ def backward(
     if pool.kv.shape[0] == 0 or block_table.numel() == 0:
         return grads
     sizes = sizes_of(queries, pool, block_table)
-    pair_bytes = sizes.pair_bytes + with_kl * (4 * sizes.B + sizes.index_dim * sizes.element_bytes)
-    for chunk, portion in portions(queries, pool, block_table, BACKWARD_PART_BYTES // pair_bytes):
+    kv_block_bytes = sizes.kv_block_bytes + with_kl * (4 * sizes.B + sizes.index_dim * sizes.element_bytes)
+    for chunk, portion in portions(queries, pool, block_table, BACKWARD_PART_BYTES // kv_block_bytes):
         rows = _rows(portion, dout[chunk], delta[chunk], lse[chunk], kl_term if with_kl else None, chunk)
         _backward_portion(portion, rows, grads, chunk)
     return grads

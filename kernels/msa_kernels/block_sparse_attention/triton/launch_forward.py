@@ -53,7 +53,7 @@ class Sizes:
     """Bytes of one value of the inputs."""
 
     @property
-    def pair_bytes(self) -> int:
+    def kv_block_bytes(self) -> int:
         """Return the size of the partial output of one (row, slot) pair, in bytes."""
         return self.G * self.D * self.element_bytes
 
@@ -184,7 +184,7 @@ def forward(queries: SparseQueries, pool: BlockPool, block_table: Tensor) -> Poo
     result = PoolOutput(out=out, lse=lse, lse_index=lse_index, lse_teacher=lse_teacher)
     if pool.kv.shape[0] == 0 or block_table.numel() == 0:
         return result
-    max_pairs = FORWARD_PART_BYTES // sizes_of(queries, pool, block_table).pair_bytes
+    max_pairs = FORWARD_PART_BYTES // sizes_of(queries, pool, block_table).kv_block_bytes
     for chunk, portion in portions(queries, pool, block_table, max_pairs):
         _forward_portion(portion, result, chunk)
     return result

@@ -30,7 +30,7 @@ from msa_train.model.inputs.layer_stats import LayerStats
 from msa_train.parallel.process_groups import build_groups
 from msa_train.training.engines.engine import checkpoint_metadata
 from msa_train.training.engines.torch_engine import TorchEngine
-from msa_train.training.optim.lr_schedule import Rates
+from msa_train.training.optim.lr_schedule import LearningRates
 from msa_train.training.step_batch import make_batch
 from tests.helpers import hf_models
 from tests.helpers.compare import assert_rows_close
@@ -100,7 +100,7 @@ def check_scenario(scenario: Scenario, folder: Path, world_size: int) -> None:
     pack = pack_of(scenario)
     want = torch.load(folder / REFERENCE)
     check_logits(engine, pack, scenario, want["logits"])
-    result = engine.train_step(make_batch([pack], engine.groups), Rates(backbone=0.0, index=0.0))
+    result = engine.train_step(make_batch([pack], engine.groups), LearningRates(backbone=0.0, index=0.0))
     loss = torch.tensor(result.lm_loss_sum, dtype=torch.float64)
     dist.all_reduce(loss)
     num_labels = sum(length - 1 for length in scenario.lengths)

@@ -17,7 +17,7 @@ from msa_train.model.layers.cross_entropy import linear_cross_entropy
 from msa_train.model.layers.moe import ExpertLayer, SigmoidRouter
 from msa_train.parallel.process_groups import build_groups
 from msa_train.training.engines.torch_engine import TorchEngine
-from msa_train.training.optim.lr_schedule import Rates
+from msa_train.training.optim.lr_schedule import LearningRates
 from msa_train.training.step_batch import make_batch
 from tests.helpers.compare import assert_rows_close
 from tests.helpers.model_runs import small_config, step_packs
@@ -103,7 +103,7 @@ def check_dense_stage_is_sparse_stage_with_all_blocks() -> None:
     for attention in StageAttention:
         engine = engine_of(small_config(topk=24, stage=StageConfig(attention=attention), temperature=1.7))
         packs = step_packs()[0]
-        result = engine.train_step(make_batch(packs, engine.groups), Rates(0.0, 0.0))
+        result = engine.train_step(make_batch(packs, engine.groups), LearningRates(0.0, 0.0))
         gradients = {n: engine.gradients.view(p).clone() for n, p in engine.model.named_parameters()}
         seen.append((result, gradients))
         parallel_state.destroy_model_parallel()
@@ -122,7 +122,7 @@ def check_frozen_parts_stay(frozen: str, others: str) -> None:
     engine = engine_of(small_config(stage=StageConfig(**{frozen: 0.0})))
     before = {n: p.detach().clone() for n, p in engine.model.named_parameters()}
     scales = {"lr_scale": "backbone", "index_lr_scale": "index"}
-    rates = Rates(**{scales[frozen]: 0.0, scales[others]: 1e-2})
+    rates = LearningRates(**{scales[frozen]: 0.0, scales[others]: 1e-2})
     engine.train_step(make_batch(step_packs()[0], engine.groups), rates)
     for name, parameter in engine.model.named_parameters():
         is_frozen = is_index_parameter(name) is (frozen == "index_lr_scale")
@@ -143,7 +143,7 @@ def check_frozen_index_branch_stays() -> None:
 def check_padding_is_routed_nowhere() -> None:
     engine = engine_of(small_config())
     packs = [step_packs()[1][0]]
-    result = engine.train_step(make_batch(packs, engine.groups), Rates(0.0, 0.0))
+    result = engine.train_step(make_batch(packs, engine.groups), LearningRates(0.0, 0.0))
     for counts in result.stats.tokens_per_expert.values():
         assert int(counts.sum()) == 2 * packs[0].num_tokens
     parallel_state.destroy_model_parallel()

@@ -18,7 +18,7 @@ from msa_train.parallel.process_groups import build_groups
 from msa_train.training.engines.engine import TrainEngine
 from msa_train.training.engines.megatron_engine import MegatronEngine
 from msa_train.training.engines.torch_engine import TorchEngine
-from msa_train.training.optim.lr_schedule import Rates
+from msa_train.training.optim.lr_schedule import LearningRates
 from msa_train.training.step_batch import make_batch
 from tests.helpers.packs import make_pack
 
@@ -70,5 +70,5 @@ def train_format1(engine: TrainEngine, first: int, last: int) -> list[float]:
     for step in range(first, last):
         pack = make_pack([20, 7], seq_len=SEQ_LEN, block_size=BLOCK_SIZE, vocab_size=VOCAB, seed=step)
         batch = make_batch([pack], engine.groups)
-        losses.append(engine.train_step(batch, Rates(backbone=1e-2, index=1e-2)).lm_loss_sum)
+        losses.append(engine.train_step(batch, LearningRates(backbone=1e-2, index=1e-2)).lm_loss_sum)
     return losses

@@ -21,7 +21,7 @@ from msa_train.training.engines.engine import TrainEngine
 from msa_train.training.engines.megatron_engine import MegatronEngine
 from msa_train.training.engines.torch_engine import TorchEngine
 from msa_train.training.metrics.collect import StepMetrics
-from msa_train.training.optim.lr_schedule import Rates, stage_rates
+from msa_train.training.optim.lr_schedule import LearningRates, stage_rates
 from msa_train.training.step_batch import make_batch
 from tests.helpers import cuda_shim
 from tests.helpers.model_runs import SEQ_LEN, small_config, step_packs
@@ -84,7 +84,7 @@ def train(engine: TrainEngine, first: int = 0, steps: int = STEPS) -> list[dict[
         packs = (step_packs()[0] + step_packs()[1])[:PACKS_PER_STEP]
         rate = 3e-3 / (step + 1)
         batch = make_batch(packs[groups.dp_rank :: groups.dp_size], groups, recall_seed=step)
-        rates = Rates(backbone=rate, index=rate)
+        rates = LearningRates(backbone=rate, index=rate)
         if plan:
             engine.set_stage(plan[step])
             rates = stage_rates(step, engine.config.optim, plan[step], len(plan))

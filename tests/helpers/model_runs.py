@@ -30,7 +30,7 @@ from msa_train.parallel.attention.selection_recall import RecallSums
 from msa_train.parallel.process_groups import build_groups
 from msa_train.parallel.sharding.shard_layout import ShardLayout
 from msa_train.training.engines.torch_engine import TorchEngine
-from msa_train.training.optim.lr_schedule import Rates
+from msa_train.training.optim.lr_schedule import LearningRates
 from msa_train.training.step_batch import make_batch
 from tests.helpers.devices import rank_device
 from tests.helpers.packs import make_pack
@@ -151,7 +151,7 @@ def run_steps(config: RunConfig, steps: list[list[Pack]] | None = None) -> dict[
         selections.clear()
         packs_of_step[:] = [i for i in range(len(packs)) if i % groups.dp_size == groups.dp_rank]
         batch = make_batch([packs[i] for i in packs_of_step], groups, recall_seed=number)
-        result = engine.train_step(batch, Rates(backbone=1e-2, index=1e-2))
+        result = engine.train_step(batch, LearningRates(backbone=1e-2, index=1e-2))
         names = global_names(engine.model, ep_rank=groups.ep_rank)
         observed.append(
             {

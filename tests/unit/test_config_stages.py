@@ -17,7 +17,7 @@ from msa_train.config import (
     stage_at,
     total_steps,
 )
-from msa_train.training.optim.lr_schedule import Rates, learning_rate, stage_rates
+from msa_train.training.optim.lr_schedule import LearningRates, learning_rate, stage_rates
 
 
 def run_of(stages: dict[str, StageConfig], *, steps: int = 0, batch: int = 2) -> RunConfig:
@@ -76,14 +76,14 @@ def test_rates() -> None:
     config.optim.index_lr_scale = 4.0
     plan = plan_stages(config)
 
-    def rates(step: int) -> Rates:
+    def rates(step: int) -> LearningRates:
         return stage_rates(step, config.optim, stage_at(plan, step), 9)
 
     base = [learning_rate(step, config.optim, 9) for step in range(9)]
-    assert rates(0) == Rates(backbone=base[0], index=4 * base[0])
-    assert rates(3) == Rates(backbone=base[3] / 2, index=4 * base[3] / 2 * 0.5)
-    assert rates(4) == Rates(backbone=base[4], index=4 * base[4] * 0.5)
-    assert rates(8) == Rates(backbone=base[8] * 0.1, index=4 * base[8])
+    assert rates(0) == LearningRates(backbone=base[0], index=4 * base[0])
+    assert rates(3) == LearningRates(backbone=base[3] / 2, index=4 * base[3] / 2 * 0.5)
+    assert rates(4) == LearningRates(backbone=base[4], index=4 * base[4] * 0.5)
+    assert rates(8) == LearningRates(backbone=base[8] * 0.1, index=4 * base[8])
 
 
 def without_kl(config: RunConfig) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from msa_train.config import OptimConfig, OptimizerKind
-from msa_train.training.optim.lr_schedule import Rates
+from msa_train.training.optim.lr_schedule import LearningRates
 from msa_train.training.optim.muon_adamw import MuonAdamW
 
 HEAD_DIM = 2
@@ -54,7 +54,7 @@ def test_muon_moves_every_head_alike() -> None:
     set_gradients(named, 1)
     assert named[1][1].grad is not None
     named[1][1].grad[:HEAD_DIM] *= 1e-3
-    optimizer.step(Rates(5e-4, 5e-4))
+    optimizer.step(LearningRates(5e-4, 5e-4))
     moved = torch.linalg.svdvals((named[1][1].detach() - before).view(-1, HEAD_DIM, 4))
     expected = 0.1 * 0.5
     assert ((moved > 0.6 * expected) & (moved < 1.4 * expected)).all()
@@ -67,12 +67,12 @@ def test_goes_on_bit_for_bit_after_loading(algorithm: OptimizerKind) -> None:
     first, second = (MuonAdamW(optim, each, head_dim=HEAD_DIM) for each in (named, copies))
     for seed in (1, 2):
         set_gradients(named, seed)
-        first.step(Rates(1e-3, 1e-3))
+        first.step(LearningRates(1e-3, 1e-3))
     for (_, source), (_, target) in zip(named, copies, strict=True):
         target.data.copy_(source.data)
         second.load_moments(target, *first.moments(source), step=2)
     for optimizer, tensors in ((first, named), (second, copies)):
         set_gradients(tensors, 3)
-        optimizer.step(Rates(1e-3, 1e-3))
+        optimizer.step(LearningRates(1e-3, 1e-3))
     for (_, source), (_, target) in zip(named, copies, strict=True):
         assert torch.equal(source, target)

@@ -9,7 +9,7 @@ from tests.helpers.training_command import train
 def test_demo_trains_reports_and_goes_on(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     settings = ("run=demo", f"run_dir={run_dir}", f"data.cache_dir={tmp_path / 'cache'}")
-    output = train(*settings, "train.steps=3", "train.validation_packs=2")
+    output = train(*settings, "train.steps=3", "train.validation_packs=2", program=True)
 
     assert "demo: 2 processes on the CPU = dp 1 x cp 2 x tp 1 x pp 1, ep 2; engine torch" in output
     assert "steps 1 to 3 of 1 x 8192 tokens" in output
@@ -29,7 +29,7 @@ def test_demo_trains_reports_and_goes_on(tmp_path: Path) -> None:
         assert (run_dir / name).exists()
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["latest", "step_00000003"]
 
-    output = train(*settings, "train.steps=4", "train.validate_every=0")
+    output = train(*settings, "train.steps=4", "train.validate_every=0", program=True)
     assert "going on from step 3\n" in output
     rows = read_metrics(run_dir)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]

@@ -142,7 +142,8 @@ def _launch(config: RunConfig, layout: Layout) -> int:
 
 
 def _launch_node(config: RunConfig, layout: Layout, node: Node) -> int:
-    from launchers.local.elastic_agent import launch_workers
+    with quick_imports():
+        from launchers.local.elastic_agent import launch_workers
 
     # the others wait for node 0 at the rendezvous, so they find what it has written
     if node.rank:

@@ -29,7 +29,7 @@ def test_demo_trains_reports_and_goes_on(tmp_path: Path) -> None:
         assert (run_dir / name).exists()
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["latest", "step_00000003"]
 
-    output = train(*settings, "train.steps=4", "train.validate_every=0", program=True)
+    output = train(*settings, "train.steps=4", "train.validate_every=0")
     assert "going on from step 3\n" in output
     rows = read_metrics(run_dir)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]

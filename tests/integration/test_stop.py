@@ -36,7 +36,7 @@ def test_chain_of_slices_equals_one_long_run(finished: FinishedRun, tmp_path: Pa
         assert training.end() == STOPPED, training.output + training.errors
         second = _stopped(run_dir, "SIGTERM")
 
-    with Training(*start, program=True) as training:
+    with Training(*start) as training:
         assert training.end() == 0, training.output + training.errors
     assert preemption.read_stopped(run_dir) is None
     assert 2 <= first < second < STEPS
@@ -48,7 +48,7 @@ def test_chain_of_slices_equals_one_long_run(finished: FinishedRun, tmp_path: Pa
 
 def test_nothing_to_go_on_from_is_no_pause(finished: FinishedRun, tmp_path: Path) -> None:
     start = (*finished.settings, f"run_dir={tmp_path / 'run'}", TO_THE_END, "checkpoint.every=0")
-    with Training(*start, program=True) as training:
+    with Training(*start) as training:
         training.wait_for_step(tmp_path / "run", 1)
         training.process.send_signal(signal.SIGTERM)
         assert training.end() == 128 + signal.SIGTERM
@@ -59,7 +59,7 @@ def test_nothing_to_go_on_from_is_no_pause(finished: FinishedRun, tmp_path: Path
 def test_hang_is_ended_with_the_stacks_of_who_waits(finished: FinishedRun, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     start = (*finished.settings, f"run_dir={run_dir}", "train.steps=100000", "watchdog.timeout_s=20")
-    with Training(*start, program=True) as training:
+    with Training(*start) as training:
         training.wait_for_step(run_dir, 1)
         training.worker(1).send_signal(signal.SIGSTOP)
         assert training.end() == 1, training.output

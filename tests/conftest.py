@@ -9,6 +9,9 @@ import pytest
 # Megatron compiles small functions on their first call: seconds of C++ compilation that help nothing here.
 # The launcher sets the same for workers on the CPU.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+# OpenMP's threads wait without sleeping, which takes the processors from what runs beside: the kernels' tests
+# took three times the CPU time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 GPU_TESTS = Path(__file__).with_name("gpu")
 
 

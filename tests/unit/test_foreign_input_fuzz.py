@@ -23,6 +23,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from launchers import convert, status
 from launchers.hydra_config.compose import compose_run, config_to_yaml
+from launchers.slurm import run_status
 from msa_train.config import DataConfig
 from msa_train.convert.tensor_map import M2_NAMING, M3_NAMING
 from msa_train.data.tokenizers.tokenizer import build_tokenizer
@@ -199,7 +200,7 @@ def test_files_of_a_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """msa-status on a folder that was copied from somewhere."""
-    monkeypatch.setattr(status, "ask_slurm", lambda *_command: None)
+    monkeypatch.setattr(run_status, "ask_slurm", lambda *_command: None)
     run = tmp_path / "run"
     (run / "slurm").mkdir(parents=True)
     stopped = {"step": 2, "signal": "SIGTERM", "saved": True, "generation": "7.0", "time": "now"}

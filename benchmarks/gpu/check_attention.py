@@ -27,7 +27,8 @@ from benchmarks.gpu.patches import Change, changed
 from benchmarks.gpu.problem import LayerSizes, Tensors
 from benchmarks.gpu.selection_reference import exact_selection
 
-_FORWARD, _BACKWARD = (f"msa_kernels.block_sparse_attention.{name}" for name in ("launch", "launch_backward"))
+_TRITON = "msa_kernels.block_sparse_attention.triton"
+_FORWARD, _BACKWARD = (f"{_TRITON}.launch_{name}" for name in ("forward", "backward"))
 NAMES = ("out", "dq", "dk", "dv", "dq_index", "dk_index", "kl")
 
 

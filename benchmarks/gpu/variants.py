@@ -50,7 +50,7 @@ def variants(context: Context) -> list[Variant]:
         tile = f"{config.block_m}x{config.tile_n}, {config.num_warps} warps, {config.num_stages} stages"
         found.append(Variant(SCORING, tile, ((f"{_SELECT}.configs", "MAIN", (config,)),), "selection"))
     for count in NUM_SPLITS:
-        change = (f"{_SELECT}.launch", "_num_splits", lambda *_, count=count: count)
+        change = (f"{_SELECT}.triton.launch", "_num_splits", lambda *_, count=count: count)
         found.append(Variant(SCORING, f"keys divided by {count}", (change,), "selection"))
     found.append(Variant(BACKWARD, SHIPPED, (), "attention"))
     for config in sparse_configs.ATTEND_BACKWARD_CANDIDATES:

@@ -15,6 +15,7 @@ from typing import NoReturn
 from launchers.cli.command_line import INTERRUPTED, MACHINE_ERROR, USER_ERROR, leave
 from launchers.cli.help import help_text
 from launchers.cli.output import say, steady_output
+from launchers.cli.quick_imports import quick_imports
 from launchers.hydra_config.compose import EVERY_KEY, compose_run, config_to_yaml, known_keys
 from launchers.local.job_environment import Node, joined_environment, joined_node, said_by
 from launchers.local.launch_checks import Layout, check_files, describe, plan_layout, set_worker_environment
@@ -134,13 +135,15 @@ def _launch(config: RunConfig, layout: Layout) -> int:
     with claim_run_dir(config.run_dir):
         _prepare(config, layout)
         # imports torch, which checks and help must not wait for
-        from launchers.local.elastic_agent import launch_workers
+        with quick_imports():
+            from launchers.local.elastic_agent import launch_workers
 
         return launch_workers(write_config(config), layout.world_size)
 
 
 def _launch_node(config: RunConfig, layout: Layout, node: Node) -> int:
-    from launchers.local.elastic_agent import launch_workers
+    with quick_imports():
+        from launchers.local.elastic_agent import launch_workers
 
     # the others wait for node 0 at the rendezvous, so they find what it has written
     if node.rank:

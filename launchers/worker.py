@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from launchers.cli.command_line import leave
 from launchers.cli.output import steady_output
+from launchers.cli.quick_imports import quick_imports
 from launchers.hydra_config.compose import load_run
 from msa_train.config import RunConfig
 from msa_train.runtime import preemption
@@ -49,7 +50,9 @@ def run_entry(config: RunConfig, entry: str = TRAINING) -> None:
     with steady_output(_STDOUT_LOST):
         try:
             module, _, function = entry.partition(":")
-            getattr(importlib.import_module(module), function)(config)
+            with quick_imports():
+                called = getattr(importlib.import_module(module), function)
+            called(config)
         except Exception as error:
             record(error)
             leave(1)

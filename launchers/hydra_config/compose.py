@@ -50,7 +50,7 @@ def compose_run(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> R
     parsed = [_parse(text) for text in overrides]
     written = [hydra_override(text) for text in overrides]
     given = [text for text in written if not text.startswith("stages.")]
-    stages = _stage_names(given, config_dirs)
+    composed, stages = _without_stage_values(given, config_dirs)
     keys = known_keys(stages)
     schema = OmegaConf.structured(RunConfig)
     schema.stages = {name: StageConfig() for name in stages}
@@ -63,7 +63,9 @@ def compose_run(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> R
         choices = ", ".join(f"run={name}" for name in group_options("run", config_dirs))
         raise ValueError(f"run: none is chosen and there is no default; use one of {choices}")
     try:
-        return run_config(_compose(written, config_dirs))
+        if composed is None or len(given) < len(written):
+            composed = _compose(written, config_dirs)
+        return run_config(composed)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ValueError(_explain(error, keys)) from error
 
@@ -73,12 +75,13 @@ def _compose(overrides: Sequence[str], config_dirs: Sequence[Path]) -> Any:
         return compose("config", overrides=[*overrides, *_search_path(config_dirs)])
 
 
-def _stage_names(overrides: Sequence[str], config_dirs: Sequence[Path]) -> list[str]:
-    """Stages of the chosen run; none where the overrides are at fault, which is found and said later."""
+def _without_stage_values(overrides: Sequence[str], config_dirs: Sequence[Path]) -> tuple[Any, list[str]]:
+    """The chosen run and its stages; None and none where the overrides are at fault, which is said later."""
     try:
-        return [str(name) for name in _compose(overrides, config_dirs).stages]
+        composed = _compose(overrides, config_dirs)
+        return composed, [str(name) for name in composed.stages]
     except (HydraException, OmegaConfBaseException, yaml.YAMLError):
-        return []
+        return None, []
 
 
 def config_to_yaml(config: RunConfig) -> str:

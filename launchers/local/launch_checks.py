@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from launchers.cli.quick_imports import quick_imports
 from launchers.local.machine import expand_user
 from launchers.local.memory import check_memory
 from launchers.local.run_dir import check_writable
@@ -148,9 +149,10 @@ def check_files(config: RunConfig, *, say: Callable[[str], None], hand_on: bool 
         expand_user(f"data.{name}", getattr(config.data, name))
     accept_fallbacks()
     # the first imports numpy, the second torch; a mistake in the configuration need not wait for them
-    from msa_train.checkpoint import data_record
-    from msa_train.checkpoint.find import find_to_resume
-    from msa_train.data import load_datasets, prepare_corpus
+    with quick_imports():
+        from msa_train.checkpoint import data_record
+        from msa_train.checkpoint.find import find_to_resume
+        from msa_train.data import load_datasets, prepare_corpus
 
     vocab_size = config.model.vocab_size
     corpus = prepare_corpus(config.data, vocab_size=vocab_size, log=say, run_dir=config.run_dir)

@@ -1,26 +1,18 @@
-"""Start torch.distributed and Megatron's process groups. The one place that reads Megatron's globals."""
+"""Start Megatron's process groups. The one place that reads Megatron's globals."""
 
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from torch.distributed.distributed_c10d import _get_default_store
 
 from msa_train.config import ExchangeConfig, ParallelConfig
 from msa_train.parallel.comm.cp_groups import CpGroups
 from msa_train.parallel.comm.fault_watch import FaultWatch
-from msa_train.parallel.comm.job_store import open_store
-from msa_train.parallel.comm.rank_faults import BEAT_S, GRACE_S, ExchangeError
+from msa_train.parallel.comm.job import limit_s
 from msa_train.parallel.comm.topology import build_comm
-
-# Seconds by which NCCL's own limit is later than ours: it ends the process without naming anyone.
-NCCL_SPARE_S = BEAT_S + GRACE_S
 
 
 @dataclass(slots=True)
@@ -89,34 +81,6 @@ class Groups:
         return self.comm.with_new_counters()
 
 
-def init_distributed(
-    *, device: torch.device, timeout_s: int, say: Callable[[str], None] = lambda text: None
-) -> None:
-    """Join the job that the environment describes (see `open_store`); nccl on GPUs, else gloo.
-
-    Args:
-        device: of this rank.
-        timeout_s: longest wait for the other ranks, and of a collective, in seconds.
-        say: is told for whom this rank waits, if that takes long.
-
-    Raises:
-        JobIncompleteError: if not all ranks come in time.
-    """
-    if dist.is_initialized():
-        return
-    # gloo carries the same collectives on CPUs, so that all of it is tested without a GPU.
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group(
-        backend,
-        store=open_store(os.environ, timeout_s=timeout_s, say=say),
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
-        timeout=timedelta(seconds=_limit_s(device, timeout_s)),
-    )
-
-
 def build_groups(
     parallel: ParallelConfig,
     *,
@@ -148,7 +112,7 @@ def build_groups(
         # Experts are whole: tensor-parallel ranks hold different experts, not parts of them.
         expert_tensor_parallel_size=1,
         # a fraction of a minute is as good
-        distributed_timeout_minutes=_limit_s(device, timeout_s) / 60,  # pyright: ignore[reportArgumentType]
+        distributed_timeout_minutes=limit_s(device, timeout_s) / 60,  # pyright: ignore[reportArgumentType]
     )
     # No dropout anywhere, so the tracker that does nothing is enough and works without a GPU.
     model_parallel_cuda_manual_seed(1, inference_rng_tracker=True, force_reset_rng=True)
@@ -184,29 +148,6 @@ def build_groups(
             watch=watch,
         ),
     )
-
-
-def start_watch(timeout_s: float, give_up: Callable[[ExchangeError], None]) -> FaultWatch | None:
-    """Watch all ranks of the initialised world from now on; None where this rank is alone.
-
-    Args:
-        timeout_s: longest silence of a rank, in seconds.
-        give_up: called by a thread when a rank is lost, to end this process wherever it stands.
-    """
-    world_size = dist.get_world_size()
-    if world_size == 1:
-        return None
-    watch = FaultWatch(
-        _get_default_store(), range(world_size), dist.get_rank(), timeout_s=timeout_s, give_up=give_up
-    )
-    watch.start()
-    watch.make_current()
-    return watch
-
-
-def _limit_s(device: torch.device, timeout_s: float) -> float:
-    """Find the seconds after which a collective ends by itself: with NCCL later than the watch."""
-    return timeout_s + (NCCL_SPARE_S if device.type == "cuda" else 0.0)
 
 
 def _group(group: object) -> dist.ProcessGroup:

@@ -23,13 +23,8 @@ from msa_train.config import (
 )
 from msa_train.data import load_datasets
 from msa_train.parallel.comm.fault_watch import FaultWatch, watched
-from msa_train.parallel.process_groups import (
-    Groups,
-    build_groups,
-    destroy_groups,
-    init_distributed,
-    start_watch,
-)
+from msa_train.parallel.comm.job import init_distributed, start_watch
+from msa_train.parallel.process_groups import Groups, build_groups, destroy_groups
 from msa_train.runtime import preemption
 from msa_train.runtime.last_words import end_by
 from msa_train.training.engines.engine import TrainEngine

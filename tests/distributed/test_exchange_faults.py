@@ -30,7 +30,8 @@ from msa_train.parallel.kv_exchange import plan as exchange_plan
 from msa_train.parallel.kv_exchange.cost_model import KvBlockBytes
 from msa_train.parallel.kv_exchange.requests import ExchangeTerms, exchange_requests
 from msa_train.parallel.sharding.shard_layout import ShardLayout
-from tests.helpers.spawn import PRELOADED, run_ranks
+from tests.helpers import fork_server
+from tests.helpers.spawn import run_ranks
 
 LAYER, VICTIM = 7, 1
 # Stalled ranks are noticed after the first time, on cores that all scenes share; all scenes must be over well
@@ -185,9 +186,8 @@ def play(folders: dict[str, str]) -> None:
 @pytest.fixture(scope="module")
 def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, str]]:
     """Text of each surviving rank by scene."""
-    context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-    if not torch.cuda.is_available():
-        context.set_forkserver_preload(PRELOADED)
+    usable = fork_server.is_usable()
+    context: Any = fork_server.context() if usable else multiprocessing.get_context("spawn")
     folders = {scene.name: tmp_path_factory.mktemp(scene.name) for scene in SCENES}
     director = context.Process(target=play, args=({name: str(path) for name, path in folders.items()},))
     director.start()

@@ -3,7 +3,10 @@
 import sys
 from pathlib import Path
 
-from launchers.local.elastic_agent import launch_workers
+from launchers.cli.quick_imports import quick_imports
+
+with quick_imports():
+    from launchers.local.elastic_agent import launch_workers
 
 if __name__ == "__main__":
     entry = (sys.argv[3:] or ["tests.helpers.launcher_worker:run"])[0]

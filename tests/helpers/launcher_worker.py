@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from msa_train.config import RunConfig
 from msa_train.parallel.comm.fault_watch import watched
-from msa_train.parallel.process_groups import init_distributed, start_watch
+from msa_train.parallel.comm.job import init_distributed, start_watch
 from msa_train.runtime import preemption
 from msa_train.runtime.last_words import end_by
 

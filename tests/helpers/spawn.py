@@ -1,8 +1,4 @@
-"""Run one function on several ranks, each a process of its own.
-
-Importing torch and Megatron takes seconds and megabytes, so a server process imports them once and forks the
-ranks. It has no process group, no thread pool at work and no CUDA context to inherit.
-"""
+"""Run one function on several ranks, each a process of its own, forked from one that has imported torch."""
 
 import multiprocessing
 import os
@@ -22,13 +18,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.helpers import devices
+from tests.helpers import devices, fork_server
 from tests.helpers.pretended_gpu.build import build
 
 # Time for ranks that lost their peer to say so, before they are killed
 GRACE_S = 2.0
-# No module of our own: some read the environment when they are imported
-PRELOADED = ["tests.helpers.spawn", "torch.distributed.checkpoint", "megatron.core.dist_checkpointing"]
 
 
 def run_ranks(
@@ -58,14 +52,11 @@ def run_ranks(
         RuntimeError: with the traceback of the rank that failed first.
         TimeoutError: if a rank was still running after timeout_s.
     """
-    # where there are GPUs, asking for them may already have made forks unfit for CUDA
     device = device or devices.chosen()
-    fresh = fresh or torch.cuda.is_available()
     if device == "pretended":
         build()
-    context: Any = multiprocessing.get_context("spawn" if fresh else "forkserver")
-    if not fresh:
-        context.set_forkserver_preload(PRELOADED)
+    forked = fork_server.is_usable() and not fresh
+    context: Any = fork_server.context() if forked else multiprocessing.get_context("spawn")
     # the ranks take over the environment first, then import what fn needs
     call = pickle.dumps((fn, args))
     with tempfile.TemporaryDirectory(prefix="ranks_") as folder:
@@ -93,8 +84,7 @@ def run_ranks(
 def _main(
     rank: int, world_size: int, folder: str, timeout_s: float, environment: dict[str, str], call: bytes
 ) -> None:
-    os.environ.clear()
-    os.environ.update(environment)
+    fork_server.take_over(environment)
     torch.set_num_threads(1)
     if Path("/sys/class/net/lo").exists():
         # host names that do not resolve, or resolve to a firewalled address, are common in containers

@@ -1,4 +1,4 @@
-"""The msa-train command as users start it, on a model so small that a step takes milliseconds."""
+"""The msa-train command on a model so small that a step takes milliseconds."""
 
 import os
 import signal
@@ -14,6 +14,8 @@ from typing import Any
 import psutil
 
 from msa_train.training.metrics.writer import METRICS_NAME, read_metrics
+from tests.helpers import fork_server
+from tests.helpers.forked_command import ForkedCommand, worker_name
 
 ROOT = Path(__file__).parents[2]
 RUN_WITHIN_S = 300
@@ -69,18 +71,24 @@ TINY = (
 class Training:
     """One start of the command. At the end of a `with` block nothing of it is left running."""
 
-    def __init__(self, *arguments: str, launcher: tuple[str, ...] = ()) -> None:
+    def __init__(self, *arguments: str, program: bool = False) -> None:
+        """program: as users start it; else forked, see `forked_command`."""
         environ = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/kernels", "CUDA_VISIBLE_DEVICES": ""}
         # files, because nobody reads a pipe while a test waits for a step
-        self._output = tempfile.TemporaryFile()  # noqa: SIM115 (closed by __exit__)
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
-        self.process = subprocess.Popen(
-            [sys.executable, *launcher, "-m", "launchers.train", *arguments],
-            cwd=ROOT,
-            env=environ,
-            stdout=self._output,
-            stderr=self._errors,
-        )
+        self._output = tempfile.NamedTemporaryFile()  # noqa: SIM115 (closed by __exit__)
+        self._errors = tempfile.NamedTemporaryFile()  # noqa: SIM115
+        self.process: subprocess.Popen[bytes] | ForkedCommand
+        if program or not fork_server.is_usable():
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "launchers.train", *arguments],
+                cwd=ROOT,
+                env=environ,
+                stdout=self._output,
+                stderr=self._errors,
+            )
+        else:
+            files = {"stdout": self._output.name, "stderr": self._errors.name}
+            self.process = ForkedCommand(arguments, cwd=ROOT, environ=environ, **files)
 
     def __enter__(self) -> "Training":
         return self
@@ -131,7 +139,10 @@ class Training:
 
     def worker(self, rank: int) -> psutil.Process:
         """The process of one rank."""
-        (found,) = [p for p in self.processes()[1:] if p.environ().get("RANK") == str(rank)]
+        workers = self.processes()[1:]
+        (found,) = [
+            p for p in workers if p.name() == worker_name(rank) or p.environ().get("RANK") == str(rank)
+        ]
         return found
 
     def kill(self, processes: list[psutil.Process] | None = None) -> None:
@@ -149,9 +160,9 @@ class Training:
         wait_gone(processes)
 
 
-def train(*arguments: str) -> str:
+def train(*arguments: str, program: bool = False) -> str:
     """Run the command to a good end; returns its stdout. It has nothing to say on stderr."""
-    with Training(*arguments) as training:
+    with Training(*arguments, program=program) as training:
         code = training.end()
         assert code == 0, training.output + training.errors
         assert training.errors == ""
@@ -184,6 +195,10 @@ def write_corpus(folder: Path) -> None:
     for number in range(60):
         words = [f"w{(number * 7 + i * i) % 97}" for i in range(5 + 13 * number % 300)]
         (folder / f"{number}.txt").write_text(" ".join(words))
+
+
+def _is_worker(process: psutil.Process, rank: int) -> bool:
+    return process.name() == worker_name(rank) or process.environ().get("RANK") == str(rank)
 
 
 def _runs(process: psutil.Process) -> bool:

@@ -9,7 +9,7 @@ from tests.helpers.training_command import train
 def test_demo_trains_reports_and_goes_on(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     settings = ("run=demo", f"run_dir={run_dir}", f"data.cache_dir={tmp_path / 'cache'}")
-    output = train(*settings, "train.steps=3", "train.validation_packs=2")
+    output = train(*settings, "train.steps=3", "train.validation_packs=2", program=True)
 
     assert "demo: 2 processes on the CPU = dp 1 x cp 2 x tp 1 x pp 1, ep 2; engine torch" in output
     assert "steps 1 to 3 of 1 x 8192 tokens" in output

@@ -18,7 +18,7 @@ def test_chain_of_slices_equals_one_long_run(finished: FinishedRun, tmp_path: Pa
     run_dir = tmp_path / "run"
     start = (*finished.settings, f"run_dir={run_dir}", TO_THE_END, "checkpoint.every=100")
 
-    with Training(*start) as training:
+    with Training(*start, program=True) as training:
         training.wait_for_step(run_dir, 2)
         training.process.send_signal(signal.SIGUSR1)
         assert training.end() == STOPPED, training.output + training.errors
@@ -26,7 +26,7 @@ def test_chain_of_slices_equals_one_long_run(finished: FinishedRun, tmp_path: Pa
         assert f"stopped by SIGUSR1 after step {first}: another start goes on from here" in training.output
         assert training.errors == ""
 
-    with Training(*start) as training:
+    with Training(*start, program=True) as training:
         training.wait_for_step(run_dir, first + 3)
         training.process.send_signal(signal.SIGTERM)
         training.wait_until(lambda: list((run_dir / "checkpoints").glob(".step_*.partial")), "a save")

@@ -62,20 +62,10 @@ def select_checkpoint(
     return _find(config, math.inf if full else 0, known_damaged or {})
 
 
-def check_resume(config: RunConfig) -> list[str]:
-    """What to tell the user about the checkpoint that this run will start from, before any worker starts.
+def find_to_resume(config: RunConfig) -> ResumePoint | None:
+    """Find the checkpoint that this run will start from, before any worker starts.
 
     Checksums are compared up to FULL_CHECK_BYTES per checkpoint; above that only names and sizes.
-
-    Raises:
-        ValueError: as `select_checkpoint`.
-    """
-    found = find_to_resume(config)
-    return found.messages if found else []
-
-
-def find_to_resume(config: RunConfig) -> ResumePoint | None:
-    """The checkpoint that this run will start from, checked as far as `check_resume` does.
 
     Raises:
         ValueError: as `select_checkpoint`.

@@ -45,7 +45,7 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
         raise ValueError(f"{MANIFEST_NAME}: lists no sizes and checksums")
     for name in files:
         if not _is_name(name):
-            raise ValueError(f"{MANIFEST_NAME}: lists {excerpt(name)!r}, which is no name in the folder")
+            raise ValueError(f"{MANIFEST_NAME}: lists {excerpt(repr(name))}, which is no name in the folder")
     return files
 
 

@@ -96,7 +96,7 @@ def member(folder: Path, name: str) -> Path:
     """
     if not is_plain_name(name):
         raise ValueError(
-            f"{folder}: names a file {excerpt(name)!r}, which must be a plain name in the folder"
+            f"{folder}: names a file {excerpt(repr(name))}, which must be a plain name in the folder"
         )
     # both sides without links; not Path.resolve: before Python 3.13 links in a circle are no OSError there
     root = Path(os.path.realpath(folder))

@@ -177,7 +177,7 @@ def too_little_space(rank: int, world_size: int, folder: Path) -> None:
     run.publish = lambda: None
     run.save(1, wait=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("msa_train.runtime.atomic_files.free_bytes", lambda _: 10**6)
+        patch.setattr("msa_train.checkpoint.store.free_bytes", lambda _: 10**6)
         run.save(2)
         text = run.ended()
     assert "step 2 could not be saved: rank 0: OSError: it needs 0.00105 GB and " in text

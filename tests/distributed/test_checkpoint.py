@@ -21,7 +21,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
 from msa_train.checkpoint.all_ranks import CheckpointError
 from msa_train.checkpoint.compatibility import fingerprint
-from msa_train.checkpoint.find import check_resume
+from msa_train.checkpoint.find import find_to_resume
 from msa_train.checkpoint.load import (
     load_checkpoint,
     load_newest,
@@ -270,9 +270,11 @@ def spoilt_weights(rank: int, world_size: int, folder: Path) -> None:
         lambda found: loaded.append(load_checkpoint(found.path, sharded_state(rank, world_size, fill=False))),
     )
     assert found is not None
-    assert found.messages == [
+    # these checkpoints are saved without what a run notes about its schedule
+    assert found.messages[0] == (
         "checkpoint step_2 is damaged (not finite: model.w) and is skipped; going on from step 1"
-    ]
+    )
+    assert all("no record of its schedule" in message for message in found.messages[1:])
     (state,) = loaded
     check_state(state, rank, world_size)
     save(folder, 2)
@@ -288,7 +290,8 @@ def damaged_by_byte(rank: int, world_size: int, folder: Path) -> None:
     assert verify_distributed(CheckpointStore(folder).path(2)) == "model file __1_0.distcp: checksum"
     found = select_verified_checkpoint(config)
     assert found is not None
-    assert (found.step, len(found.messages)) == (1, 1)
+    assert found.step == 1
+    assert ["is damaged" in message for message in found.messages] == [True, False]
     config.model.num_layers = 12
     with pytest.raises(ValueError, match=r"model\.num_layers=12"):
         select_verified_checkpoint(config)
@@ -302,10 +305,12 @@ def test_flipped_byte_is_found_by_all_ranks(saved: Path, tmp_path: Path) -> None
     content[len(content) // 2] ^= 0x10
     shard.write_bytes(content)
     run_ranks(2, damaged_by_byte, tmp_path, timeout_s=TIMEOUT_S)
-    assert check_resume(RunConfig(run_dir=str(tmp_path))) == [
+    found = find_to_resume(RunConfig(run_dir=str(tmp_path)))
+    assert found is not None
+    assert found.messages[0] == (
         "checkpoint step_2 is damaged (model file __1_0.distcp: checksum) and is skipped; "
         "going on from step 1"
-    ]
+    )
 
 
 def failing_saves(rank: int, world_size: int, folder: Path, small_disk: Path | None) -> None:

@@ -223,7 +223,7 @@ def test_plain_values_are_those_that_torch_reads_too() -> None:
         ("model.norm_eps", 1e300, "model.norm_eps=1e"),
         ("model.qk_norm", "other", "model.qk_norm=other"),
         ("model.zero_centered_norm", 1, "model.zero_centered_norm=1"),
-        ("model.layer_attention", "\x1b[2J", r"model.layer_attention=\?\[2J"),
+        ("model.layer_attention", "\x1b[2J", r"model.layer_attention=\\x1b\[2J"),
     ],
 )
 def test_settings_of_other_kinds_are_told(folder: Path, name: str, value: object, rule: str) -> None:

@@ -11,10 +11,11 @@ import pytest
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
-from msa_train.checkpoint.find import check_resume, select_checkpoint
+from msa_train.checkpoint.find import select_checkpoint
 from msa_train.checkpoint.manifest import file_entry, read_manifest, verify_folder
 from msa_train.checkpoint.meta import META_NAME
 from msa_train.runtime.atomic_files import write_json
+from tests.helpers.resume_notes import resume_notes
 from tests.unit.test_training_checkpoint_store import SHARD, config_of, save
 
 PASSWORDS = "../../../../../../../../../../etc/passwd"
@@ -95,7 +96,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "name_up": (listed(PASSWORDS), f"manifest.json: lists '{PASSWORDS}', {NO_NAME}"),
     "name_absolute": (listed("/dev/zero"), f"manifest.json: lists '/dev/zero', {NO_NAME}"),
-    "name_nul": (listed("a\0b"), f"manifest.json: lists 'a?b', {NO_NAME}"),
+    "name_nul": (listed("a\0b"), f"manifest.json: lists 'a\\x00b', {NO_NAME}"),
     "name_of_the_folder": (listed("."), f"manifest.json: lists '.', {NO_NAME}"),
     "name_empty": (listed(""), f"manifest.json: lists '', {NO_NAME}"),
     "unlisted": (unlisted, f"manifest.json: does not list {SHARD}"),
@@ -142,7 +143,7 @@ def test_what_leads_elsewhere_or_cannot_be_is_skipped(tmp_path: Path, kind: str)
         assert found is not None
         assert found.step == 100
     told = f"checkpoint step_200 is damaged ({reason}) and is skipped; going on from step 100"
-    assert check_resume(config) == [told]
+    assert resume_notes(config) == [told]
 
 
 def test_checkpoint_folder_may_be_a_link(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from msa_train.checkpoint import store as checkpoint_store
 from msa_train.checkpoint.compatibility import fingerprint
-from msa_train.checkpoint.find import check_resume, select_checkpoint
+from msa_train.checkpoint.find import select_checkpoint
 from msa_train.checkpoint.manifest import file_entry, verify_folder
 from msa_train.checkpoint.store import CheckpointStore
 from msa_train.config import AttentionConfig, CheckpointConfig, ModelConfig, RunConfig
@@ -119,7 +119,7 @@ def test_structural_damage_is_found_and_skipped(tmp_path: Path, kind: str) -> No
     found = select_checkpoint(config, full=False)
     assert found is not None
     assert (found.step, found.path, found.own) == (100, store.path(100), True)
-    assert check_resume(config) == [
+    assert resume_notes(config) == [
         f"checkpoint step_200 is damaged ({reason}) and is skipped; going on from step 100"
     ]
 
@@ -139,9 +139,9 @@ def test_flipped_byte_is_found_by_the_full_check_only(
     known = select_checkpoint(config, full=False, known_damaged={store.path(200): "it is"})
     assert known is not None
     assert known.messages == ["checkpoint step_200 is damaged (it is) and is skipped; going on from step 100"]
-    assert "checksum" in check_resume(config)[0]
-    monkeypatch.setattr(checkpoint_store, "FULL_CHECK_BYTES", 100)
-    assert check_resume(config) == []
+    assert "checksum" in resume_notes(config)[0]
+    monkeypatch.setattr("msa_train.checkpoint.find.FULL_CHECK_BYTES", 100)
+    assert resume_notes(config) == []
 
 
 def test_meta_with_sound_checksum_but_wrong_content(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_several_damaged_ones_are_each_named(tmp_path: Path) -> None:
     store = save(config, 100, 200, 300)
     truncate(store.path(300))
     flip(store.path(200))
-    assert check_resume(config) == [
+    assert resume_notes(config) == [
         f"checkpoint step_300 is damaged (model file {SHARD}: 100 bytes instead of 2560) and is skipped",
         f"checkpoint step_200 is damaged (model file {SHARD}: checksum) and is skipped; "
         "going on from step 100",
@@ -169,7 +169,7 @@ def test_several_damaged_ones_are_each_named(tmp_path: Path) -> None:
 
 def test_nothing_to_find(tmp_path: Path) -> None:
     assert select_checkpoint(config_of(tmp_path / "absent"), full=True) is None
-    assert check_resume(config_of(tmp_path)) == []
+    assert resume_notes(config_of(tmp_path)) == []
     (tmp_path / "checkpoints" / "notes").mkdir(parents=True)
     assert CheckpointStore(tmp_path).steps() == []
 
@@ -180,7 +180,7 @@ def test_all_damaged_is_an_error_with_a_fix(tmp_path: Path) -> None:
     truncate(store.path(100))
     (store.path(200) / "manifest.json").unlink()
     with pytest.raises(ValueError, match="every checkpoint is damaged") as caught:
-        check_resume(config)
+        resume_notes(config)
     text = str(caught.value)
     assert "\n" not in text
     assert "step_00000200: manifest.json: missing; step_00000100: model file" in text
@@ -192,7 +192,7 @@ def test_another_model_is_refused_with_field_and_values(tmp_path: Path) -> None:
     store = save(config, 100)
     other = replace(config, model=ModelConfig(hidden_size=256, num_layers=8))
     with pytest.raises(ValueError, match="another model") as caught:
-        check_resume(other)
+        resume_notes(other)
     assert str(caught.value) == (
         f"model.num_layers=8: checkpoint {store.path(100)} is of another model, with model.num_layers=3; "
         "set model.num_layers=3, or use another run_dir"
@@ -204,7 +204,7 @@ def test_refusal_comes_before_reading_all_files(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     flip(save(config, 100).path(100))
     with pytest.raises(ValueError, match=r"attention\.topk=4: checkpoint"):
-        check_resume(replace(config, attention=AttentionConfig(topk=4)))
+        resume_notes(replace(config, attention=AttentionConfig(topk=4)))
 
 
 def test_fields_without_say_in_the_weights_may_change(tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_newer_format_is_refused_not_skipped(tmp_path: Path) -> None:
     save(config, 100)
     save(config, 200, format_version=9, msa_train_version="9.0", fingerprint=None, consumed_samples=None)
     with pytest.raises(ValueError, match="step_200 has format 9, written by msa-train 9") as caught:
-        check_resume(config)
+        resume_notes(config)
     assert "upgrade msa-train, or use another run_dir" in str(caught.value)
 
 
@@ -239,10 +239,10 @@ def test_fields_of_older_and_newer_versions(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     older = {key: value for key, value in fingerprint(config).items() if key != "model.qk_norm"}
     save(config, 100, fingerprint=older)
-    assert check_resume(config) == []
+    assert resume_notes(config) == []
     save(config, 200, fingerprint={**fingerprint(config), "model.new_thing": 3})
     with pytest.raises(ValueError, match=r"model.new_thing=3, which msa-train .* does not know"):
-        check_resume(config)
+        resume_notes(config)
 
 
 @pytest.mark.parametrize("form", ["run_dir", "checkpoints", "folder", "renamed"])
@@ -275,30 +275,30 @@ def test_load_skips_damaged_ones_but_not_a_damaged_folder(tmp_path: Path) -> Non
     store = save(config_of(tmp_path / "first"), 100, 200)
     flip(store.path(200))
     config = config_of(tmp_path / "second", tmp_path / "first")
-    assert check_resume(config)[0].endswith("and is skipped; going on from step 100")
+    assert resume_notes(config)[0].endswith("and is skipped; going on from step 100")
     config.checkpoint.load = str(store.path(200))
     with pytest.raises(ValueError, match=r"^checkpoint.load=.*use another checkpoint.load$"):
-        check_resume(config)
+        resume_notes(config)
 
 
 @pytest.mark.parametrize(("name", "state"), [("absent", "does not exist"), ("empty", "has no checkpoint")])
 def test_load_that_leads_nowhere(tmp_path: Path, name: str, state: str) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=rf"^checkpoint.load=.*{name}: {state}; use the run_dir of a run"):
-        check_resume(config_of(tmp_path / "run", tmp_path / name))
+        resume_notes(config_of(tmp_path / "run", tmp_path / name))
 
 
 def test_load_allows_what_a_context_extension_changes(tmp_path: Path) -> None:
     save(config_of(tmp_path / "first"), 100)
     config = config_of(tmp_path / "second", tmp_path / "first")
     config.model.rope_theta, config.attention.topk = 5e6, 32
-    assert check_resume(config) == [
+    assert resume_notes(config) == [
         "model.rope_theta=5000000.0: the checkpoint was trained with 10.0",
         "attention.topk=32: the checkpoint was trained with 16",
     ]
     config.model.num_heads = 8
     with pytest.raises(ValueError, match=r"model\.num_heads=8: .*use another checkpoint\.load"):
-        check_resume(config)
+        resume_notes(config)
 
 
 def test_state_of_another_optimizer_is_refused(tmp_path: Path) -> None:
@@ -307,12 +307,12 @@ def test_state_of_another_optimizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"^optim.algorithm=adamw: checkpoint step_100 has the state of muon; "
     ):
-        check_resume(config)
+        resume_notes(config)
     other = config_of(tmp_path / "other", tmp_path / "run")
     with pytest.raises(ValueError, match="has the state of muon"):
-        check_resume(other)
+        resume_notes(other)
     other.checkpoint.load_weights_only = True
-    assert check_resume(other) == []
+    assert resume_notes(other) == []
 
 
 def test_publish_replaces_a_damaged_checkpoint_of_the_same_step(tmp_path: Path) -> None:
@@ -509,7 +509,7 @@ def test_latest_follows(tmp_path: Path) -> None:
 
 def test_space_is_asked_for_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = save(config_of(tmp_path), 100)
-    monkeypatch.setattr("msa_train.runtime.atomic_files.free_bytes", lambda _: 2 * 10**9)
+    monkeypatch.setattr("msa_train.checkpoint.store.free_bytes", lambda _: 2 * 10**9)
     store.check_space(10**9)
     text = (
         f"it needs 3 GB and {store.folder} has 2 GB free, the checkpoint of step 100 stays; free some space"
@@ -530,6 +530,7 @@ def test_prune_does_not_count_later_checkpoints_of_before_going_back(tmp_path: P
 WRITER = """
 import sys, time
 from pathlib import Path
+from tests.helpers.resume_notes import resume_notes
 from tests.unit.test_training_checkpoint_store import config_of, fill
 from msa_train.checkpoint.store import CheckpointStore
 

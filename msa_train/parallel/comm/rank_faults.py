@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from msa_train.parallel.comm.purposes import POINTS
+
 # Seconds between looks at the store, and until a rank that does not answer counts as missing.
 POLL_S = 0.5
 GRACE_S = 5.0
@@ -32,44 +34,6 @@ _LOST = re.compile(
 # Likewise of a rank that has no more memory, on a CPU; a GPU's is an error of its own
 _NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)
 
-# What a purpose of `CpComm` is called in messages.
-POINTS = {
-    "index_key": "gathering index keys",
-    "index_key_grad": "returning gradients of index keys",
-    "request_shape": "comparing shapes of block requests",
-    "request": "exchanging block requests",
-    "kv": "fetching keys and values",
-    "kv_outer": "fetching keys and values from other nodes",
-    "kv_hot": "broadcasting hot keys and values",
-    "kv_again": "fetching keys and values again",
-    "kv_again_outer": "fetching keys and values from other nodes again",
-    "kv_again_hot": "broadcasting hot keys and values again",
-    "kv_grad": "returning gradients of keys and values",
-    "kv_grad_outer": "returning gradients of keys and values to other nodes",
-    "kv_grad_hot": "reducing gradients of hot keys and values",
-    "full_kv": "fetching keys and values of a full-attention layer",
-    "full_kv_again": "fetching keys and values of a full-attention layer again",
-    "full_kv_grad": "returning gradients of keys and values of a full-attention layer",
-    "index_query": "moving index queries to ranks with less work",
-    "full_query": "moving queries of a full-attention layer to ranks with less work",
-    "full_query_grad": "returning gradients of queries that moved",
-    "heads": "trading tokens for KV groups",
-    "heads_grad": "returning gradients of traded tokens",
-    "probe": "comparing the selection with full attention",
-    "calibration": "measuring rates of the exchange",
-    "expert": "exchanging tokens with the experts' ranks",
-    "step_counts": "counting the tokens of a step",
-    "grad": "reducing gradients",
-    "grad_norm": "adding up the gradient norm",
-    "step": "forward, backward and update of a step",
-    "judge": "judging a step",
-    "metrics": "gathering metrics",
-    "validation": "adding up the validation loss",
-    "stop": "asking whether to stop after a step",
-    "save": "saving or loading a checkpoint",
-    "set_up": "building process groups and loading",
-    "end": "meeting at the end of the run",
-}
 # Of these every rank expects the same number of bytes.
 _SAME_SIZE = ("index_key", "request_shape", "request")
 

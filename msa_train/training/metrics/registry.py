@@ -8,7 +8,7 @@ which ranks add it up.
 from collections.abc import Mapping
 from typing import Any
 
-from msa_train.parallel.comm.rank_faults import POINTS
+from msa_train.parallel.comm.purposes import POINTS
 from msa_train.training.metrics.metric import Chart, InSummary, Metric, OverRanks, Parts
 
 _same, _rank_0, _max = OverRanks.same, OverRanks.rank_0, OverRanks.max

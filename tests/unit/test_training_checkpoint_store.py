@@ -21,6 +21,7 @@ from msa_train.checkpoint.manifest import file_entry, verify_folder
 from msa_train.checkpoint.store import CheckpointStore
 from msa_train.config import AttentionConfig, CheckpointConfig, ModelConfig, RunConfig
 from msa_train.runtime.atomic_files import write_json
+from tests.helpers.resume_notes import resume_notes
 
 SHARD = "__0_0.distcp"
 
@@ -530,7 +531,6 @@ def test_prune_does_not_count_later_checkpoints_of_before_going_back(tmp_path: P
 WRITER = """
 import sys, time
 from pathlib import Path
-from tests.helpers.resume_notes import resume_notes
 from tests.unit.test_training_checkpoint_store import config_of, fill
 from msa_train.checkpoint.store import CheckpointStore
 

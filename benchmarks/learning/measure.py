@@ -56,7 +56,7 @@ class Meter:
         if not torch.is_grad_enabled():
             params = kwargs["packed_seq_params"]
             hidden = inputs[0] if inputs else kwargs["hidden_states"]
-            q, k, _ = module._project(hidden, params)
+            q, k, _ = module._project(hidden, params.context)
             self._seen.layers[module.layer_number] = q, k, params.record.block_indices
 
     @torch.no_grad()

@@ -38,6 +38,20 @@ class AttentionSubmodules:
     "output projection, cut by row"
 
 
+@dataclass(slots=True)
+class AttentionInputs:
+    """What attention proper computes with, normalised and rotated."""
+
+    q: Tensor
+    "[T, M, G, D]"
+    k: Tensor
+    "[T, M, D]"
+    v: Tensor
+    "[T, M, D]"
+    index: PendingIndexKeys | None
+    "index queries and keys; None in layers without an index branch"
+
+
 class GroupedQueryAttention(MegatronModule, ABC):
     """Apply projections, query/key norm and rotary embedding around an attention over the split sequence.
 
@@ -113,12 +127,11 @@ class GroupedQueryAttention(MegatronModule, ABC):
         """Attend: hidden_states [T, 1, H] -> (output [T, 1, H], None), Megatron's contract of attention."""
         context, record = packed_seq_params.context, packed_seq_params.record
         # First what travels, then what is computed meanwhile.
-        started = self.start(hidden_states, context)
-        q, k, v = self._project(hidden_states, context)
-        if context.ulysses is None:
-            out = self.attend(started, q, k, v, context, record)
-        else:
-            out = self._attend_by_heads(started, q, k, v, context, record)
+        # index keys leave first, so that they travel while queries, keys and values are projected
+        index = self.start(hidden_states, context)
+        inputs = AttentionInputs(*self._project(hidden_states, context), index)
+        attend = self.attend if context.ulysses is None else self._attend_by_heads
+        out = attend(inputs, context, record)
         return self.linear_proj(out.reshape(out.shape[0], 1, -1))
 
     def start(self, hidden_states: Tensor, context: PackContext) -> PendingIndexKeys | None:
@@ -140,13 +153,7 @@ class GroupedQueryAttention(MegatronModule, ABC):
         return apply_rotary(q, context.rotary), apply_rotary(k, context.rotary), v
 
     def _attend_by_heads(
-        self,
-        started: PendingIndexKeys | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        context: PackContext,
-        record: SelectionRecord,
+        self, inputs: AttentionInputs, context: PackContext, record: SelectionRecord
     ) -> Tensor:
         """Run `attend` on the tokens of the Ulysses group and this rank's share of the KV heads.
 
@@ -157,27 +164,20 @@ class GroupedQueryAttention(MegatronModule, ABC):
         assert comm is not None, "Ulysses inputs come with their group"
         assert ulysses is not None, "called where there are Ulysses groups"
         # One tensor [T, M, G * D + 2 * D (+ Di)], for one message to each rank in place of four.
-        parts = [q.flatten(2), k, v] if started is None else [q.flatten(2), k, v, started.q]
+        index, parts = inputs.index, [inputs.q.flatten(2), inputs.k, inputs.v]
+        if index is not None:
+            parts.append(index.q)
         mixed = cp_to_hp(torch.cat(parts, dim=-1), comm, ulysses.order)
         # What is sent on must lie in one piece.
-        q, k, v, *index = (x.contiguous() for x in mixed.split([part.shape[-1] for part in parts], dim=-1))
-        if started is not None:
-            k_index = gather_tokens(started.k, comm, ulysses.order)
-            started = replace(started, q=index[0], k=k_index)
-        q = q.unflatten(-1, (self.heads_per_group, self.head_dim))
-        out = self.attend(started, q, k, v, context.of_ulysses_group(), record)
+        q, k, v, *q_index = (x.contiguous() for x in mixed.split([part.shape[-1] for part in parts], dim=-1))
+        if index is not None:
+            index = replace(index, q=q_index[0], k=gather_tokens(index.k, comm, ulysses.order))
+        traded = AttentionInputs(q.unflatten(-1, (self.heads_per_group, self.head_dim)), k, v, index)
+        out = self.attend(traded, context.of_ulysses_group(), record)
         return hp_to_cp(out, comm, ulysses.order)
 
     @abstractmethod
-    def attend(
-        self,
-        started: PendingIndexKeys | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        context: PackContext,
-        record: SelectionRecord,
-    ) -> Tensor:
+    def attend(self, inputs: AttentionInputs, context: PackContext, record: SelectionRecord) -> Tensor:
         """Attend to what this kind of layer sees.
 
         Args:

@@ -32,7 +32,7 @@ from msa_kernels import select_blocks
 from torch import Tensor
 
 from msa_train.config import StageAttention
-from msa_train.model.attention.base import GroupedQueryAttention
+from msa_train.model.attention.base import AttentionInputs, GroupedQueryAttention
 from msa_train.model.attention.index_branch import IndexBranch, PendingIndexKeys
 from msa_train.model.inputs.layer_stats import LayerStats
 from msa_train.model.inputs.pack_params import PackContext, SelectionRecord
@@ -53,25 +53,17 @@ class MsaSelfAttention(GroupedQueryAttention):
         super().__init__(config, *args, **kwargs)
         self.index_branch = IndexBranch(config, kwargs["pg_collection"])
 
-    def attend(
-        self,
-        started: PendingIndexKeys | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        context: PackContext,
-        record: SelectionRecord,
-    ) -> Tensor:
+    def attend(self, inputs: AttentionInputs, context: PackContext, record: SelectionRecord) -> Tensor:
         """See GroupedQueryAttention.attend."""
-        pack = context.pack
-        assert started is not None, "index queries and keys were projected first"
-        q_index, k_index = started.q, started.k
-        if started.all_keys is None:
+        pack, index, q, k, v = context.pack, inputs.index, inputs.q, inputs.k, inputs.v
+        assert index is not None, "index queries and keys were projected first"
+        q_index, k_index = index.q, index.k
+        if index.all_keys is None:
             # Zero gradients for the index branch, and not none: gradient hooks wait for every parameter.
             return cp_full_attention(q, k, v, self.full_attention_args(context), q_index, k_index)
-        all_keys = started.layout.in_order(started.all_keys.wait())
+        all_keys = index.layout.in_order(index.all_keys.wait())
         if context.attention is StageAttention.dense:
-            return self._attend_densely(q, k, v, started, all_keys, context, record)
+            return self._attend_densely(inputs, index, all_keys, context, record)
         # A recomputed layer finds its selection in the record: ties could otherwise fall another way.
         if record.block_indices is None:
             record.block_indices = self._select(q_index, all_keys, context)
@@ -122,16 +114,14 @@ class MsaSelfAttention(GroupedQueryAttention):
 
     def _attend_densely(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        started: PendingIndexKeys,
+        inputs: AttentionInputs,
+        index: PendingIndexKeys,
         all_keys: Tensor,
         context: PackContext,
         record: SelectionRecord,
     ) -> Tensor:
         """Attend fully; the index branch learns from all causal tokens."""
-        q_index, k_index = started.q, started.k
+        q, k, v, q_index, k_index = inputs.q, inputs.k, inputs.v, index.q, index.k
         if context.recall is not None and not record.replaying:
             rows = context.recall.rows
             # Nothing is selected in a dense stage: only the sampled queries show what would be.

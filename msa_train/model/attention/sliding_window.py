@@ -3,8 +3,7 @@
 from msa_kernels import window_blocks
 from torch import Tensor
 
-from msa_train.model.attention.base import GroupedQueryAttention
-from msa_train.model.attention.index_branch import PendingIndexKeys
+from msa_train.model.attention.base import AttentionInputs, GroupedQueryAttention
 from msa_train.model.inputs.pack_params import PackContext, SelectionRecord
 from msa_train.parallel.attention.cp_sparse import SparseAttentionArgs, cp_sparse_attention
 
@@ -12,15 +11,7 @@ from msa_train.parallel.attention.cp_sparse import SparseAttentionArgs, cp_spars
 class WindowSelfAttention(GroupedQueryAttention):
     """Run a causal sliding window within documents, with a sink: position decides which blocks travel."""
 
-    def attend(
-        self,
-        started: PendingIndexKeys | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        context: PackContext,
-        record: SelectionRecord,
-    ) -> Tensor:
+    def attend(self, inputs: AttentionInputs, context: PackContext, record: SelectionRecord) -> Tensor:
         """See GroupedQueryAttention.attend."""
         pack, attention = context.pack, self.config.attention
         block_indices, window = window_blocks(
@@ -35,7 +26,7 @@ class WindowSelfAttention(GroupedQueryAttention):
         # All KV heads see the same blocks; blocks follow from positions, but the exchange is that of MSA
         # layers.
         call = SparseAttentionArgs(
-            block_indices=block_indices[:, None].expand(-1, k.shape[1], -1),
+            block_indices=block_indices[:, None].expand(-1, inputs.k.shape[1], -1),
             position=pack.position,
             layout=pack.layout,
             comm=self.kv_comm(context),
@@ -46,6 +37,6 @@ class WindowSelfAttention(GroupedQueryAttention):
             window=window,
             kernel=attention.kernel,
         )
-        out, decision = cp_sparse_attention(q, k, v, None, None, call)
+        out, decision = cp_sparse_attention(inputs.q, inputs.k, inputs.v, None, None, call)
         self._record(decision, context, record)
         return out

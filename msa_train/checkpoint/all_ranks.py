@@ -51,7 +51,8 @@ def run_on_all_ranks(work: Callable[[], T], group: dist.ProcessGroup | None) -> 
     them. So results are names, counts and checksums, never tensors.
 
     Args:
-        work: this rank's part; must not wait for other ranks, or catch what they raise.
+        work: this rank's part. Where it has collectives of its own, no rank may fail alone before them: the
+            others would wait in them.
         group: all ranks; the default group if None.
 
     Returns:

@@ -194,7 +194,7 @@ class CheckpointStore:
     def remove_after(self, step: int) -> list[int]:
         """Remove published checkpoints of later steps, newest first: the run has gone back to this one.
 
-        Newest first, so that a crash on the way leaves no gap that looks like a run of other steps.
+        Newest first, so that a crash on the way leaves no gap between those that stay.
 
         Returns:
             The removed steps.

@@ -241,7 +241,7 @@ class Trainer:
             )
 
     def _due(self, step: int, every: int) -> bool:
-        """Tell whether something is due after a step: at multiples of `every` (0: never) and after the last."""
+        """Tell whether something is due after a step: at multiples of `every` (0: never), and the last."""
         return every > 0 and (step % every == 0 or step == self.total_steps)
 
     def _step(self, step: int, stage: Stage, stream: BatchStream) -> dict[str, Any]:
@@ -301,7 +301,7 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """Compute the mean loss, nats per token, of the same held-out packs each time, as the stage attends.
 
-        Example: 5 packs on 2 data-parallel ranks: rounds (0, 1), (2, 3), (4, 4); the second 4 counts nothing.
+        Example: 5 packs on 2 data-parallel ranks: (0, 1), (2, 3), (4, 4), of which the last counts nothing.
         """
         dataset = self.data.validation[self.engine.stage.seq_len]
         assert dataset is not None, "asked for only where there are held-out documents"

@@ -107,8 +107,8 @@ class TorchEngine(TrainEngine):
         """
         clip = self.config.optim.clip_grad
         if clip > 0 and norm > clip:
-            # torch and Megatron have the small term against a norm of zero, as they divide first. Here the norm
-            # is above the limit; the term stays so that the engines agree.
+            # torch and Megatron have the small term against a norm of zero, as they divide first. Here the
+            # norm is above the limit; the term stays so that the engines agree.
             self.gradients.scale(clip / (norm + 1e-6))
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             master.grad = self.gradients.view(parameter)

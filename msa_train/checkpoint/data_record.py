@@ -94,11 +94,13 @@ def resume_record(
         ValueError: naming the value, the rule and the fix, if the data are others and nobody accepts that.
     """
     now = record_of(config, corpus)
+    # with the weights alone a run begins at step 0, so no pack of it was seen
     if found is None or found.weights_only:
         return now, []
     meta = found.meta.get("data")
     then: dict[str, Any] = meta if isinstance(meta, dict) else {}
     changes = [*_changes(now, then, found.step), *_batch_change(config, found)]
+    # the run's history, whatever its settings are now
     now.since_step, now.before = then.get("since_step", 0), then.get("before", [])
     notes = _length_change(config, found)
     if not then:
@@ -109,6 +111,7 @@ def resume_record(
     if not config.checkpoint.accept_other_data:
         rule, fix = changes[0]
         raise ValueError(f"{rule}; {fix}, or {SWITCH} if it is meant{_others(changes)}")
+    # without what was before in it, or each record would hold all earlier ones again
     if then:
         now.before = [*now.before, {key: value for key, value in then.items() if key != "before"}]
     now.since_step = found.step
@@ -174,6 +177,7 @@ def _batch_change(config: RunConfig, found: ResumePoint) -> list[tuple[str, str]
 def _length_change(config: RunConfig, found: ResumePoint) -> list[str]:
     """Say that packs have another length; only said, since checkpoints are often loaded for longer ones."""
     stages: Any = found.meta.get("stages")
+    # the last stage that had begun is the checkpoint's
     then = stages[-1].get("seq_len") if stages and not found.own else None
     now = stage_at(plan_stages(config), max(found.step - 1, 0)).seq_len
     if then is None or then == now:

@@ -153,6 +153,7 @@ def _diff_tensor(
         a, b = (
             reader.rows(key, first_row, count).double() for reader, key in zip(readers, keys, strict=True)
         )
+        # two that are both not a number are the same: a spoilt checkpoint does not differ from itself
         is_different = ~((a == b) | (a.isnan() & b.isnan()))
         result.num_elements += a.numel()
         result.num_different += int(is_different.sum())

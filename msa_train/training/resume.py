@@ -49,9 +49,11 @@ def resume(config: RunConfig, engine: TrainEngine) -> Resumed:
         else:
             restore(found, engine)
 
+    # tries older ones where the newest is damaged or not finite, so `load` may be called again
     found = load_newest(config, load)
     if found is None:
         return Resumed(0, [])
+    # the bad steps of the other run are none of this one's
     if found.weights_only:
         lines = [*found.messages, f"starting from the weights of {found.path}", *_new_branches(lacking)]
         return Resumed(0, lines)

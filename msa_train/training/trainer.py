@@ -102,6 +102,7 @@ class Trainer:
         self.watchdog = Watchdog(
             config.watchdog.timeout_s, f"rank {groups.rank}", stands_at=self._stands_at, tell=_tell_stalled
         )
+        # a step of many packs may take longer than the watchdog waits
         engine.forward.on_pack = lambda: self.watchdog.beat(f"a pack of step {self._step_number} began")
         self._step_number = 0
         self.stopped: preemption.StopRecord | None = None

@@ -73,6 +73,7 @@ def run_worker(config: RunConfig) -> None:
     try:
         _work(config, device, watch)
     except Exception as error:
+        # Where another rank failed, this one's error is a broken connection; the watch knows the true cause.
         ending = error if watch is None else watch.ending(error)
         if ending is error:
             raise
@@ -96,11 +97,13 @@ def _work(config: RunConfig, device: torch.device, watch: FaultWatch | None) -> 
     store = CheckpointStore(config.run_dir)
     resumed = resume(config, engine)
     first_step, messages = resumed.step, resumed.messages
+    # not before the first step is known: metrics of later steps are dropped, as they come again
     reporting = _reporting(config, first_step) if groups.rank == 0 else None
     if reporting is not None:
         for line in (*_opening(config, groups, first_step), *messages):
             reporting.progress.note(line)
     trainer = Trainer(config, groups, engine, data, store, reporting)
+    # before the first step: which packs it has depends on what was passed over
     trainer.bad_steps.restore(resumed.bad_steps)
     last = trainer.run(first_step)
     # everything is saved; a signal now must not cut the report short

@@ -67,6 +67,7 @@ class ShardedWriter:
         """
         assert piece.dim() == len(shape) == len(offsets), f"{key}: {tuple(piece.shape)} of {tuple(shape)}"
         properties = TensorProperties(dtype=piece.dtype)
+        # the first piece declares the tensor, each adds a box
         entry = self._metadata.setdefault(
             key, TensorStorageMetadata(properties=properties, size=torch.Size(shape), chunks=[])
         )
@@ -87,11 +88,13 @@ class ShardedWriter:
     def close(self) -> None:
         """Write what Megatron reads first, and bring everything to the disk."""
         self._end_file()
+        # after all pieces, since it says where they are: a folder without it is no checkpoint
         metadata = Metadata(
             state_dict_metadata=self._metadata, storage_data=self._places, storage_meta=StorageMeta()
         )
         with self._new_file(METADATA_NAME) as stream:
             pickle.dump(metadata, stream)
+        # there is no common data, but Megatron opens the file
         with self._new_file(COMMON_NAME) as stream:
             torch.save({}, cast(IO[bytes], stream))
         save_config(CheckpointingConfig("torch_dist", 1), str(self.folder))
@@ -208,6 +211,7 @@ class ShardedReader:
 
     def _read(self, index: MetadataIndex, row: int, out: Tensor) -> None:
         """Fill `out`, [rows, columns of the box], from `row` of a box on, counted over its experts."""
+        # straight to their place, unless the box is narrower than the tensor and leaves gaps there
         rows = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype)
         with (self.folder / self._places[index].relative_path).open("rb") as file:
             if index not in self._first_bytes:

@@ -88,6 +88,7 @@ class _ObjectScanner(_Scanner):
             raise pickle.UnpicklingError(f"names {module}.{name}, which no plain value does")
 
     def persistent_load(self, pid: Any, /) -> Any:
+        # a tensor's numbers, which lie beside the pickle and are no code
         return None
 
 
@@ -168,6 +169,7 @@ def check_object(data: bytes, name: str) -> None:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             (entry,) = (one for one in archive.infolist() if one.filename.endswith("/data.pkl"))
+            # some KB that unpack to any size; torch.save never compresses
             if entry.compress_type != zipfile.ZIP_STORED:
                 raise pickle.UnpicklingError("is compressed")
             content = archive.read(entry)
@@ -182,6 +184,7 @@ def _scanned(data: bytes, folder: Path) -> Any:
         metadata = _unpickled(_Scanner(io.BytesIO(data)))
         for place in metadata.state["storage_data"].values():
             path, begin, length = (place.state[name] for name in ("relative_path", "offset", "length"))
+            # readers open what stands here, so no place may lead elsewhere
             if Path(path).name != path or path in ("", ".."):
                 raise pickle.UnpicklingError(f"leads to {path}, outside of the checkpoint")
             if not (type(begin) is type(length) is int and begin >= 0 and length >= 0):
@@ -211,6 +214,7 @@ def _stored_objects(folder: Path) -> Iterator[tuple[str, bytes]]:
         metadata = _scanned(_content(folder / METADATA_NAME), folder).state
         entries, places = metadata["state_dict_metadata"], metadata["storage_data"]
         for index, place in places.items():
+            # by the name of its type: these are stand-ins
             key = index.state["fqn"]
             if type(entries.get(key)).__name__ != "BytesStorageMetadata":
                 continue

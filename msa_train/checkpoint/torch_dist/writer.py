@@ -37,7 +37,7 @@ class _Bytes(io.BytesIO):
     """
 
     def getbuffer(self) -> memoryview:
-        """The content, read only."""
+        """Return the content, read only."""
         return memoryview(self.getvalue())
 
 

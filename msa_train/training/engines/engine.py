@@ -67,6 +67,7 @@ class TrainEngine(ABC):
         So they are the same in every layout.
         """
         groups = self.groups
+        # embedding and output belong to the first and last pipeline stage
         model = build_model(
             self.config,
             groups.collection,
@@ -165,6 +166,7 @@ def checkpoint_metadata(groups: Groups) -> dict[str, Any]:
 def reset_token_counts(model: MsaGptModel) -> None:
     """Forget tokens counted towards the expert bias."""
     for module in model.modules():
+        # Megatron's name, in routers that balance the load by a bias
         counts = getattr(module, "local_tokens_per_expert", None)
         if counts is not None:
             counts.zero_()

@@ -60,6 +60,7 @@ def kv_bytes_all_gather(
         seq_len: tokens of a pack.
         attention: of the stage.
     """
+    # Ulysses ranks share the KV heads of one shard: together they receive what one rank without them would.
     model, cp_size = config.model, config.parallel.cp_size // config.parallel.cp_head_size
     kinds = {AttentionKind.swa}
     if attention is StageAttention.sparse:
@@ -115,6 +116,7 @@ class StepMetrics:
         values: dict[str, Any] = {
             # sum over all ranks / labels of all ranks; tensor-parallel copies are left out by counts_loss
             "lm_loss": float(sums["loss"]) / batch.num_labels,
+            # of all places that the step's packs have
             "padding_share": 1 - batch.num_tokens / (batch.num_packs * stage.seq_len),
             "grad_norm": result.grad_norm,
         }
@@ -133,6 +135,7 @@ class StepMetrics:
         """Name the bytes that all ranks received: [declared purposes], and what an all-gather would move."""
         values: dict[str, int] = {}
         for metric, num_bytes in zip(_TRAFFIC, map(int, traffic.tolist()), strict=True):
+            # counted apart by `CpComm`, but part of the whole, which the registry declares before it
             if metric.part_of:
                 values[metric.part_of] += num_bytes
             if num_bytes or not metric.part_of:
@@ -160,6 +163,7 @@ class StepMetrics:
         """
         if self.config.parallel.kv_exchange is not KvExchange.auto or not calls[:, 1].any():
             return {}
+        # a layer without a call, in another kind of stage, has share 0 and not 0 / 0
         share = calls[:, 0] / calls[:, 1].clamp(min=1)
         return {
             "auto_selected": float(calls[:, 0].sum() / calls[:, 1].sum()),
@@ -223,6 +227,7 @@ class StepMetrics:
             used = torch.cuda.max_memory_allocated(device)
         else:
             used = psutil.Process().memory_info().rss
+        # a maximum cannot ride in the sum above: an all-reduce of its own, of 8 bytes
         largest = torch.tensor(float(used), dtype=torch.float64, device=device)
         with watched("metrics"):
             dist.all_reduce(largest, op=dist.ReduceOp.MAX)

@@ -47,6 +47,7 @@ class MuonAdamW:
 
     def _adamw_groups(self) -> list[dict[str, Any]]:
         """Group matrices with weight decay and the rest without, of the backbone and of the index branch."""
+        # vectors are norms and biases, which as usual do not decay
         rest = [p for p in self._parameters if id(p) not in self._pieces]
         return [
             {
@@ -66,6 +67,7 @@ class MuonAdamW:
         for index in (False, True):
             owners = [i for i in self._pieces if (i in self._index_ids) is index]
             pieces = [piece for i in owners for piece in self._pieces[i]]
+            # torch decays by the group's rate times this, at the peak 0.02 x 0.1 where AdamW has 3e-4 x 0.1
             if pieces:
                 groups.append({"params": pieces, "weight_decay": self._weight_decay(index), "index": index})
         return groups
@@ -113,6 +115,7 @@ class MuonAdamW:
         no second one.
         """
         if id(parameter) in self._pieces:
+            # buffer = momentum * buffer + (1 - momentum) * gradient, as exp_avg with beta1
             momentum = torch.cat([buffer for _, buffer in self._momenta(parameter)])
             return momentum, torch.zeros_like(parameter)
         state = self._adamw_state(parameter)

@@ -85,6 +85,7 @@ class StepGuard:
             batch: the step's packs and global counts.
         """
         self._judged = _Judged()
+        # nothing is exchanged then; what is not finite ends the run after the step, before a save
         if not self.bad_steps.judges:
             return None
 
@@ -194,6 +195,7 @@ class StepGuard:
         Raises:
             DivergedError: if there is none.
         """
+        # rank 0 looks for all: to others a folder may show a moment later, and all must load the same
         saved = run_on_all_ranks(lambda: self.store.steps() if self.groups.rank == 0 else [], None)[0]
         later = {self.store.path(step): "later" for step in saved if step > bad.last_good}
         if len(later) == len(saved):

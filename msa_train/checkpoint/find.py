@@ -65,7 +65,7 @@ def select_checkpoint(
     Args:
         config: the whole run.
         full: compare checksums of all files, not only their sizes.
-        known_damaged: reason by folder, for checkpoints that were damaged in another way.
+        known_damaged: reason by folder, of checkpoints that another check has found damaged.
 
     Returns:
         None if neither is there: the run begins with new weights.

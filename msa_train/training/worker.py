@@ -6,7 +6,7 @@ configuration. Each of them does the following, and where it says "all ranks" th
     init_distributed     all ranks   torch.distributed, one group of all ranks
     start_watch                      names missing ranks, and ends this process when one is lost
     build_groups         all ranks   process groups: tp, pp, cp, dp, ep and those of the key/value exchange
-    load_data                        memory-mapped packs, as run_dir/data.json announces them
+    load_data                        packs of the corpus that run_dir/data.json announces
     check_agreement      all ranks   everybody has the same documents
     build_engine         all ranks   model with fresh weights, gradient buffers, optimizer
     resume               all ranks   the newest sound checkpoint into the engine, if any

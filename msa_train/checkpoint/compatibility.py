@@ -15,7 +15,7 @@ from msa_train.config import AttentionKind, RunConfig, plan_stages, total_steps
 from msa_train.config.lr_schedule import next_lr, schedule_steps
 
 INDEX_NAME = ".metadata"
-"Megatron's list of all tensors; a pickle, of which only the text is looked at"
+"Megatron's list of all tensors; a pickle, of which only the text is searched: nothing is imported or run"
 
 
 _MOMENTS = re.compile(rb"optimizer\.state\.exp_avg\.")
@@ -60,7 +60,10 @@ def check_index_moments(folder: Path, config: RunConfig) -> None:
 
 
 def _has_index_moments(folder: Path) -> bool | None:
-    """None where there is no such file, or none with moments: other checks speak of that."""
+    """Tell whether the optimizer has moments of an index branch; None without file or moments.
+
+    Other checks speak of what is absent.
+    """
     try:
         with (
             (folder / INDEX_NAME).open("rb") as file,
@@ -72,12 +75,28 @@ def _has_index_moments(folder: Path) -> bool | None:
 
 
 def schedule_record(config: RunConfig, step: int) -> dict[str, Any]:
-    """What a checkpoint keeps of the schedule: its length, and the learning rate that would come next."""
+    """Return what a checkpoint keeps of the schedule: its length, and the learning rate that would come next.
+
+    Args:
+        config: the run that saves.
+        step: updates made.
+    """
     return {"steps": schedule_steps(config), "next_lr": next_lr(config, step)}
 
 
 def schedule_notes(meta: dict[str, Any], config: RunConfig) -> list[str]:
-    """What to tell the user where the learning rate goes on with a step up or down; mostly nothing."""
+    """Tell where the learning rate goes on with a step up or down; mostly nothing.
+
+    The rate is a function of the step alone, so one number, the rate that would have come next, shows any
+    change of schedule, warm-up or peak.
+
+    Args:
+        meta: meta.json of the checkpoint.
+        config: the run that goes on.
+
+    Returns:
+        Lines for the user.
+    """
     recorded, step = meta.get("schedule"), meta["step"]
     if step >= total_steps(config):
         return []
@@ -109,6 +128,8 @@ def check_recorded_stages(meta: dict[str, Any], config: RunConfig) -> None:
     """
     step, plan = meta["step"], plan_stages(config)
     for index, recorded in enumerate(meta.get("stages", [])):
+        # The checkpoint's own stage may still get longer or shorter; a stage that is over is history, and so
+        # is where the next one began.
         is_over = recorded["first_step"] + recorded["num_steps"] <= step and index + 1 < len(plan)
         planned = plan[index].record() if index < len(plan) else {}
         for key, value in recorded.items():
@@ -126,7 +147,7 @@ def check_recorded_stages(meta: dict[str, Any], config: RunConfig) -> None:
 WEIGHTS_CONTENT = "weights"
 
 
-# Neither shapes nor the meaning of the weights
+# Change neither shapes nor the meaning of the weights: initial scales, names, rates and losses
 _NOT_OF_THE_MODEL = {
     "model.name",
     "model.init_std",
@@ -155,7 +176,10 @@ _CHANGED_WITH_WEIGHTS = {"model.layer_attention"}
 
 
 def fingerprint(config: RunConfig) -> dict[str, object]:
-    """Fields that decide shapes and meaning of the weights, e.g. {"model.num_heads": 4, ...}; plain JSON."""
+    """Collect the fields that decide shapes and meaning of the weights; plain JSON.
+
+    Example: {"model.num_heads": 4, "model.layer_attention": "full*1,msa*2", "attention.window": None, ...}.
+    """
     result: dict[str, object] = {}
     for section, part in (("model", config.model), ("attention", config.attention)):
         for field in fields(part):
@@ -164,18 +188,32 @@ def fingerprint(config: RunConfig) -> dict[str, object]:
     if AttentionKind.swa not in config.model.attention_kinds():
         # a window that no layer has may change
         result |= {"attention.window": None, "attention.window_sink": None}
+    # Run lengths, so that "full,msa" over 3 layers and "full*1,msa*2" are the same model.
     kinds = [(kind.value, len(list(run))) for kind, run in groupby(config.model.attention_kinds())]
     result["model.layer_attention"] = ",".join(f"{kind}*{count}" for kind, count in kinds)
     return {key: value for key, value in result.items() if key not in _NOT_OF_THE_MODEL}
 
 
 def takes_weights_only(meta: dict[str, Any], config: RunConfig) -> bool:
-    """Whether only the model is taken from another run's checkpoint: asked for, or there is nothing else."""
+    """Tell whether only the model is taken from another run's checkpoint, as asked or as all there is."""
     return config.checkpoint.load_weights_only or meta.get("content") == WEIGHTS_CONTENT
 
 
 def check_usable(meta: dict[str, Any], folder: Path, config: RunConfig, *, own: bool) -> list[str]:
-    """Refuse newer formats and other models; returns what the user should know."""
+    """Refuse newer formats and other models.
+
+    Args:
+        meta: meta.json of the checkpoint.
+        folder: the checkpoint.
+        config: the run that goes on from it.
+        own: it is in the run's own run_dir, so all of it must fit; from another run, extensions may change.
+
+    Returns:
+        Lines that the user should know.
+
+    Raises:
+        ValueError: naming the value, the rule and the fix.
+    """
     setting, fix = setting_and_fix(config, own=own)
     if meta["format_version"] > FORMAT_VERSION:
         raise ValueError(
@@ -187,6 +225,7 @@ def check_usable(meta: dict[str, Any], folder: Path, config: RunConfig, *, own: 
     may_change = set() if own else set(_CHANGED_BY_EXTENSION)
     if not own and takes_weights_only(meta, config):
         may_change |= _CHANGED_WITH_WEIGHTS
+        # no index branch there, so its size was a setting without effect
         if AttentionKind.msa.value not in str(theirs.get("model.layer_attention")):
             may_change.add("attention.index_head_dim")
     for key in dict.fromkeys([*ours, *theirs]):
@@ -208,6 +247,7 @@ def check_usable(meta: dict[str, Any], folder: Path, config: RunConfig, *, own: 
     _check_data_position(meta, folder, config, own=own)
     if own:
         check_recorded_stages(meta, config)
+    # both matter only to a run that goes on with optimizer and schedule
     if own or not takes_weights_only(meta, config):
         check_index_moments(folder, config)
         notes += schedule_notes(meta, config)
@@ -215,7 +255,7 @@ def check_usable(meta: dict[str, Any], folder: Path, config: RunConfig, *, own: 
 
 
 def _check_optimizer(meta: dict[str, Any], folder: Path, config: RunConfig, *, own: bool) -> None:
-    """The moments of one algorithm mean nothing to another."""
+    """Refuse the state of another algorithm: the moments of one mean nothing to another."""
     ours, theirs = config.optim.algorithm.value, meta.get("optimizer")
     if theirs in (None, ours) or (not own and takes_weights_only(meta, config)):
         return
@@ -227,7 +267,10 @@ def _check_optimizer(meta: dict[str, Any], folder: Path, config: RunConfig, *, o
 
 
 def _check_data_position(meta: dict[str, Any], folder: Path, config: RunConfig, *, own: bool) -> None:
-    """The next pack is found from the step, so a run keeps its batch size: else packs repeat or are lost."""
+    """Refuse another batch size: the next pack is found from the step, so packs would repeat or be lost.
+
+    Example: 100 steps of 8 packs used packs 0 to 799; with 4 per step, step 101 would begin at pack 400.
+    """
     batch, consumed, step = config.train.global_batch_size, meta["consumed_samples"], meta["step"]
     if own and consumed != step * batch:
         raise ValueError(
@@ -240,12 +283,13 @@ def _check_data_position(meta: dict[str, Any], folder: Path, config: RunConfig, 
 
 
 def setting_and_fix(config: RunConfig, *, own: bool) -> tuple[str, str]:
+    """Name the setting that led to a checkpoint, and what to use instead, for messages."""
     if own:
         return f"run_dir={config.run_dir}", "another run_dir"
     return f"checkpoint.load={config.checkpoint.load}", "another checkpoint.load"
 
 
 def short_name(folder: Path) -> str:
-    """step_00000200 -> step_200; other names as they are."""
+    """Shorten a folder's name for messages: step_00000200 -> step_200; other names as they are."""
     step = step_of(folder)
     return folder.name if step is None else f"step_{step}"

@@ -1,6 +1,10 @@
-"""What data a run is trained on: prepared once, handed to all ranks, kept in checkpoints, compared on resume.
+"""Record what data a run is trained on: handed to all ranks, kept in checkpoints, compared on resume.
 
-Format of run_dir/data.json and of "data" in a checkpoint's meta.json: see `hand_on` and `DataRecord`.
+    launcher     prepares the corpus; `resume_record` compares it with the checkpoint; `hand_on` writes both
+    workers      `handed_on` reads them; the trainer puts the record into meta.json of every checkpoint
+    next start   `resume_record` again: other documents, tokenizer, seed or split are refused
+
+For run_dir/data.json see `hand_on`, for "data" in a checkpoint's meta.json `DataRecord`.
 """
 
 import json
@@ -15,37 +19,45 @@ from msa_train.data import Corpus
 
 RECORD_NAME = "data.json"
 SWITCH = "checkpoint.accept_other_data=true"
-# Of the data settings these change nothing about what is prepared: stages have their own lengths.
+# Of the data settings these change nothing about what is prepared: stages cut packs of their own lengths, and
+# the seed only orders documents.
 _NOT_PREPARED_FOR = {"seq_len", "seed"}
 
 
 @dataclass(kw_only=True, slots=True)
 class DataRecord:
-    """What decides which packs a step sees, besides the stages and the step itself; plain JSON.
+    """Hold what decides which packs a step sees, besides the stages and the step itself; plain JSON.
 
-    Attributes:
-        corpus, tokenizer: as the settings named them; for messages, as paths may change.
-        content: see Corpus.content; with it the order of the documents and their tokens are the same.
-        tokenizer_content: see Corpus.tokenizer.
-        since_step: first step that was made with these data.
-        before: earlier records of the run, oldest first; empty where the data never changed.
+    Example: a run whose corpus grew at step 200 has since_step=200 and before=[{"corpus": ..., "since_step":
+    0}], one record of the documents of its first 200 steps.
     """
 
     corpus: str
+    "as the setting named it; for messages only, as paths may change"
     tokenizer: str
+    "as the setting named it; for messages only"
     content: str
+    "see Corpus.content; where it is the same, so are the order of the documents and their tokens"
     tokenizer_content: str | None
+    "see Corpus.tokenizer"
     num_documents: int
+    "documents of the corpus, held-out ones included"
     num_tokens: int
+    "tokens of the corpus"
     seed: int
+    "data.seed, which orders the documents"
     validation_fraction: float
+    "share of the documents that is held out"
     global_batch_size: int
+    "packs per step"
     since_step: int = 0
+    "updates made before the first one with these data"
     before: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    "earlier records of the run, oldest first; empty where the data never changed"
 
 
 def record_of(config: RunConfig, corpus: Corpus) -> DataRecord:
-    """The record of a run that begins."""
+    """Make the record of a run that begins."""
     return DataRecord(
         corpus=config.data.corpus,
         tokenizer=config.data.tokenizer,
@@ -62,20 +74,33 @@ def record_of(config: RunConfig, corpus: Corpus) -> DataRecord:
 def resume_record(
     config: RunConfig, corpus: Corpus, found: ResumePoint | None
 ) -> tuple[DataRecord, list[str]]:
-    """The record of a run that goes on from a checkpoint, and what to tell the user.
+    """Make the record of a run that goes on from a checkpoint, and tell what has changed.
 
     Checkpoints that are older than the record are said to be so; those of which the weights alone are taken
     say nothing.
+
+    Example: data.seed=1 where the checkpoint has seed 0 is refused. With checkpoint.accept_other_data=true
+    the old record moves into `before`, and `since_step` becomes the checkpoint's step.
+
+    Args:
+        config: the run that goes on.
+        corpus: its documents, as they are now.
+        found: the checkpoint; None: the run begins.
+
+    Returns:
+        The record, and lines for the user.
 
     Raises:
         ValueError: naming the value, the rule and the fix, if the data are others and nobody accepts that.
     """
     now = record_of(config, corpus)
+    # with the weights alone a run begins at step 0, so no pack of it was seen
     if found is None or found.weights_only:
         return now, []
     meta = found.meta.get("data")
     then: dict[str, Any] = meta if isinstance(meta, dict) else {}
     changes = [*_changes(now, then, found.step), *_batch_change(config, found)]
+    # the run's history, whatever its settings are now
     now.since_step, now.before = then.get("since_step", 0), then.get("before", [])
     notes = _length_change(config, found)
     if not then:
@@ -86,6 +111,7 @@ def resume_record(
     if not config.checkpoint.accept_other_data:
         rule, fix = changes[0]
         raise ValueError(f"{rule}; {fix}, or {SWITCH} if it is meant{_others(changes)}")
+    # without what was before in it, or each record would hold all earlier ones again
     if then:
         now.before = [*now.before, {key: value for key, value in then.items() if key != "before"}]
     now.since_step = found.step
@@ -93,7 +119,10 @@ def resume_record(
 
 
 def _changes(now: DataRecord, then: dict[str, Any], step: int) -> list[tuple[str, str]]:
-    """Rule and fix for each setting that differs, the one to blame first."""
+    """List rule and fix for each setting that differs, the one to blame first.
+
+    Other tokens can come of another tokenizer or of other documents; the tokenizer's checksum tells which.
+    """
     changes: list[tuple[str, str]] = []
     origin = f"the checkpoint of step {step} was trained with"
     if then and then.get("content") != now.content:
@@ -118,16 +147,24 @@ def _changes(now: DataRecord, then: dict[str, Any], step: int) -> list[tuple[str
 
 
 def _others(changes: list[tuple[str, str]]) -> str:
+    """Name what else differs: one error names all settings, so that nobody mends them one start at a time."""
     keys = [rule.partition("=")[0] for rule, _ in changes[1:]]
     return f" (also different: {', '.join(keys)})" if keys else ""
 
 
 def _size(record: dict[str, Any]) -> str:
+    """Say how many documents and tokens a record has."""
     return f"{record.get('num_documents')} with {record.get('num_tokens')} tokens"
 
 
 def _batch_change(config: RunConfig, found: ResumePoint) -> list[tuple[str, str]]:
-    """The next pack is found from the step; for a run's own checkpoint, store.py refuses it."""
+    """Say how another batch size shifts the packs: the next one is found from the step.
+
+    A run's own checkpoint is refused before, by `compatibility`.
+
+    Example: 100 steps have used 800 packs, 8 per step. With 4 per step 400 packs would be seen twice, with 16
+    per step 800 would be left out.
+    """
     batch, consumed, step = config.train.global_batch_size, found.meta["consumed_samples"], found.step
     if found.own or not step or consumed == step * batch:
         return []
@@ -138,8 +175,9 @@ def _batch_change(config: RunConfig, found: ResumePoint) -> list[tuple[str, str]
 
 
 def _length_change(config: RunConfig, found: ResumePoint) -> list[str]:
-    """Longer packs are what another run's checkpoint is often loaded for, so this is only said."""
+    """Say that packs have another length; only said, since checkpoints are often loaded for longer ones."""
     stages: Any = found.meta.get("stages")
+    # the last stage that had begun is the checkpoint's
     then = stages[-1].get("seq_len") if stages and not found.own else None
     now = stage_at(plan_stages(config), max(found.step - 1, 0)).seq_len
     if then is None or then == now:
@@ -151,7 +189,18 @@ def _length_change(config: RunConfig, found: ResumePoint) -> list[str]:
 
 
 def hand_on(config: RunConfig, corpus: Corpus, record: DataRecord) -> None:
-    """Write what was prepared, for the workers; one process calls it before they start."""
+    """Write what was prepared into run_dir/data.json; one process calls it before the workers start.
+
+    The file holds {"prepared_for": data settings, "prepared": Corpus, "record": DataRecord}.
+
+    Args:
+        config: the run.
+        corpus: its documents.
+        record: see `resume_record`.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
     content = {"prepared_for": _prepared_for(config), "prepared": asdict(corpus), "record": asdict(record)}
     path = Path(config.run_dir) / RECORD_NAME
     partial = path.with_name(f".{RECORD_NAME}.partial")
@@ -164,7 +213,7 @@ def hand_on(config: RunConfig, corpus: Corpus, record: DataRecord) -> None:
 
 
 def handed_on(config: RunConfig) -> tuple[Corpus, DataRecord] | None:
-    """What the launcher prepared; None where nobody has prepared these settings, as in tests.
+    """Read what the launcher prepared; None where nobody has prepared these settings, as in tests.
 
     Raises:
         ValueError: if the file cannot be understood.
@@ -182,6 +231,7 @@ def handed_on(config: RunConfig) -> tuple[Corpus, DataRecord] | None:
 
 
 def _prepared_for(config: RunConfig) -> dict[str, Any]:
+    """Collect the settings that decide what is prepared; a file for others is not for this run."""
     settings = {name: value for name, value in asdict(config.data).items() if name not in _NOT_PREPARED_FOR}
     # relative paths mean what they meant to the launcher, whose folder its workers share
     return {**settings, "vocab_size": config.model.vocab_size}

@@ -1,4 +1,8 @@
-"""What differs between two checkpoints, read in pieces of some megabytes whatever their sizes."""
+"""Compare two checkpoints, in pieces of some megabytes whatever their sizes.
+
+Three of a piece lie in memory at once, in fp64: 48 MiB. The files decide the time: of m3, 426B parameters at
+14 bytes each, both checkpoints together are 12 TB to read.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -12,6 +16,7 @@ from msa_train.checkpoint.torch_dist.files import ShardedReader
 from msa_train.checkpoint.torch_dist.finite_state import listed, not_finite
 from msa_train.checkpoint.torch_dist.format_versions import current_key
 
+# of one piece of one tensor, in fp64
 PIECE_BYTES = 16 * 2**20
 # meta.json's other entries follow from these or change with every save
 _COMPARED_META = (
@@ -29,30 +34,40 @@ _NOT_COMPARED_DATA = {"corpus", "tokenizer", "before"}
 
 @dataclass(slots=True)
 class TensorDiff:
-    """Two tensors under one key; notes: shape and type where they differ, else the numbers were compared."""
+    """Hold what differs between two tensors under one key."""
 
     key: str
+    "of the tensor, as the present format names it"
     notes: list[str] = field(default_factory=list[str])
+    "shapes and types where they differ; with other shapes no numbers are compared"
     num_different: int = 0
+    "numbers that differ; two that are both not a number do not"
     num_elements: int = 0
+    "numbers compared"
     max_abs: float = 0.0
     "largest difference; inf where one of them alone is not a number"
 
 
 @dataclass(slots=True)
 class CheckpointDiff:
-    """settings: by name, in meta.json of both; missing: keys that only the first has; extra: the second."""
+    """Hold what differs between two checkpoints."""
 
     settings: dict[str, tuple[Any, Any]]
+    "value in meta.json of the first and of the second, by name; those that differ"
     missing: list[str]
+    "keys of tensors that only the first has"
     extra: list[str]
+    "keys of tensors that only the second has"
     different: list[TensorDiff]
+    "tensors that differ by more than the tolerance, in shape or in type, by key"
     num_equal: int
+    "tensors that do not"
     worst: float
+    "largest difference of all numbers, within the tolerance or not"
 
     @property
     def is_empty(self) -> bool:
-        """Whether both hold the same."""
+        """Tell whether both hold the same."""
         return not (self.settings or self.missing or self.extra or self.different)
 
 
@@ -65,6 +80,10 @@ def diff_checkpoints(
         first, second: published checkpoints, written by any layouts.
         tolerance: of absolute differences that do not count.
         progress: called with each key before it is read.
+
+    Raises:
+        ValueError: one line, if one of them is no checkpoint.
+        OSError: if a file cannot be read.
     """
     readers = ShardedReader(first), ShardedReader(second)
     keys = [{current_key(key): key for key in reader.shapes()} for reader in readers]
@@ -89,7 +108,10 @@ def diff_checkpoints(
 
 
 def values_damage(folder: Path) -> str | None:
-    """Which tensors of a checkpoint are not finite: "not finite: a, b"; None if all are."""
+    """Name the tensors of a checkpoint that are not finite: "not finite: a, b"; None if all are.
+
+    Reads every number once.
+    """
     reader = ShardedReader(folder)
 
     def read() -> Iterator[tuple[str, torch.Tensor]]:
@@ -102,6 +124,8 @@ def values_damage(folder: Path) -> str | None:
 
 
 def _diff_meta(first: dict[str, Any], second: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Compare two meta.json: {"a": 1, "b": 2} and {"a": 1, "c": 3} -> {"b": (2, None), "c": (None, 3)}."""
+
     def settings(meta: dict[str, Any]) -> dict[str, Any]:
         data = meta.get("data")
         record = data if isinstance(data, dict) else {}
@@ -116,6 +140,7 @@ def _diff_meta(first: dict[str, Any], second: dict[str, Any]) -> dict[str, tuple
 def _diff_tensor(
     readers: tuple[ShardedReader, ShardedReader], keys: tuple[str, str], name: str
 ) -> TensorDiff:
+    """Compare two tensors piece by piece, in fp64: exact for all types that weights are stored in."""
     shapes = [reader.shapes()[key] for reader, key in zip(readers, keys, strict=True)]
     dtypes = [reader.dtype(key) for reader, key in zip(readers, keys, strict=True)]
     result = TensorDiff(name)
@@ -128,19 +153,22 @@ def _diff_tensor(
         a, b = (
             reader.rows(key, first_row, count).double() for reader, key in zip(readers, keys, strict=True)
         )
+        # two that are both not a number are the same: a spoilt checkpoint does not differ from itself
         is_different = ~((a == b) | (a.isnan() & b.isnan()))
         result.num_elements += a.numel()
         result.num_different += int(is_different.sum())
         if is_different.any():
+            # inf - inf and number - nan are nan: as different as can be
             gap = (a - b).abs()[is_different]
             result.max_abs = max(result.max_abs, float(torch.nan_to_num(gap, nan=float("inf")).max()))
     return result
 
 
 def pieces(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """First row and number of rows of small pieces of [R], [R, C] or [E, R, C], none over two of E.
+    """Cut [R], [R, C] or [E, R, C] into small pieces, none over two of E; yield first row and number of rows.
 
-    Example: (2, 3, C) with two rows to a piece -> (0, 2), (2, 1), (3, 2), (5, 1).
+    Example: (2, 3, C) with two rows to a piece -> (0, 2), (2, 1), (3, 2), (5, 1). One matrix of m3's experts,
+    (128, 3072, 6144), has 341 rows to a piece of 16 MiB, 10 pieces per expert.
     """
     experts, rows, columns = {1: (1, *shape, 1), 2: (1, *shape), 3: shape}[len(shape)]
     at_once = max(1, PIECE_BYTES // (8 * max(columns, 1)))
@@ -150,8 +178,10 @@ def pieces(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
 
 
 def _type(dtype: torch.dtype) -> str:
+    """Name a type: torch.bfloat16 -> bfloat16."""
     return str(dtype).removeprefix("torch.")
 
 
 def _shape(shape: tuple[int, ...]) -> str:
+    """Name a shape: (4, 8) -> 4x8."""
     return "x".join(map(str, shape))

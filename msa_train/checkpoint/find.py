@@ -1,4 +1,9 @@
-"""Find the checkpoint that a run starts from: the newest sound one of its own, or of checkpoint.load."""
+"""Find the checkpoint that a run starts from: the newest sound one of its own, or of checkpoint.load.
+
+Candidates are looked at from the newest on, each in the order of costs: names and sizes, then whether this
+run can use it, then stored objects, then checksums. The first sound one is taken. One of another model is an
+error and not passed over: a run that silently began anew, or from something older, would be worse than none.
+"""
 
 import math
 from collections.abc import Mapping
@@ -24,19 +29,24 @@ from msa_train.checkpoint.meta import META_NAME
 from msa_train.checkpoint.store import CheckpointStore
 from msa_train.config import RunConfig
 
+# up to this size one process compares all checksums before workers start; above, they do it together
 FULL_CHECK_BYTES = 8 * 2**30
 
 
+# damaged checkpoints that an error names, of maybe hundreds
 _NAMED_DAMAGED = 4
 
 
 @dataclass(kw_only=True, slots=True)
 class ResumePoint:
-    """A checkpoint to start from."""
+    """Hold a checkpoint to start from."""
 
     path: Path
+    "its folder"
     step: int
+    "updates made when it was saved"
     meta: dict[str, Any]
+    "content of meta.json"
     own: bool
     "it is in run_dir, so the run goes on; otherwise it is where checkpoint.load pointed"
     weights_only: bool
@@ -48,12 +58,17 @@ class ResumePoint:
 def select_checkpoint(
     config: RunConfig, *, full: bool, known_damaged: Mapping[Path, str] | None = None
 ) -> ResumePoint | None:
-    """Newest sound checkpoint of run_dir or, where run_dir has none at all, of checkpoint.load.
+    """Select the newest sound checkpoint of run_dir or, where run_dir has none at all, of checkpoint.load.
+
+    Example: steps 100, 200 and 300, of which 300 is damaged -> 200, with a message about 300.
 
     Args:
         config: the whole run.
         full: compare checksums of all files, not only their sizes.
-        known_damaged: reason by folder, for checkpoints found to be damaged in another way.
+        known_damaged: reason by folder, of checkpoints that another check has found damaged.
+
+    Returns:
+        None if neither is there: the run begins with new weights.
 
     Raises:
         ValueError: one line, if checkpoints exist but none is sound, if the newest sound one is of another
@@ -76,8 +91,11 @@ def find_to_resume(config: RunConfig) -> ResumePoint | None:
 def _find(
     config: RunConfig, full_check_bytes: float, known_damaged: Mapping[Path, str]
 ) -> ResumePoint | None:
+    """Look in run_dir, then behind checkpoint.load; full_check_bytes: compare checksums up to this size."""
     store = CheckpointStore(config.run_dir)
     own_folders = [store.path(step) for step in reversed(store.steps())]
+    # Checkpoints of its own that are all damaged are an error, and no reason to start from checkpoint.load:
+    # that would throw away the run.
     if own_folders:
         return _newest_sound(own_folders, config, full_check_bytes, known_damaged, own=True)
     if not config.checkpoint.load:
@@ -86,7 +104,7 @@ def _find(
 
 
 def _load_folders(config: RunConfig) -> list[Path]:
-    """Checkpoint folders behind checkpoint.load, newest first."""
+    """List the checkpoint folders behind checkpoint.load, newest first; it may be one itself."""
     load = Path(config.checkpoint.load).expanduser()
     if any((load / name).exists() for name in (META_NAME, MANIFEST_NAME)):
         return [load]
@@ -109,6 +127,11 @@ def _newest_sound(
     *,
     own: bool,
 ) -> ResumePoint:
+    """Take the first sound one of `folders`, and say why those before it are not.
+
+    Raises:
+        ValueError: one line, if none is sound or the first one that is cannot be used.
+    """
     damaged: list[tuple[Path, str]] = []
     for folder in folders:
         reason = known_damaged.get(folder) or structure_damage(folder)
@@ -133,6 +156,7 @@ def _newest_sound(
 def _found(
     folder: Path, damaged: list[tuple[Path, str]], notes: list[str], config: RunConfig, *, own: bool
 ) -> ResumePoint:
+    """Make the ResumePoint of a sound folder: one line for each damaged one, then the notes."""
     meta = read_meta(folder)
     step = meta["step"]
     messages = [

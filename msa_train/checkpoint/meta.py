@@ -1,9 +1,13 @@
-"""What meta.json of a checkpoint must say, and of which kinds its values are. Standard library only."""
+"""Check meta.json of a checkpoint: what must be there, and of which kind it is. Standard library only.
+
+Whoever reads a value later relies on its kind: a count that is a text would end a resume of 256 ranks with a
+traceback and no word of the file.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
-# see checkpoint_formats.py
+# see torch_dist/format_versions.py
 FORMAT_VERSION = 2
 META_NAME = "meta.json"
 
@@ -26,16 +30,22 @@ _PARTS: dict[str, dict[str, tuple[type, ...]]] = {
     "data": {"since_step": (int,), "before": (list,)},
 }
 "kinds of values in those parts, each of which may be absent"
+# parts that are whole or not there
 _NEEDED_PARTS: dict[str, dict[str, tuple[type, ...]]] = {"schedule": {"steps": (int,), "next_lr": _NUMBER}}
 _STAGE: dict[str, tuple[type, ...]] = {"name": (str,), "first_step": (int,), "num_steps": (int,)}
 
 
 def meta_damage(meta: dict[str, Any], step: int | None) -> str | None:
-    """What is wrong with meta.json: what is absent or of another kind; nothing is asked of newer formats.
+    """Check meta.json for what is absent or of another kind; nothing is asked of newer formats.
+
+    Example: {"format_version": 2, "step": "100"} -> "meta.json: has no step".
 
     Args:
         meta: its content.
         step: of which the folder's name is; None for other names.
+
+    Returns:
+        One line, None if it is sound.
     """
     version = meta.get("format_version")
     if type(version) is not int or version < 1:
@@ -58,6 +68,7 @@ def meta_damage(meta: dict[str, Any], step: int | None) -> str | None:
 
 
 def _counts_agree(meta: dict[str, Any]) -> bool:
+    """Tell whether updates are no more than steps, and no sample was used before the first step."""
     step, samples, updates = meta["step"], meta["consumed_samples"], meta.get("optimizer_updates", 0)
     if type(updates) is not int or not 0 <= updates <= step:
         return False
@@ -65,6 +76,7 @@ def _counts_agree(meta: dict[str, Any]) -> bool:
 
 
 def _is_sound(name: str, value: Any) -> bool:
+    """Look into one optional value, whose own kind is right."""
     if isinstance(value, str):
         # it is printed
         return value.isprintable()
@@ -85,9 +97,10 @@ def _is_sound(name: str, value: Any) -> bool:
 
 
 def _has_all(values: Mapping[str, Any], kinds: Mapping[str, tuple[type, ...]]) -> bool:
+    """Tell whether all of these keys are there and of their kinds."""
     return all(_is_one(values.get(key), allowed) for key, allowed in kinds.items())
 
 
 def _is_one(value: Any, kinds: tuple[type, ...]) -> bool:
-    """Whether a value is of these kinds; True is no number, and no count is negative."""
+    """Tell whether a value is of these kinds; True is no number, and no count is negative."""
     return type(value) in kinds and not (type(value) in _NUMBER and value < 0)

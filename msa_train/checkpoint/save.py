@@ -1,7 +1,22 @@
-"""Saving by all ranks together: a copy while the training stands still, then writing beside it.
+"""Save by all ranks together: a copy while the training stands still, then writing beside it.
 
-Each rank has a thread that writes; these threads meet in a process group of their own, so that they never
-come between the collectives of the training. One checkpoint at a time: the next one waits for it.
+    save    training thread   wait for the save before; check that all is finite; copy to host memory
+    _write  checkpoint thread begin: clear leftovers, check the space, make .step_N.partial     rank 0
+                              write_shards: Megatron's files, one .distcp of each rank          all ranks
+                              size and CRC-32 of own files, gathered                            all ranks
+                              meta.json, manifest.json, rename to step_N, latest, prune         rank 0
+
+Each rank has a thread that writes; these threads meet in a process group of their own. In a group that the
+training uses too, one rank's thread could enter a collective while another rank's training enters one: each
+would take part in the other's, and both hang or mix up data. The group is gloo, so the thread touches no GPU.
+One checkpoint at a time: the next one waits for it, since both would use the same host buffers.
+
+Costs with Adam in bf16: 14 bytes per parameter, bf16 weights 2 and fp32 weights and two moments 12. One
+replica of each tensor is written: experts by one of their replicas, what is not an expert by one rank of each
+tensor and pipeline part. For m3, 60 layers of 426B parameters, that is 6.0 TB whatever the sequence length.
+On 256 ranks with ep 64, 64 ranks stage and write 90 GB of experts each, one of them 183 GB besides (13.1B
+parameters that are no experts), the others only their generators: 256 .distcp files and 5 more. Every file is
+read once again for its checksum.
 """
 
 import io
@@ -33,11 +48,13 @@ from msa_train.checkpoint.torch_dist.writer import Shards, shards_to_write, writ
 from msa_train.config import CheckpointConfig, SaveFailure
 from msa_train.runtime.atomic_files import write_json
 
-# A rank may be this far behind the others with its files
+# A rank may be this far behind the others with its files; far more than a collective of the training may take
 WRITE_TIMEOUT = timedelta(hours=2)
 # How long a run that has failed waits for a checkpoint that is being written
 CLOSE_WITHIN_S = 20.0
+# between two tries, which come after 1, 2, 4, ... s
 LONGEST_WAIT_S = 30.0
+# begins what `stands_at` says of ranks that are not to blame for a standstill
 WAITS_FOR_OTHERS = "waiting for other ranks with"
 # What a checkpoint has besides tensors, generously
 _OTHER_BYTES = 2**20
@@ -46,23 +63,25 @@ _SHARD_FILE = re.compile(r"__(\d+)_\d+\.distcp")
 
 @dataclass(slots=True)
 class SaveReport:
-    """How a save went.
-
-    pause_s: the training stood still; write_s: from then on until it was visible; num_bytes: tensors of all
-    ranks. error: why there is no checkpoint, one line. must_end: it ends the run, whatever on_failure says.
-    notes: for the user.
-    """
+    """Hold how a save went."""
 
     step: int
+    "updates made"
     pause_s: float
+    "seconds for which the training stood still"
     write_s: float = 0.0
+    "seconds from then on until it was visible"
     num_bytes: int = 0
+    "of the tensors of all ranks"
     error: str = ""
+    "why there is no checkpoint, one line; empty if there is one"
     must_end: bool = False
+    "the error ends the run, whatever on_failure says"
     notes: list[str] = field(default_factory=list[str])
+    "lines for the user"
 
     def metrics(self) -> dict[str, float]:
-        """For metrics.jsonl."""
+        """Return what metrics.jsonl keeps of it."""
         if self.error:
             return {"checkpoint_failed_step": self.step, "checkpoint_pause_s": self.pause_s}
         return {
@@ -73,7 +92,7 @@ class SaveReport:
         }
 
     def lines(self) -> list[str]:
-        """For the terminal."""
+        """Return what the terminal shows of it."""
         if self.error:
             return [*self.notes, f"{self.error}; training goes on"]
         times = f"written in {self.write_s:.1f} s, training paused {self.pause_s:.2f} s"
@@ -81,13 +100,14 @@ class SaveReport:
 
 
 class CheckpointSaver:
-    """Saves the checkpoints of one run. All ranks make one and call it alike.
+    """Save the checkpoints of one run. All ranks make one and call it alike.
 
     Args:
         store: of the run, on a disk that all ranks share.
         config: asynchronous, retries, on_failure, keep_last and keep_every.
         group: all ranks, used by nothing else; None: makes one, which all ranks must do at once.
-        clock: seconds; sleep: waits that many. For tests.
+        clock: tells seconds, for tests.
+        sleep: waits that many seconds, for tests.
     """
 
     def __init__(
@@ -104,12 +124,14 @@ class CheckpointSaver:
         self._clock, self._sleep = clock, sleep
         self._buffers = HostStager()
         self._is_validated = False
+        "the layout of the shards has been checked, which is the same in all saves of a run"
         self._thread: threading.Thread | None = None
         self._report: SaveReport | None = None
         self._writing: tuple[int, int] | None = None
+        "step and thread of the save that is under way"
 
     def stands_at(self) -> str:
-        """What a save that is under way is at, for a watchdog; empty if there is none, any thread may ask.
+        """Tell what a save that is under way is at, for a watchdog; empty if none is. Any thread may ask.
 
         Ranks that only wait for another one say WAITS_FOR_OTHERS.
         """
@@ -168,7 +190,7 @@ class CheckpointSaver:
         return [*ended, *self.wait(must_succeed=wait)]
 
     def finished(self) -> list[SaveReport]:
-        """The save that has ended since this was asked last, if any; returns at once.
+        """Return the save that has ended since this was asked last, if any, at once.
 
         Raises:
             CheckpointError: if it failed, where on_failure=end.
@@ -176,7 +198,10 @@ class CheckpointSaver:
         return [] if self._thread is not None and self._thread.is_alive() else self.wait()
 
     def wait(self, *, must_succeed: bool = False) -> list[SaveReport]:
-        """As `finished`, after the save that is under way.
+        """Wait for the save that is under way and return it, as `finished`.
+
+        Args:
+            must_succeed: raise whatever on_failure says.
 
         Raises:
             CheckpointError: if it failed, where on_failure=end or must_succeed.
@@ -192,6 +217,7 @@ class CheckpointSaver:
             self._thread.join(CLOSE_WITHIN_S)
 
     def _checked(self, report: SaveReport, *, must_succeed: bool = False) -> list[SaveReport]:
+        """Raise if a failed save ends the run; all ranks have the same report, so all raise."""
         must_end = must_succeed or report.must_end
         if report.error and (must_end or self.config.on_failure is SaveFailure.end):
             raise CheckpointError(report.error)
@@ -204,7 +230,11 @@ class CheckpointSaver:
         common: dict[str, Any],
         meta: dict[str, Any],
     ) -> tuple[StagedState, int]:
-        """This rank's snapshot, and the bytes of all ranks'."""
+        """Copy this rank's state to the host; return the copy, and the bytes of all ranks' copies.
+
+        One pass over the tensors looks for what is not finite, before they are copied: a spoilt state must
+        not take the place of the checkpoint to go back to.
+        """
         assert {"consumed_samples", "fingerprint"} <= set(meta), f"meta lacks keys, it has {sorted(meta)}"
         given = sharded_state() if callable(sharded_state) else sharded_state
         state = {**common, **given, RNG_KEY: rng_shard(rng_state())}
@@ -224,6 +254,8 @@ class CheckpointSaver:
                 taken.append(self._buffers.stage(shards, plain))
             return taken[0].num_bytes if taken else 0, spoilt
 
+        # Megatron's check that shards fit together exchanges among all ranks, so none may have left `copy`
+        # with an error before it.
         def validate() -> None:
             save_preprocess(state, validate_access_integrity=True)
 
@@ -238,7 +270,12 @@ class CheckpointSaver:
         return taken[0], sum(num_bytes for num_bytes, _ in copied)
 
     def _write(self, report: SaveReport, snapshot: StagedState, num_bytes: int, meta: dict[str, Any]) -> None:
-        """Write and publish, again where that fails and retries are left; never raises."""
+        """Write and publish, again where that fails and retries are left; never raises.
+
+        Errors are of `run_on_all_ranks`, so all ranks have the same one and try again as often.
+
+        Example: retries=2 and a full disk: three tries, 1 s and 2 s apart, then `error` is set.
+        """
         begin, rank = self._clock(), dist.get_rank()
         report.num_bytes, self._writing = num_bytes, (report.step, threading.get_ident())
         for attempt in range(self.config.retries + 1):
@@ -260,6 +297,7 @@ class CheckpointSaver:
         report.write_s = self._clock() - begin
 
     def _write_once(self, report: SaveReport, snapshot: StagedState, meta: dict[str, Any]) -> None:
+        """Write, gather checksums, publish, prune; see the module for who does what."""
         store, step, rank = self.store, report.step, dist.get_rank()
         folder = store.partial(step)
 
@@ -271,18 +309,21 @@ class CheckpointSaver:
 
         run_on_all_ranks(begin, self.group)
         write_shards(snapshot.shards, snapshot.common, folder, self.group)
+        # Each rank reads its own files again, mostly from the page cache: one rank alone would read all 6 TB.
         entries = run_on_all_ranks(
             lambda: {path.name: file_entry(path) for path in _files_of_rank(folder, rank)}, self.group
         )
         files = {name: entry for part in entries for name, entry in part.items()}
         run_on_all_ranks(lambda: self._publish(step, files, meta) if rank == 0 else None, self.group)
         if rank == 0:
+            # after the new one is published, and no failure of it
             try:
                 store.prune(self.config.keep_last, self.config.keep_every)
             except OSError as error:
                 report.notes.append(f"older checkpoints could not be removed: {error}")
 
     def _publish(self, step: int, files: dict[str, Any], meta: dict[str, Any]) -> None:
+        """Write meta.json, then manifest.json with the checksums of all files, and publish. Rank 0 only."""
         folder = self.store.partial(step)
         content = {
             "format_version": FORMAT_VERSION,
@@ -317,16 +358,19 @@ def save_checkpoint(
 
 
 def _own_group() -> dist.ProcessGroup:
+    """Make the group of the writing threads."""
     group = dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT)
     assert isinstance(group, dist.ProcessGroup), "every rank is in it"
     return group
 
 
 def _failure_text(step: int, error: Exception) -> str:
+    """Say that a save failed, in one line."""
     return f"checkpoint of step {step} could not be saved: {error}"
 
 
 def _check_objects(shards: Shards) -> None:
+    """Make sure that every object among the shards can be read again."""
     for key, entries in shards.items():
         for entry in entries:
             if isinstance(entry, ShardedObject):
@@ -334,7 +378,7 @@ def _check_objects(shards: Shards) -> None:
 
 
 def _check_readable(value: Any, name: str) -> None:
-    """Nothing but plain values and tensors is read from a checkpoint; find out now, not when it is needed."""
+    """Refuse to save what no reader takes: nothing but plain values and tensors is read from a checkpoint."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     try:
@@ -344,7 +388,10 @@ def _check_readable(value: Any, name: str) -> None:
 
 
 def _files_of_rank(folder: Path, rank: int) -> Iterable[Path]:
-    """Files that this rank wrote; rank 0 also wrote those that belong to no rank."""
+    """Yield the files that this rank wrote; rank 0 also wrote those that belong to no rank.
+
+    Example: __0_0.distcp, __1_0.distcp, common.pt -> the first and the last for rank 0, the other for rank 1.
+    """
     for path in sorted(folder.iterdir()):
         match = _SHARD_FILE.fullmatch(path.name)
         if rank == (int(match[1]) if match else 0):

@@ -1,4 +1,4 @@
-"""Checkpoint folders on disk: published whole or not at all, checked before use. Standard library only.
+"""Keep the checkpoint folders of a run: published whole or not at all. Standard library only.
 
 run_dir/checkpoints/
     step_00000100/              published: Megatron's files and
@@ -6,6 +6,9 @@ run_dir/checkpoints/
         manifest.json               size and CRC-32 of every other file
     .step_00000200.partial/     being written, or left by a crash
     latest -> step_00000100     moved when another one is published
+
+Files are brought to the disk, then the folder gets its name, then `latest` is moved: whoever looks at any
+moment, or after a crash at any moment, finds under step_* and behind `latest` only whole checkpoints.
 
 CRC-32 because its enemy is a disk or a crash, and it is several times faster than any digest of hashlib.
 It is no signature: against a forger, nothing in a checkpoint is executed, see torch_dist/safe_pickles.py.
@@ -27,23 +30,25 @@ LATEST_NAME = "latest"
 
 
 class CheckpointStore:
-    """The checkpoints of one run. Writing (`begin`, `publish`, `abandon`, `prune`) is for rank 0."""
+    """Keep the checkpoints of one run. Writing (`begin`, `publish`, `abandon`, `prune`) is for rank 0."""
 
     def __init__(self, run_dir: str | Path) -> None:
         self.folder = Path(run_dir).expanduser() / "checkpoints"
         self._last_published: int | None = None
+        "step that this process published or went back to last"
         self._left_over: set[str] = set()
+        "names that could not be removed, which the user knows of"
 
     def path(self, step: int) -> Path:
-        """Folder of a published step."""
+        """Name the folder of a published step: 100 -> checkpoints/step_00000100."""
         return self.folder / f"step_{step:08d}"
 
     def partial(self, step: int) -> Path:
-        """Folder of a step that is being written."""
+        """Name the folder of a step that is being written: 100 -> checkpoints/.step_00000100.partial."""
         return self.folder / f".step_{step:08d}.partial"
 
     def steps(self) -> list[int]:
-        """Published steps, ascending, damaged ones included."""
+        """List the published steps, ascending, damaged ones included."""
         if not self.folder.is_dir():
             return []
         # something else of that name is a checkpoint that was damaged
@@ -65,6 +70,9 @@ class CheckpointStore:
 
     def check_space(self, num_bytes: int) -> None:
         """Refuse to begin what cannot be finished.
+
+        Args:
+            num_bytes: that all ranks together will write.
 
         Raises:
             OSError: one line with what is needed, what there is, and which checkpoint stays.
@@ -96,10 +104,16 @@ class CheckpointStore:
         return partial
 
     def publish(self, step: int) -> Path:
-        """Bring the written folder to the disk and make it visible in one rename."""
+        """Bring the written folder to the disk and make it visible in one rename.
+
+        Raises:
+            SupersededError: if another start has taken over.
+            OSError: if the disk cannot.
+        """
         partial, target = self.partial(step), self.path(step)
         for name in (META_NAME, MANIFEST_NAME):
             assert (partial / name).is_file(), f"{name} must be written before step {step} is published"
+        # Before the rename: after a crash a file system may have kept the new name and lost the content.
         for path in (*partial.rglob("*"), partial):
             sync(path)
         check_not_superseded(self.folder.parent)
@@ -108,14 +122,19 @@ class CheckpointStore:
         if os.path.lexists(target):
             target.rename(replaced)
         partial.rename(target)
+        # names are content of the folder above
         sync(self.folder)
         self._discard(replaced)
         self._last_published = step
+        # last, for it must never lead to what is not there yet
         self._point_latest(target)
         return target
 
     def _point_latest(self, target: Path) -> None:
-        """`latest` leads to a finished checkpoint at every moment; there is none where links are unknown."""
+        """Let `latest` lead to this checkpoint, in one rename: to a finished one at every moment.
+
+        Where the file system knows no links there is no `latest`; nothing in a run reads it.
+        """
         name = f".{LATEST_NAME}.{secrets.token_hex(8)}.partial"
         partial, link = self.folder / name, self.folder / LATEST_NAME
         try:
@@ -126,7 +145,10 @@ class CheckpointStore:
             partial.unlink(missing_ok=True)
 
     def _take_away_copy(self, link: Path) -> None:
-        """A tool that follows links has made a folder of `latest`: a checkpoint again, or one too many."""
+        """Take `latest` away where a tool that follows links has made a folder of it.
+
+        It is a checkpoint again if its own is no longer there, else one too many.
+        """
         if link.is_symlink() or not link.is_dir():
             return
         hidden = self._hidden(link)
@@ -141,7 +163,7 @@ class CheckpointStore:
             self._discard(hidden)
 
     def _hidden(self, path: Path) -> Path:
-        """A name for what is to be removed, which nobody else has."""
+        """Make a name for what is to be removed, which nobody else has: .step_00000100.3f2a....removed."""
         name = path.name.strip(".").removeprefix("step_")
         return self.folder / f".step_{name}.{secrets.token_hex(8)}.removed"
 
@@ -164,8 +186,15 @@ class CheckpointStore:
         return ""
 
     def remove_after(self, step: int) -> list[int]:
-        """Remove published checkpoints of later steps, newest first: the run has gone back to this one."""
+        """Remove published checkpoints of later steps, newest first: the run has gone back to this one.
+
+        Newest first, so that a crash on the way leaves no gap between those that stay.
+
+        Returns:
+            The removed steps.
+        """
         removed = [later for later in reversed(self.steps()) if later > step]
+        # first, so that `latest` does not lead to one that is gone
         self._point_latest(self.path(step))
         for later in removed:
             self._remove(later)
@@ -173,6 +202,7 @@ class CheckpointStore:
         return removed
 
     def _remove(self, step: int) -> None:
+        """Remove a published checkpoint, unless another start has taken over."""
         check_not_superseded(self.folder.parent)
         # out of sight first: a removal that is cut short must not look like a damaged checkpoint
         hidden = self._hidden(self.path(step))
@@ -194,6 +224,10 @@ class CheckpointStore:
 
         A checkpoint later than the one published last is damaged (else the run had started from it): it does
         not count, and stays until the run comes to its step.
+
+        Example: of steps 100, 200, ..., 600 keep_last=2 removes 400, 300, 200 and 100, with keep_every=300
+        only 400, 200 and 100. If 500 was saved among bad steps, the latter removes 200 and 100: 600 and 400
+        are the last two, and 500 stays besides.
 
         Args:
             keep_last: sound checkpoints that stay, however old.
@@ -220,14 +254,14 @@ class CheckpointStore:
         return removed
 
     def _is_kept(self, step: int) -> bool:
-        """Whether a run can go on from it whatever comes: not from one saved among bad steps."""
+        """Tell whether a run can go on from it whatever comes: not from one saved among bad steps."""
         if self.verify(step, full=False) is not None:
             return False
         record = read_meta(self.path(step)).get("bad_steps", {})
         return not (isinstance(record, dict) and record.get("in_a_row"))
 
     def verify(self, step: int, *, full: bool = True) -> str | None:
-        """None if the checkpoint is sound, else what is wrong with it.
+        """Check a checkpoint: None if it is sound, else what is wrong with it, in one line.
 
         Args:
             step: a published step.

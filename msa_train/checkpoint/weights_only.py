@@ -1,7 +1,8 @@
-"""Checkpoints that hold a model's weights and nothing else: what an import leaves for a training.
+"""Publish and read checkpoints of a model's weights and nothing else: what an import leaves for a training.
 
 A folder as of any checkpoint (meta.json, manifest.json, Megatron's files), of step 0, without optimizer
-state, random number generators and data position; meta.json says `"content": "weights"`.
+state, random number generators and data position; meta.json says `"content": "weights"`. In bf16 that is 2
+bytes per parameter instead of 14: 852 GB for m3.
 """
 
 from collections.abc import Callable
@@ -52,6 +53,7 @@ def publish_weights(
     store = CheckpointStore(run_dir)
     if store.steps():
         raise ValueError(f"{run_dir}: has checkpoints already; name another folder, or remove {store.folder}")
+    # folders that are not there yet, so that a failure can take them away again
     made = [path for path in (run_dir, store.folder) if not path.exists()]
     made = [path for path in run_dir.parents if not path.exists()] + made
     folder = store.begin(0)
@@ -81,7 +83,7 @@ def publish_weights(
 
 
 def checkpoint_folder(path: Path) -> Path:
-    """The checkpoint that a path means: itself, or the newest one of a run_dir.
+    """Find the checkpoint that a path means: itself, or the newest one of a run_dir.
 
     Raises:
         ValueError: one line, if there is none, or it is damaged.
@@ -101,7 +103,7 @@ def checkpoint_folder(path: Path) -> Path:
 
 
 def shape_of(folder: Path) -> tuple[ModelConfig, AttentionConfig]:
-    """Shape of the model in a checkpoint, from its meta.json.
+    """Read the shape of the model in a checkpoint from its meta.json.
 
     Settings that are not part of a model's shape, as the initial scale of weights, have their defaults.
 
@@ -121,6 +123,7 @@ def shape_of(folder: Path) -> tuple[ModelConfig, AttentionConfig]:
 
 
 def _section(kind: type, prefix: str, values: dict[str, Any], folder: Path) -> Any:
+    """Make one section of the configuration from the entries of the fingerprint with its prefix."""
     types = {field.name: field.type for field in fields(kind)}
     # None stands for a setting that has no effect on this model
     own = {name: value for name, value in values.items() if name.startswith(prefix) and value is not None}
@@ -136,7 +139,7 @@ def _section(kind: type, prefix: str, values: dict[str, Any], folder: Path) -> A
 
 
 def _setting(name: str, kind: Any, value: Any, folder: Path) -> Any:
-    """One setting, which somebody may have written by hand.
+    """Read one setting, which somebody may have written by hand.
 
     Raises:
         ValueError: one line, if it is of another kind than its setting, or absurdly large.

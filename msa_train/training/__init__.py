@@ -1,1 +1,1 @@
-"""Engines, the training step and loop, checkpoints and metrics."""
+"""Train: engines, optimizers, the loop, bad steps, metrics. Begin to read in `worker`, then `trainer`."""

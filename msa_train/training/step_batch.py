@@ -1,4 +1,11 @@
-"""The packs of one optimizer step on one data-parallel rank, and their forward pass."""
+"""Count the packs of one optimizer step over all ranks: the divisors of its losses.
+
+A loss is a sum over tokens divided by the number of tokens of the whole step. Each rank divides its own sum
+by that global number before the backward pass; then gradients are plain sums over ranks and packs.
+
+Example: ranks with 3 and 1 labels, losses 3 x 1.0 and 1 x 5.0. Both divide by 4: 0.75 + 1.25 = 2.0, the mean
+over all labels. A mean of the ranks' means would be (1.0 + 5.0) / 2 = 3.0, and depend on how packs are dealt.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +20,7 @@ from msa_train.parallel.process_groups import Groups
 
 @dataclass(slots=True)
 class StepBatch:
-    """The packs of one optimizer step; counts are over all data-parallel ranks."""
+    """Hold the packs of one optimizer step; counts are over all data-parallel ranks."""
 
     packs: Sequence[Pack]
     "of this data-parallel rank"
@@ -22,18 +29,28 @@ class StepBatch:
     num_tokens: int
     "real tokens, the divisor of the KL loss"
     num_packs: int
+    "packs of the step"
     recall_seed: int | None = None
     "seed of the queries whose recall is measured in the step's first pack; None: of none"
     has_first: bool = True
     "the step's first pack is among `packs`"
 
     def recall_seed_of(self, pack: Pack) -> int | None:
-        """The seed, for the first pack of the step: the same queries however packs are dealt."""
+        """Return the seed for the first pack of the step: the same queries however packs are dealt."""
         return self.recall_seed if self.has_first and pack is self.packs[0] else None
 
 
 def make_batch(packs: Sequence[Pack], groups: Groups, *, recall_seed: int | None = None) -> StepBatch:
-    """Count over all data-parallel ranks, so that no divisor depends on how packs are dealt."""
+    """Make the batch of a step, with counts over all data-parallel ranks. All ranks call it.
+
+    Packs are whole here, on each of the context-parallel ranks that share them, so the sum goes over
+    data-parallel ranks alone: one all-reduce of 3 int64.
+
+    Args:
+        packs: of this data-parallel rank, none at all included.
+        groups: process groups.
+        recall_seed: draws the queries whose recall is measured; None: none.
+    """
     labels = sum(int((pack.labels != IGNORE_LABEL).sum()) for pack in packs)
     tokens = sum(int(pack.doc_lengths.sum()) for pack in packs)
     counts = torch.tensor([labels, tokens, len(packs)], dtype=torch.int64, device=groups.device)

@@ -1,4 +1,22 @@
-"""The training loop: steps, validation, checkpoints, metrics."""
+"""Run the training loop: steps, validation, checkpoints, metrics.
+
+One turn of `Trainer._run`, on every rank alike:
+
+    _step           packs of this rank by number; `make_batch` counts labels over all ranks; `_train`
+      _train        engine.train_step: forward, backward, gradients summed; `guard.gate` judges; update
+      guard.record  counts the step as taken or left out
+      metrics       gathered over all ranks, in steps that are shown, probed, bad or not finite
+      validate      where it is due
+    _report         rank 0 writes metrics.jsonl, TensorBoard and the terminal
+    saver.finished  the outcome of a save that goes on beside the training
+    _conclude       guard.after_step: go on, raise RollbackError (`_go_back`, then the loop anew) or end
+    save            where it is due and no bad step came last
+    _stops          all ranks agree whether one was asked to stop
+
+Steps count from 1: step n follows n - 1 updates, and a checkpoint of step n is taken after it. Packs and
+learning rates follow from the number alone. Decisions are made from numbers that are equal on all ranks, or
+exchanged first: ranks that decided on their own would meet in different collectives.
+"""
 
 import math
 import signal
@@ -36,25 +54,30 @@ from msa_train.training.step_batch import StepBatch, make_batch
 
 @dataclass(slots=True)
 class Data:
-    """What is trained and validated on, by the packs' length: stages may differ in it."""
+    """Hold what is trained and validated on."""
 
     train: dict[int, PackedDataset]
+    "packs by their length in tokens, in which stages may differ"
     validation: dict[int, PackedDataset | None]
+    "held-out packs by the same lengths; None where nothing is held out"
     corpus: Corpus
+    "the documents that all of these are cut from"
     record: DataRecord
     "kept in every checkpoint"
 
 
 @dataclass(slots=True)
 class Reporting:
-    """Where progress goes; only on rank 0."""
+    """Hold where progress goes; only on rank 0."""
 
     writer: MetricsWriter
+    "metrics.jsonl and TensorBoard"
     progress: Progress
+    "the terminal"
 
 
 class Trainer:
-    """Runs the steps of all stages that are not yet made."""
+    """Run the steps of all stages that are not yet made."""
 
     def __init__(
         self,
@@ -71,23 +94,33 @@ class Trainer:
         self.metrics = StepMetrics(config, groups)
         self.saver = CheckpointSaver(store, config.checkpoint)
         self._save_metrics: dict[str, float] = {}
+        "of the save that has ended, for the next row that is written"
         self.guard = StepGuard(config, groups, engine, store)
         self.bad_steps = self.guard.bad_steps
         self._owes_save = False
+        "a save is due that bad steps have put off"
         self.watchdog = Watchdog(
             config.watchdog.timeout_s, f"rank {groups.rank}", stands_at=self._stands_at, tell=_tell_stalled
         )
+        # a step of many packs may take longer than the watchdog waits
         engine.forward.on_pack = lambda: self.watchdog.beat(f"a pack of step {self._step_number} began")
         self._step_number = 0
         self.stopped: preemption.StopRecord | None = None
         "set if a signal ended the run before its last step"
 
     def run(self, first_step: int, after_step: Callable[[int], None] | None = None) -> dict[str, Any]:
-        """Train to the end, or until a signal asks to stop; returns the last metrics seen of every kind.
+        """Train to the end, or until a signal asks to stop. All ranks call it.
 
         Args:
             first_step: updates already made.
             after_step: called with the step number after each step, for tests.
+
+        Returns:
+            The last value seen of every metric, by key.
+
+        Raises:
+            DivergedError: if the run must not go on, by train.bad_step.
+            CheckpointError: if a save failed, where on_failure=end or it had to succeed.
         """
         last: dict[str, Any] = {}
         try:
@@ -104,6 +137,7 @@ class Trainer:
             self.saver.close()
 
     def _run(self, first_step: int, last: dict[str, Any], after_step: Callable[[int], None] | None) -> None:
+        """Make the steps after `first_step`, stage by stage; `last` takes up the metrics."""
         for stage in self.stages:
             begin, end = max(first_step, stage.first_step), min(stage.last_step, self.total_steps)
             if begin >= end:
@@ -115,6 +149,7 @@ class Trainer:
                     last |= values
                     self._report(step, values)
                     self._tell_saved(self.saver.finished())
+                    # after the report, so that metrics.jsonl has the step that ends a run or takes it back
                     self._conclude(step, stage, values)
                     self.watchdog.beat(f"step {step}")
                     saved = self._may_save(step)
@@ -136,12 +171,13 @@ class Trainer:
         self._tell_guard()
 
     def _tell_guard(self) -> None:
+        """Print what the guard has to say."""
         notes, self.guard.notes = self.guard.notes, []
         for note in notes:
             self._note(note)
 
     def _go_back(self, bad: RollbackError) -> int:
-        """Returns the step that the run goes on from."""
+        """Take the run back to a checkpoint; return the step that it goes on from."""
         step, text = self.guard.go_back(bad)
         self._owes_save = False
         notes = [] if self.reporting is None else self.reporting.writer.go_back(step)
@@ -151,24 +187,32 @@ class Trainer:
         return step
 
     def _note(self, text: str) -> None:
+        """Print a line, on rank 0."""
         if self.reporting is not None:
             self.reporting.progress.note(text)
 
     def _may_save(self, step: int) -> bool:
-        """Whether to save now; not among bad steps, so that there is something to go back to."""
+        """Tell whether to save now; not among bad steps, so that there is something to go back to.
+
+        Example: every=100 and steps 99 to 101 bad: the save is of step 102.
+        """
         self._owes_save |= self._due(step, self.config.checkpoint.every)
         saves = self._owes_save and (self.bad_steps.in_a_row == 0 or step == self.total_steps)
         self._owes_save &= not saves
         return saves
 
     def _stops(self, step: int, *, saved: bool) -> bool:
-        """Whether any rank was asked to stop: then all stop after the same step, which is saved."""
+        """Tell whether any rank was asked to stop: then all stop after the same step, which is saved.
+
+        Signals reach ranks at different times, so once per step all exchange the largest signal number.
+        """
         asked = torch.tensor([preemption.signal_received()], device=self.groups.device)
         with watched("stop"):
             dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         number = int(asked)
         if not number or step == self.total_steps:
             return False
+        # also among bad steps, where `prune` keeps an older one besides
         if self.config.checkpoint.every:
             if saved:
                 self._tell_saved(self.saver.wait(must_succeed=True))
@@ -181,11 +225,14 @@ class Trainer:
         return True
 
     def _stands_at(self) -> tuple[str, bool]:
+        """Tell the watchdog what the saving thread is at, and whether it only waits for other ranks."""
         point = self.saver.stands_at()
         return point, point.startswith(WAITS_FOR_OTHERS)
 
     def _enter(self, stage: Stage, step: int) -> None:
+        """Begin a stage, or go on in it after `step` updates."""
         self.engine.set_stage(stage)
+        # losses of another stage are no measure of spikes; a run that resumes within a stage keeps its own
         if step == stage.first_step:
             self.bad_steps.new_stage()
         if self.reporting is not None and len(self.stages) > 1:
@@ -195,9 +242,11 @@ class Trainer:
             )
 
     def _due(self, step: int, every: int) -> bool:
+        """Tell whether something is due after a step: at multiples of `every` (0: never), and the last."""
         return every > 0 and (step % every == 0 or step == self.total_steps)
 
     def _step(self, step: int, stage: Stage, stream: BatchStream) -> dict[str, Any]:
+        """Make one step, and validate where it is due; return its metrics, all of them where shown."""
         config, engine, groups = self.config, self.engine, self.groups
         start, self._step_number = time.perf_counter(), step
         rates = stage_rates(step - 1, config.optim, stage, self.total_steps)
@@ -209,7 +258,7 @@ class Trainer:
         counts = self.guard.record(result)
         values: dict[str, Any] = {"lr": rates.backbone, "index_lr": rates.index, "stage": stage.index}
         shown = step % config.logging.every == 0 or self._due(step, config.train.validate_every)
-        # The norm is the same on all ranks: all of them gather what led to it.
+        # The norm is the same on all ranks, so all of them gather, which is a collective, or none does.
         if shown or probed or not (result.is_taken and math.isfinite(result.grad_norm)):
             values |= self.metrics.gather(batch, result, stage, counts_loss=engine.counts_loss())
             values |= router_bias_range(engine.model) | counts
@@ -222,12 +271,15 @@ class Trainer:
         return values
 
     def _first_pack(self, step: int, stage: Stage) -> int:
-        """Number of the first pack of a step."""
+        """Return the number of the first pack of a step.
+
+        Example: 8 packs per step: step 3 begins at pack 16; after a rollback past 2 packs at pack 18.
+        """
         shift = self.bad_steps.passed_over_packs(stage.seq_len)
         return stage.pack_at(step - 1, self.config.train.global_batch_size) + shift
 
     def _train(self, step: int, stage: Stage, batch: StepBatch, rates: LearningRates) -> StepResult:
-        """The step, its selections recorded where they are due."""
+        """Make the step, its selections recorded where they are due."""
         every, sparse = self.config.logging.selections_every, stage.attention is StageAttention.sparse
         if not (sparse and every > 0 and step % every == 0):
             return self._take(batch, rates)
@@ -242,12 +294,16 @@ class Trainer:
         return result
 
     def _take(self, batch: StepBatch, rates: LearningRates) -> StepResult:
+        """Make the step, unless the guard finds fault with it."""
         # Megatron's collectives have no other name
         with watched("step"):
             return self.engine.train_step(batch, rates, self.guard.gate(batch))
 
     def validate(self) -> dict[str, float]:
-        """Mean loss of the held-out packs, the same ones each time, attending as the stage does."""
+        """Compute the mean loss, nats per token, of the same held-out packs each time, as the stage attends.
+
+        Example: 5 packs on 2 data-parallel ranks: (0, 1), (2, 3), (4, 4), of which the last counts nothing.
+        """
         dataset = self.data.validation[self.engine.stage.seq_len]
         assert dataset is not None, "asked for only where there are held-out documents"
         dp_rank, dp_size = self.groups.dp_rank, self.groups.dp_size
@@ -267,11 +323,13 @@ class Trainer:
             dist.all_reduce(loss)
         values = {"val_loss": float(loss) / max(labels, 1)}
         if self.data.corpus.bytes_per_token:
+            # nats / ln 2 are bits
             bits = values["val_loss"] / torch.log(torch.tensor(2.0, dtype=torch.float64)).item()
             values["val_bits_per_byte"] = bits / self.data.corpus.bytes_per_token
         return values
 
     def _report(self, step: int, values: dict[str, Any]) -> None:
+        """Write and print a step whose metrics were gathered, on rank 0."""
         if self.reporting is None or "lm_loss" not in values:
             return
         values |= self._save_metrics
@@ -282,7 +340,12 @@ class Trainer:
             self._note(note)
 
     def save(self, step: int, *, wait: bool = False) -> None:
-        """Save a checkpoint after `step` steps; `wait`: until it is visible, or raise if it cannot be."""
+        """Save a checkpoint after `step` steps. All ranks call it.
+
+        Raises:
+            CheckpointError: if it failed, with `wait` (until it is visible) or where on_failure=end.
+            RollbackError, DivergedError: if weights or moments are not finite, by train.bad_step.
+        """
         try:
             reports = self.saver.save(
                 step,
@@ -297,7 +360,7 @@ class Trainer:
         self._tell_saved(reports)
 
     def _meta(self, step: int) -> dict[str, Any]:
-        """For meta.json of the checkpoint after `step` steps."""
+        """Return what meta.json says of the checkpoint after `step` steps; plain JSON."""
         config, groups = self.config, self.groups
         return {
             "consumed_samples": step * config.train.global_batch_size,
@@ -330,5 +393,6 @@ class Trainer:
 
 
 def _tell_stalled(error: BaseException) -> None:
+    """Leave word of a standstill, for the launcher and for the other ranks, before this process ends."""
     record(error)
     tell_others(error)

@@ -1,4 +1,21 @@
-"""What one worker process does: join the job, build everything, train, report."""
+"""Run one worker process: join the job, build everything, train, report.
+
+The launcher starts one process per GPU (or CPU rank) and calls `run_worker` in each, with the same
+configuration. Each of them does the following, and where it says "all ranks" they wait for each other:
+
+    init_distributed     all ranks   torch.distributed, one group of all ranks
+    start_watch                      names missing ranks, and ends this process when one is lost
+    build_groups         all ranks   process groups: tp, pp, cp, dp, ep and those of the key/value exchange
+    load_data                        packs of the corpus that run_dir/data.json announces
+    check_agreement      all ranks   everybody has the same documents
+    build_engine         all ranks   model with fresh weights, gradient buffers, optimizer
+    resume               all ranks   the newest sound checkpoint into the engine, if any
+    Trainer.run          all ranks   the steps, see `trainer`
+    report                           rank 0: summary.json and a table
+    barrier              all ranks   nobody leaves while another is still at work
+
+An error ends this process. The other ranks' watches hear of it, and say which rank failed and why.
+"""
 
 import os
 import socket
@@ -38,7 +55,12 @@ from msa_train.training.trainer import Data, Reporting, Trainer
 
 
 def run_worker(config: RunConfig) -> None:
-    """Train as one rank of the job that RANK, LOCAL_RANK, WORLD_SIZE and MASTER_* describe."""
+    """Train as one rank of the job that RANK, LOCAL_RANK, WORLD_SIZE and MASTER_* describe.
+
+    Raises:
+        Exception: whatever ends the run. Where another rank failed first, an error that names it, since an
+            error of this rank's collectives would name nobody.
+    """
     torch.set_num_threads(config.launcher.threads_per_process)
     device = choose_device(config)
     init_distributed(device=device, timeout_s=config.launcher.timeout_s, say=_warn)
@@ -46,6 +68,7 @@ def run_worker(config: RunConfig) -> None:
     try:
         _work(config, device, watch)
     except Exception as error:
+        # Where another rank failed, this one's error is a broken connection; the watch knows the true cause.
         ending = error if watch is None else watch.ending(error)
         if ending is error:
             raise
@@ -53,6 +76,7 @@ def run_worker(config: RunConfig) -> None:
 
 
 def _work(config: RunConfig, device: torch.device, watch: FaultWatch | None) -> None:
+    """Build everything, train and report; see the module for the order."""
     with watched("set_up"):
         groups = build_groups(
             config.parallel,
@@ -68,13 +92,16 @@ def _work(config: RunConfig, device: torch.device, watch: FaultWatch | None) -> 
     store = CheckpointStore(config.run_dir)
     resumed = resume(config, engine)
     first_step, messages = resumed.step, resumed.messages
+    # not before the first step is known: metrics of later steps are dropped, as they come again
     reporting = _reporting(config, first_step) if groups.rank == 0 else None
     if reporting is not None:
         for line in (*_opening(config, groups, first_step), *messages):
             reporting.progress.note(line)
     trainer = Trainer(config, groups, engine, data, store, reporting)
+    # before the first step: which packs it has depends on what was passed over
     trainer.bad_steps.restore(resumed.bad_steps)
     last = trainer.run(first_step)
+    # everything is saved; a signal now must not cut the report short
     preemption.ignore()
     if reporting is not None:
         reporting.progress.close()
@@ -85,23 +112,32 @@ def _work(config: RunConfig, device: torch.device, watch: FaultWatch | None) -> 
             seconds = time.perf_counter() - start
             steps = max(total_steps(config), first_step)
             report(config, groups, last, steps=steps, seconds=seconds, stream=sys.stdout)
+    # A process that ended while others still wrote would look like a lost rank to them.
     with watched("end"):
         dist.barrier()
     destroy_groups(groups)
 
 
 def _warn(text: str) -> None:
+    """Print a line on stderr."""
     print(printable(f"msa-train: {text}"), file=sys.stderr, flush=True)
 
 
 def _tell_stopped(config: RunConfig, stopped: preemption.StopRecord) -> None:
+    """Say that a signal ended the run, and leave stopped.json for whoever starts it again."""
     state = "another start goes on from here" if stopped.saved else "nothing is saved, by checkpoint.every=0"
     print(printable(f"stopped by {stopped.signal} after step {stopped.step}: {state}"), flush=True)
     preemption.write_stopped(config.run_dir, stopped)
 
 
 def load_data(config: RunConfig) -> Data:
-    """Packs of every length that a stage asks for, of the corpus that the launcher has announced."""
+    """Load the packs of every length that a stage asks for, of the corpus that the launcher has announced.
+
+    Without an announcement, as in tests, the corpus is prepared here.
+
+    Raises:
+        ValueError: if data.json is damaged, or the corpus cannot be used.
+    """
     train, validation = {}, {}
     given = handed_on(config)
     prepared, record = given or (None, None)
@@ -118,11 +154,15 @@ def load_data(config: RunConfig) -> Data:
 def check_agreement(data: Data, device: torch.device) -> None:
     """Make sure that all ranks have the same documents. All ranks call it; 16 bytes each.
 
+    The largest of x and the largest of -x come from one all-reduce; the latter is the smallest, negated.
+    Example: 7, 7 and 5 -> 7 and -5, so the smallest is 5 and the ranks differ.
+
     They can differ where folders are not shared: then a rank finds no record, and what lies on its machine.
 
     Raises:
         ValueError: on all ranks, if one has others.
     """
+    # a bit less than the 64 of the checksum, so that it fits into int64 with its sign
     own = int(data.corpus.content, 16) >> 1
     extremes = torch.tensor([own, -own], dtype=torch.int64, device=device)
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
@@ -135,7 +175,7 @@ def check_agreement(data: Data, device: torch.device) -> None:
 
 
 def choose_device(config: RunConfig) -> torch.device:
-    """The device of this worker: GPU LOCAL_RANK where GPUs are used."""
+    """Choose the device of this worker: GPU LOCAL_RANK where GPUs are used, else the CPU."""
     wanted = config.launcher.device
     if wanted is Device.cuda or (wanted is Device.auto and torch.cuda.is_available()):
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -143,12 +183,13 @@ def choose_device(config: RunConfig) -> torch.device:
 
 
 def build_engine(config: RunConfig, groups: Groups) -> TrainEngine:
-    """The engine that the configuration asks for, with freshly drawn weights."""
+    """Build the engine that the configuration asks for, with freshly drawn weights."""
     engine = resolve_engine(config, has_gpu=groups.device.type == "cuda")
     return (MegatronEngine if engine is EngineKind.megatron else TorchEngine)(config, groups)
 
 
 def _reporting(config: RunConfig, first_step: int) -> Reporting:
+    """Open metrics and terminal of rank 0; drops metrics of steps after `first_step`, which come again."""
     return Reporting(
         writer=MetricsWriter(config.run_dir, tensorboard=config.logging.tensorboard, resume_step=first_step),
         progress=Progress(config.logging.progress, total_steps(config), first_step, sys.stdout),
@@ -156,7 +197,7 @@ def _reporting(config: RunConfig, first_step: int) -> Reporting:
 
 
 def _opening(config: RunConfig, groups: Groups, first_step: int) -> list[str]:
-    """A few lines that say what is about to run."""
+    """Say in a few lines what is about to run."""
     parallel = config.parallel
     where = f"{groups.world_size} x {groups.device.type} on {socket.gethostname()}"
     sizes = f"cp {parallel.cp_size}, ep {parallel.ep_size}, dp {groups.dp_size}"

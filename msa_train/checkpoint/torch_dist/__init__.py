@@ -1,1 +1,1 @@
-"""Megatron's torch_dist files: written in the background, read without executing anything."""
+"""Write Megatron's torch_dist files in the background; read them without executing anything."""

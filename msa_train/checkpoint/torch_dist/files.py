@@ -1,9 +1,12 @@
-"""Megatron's torch_dist checkpoints, written and read piece by piece by one process without process groups.
+"""Write and read Megatron's torch_dist checkpoints piece by piece, in one process without process groups.
 
 PyTorch's own writer wants the whole state at once and keeps a file's tensors until the file is complete. The
 format is simple: each piece of a tensor is a `torch.save` at some place of some file, and `.metadata` (a
 pickle) says where, and which box of the whole tensor it is. Readers take any boxes together, so how tensors
 are cut here has nothing to do with the layout of a training.
+
+Example: rows 0 and 1 of w [4, 8] and then rows 2 and 3 are added: one file __0_0.distcp with two pieces, and
+`.metadata` says w is [4, 8] of boxes [2, 8] at (0, 0) and (2, 0), with file, offset and length of each.
 """
 
 import io
@@ -37,7 +40,7 @@ CONFIG_NAME = "metadata.json"
 
 
 class ShardedWriter:
-    """Writes a checkpoint into an empty folder.
+    """Write a checkpoint into an empty folder.
 
     Args:
         folder: exists.
@@ -64,6 +67,7 @@ class ShardedWriter:
         """
         assert piece.dim() == len(shape) == len(offsets), f"{key}: {tuple(piece.shape)} of {tuple(shape)}"
         properties = TensorProperties(dtype=piece.dtype)
+        # the first piece declares the tensor, each adds a box
         entry = self._metadata.setdefault(
             key, TensorStorageMetadata(properties=properties, size=torch.Size(shape), chunks=[])
         )
@@ -84,11 +88,13 @@ class ShardedWriter:
     def close(self) -> None:
         """Write what Megatron reads first, and bring everything to the disk."""
         self._end_file()
+        # after all pieces, since it says where they are: a folder without it is no checkpoint
         metadata = Metadata(
             state_dict_metadata=self._metadata, storage_data=self._places, storage_meta=StorageMeta()
         )
         with self._new_file(METADATA_NAME) as stream:
             pickle.dump(metadata, stream)
+        # there is no common data, but Megatron opens the file
         with self._new_file(COMMON_NAME) as stream:
             torch.save({}, cast(IO[bytes], stream))
         save_config(CheckpointingConfig("torch_dist", 1), str(self.folder))
@@ -97,6 +103,7 @@ class ShardedWriter:
         self.files[CONFIG_NAME] = {"size": len(content), "crc32": f"{zlib.crc32(content):08x}"}
 
     def _put(self, index: MetadataIndex, content: Tensor | list[None]) -> None:
+        """Append a piece to the current file, or to a new one, and note its place."""
         if self._stream is not None and self._stream.size >= self.max_file_bytes:
             self._end_file()
         if self._stream is None:
@@ -108,16 +115,18 @@ class ShardedWriter:
         self._places[index] = _StorageInfo(self._stream.name, begin, self._stream.size - begin)
 
     def _end_file(self) -> None:
+        """Close the current file, which brings it to the disk."""
         if self._stream is not None:
             self._stream.close()
         self._stream = None
 
     def _new_file(self, name: str) -> "_CountingFile":
+        """Begin a file, which enters itself into `files` at its end."""
         return _CountingFile(self.folder / name, self.files)
 
 
 class _CountingFile(io.RawIOBase):
-    """A file that is only appended to; enters its size and checksum into `files` when it is closed."""
+    """Count and checksum what is appended to a file; enter both into `files` when it is closed."""
 
     def __init__(self, path: Path, files: dict[str, dict[str, Any]]) -> None:
         super().__init__()
@@ -143,7 +152,7 @@ class _CountingFile(io.RawIOBase):
 
 
 class ShardedReader:
-    """Reads rows of a checkpoint's tensors, in whatever boxes they were written, and nothing else.
+    """Read rows of a checkpoint's tensors, in whatever boxes they were written, and nothing else.
 
     Raises:
         ValueError: one line, if `.metadata` is not of a checkpoint.
@@ -158,18 +167,29 @@ class ShardedReader:
         self._first_bytes: dict[MetadataIndex, int] = {}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each tensor by key."""
+        """Return the shape of each tensor by key."""
         return {key: tuple(entry.size) for key, entry in self._tensors.items()}
 
     def dtype(self, key: str) -> torch.dtype:
-        """Type that a tensor is stored in."""
+        """Return the type that a tensor is stored in."""
         return self._tensors[key].properties.dtype
 
     def rows(self, key: str, first: int, count: int) -> Tensor:
-        """Rows of a tensor [R] or [R, C], or of one expert of [E, R, C] with rows counted over the experts.
+        """Read rows of a tensor [R] or [R, C], or of one expert of [E, R, C], rows counted over the experts.
+
+        Example: of [2, 3, C], first=4 and count=2 are rows 1 and 2 of expert 1.
+
+        Args:
+            key: of the tensor.
+            first: first row.
+            count: rows, all of one expert.
 
         Returns:
-            [count] or [count, C].
+            [count] or [count, C], of the stored type, on the CPU.
+
+        Raises:
+            ValueError: one line, if a file ends too early or a tensor is not stored row by row.
+            OSError: if a file cannot be read.
         """
         entry = self._tensors[key]
         _, num_rows, columns = _lifted(entry.size, 1)
@@ -178,6 +198,7 @@ class ShardedReader:
         filled = 0
         for number, chunk in enumerate(entry.chunks):
             at, size = _lifted(chunk.offsets, 0), _lifted(chunk.sizes, 1)
+            # the rows that this box shares with the wanted ones
             begin, end = max(row, at[1]), min(row + count, at[1] + size[1])
             if begin >= end or not at[0] <= expert < at[0] + size[0]:
                 continue
@@ -190,6 +211,7 @@ class ShardedReader:
 
     def _read(self, index: MetadataIndex, row: int, out: Tensor) -> None:
         """Fill `out`, [rows, columns of the box], from `row` of a box on, counted over its experts."""
+        # straight to their place, unless the box is narrower than the tensor and leaves gaps there
         rows = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype)
         with (self.folder / self._places[index].relative_path).open("rb") as file:
             if index not in self._first_bytes:
@@ -203,7 +225,7 @@ class ShardedReader:
 
 
 class _Window(io.RawIOBase):
-    """Part of a file as a file of its own, for reading."""
+    """Show part of a file as a file of its own, for reading."""
 
     def __init__(self, file: IO[bytes], offset: int, length: int) -> None:
         super().__init__()
@@ -229,7 +251,11 @@ class _Window(io.RawIOBase):
 
 
 def _first_byte(file: IO[bytes], place: _StorageInfo) -> int:
-    """Where a stored tensor's numbers begin in its file: torch.save writes a zip archive, not compressed."""
+    """Find where a stored tensor's numbers begin in its file.
+
+    torch.save writes a zip archive that is not compressed, so a few rows of a piece of gigabytes are read
+    with one seek.
+    """
     view = cast(IO[bytes], _Window(file, place.offset, place.length))
     # on the meta device there are no numbers to read
     tensor: Tensor = torch.load(view, map_location="meta", weights_only=True)
@@ -245,7 +271,10 @@ def _first_byte(file: IO[bytes], place: _StorageInfo) -> int:
 
 
 def _lifted(sizes: Sequence[int], filler: int) -> tuple[int, int, int]:
-    """Three dimensions, experts x rows x columns, of [R], [R, C] or [E, R, C]."""
+    """Lift sizes or offsets of [R], [R, C] or [E, R, C] to experts x rows x columns.
+
+    Example: sizes (4, 8) with filler 1 -> (1, 4, 8); offsets (5,) with filler 0 -> (0, 5, 0).
+    """
     if len(sizes) == 3:
         return sizes[0], sizes[1], sizes[2]
     return filler, sizes[0], sizes[1] if len(sizes) == 2 else filler

@@ -1,4 +1,9 @@
-"""Whether weights and moments are finite: an update can spoil them after a loss and gradient that were."""
+"""Find weights and moments that are not finite: an update can spoil them after a finite loss and gradient.
+
+Each rank reads its numbers once, where they lie: before a save those that it writes, after loading those that
+it holds, 14 bytes per parameter with Adam in bf16. For m3 on 256 ranks with ep 64 that is 90 GB of experts on
+each rank that writes some. Between ranks only names go around, of tensors that are not finite.
+"""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -10,19 +15,23 @@ from torch import Tensor
 from msa_train.checkpoint.all_ranks import CheckpointError, run_on_all_ranks
 from msa_train.checkpoint.store import CheckpointStore
 
+# tensors that an error names; a spoilt update often spoils all
 _NAMED = 3
 
 
 class NotFiniteError(CheckpointError):
-    """A checkpoint holds numbers that are not finite; reason: which, for the user."""
+    """Report that a checkpoint holds numbers that are not finite."""
 
     def __init__(self, path: object, names: str) -> None:
         self.reason = f"not finite: {names}"
+        "which tensors, for the user"
         super().__init__(f"checkpoint {path} is {self.reason}")
 
 
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> set[str]:
-    """Names of tensors that hold a number which is not finite.
+    """Name the tensors that hold a number which is not finite.
+
+    Smallest and largest number tell it: any infinity is one of the two, and a NaN becomes both.
 
     One pass without a copy, a small part of an update's time; the host waits once for each device.
     """
@@ -42,7 +51,7 @@ def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> set[str]:
 
 
 def listed(names: Iterable[set[str]]) -> str:
-    """Names of all ranks as a short text, empty where there are none.
+    """Join the names of all ranks to a short text, empty where there are none.
 
     Example: [{"b"}, {"a", "b"}] -> "a, b".
     """
@@ -54,6 +63,11 @@ def listed(names: Iterable[set[str]]) -> str:
 def check_loaded(path: object, state: Any, group: dist.ProcessGroup | None) -> None:
     """Refuse what was loaded from a checkpoint if it is not finite on any rank. All ranks call it.
 
+    Args:
+        path: the checkpoint, for the message.
+        state: nested dicts and lists of tensors, this rank's.
+        group: all ranks; the default group if None.
+
     Raises:
         NotFiniteError: on all ranks.
     """
@@ -63,7 +77,7 @@ def check_loaded(path: object, state: Any, group: dist.ProcessGroup | None) -> N
 
 
 def _leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Tensors of nested dicts and lists with their place: {"model": {"w": t}} -> ("model.w", t)."""
+    """Yield the tensors of nested dicts and lists with their place: {"model": {"w": t}} -> ("model.w", t)."""
     if isinstance(tree, Tensor):
         yield name, tree
     elif isinstance(tree, dict | list):
@@ -73,25 +87,26 @@ def _leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 class DivergedError(RuntimeError):
-    """A loss or the gradient is not finite."""
+    """Report that a loss or the gradient is not finite."""
 
 
 class SpoiltStateError(DivergedError):
-    """An update has left weights or moments that are not finite; reason: which."""
+    """Report that an update has left weights or moments that are not finite."""
 
     def __init__(self, text: str, reason: str) -> None:
         super().__init__(text)
         self.reason = reason
+        "which tensors, for the user"
 
 
 def spoilt_state(step: int, names: str, store: CheckpointStore) -> SpoiltStateError:
-    """As `diverged`, for what is found before a save."""
+    """Make the error of what is found before a save, as `diverged` of what is found in a step."""
     reason = f"the update left {names} not finite"
     return SpoiltStateError(str(diverged(step, reason, store)), reason)
 
 
 def diverged(step: int, reason: str, store: CheckpointStore) -> DivergedError:
-    """The error that ends a run, with where to go on from."""
+    """Make the error that ends a run, with where to go on from."""
     saved = store.steps()
     kept = f"the newest checkpoint is of step {max(saved)}" if saved else "there is no checkpoint yet"
     return DivergedError(

@@ -1,4 +1,4 @@
-"""Random number generators of a process, as part of a checkpoint."""
+"""Save and restore the random number generators of a process, a few KB of a checkpoint."""
 
 import random
 from typing import Any
@@ -12,7 +12,10 @@ RNG_KEY = "rng_state"
 
 
 def rng_state() -> dict[str, Any]:
-    """State of this process's random number generators: Python, NumPy, torch, and CUDA's current device."""
+    """Return the state of this process's generators: Python, NumPy, torch, and CUDA's current device.
+
+    Tensors and plain values only, since nothing else is read from a checkpoint.
+    """
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     state = {
         "python": random.getstate(),
@@ -33,6 +36,7 @@ def rng_state() -> dict[str, Any]:
 def set_rng_state(state: dict[str, Any]) -> None:
     """Bring the generators back to what `rng_state` saw."""
     random.setstate(state["python"])
+    # saved as int64, since torch has no arithmetic of uint32
     numpy_state = state["numpy"]
     keys = numpy_state["keys"].numpy().astype(np.uint32)
     np.random.set_state(
@@ -44,5 +48,5 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 def rng_shard(state: dict[str, Any] | None) -> ShardedObject:
-    """This rank's generators, to be saved or (None) to be loaded by as many ranks as saved them."""
+    """Wrap this rank's generators, to be saved or (None) to be loaded by as many ranks as saved them."""
     return ShardedObject(RNG_KEY, state, (dist.get_world_size(),), (dist.get_rank(),))

@@ -1,4 +1,4 @@
-"""Pickles inside of checkpoints: which names they may use, so that reading one runs no code of a stranger.
+"""Read the pickles inside of checkpoints by a list of allowed names, so that no code of a stranger is run.
 
 `.metadata` is a pickle, and so is each stored object, inside of torch's zip archive. A pickle can name any
 function of Python and have it called. Here every name is looked up in a list of what true checkpoints have;
@@ -44,14 +44,14 @@ _STORAGE = re.compile(r"[A-Z][A-Za-z0-9]*Storage")
 
 
 class _Frozen(type):
-    """Of stand-ins, so that a pickle cannot give attributes to the class itself."""
+    """Keep a pickle from giving attributes to the class of a stand-in itself."""
 
     def __setattr__(cls, name: str, value: object) -> None:
         raise pickle.UnpicklingError(f"sets {name} of {cls.__name__}")
 
 
 class _StandIn(metaclass=_Frozen):
-    """Takes whatever the true class takes and calls nothing."""
+    """Take whatever the true class takes, and call nothing."""
 
     def __new__(cls, *_args: object, **_named: object) -> "_StandIn":
         return super().__new__(cls)
@@ -61,7 +61,7 @@ class _StandIn(metaclass=_Frozen):
 
 
 class _Scanner(pickle.Unpickler):
-    """Makes stand-ins for what `.metadata` may name, and refuses the rest."""
+    """Make stand-ins for what `.metadata` may name, and refuse the rest."""
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         self.check(module_name, global_name)
@@ -75,9 +75,10 @@ class _Scanner(pickle.Unpickler):
 
 
 class _ObjectScanner(_Scanner):
-    """The same for stored objects: plain values and tensors."""
+    """Do the same for stored objects: plain values and tensors."""
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
+        # the pickle sets its items, so it must be a true one
         made = super().find_class(module_name, global_name)
         return OrderedDict if global_name == "OrderedDict" else made
 
@@ -87,11 +88,12 @@ class _ObjectScanner(_Scanner):
             raise pickle.UnpicklingError(f"names {module}.{name}, which no plain value does")
 
     def persistent_load(self, pid: Any, /) -> Any:
+        # a tensor's numbers, which lie beside the pickle and are no code
         return None
 
 
 class _Loader(pickle.Unpickler):
-    """Makes the true objects, of a pickle that has been scanned."""
+    """Make the true objects, of a pickle that has been scanned."""
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         if (module_name, global_name) in _PATHS:
@@ -100,6 +102,7 @@ class _Loader(pickle.Unpickler):
 
 
 def _joined(*parts: str) -> str:
+    """Stand in for a path's class: a text, whatever the system that wrote it."""
     return "/".join(parts)
 
 
@@ -122,7 +125,7 @@ def read_metadata(folder: Path) -> Any:
 
 
 def metadata_places(folder: Path) -> set[str]:
-    """Names of the files that `.metadata` describes, which are in the folder if anywhere; reads none of them.
+    """Name the files that `.metadata` describes, which are in the folder if anywhere; reads none of them.
 
     Raises:
         ValueError: one line without the folder, if it is no true one.
@@ -136,9 +139,12 @@ def metadata_places(folder: Path) -> set[str]:
 
 
 def objects_damage(folder: Path) -> str | None:
-    """What is wrong with the stored objects and the common data: they must be plain values and tensors.
+    """Check the stored objects and the common data: they must be plain values and tensors.
 
-    Reads a few KB per object: one of each rank that saved and one of each module.
+    Reads a few KB per object: one of each rank that saved, 256 of 256 ranks, and one of each module.
+
+    Returns:
+        One line of what is wrong, None if nothing is.
     """
     try:
         for name, data in _stored_objects(folder):
@@ -163,6 +169,7 @@ def check_object(data: bytes, name: str) -> None:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             (entry,) = (one for one in archive.infolist() if one.filename.endswith("/data.pkl"))
+            # some KB that unpack to any size; torch.save never compresses
             if entry.compress_type != zipfile.ZIP_STORED:
                 raise pickle.UnpicklingError("is compressed")
             content = archive.read(entry)
@@ -172,11 +179,12 @@ def check_object(data: bytes, name: str) -> None:
 
 
 def _scanned(data: bytes, folder: Path) -> Any:
-    """The stand-in of Metadata, with every place inside of the folder."""
+    """Scan `.metadata`: return the stand-in of Metadata, with every place inside of the folder."""
     try:
         metadata = _unpickled(_Scanner(io.BytesIO(data)))
         for place in metadata.state["storage_data"].values():
             path, begin, length = (place.state[name] for name in ("relative_path", "offset", "length"))
+            # readers open what stands here, so no place may lead elsewhere
             if Path(path).name != path or path in ("", ".."):
                 raise pickle.UnpicklingError(f"leads to {path}, outside of the checkpoint")
             if not (type(begin) is type(length) is int and begin >= 0 and length >= 0):
@@ -187,7 +195,7 @@ def _scanned(data: bytes, folder: Path) -> Any:
 
 
 def _unpickled(unpickler: pickle.Unpickler) -> Any:
-    """The content; without garbage collection, which would go through all new objects again and again.
+    """Load a pickle without garbage collection, which would go through all new objects again and again.
 
     16 MB, of 100,000 boxes as some hundred ranks write them, take 3 s with it and 1 s without.
     """
@@ -201,10 +209,12 @@ def _unpickled(unpickler: pickle.Unpickler) -> Any:
 
 
 def _stored_objects(folder: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield name and bytes of every stored object, and of the common data."""
     if (folder / METADATA_NAME).exists():
         metadata = _scanned(_content(folder / METADATA_NAME), folder).state
         entries, places = metadata["state_dict_metadata"], metadata["storage_data"]
         for index, place in places.items():
+            # by the name of its type: these are stand-ins
             key = index.state["fqn"]
             if type(entries.get(key)).__name__ != "BytesStorageMetadata":
                 continue
@@ -215,11 +225,13 @@ def _stored_objects(folder: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _content(path: Path) -> bytes:
+    """Read a regular file whole."""
     with open_regular(path) as file:
         return file.read()
 
 
 def _slice(file: IO[bytes], offset: int, length: int, key: str) -> bytes:
+    """Read part of a file, whose length is checked first: `length` is a stranger's number."""
     if offset + length > file.seek(0, io.SEEK_END):
         raise ValueError(f"object {key}: its file ends too early")
     file.seek(offset)
@@ -227,9 +239,11 @@ def _slice(file: IO[bytes], offset: int, length: int, key: str) -> bytes:
 
 
 def _not_true(folder: Path, name: str, error: Exception) -> ValueError:
+    """Make the error of a file that is not of a checkpoint."""
     return ValueError(f"{folder}/file {name}: is not of a checkpoint ({_reason(error)})")
 
 
 def _reason(error: Exception) -> str:
+    """Name a cause in a word or a line; other errors' texts are of torch and may quote the file."""
     lines = str(error).splitlines()
     return lines[0] if isinstance(error, pickle.UnpicklingError) and lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Megatron's torch_dist format written by PyTorch's own file writer.
+"""Write Megatron's torch_dist format by PyTorch's own file writer.
 
 Megatron's writer copies through pinned memory and streams of CUDA, so it fails without a GPU, and its saving
 waits in collectives of the default group, which a thread beside the training must not enter. The files are
@@ -30,25 +30,27 @@ Shards = dict[str, list[ShardedTensor | ShardedObject]]
 
 
 class _Bytes(io.BytesIO):
-    """Hands out a view of plain bytes.
+    """Hand out a view of plain bytes.
 
     PyTorch writes `getbuffer()`. When that write fails, the view is left in the frames of a traceback, and
     Python crashes on a BytesIO's own view when garbage collection clears the BytesIO first.
     """
 
     def getbuffer(self) -> memoryview:
-        """The content, read only."""
+        """Return the content, read only."""
         return memoryview(self.getvalue())
 
 
 class _SavePlanner(mcore_torch.MCoreSavePlanner):
+    """Give objects to the writer as `_Bytes`."""
+
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
         data = super().resolve_data(write_item)
         return _Bytes(data.getvalue()) if isinstance(data, io.BytesIO) else data
 
 
 class _Writer(FileSystemWriter):
-    """torch's, which says when it writes and does not wait for others."""
+    """Write as torch does, and mark the time in which this rank works and does not wait for others."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """See torch."""
@@ -62,7 +64,9 @@ class _Writer(FileSystemWriter):
 
 
 def shards_to_write(sharded_state: dict[str, Any]) -> Shards:
-    """What this rank writes, by key: of everything that several ranks hold, one of them writes it.
+    """Choose what this rank writes, by key: of everything that several ranks hold, one of them writes it.
+
+    That is the main replica of each: 256 ranks with ep 64 hold every expert 4 times, and 64 of them write.
 
     Args:
         sharded_state: nested, its leaves are ShardedTensors and ShardedObjects.
@@ -92,6 +96,7 @@ def write_shards(
             torch.save(common, folder / COMMON_NAME)
         return mcore_torch.mcore_to_pyt_state_dict(shards, False)  # type: ignore[arg-type]
 
+    # a failure here is exchanged before PyTorch's own collectives begin, in which others would wait for it
     state = _own(prepare, group)
     planner = _SavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
     # nothing to copy ahead: all is on the host, and this thread must not touch a GPU
@@ -106,13 +111,13 @@ def write_shards(
 
 
 def first_failure(error: CheckpointException) -> str:
-    """The cause within what PyTorch raises on all ranks, e.g. "rank 1: OSError: No space left on device"."""
+    """Find the cause in what PyTorch raises on all ranks, e.g. "rank 1: OSError: No space left on device"."""
     rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
     return f"rank {rank}: {type(cause).__name__}: {cause}"
 
 
 def _own(work: Any, group: dist.ProcessGroup | None) -> Any:
-    """This rank's result of work that all ranks do; it is not sent around."""
+    """Do work on all ranks and return this rank's result, which is not sent around."""
     result: list[Any] = []
     run_on_all_ranks(lambda: result.append(work()), group)
     return result[0]

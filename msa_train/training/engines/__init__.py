@@ -1,1 +1,1 @@
-"""Model, optimizer and gradient reduction behind one interface."""
+"""Hide model, optimizer and gradient reduction behind one interface: `engine`, by PyTorch or by Megatron."""

@@ -1,4 +1,13 @@
-"""What an engine is: gradient reduction, optimizer and schedule behind one small interface."""
+"""Define the interface of an engine: model, gradient reduction and optimizer.
+
+One step of any engine:
+
+    forward and backward of each pack    losses divided by the step's global counts, see `step_batch`
+    sum gradients over ranks             a plain sum, since every rank has divided by the same counts
+    global norm                          the same on all ranks
+    accept(result)                       on all ranks alike; where it says no, nothing has changed yet
+    clip, update, expert bias
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -21,24 +30,27 @@ from msa_train.training.step_batch import StepBatch
 
 @dataclass(slots=True)
 class StepResult:
-    """Figures that a step leaves on one rank."""
+    """Hold the figures that a step leaves on one rank."""
 
     lm_loss_sum: float
     "of this rank's tokens, fp64; 0 where no loss is computed or another tensor-parallel rank counts it"
     grad_norm: float
     "global norm before clipping, the same on all ranks"
     stats: LayerStats
+    "sums that layers left, of this rank's tokens"
     counters: CommCounters
+    "bytes and seconds of this rank's exchanges, and where a value was not finite"
     is_taken: bool = True
     "false: the weights, the optimizer and the experts' bias are as before"
 
 
-# Of what the step would leave, before the update; the same answer on all ranks
+# Asked of what the step would leave, before the update: afterwards the weights before it are gone, as keeping
+# a copy would cost 12 bytes per parameter. The same answer on all ranks, or their weights part.
 Accept = Callable[[StepResult], bool]
 
 
 class TrainEngine(ABC):
-    """One model on this rank, trained step by step."""
+    """Train one model on this rank, step by step."""
 
     name: str
     "for meta.json"
@@ -50,8 +62,12 @@ class TrainEngine(ABC):
         self.forward = PackForward(config, groups)
 
     def build_model(self) -> MsaGptModel:
-        """This rank's part of the model on its device, weights drawn by name."""
+        """Build this rank's part of the model on its device, weights drawn by name and seed.
+
+        So they are the same in every layout.
+        """
         groups = self.groups
+        # embedding and output belong to the first and last pipeline stage
         model = build_model(
             self.config,
             groups.collection,
@@ -77,33 +93,40 @@ class TrainEngine(ABC):
 
     @property
     def stage(self) -> Stage:
-        """The stage that is being trained."""
+        """Return the stage that is being trained."""
         return self.forward.stage
 
     @property
     def backbone_is_frozen(self) -> bool:
-        """Everything but the index branch, the experts' bias included."""
+        """Tell whether everything but the index branch is frozen, the experts' bias included."""
         return self.stage.lr_scale == 0
 
     @property
     def index_is_frozen(self) -> bool:
-        """The index branches."""
+        """Tell whether the index branches are frozen."""
         return self.stage.index_lr_scale * self.config.optim.index_lr_scale == 0
 
     @abstractmethod
     def train_step(self, batch: StepBatch, rates: LearningRates, accept: Accept | None = None) -> StepResult:
-        """Forward, backward, reduction, clipping and update for one global batch.
+        """Run forward, backward, reduction, clipping and update for one global batch. All ranks call it.
 
-        `accept` is asked before the update, on all ranks; where it says no there is none.
+        Args:
+            batch: this rank's packs and the counts of all.
+            rates: learning rates of the update.
+            accept: asked before the update, on all ranks; where it says no there is none. None: always yes.
         """
 
     @abstractmethod
     def evaluate(self, packs: Sequence[Pack]) -> float:
-        """Sum of this rank's token losses without gradients, fp64."""
+        """Sum this rank's token losses without gradients, fp64, in nats; not divided by anything."""
 
     @abstractmethod
     def sharded_state(self, *, loading: bool) -> dict[str, Any]:
-        """Model and optimizer as Megatron sharded tensors; the same keys from every engine."""
+        """Return model and optimizer as Megatron sharded tensors; the same keys from every engine.
+
+        Args:
+            loading: tensors are to be read into, their content does not matter.
+        """
 
     @abstractmethod
     def load_state(self, state: dict[str, Any], updates: int) -> None:
@@ -119,12 +142,18 @@ class TrainEngine(ABC):
         """Take over the model part of a state alone; what it lacks keeps its value. Before the first step."""
 
     def counts_loss(self) -> bool:
-        """Whether this rank's loss sum is to be added: last stage, first of its tensor-parallel group."""
+        """Tell whether this rank's loss sum is to be added: last stage, first of its tensor-parallel group.
+
+        Others have no loss, or the same one: tensor-parallel ranks share the tokens.
+        """
         return self.groups.is_pipeline_last_stage and self.groups.tp_rank == 0
 
 
 def checkpoint_metadata(groups: Groups) -> dict[str, Any]:
-    """Options of Megatron's sharded state dicts: per-layer keys, optimizer state shaped like the model."""
+    """Return options of Megatron's sharded state dicts: per-layer keys, optimizer state as the model's.
+
+    So a checkpoint does not depend on the ranks that a flat optimizer buffer was cut for.
+    """
     return {
         "dp_cp_group": groups.dp_cp,
         "non_homogeneous_layers": True,
@@ -137,6 +166,7 @@ def checkpoint_metadata(groups: Groups) -> dict[str, Any]:
 def reset_token_counts(model: MsaGptModel) -> None:
     """Forget tokens counted towards the expert bias."""
     for module in model.modules():
+        # Megatron's name, in routers that balance the load by a bias
         counts = getattr(module, "local_tokens_per_expert", None)
         if counts is not None:
             counts.zero_()

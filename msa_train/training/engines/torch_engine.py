@@ -1,4 +1,8 @@
-"""engine=torch: gradient all-reduce and torch.optim, on any device."""
+"""Train with gradient all-reduce and torch.optim, on any device: engine=torch.
+
+Every rank holds all dense parameters and its own experts, each with gradient, fp32 weight and two moments: 18
+bytes per bf16 parameter. That is for models of some billions and for fp64; m3 needs engine=megatron.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -31,7 +35,7 @@ from msa_train.training.step_batch import StepBatch
 
 
 class TorchEngine(TrainEngine):
-    """Context, expert and data parallelism with plain PyTorch parts."""
+    """Train with context, expert and data parallelism by plain PyTorch parts."""
 
     name = "torch"
 
@@ -40,7 +44,8 @@ class TorchEngine(TrainEngine):
         self.model = self.build_model()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.gradients = GradBuffers(self.parameters, groups)
-        # 16-bit parameters are updated through fp32 copies.
+        # 16-bit parameters are updated through fp32 copies: bf16 has 8 bits, so steps of less than 1/512 of a
+        # weight would be rounded away.
         self.masters = [
             nn.Parameter(p.detach().float()) if p.dtype == torch.bfloat16 else p for p in self.parameters
         ]
@@ -73,6 +78,7 @@ class TorchEngine(TrainEngine):
                 recall_seed=batch.recall_seed_of(pack),
             )
             losses = self.forward(self.model, params)
+            # divided by the labels of all ranks and packs, so that gradients only need to be added up
             (losses.sum() / batch.num_labels).backward()
             loss_sum += losses.detach().sum(dtype=torch.float64)
         self.gradients.reduce()
@@ -83,6 +89,7 @@ class TorchEngine(TrainEngine):
             stats=stats,
             counters=comm.whole.counters,
         )
+        # judged before the update, which cannot be taken back: weights and moments are changed in place
         result.is_taken = accept is None or accept(result)
         if result.is_taken:
             self._update(rates, grad_norm)
@@ -90,10 +97,18 @@ class TorchEngine(TrainEngine):
         return result
 
     def _update(self, rates: LearningRates, norm: float) -> None:
-        """Clip and step; norm: of the gradients."""
+        """Clip and step.
+
+        Example: clip_grad=1 and a norm of 4 scale the gradients by 1 / (4 + 1e-6) = 0.24999994.
+
+        Args:
+            rates: learning rates.
+            norm: of the gradients, over all ranks.
+        """
         clip = self.config.optim.clip_grad
         if clip > 0 and norm > clip:
-            # The small term as in torch and Megatron, so that the engines agree.
+            # torch and Megatron have the small term against a norm of zero, as they divide first. Here the
+            # norm is above the limit; the term stays so that the engines agree.
             self.gradients.scale(clip / (norm + 1e-6))
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             master.grad = self.gradients.view(parameter)
@@ -105,12 +120,14 @@ class TorchEngine(TrainEngine):
 
     @torch.no_grad()
     def _update_expert_bias(self) -> None:
+        """Raise the bias of experts with fewer tokens than the mean of all ranks, and lower the others'."""
         routers = [m for m in self.model.modules() if isinstance(m, SigmoidRouter)]
         counts = [r.local_tokens_per_expert for r in routers if r.local_tokens_per_expert is not None]
         biases = [r.expert_bias for r in routers if r.expert_bias is not None]
         if not biases or self.backbone_is_frozen:
             return
         rate = self.config.model.router_bias_update_rate
+        # adds up the counts of all ranks, in one all-reduce for all layers
         updated = get_updated_expert_bias(torch.stack(counts), torch.stack(biases), rate)
         for bias, new in zip(biases, updated, strict=True):
             bias.copy_(new)
@@ -131,6 +148,7 @@ class TorchEngine(TrainEngine):
         return {"model": model_state, "optimizer": self._sharded_optimizer(model_state)}
 
     def _sharded_optimizer(self, model_state: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """Cut fp32 weights and moments as the model's own entries are cut, under the parameters' names."""
         by_data: dict[int, ShardedTensor | ShardedTensorFactory] = {
             id(entry.data): entry
             for entry in nested_values(model_state)

@@ -1,1 +1,1 @@
-"""Figures of a step: collected over ranks, written, printed."""
+"""Collect figures of a step over the ranks (`collect`), write and print them; `registry` declares them."""

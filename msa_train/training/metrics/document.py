@@ -77,6 +77,7 @@ def document() -> str:
 
 
 def _table(metrics: Sequence[Metric]) -> str:
+    """Make the table of some metrics, a row each."""
     lines = ["| key | meaning | unit | over ranks | tag |", "|---|---|---|---|---|"]
     for metric in metrics:
         tag = f"`{metric.tag}`" if metric.tag else ""
@@ -88,6 +89,7 @@ def _table(metrics: Sequence[Metric]) -> str:
 
 
 def _chart_table() -> str:
+    """Make the table of the charts and the metrics that each shows."""
     lines = ["| page | chart | keys |", "|---|---|---|"]
     for chart in Chart:
         category, title = chart.value

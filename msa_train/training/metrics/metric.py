@@ -1,4 +1,4 @@
-"""Say what a metric is: the words in which `registry` declares each of them once."""
+"""Define what a metric is: the words in which `registry` declares each of them once."""
 
 from dataclasses import dataclass
 from enum import Enum

@@ -1,4 +1,4 @@
-"""What a training run says while it runs: a bar on a terminal, plain lines otherwise. Rank 0 only."""
+"""Show a run while it runs: a bar on a terminal, plain lines otherwise. Rank 0 only."""
 
 import os
 import time
@@ -11,13 +11,15 @@ from msa_train.config import Progress as ProgressKind
 from msa_train.config import printable
 from msa_train.training.metrics.registry import METRICS
 
+# no plain line sooner after the one before: logs of long runs stay readable
 LINE_INTERVAL_S = 3.0
 _BAR = "{percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+# weight of the newest step in the seconds per step, so about the last ten decide
 _SMOOTHING = 0.1
 
 
 class Progress:
-    """Reports steps to a stream."""
+    """Report steps to a stream."""
 
     def __init__(
         self,
@@ -28,7 +30,15 @@ class Progress:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Args: start_step: steps made before this start of the run; clock: seconds, for tests."""
+        """Begin a report.
+
+        Args:
+            kind: bar, lines, or what suits the stream.
+            total_steps: of the whole run.
+            start_step: steps made before this start of the run.
+            stream: where to.
+            clock: tells seconds, for tests.
+        """
         self.total_steps, self.stream, self._clock = total_steps, stream, clock
         as_bar = _can_hold_bar(stream) if kind is ProgressKind.auto else kind is ProgressKind.bar
         self._bar = (
@@ -38,11 +48,20 @@ class Progress:
         )
         self._last_line_s = float("-inf")
         self._unprinted = ""
+        "the line of the last step, where it came too soon to be printed"
         self._seen: tuple[int, float] | None = None
+        "step and time of the last report"
         self._step_s: float | None = None
+        "seconds per step, smoothed"
 
     def update(self, step: int, values: Mapping[str, Any]) -> None:
-        """Report that `step` steps are made; values: the metrics of the last one, tokens_per_s among them."""
+        """Report steps.
+
+        Args:
+            step: steps made.
+            values: metrics of the last one, tokens_per_s among them; those with a `line` in the registry are
+                shown.
+        """
         self._time(step)
         parts = [
             metric.line.format(values[metric.key])
@@ -81,11 +100,15 @@ class Progress:
             self._print_line()
 
     def _print_line(self) -> None:
+        """Print the line that waits."""
         print(printable(self._unprinted), file=self.stream, flush=True)
         self._unprinted, self._last_line_s = "", self._clock()
 
     def _time(self, step: int) -> None:
-        """Seconds per step, recent steps weighing more. What comes before the first report is not counted."""
+        """Measure seconds per step, recent steps weighing more; the time before the first report is left out.
+
+        Example: 2 s for the first step that counts, then 3 s -> 2.0, then 2.0 + 0.1 x (3 - 2) = 2.1.
+        """
         now = self._clock()
         if self._seen is not None and step > self._seen[0]:
             latest = (now - self._seen[1]) / (step - self._seen[0])
@@ -95,7 +118,7 @@ class Progress:
 
 
 def _can_hold_bar(stream: TextIO) -> bool:
-    """A terminal that knows its size; some containers give one of 0 x 0, where a bar shows nothing."""
+    """Tell whether it is a terminal that knows its size; containers may give 0 x 0, where no bar shows."""
     if not stream.isatty():
         return False
     try:
@@ -105,7 +128,7 @@ def _can_hold_bar(stream: TextIO) -> bool:
 
 
 def format_count(number: float) -> str:
-    """950.2 -> 950, 8123 -> 8.1K, 1.25e6 -> 1.2M, 2e9 -> 2.0G."""
+    """Shorten a count: 950.2 -> 950, 8123 -> 8.1K, 1.25e6 -> 1.2M, 2e9 -> 2.0G."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "K")):
         if number >= size * 0.9995:
             return f"{number / size:.1f}{letter}" if number < 99.95 * size else f"{number / size:.0f}{letter}"
@@ -113,7 +136,7 @@ def format_count(number: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """45 -> 45s, 220 -> 3m40s, 7500 -> 2h05m, 97200 -> 1d03h."""
+    """Shorten a duration: 45 -> 45s, 220 -> 3m40s, 7500 -> 2h05m, 97200 -> 1d03h."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"

@@ -1,4 +1,4 @@
-"""What a run leaves at its end: summary.json and a short table on the terminal. Rank 0 only."""
+"""Sum up a run at its end: summary.json and a short table on the terminal. Rank 0 only."""
 
 import math
 from pathlib import Path
@@ -56,7 +56,7 @@ def _summary(
     steps: int,
     seconds: float,
 ) -> dict[str, Any]:
-    """Plain facts of the run; the history covers earlier starts too."""
+    """Collect plain facts of the run; the history covers earlier starts too."""
     if not last:
         last = {key: value for row in history for key, value in row.items()}
     rates = sorted(row["tokens_per_s"] for row in history if row.get("tokens_per_s"))
@@ -86,6 +86,7 @@ def _from_metrics(last: dict[str, Any], history: list[dict[str, Any]]) -> dict[s
     for key in _keys_of(InSummary.total):
         if key in last:
             summary[f"{key}_total"] = sum(row.get(key, 0) for row in history)
+    # the median, as the first steps wait for connections and compilers
     waits = [
         row["exposed_s"] / row["step_time_s"]
         for row in history
@@ -103,10 +104,12 @@ def _from_metrics(last: dict[str, Any], history: list[dict[str, Any]]) -> dict[s
 
 
 def _keys_of(kind: InSummary) -> list[str]:
+    """List the keys of which summary.json keeps this."""
     return [metric.key for metric in METRICS if metric.in_summary is kind]
 
 
 def _loss_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Make the rows of steps, losses and speed."""
     rows = [("steps", f"{summary['steps']} ({format_count(summary['tokens'])} tokens)")]
     for metric in METRICS:
         if metric.title and f"{metric.key}_last" in summary:
@@ -119,7 +122,7 @@ def _loss_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _exchange_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """Bytes of keys and values, forward, against what the two gathering ways would have moved."""
+    """Make the rows of the exchange: bytes moved, against what the two gathering ways would have moved."""
     sent, gathered = summary.get("kv_bytes_total"), summary.get("kv_bytes_all_gather_total")
     if not gathered or sent is None:
         return []
@@ -143,6 +146,7 @@ def _exchange_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _size(num_bytes: float) -> str:
+    """Shorten a number of bytes: 1536 -> 1.5 KiB."""
     if num_bytes < 1:
         return "0 B"
     power = min(int(math.log(num_bytes, 1024)), 4)
@@ -150,7 +154,7 @@ def _size(num_bytes: float) -> str:
 
 
 def train_on_settings(config: RunConfig, steps: int) -> list[str]:
-    """Settings with which the same command trains as long again, at the learning rate that it ended with.
+    """Return settings with which the same command trains as long again, at the learning rate it ended with.
 
     Args:
         config: the run that has ended.

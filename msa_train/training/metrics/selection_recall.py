@@ -1,4 +1,4 @@
-"""Metrics of the comparison of MSA's selection with full attention."""
+"""Make metrics of the comparison of MSA's selection with full attention."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ from msa_train.parallel.attention.selection_recall import RecallSums
 
 
 def attention_metrics(flat: Tensor, layers: list[int]) -> dict[str, Any]:
-    """Recall and entropy from sums over all sampled queries.
+    """Compute recall and entropy from sums over all sampled queries.
 
     Args:
-        flat: [layers, KV groups, ...] fp64, `RecallSums.flat` added up over ranks.
+        flat: [layers, KV heads, 3 + 4 NK] fp64, `RecallSums.flat` added up over ranks; NK distances.
         layers: numbers of the MSA layers.
 
     Returns:
@@ -29,6 +29,7 @@ def attention_metrics(flat: Tensor, layers: list[int]) -> dict[str, Any]:
         ("score_recall_best", sums.best_mass.sum(-1), sums.count),
         ("attention_entropy", sums.entropy, sums.count),
     ):
+        # Sums divided by sums: a mean of the ranks' ratios would weigh ranks with few queries like others.
         ratio = total / count
         values[name] = float(ratio.mean())
         values[f"{name}_by_layer"] = {
@@ -46,7 +47,10 @@ def attention_metrics(flat: Tensor, layers: list[int]) -> dict[str, Any]:
 
 
 def _by_distance(part: list[float], whole: list[float]) -> dict[str, float | None]:
-    """Example: [1, 1, 0], [2, 1, 0] -> {"distance0": 0.5, "distance1": 1.0, "distance2": None}."""
+    """Divide by distance; bucket b > 0 holds distances 2^(b-1) to 2^b - 1.
+
+    Example: [1, 1, 0], [2, 1, 0] -> {"distance0": 0.5, "distance1": 1.0, "distance2": None}.
+    """
     return {
         f"distance{2 ** (bucket - 1) if bucket else 0}": a / b if b else None
         for bucket, (a, b) in enumerate(zip(part, whole, strict=True))

@@ -1,4 +1,4 @@
-"""What is left at the end of a run: summary.json and a short table."""
+"""Write summary.json, and format a short table for the terminal."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +12,14 @@ SUMMARY_NAME = "summary.json"
 
 
 def write_summary(run_dir: str | Path, summary: Mapping[str, Any]) -> Path:
-    """Write summary.json whole or not at all; numbers that are not finite are null and listed by name."""
+    """Write summary.json whole or not at all; numbers that are not finite are null and listed by name.
+
+    Returns:
+        Its path.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
     plain, nonfinite = json_ready(summary)
     if nonfinite:
         plain["nonfinite"] = nonfinite
@@ -23,7 +30,7 @@ def write_summary(run_dir: str | Path, summary: Mapping[str, Any]) -> Path:
 
 
 def format_table(rows: Sequence[tuple[str, str]]) -> str:
-    """Names and values in two aligned columns; what a terminal would act on is escaped.
+    """Align names and values in two columns; what a terminal would act on is escaped.
 
     Example: [("steps", "400"), ("final lm_loss", "2.31")] ->
         steps          400

@@ -29,7 +29,7 @@ CHARTS = _charts()
 
 
 def scalars(key: str, value: Any) -> Iterator[tuple[str, float]]:
-    """TensorBoard tags and numbers of one value.
+    """Yield TensorBoard tags and numbers of one value.
 
     Example: kv_selected_fraction_by_layer={"layer03": [0.1, 0.2]} -> exchange/f_layer03_group0 0.1 and
     exchange/f_layer03_group1 0.2. block_recall_by_distance={"layer03": {"distance4": 0.5}} ->
@@ -49,5 +49,6 @@ def scalars(key: str, value: Any) -> Iterator[tuple[str, float]]:
 
 
 def _tag(key: str, index: str) -> str:
+    """Make the tag of a number: kl_loss_by_layer, layer03 -> loss/kl_layer03."""
     # an undeclared key ends no run, a test finds it
     return _TAGS.get(key, f"other/{key}_@" if index else f"other/{key}").replace("@", index)

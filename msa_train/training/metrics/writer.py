@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard. Rank 0 only.
+"""Write metrics.jsonl and TensorBoard's files. Rank 0 only.
 
 A value is a number, a dict of named numbers or a dict by layer, {"layer03": entry}. An entry is a number, a
 list with a number for each KV group or a dict of named numbers. Layers count from 1, groups from 0. The keys
@@ -28,7 +28,7 @@ _TRY_AGAIN_AFTER = 100
 
 
 class MetricsWriter:
-    """Appends to the metrics of a run, after dropping what a killed run wrote beyond its last checkpoint.
+    """Append to the metrics of a run, after dropping what a killed run wrote beyond its last checkpoint.
 
     A full disk does not end a run: lines wait in memory until they can be written, and TensorBoard's points
     are left out until then.
@@ -39,11 +39,12 @@ class MetricsWriter:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._with_tensorboard = folder, tensorboard
         self._waiting, self._writes, self._try_again = b"", 0, 0
-        # of the first line that waits: what is written already
+        # Of the first line that waits: what is written already. A line must not be written twice, nor lost.
         self._cut = b""
         self._open(resume_step)
 
     def _open(self, resume_step: int) -> None:
+        """Open both files for what follows `resume_step`; later lines, and points, are dropped."""
         path = self._folder / METRICS_NAME
         if path.exists():
             _drop_after(path, resume_step)
@@ -52,6 +53,7 @@ class MetricsWriter:
             self._tensorboard: Any = self._new_tensorboard(resume_step + 1)
 
     def _new_tensorboard(self, first_step: int) -> Any:
+        """Begin a TensorBoard file; points of earlier files from `first_step` on are no longer shown."""
         # takes seconds to import
         from torch.utils.tensorboard import SummaryWriter
 
@@ -101,6 +103,7 @@ class MetricsWriter:
         return [*self._write_line(step, values), *self._write_points(step, values)]
 
     def _write_line(self, step: int, values: Mapping[str, Any]) -> list[str]:
+        """Append a line to metrics.jsonl, after those that wait."""
         plain, nonfinite = json_ready(values)
         line = {"step": step, **plain, **({"nonfinite": nonfinite} if nonfinite else {})}
         had_to_wait = bool(self._waiting)
@@ -126,6 +129,7 @@ class MetricsWriter:
         return None
 
     def _write_points(self, step: int, values: Mapping[str, Any]) -> list[str]:
+        """Add a step's points to TensorBoard's file, or to a new one a while after a failure."""
         if not self._with_tensorboard or (self._tensorboard is None and self._writes < self._try_again):
             return []
         is_new = self._tensorboard is None
@@ -142,6 +146,7 @@ class MetricsWriter:
         return [f"step {step}: {TENSORBOARD_NAME} is written again"] if is_new else []
 
     def _without_points(self, step: int, error: OSError) -> str:
+        """Give up TensorBoard's file for a while; return what to say."""
         # its thread has ended, so this file is over
         self._tensorboard, self._try_again = None, self._writes + _TRY_AGAIN_AFTER
         path, left = self._folder / TENSORBOARD_NAME, f"its points are left out, {METRICS_NAME} has them"
@@ -153,6 +158,7 @@ class MetricsWriter:
         self._close_files()
 
     def _close_files(self) -> None:
+        """Close both files, whatever the disk says."""
         self._file.close()
         try:
             if self._tensorboard is not None:
@@ -162,27 +168,34 @@ class MetricsWriter:
 
 
 def _quiet_about_disks(thread: threading.ExceptHookArgs) -> None:
-    """TensorBoard's thread prints a traceback where it cannot write; `write` says that in a line."""
+    """Leave out the traceback of TensorBoard's thread where it cannot write; `write` says that in a line."""
     if not (isinstance(thread.exc_value, OSError) and type(thread.thread).__name__ == "_AsyncWriterThread"):
         threading.__excepthook__(thread)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Steps of a metrics.jsonl (or of the run_dir that holds it), under the keys of this version.
+    """Read the steps of a metrics.jsonl (or of the run_dir that holds it), under the keys of this version.
 
     Lines cut short by a kill are left out.
+
+    Raises:
+        OSError: if it cannot be read.
     """
     path = Path(path)
     return [with_present_keys(entry) for _, entry in _entries(path / METRICS_NAME if path.is_dir() else path)]
 
 
 def json_ready(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Values as plain JSON, and the keys under which a number was not finite (and is null)."""
+    """Make values plain JSON; return them and the keys under which a number was not finite (and is null).
+
+    Example: {"lm_loss": nan, "lr": 0.1} -> {"lm_loss": None, "lr": 0.1} and ["lm_loss"].
+    """
     plain = {key: _plain(value) for key, value in values.items()}
     return plain, [key for key, value in values.items() if not _is_finite(value)]
 
 
 def _plain(value: Any) -> Any:
+    """Make a value plain JSON, numbers that are not finite null."""
     if isinstance(value, Mapping):
         return {str(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -195,6 +208,7 @@ def _plain(value: Any) -> Any:
 
 
 def _is_finite(value: Any) -> bool:
+    """Tell whether all numbers in a value are finite."""
     if isinstance(value, Mapping):
         return all(_is_finite(entry) for entry in value.values())
     if isinstance(value, list | tuple):
@@ -216,7 +230,7 @@ def _drop_after(path: Path, resume_step: int) -> None:
 
 
 def _cut_after(path: Path, resume_step: int) -> None:
-    """As `_drop_after`, without room on the disk; damaged lines further up stay, which readers leave out."""
+    """Do as `_drop_after`, without room on the disk; damaged lines stay, which readers leave out."""
     end = place = 0
     with path.open("rb") as lines:
         for line in lines:
@@ -230,6 +244,7 @@ def _cut_after(path: Path, resume_step: int) -> None:
 
 
 def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the lines of metrics.jsonl that can be understood, each with its entry."""
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             for entry in _parsed(line):
@@ -237,7 +252,7 @@ def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _parsed(line: str) -> list[dict[str, Any]]:
-    """The entry of a line; none where it is damaged."""
+    """Parse a line: its entry, or none where it is damaged."""
     try:
         entry = json.loads(line)
     except json.JSONDecodeError:

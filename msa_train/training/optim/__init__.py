@@ -1,1 +1,1 @@
-"""Optimizer, gradient buffers, learning rates."""
+"""Update parameters for engine=torch: gradient buffers, AdamW and Muon."""

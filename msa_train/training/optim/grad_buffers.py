@@ -1,4 +1,12 @@
-"""Gradients in two flat buffers, dense and expert, summed over their own groups of ranks."""
+"""Collect gradients in two flat buffers, dense and expert, and sum them over their own groups of ranks.
+
+Every rank runs the dense parameters on its own tokens, so their gradient is the sum over all data and context
+parallel ranks. An expert runs on one rank of each expert-parallel group, which has the tokens of the whole
+group already; its gradient is the sum over its replicas in the other groups.
+
+Example: 8 ranks with cp 2 and ep 4. Dense gradients are summed over all 8, those of rank 5's experts over
+ranks 1 and 5. In the norm dense gradients count once, and rank 5 adds up experts' squares with 4, 6 and 7.
+"""
 
 from collections.abc import Sequence
 
@@ -9,20 +17,21 @@ from torch import Tensor, nn
 from msa_train.parallel.comm.fault_watch import watched
 from msa_train.parallel.process_groups import Groups
 
-# Gradients are reduced in pieces of this many elements: a collective of the whole buffer would need as much
-# again for its copy on gloo.
+# Gradients are reduced in pieces of this many elements, 128 MiB in fp32: a collective of the whole buffer
+# would need as much again for its copy on gloo. The 13.1B dense parameters of m3 would take 391 pieces.
 _BUCKET_ELEMENTS = 2**25
 
 
 class GradBuffers:
-    """Collects gradients as they are made and sums them over the ranks that share the parameters.
+    """Collect gradients as they are made and sum them over the ranks that share the parameters.
 
-    Accumulates in fp32 (fp64 for fp64 parameters), over micro-batches too. Losses must already be divided by
-    global counts: the reduction is a plain sum, whatever the layout.
+    Accumulates in fp32 (fp64 for fp64 parameters), over micro-batches too: 4 bytes per parameter on this
+    rank. Losses must already be divided by global counts: the reduction is a plain sum, whatever the layout.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], groups: Groups) -> None:
         self.groups = groups
+        # Megatron's mark: parameters that data-parallel ranks do not share are not to be all-reduced
         is_expert = [not getattr(p, "allreduce", True) for p in parameters]
         self.dense = _Buffer([p for p, e in zip(parameters, is_expert, strict=True) if not e])
         self.expert = _Buffer([p for p, e in zip(parameters, is_expert, strict=True) if e])
@@ -44,9 +53,11 @@ class GradBuffers:
                         dist.all_reduce(piece, group=group)
 
     def norm(self) -> float:
-        """Global L2 norm; each expert counts once, the same value on every rank."""
+        """Return the global L2 norm, after `reduce`; each expert counts once. The same on every rank."""
         dense = self.dense.flat.square().sum(dtype=torch.float64)
         expert = self.expert.flat.square().sum(dtype=torch.float64)
+        # Dense gradients are the same on all ranks by now and need no exchange; each rank of an expert-
+        # parallel group has other experts, so their squares add up.
         with watched("grad_norm"):
             dist.all_reduce(expert, group=self.groups.ep)
         return float((dense + expert).sqrt())
@@ -57,12 +68,14 @@ class GradBuffers:
         self.expert.flat.mul_(factor)
 
     def view(self, parameter: nn.Parameter) -> Tensor:
-        """This parameter's gradient, shaped like it."""
+        """Return this parameter's gradient, shaped like it: a view of the buffer, fp32 or fp64."""
         views = self.dense.views if id(parameter) in self.dense.views else self.expert.views
         return views[id(parameter)]
 
 
 class _Buffer:
+    """Hold the gradients of some parameters one after another."""
+
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
         device = parameters[0].device if parameters else None
@@ -75,6 +88,7 @@ class _Buffer:
             parameter.register_post_accumulate_grad_hook(self._collect)
 
     def _collect(self, parameter: Tensor) -> None:
+        """Add a gradient that was just made and drop it: bf16 gradients never add up in bf16."""
         if parameter.grad is not None:
             self.views[id(parameter)].add_(parameter.grad)
             parameter.grad = None

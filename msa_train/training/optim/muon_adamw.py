@@ -1,6 +1,10 @@
-"""torch.optim for engine=torch: AdamW for everything, or Muon for the layers' matrices and AdamW beside it.
+"""Update by torch.optim, for engine=torch: AdamW alone, or Muon for the layers' matrices and AdamW beside it.
 
 Every rank holds whole matrices (dense ones replicated, experts its own), so Muon needs no communication.
+
+Muon adds momentum, makes the result nearly orthogonal (all singular values near 1), and moves by
+rate * sqrt(max(1, rows / columns)). The root is torch's factor: it lets a matrix that maps to more dimensions
+move its outputs as much as a square one. Pieces of [head_dim, hidden] have factor 1.
 """
 
 from collections.abc import Sequence
@@ -15,14 +19,17 @@ from msa_train.model.attention.index_branch import is_index_parameter
 
 
 class MuonAdamW:
-    """One or two torch optimizers behind one step, with moments under AdamW's names."""
+    """Put one or two torch optimizers behind one step, with moments under AdamW's names."""
 
     def __init__(
         self, optim: OptimConfig, parameters: Sequence[tuple[str, nn.Parameter]], *, head_dim: int
     ) -> None:
-        """parameters: names in the model and what is updated (fp32 copies of 16-bit parameters).
+        """Build the optimizers.
 
-        head_dim: rows of one head in the fused query/key/value projections, which Muon takes head by head.
+        Args:
+            optim: the settings.
+            parameters: names in the model and what is updated (fp32 copies of 16-bit parameters).
+            head_dim: rows of one head in the fused query/key/value projections, which Muon takes by head.
         """
         self.optim = optim
         self._parameters = [p for _, p in parameters]
@@ -39,7 +46,8 @@ class MuonAdamW:
             self.muon = torch.optim.Muon(self._muon_groups(), lr=optim.muon_lr, momentum=optim.muon_momentum)
 
     def _adamw_groups(self) -> list[dict[str, Any]]:
-        """Matrices with weight decay and the rest without, of the backbone and of the index branch."""
+        """Group matrices with weight decay and the rest without, of the backbone and of the index branch."""
+        # vectors are norms and biases, which as usual do not decay
         rest = [p for p in self._parameters if id(p) not in self._pieces]
         return [
             {
@@ -54,37 +62,45 @@ class MuonAdamW:
         ]
 
     def _muon_groups(self) -> list[dict[str, Any]]:
+        """Group Muon's pieces: the backbone's and the index branch's."""
         groups = []
         for index in (False, True):
             owners = [i for i in self._pieces if (i in self._index_ids) is index]
             pieces = [piece for i in owners for piece in self._pieces[i]]
+            # torch decays by the group's rate times this, at the peak 0.02 x 0.1 where AdamW has 3e-4 x 0.1
             if pieces:
                 groups.append({"params": pieces, "weight_decay": self._weight_decay(index), "index": index})
         return groups
 
     def _weight_decay(self, index: bool) -> float:
+        """Return the weight decay of the index branch or of the backbone."""
         return self.optim.index_weight_decay if index else self.optim.weight_decay
 
     def _is_muon(self, name: str, parameter: Tensor) -> bool:
-        """Matrices inside layers; a router's rows are one per expert and stay with AdamW."""
+        """Tell whether Muon takes it: a matrix in a layer, but no router, whose rows are one per expert."""
         if self.optim.algorithm is not OptimizerKind.muon:
             return False
         return parameter.dim() == 2 and name.startswith("decoder.layers.") and ".router." not in name
 
     def step(self, rates: LearningRates) -> None:
-        """Update from `.grad`."""
+        """Update from `.grad`, which GradBuffers has summed and clipped.
+
+        Example: lr=3e-4 and muon_lr=0.02; where the schedule gives AdamW 1.5e-4, Muon's rate is 0.01.
+        """
         for group in self.adamw.param_groups:
             group["lr"] = rates.index if group["index"] else rates.backbone
         self.adamw.step()
         if self.muon is not None:
             for group in self.muon.param_groups:
                 rate = rates.index if group["index"] else rates.backbone
+                # rate / lr is the schedule's share of the peak, with the factors of stage and index branch
                 group["lr"] = self.optim.muon_lr * rate / self.optim.lr
             for parameter in self._parameters:
                 self._hand_gradient_to_pieces(parameter)
             self.muon.step()
 
     def _hand_gradient_to_pieces(self, parameter: nn.Parameter) -> None:
+        """Give each piece its rows of the parameter's gradient; none where the parameter has none."""
         pieces = self._pieces.get(id(parameter), [])
         gradients = [None] * len(pieces)
         if pieces and parameter.grad is not None:
@@ -93,19 +109,23 @@ class MuonAdamW:
             piece.grad = gradient
 
     def moments(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
-        """First and second moment, shaped like the parameter; zero before the first step.
+        """Return first and second moment, shaped like the parameter; zero before the first step.
 
         Muon's momentum is a running mean of gradients like AdamW's first moment and takes its place; it has
         no second one.
         """
         if id(parameter) in self._pieces:
+            # buffer = momentum * buffer + (1 - momentum) * gradient, as exp_avg with beta1
             momentum = torch.cat([buffer for _, buffer in self._momenta(parameter)])
             return momentum, torch.zeros_like(parameter)
         state = self._adamw_state(parameter)
         return state["exp_avg"], state["exp_avg_sq"]
 
     def load_moments(self, parameter: nn.Parameter, first: Tensor, second: Tensor, step: int) -> None:
-        """Take over what `moments` gave after `step` updates."""
+        """Take over what `moments` gave after `step` updates.
+
+        AdamW's correction of young moments needs the count; Muon has none.
+        """
         if id(parameter) in self._pieces:
             momenta = self._momenta(parameter)
             parts = first.split(momenta[0][0].shape[0])
@@ -118,7 +138,7 @@ class MuonAdamW:
         state["step"].fill_(float(step))
 
     def _momenta(self, parameter: nn.Parameter) -> list[tuple[nn.Parameter, Tensor]]:
-        """Muon's pieces of a parameter with the momentum of each."""
+        """List Muon's pieces of a parameter with the momentum of each, made where there was no step yet."""
         assert self.muon is not None, "it was built for these parameters"
         result = []
         for piece in self._pieces[id(parameter)]:
@@ -129,6 +149,7 @@ class MuonAdamW:
         return result
 
     def _adamw_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """Return AdamW's state of a parameter, made as torch makes it where there was no step yet."""
         state = self.adamw.state[parameter]
         if not state:
             state["step"] = torch.tensor(0.0)
@@ -138,7 +159,9 @@ class MuonAdamW:
 
 
 def _pieces(name: str, parameter: nn.Parameter, head_dim: int) -> list[nn.Parameter]:
-    """What Muon makes orthogonal on its own, views of whole rows.
+    """Cut a parameter into what Muon makes orthogonal on its own, views of whole rows.
+
+    Example: a linear_qkv.weight of [12, 5] with head_dim 2 -> six pieces of [2, 5].
 
     The gradients of values are much larger than those of queries and keys: in one matrix with them, queries
     and keys would hardly move. Megatron's fused projection holds heads one after another.

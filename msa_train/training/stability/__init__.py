@@ -1,1 +1,1 @@
-"""Steps that must not be taken: skipped, rolled back, or the end of the run."""
+"""Deal with steps that must not be taken: skip them, roll the run back, or end it."""

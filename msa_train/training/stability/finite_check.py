@@ -1,4 +1,7 @@
-"""Ends a run whose numbers are no longer finite, before its weights reach a checkpoint."""
+"""End a run whose numbers are no longer finite, before its weights reach a checkpoint.
+
+Looks at four numbers that the metrics have gathered anyway; weights themselves are looked at before a save.
+"""
 
 import math
 from collections.abc import Mapping
@@ -30,5 +33,5 @@ def check_finite(step: int, values: Mapping[str, Any], store: CheckpointStore, w
 
 
 def not_finite(values: Mapping[str, Any]) -> list[str]:
-    """What must be finite and is not, e.g. ["grad_norm=nan"]."""
+    """List what must be finite and is not, e.g. ["grad_norm=nan"]; absent metrics are fine."""
     return [f"{name}={values[name]}" for name in _WATCHED if not math.isfinite(values.get(name, 0.0))]

@@ -1,9 +1,16 @@
-"""Steps that must not be taken: a loss or gradient that is not finite, or a loss far above the recent ones.
+"""Judge steps: a loss or gradient that is not finite, or a loss far above the recent ones, is not taken.
 
 Such a step leaves weights, optimizer and router bias as they are; step and data move on, so which packs a
 step has still follows from its number. After too many in a row a run may go back to its last checkpoint. It
 then passes over all packs from there to the bad ones, so the packs of a step are shifted by a number that
 every later checkpoint records. Everything here is equal on all ranks.
+
+Example: spike_window=3, spike_factor=2, max_skipped=2, bad_step=rollback, losses from step 1 on
+
+    3.0  2.9  3.1   taken; the median is 3.0
+    6.5             left out, above 2 x 3.0
+    2.8             taken; the median of 2.9, 3.1 and 2.8 is 2.9
+    7.0  8.0        left out, above 2 x 2.9: two in a row, so the run goes back to step 5 or before
 """
 
 import json
@@ -22,7 +29,7 @@ LOG_NAME = "bad_steps.jsonl"
 
 
 class RollbackError(Exception):
-    """The run is to go on from its last checkpoint before `last_good`, the last step that was taken."""
+    """Ask the run to go on from its last checkpoint up to `last_good`, the last step that was taken."""
 
     def __init__(self, step: int, last_good: int, reason: str) -> None:
         super().__init__(f"step {step}: {reason}")
@@ -30,28 +37,28 @@ class RollbackError(Exception):
 
 
 class SkipPolicy:
-    """Judges steps and remembers those left out.
-
-    in_a_row: bad steps since the last one that was taken. skipped: all that lead to the present weights.
-    passed_over_tokens: of packs that the run jumped over when it went back, padding included.
-    """
+    """Judge steps and remember those left out."""
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
+        # in_a_row: bad steps since the last one that was taken. skipped: all that lead to the present
+        # weights. passed_over_tokens: of packs that the run jumped over when it went back, with padding.
         self.in_a_row = self.skipped = self.passed_over_tokens = 0
         self.rollbacks: list[dict[str, Any]] = []
+        "events of all rollbacks, oldest first; plain JSON"
+        # losses of steps that were taken: bad ones would raise the measure by which the next are judged
         self._recent: deque[float] = deque(maxlen=config.spike_window)
 
     @property
     def judges(self) -> bool:
-        """Whether steps are judged before they are taken; it costs one small all-reduce."""
+        """Tell whether steps are judged before they are taken; it costs one all-reduce of 2 fp64."""
         return self.config.bad_step is not BadStep.end or self.config.spike_factor > 0
 
     def find_fault(self, loss: float, grad_norm: float, kl: float = 0.0) -> str:
-        """What is wrong with a step, empty if nothing is.
+        """Say what is wrong with a step, empty if nothing is.
 
         Args:
-            loss: mean over all tokens of the step.
+            loss: mean over all labels of the step, nats.
             grad_norm: global, before clipping.
             kl: of the index branches, any multiple of it.
         """
@@ -59,6 +66,8 @@ class SkipPolicy:
         named = [f"{name}={value}" for name, value in bad.items() if not math.isfinite(value)]
         if named:
             return f"{', '.join(named)}: not finite"
+        # Not before the window is full: the first losses of a run fall too fast to be a measure. The median,
+        # as one high loss that was taken moves it little.
         factor, full = self.config.spike_factor, len(self._recent) == self.config.spike_window
         if factor > 0 and full and loss > factor * (usual := median(self._recent)):
             return (
@@ -68,18 +77,25 @@ class SkipPolicy:
         return ""
 
     def record_taken(self, loss: float) -> None:
-        """A step is taken."""
+        """Record that a step is taken; loss: as `find_fault` saw it."""
         self.in_a_row = 0
         if self.config.spike_factor > 0:
             self._recent.append(loss)
 
     def record_skipped(self) -> None:
-        """A step is not taken."""
+        """Record that a step is not taken."""
         self.in_a_row += 1
         self.skipped += 1
 
     def decide(self, step: int, reason: str) -> str:
-        """What becomes of the run after a step was left out; returns what to tell the user.
+        """Decide what becomes of the run after a step was left out.
+
+        Args:
+            step: that was left out, already recorded.
+            reason: as `find_fault` said.
+
+        Returns:
+            What to tell the user.
 
         Raises:
             RollbackError: if the run shall go on from its last checkpoint.
@@ -98,7 +114,7 @@ class SkipPolicy:
         raise RollbackError(step, step - self.in_a_row, reason)
 
     def spoilt(self, step: int, reason: str) -> NoReturn:
-        """What becomes of the run where its state is not finite after a step: no skipped step mends that.
+        """Decide what becomes of the run where its state is not finite after a step: no skipping mends that.
 
         Raises:
             RollbackError: if the run shall go on from its last checkpoint.
@@ -110,31 +126,41 @@ class SkipPolicy:
         raise RollbackError(step, step - 1, reason)
 
     def _check_rollbacks(self, text: str) -> None:
+        """End a run that has gone back too often: it may go round in circles for days."""
         if len(self.rollbacks) >= self.config.max_rollbacks:
             raise ValueError(f"{text} after {len(self.rollbacks)} rollbacks (train.max_rollbacks)")
 
     def new_stage(self) -> None:
-        """Losses of another stage say nothing about this one's."""
+        """Forget recent losses: those of another stage say nothing about this one's."""
         self._recent.clear()
 
     def go_back(self, recorded: Mapping[str, Any], event: dict[str, Any], tokens: int) -> None:
-        """The run goes on from a checkpoint.
+        """Go on from a checkpoint, past the packs that led to the bad steps.
+
+        Counts of steps are the checkpoint's again; what was passed over and rolled back is the run's history
+        and adds up.
+
+        Example: one pack of 128 tokens per step, back from step 7 to the checkpoint of step 4: 384 tokens are
+        passed over. Step 5, which had pack 4, now has pack 7, the first one after those of step 7.
 
         Args:
             recorded: `record` of that checkpoint.
             event: the rollback, plain JSON.
-            tokens: of the packs between the checkpoint and the bad step.
+            tokens: of the packs between the checkpoint and the bad step, that one's included.
         """
         passed_over, rollbacks = self.passed_over_tokens + tokens, [*self.rollbacks, event]
         self.restore(recorded)
         self.in_a_row, self.passed_over_tokens, self.rollbacks = 0, passed_over, rollbacks
 
     def passed_over_packs(self, seq_len: int) -> int:
-        """By how many packs the data of a step is shifted."""
+        """Return by how many packs the data of a step is shifted.
+
+        Kept in tokens, since stages have packs of other lengths: 300 tokens are 3 packs of 128, 5 of 64.
+        """
         return -(-self.passed_over_tokens // seq_len)
 
     def record(self) -> dict[str, Any]:
-        """For meta.json."""
+        """Return what meta.json keeps of it; plain JSON."""
         return {
             "in_a_row": self.in_a_row,
             "skipped": self.skipped,
@@ -153,7 +179,7 @@ class SkipPolicy:
         self._recent.extend(recorded.get("recent_losses", []))
 
     def metrics(self) -> dict[str, float]:
-        """Sums over the run; nothing where steps are not judged."""
+        """Return sums over the run for the metrics; nothing where steps are not judged."""
         if not self.judges:
             return {}
         return {
@@ -164,7 +190,7 @@ class SkipPolicy:
 
 
 class EventLog:
-    """run_dir/bad_steps.jsonl, which nothing shortens; rank 0 only. Lines wait while the disk is full."""
+    """Append to run_dir/bad_steps.jsonl, which nothing shortens; lines wait for a full disk. Rank 0."""
 
     def __init__(self, run_dir: str | Path) -> None:
         self._path, self._waiting = Path(run_dir).expanduser() / LOG_NAME, b""

@@ -1,4 +1,19 @@
-"""Applies train.bad_step while a run goes on: judges steps before they are taken, and takes the run back."""
+"""Apply train.bad_step while a run goes on: judge steps before they are taken, and take the run back.
+
+In the order of a step:
+
+    gate         hands the engine a function `judge`
+    judge        called after the gradients are summed, before the update: exchanges loss and KL loss, asks
+                 SkipPolicy; what it answers decides whether there is an update
+    record       counts the step
+    outcome      taken, skipped, or taken and not finite
+    after_step   goes on, asks to go back (RollbackError), or ends the run (DivergedError)
+    go_back      loads the checkpoint to go on from
+
+A step is judged before the update, since an update cannot be taken back: it changes weights and moments in
+place, and one gradient that is not finite spoils all of them. The answer is the same on all ranks, which have
+the same exchanged sums and the same gradient norm; ranks that answered differently would have other weights.
+"""
 
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -23,9 +38,14 @@ from msa_train.training.step_batch import StepBatch
 
 @dataclass(slots=True)
 class _Judged:
+    """Hold what was found about the step that was judged last."""
+
     loss: float = 0.0
+    "mean over all labels of the step, nats"
     grad_norm: float = 0.0
+    "global, before clipping"
     complaint: str = ""
+    "what is wrong with it; empty if nothing is, or it was not judged"
 
 
 class StepOutcome(Enum):
@@ -40,7 +60,7 @@ class StepOutcome(Enum):
 
 
 class StepGuard:
-    """Between the training loop and SkipPolicy; all ranks call it alike."""
+    """Stand between the training loop and SkipPolicy; all ranks call it alike."""
 
     def __init__(
         self, config: RunConfig, groups: Groups, engine: TrainEngine, store: CheckpointStore
@@ -51,25 +71,33 @@ class StepGuard:
         self.notes: list[str] = []
         "what else to tell the user, emptied by who does"
         self._bad_values: list[str] = []
+        "where this rank met values that are not finite in the last step, first one first"
 
     @property
     def complaint(self) -> str:
-        """What is wrong with the step that was judged last, empty if nothing is."""
+        """Return what is wrong with the step that was judged last, empty if nothing is."""
         return self._judged.complaint
 
     def gate(self, batch: StepBatch) -> Accept | None:
-        """What the engine asks before it takes the step; None where all steps are taken."""
+        """Make what the engine asks before it takes the step; None where all steps are taken.
+
+        Args:
+            batch: the step's packs and global counts.
+        """
         self._judged = _Judged()
+        # nothing is exchanged then; what is not finite ends the run after the step, before a save
         if not self.bad_steps.judges:
             return None
 
         def judge(result: StepResult) -> bool:
             counted = result.lm_loss_sum if self.engine.counts_loss() else 0.0
             kl_sum = sum(float(kl) for kl in result.stats.kl.values())
+            # 16 bytes over all ranks. The KL sum keeps the ranks' factors: only whether it is finite matters.
             total = torch.tensor([counted, kl_sum], dtype=torch.float64, device=self.groups.device)
             with watched("judge"):
                 dist.all_reduce(total)
             loss_sum, kl = total.tolist()
+            # sums over all ranks, so divided once by the labels of all ranks
             loss = loss_sum / batch.num_labels
             complaint = self.bad_steps.find_fault(loss, result.grad_norm, kl)
             if complaint:
@@ -80,12 +108,12 @@ class StepGuard:
         return judge
 
     def _where(self, bad_values: list[str]) -> str:
-        """Where the first rank that knows met them; all ranks ask at once, and only in bad steps."""
+        """Say where the first rank that knows met them; all ranks ask at once, and only in bad steps."""
         known = [found[0] for found in run_on_all_ranks(lambda: bad_values[:1], None) if found]
         return f" ({known[0]})" if known else ""
 
     def record(self, result: StepResult) -> dict[str, Any]:
-        """Count the step that was just made or left out; what the metrics say about it."""
+        """Count the step that was just made or left out; return what the metrics say about it."""
         self._bad_values = result.counters.bad_values
         if not self.bad_steps.judges:
             return {}
@@ -102,7 +130,7 @@ class StepGuard:
         return StepOutcome.not_finite if not_finite(values) else StepOutcome.taken
 
     def after_step(self, step: int, values: dict[str, Any], first_pack: int) -> str:
-        """What becomes of the run after a step.
+        """Decide what becomes of the run after a step.
 
         Args:
             step: made or left out; its metrics are written.
@@ -135,7 +163,7 @@ class StepGuard:
         return text
 
     def _excused(self, step: int, values: dict[str, Any]) -> str:
-        """What to say where the validation loss alone is not finite, in a run that leaves bad steps out.
+        """Say that the validation loss alone is not finite, in a run that leaves bad steps out; else nothing.
 
         Nothing is trained on it, the steps are judged by losses of their own, and weights before every save.
         """
@@ -167,10 +195,13 @@ class StepGuard:
         Raises:
             DivergedError: if there is none.
         """
+        # rank 0 looks for all: to others a folder may show a moment later, and all must load the same
         saved = run_on_all_ranks(lambda: self.store.steps() if self.groups.rank == 0 else [], None)[0]
         later = {self.store.path(step): "later" for step in saved if step > bad.last_good}
         if len(later) == len(saved):
             raise diverged(bad.step, f"{bad.reason}; there is no checkpoint to go back to", self.store)
+        # Later ones were saved among the bad steps or after them. They stay until an older one is loaded: if
+        # none can be, the user still has all of them.
         found = load_newest(self.config, lambda found: restore(found, self.engine), known_damaged=later)
         assert found is not None, "the store has checkpoints"
         tokens = self._tokens(bad.step) - self._tokens(found.step)
@@ -183,11 +214,12 @@ class StepGuard:
         )
 
     def _tokens(self, step: int) -> int:
-        """Tokens that `step` steps use, padding included."""
+        """Count the tokens that `step` steps use, padding included."""
         stage: Stage = stage_at(plan_stages(self.config), max(step - 1, 0))
         return stage.tokens_at(step, self.config.train.global_batch_size)
 
     def _log(self, event: dict[str, Any]) -> None:
+        """Append an event to bad_steps.jsonl, on rank 0."""
         if self.groups.rank == 0:
             note = self._events.write(event)
             self.notes += [note] if note else []

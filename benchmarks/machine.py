@@ -1,4 +1,4 @@
-"""What a benchmark ran on, and which code: part of every result."""
+"""Tell what a benchmark ran on, and which code: part of every result."""
 
 import os
 import platform
@@ -13,7 +13,7 @@ COMMIT_VARIABLE = "MSA_TRAIN_COMMIT"
 
 
 def command(module: str, argv: Sequence[str]) -> str:
-    """How a benchmark was started, without `--out`: where figures are written does not change them.
+    """Write how a benchmark was started, without `--out`: where figures are written does not change them.
 
     Example: "benchmarks.exchange.run", ["--out", "here", "--rounds", "1"] -> "python -m
     benchmarks.exchange.run --rounds 1".
@@ -29,7 +29,7 @@ def command(module: str, argv: Sequence[str]) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Commit, processor, cores, kernel, Python."""
+    """Collect commit, processor, cores, kernel, Python."""
     model = next(
         (
             line.partition(":")[2].strip()
@@ -48,7 +48,7 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """What git says, with `-dirty` behind it where files differ; else what MSA_TRAIN_COMMIT says."""
+    """Return what git says, with `-dirty` behind it where files differ; else what MSA_TRAIN_COMMIT says."""
     try:
         git = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],

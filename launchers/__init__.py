@@ -1,1 +1,1 @@
-"""Command line, configuration files and worker processes. The only package that knows Hydra."""
+"""Hold the commands, the reading of configuration files and the worker processes; alone in knowing Hydra."""

@@ -1,4 +1,9 @@
-"""The msa-checkpoint command: what checkpoints a run has, whether they are sound, how two of them differ."""
+"""Run msa-checkpoint: list, verify, prune and compare checkpoints.
+
+`ls` reads names, sizes and meta.json. `verify` and `diff` read every byte: a checkpoint of a model of 1B
+parameters has about 16 GB (fp32 weights, AdamW's master weights and two moments), whatever number of ranks
+wrote it.
+"""
 
 import argparse
 import json
@@ -32,6 +37,7 @@ examples:
   msa-checkpoint diff runs/a runs/b/checkpoints/step_00000200      # exit code 1 if they differ
 
 A run_dir stands for its newest checkpoint where one is meant."""
+# as diff(1) and cmp(1): 1 is an answer, 2 is trouble
 DIFFERENT = DAMAGED = 1
 _SIZES = ("tp", "pp", "cp", "ep", "dp")
 _COLUMNS = ("step", "time", "size", "layout", "engine", "sound")
@@ -88,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _ls(arguments: argparse.Namespace) -> int:
+    """Print a line for each checkpoint; a damaged one gets its line too, so the exit code is 0."""
     rows = [_row(folder) for path in arguments.paths for folder in _folders(path)]
     if arguments.json:
         say(json.dumps(rows, indent=1), lines=True)
@@ -100,6 +107,7 @@ def _ls(arguments: argparse.Namespace) -> int:
 
 
 def _row(folder: Path) -> dict[str, Any]:
+    """Collect the row of a checkpoint: size in bytes, time in seconds since 1970, `sound` or why not."""
     reason = structure_damage(folder)
     row: dict[str, Any] = {"path": str(folder), "sound": reason or True}
     try:
@@ -116,6 +124,7 @@ def _row(folder: Path) -> dict[str, Any]:
 
 
 def _text(row: dict[str, Any], name: str) -> object:
+    """Format one cell of the table; `layout` names the sizes above 1, e.g. "cp4 ep4 dp2"."""
     value = row.get(name)
     if name == "step" and value is None:
         return Path(row["path"]).name
@@ -132,9 +141,11 @@ def _text(row: dict[str, Any], name: str) -> object:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    """Check all checkpoints that are named, and go on after a damaged one: a user wants the whole list."""
     code = 0
     for path in arguments.paths:
         for folder in _folders(path):
+            # checksums first: only files that are as they were written are worth loading as tensors
             reason = verify_folder(folder, full=not arguments.quick)
             if reason is None and not arguments.quick and METADATA_NAME in read_manifest(folder):
                 reason = _values_damage(folder)
@@ -144,6 +155,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _values_damage(folder: Path) -> str | None:
+    """Say which tensor holds numbers that are not finite; None if there is none."""
     # torch takes seconds
     accept_fallbacks()
     from msa_train.checkpoint.diff import values_damage
@@ -152,7 +164,9 @@ def _values_damage(folder: Path) -> str | None:
 
 
 def _prune(arguments: argparse.Namespace) -> int:
+    """Remove checkpoints, oldest first, but for the last sound ones and the multiples that are to stay."""
     for name in ("keep_last", "keep_every"):
+        # the lowest value: True, so 1, for keep_last; False, so 0, for keep_every
         if (value := getattr(arguments, name)) < (name == "keep_last"):
             lowest = "at least 1" if name == "keep_last" else "0 (none) or a number of steps"
             raise ValueError(f"--{name.replace('_', '-')}={value}: must be {lowest}")
@@ -166,6 +180,7 @@ def _prune(arguments: argparse.Namespace) -> int:
 
 
 def _diff(arguments: argparse.Namespace) -> int:
+    """Print settings and tensors in which two checkpoints differ; returns DIFFERENT if there is any."""
     # torch takes seconds
     accept_fallbacks()
     from msa_train.checkpoint.diff import diff_checkpoints
@@ -195,6 +210,7 @@ def _diff(arguments: argparse.Namespace) -> int:
 
 
 def _store(path: Path) -> CheckpointStore:
+    """Open the store of a run, named by its run_dir or by the folder `checkpoints` in it."""
     store = CheckpointStore(path.parent if path.name == "checkpoints" else path)
     if not store.steps():
         state = "has no checkpoint" if path.exists() else "does not exist"
@@ -203,7 +219,7 @@ def _store(path: Path) -> CheckpointStore:
 
 
 def _folders(path: Path) -> list[Path]:
-    """The checkpoint that a path is, or all of a run, oldest first."""
+    """List the checkpoint that a path is, or all of a run, oldest first."""
     if (path / META_NAME).exists() or (path / MANIFEST_NAME).exists():
         return [path]
     store = _store(path)
@@ -211,6 +227,7 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _one(path: Path) -> Path:
+    """Pick the checkpoint that a path is, or the newest of a run, and refuse a damaged one."""
     folder = _folders(path)[-1]
     reason = structure_damage(folder)
     if reason is not None:

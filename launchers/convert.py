@@ -1,4 +1,4 @@
-"""The msa-convert command: Hugging Face checkpoints of MiniMax-M2 and M3 to ours and back."""
+"""Run msa-convert: bring Hugging Face checkpoints of MiniMax-M2 and M3 into our format and back."""
 
 import argparse
 import re
@@ -22,7 +22,9 @@ examples:
   msa-train --config-dir runs/m3/conf run=imported data.corpus=/data/notes
   msa-convert export runs/imported M3-tuned --like MiniMax-M3   # same names and files, vision tower copied
   msa-convert export runs/demo demo-hf                     # a bare text model for AutoModelForCausalLM"""
+# decimal, as Hugging Face's own max_shard_size reads them
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+# between two lines in a log; a terminal's line is written over 5 times a second
 PROGRESS_S = 5.0
 
 
@@ -97,6 +99,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _import(arguments: argparse.Namespace) -> None:
+    """Import a checkpoint: plan, refuse, check the disk, write the weights, then tokenizer and conf.
+
+    What names, shapes and sizes tell is refused before the first byte is written.
+    """
     # megatron and torch take seconds: --help and mistakes in the arguments need not wait for them
     accept_fallbacks()
     from msa_train.checkpoint.weights_only import publish_weights
@@ -127,6 +133,7 @@ def _import(arguments: argparse.Namespace) -> None:
     for name in plan.unplaced:
         say(f"no place: {name}")
     check_unplaced(plan.unplaced, skip=arguments.skip_unplaced)
+    # looked for before the weights are written, as a link out of the folder is refused
     tokenizer = tokenizer_files(source)
     _warn([dtype_warning(config, plan.dtypes)])
     check = ContentCheck(plan.table.hf_shapes, allow_zeros=arguments.allow_zeros)
@@ -151,6 +158,10 @@ def _import(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
+    """Export a checkpoint: compare checksums, plan, check the disk, write the weights, copy the rest.
+
+    The weights are read twice that way; --no-checksums halves it where msa-checkpoint verify has just run.
+    """
     accept_fallbacks()
     import torch
 
@@ -200,7 +211,7 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 class _Progress:
-    """How much is done: one line that is written over on a terminal, a line every few seconds elsewhere."""
+    """Print how much is done: one line that is written over on a terminal, one every PROGRESS_S elsewhere."""
 
     def __init__(self, word: str, total: int) -> None:
         self.word, self.total, self.done = word, total, 0
@@ -208,7 +219,7 @@ class _Progress:
         self.on_terminal = sys.stdout.isatty()
 
     def add(self, num_bytes: int) -> None:
-        """Another piece is done."""
+        """Count another piece of so many bytes, and print if it is time to."""
         self.done += num_bytes
         now = time.monotonic()
         if now - self.last > (0.2 if self.on_terminal else PROGRESS_S):
@@ -216,10 +227,11 @@ class _Progress:
             say(self._text(now), end="\r" if self.on_terminal else "\n")
 
     def end(self) -> None:
-        """All is done."""
+        """Print the last line, with a line break."""
         say(self._text(time.monotonic()))
 
     def _text(self, now: float) -> str:
+        """Write a line such as "imported 2.5 GB of 10.0 GB (25%), 500.0 MB/s"."""
         seconds = max(now - self.begin, 1e-3)
         return (
             f"{self.word} {_size(self.done)} of {_size(self.total)} "
@@ -228,12 +240,21 @@ class _Progress:
 
 
 def _mapping(one: str, one_row: int, count: int, other: str, other_row: int) -> str:
-    """q_proj.weight [0:16] -> linear_qkv.weight [0:16]."""
+    """Write down where rows of one tensor go.
+
+    Example: "q_proj.weight", 0, 16, "linear_qkv.weight", 32 -> "q_proj.weight [0:16] -> linear_qkv.weight
+    [32:48]".
+    """
     return f"{one} [{one_row}:{one_row + count}] -> {other} [{other_row}:{other_row + count}]"
 
 
 def _check_checksums(folder: Path, *, only_small: bool) -> None:
-    """Read the checkpoint's files once before a number of them is written on; few of them for --dry-run."""
+    """Compare the checksums of all files before a single number of them is handed on.
+
+    Args:
+        folder: of the checkpoint.
+        only_small: leave out the shards of weights, as --dry-run does.
+    """
     from msa_train.checkpoint.manifest import checksum_damage, read_manifest
 
     entries = {
@@ -254,10 +275,12 @@ def _check_checksums(folder: Path, *, only_small: bool) -> None:
 
 
 def _size_of(files: dict[str, Path]) -> int:
+    """Sum the bytes of files."""
     return sum(path.stat().st_size for path in files.values())
 
 
 def _check_space(target: Path, needed: int) -> None:
+    """Refuse a disk with fewer than `needed` bytes free."""
     from msa_train.runtime.atomic_files import free_bytes
 
     free = free_bytes(target)
@@ -266,6 +289,7 @@ def _check_space(target: Path, needed: int) -> None:
 
 
 def _bytes(text: str) -> int:
+    """Read a size: "1.5 GB" -> 1500000000."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]B)", text.strip().upper())
     if not match or float(match[1]) == 0:
         raise ValueError(f"--shard-size={text}: must be a number and KB, MB, GB or TB; use e.g. 5GB")
@@ -273,6 +297,7 @@ def _bytes(text: str) -> int:
 
 
 def _size(num_bytes: int) -> str:
+    """Write a size: 1500000000 -> "1.5 GB"."""
     for unit in ("TB", "GB", "MB"):
         if num_bytes >= UNITS[unit]:
             return f"{num_bytes / UNITS[unit]:.1f} {unit}"
@@ -280,6 +305,7 @@ def _size(num_bytes: int) -> str:
 
 
 def _warn(lines: Sequence[str | None]) -> None:
+    """Print warnings to stderr; None stands for none."""
     for line in lines:
         if line is not None:
             say(f"msa-convert: warning: {line}", error=True)

@@ -1,4 +1,10 @@
-"""The msa-preflight command: looks at all nodes of a job before it trains, and names those that are bad."""
+"""Run msa-preflight: look at all nodes of a job before it trains, and name those that are bad.
+
+A job of 32 nodes that dies an hour later of one bad node has wasted 32 node hours; this takes seconds. Node 0
+hears the others one after the other: on N nodes it takes N - 1 connections, 3 pings each, and 2 (N - 1) MiB
+through its link (31 connections and 62 MiB on 32 nodes, 0.05 s at 10 Gbit/s). Nodes that never come cost
+--timeout-s once, all together; the import of torch for the all-reduce costs each node some seconds.
+"""
 
 import argparse
 import os
@@ -27,15 +33,18 @@ and, for the batch script, in RUN_DIR/slurm/bad_nodes; the exit code is 1 then."
 
 @dataclass(kw_only=True, slots=True)
 class Place:
-    """This node among those of the step."""
+    """Locate this node among those of the step."""
 
     rank: int
+    "of the node, from 0; node 0 hears the others"
     nodes: list[str]
+    "host names by rank"
     port: int
+    "of node 0 for the checks; the next one is that of the all-reduce's store"
 
 
 class NodesAreBadError(ValueError):
-    """Some nodes should not be trained on; the text names them."""
+    """Report that some nodes should not be trained on; the text names them."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,7 +69,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def find_place() -> Place:
-    """From Slurm's variables; alone without them."""
+    """Read this node's place from Slurm's variables; without them it is alone.
+
+    Example: SLURM_PROCID=1, SLURM_STEP_NODELIST=n[1-2], job 12345, step 0 -> rank 1 of n1, n2, port 22345.
+
+    Raises:
+        KeyError: in a step that has no list of nodes.
+    """
     environ = os.environ
     if "SLURM_PROCID" not in environ or "SLURM_STEP_ID" not in environ:
         return Place(rank=0, nodes=[os.uname().nodename], port=0)
@@ -88,9 +103,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(arguments: argparse.Namespace, place: Place) -> None:
+    """Check this node, then the links, then a collective; each only where the one before was good.
+
+    A collective on a bad node hangs until its timeout and names nobody: so it comes last, among nodes that
+    have all answered.
+    """
     wanted = Wanted(
         gpus=arguments.gpus, cpus=arguments.cpus, memory_gb=arguments.memory_gb, clock_s=arguments.clock_s
     )
+    # half the time for the file system, so that a node whose file system hangs still says so in time
     facts = gather_facts(arguments.run_dir, count_gpus=wanted.gpus > 0, timeout_s=arguments.timeout_s / 2)
     run_dir, timeout_s = Path(arguments.run_dir), arguments.timeout_s
     token = _token(facts, place, run_dir, timeout_s) if len(place.nodes) > 1 else b""
@@ -106,7 +127,11 @@ def _check(arguments: argparse.Namespace, place: Place) -> None:
 
 
 def _token(facts: Facts, place: Place, run_dir: Path, timeout_s: float) -> bytes:
-    """What tells this job's nodes from strangers. Rank 0 makes it where the batch script has not."""
+    """Read the secret that tells this job's nodes from strangers; rank 0 makes it where there is none.
+
+    It lies in run_dir, since all nodes share that and strangers do not. The batch script makes it beforehand;
+    by hand rank 0 does.
+    """
     path = token_path(run_dir, slurm_generation(os.environ))
     try:
         return read_token(path, create=place.rank == 0, timeout_s=timeout_s / 2)
@@ -119,7 +144,11 @@ def _token(facts: Facts, place: Place, run_dir: Path, timeout_s: float) -> bytes
 
 
 def _judge(facts: Facts, wanted: Wanted, place: Place, run_dir: Path, timeout_s: float, token: bytes) -> None:
-    """Rank 0: hear all others, print a line for each, name the bad."""
+    """Hear all other nodes, print a line for each and name the bad ones; for rank 0.
+
+    Raises:
+        NodesAreBadError: if any is bad, after all of them were told to leave.
+    """
     answers = {0: Answer(facts=facts, clock_s=0.0, echo_s=0.0)}
     head = Head(place.port, len(place.nodes), token) if len(place.nodes) > 1 else None
     if head is not None:
@@ -137,6 +166,7 @@ def _judge(facts: Facts, wanted: Wanted, place: Place, run_dir: Path, timeout_s:
         if found:
             bad[node] = found
         say(_line(node, answer))
+    # before the error: nodes that hear nothing would wait for twice the timeout
     if head is not None:
         head.tell_all(go_on=not bad)
     if bad:
@@ -146,6 +176,10 @@ def _judge(facts: Facts, wanted: Wanted, place: Place, run_dir: Path, timeout_s:
 
 
 def _line(node: str, answer: Answer) -> str:
+    """Describe a node.
+
+    Example: "n2: 8 GPUs, 64 CPUs, 480 GB free, clock +0.002 s, link 1.9 ms, run_dir written in 12 ms".
+    """
     facts = answer.facts
     return (
         f"{node}: {facts.gpus} GPUs, {facts.cpus} CPUs, {facts.memory_gb:.0f} GB free, "
@@ -155,7 +189,11 @@ def _line(node: str, answer: Answer) -> str:
 
 
 def _answer(facts: Facts, place: Place, run_dir: Path, timeout_s: float, token: bytes) -> bool:
-    """Another rank: whether to go on."""
+    """Answer node 0 and return whether to go on; for the other ranks.
+
+    Raises:
+        NodesAreBadError: if node 0 cannot be reached.
+    """
     head = place.nodes[0]
     try:
         return answer_head(head, place.port, place.rank, facts, token, timeout_s)
@@ -169,7 +207,11 @@ def _answer(facts: Facts, place: Place, run_dir: Path, timeout_s: float, token: 
 
 
 def _name(run_dir: Path, texts: Sequence[str]) -> None:
-    """Leave a line "node: what is wrong" for each: Slurm may lose what is printed by a step that it ends."""
+    """Write bad_nodes, a line "node: what is wrong" for each.
+
+    A file, for the batch script cuts the names off it for ExcNodeList, and Slurm may lose what is printed by
+    a step that it ends.
+    """
     path = run_dir / BAD_NODES
     path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path) as file:
@@ -178,7 +220,17 @@ def _name(run_dir: Path, texts: Sequence[str]) -> None:
 
 
 def _time_all_reduce(place: Place, megabytes: float, timeout_s: float) -> float:
-    """Seconds of the fastest of three, over one GPU of each node or over its CPU.
+    """Time an all-reduce over one GPU of each node, or over its CPU.
+
+    One rank per node: the network is what is looked at, and 32 ranks meet sooner than 256.
+
+    Args:
+        place: of this node.
+        megabytes: of the tensor, 10**6 bytes each.
+        timeout_s: longest wait for the others and for each collective.
+
+    Returns:
+        Seconds of the fastest of three: the first one also builds the connections.
 
     Raises:
         NodesAreBadError: if it does not come about.
@@ -202,9 +254,10 @@ def _time_all_reduce(place: Place, megabytes: float, timeout_s: float) -> float:
             dist.barrier()
             start = time.perf_counter()
             dist.all_reduce(data)
+            # on a GPU the call returns before it is done
             data[0].item()
             times.append(time.perf_counter() - start)
-        # rank 0 hosts the store
+        # rank 0 hosts the store: it must not leave while others are still reading it
         dist.barrier()
         dist.destroy_process_group()
     except (RuntimeError, dist.DistError) as error:

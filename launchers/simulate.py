@@ -1,4 +1,7 @@
-"""The msa-simulate command: what a layer costs on a cluster that is not at hand."""
+"""Run msa-simulate: predict the cost of an attention layer on a cluster that is not at hand.
+
+It runs on one CPU whatever --cp-size is; each question imports what it needs, so --help needs no torch.
+"""
 
 import argparse
 import json
@@ -23,6 +26,7 @@ examples:
   msa-simulate measure --out h100.yaml                # on the device: kernel rates for --rates
   msa-simulate compare benchmarks/results/exchange.json
   msa-simulate tables --out benchmarks/results        # simulate.md, simulate.json"""
+# binary, as sequence lengths are: 192K is 196608
 UNITS = {"K": 2**10, "M": 2**20}
 SCHEMES = (
     *("ring", "all_gather", "all_gather_early", "all_gather_all_reduce"),
@@ -84,11 +88,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that choose the shape of the layer."""
     parser.add_argument("--model", default="m3", help=f"{', '.join(group_options('model'))} (m3)")
     parser.add_argument("--attention", default="msa", help=f"{', '.join(group_options('attention'))} (msa)")
 
 
 def _add_question(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that describe a scenario: shape, cluster, rates, schemes, selections."""
     _add_model(parser)
     parser.add_argument("--seq-len", type=_tokens, required=True, metavar="N", help="tokens, e.g. 192K or 1M")
     parser.add_argument(
@@ -145,7 +151,7 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
 
 
 def _tokens(text: str) -> int:
-    """196608, 192K or 1M."""
+    """Read a number of tokens: 196608 or 192K -> 196608, 1M -> 1048576."""
     unit = UNITS.get(text[-1:].upper(), 1)
     digits = text[:-1] if unit > 1 else text
     if not digits.isdecimal() or int(digits) == 0:
@@ -156,6 +162,7 @@ def _tokens(text: str) -> int:
 
 
 def _sizes(text: str) -> list[int]:
+    """Read numbers of ranks, ascending and each once: "64,16,64" -> [16, 64]."""
     parts = text.split(",")
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise argparse.ArgumentTypeError(f"{text}: must be numbers of ranks such as 16,64,256")
@@ -163,6 +170,7 @@ def _sizes(text: str) -> list[int]:
 
 
 def _schemes(text: str) -> list[str]:
+    """Read names of schemes in the order given: "ring,auto" -> ["ring", "auto"]."""
     names = text.split(",")
     unknown = [name for name in names if name not in SCHEMES]
     if unknown:
@@ -171,6 +179,7 @@ def _schemes(text: str) -> list[str]:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    """Answer one scenario: bytes, times and memory of every scheme."""
     scenario, selections = read_question(arguments)
     from msa_train.simulate.reports.text import answer_data, answer_text
     from msa_train.simulate.study import answer
@@ -183,6 +192,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _scale(arguments: argparse.Namespace) -> None:
+    """Answer a scenario at several numbers of ranks, by weak scaling or with --strong."""
     if arguments.selections is not None and not arguments.strong:
         raise ValueError("--selections: a recording has one length, weak scaling has many; add --strong")
     scenario, selections = read_question(arguments)
@@ -197,6 +207,7 @@ def _scale(arguments: argparse.Namespace) -> None:
 
 
 def _tables(arguments: argparse.Namespace) -> None:
+    """Write the tables that lie in benchmarks/results."""
     from msa_train.simulate.reports.tables import write_tables
 
     shape = read_shape("m3", "msa", element_bytes=2, trains_index=True)
@@ -205,6 +216,7 @@ def _tables(arguments: argparse.Namespace) -> None:
 
 
 def _measure(arguments: argparse.Namespace) -> None:
+    """Measure the kernel rates of this machine's device and write them for --rates."""
     if arguments.out.suffix not in (".yaml", ".yml"):
         raise ValueError(f"--out={arguments.out}: must end in .yaml")
     shape = read_shape(arguments.model, arguments.attention, element_bytes=2, trains_index=True)
@@ -226,6 +238,7 @@ def _measure(arguments: argparse.Namespace) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
+    """Set predicted times beside those that benchmarks/exchange measured."""
     from msa_train.simulate.reports.predicted_vs_measured import (
         compare_file,
         comparison_data,

@@ -1,4 +1,7 @@
-"""The msa-status command: how far a run is, from its files and from Slurm."""
+"""Run msa-status: tell how far a run is, from its files and from Slurm.
+
+It asks no worker, so its cost does not grow with the ranks, and a hung run answers as well as a healthy one.
+"""
 
 import json
 import sys
@@ -37,7 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def format_status(status: dict[str, Any]) -> str:
-    """The same as a table."""
+    """Write the status as a table.
+
+    Args:
+        status: as `read_status` returns it.
+
+    Example: {"run_dir": "runs/demo"} -> rows "run  runs/demo" and "last checkpoint  none".
+    """
     rows = [("run", status["run_dir"])]
     if "job" in status:
         where = f" on {status['nodes']}" if status.get("nodes") else ""
@@ -63,6 +72,7 @@ def format_status(status: dict[str, Any]) -> str:
 
 
 def _ago(seconds: float) -> str:
+    """Write an age; a file from a node whose clock is ahead is of now."""
     return f"{format_duration(max(seconds, 0))} ago"
 
 

@@ -1,4 +1,7 @@
-"""The msa-submit command: a job of several nodes for Slurm."""
+"""Run msa-submit: check a run, write its batch script, give it to Slurm as a job of several nodes.
+
+All of it happens on the login node: a wrong setting is refused here and not after hours in the queue.
+"""
 
 import sys
 from collections.abc import Sequence
@@ -41,12 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> None:
+    """Print the help, or check the cluster and submit a job or a sweep."""
     if not arguments or {"--help", "-h"} & set(arguments):
         table = "\n".join(f"  {name:<14} {text}" for name, text in group_options(CLUSTER).items())
         say(USAGE.format(clusters=table), lines=True)
         return
     request = read_request(arguments)
     cluster = compose_cluster(request.cluster, request.of_cluster, request.config_dirs)
+    # before the run is composed: that of a sweep is composed once per combination
     check_time(request.time, cluster)
     if request.sweep:
         # Hydra's own entry point is not needed for a single job

@@ -1,4 +1,11 @@
-"""The msa-train command."""
+"""Run msa-train: answer an option, or check a run and start its workers, or join those of torchrun or srun.
+
+Three ways lead to workers. Alone, `_launch` starts all of them on this machine. As one task per node of a
+Slurm step, `_launch_node` starts this node's. As one rank of torchrun or srun, `_join` becomes a worker.
+
+All ranks that torchrun or srun started compose and check the configuration themselves, without torch; rank 0
+alone claims run_dir, tokenizes, writes files and prints.
+"""
 
 import difflib
 import functools
@@ -63,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _answer(arguments: list[str]) -> int:
+    """Turn what is raised into one line on stderr and an exit code."""
     try:
         check_current_folder()
         return _run(arguments)
@@ -77,6 +85,7 @@ def _answer(arguments: list[str]) -> int:
 
 
 def _run(arguments: list[str]) -> int:
+    """Answer the options in order of what they need: nothing, the configuration, the layout, the files."""
     arguments, config_dirs = _take_config_dirs(arguments)
     options = [_option(text) for text in arguments if text.startswith("-")]
     overrides = [text for text in arguments if not text.startswith("-")]
@@ -101,6 +110,7 @@ def _run(arguments: list[str]) -> int:
     if job:
         _tell_joined(job)
     layout = plan_layout(config, joined_world_size=joined)
+    # now: the checks of files import torch, which reads the variables once
     set_worker_environment(config, layout)
     _check_machine(layout, on_one=joined is None or (node is not None and node.count == 1))
     if "check" in options:
@@ -114,6 +124,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _check_machine(layout: Layout, *, on_one: bool) -> None:
+    """Check and set what the machine must offer; on_one: all ranks are on it, so they meet over loopback."""
     accept_log_level()
     raise_file_limit(layout.world_size, on_gpu=layout.on_gpu)
     if on_one:
@@ -121,7 +132,11 @@ def _check_machine(layout: Layout, *, on_one: bool) -> None:
 
 
 def _tell_joined(job: dict[str, str]) -> None:
-    """Before any wait: the variables may be left over, or those of an interactive shell."""
+    """Say that this process joins a job, and by which variables.
+
+    Before any wait: they may be left over from another job, or those of an interactive shell, and then
+    nobody else ever comes.
+    """
     os.environ[SAID_BY] = said_by(os.environ)
     if job["RANK"] == "0":
         where, others = f"{job['MASTER_ADDR']}:{job['MASTER_PORT']}", int(job["WORLD_SIZE"]) - 1
@@ -132,6 +147,7 @@ def _tell_joined(job: dict[str, str]) -> None:
 
 
 def _launch(config: RunConfig, layout: Layout) -> int:
+    """Start all workers on this machine and wait for them; returns the exit code."""
     with claim_run_dir(config.run_dir):
         _prepare(config, layout)
         # imports torch, which checks and help must not wait for
@@ -142,6 +158,11 @@ def _launch(config: RunConfig, layout: Layout) -> int:
 
 
 def _launch_node(config: RunConfig, layout: Layout, node: Node) -> int:
+    """Start this node's workers and wait for them; node 0 prepares run_dir for all.
+
+    On 32 nodes of 8 GPUs this makes 32 launchers with 8 workers each. Only node 0 takes the lock and
+    tokenizes; the others wait for it at the rendezvous, 600 s at most (RENDEZVOUS_S).
+    """
     with quick_imports():
         from launchers.local.elastic_agent import launch_workers
 
@@ -154,6 +175,7 @@ def _launch_node(config: RunConfig, layout: Layout, node: Node) -> int:
 
 
 def _join(config: RunConfig, layout: Layout, job: dict[str, str]) -> int:
+    """Become one rank of a job that torchrun or srun started; rank 0 prepares run_dir for all."""
     os.environ.update(job)
     # The others wait for rank 0 at the rendezvous, launcher.timeout_s at most: --check tokenizes beforehand
     if job["RANK"] != "0":
@@ -167,12 +189,14 @@ def _join(config: RunConfig, layout: Layout, job: dict[str, str]) -> int:
 
 
 def _prepare(config: RunConfig, layout: Layout) -> None:
+    """Print what the run is, warn, and check its files; by the holder of run_dir."""
     say(describe(config, layout))
     _warn(config, disk_warning(config))
     check_files(config, say=say, hand_on=True)
 
 
 def _warn(config: RunConfig, disk: str | None = None) -> None:
+    """Print settings that contradict each other to stdout, a disk that is too small to stderr."""
     for text in contradictions(config):
         # allowed, and meant by who tries a few steps: said with what else the run is
         say(f"warning: {text}")
@@ -181,7 +205,10 @@ def _warn(config: RunConfig, disk: str | None = None) -> None:
 
 
 def _take_config_dirs(arguments: list[str]) -> tuple[list[str], list[Path]]:
-    """Split off `--config-dir DIR` and `--config-dir=DIR`."""
+    """Split off `--config-dir DIR` and `--config-dir=DIR`.
+
+    Example: ["run=demo", "--config-dir", "mine"] -> ["run=demo"], [Path("mine")].
+    """
     rest: list[str] = []
     folders: list[Path] = []
     left = iter(arguments)
@@ -198,7 +225,10 @@ def _take_config_dirs(arguments: list[str]) -> tuple[list[str], list[Path]]:
 
 
 def _value(config: RunConfig, key: str) -> str:
-    """One value as scripts want it: without quotes, names of choices as they are written."""
+    """Write one value as scripts want it: without quotes, names of choices as they are written.
+
+    Example: "train.precision" -> "bf16", for the batch script's `$(msa-train ... --cfg=run_dir)`.
+    """
     if key not in known_keys(list(config.stages)):
         raise ValueError(f"--cfg={key}: there is no such key; {EVERY_KEY}")
     value = functools.reduce(
@@ -210,6 +240,7 @@ def _value(config: RunConfig, key: str) -> str:
 
 
 def _option(text: str) -> str:
+    """Find the option that a text stands for: "--dry-run" -> "check", "--cfg=run_dir" -> "cfg"."""
     if text.startswith("--cfg="):
         return "cfg"
     if text not in OPTIONS:
@@ -221,14 +252,17 @@ def _option(text: str) -> str:
 
 
 def _refuse(error: ValueError) -> int:
+    """Print why the run is refused, once per job where that can be done; returns USER_ERROR."""
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
-        # rank 0 says it, and its end is that of all; where it does not, this is no rank of a job
+        # All ranks find the same mistake. Rank 0 says it, and its end is that of all; where this process
+        # outlives the wait, it is no rank of a job, and says it itself.
         time.sleep(OTHER_RANKS_WAIT_S)
     say(f"msa-train: error: {one_line(error)}", error=True)
     return USER_ERROR
 
 
 def _version() -> str:
+    """Read the version of the installed package."""
     try:
         return importlib.metadata.version("msa-train")
     except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,8 @@
-"""One worker process: `launchers.worker CONFIG.yaml`, or `run_entry` under torchrun and srun."""
+"""Run one worker process: `launchers.worker CONFIG.yaml`, or `run_entry` under torchrun and srun.
+
+There is one for each rank. It may outlive neither its launcher nor its own failure: a rank that lives on
+keeps a GPU, and the others wait for it in a collective.
+"""
 
 import ctypes
 import faulthandler
@@ -19,21 +23,29 @@ from msa_train.runtime import preemption
 from msa_train.runtime.last_words import LAUNCHER_PID, record
 
 TRAINING = "msa_train.training.worker:run_worker"
+# of prctl(2): the signal that this process gets when the thread that started it ends
 PR_SET_PDEATHSIG = 1
 _STDOUT_LOST = "msa-train: warning: stdout is lost, the run goes on"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry under the local launcher. Arguments: CONFIG.yaml and, for tests, another MODULE:FUNCTION."""
+    """Run a worker of the local launcher, and end the process.
+
+    Args:
+        argv: CONFIG.yaml and, for tests, another MODULE:FUNCTION; those of the process by default.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     _follow_launcher()
     with steady_output(_STDOUT_LOST):
         run_entry(load_run(arguments[0]), *arguments[1:])
+        # destructors of process groups may wait for ranks that have ended
         leave(0)
 
 
 def run_entry(config: RunConfig, entry: str = TRAINING) -> None:
     """Run a worker to its end. An exception is recorded for the launcher and ends the process at once.
+
+    The exit code is 1 then. Signals get their handlers here, before torch is imported.
 
     Args:
         config: the whole run.
@@ -82,13 +94,19 @@ def accept_fallbacks() -> None:
 
 
 def _follow_launcher() -> None:
-    """Have the kernel kill this process when the launcher ends, even by SIGKILL; end quietly on Ctrl-C."""
+    """Have the kernel kill this process when the launcher ends, even by SIGKILL; end quietly on Ctrl-C.
+
+    No handler of the launcher's runs when the system's out-of-memory killer takes it, and nobody is left then
+    to end its workers but the kernel. SIGKILL, for a worker can save nothing any more: its peers are killed
+    as well.
+    """
+    # the launcher ends survivors by it too: a KeyboardInterrupt in the log of each would look like the cause
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     launcher = os.environ.get(LAUNCHER_PID)
     if launcher is None or sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    # it may have ended before the request was made
+    # it may have ended before the request was made: its children then belong to another process already
     if os.getppid() != int(launcher):
         os._exit(1)
 

@@ -1,4 +1,4 @@
-"""How long training stands still for a checkpoint: written beside it, and waited for.
+"""Measure how long training stands still for a checkpoint: written beside it, and waited for.
 
     python -m benchmarks.checkpoint.pause --out benchmarks/results
 

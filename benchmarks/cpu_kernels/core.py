@@ -1,4 +1,7 @@
-"""What is compared: the core of an MSA layer, and causal attention of torch over the same heads."""
+"""Run what is compared: the core of an MSA layer, and causal attention of torch over the same heads.
+
+Shapes: S tokens, H query heads, M KV heads, D head dim, Di index head dim, topk slots.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -14,28 +17,37 @@ from benchmarks.cpu_kernels.shape import CoreShape
 
 @dataclass(slots=True)
 class CoreInputs:
-    """q, dout [S, H, D]; k, v [S, M, D]; q_index [S, M, Di]; k_index [S, Di]; all fp32."""
+    """Hold the inputs of one layer's core, all fp32."""
 
     q: Tensor
+    "[S, H, D]"
     k: Tensor
+    "[S, M, D]"
     v: Tensor
+    "[S, M, D]"
     dout: Tensor
+    "[S, H, D], gradient of the output"
     q_index: Tensor
+    "[S, M, Di]"
     k_index: Tensor
+    "[S, Di]"
 
 
 @dataclass(slots=True)
 class CoreResult:
-    """Output and gradients, shaped like the inputs; the selection [S, M, topk] and the sum of the KL loss."""
+    """Hold output, selection, gradients and loss; gradients are shaped like their inputs."""
 
     out: Tensor
+    "[S, H, D]"
     selected: Tensor
+    "[S, M, topk] block ids"
     dq: Tensor
     dk: Tensor
     dv: Tensor
     dq_index: Tensor
     dk_index: Tensor
     kl: Tensor
+    "sum of the KL loss"
 
 
 def make_inputs(shape: CoreShape, seq_len: int, seed: int = 0) -> CoreInputs:

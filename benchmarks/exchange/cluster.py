@@ -1,4 +1,4 @@
-"""Starts ranks, joins them by links, sends them requests; ends them whatever happens."""
+"""Start ranks, join them by links, send them requests; end them whatever happens."""
 
 import multiprocessing
 import tempfile
@@ -17,15 +17,21 @@ _GRACE_S = 2.0
 
 
 class RankError(RuntimeError):
-    """A rank raised or ended; the text holds its traceback."""
+    """Report that a rank raised or ended; the text holds its traceback."""
 
 
 class Cluster:
-    """Ranks of one benchmark part; use as a context manager."""
+    """Run the ranks of one benchmark part; use as a context manager."""
 
     def __init__(self, size: int, *, num_nodes: int, shaped: bool, timeout_s: float) -> None:
-        """size: ranks. num_nodes: 1 or 2. shaped: namespaces and links, else loopback. timeout_s: of any
-        request."""
+        """Take what is to be started; entering the context starts it.
+
+        Args:
+            size: ranks.
+            num_nodes: 1 or 2.
+            shaped: namespaces and links, else loopback.
+            timeout_s: seconds for any request.
+        """
         self.size, self.num_nodes, self.shaped, self.timeout_s = size, num_nodes, shaped, timeout_s
         self._folder = tempfile.TemporaryDirectory(prefix="exchange_")
         self._processes: list[BaseProcess] = []
@@ -76,7 +82,7 @@ class Cluster:
             self.call("limit_link", rates)
 
     def between_nodes(self) -> int:
-        """Bytes that have passed between the nodes so far, both ways together."""
+        """Count the bytes that have passed between the nodes so far, both ways together."""
         ends = [f"{namespaces.NODE_LINK}{node}" for node in range(2)] if self._linked else []
         return sum(read_counters(end).received_bytes for end in ends)
 
@@ -112,6 +118,7 @@ class Cluster:
                 except (EOFError, ConnectionResetError):
                     answer = RankFailure("ended without a word")
                 if isinstance(answer, RankFailure):
+                    # its peers hang in a collective: they get _GRACE_S, not what is left of the time
                     deadline = min(deadline, time.monotonic() + _GRACE_S)
                     failures[rank] = answer.text
                 else:

@@ -1,4 +1,4 @@
-"""Bytes and packets of a network interface, from the kernel's counters of a network namespace."""
+"""Read bytes and packets of a network interface from the kernel's counters of a network namespace."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +10,16 @@ _PROTOCOLS = Path("/proc/thread-self/net/snmp")
 
 @dataclass(slots=True, frozen=True)
 class Counters:
-    """What an interface has received and sent since it exists, headers included."""
+    """Count what an interface has received and sent since it exists."""
 
     received_bytes: int
+    "headers included"
     received_packets: int
+    "as the kernel counts them: a large one may stand for many on the wire"
     sent_bytes: int
+    "headers included"
     sent_packets: int
+    "counted like received_packets"
 
     def __sub__(self, before: "Counters") -> "Counters":
         return Counters(
@@ -43,11 +47,11 @@ def parse_counters(text: str, interface: str) -> Counters:
 
 
 def read_retransmits() -> int:
-    """TCP segments that this process's network namespace has sent again."""
+    """Count the TCP segments that this process's network namespace has sent again."""
     names, values = [x.split() for x in _PROTOCOLS.read_text().splitlines() if x.startswith("Tcp:")]
     return int(values[names.index("RetransSegs")])
 
 
 def read_counters(interface: str) -> Counters:
-    """Counters of an interface of this process's network namespace."""
+    """Read the counters of an interface of this process's network namespace."""
     return parse_counters(_COUNTERS.read_text(), interface)

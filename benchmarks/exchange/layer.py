@@ -1,4 +1,4 @@
-"""One MSA layer's exchange and attention, forward and backward, on one rank: the work that is measured.
+"""Run one MSA layer's exchange and attention, forward and backward, on one rank: the work that is measured.
 
 Projections, selection and everything outside the attention are left out; they are the same in every scheme.
 Shapes: T local tokens, M KV groups, G query heads per group, D head dim, Di index head dim, K top-k slots.
@@ -30,19 +30,24 @@ INPUTS = ("q", "k", "v", "q_index", "k_index")
 
 @dataclass(slots=True)
 class LayerData:
-    """One rank's tensors: q [T, M, G, D], k and v [T, M, D], q_index [T, M, Di], k_index [T, Di], dout like
-    q, block_indices [T, M, K]."""
+    """Hold one rank's tensors, fp32."""
 
     shape: LayerShape
+    "of the whole layer"
     layout: ShardLayout
+    "tokens of this rank"
     tensors: dict[str, Tensor]
+    "q [T, M, G, D], k and v [T, M, D], q_index [T, M, Di], k_index [T, Di], by name"
     dout: Tensor
+    "[T, M, G, D], gradient of the output"
     block_indices: Tensor
+    "[T, M, K] int32 block ids of the pack, -1 for none"
     position: Tensor
+    "[T] int64, of this rank's tokens in the pack"
 
 
 def make_layer(selection: str, shape: LayerShape, cp_rank: int, cp_size: int) -> LayerData:
-    """The same numbers for the same rank, whatever the scheme; selection: see `select`."""
+    """Draw the same numbers for the same rank, whatever the scheme; selection: see `select`."""
     shape = shape_for(selection, shape)
     layout = ShardLayout(seq_len=shape.seq_len, block_size=shape.block_size, cp_rank=cp_rank, cp_size=cp_size)
     T, M, D, Di = layout.local_seq_len, shape.num_kv_heads, shape.head_dim, shape.index_head_dim
@@ -61,14 +66,16 @@ def make_layer(selection: str, shape: LayerShape, cp_rank: int, cp_size: int) ->
 
 @dataclass(slots=True)
 class StepResult:
-    """Output and gradients of all inputs by name; used: the exchange that the layer took."""
+    """Hold what one step gives."""
 
     tensors: dict[str, Tensor]
+    """"out", and the gradients of all inputs as "dq", "dk" and so on"""
     used: KvExchange
+    "exchange that the layer took, which `auto` chooses"
 
 
 def layer_step(data: LayerData, scheme: Scheme, comm: KvComm) -> StepResult:
-    """Forward and backward once."""
+    """Run forward and backward once."""
     inputs = {name: x.detach().requires_grad_() for name, x in data.tensors.items()}
     shape = data.shape
     all_keys = comm.all_gather(data.tensors["k_index"], "index_key").flatten(0, 1)
@@ -94,7 +101,7 @@ def layer_step(data: LayerData, scheme: Scheme, comm: KvComm) -> StepResult:
 def expected_bytes(
     shape: LayerShape, scheme: Scheme, used: KvExchange, wanted: Tensor, ranks_per_node: int
 ) -> list[dict[str, int]]:
-    """What every rank should receive, by purpose.
+    """Count the bytes that every rank should receive, by purpose.
 
     Args:
         shape: of the layer.
@@ -118,7 +125,10 @@ def expected_bytes(
 
 
 def worst_row_error(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
-    """Largest |found - wanted| / |wanted| over the rows (last dimension) of all tensors; 0 / 0 is 0."""
+    """Find the largest |found - wanted| / |wanted| over the rows (last dimension) of all tensors; 0 / 0 is 0.
+
+    By row, not over a whole tensor: one lost block of one query would hardly change the norm of all.
+    """
     worst = 0.0
     for name, reference in wanted.items():
         reference = reference.double()

@@ -1,4 +1,4 @@
-"""Runs parts of the benchmark and collects their figures."""
+"""Run parts of the benchmark and collect their figures."""
 
 import argparse
 import statistics
@@ -25,16 +25,27 @@ MEMORY_SCALE = 4
 
 @dataclass(slots=True, frozen=True)
 class Part:
-    """Ranks and their links. nodes: bridges; rates: one after the other."""
+    """Describe ranks and their links."""
 
     name: str
+    "as on the command line, e.g. 8 or 2x4"
     ranks: int
+    "of all nodes together"
     nodes: int
+    "1 or 2, each a bridge"
     rates: tuple[Rates, ...]
+    "measured one after the other, after links without a limit"
 
 
 def make_part(name: str, rates: list[int], node_rates: list[int]) -> Part:
-    """Example: "8" -> 8 ranks, at each rate; "2x4" -> two nodes of 4 ranks.
+    """Read the name of a part.
+
+    Args:
+        name: ranks, or 2xN for two nodes.
+        rates: Mbit/s of each rank's link, for one node.
+        node_rates: Mbit/s of each rank's link and of the one between the nodes, for two.
+
+    Example: "8" -> 8 ranks, at each rate; "2x4" -> two nodes of 4 ranks.
 
     Raises:
         ValueError: if the name is neither.
@@ -48,7 +59,7 @@ def make_part(name: str, rates: list[int], node_rates: list[int]) -> Part:
 
 
 class Measurement:
-    """Runs parts and collects rows.
+    """Run parts and collect rows.
 
     rows: a scheme, selection and rate each. pairs: who fetches how many pairs from whom, by part and
     selection. rates: what `auto` measured, by part and rate. memory: peaks.
@@ -67,7 +78,7 @@ class Measurement:
         self.memory: list[dict[str, Any]] = []
 
     def run(self, part: Part) -> None:
-        """Every selection, rate and scheme of a part."""
+        """Measure every selection, rate and scheme of a part."""
         schemes = self._schemes(part)
         with self._cluster(part) as cluster:
             cluster.limit(Rates(rank=0))
@@ -85,7 +96,7 @@ class Measurement:
                     self.say(_line(where, rows))
 
     def measure_memory(self, part: Part, selection: str) -> None:
-        """Peak of one step of each scheme, largest rank."""
+        """Measure the peak of one step of each scheme, largest rank."""
         shape = replace(self.shape, seq_len=self.shape.seq_len * MEMORY_SCALE)
         schemes = self._schemes(part)
         with self._cluster(part) as cluster:
@@ -104,7 +115,11 @@ class Measurement:
         return Cluster(part.ranks, num_nodes=part.nodes, shaped=self.shaped, timeout_s=self.timeout_s)
 
     def _prepare(self, cluster: Cluster, part: Part, selection: str, schemes: list[str]) -> "_Case":
-        """Build the data everywhere; a first step of every scheme, whose numbers must be the reference's."""
+        """Build the data everywhere and make a first step of every scheme, to check its numbers.
+
+        Raises:
+            RankError: if they are not the reference's: the time of a wrong result says nothing.
+        """
         wanted = torch.from_numpy(np.stack(cluster.call("prepare", selection, self.shape)))
         case = _Case(selection, shape_for(selection, self.shape), wanted, {})
         for scheme in schemes:
@@ -121,7 +136,7 @@ class Measurement:
         return case
 
     def _measure(self, cluster: Cluster, case: "_Case", rounds: int) -> list[dict[str, Any]]:
-        """Rounds in which the schemes take turns."""
+        """Measure rounds in which the schemes take turns, so that a slow minute of the machine hits all."""
         steps: dict[str, list[list[StepReport]]] = {scheme: [] for scheme in case.errors}
         between = dict.fromkeys(steps, 0)
         for _ in range(rounds):
@@ -152,22 +167,29 @@ class Measurement:
 
 @dataclass(slots=True)
 class _Case:
-    """A selection in a cluster: wanted [P, P, NP] bool, pairs by requester and owner; errors by scheme."""
+    """Hold a selection in a cluster."""
 
     selection: str
+    "its name, see `select`"
     shape: LayerShape
+    "of the layer, with the length of what was recorded"
     wanted: torch.Tensor
+    "[P, P, NP] bool, pairs by requester and owner"
     errors: dict[str, float]
+    "worst row against the reference, by scheme"
 
     @property
     def f_by_rank(self) -> list[float]:
-        """Share of the remote pairs that each rank wants."""
+        """Compute the share of the remote pairs that each rank wants."""
         ranks, _, pairs = self.wanted.shape
         return [count / ((ranks - 1) * pairs) for count in self.wanted.sum((1, 2)).tolist()]
 
 
 def summary(steps: list[list[StepReport]]) -> dict[str, Any]:
-    """Figures of a scheme's steps: by step, then by rank."""
+    """Collect the figures of a scheme's steps: by step, then by rank.
+
+    A step lasts as long as its slowest rank, since training waits for that one.
+    """
     last = steps[-1]
     walls = [max(report.wall_s for report in step) for step in steps]
 

@@ -1,4 +1,6 @@
-"""Network namespaces for ranks, joined by links of a chosen rate. Needs Linux and root, or user namespaces.
+"""Make network namespaces for ranks, joined by links of a chosen rate.
+
+Needs Linux and root, or user namespaces.
 
 The calling process moves into a namespace of its own, which holds the bridges: the machine's network is not
 touched. Every rank makes a namespace for itself; the caller hands it one end of a veth pair. No namespace has
@@ -30,14 +32,16 @@ _MTU = 9000
 
 @dataclass(slots=True, frozen=True)
 class Rates:
-    """Mbit/s; 0: not limited. rank: of each rank's link, in and out. nodes: between two nodes, each way."""
+    """Hold the rates of links in Mbit/s; 0: not limited."""
 
     rank: int
+    "of each rank's link, in and out"
     nodes: int = 0
+    "between two nodes, each way"
 
 
 class NoNamespacesError(ValueError):
-    """Namespaces are not to be had here; the text says why."""
+    """Report that namespaces are not to be had here; the text says why."""
 
 
 def enter_own_network() -> None:
@@ -56,6 +60,7 @@ def enter_own_network() -> None:
         return
     uid, gid = os.geteuid(), os.getegid()
     _unshare(_NEWUSER | _NEWNET)
+    # without it the kernel lets no user without privileges write gid_map
     Path("/proc/self/setgroups").write_text("deny")
     Path("/proc/self/uid_map").write_text(f"0 {uid} 1")
     Path("/proc/self/gid_map").write_text(f"0 {gid} 1")
@@ -72,12 +77,15 @@ def die_with_parent() -> None:
 
 
 def address(rank: int) -> str:
-    """Of a rank's interface."""
+    """Return the address of a rank's interface: 0 -> 10.77.0.1."""
     return f"10.77.0.{rank + 1}"
 
 
 def join_ranks(pids: list[int], num_nodes: int) -> None:
-    """Bridges and links of ranks that wait in their namespaces; consecutive ranks share a node's bridge."""
+    """Make bridges and links for ranks that wait in their namespaces; consecutive ranks share a bridge.
+
+    Example: 8 ranks, 2 nodes -> ranks 0 to 3 at bridge0, 4 to 7 at bridge1.
+    """
     for node in range(num_nodes):
         _run(f"ip link add bridge{node} mtu {_MTU} type bridge")
         _run(f"ip link set bridge{node} up")
@@ -101,7 +109,7 @@ def remove_hub() -> None:
 
 
 def set_up_rank(rank: int) -> None:
-    """Called by a rank after join_ranks: address, loopback, congestion control."""
+    """Set address, loopback and congestion control; called by a rank after join_ranks."""
     _run("ip link set lo up")
     _run(f"ip addr add {address(rank)}/24 dev {INTERFACE}")
     _run(f"ip link set {INTERFACE} up")
@@ -115,7 +123,7 @@ def set_up_rank(rank: int) -> None:
 
 
 def limit_rank(rates: Rates) -> None:
-    """Called by a rank: limit what it sends."""
+    """Limit what a rank sends; called by the rank."""
     _limit(INTERFACE, rates.rank)
 
 

@@ -1,4 +1,4 @@
-"""One rank of the benchmark: a process that makes steps as it is told, and reports time, bytes and memory."""
+"""Run one rank of the benchmark: a process that makes steps as it is told, and reports on them."""
 
 import ctypes
 import os
@@ -33,49 +33,62 @@ _PORT = 29500
 
 @dataclass(slots=True)
 class RankPlace:
-    """Where a rank runs. shaped: in a namespace of its own, else over loopback. folder: where unshaped ranks
-    meet."""
+    """Locate a rank."""
 
     rank: int
+    "from 0"
     size: int
+    "ranks of the part"
     num_nodes: int
+    "1 or 2"
     shaped: bool
+    "in a namespace of its own, else over loopback"
     folder: str
+    "holds the file at which unshaped ranks meet"
     timeout_s: float
+    "of any collective, in seconds"
 
 
 @dataclass(slots=True)
 class StepReport:
-    """One step of one rank.
-
-    wall_s: from a barrier to this rank's end. compute_s: CPU time of the thread that computes; process_cpu_s:
-    of all threads. sources_s: see `timed_sources`. counters: bytes and packets (received, then sent) of the
-    interface. traffic: bytes that arrived from other ranks as counted by the collectives, by purpose.
-    retransmits: TCP segments that this rank sent again. exposed_s: time spent waiting for collectives, by
-    purpose. used: the exchange that was taken. error: worst row against the reference scheme, if asked for.
-    """
+    """Report one step of one rank; times are in seconds."""
 
     wall_s: float
+    "from a barrier to this rank's end"
     compute_s: float
+    "CPU time of the thread that computes"
     process_cpu_s: float
+    "CPU time of all threads, those of gloo too"
     sources_s: dict[str, float]
+    "CPU time over own and over other blocks, see `timed_sources`"
     counters: tuple[int, int, int, int]
+    "bytes and packets received, bytes and packets sent, of the interface"
     traffic: dict[str, int]
+    "bytes that arrived from other ranks as counted by the collectives, by purpose"
     retransmits: int
+    "TCP segments that this rank sent again"
     exposed_s: dict[str, float]
+    "time spent waiting for collectives, by purpose"
     used: KvExchange
+    "exchange that was taken"
     error: float | None = None
+    "worst row against the reference scheme, if asked for"
 
 
 @dataclass(slots=True)
 class RankWorker:
-    """Answers requests; every rank gets the same ones in the same order."""
+    """Answer requests; every rank gets the same ones in the same order."""
 
     place: RankPlace
+    "of this rank"
     interface: str
+    "whose bytes are counted"
     layers: dict[str, LayerData] = field(default_factory=dict)
+    "data by selection"
     reference: dict[str, Tensor] = field(default_factory=dict)
+    "output and gradients of the first checked step of the selection that was prepared last"
     comms: dict[str, KvComm] = field(default_factory=dict)
+    "collectives by scheme"
 
     def connect(self, schemes: list[str]) -> None:
         """Build the collectives of all schemes."""
@@ -100,7 +113,13 @@ class RankWorker:
         return {name: asdict(comm.rates) for name, comm in self.comms.items() if comm.rates is not None}
 
     def step(self, selection: str, scheme: str, check: bool) -> StepReport:
-        """One step. check: compare with the first checked step's numbers, which are the reference."""
+        """Make one step.
+
+        Args:
+            selection: that was prepared.
+            scheme: that was connected.
+            check: compare with the first checked step's numbers, which are the reference.
+        """
         data, comm = self.layers[selection], self.comms[scheme].with_new_counters()
         dist.barrier()
         counters, retransmits = read_counters(self.interface), read_retransmits()
@@ -109,6 +128,7 @@ class RankWorker:
             result = layer_step(data, SCHEMES[scheme], comm)
         wall, compute = time.perf_counter() - wall, time.thread_time() - compute
         cpu = time.process_time() - cpu
+        # only now has all arrived that this step sends; the barriers' own bytes are counted with it
         dist.barrier()
         moved = read_counters(self.interface) - counters
         report = StepReport(
@@ -129,7 +149,7 @@ class RankWorker:
         return report
 
     def memory(self, selection: str, scheme: str) -> int:
-        """Peak bytes of one step above what was resident before, after a step that warms up."""
+        """Measure the peak bytes of one step above what was resident before, after a step that warms up."""
         data = self.layers[selection]
         self.reference, peak = {}, 0
         for _ in range(2):
@@ -142,7 +162,7 @@ class RankWorker:
 
 
 def run_rank(place: RankPlace, pipe: Connection) -> None:
-    """Main function of a rank's process."""
+    """Run a rank's process: join the others, answer requests until None or the end of the pipe."""
     namespaces.die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -163,9 +183,10 @@ def run_rank(place: RankPlace, pipe: Connection) -> None:
 
 @dataclass(slots=True)
 class RankFailure:
-    """What a rank sends in place of an answer when it raised."""
+    """Stand in place of an answer where a rank raised."""
 
     text: str
+    "its traceback"
 
 
 def _join(place: RankPlace, pipe: Connection) -> str:

@@ -1,4 +1,4 @@
-"""Records which blocks a trained model selects, for the benchmark's `trained` selection.
+"""Record which blocks a trained model selects, for the benchmark's `trained` selection.
 
     msa-train run=demo
     python -m benchmarks.exchange.record --trained runs/demo
@@ -35,7 +35,7 @@ from msa_train.training.resume import resume
 
 @torch.no_grad()
 def recorded_selection(config: RunConfig) -> tuple[Tensor, int, list[int]]:
-    """Selections of the run's newest checkpoint on its first held-out pack.
+    """Record the selections of the run's newest checkpoint on its first held-out pack.
 
     Returns:
         [S, M * MSA layers, K] int32 block ids, layer by layer; the step of the checkpoint; real tokens of

@@ -1,4 +1,4 @@
-"""The measurement as Markdown."""
+"""Write the measurement as Markdown."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ Row = dict[str, Any]
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Tables of all rows."""
+    """Write tables of all rows."""
     shape, where = result["shape"], result["machine"]
     kl = "with" if shape["with_kl"] else "without"
     lines = [
@@ -35,7 +35,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def goals(result: dict[str, Any]) -> list[str]:
-    """What was to be reached, and what the figures say."""
+    """Write what was to be reached, and what the figures say."""
     rows: list[Row] = result["rows"]
     lines = ["## Goals", ""]
     if result["shaped"]:
@@ -69,17 +69,17 @@ def goals(result: dict[str, Any]) -> list[str]:
 
 
 def byte_ratio(row: Row) -> float:
-    """Received bytes of all interfaces over what the formula says."""
+    """Divide the received bytes of all interfaces by those of the formula; headers add a little to 1."""
     return total(row, "interface_received_bytes") / total(row, "formula_bytes")
 
 
 def total(row: Row, key: str) -> float:
-    """Sum over ranks."""
+    """Sum a figure over ranks."""
     return sum(row[key])
 
 
 def reference_of(row: Row, rows: list[Row]) -> Row:
-    """The all-gather measured in turns with this row."""
+    """Find the all-gather measured in turns with this row."""
     keys = ("part", "rate_mbit", "node_rate_mbit", "selection")
     return next(r for r in rows if r["scheme"] == REFERENCE and all(r[k] == row[k] for k in keys))
 
@@ -127,7 +127,7 @@ def _f(row: Row) -> str:
 
 
 def _byte_table(rows: list[Row], *, shaped: bool) -> list[str]:
-    """Bytes do not depend on the rate; the ratio is the farthest from 1 of all rates."""
+    """Write the bytes, which do not depend on the rate; the ratio is the farthest from 1 of all rates."""
     lines = [
         "## Bytes",
         "",

@@ -1,4 +1,4 @@
-"""Measures one MSA layer's exchange over links of limited rate, in every scheme; writes a table and JSON.
+"""Measure one MSA layer's exchange over links of limited rate, in every scheme; write a table and JSON.
 
     python -m benchmarks.exchange.run                # all of it; needs root or user namespaces: README.md
     python -m benchmarks.exchange.run --unshaped     # the same over loopback, as fast as this machine is
@@ -41,7 +41,11 @@ def _say(text: str) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Read the command line.
+
+    Raises:
+        ValueError: naming the argument and the rule.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument(
         "--parts", nargs="+", default=["4", "8", "2x4"], help="numbers of ranks; 2xN: two nodes of N ranks"
@@ -87,7 +91,11 @@ def _is_share(text: str) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure and write; exit code 2 where that is not possible here."""
+    """Measure and write.
+
+    Returns:
+        Exit code: 0, 1 where a rank failed or hung, 2 where it is not possible here, 130 if interrupted.
+    """
     try:
         arguments = parse(argv)
         if not arguments.unshaped:
@@ -136,7 +144,7 @@ def _run(arguments: argparse.Namespace, argv: list[str]) -> int:
 
 
 def _json(result: dict[str, Any]) -> str:
-    """A line per row, so that files stay small and differences readable."""
+    """Write a line per row, so that files stay small and differences readable."""
     lists = {name: value for name, value in result.items() if isinstance(value, list)}
     head = json.dumps({name: value for name, value in result.items() if name not in lists}, indent=1)
     parts = [
@@ -147,7 +155,7 @@ def _json(result: dict[str, Any]) -> str:
 
 
 def _short(value: Any) -> Any:
-    """Floats with 6 digits."""
+    """Round floats to 6 digits: 0.123456789 -> 0.123457."""
     if isinstance(value, float):
         return float(f"{value:.6g}") if abs(value) < 1e6 else round(value)
     if isinstance(value, dict):

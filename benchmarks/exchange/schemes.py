@@ -1,4 +1,4 @@
-"""What is compared: a name, the exchange of msa_train behind it, and the collectives it runs on.
+"""Name what is compared: each scheme is an exchange of msa_train and the collectives it runs on.
 
 All use the collectives of training, but for the nearest rival's scheme: the same session on others.
 """
@@ -16,8 +16,10 @@ from msa_train.parallel.comm.topology import build_comm
 
 
 class KeepAndAllReduce(KvComm):
-    """Turns the all_gather session into what NeMo Automodel does for MiniMax-M3: keys and values are gathered
-    once and kept for the backward pass, where gradients of the whole sequence are all-reduced and cut.
+    """Turn the all_gather session into what NeMo Automodel does for MiniMax-M3.
+
+    Keys and values are gathered once and kept for the backward pass, where gradients of the whole sequence
+    are all-reduced and cut.
 
     Here and not in msa_train, since nobody should train with it. One layer call per object.
     """
@@ -25,7 +27,7 @@ class KeepAndAllReduce(KvComm):
     kept: Tensor | None = None
 
     def start_all_gather(self, x: Tensor, purpose: str, out: Tensor | None = None) -> Pending[Tensor]:
-        """See CpComm.start_all_gather; the second gather of keys and values brings what the first kept."""
+        """Gather as CpComm does, but hand out what was kept at the second gather of keys and values."""
         if purpose == "kv_again" and self.kept is not None:
             kept, self.kept = self.kept, None
             return self._done(kept, purpose)
@@ -44,13 +46,16 @@ class KeepAndAllReduce(KvComm):
 
 @dataclass(slots=True, frozen=True)
 class Scheme:
-    """exchange: of msa_train. comm: the collectives. settings: of the exchange. by_node: only for ranks on
-    several nodes, which the exchange then knows of."""
+    """Describe a scheme."""
 
     exchange: KvExchange
+    "of msa_train"
     comm: type[KvComm] = KvComm
+    "collectives that it runs on"
     settings: ExchangeConfig = field(default_factory=ExchangeConfig)
+    "of the exchange"
     by_node: bool = False
+    "only for ranks on several nodes, which the exchange then knows of"
 
 
 SCHEMES = {
@@ -69,13 +74,13 @@ REFERENCE = "all_gather"
 
 
 def settings_of(scheme: Scheme, size: int, num_nodes: int) -> ExchangeConfig:
-    """The scheme's settings for `size` ranks; `auto` is told of nodes too."""
+    """Complete the scheme's settings for `size` ranks; `auto` is told of nodes too."""
     knows_nodes = num_nodes > 1 and (scheme.by_node or scheme.exchange is KvExchange.auto)
     return replace(scheme.settings, ranks_per_node=size // num_nodes if knows_nodes else 0)
 
 
 def make_comm(scheme: Scheme, num_nodes: int, timeout_s: float) -> KvComm:
-    """Collectives over all ranks; called by all of them."""
+    """Build the collectives over all ranks; called by all of them."""
     size, group = dist.get_world_size(), dist.group.WORLD
     assert group is not None, "the job was joined first"
     settings = settings_of(scheme, size, num_nodes)

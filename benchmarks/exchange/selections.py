@@ -1,4 +1,4 @@
-"""Which blocks the queries of a rank select: constructed to a given f, or recorded from a trained model.
+"""Choose the blocks that a rank's queries select: constructed to a given f, or recorded from a trained model.
 
 f: share of the remote (block, group) pairs that some query of the rank selected. Shapes: T local tokens, M KV
 groups, K top-k slots, S tokens of the pack.
@@ -20,7 +20,7 @@ TRAINED = "trained"
 
 
 def select(name: str, shape: LayerShape, layout: ShardLayout) -> Tensor:
-    """[T, M, K] int32 block ids of this rank, -1 for none; name: `trained`, or a number: f."""
+    """Return [T, M, K] int32 block ids of this rank, -1 for none; name: `trained`, or a number: f."""
     if name != TRAINED:
         return construct(float(name), shape, layout)
     recorded = torch.from_numpy(np.load(RECORDED)["block_indices"].astype(np.int32))
@@ -28,7 +28,7 @@ def select(name: str, shape: LayerShape, layout: ShardLayout) -> Tensor:
 
 
 def shape_for(name: str, shape: LayerShape) -> LayerShape:
-    """With the block size, slots and length of what was recorded; constructed ones fit any shape."""
+    """Take over block size, slots and length of what was recorded; constructed ones fit any shape."""
     if name != TRAINED:
         return shape
     with np.load(RECORDED) as recorded:
@@ -37,7 +37,7 @@ def shape_for(name: str, shape: LayerShape) -> LayerShape:
 
 
 def construct(f: float, shape: LayerShape, layout: ShardLayout, seed: int = 0) -> Tensor:
-    """Queries of this rank that together select exactly round(f * remote pairs) remote pairs.
+    """Let the queries of this rank together select exactly round(f * remote pairs) remote pairs.
 
     The pairs are drawn at random, the same number (give or take one) in every group; two slots of a query are
     its own block and the one before, the others go through the drawn pairs, neighbours sharing theirs. Drawn
@@ -69,7 +69,7 @@ def construct(f: float, shape: LayerShape, layout: ShardLayout, seed: int = 0) -
 
 
 def _spread(drawn: Tensor, num_queries: int, slots: int) -> Tensor:
-    """[num_queries, slots]: every drawn block in some slot, none twice in a row of slots; -1 for no block.
+    """Spread drawn blocks over [num_queries, slots]: each in some slot, none twice in a row; -1 for none.
 
     Example: [7, 8, 9], 4 queries, 1 slot -> [[7], [8], [9], [7]].
     """
@@ -83,7 +83,7 @@ def _spread(drawn: Tensor, num_queries: int, slots: int) -> Tensor:
 
 
 def remote_kv_blocks(block_indices: Tensor, layout: ShardLayout) -> Tensor:
-    """[P, M, NL] bool: pairs of each owner that the rank's queries selected; its own are left out."""
+    """Mark the pairs of each owner that the rank's queries selected, [P, M, NL] bool; not its own."""
     needed = needed_kv_blocks(block_indices, layout.num_blocks)
     by_owner = needed.view(needed.shape[0], layout.cp_size, -1).transpose(0, 1).clone()
     by_owner[layout.cp_rank] = False

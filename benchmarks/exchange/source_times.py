@@ -1,4 +1,4 @@
-"""How long a step computes over own blocks, under which keys and values travel, and over the others."""
+"""Time how long a step computes over own blocks, while keys and values travel, and over the others."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ NAMES = ("forward_own", "forward_others", "backward_own", "backward_others")
 
 @contextmanager
 def timed_sources(layout: ShardLayout) -> Iterator[dict[str, float]]:
-    """Yields CPU seconds of this thread by NAMES, complete when the context ends.
+    """Collect CPU seconds of this thread by NAMES, complete when the context ends.
 
     Args:
         layout: of this rank's blocks.

@@ -37,23 +37,32 @@ _TRAINED_QUERIES = 128
 
 @dataclass(slots=True)
 class Pack:
-    """One document: q [Q, M, D] at `position` [Q], k [S, D]; attention [Q, M, NB] of the main branch."""
+    """Hold the index branch's tensors of one document."""
 
     q: Tensor
+    "[Q, M, D] index queries"
     k: Tensor
+    "[S, D] index keys"
     position: Tensor
+    "[Q], of the queries in the document"
     attention: Tensor | None = None
+    "[Q, M, NB], what the main branch gives each block; None where there is none"
 
 
 @dataclass(slots=True)
 class Case:
-    """Documents of one kind. what: a phrase for the report."""
+    """Hold documents of one kind."""
 
     name: str
+    "short, for the JSON"
     what: str
+    "a phrase for the report"
     packs: list[Pack]
+    "one per document"
     block_size: int
+    "tokens of a block"
     topk: int
+    "blocks that a query selects"
 
     def select(self, pack: Pack, keys: Tensor) -> Tensor:
         """Blocks [Q, M, K] that the pack's queries select of these keys [S, D]."""

@@ -1,4 +1,4 @@
-"""How far block selection with 8-bit index keys agrees with selection in fp32; writes a table and JSON.
+"""Measure how far block selection with 8-bit index keys agrees with fp32; write a table and JSON.
 
 python -m benchmarks.fp8_index_keys.run                    # trains a small model first, minutes on one core
 python -m benchmarks.fp8_index_keys.run --steps 0          # random keys only, seconds

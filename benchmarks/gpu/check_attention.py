@@ -1,4 +1,4 @@
-"""Checks of attention over pools of blocks, forward, backward and KL loss, in the ways that it can be cut.
+"""Check attention over pools of blocks, forward, backward and KL loss, in the ways that it can be cut.
 
 A problem is some queries of two documents against all keys, with the blocks that the exact selection gives.
 """
@@ -34,15 +34,18 @@ NAMES = ("out", "dq", "dk", "dv", "dq_index", "dk_index", "kl")
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """How a problem is cut and what it has; groups 0: as many as the layer."""
+    """Say how a problem is cut and what it has."""
 
     groups: int = 0
+    """KV groups; 0: as many as the layer."""
     portions: int = 1
     """Parts that the queries are taken in, at least."""
     split_lists: bool = False
-    """Whether the queries of a block are more than one program takes."""
+    """The queries of a block are more than one program takes."""
     num_pools: int = 1
+    """Pools that hold the blocks, whose outputs are merged."""
     temperature: float = 1.0
+    """Divides the scores of the KL loss."""
     window_blocks: int = 0
     """Sliding window of so many blocks in place of a selection; it has no index branch."""
 
@@ -60,23 +63,28 @@ CASES = {
 
 @dataclass(slots=True)
 class AttentionProblem:
-    """Tensors of one case: T queries, S keys, M groups."""
+    """Hold the tensors of one case: T queries, S keys, M groups."""
 
     inputs: tuple[Tensor, ...]
     """q [T, M, G, D], k and v [S, M, D], q_index [T, M, Di], k_index [S, Di]."""
     dout: Tensor
+    """[T, M, G, D], gradient of the output."""
     position: Tensor
+    """[T], of the queries."""
     block_indices: Tensor
     """[T, M, K] int."""
     mask: Tensor
     """[T, M, S] bool: what each query sees."""
     window: TokenWindow | None
+    """Tokens that a sliding window shows; None for a selection."""
     block_size: int
+    """Tokens of a block."""
     case: Case
+    """That this is the problem of."""
 
     @property
     def scales(self) -> dict[str, float]:
-        """Factors of the scores; the temperature divides those of the KL loss."""
+        """Return the factors of the scores; the temperature divides those of the KL loss."""
         q, k_index = self.inputs[0], self.inputs[4]
         return {"softmax_scale": q.shape[-1] ** -0.5, "index_scale": k_index.shape[-1] ** -0.5}
 
@@ -121,7 +129,7 @@ def _make(tensors: Tensors, sizes: LayerSizes, S: int, T: int, case: Case) -> At
 
 
 def _limits(problem: AttentionProblem, kernel: str) -> list[Change]:
-    """What makes the launches take the queries in as many portions, and lists in parts, as the case says."""
+    """List the changes that make launches take queries in portions, and lists in parts, as the case says."""
     if kernel != "triton":
         return []
     q, (T, M, K), case = problem.inputs[0], problem.block_indices.shape, problem.case

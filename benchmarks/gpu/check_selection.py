@@ -90,7 +90,7 @@ def _select(problem: SelectionProblem, sizes: LayerSizes, kernel: str, num_split
 
 
 def _selected_lse(problem: SelectionProblem, sizes: LayerSizes, kernel: str) -> Check:
-    """Of the blocks that the kernel itself took; relative to the largest."""
+    """Check the log-sum-exp over the blocks that the kernel itself took; relative to the largest."""
     scale, S = sizes.index_head_dim**-0.5, problem.k.shape[0]
     ids, lse = select_blocks(
         problem.q, problem.k, problem.cu_seqlens, block_size=sizes.block_size, topk=sizes.topk,

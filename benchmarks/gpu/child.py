@@ -1,4 +1,4 @@
-"""A process that makes the steps of one part and writes down what it begins and ends; see `supervise.py`.
+"""Make the steps of one part in a process, and write down what it begins and ends; see `supervise.py`.
 
 Started as a module; its job, a JSON object (`Job`), is the first line of its standard input.
 """
@@ -42,21 +42,28 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a child is told."""
+    """Hold what a child is told."""
 
     folder: str
+    """That of all results."""
     part: PartSpec
+    """Whose steps it makes."""
     log: str
     """File for what the process prints."""
     skip: list[str]
     """Steps that are over."""
     seq_lens: list[int]
+    """Tokens of all lengths of the run, for which kernels are compiled."""
     device: str
+    """As torch names it."""
     kernel: str
+    """As the operators name it, e.g. triton."""
     seed: int
+    """Of all tensors."""
     smoke: bool
+    """Small sizes, to try the benchmark itself."""
     deadline: float
-    """Of the monotonic clock."""
+    """End of the run's time, in seconds of the monotonic clock."""
 
     @classmethod
     def from_json(cls, text: str) -> "Job":
@@ -66,7 +73,7 @@ class Job:
 
 
 class ChecksPart:
-    """All cases of one group of checks, each a step."""
+    """Make all cases of one group of checks, each a step."""
 
     def __init__(self, context: Context, group: str) -> None:
         self.context, self.group = context, group

@@ -1,4 +1,4 @@
-"""What the steps of a child process share: device, clock, tensors, and what the run has found so far."""
+"""Hold what the steps of a child process share: device, clock, tensors, and what was found so far."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -16,17 +16,24 @@ from benchmarks.gpu.rows import INDEPENDENT, Dense, Rates, Row
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """What differs between a GPU and a smoke test."""
+    """Hold what differs between a GPU and a smoke test."""
 
     sizes: LayerSizes
+    """Of the layer."""
     dtype: torch.dtype
+    """Of inputs."""
     matmul_size: int
+    """Rows and columns of the matrices by which the device's FLOP/s are measured."""
     copy_bytes: int
+    """Size of the copy by which its bytes/s are."""
     check_seq_len: int
+    """Keys of a check."""
     check_queries: int
+    """Queries of a check."""
     topk_seq_len: int
+    """Keys of the selection of few queries."""
     topk_queries: int
-    """Of the selection of few queries."""
+    """Queries of the selection of few queries."""
     most_values: int
     """Of the queries of all groups or heads that are timed together."""
 
@@ -37,14 +44,15 @@ TINY = Scale(SMOKE, torch.float16, 256, 2**20, 128, 16, 64, 16, 2**31)
 
 
 class LeftOutError(Exception):
-    """A step is not made, for the reason in the text; another call of the command may make it."""
+    """Report that a step is not made, for the reason in the text; another call of the command may make it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One measurement: what a crash costs at most."""
+    """Describe one measurement: what a crash costs at most."""
 
     call: Callable[[], None]
+    """Measures and records."""
     needs: tuple[str, ...] = ()
     """Checks that must have passed: CASE, with all it compares, or CASE: OUTPUT."""
     after: tuple[str, ...] = ()
@@ -54,7 +62,7 @@ class Step:
 
 
 class Part(Protocol):
-    """A child's work; tensors that its steps share are made when the first of them asks."""
+    """Do a child's work; tensors that its steps share are made when the first of them asks."""
 
     def steps(self) -> Mapping[str, Step]:
         """Return the steps by name, in order."""
@@ -62,7 +70,7 @@ class Part(Protocol):
 
 
 class Context:
-    """Everything a part needs, in one process."""
+    """Hold everything that a part needs, in one process."""
 
     def __init__(
         self, records: Records, device: str, kernel: str, seed: int, deadline: float, *, smoke: bool
@@ -75,12 +83,12 @@ class Context:
 
     @property
     def sizes(self) -> LayerSizes:
-        """Of the layer."""
+        """Return the sizes of the layer."""
         return self.scale.sizes
 
     @property
     def uses_graphs(self) -> bool:
-        """Whether short calls are replayed as CUDA graphs; the paths in torch wait for the device."""
+        """Tell whether short calls are replayed as CUDA graphs; the paths in torch wait for the device."""
         return self.device.type == "cuda" and self.kernel == "triton"
 
     def short_seconds(self, name: str, call: Callable[[], object]) -> tuple[float, float | None]:

@@ -1,4 +1,4 @@
-"""What a run consists of, in the order of its value: a run may be cut short at any time."""
+"""Plan what a run consists of, in the order of its value: a run may be cut short at any time."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -24,30 +24,34 @@ COMPILE_LIMIT_S = 180.0
 
 @dataclass(frozen=True, slots=True)
 class PartSpec:
-    """One child process at a time makes the steps of a part."""
+    """Describe a part, whose steps one child process at a time makes."""
 
     name: str
+    """Words joined by dashes."""
     kind: str
+    """Kind of work, which `make_part` in child.py knows."""
     seq_len: int = 0
+    """Tokens; 0 where the part has no length."""
     detail: str = ""
     """Group of checks, kind of selection, share of the compilations, before or after."""
     limit_s: float = LIMIT_S
+    """Longest time of a step before its process is taken for hung."""
     reserve_s: float = RESERVE_S
-    """Before the end of the run's time after which nothing of it is begun."""
+    """Nothing of it is begun when fewer seconds of the run's time are left."""
     beside_others: bool = False
-    """Whether it may run while others do: it takes no times."""
+    """It may run while others do: it takes no times."""
 
     @property
     def is_timed(self) -> bool:
-        """Whether it takes times of operators or rivals."""
+        """Tell whether it takes times of operators or rivals."""
         return self.kind not in ("compile", "checks", "rates")
 
     def matches(self, word: str) -> bool:
-        """Whether the word is the name, or one of the parts that dashes divide it into."""
+        """Tell whether the word is the name, or one of the parts that dashes divide it into."""
         return word == self.name or word in self.name.split("-")
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values."""
         return asdict(self)
 
 

@@ -23,14 +23,20 @@ SHARED_WEIGHT = 0.996
 
 @dataclass(frozen=True, slots=True)
 class LayerSizes:
-    """Sizes of a layer, MiniMax-M3's by default (arXiv 2606.13392, section 4)."""
+    """Hold the sizes of a layer, MiniMax-M3's by default (arXiv 2606.13392, section 4)."""
 
     num_heads: int = 64
+    """Query heads."""
     num_kv_heads: int = 4
+    """Each with one index head."""
     head_dim: int = 128
+    """Of queries, keys and values."""
     index_head_dim: int = 128
+    """Of index queries and keys."""
     block_size: int = 128
+    """Tokens of a block."""
     topk: int = 16
+    """Blocks that a query selects per KV head."""
 
     @property
     def heads_per_group(self) -> int:
@@ -71,7 +77,7 @@ class LayerSizes:
         return num_pairs * 2.0 * (row + teacher + index) + 4.0 * row * num_pairs / self.topk
 
     def decode_bytes(self, seq_len: int, element_bytes: int, index_token_bytes: float | None = None) -> float:
-        """What one new token must read: all index keys, and K and V of the selected blocks."""
+        """Count the bytes that one new token must read: all index keys, K and V of the selected blocks."""
         if index_token_bytes is None:
             index_token_bytes = element_bytes * self.index_head_dim
         tokens = min(seq_len, self.topk * self.block_size) * self.num_kv_heads

@@ -33,7 +33,7 @@ class Result:
 
     @property
     def correct(self) -> bool:
-        """Whether checks were made and all of them passed."""
+        """Tell whether checks were made and all of them passed."""
         return bool(self.checks) and all(check.passed for check in self.checks)
 
     def as_json(self) -> dict[str, Any]:

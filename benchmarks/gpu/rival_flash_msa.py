@@ -1,4 +1,4 @@
-"""flash-msa 0.1.1, public training kernels for the same attention, to be timed beside ours in the same run.
+"""Run flash-msa 0.1.1, public training kernels for the same attention, timed beside ours in the same run.
 
 What it is, as read from its wheel (nothing of it is copied here):
 
@@ -53,7 +53,7 @@ _OLDEST_CAPABILITY = 9
 
 
 def why_not() -> str | None:
-    """Why flash-msa cannot run here; None where nothing is known that would keep it from running.
+    """Say why flash-msa cannot run here; None where nothing is known that would keep it from running.
 
     Imports it last: a package that is there and broken is a reason too.
     """
@@ -92,7 +92,7 @@ def _is_there(name: str) -> bool:
 
 
 def _lacking() -> list[str]:
-    """What its build needs and does not find: on the path, beside this Python, in CUDA's folder."""
+    """List what its build needs and does not find: on the path, beside this Python, in CUDA's folder."""
     folders = (Path(sys.executable).parent, Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin")
     names = [
         name for name in _PROGRAMS if not (which(name) or any((folder / name).exists() for folder in folders))

@@ -1,4 +1,4 @@
-"""What a run finds: rates of the device, times of operators and rivals, and the goals they are held to."""
+"""Hold what a run finds: rates of the device, times of operators and rivals, and their goals."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,7 +10,7 @@ INDEPENDENT, CORRELATED = "independent", "correlated"
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What this device did in this run."""
+    """Hold what this device did in this run."""
 
     matmul_flops: float
     """FLOP/s of a large matrix product."""
@@ -18,7 +18,10 @@ class Rates:
     """Bytes/s read and written by a large copy."""
 
     def floor_s(self, flops: float | None, num_bytes: float | None) -> float | None:
-        """Least seconds for so many operations and bytes: the roofline."""
+        """Compute the least seconds for so many operations and bytes: the roofline.
+
+        Example: 8e14 FLOP and 1e12 bytes at 8e14 FLOP/s and 3e12 bytes/s -> max(1.0, 0.33) = 1.0.
+        """
         parts = [
             (flops or 0.0) / self.matmul_flops,
             (num_bytes or 0.0) / self.copy_bytes,
@@ -28,11 +31,14 @@ class Rates:
 
 @dataclass(slots=True)
 class Row:
-    """One measurement of ours, beside a rival where there is one."""
+    """Hold one measurement of ours, beside a rival where there is one."""
 
     what: str
+    """Operator or pass, as the goals name it."""
     seq_len: int
+    """Tokens."""
     ours_s: float
+    """Seconds of ours."""
     selection: str = INDEPENDENT
     """Of neighbouring queries: independent, or correlated."""
     flops: float | None = None
@@ -40,20 +46,29 @@ class Row:
     num_bytes: float | None = None
     """Bytes of memory that this design moves at least."""
     peak_gib: float | None = None
+    """Most memory in use, in units of 2**30 bytes."""
     eager_s: float | None = None
     """Started from Python, where ours_s and the rival's time are replays of a CUDA graph."""
     distinct: float | None = None
     """Different blocks per group that 4 neighbouring queries select, mean."""
     rival_s: float | None = None
+    """Seconds of the rival."""
     rival: str = ""
+    """Its name."""
     rival_flops: float | None = None
+    """Operations that it had to do."""
     rival_bytes: float | None = None
+    """Bytes that it moves at least."""
     ratio: float | None = None
     """Seconds of the rival over ours."""
     tflops: float | None = None
+    """10**12 operations per second of ours."""
     share_of_peak: float | None = None
+    """Of the FLOP/s that a matrix product reached, from 0 to 1."""
     share_of_roofline: float | None = None
+    """Least seconds over ours, from 0 to 1."""
     rival_tflops: float | None = None
+    """10**12 operations per second of the rival."""
     rival_share: float | None = None
     """Of the rival's own roofline."""
     counts: bool = True
@@ -61,7 +76,7 @@ class Row:
 
     @property
     def key(self) -> tuple[str, int, str]:
-        """What a later row takes the place of."""
+        """Identify the row: a later one with the same key takes its place."""
         return self.what, self.seq_len, self.selection
 
     def finish(self, rates: Rates) -> "Row":
@@ -83,7 +98,7 @@ class Row:
         return self
 
     def beside(self, dense: "Dense", rates: Rates) -> "Row":
-        """The same row with this rival."""
+        """Set this rival and what follows from it; returns the row."""
         self.rival_s, self.rival = dense.seconds, dense.by
         self.rival_flops, self.rival_bytes = dense.flops, dense.num_bytes
         return self.finish(rates)
@@ -91,26 +106,36 @@ class Row:
 
 @dataclass(slots=True)
 class Dense:
-    """One measurement of dense attention, the rival of all rows of this name and length."""
+    """Hold one measurement of dense attention, the rival of all rows of this name and length."""
 
     what: str
+    """As the rows' own."""
     seq_len: int
+    """Tokens."""
     seconds: float
+    """Of one call."""
     by: str
+    """Name of the kernel."""
     flops: float | None = None
+    """Operations that had to be done."""
     num_bytes: float | None = None
+    """Bytes that it moves at least."""
 
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What `value`, a field of a row, should be."""
+    """Say what a field of a row should be."""
 
     what: str
+    """Of the row."""
     seq_len: int
     """0: of the longest measured, from SHORTEST on."""
     value: str
+    """Name of the field."""
     least: float
+    """Below it the goal is missed."""
     aim: float
+    """From it on the aim is reached."""
 
 
 SHORTEST = 2**15

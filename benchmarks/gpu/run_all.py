@@ -46,7 +46,7 @@ OK, WRONG, BAD_ARGUMENTS, MISSING = 0, 1, 2, 3
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What all calls with one output folder must have in common."""
+    """Hold what all calls with one output folder must have in common."""
 
     device: str
     kernel: str

@@ -84,7 +84,7 @@ class VariantsPart:
         }
 
     def _checks_of(self, variant: Variant) -> tuple[str, ...]:
-        """Of the operator as shipped; where it is wrong no other tiles are of interest."""
+        """Name the checks of the operator as shipped; where it is wrong no other tiles are of interest."""
         return checks_of_attention(0, backward=True) if variant.operator == BACKWARD else (variant.group,)
 
     def _need_s(self, variant: Variant) -> float:

@@ -21,7 +21,7 @@ def read_rows(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def training_faults(rows: list[dict[str, Any]], steps: int) -> list[str]:
-    """What is wrong with a run of so many steps: each must be there once, with a finite loss, which falls."""
+    """List what is wrong with a run: each step must be there once, with a finite loss, which falls."""
     faults: list[str] = []
     found = [row["step"] for row in rows]
     if found != list(range(1, steps + 1)):

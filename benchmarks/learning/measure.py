@@ -1,4 +1,4 @@
-"""What a model knows: text loss, accuracy by distance, and how well it selects blocks.
+"""Measure what a model knows: text loss, accuracy by distance, and how well it selects blocks.
 
 Shapes: T tokens of a pack, M KV groups, G query heads per group, D head dim, NB blocks, K top-k slots,
 Q queries.
@@ -26,14 +26,16 @@ _TEXT_QUERIES = 128
 
 @dataclass(slots=True)
 class _Seen:
-    """Of one forward pass: final hidden states [T, H]; q, k and selection of each MSA layer."""
+    """Keep what hooks see of one forward pass."""
 
     hidden: Tensor | None = None
+    "[T, H], the last layer's hidden states"
     layers: dict[int, tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=dict)
+    "q, k and selection of each MSA layer, by its number from 1"
 
 
 class Meter:
-    """Measures the model of an engine in one process on packs of the task.
+    """Measure the model of an engine in one process on packs of the task.
 
     Args:
         engine: its model and forward pass.

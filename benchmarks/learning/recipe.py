@@ -27,7 +27,7 @@ EVAL_STAGE = Stage(num_packs=1, doc_len=SEQ_LEN, num_records=48, num_queries=96)
 
 
 class Variant(Enum):
-    """What is compared."""
+    """Name the kinds of attention that are compared."""
 
     full = "full"
     swa = "swa"  # a sliding window as long as MSA's budget

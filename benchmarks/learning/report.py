@@ -26,7 +26,7 @@ def read_runs(folder: Path) -> Runs:
 
 
 def commits(folder: Path) -> list[str]:
-    """Of the code that the runs in a folder were made with."""
+    """List the commits of the code that the runs in a folder were made with."""
     heads = [json.loads(path.open().readline()) for path in sorted(folder.glob("*_[0-9]*.jsonl"))]
     return sorted({head.get("commit", "unknown") for head in heads})
 

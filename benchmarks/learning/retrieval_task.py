@@ -1,4 +1,4 @@
-"""Text mixed with key-value lookups over all distances, as packs.
+"""Make packs of text mixed with key-value lookups over all distances.
 
 A document is running text of a corpus, cut at random places by units of three tokens, `key value key`, like
 an element between its tags. The first unit with a key is its record, with a value drawn at random; the later
@@ -30,13 +30,14 @@ UNIT_TOKENS = 3
 
 @dataclass(kw_only=True, slots=True)
 class Symbols:
-    """Token ids of the lookups, outside the text's range."""
+    """Number the tokens of the lookups, outside the text's range."""
 
     first: int = 300
     "id of the first key; the text has bytes and one token at the end of each document, 256"
     num_keys: int = 128
     "keys; the ids of the values follow theirs"
     num_values: int = 64
+    "values that a key may have"
 
     def __post_init__(self) -> None:
         for name in ("first", "num_keys", "num_values"):
@@ -45,46 +46,44 @@ class Symbols:
 
     @property
     def first_value(self) -> int:
-        """Id of the first value."""
+        """Return the id of the first value."""
         return self.first + self.num_keys
 
     @property
     def vocab_size(self) -> int:
-        """Ids from 0 up to the last value."""
+        """Count the ids from 0 up to the last value."""
         return self.first_value + self.num_values
 
 
 @dataclass(kw_only=True, slots=True)
 class Stage:
-    """Some packs of the same make.
-
-    num_packs: how many; doc_len: tokens of each document; num_records, num_queries: units in each document.
-    """
+    """Describe some packs of the same make."""
 
     num_packs: int
+    "how many there are"
     doc_len: int
+    "tokens of each document"
     num_records: int
+    "units in each document that give a key its value"
     num_queries: int
+    "units in each document that repeat one"
 
     @property
     def text_len(self) -> int:
-        """Tokens of text in each document."""
+        """Count the tokens of text in each document: what its units of three leave."""
         return self.doc_len - UNIT_TOKENS * (self.num_records + self.num_queries)
 
 
 @dataclass(slots=True)
 class LookupPack:
-    """A pack and where its lookups are.
-
-    Attributes:
-        pack: tokens, labels and documents.
-        query: [num_queries] int64, positions of the queries' keys, ascending; the value is their label.
-        distance: [num_queries] int64, tokens back to the latest earlier unit with the same key.
-    """
+    """Hold a pack and where its lookups are."""
 
     pack: Pack
+    "tokens, labels and documents"
     query: npt.NDArray[np.int64]
+    "[num_queries], positions of the queries' keys, ascending; the value is their label"
     distance: npt.NDArray[np.int64]
+    "[num_queries], tokens back to the latest earlier unit with the same key"
 
 
 @dataclass(slots=True)
@@ -97,21 +96,18 @@ class _Document:
 
 @dataclass(slots=True)
 class RetrievalTask:
-    """An endless row of packs; number i depends on the text, the settings and the seed alone.
-
-    Attributes:
-        view: the text; a document of the task may run over from one of its documents into the next.
-        seq_len: tokens of a pack.
-        stages: what the packs are like, in this order; the last stage goes on for ever.
-        seed: of everything drawn.
-        symbols: ids of keys and values.
-    """
+    """Make an endless row of packs; number i depends on the text, the settings and the seed alone."""
 
     view: DocumentView
+    "text; a document of the task may run over from one of its documents into the next"
     seq_len: int
+    "tokens of a pack"
     stages: Sequence[Stage]
+    "what the packs are like, in this order; the last stage goes on for ever"
     seed: int
+    "of everything drawn"
     symbols: Symbols = field(default_factory=Symbols)
+    "ids of keys and values"
     _ends: npt.NDArray[np.int64] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -127,7 +123,7 @@ class RetrievalTask:
             )
 
     def stage(self, index: int) -> Stage:
-        """What pack `index` is like."""
+        """Find the stage of pack `index`, from 0."""
         for stage in self.stages:
             if index < stage.num_packs:
                 return stage
@@ -135,7 +131,11 @@ class RetrievalTask:
         return self.stages[-1]
 
     def __getitem__(self, index: int) -> LookupPack:
-        """Pack number `index`, from 0."""
+        """Make pack number `index`, from 0.
+
+        Raises:
+            IndexError: for a negative number.
+        """
         if index < 0:
             raise IndexError(f"pack {index}: packs are counted from 0 and have no end")
         stage = self.stage(index)
@@ -174,7 +174,7 @@ class RetrievalTask:
     def _symbols(
         self, previous: npt.NDArray[np.int64], num_records: int, rng: np.random.Generator
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Key and value of each unit: drawn for records, handed on to queries."""
+        """Choose key and value of each unit: drawn for records, handed on to queries."""
         symbols, is_record = self.symbols, previous < 0
         keys, values = np.empty_like(previous), np.empty_like(previous)
         keys[is_record] = symbols.first + rng.permutation(symbols.num_keys)[:num_records]
@@ -199,7 +199,7 @@ class RetrievalTask:
 def previous_units(
     start: npt.NDArray[np.int64], num_records: int, doc_len: int, rng: np.random.Generator
 ) -> npt.NDArray[np.int64]:
-    """Which units are records, and for each query the latest earlier unit with the same key.
+    """Choose the records, and for each query the latest earlier unit with the same key.
 
     Any units may be records, but the first one is. A query draws a distance, log-uniform up to doc_len, and
     takes the key whose latest unit comes nearest to it in proportion. Example: start [0, 10, 90, 100], unit

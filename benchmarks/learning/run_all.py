@@ -23,7 +23,7 @@ SEEDS = (1, 2, 3)
 
 
 def is_finished(path: Path, steps: int) -> bool:
-    """Whether a run of this length reached its last step."""
+    """Tell whether a run of this length reached its last step."""
     if not path.exists():
         return False
     rows = [json.loads(line) for line in path.read_text().splitlines()]

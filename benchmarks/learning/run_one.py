@@ -51,11 +51,14 @@ def build_tasks(config: RunConfig, seed: int) -> tuple[RetrievalTask, RetrievalT
 
 @dataclass(kw_only=True, slots=True)
 class Measuring:
-    """How often and on how many held-out packs; `final_packs` after the last step."""
+    """Say how often is measured, and on how many held-out packs."""
 
     every: int
+    "steps between two measurements"
     packs: int
+    "held-out packs of each"
     final_packs: int
+    "held-out packs after the last step"
 
 
 def train(config: RunConfig, seed: int, *, stop: int, measuring: Measuring, out: TextIO) -> None:

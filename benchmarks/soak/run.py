@@ -1,4 +1,4 @@
-"""Disturbs training jobs on a real Slurm at random times and counts how many end with the same bits."""
+"""Disturb training jobs on a real Slurm at random times and count how many end with the same bits."""
 
 import argparse
 import contextlib
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Disturbance(StrEnum):
-    """What is done to a job."""
+    """Name what is done to a job."""
 
     kill_rank = "kill_rank"
     hang_rank = "hang_rank"

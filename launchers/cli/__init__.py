@@ -1,1 +1,1 @@
-"""What every command shares: exit codes, help, printing."""
+"""Hold what every command shares: exit codes, help, printing."""

@@ -1,4 +1,7 @@
-"""What the commands beside msa-train share: parsing, and how a failure is told."""
+"""Parse arguments and tell failures in the same way in every command; exit codes are defined here.
+
+A failure of the user's is one line on stderr, `COMMAND: error: NAME=VALUE: RULE; FIX`, and exit code 2.
+"""
 
 import argparse
 import contextlib
@@ -30,7 +33,13 @@ def leave(code: int) -> NoReturn:
 
 
 def number(text: str) -> float:
-    """The `type` of an option with a number: what is not finite would turn comparisons round."""
+    """Read the number of an option; the `type` of argparse.
+
+    NaN is refused, for every comparison with it is false: --tolerance nan would find all tensors equal.
+
+    Raises:
+        argparse.ArgumentTypeError, ValueError: if it is no finite number; argparse tells both alike.
+    """
     value = float(text)
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text} is no finite number")
@@ -38,10 +47,10 @@ def number(text: str) -> float:
 
 
 class Parser(argparse.ArgumentParser):
-    """Bad arguments raise ValueError, so that `run_command` tells them like all other bad input."""
+    """Raise ValueError for bad arguments, so that `run_command` tells them like all other bad input."""
 
     def error(self, message: str) -> NoReturn:
-        """See argparse."""
+        """Raise in place of printing the usage and ending the process."""
         raise ValueError(f"{message}; see {self.prog.split()[0]} --help")
 
 
@@ -49,7 +58,7 @@ def run_command(name: str, run: Callable[[], int | None], *, when_interrupted: s
     """Run a command; bad input or files become one line on stderr.
 
     Args:
-        name: the command's.
+        name: of the command, which begins every line on stderr.
         run: does the work; returns another exit code than 0 where there is one.
         when_interrupted: what to add after Ctrl-C.
 
@@ -67,6 +76,7 @@ def run_command(name: str, run: Callable[[], int | None], *, when_interrupted: s
 
 
 def _run(name: str, run: Callable[[], int | None], when_interrupted: str) -> int:
+    """Turn what is raised into one line on stderr and an exit code."""
     try:
         check_current_folder()
         return run() or 0

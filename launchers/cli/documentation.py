@@ -53,7 +53,7 @@ in it changes what is computed. See [slurm/README.md](../slurm/README.md)."""
 
 
 def configuration_page() -> str:
-    """Text of docs/configuration.md."""
+    """Write the text of docs/configuration.md."""
     sections = [INTRODUCTION, _groups(), *_sections()]
     sections += [
         f"## stages.NAME\n\n{STAGES}\n\n{_table(StageConfig, 'stages.NAME.')}",
@@ -66,6 +66,7 @@ PAGES: dict[str, Callable[[], str]] = {"configuration": configuration_page}
 
 
 def _groups() -> str:
+    """Write the table of groups: every file of conf/ with the first comment in it."""
     rows = [
         f"| `{group}` | `{name}` | {_cell(text)} |"
         for group in (*OPTION_GROUPS, CLUSTER)
@@ -77,7 +78,7 @@ def _groups() -> str:
 
 
 def _sections() -> Iterator[str]:
-    """The run's own keys, then a section for each part of it."""
+    """Write the run's own keys, then a section for each part of it."""
     yield f"## The run\n\n{_table(RunConfig, '')}"
     hints = get_type_hints(RunConfig)
     for part in fields(RunConfig):
@@ -88,7 +89,7 @@ def _sections() -> Iterator[str]:
 
 
 def _table(config: type[Any], prefix: str) -> str:
-    """Keys of one dataclass that hold a value; parts have a section of their own."""
+    """Write the keys of one dataclass that hold a value; parts have a section of their own."""
     hints, strings = get_type_hints(config), field_strings(config)
     rows = ["| key | default | meaning |", "|---|---|---|"]
     for part in fields(config):
@@ -100,7 +101,7 @@ def _table(config: type[Any], prefix: str) -> str:
 
 
 def field_strings(config: type[Any]) -> dict[str, str]:
-    """The string under each field.
+    """Read the string under each field; Python keeps none of them, so they come from the source.
 
     Example: a class body of `steps: int = 1` and `"of the run"` -> {"steps": "of the run"}.
     """
@@ -118,7 +119,10 @@ def field_strings(config: type[Any]) -> dict[str, str]:
 
 
 def _choices(kind: Any) -> str:
-    """What a choice stands for: `a`: ...; `b`: ... from the comments behind the members."""
+    """Say what each choice stands for, by the comments behind the members of an Enum.
+
+    Example: members `bf16 = "bf16"  # 2 bytes` and `fp32 = "fp32"` -> "`bf16`: 2 bytes; `fp32`".
+    """
     if not (isinstance(kind, type) and issubclass(kind, Enum)):
         return ""
     comments: dict[str, str] = {}
@@ -130,6 +134,7 @@ def _choices(kind: Any) -> str:
 
 
 def _default(part: Field[Any]) -> str:
+    """Write a default as it stands on a command line: true, not True; the value of a choice."""
     value = part.default if part.default is not MISSING else part.default_factory()  # type: ignore[misc]
     if isinstance(value, Enum):
         value = value.value
@@ -138,6 +143,7 @@ def _default(part: Field[Any]) -> str:
 
 
 def _cell(text: str) -> str:
+    """Fit a text into a cell of a Markdown table: one line, with every | escaped."""
     return " ".join(text.split()).replace("|", "\\|")
 
 

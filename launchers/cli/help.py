@@ -1,4 +1,4 @@
-"""Text of --help, read from the configuration folder."""
+"""Write the text of --help from the configuration folder, so that a new file in conf/ is in it at once."""
 
 from launchers.hydra_config.options import OPTION_GROUPS, group_options
 
@@ -38,7 +38,7 @@ example:
 
 
 def help_text() -> str:
-    """Usage, runs, groups with their options, and the keys used most."""
+    """Write usage, runs, groups with their options, and the keys used most."""
     runs = _table(group_options("run"))
     groups = _table({group: ", ".join(group_options(group)) for group in OPTION_GROUPS if group != "run"})
     return "\n\n".join(
@@ -54,5 +54,6 @@ def help_text() -> str:
 
 
 def _table(rows: dict[str, str]) -> str:
+    """Write two columns, the first as wide as its longest name."""
     width = max(len(name) for name in rows)
     return "\n".join(f"  {name:<{width}}  {text}" for name, text in rows.items())

@@ -1,7 +1,9 @@
-"""Standard output and error as all commands use them: losing one of them never ends what a command does.
+"""Keep standard output and error usable for all commands: losing one of them never ends what a command does.
 
-A reader that leaves (`| head`), a full disk, a closed stream and a terminal without the letters of a name are
-all survived; what a terminal would act on is escaped on its way, whatever printed it.
+A run of days must not end because its terminal was closed. A reader that leaves (`| head`), a full disk, a
+closed stream and a terminal without the letters of a name are all survived. What a terminal would act on is
+escaped on its way, whatever printed it: names of files, texts of errors and entries of other people's
+checkpoints can hold escape sequences.
 """
 
 import contextlib
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, TextIO, cast
 
 from msa_train.config import printable
 
-# A bar is drawn anew by \r.
+# a progress bar is drawn anew by \r
 _KEPT = "\n\r\t"
 
 
@@ -32,19 +34,24 @@ def say(text: object, *, lines: bool = False, error: bool = False, end: str = "\
 
 
 class SteadyStream:
-    """A text stream whose writes do not fail; what else it is, is the stream's."""
+    """Wrap a text stream so that its writes do not fail; all its other attributes are the stream's own."""
 
     def __init__(self, stream: TextIO, *, warning: str = "") -> None:
-        """warning: for stderr when nobody reads `stream` any more or it cannot be written; empty: none."""
+        """Take over a stream.
+
+        Args:
+            stream: to write to.
+            warning: for stderr when nobody reads `stream` any more or it cannot be written; empty: none.
+        """
         self._stream, self._warning = stream, warning
         self.error: OSError | None = None
-        "why something is lost that somebody wanted: not where the reader has left"
+        "why output is lost that somebody wanted; None where the reader has left by its own choice"
         if isinstance(stream, io.TextIOWrapper):
             # a name may have letters that the terminal's encoding lacks
             stream.reconfigure(errors="backslashreplace")
 
     def write(self, text: str) -> int:
-        """Write what can be written."""
+        """Write what can be written, escaped; returns the length of the text, as print() expects."""
         try:
             self._stream.write(printable(text, keep=_KEPT))
         except (OSError, ValueError) as error:
@@ -59,7 +66,11 @@ class SteadyStream:
             self._lose(error)
 
     def drop(self) -> None:
-        """Let all that is written from now on go nowhere, also what the interpreter flushes at its end."""
+        """Let all that is written from now on go nowhere, also what the interpreter flushes at its end.
+
+        The descriptor itself is replaced: the interpreter flushes the original stream, past this object, and
+        would print "Exception ignored ... BrokenPipeError" and exit with 120.
+        """
         with contextlib.suppress(OSError, ValueError):
             target = self._stream.fileno()
             null = os.open(os.devnull, os.O_WRONLY)
@@ -70,6 +81,7 @@ class SteadyStream:
         return getattr(self._stream, name)
 
     def _lose(self, error: OSError | ValueError) -> None:
+        """Note why output is lost, and warn once."""
         if isinstance(error, ValueError):
             # "I/O operation on closed file"
             error = OSError(errno.EBADF, str(error))
@@ -89,7 +101,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def steady_output(warning: str = "") -> Iterator[SteadyStream]:
-    """Make sys.stdout and sys.stderr steady; gives stdout. Inside another one it changes nothing.
+    """Make sys.stdout and sys.stderr steady, and give stdout; inside another one it changes nothing.
 
     Args:
         warning: for stderr, once, when stdout is lost; empty where output is all that is asked for.
@@ -112,7 +124,10 @@ def steady_output(warning: str = "") -> Iterator[SteadyStream]:
 
 
 def _open_missing() -> None:
-    """A closed descriptor 1 would be that of the next file to be opened, a checkpoint perhaps."""
+    """Open /dev/null in place of a closed descriptor 0, 1 or 2.
+
+    The next file to be opened would get the number, a checkpoint perhaps, and all prints would go into it.
+    """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)

@@ -1,4 +1,4 @@
-"""From the arguments of msa-simulate to its scenario; mistakes are found before torch is imported."""
+"""Turn the arguments of msa-simulate into its scenario; mistakes are found before torch is imported."""
 
 import argparse
 from collections.abc import Callable
@@ -22,7 +22,10 @@ Config = TypeVar("Config", ModelConfig, AttentionConfig)
 
 
 def read_question(arguments: argparse.Namespace) -> "tuple[Scenario, Callable[[Scenario], Selections]]":
-    """The scenario, and what makes selections for it or for another size of it.
+    """Build the scenario, and the function that makes selections for it or for another size of it.
+
+    Args:
+        arguments: as the parser of msa-simulate run and scale gives them.
 
     Raises:
         ValueError: naming the value, the rule and the fix.
@@ -75,7 +78,17 @@ def read_question(arguments: argparse.Namespace) -> "tuple[Scenario, Callable[[S
 
 
 def read_shape(model: str, attention: str, *, element_bytes: int, trains_index: bool) -> "LayerShape":
-    """Sizes of a layer of a model and an attention of conf/."""
+    """Read the sizes of a layer from a model and an attention of conf/.
+
+    Args:
+        model: name of an option of the group.
+        attention: the same.
+        element_bytes: bytes of a number on the wire.
+        trains_index: the index branch gets gradients from the KL loss, which then travel too.
+
+    Raises:
+        ValueError: if there is no such option.
+    """
     from msa_train.simulate.inputs.layer_shape import LayerShape
 
     return LayerShape.of(
@@ -87,6 +100,7 @@ def read_shape(model: str, attention: str, *, element_bytes: int, trains_index: 
 
 
 def _read_config(kind: type[Config], group: str, name: str) -> Config:
+    """Read one shipped file of a group by YAML alone: nothing is composed, so Hydra is not needed."""
     options = group_options(group)
     if name not in options:
         raise ValueError(f"--{group}={name}: must be one of {', '.join(options)}")
@@ -99,6 +113,7 @@ def _read_config(kind: type[Config], group: str, name: str) -> Config:
 
 
 def _recorded(arguments: argparse.Namespace) -> "RecordedSelections":
+    """Read the layer that --layer names from a recording, or the first."""
     from msa_train.simulate.selections.recorded import read_selections
 
     path: Path = arguments.selections
@@ -113,18 +128,21 @@ def _recorded(arguments: argparse.Namespace) -> "RecordedSelections":
 
 
 def _check_fit(recorded: "RecordedSelections", scenario: "Scenario", placement: "Placement") -> None:
+    """Refuse a recording of another model or length than the scenario's."""
     for name, expected in (("num_kv_heads", scenario.shape.num_kv_heads), ("topk", scenario.shape.topk)):
         value = getattr(recorded, name)
         if value != expected:
             raise ValueError(
                 f"{name}={value} in the recording: must be the model's {expected}; use its --model"
             )
+    # raises where the lengths do not fit
     recorded.needed(placement, 0)
 
 
 def _synthetic(
     arguments: argparse.Namespace, scenario: "Scenario", placement: "Placement"
 ) -> "Callable[[Scenario], Selections]":
+    """Return what makes selections for a scenario; that of the command line is checked here."""
     from msa_train.simulate.selections.synthetic import SyntheticSelections
 
     def make(asked: "Scenario") -> SyntheticSelections:
@@ -141,5 +159,6 @@ def _synthetic(
             seed=arguments.seed,
         )
 
+    # now, not in the middle of a table of sizes
     make(scenario).check(placement)
     return make

@@ -1,1 +1,1 @@
-"""From YAML files and overrides to one checked configuration, by Hydra."""
+"""Turn YAML files and overrides into one checked configuration, by Hydra."""

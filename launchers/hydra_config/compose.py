@@ -1,7 +1,10 @@
-"""From command-line overrides to a typed RunConfig, and to a YAML file and back.
+"""Compose command-line overrides into a typed RunConfig, and write it to a YAML file and read it back.
 
 Hydra is used as a library, for the errors of its own entry point are many lines long. Here each is a
 ValueError of one line that names the value, the rule and the fix.
+
+Under srun with a task per rank every rank composes for itself, from files that all of them read: 256 times
+the same work at once, and no rank has to wait for another to learn that a key is misspelt.
 """
 
 import difflib
@@ -46,9 +49,12 @@ def compose_run(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> R
     Raises:
         ValueError: naming the value, the rule and the fix.
     """
+    # before Hydra sees them: it would build what a stranger's file asks for
     check_config_dirs(config_dirs, text_keys())
     parsed = [_parse(text) for text in overrides]
     written = [hydra_override(text) for text in overrides]
+    # Which stages there are depends on the run, so the choices are composed once without any value of a
+    # stage. Only then is it known which keys `stages.NAME.KEY` exist.
     given = [text for text in written if not text.startswith("stages.")]
     composed, stages = _without_stage_values(given, config_dirs)
     keys = known_keys(stages)
@@ -71,12 +77,13 @@ def compose_run(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> R
 
 
 def _compose(overrides: Sequence[str], config_dirs: Sequence[Path]) -> Any:
+    """Let Hydra put files and overrides together; nothing is resolved yet."""
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         return compose("config", overrides=[*overrides, *_search_path(config_dirs)])
 
 
 def _without_stage_values(overrides: Sequence[str], config_dirs: Sequence[Path]) -> tuple[Any, list[str]]:
-    """The chosen run and its stages; None and none where the overrides are at fault, which is said later."""
+    """Compose the chosen run and list its stages; None and none where the overrides are at fault."""
     try:
         composed = _compose(overrides, config_dirs)
         return composed, [str(name) for name in composed.stages]
@@ -85,12 +92,15 @@ def _without_stage_values(overrides: Sequence[str], config_dirs: Sequence[Path])
 
 
 def config_to_yaml(config: RunConfig) -> str:
-    """The whole configuration, nothing left to resolve."""
+    """Write the whole configuration as YAML, with nothing left to resolve."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def load_run(path: str | Path) -> RunConfig:
-    """Read a file written from `config_to_yaml`.
+    """Read a file that `config_to_yaml` has written; it may be damaged, or another person's.
+
+    Args:
+        path: of the file, at most 1 MiB.
 
     Raises:
         ValueError: where the file does not hold a RunConfig.
@@ -111,12 +121,15 @@ def load_run(path: str | Path) -> RunConfig:
 
 
 def text_keys() -> set[str]:
-    """Dotted keys whose values are text."""
+    """List the dotted keys whose values are text, e.g. "run_dir"."""
     return {key for key, kind in known_keys().items() if kind is str}
 
 
 def hydra_override(text: str) -> str:
-    """KEY=VALUE as Hydra reads it: names and text in quotes, so that they stay as they were written."""
+    """Write KEY=VALUE for Hydra, with names and text in quotes, so that they stay as they were written.
+
+    Example: name=2024_01 -> name="2024_01", which would be the number 202401; train.steps=50 -> the same.
+    """
     # every key exists, so that a leading + changes nothing; Hydra would refuse it
     text = text.lstrip("+")
     key = text.partition("=")[0]
@@ -124,11 +137,18 @@ def hydra_override(text: str) -> str:
 
 
 def known_keys(stages: Sequence[str] = ()) -> dict[str, Any]:
-    """Type of every dotted key, e.g. {"train.steps": int, "engine": EngineKind}; stages: their names."""
+    """List every dotted key with its type.
+
+    Args:
+        stages: names of the run's stages, each of which has the keys `stages.NAME.KEY`.
+
+    Example: {"train.steps": int, "engine": EngineKind, ...}.
+    """
     return _walk(RunConfig, "", stages)
 
 
 def _walk(section: type, prefix: str, stages: Sequence[str]) -> dict[str, Any]:
+    """Collect the keys of a dataclass and of those in its fields."""
     keys: dict[str, Any] = {}
     for item in fields(section):
         if is_dataclass(item.type):
@@ -142,11 +162,15 @@ def _walk(section: type, prefix: str, stages: Sequence[str]) -> dict[str, Any]:
 
 
 def run_config(node: Any) -> RunConfig:
-    """The typed configuration that a node of the schema stands for.
+    """Build the typed configuration that a node of the schema stands for.
+
+    Args:
+        node: an OmegaConf node of the schema RunConfig, not resolved yet.
 
     Raises:
         ValueError: naming a value that refers to something else than a key, or a text that cannot be stored.
     """
+    # to_object resolves ${...}: what they may refer to is checked before
     check_all_references(node)
     config = OmegaConf.to_object(node)
     assert isinstance(config, RunConfig), f"the schema is RunConfig, not {type(config)}"
@@ -158,6 +182,7 @@ def run_config(node: Any) -> RunConfig:
 
 
 def _parse(text: str) -> Override:
+    """Parse one override; what is not KEY=VALUE with one value is refused with the fix that fits."""
     key, equals, value = text.partition("=")
     if text.startswith("~"):
         raise ValueError(
@@ -186,6 +211,10 @@ def _parse(text: str) -> Override:
 
 
 def _search_path(config_dirs: Sequence[Path]) -> list[str]:
+    """Write the override that shows Hydra more folders.
+
+    Example: [Path("/mine")] -> ['hydra.searchpath=["file:///mine"]'].
+    """
     if not config_dirs:
         return []
     places = ", ".join(quoted(f"file://{folder.absolute()}") for folder in config_dirs)
@@ -193,6 +222,7 @@ def _search_path(config_dirs: Sequence[Path]) -> list[str]:
 
 
 def _check_choice(text: str, override: Override, config_dirs: Sequence[Path]) -> None:
+    """Refuse an option that its group does not have."""
     group, choice = override.key_or_group, override.value()
     options = list(group_options(group, config_dirs))
     if choice not in options:
@@ -204,6 +234,10 @@ def _check_choice(text: str, override: Override, config_dirs: Sequence[Path]) ->
 
 
 def _check_value(text: str, override: Override, keys: dict[str, Any], schema: Any) -> None:
+    """Refuse an unknown key and a value of another type, by setting it in a schema of defaults.
+
+    Hydra would find both, but inside a composition, where the text that the user wrote is not known any more.
+    """
     key, value = override.key_or_group, text.partition("=")[2]
     if key not in keys:
         raise ValueError(f"{key}={value}: {_unknown_key(key, keys)}")
@@ -215,6 +249,10 @@ def _check_value(text: str, override: Override, keys: dict[str, Any], schema: An
 
 
 def _unknown_key(key: str, keys: dict[str, Any]) -> str:
+    """Say that there is no such key, and which one may be meant.
+
+    Example: "cp_size" or "paralel.cp_size" -> "there is no such key; did you mean parallel.cp_size?".
+    """
     names = [*keys, *OPTION_GROUPS]
     last = key.rpartition(".")[2]
     # cp_size=4 and paralel.cp_size=4 both mean parallel.cp_size; a shared last part beats likeness
@@ -230,11 +268,13 @@ def _unknown_key(key: str, keys: dict[str, Any]) -> str:
 
 
 def _nearest(value: str, options: Sequence[str], prefix: str = "") -> str:
+    """Ask whether the likest option is meant; empty if none is like it."""
     match = difflib.get_close_matches(value, options, n=1)
     return f"did you mean {prefix}{match[0]}? " if match else ""
 
 
 def _expected(kind: Any, value: str) -> str:
+    """Describe the values of a type, and offer one: int, "4.0" -> "a whole number; use 4"."""
     if issubclass(kind, Enum):
         choices = list(kind.__members__)
         return f"one of {', '.join(choices)}; {_nearest(value, choices)}".rstrip("; ")
@@ -248,7 +288,7 @@ def _expected(kind: Any, value: str) -> str:
 
 
 def _explain(error: Exception, keys: dict[str, Any]) -> str:
-    """One line for an error inside a file, where no command-line override is at fault."""
+    """Write one line for an error inside a file, where no command-line override is at fault."""
     key = getattr(error, "full_key", None) or getattr(error.__cause__, "full_key", None)
     lines = [line.strip() for line in str(error).splitlines()]
     text = "; ".join(line for line in lines if line and not line.startswith(("full_key:", "object_type=")))

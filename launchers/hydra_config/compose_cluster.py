@@ -1,4 +1,8 @@
-"""From cluster=NAME and cluster.KEY=VALUE to a typed ClusterConfig; errors are a ValueError of one line."""
+"""Compose cluster=NAME and cluster.KEY=VALUE into a typed ClusterConfig; errors are a ValueError of one line.
+
+Hydra has no part in it: a cluster is no part of a run, and its file holds lines of shell (`setup`), in which
+${...} belongs to the shell.
+"""
 
 import difflib
 from collections.abc import Sequence
@@ -16,7 +20,7 @@ from launchers.hydra_config.text_values import QUOTES, check_references
 from msa_train.config import ClusterConfig, check_cluster
 
 KEYS = [item.name for item in fields(ClusterConfig)]
-# the value, or that of every key below, is text
+# keys whose value, or that of every key below them, is text
 TEXT_KEYS = {item.name for item in fields(ClusterConfig) if item.type in (str, dict[str, str])}
 
 
@@ -33,6 +37,7 @@ def compose_cluster(name: str, overrides: Sequence[str], config_dirs: Sequence[P
     """
     path = _file(name, config_dirs)
     node = OmegaConf.structured(ClusterConfig)
+    # before OmegaConf reads it, which would expand aliases to any size
     check_cluster_file(path)
     try:
         node = OmegaConf.merge(node, OmegaConf.load(path))
@@ -56,6 +61,7 @@ def compose_cluster(name: str, overrides: Sequence[str], config_dirs: Sequence[P
 
 
 def _file(name: str, config_dirs: Sequence[Path]) -> Path:
+    """Find the one file of a cluster's name."""
     found = [folder / CLUSTER / f"{name}.yaml" for folder in (*config_dirs, config_dir())]
     found = [path for path in found if path.is_file()]
     if len(found) > 1:
@@ -75,7 +81,10 @@ def _file(name: str, config_dirs: Sequence[Path]) -> Path:
 
 
 def _value(key: str, value: str) -> Any:
-    """What is meant: text as it is written, else YAML."""
+    """Read a value: text as it is written, else YAML.
+
+    Example: "account", "007" -> "007"; "workers", "8" -> 8; "network", "{A: b}" -> {"A": "b"}.
+    """
     if not key.startswith("setup"):
         check_references(f"{CLUSTER}.{key}", value)
     if not value or (key.partition(".")[0] in TEXT_KEYS and not value.startswith((*QUOTES, "{"))):
@@ -84,14 +93,17 @@ def _value(key: str, value: str) -> Any:
 
 
 def _nearest(key: str) -> str:
+    """Ask whether the likest key is meant; else list all."""
     match = difflib.get_close_matches(key, KEYS, n=1)
     return f"did you mean cluster.{match[0]}?" if match else f"the keys are {', '.join(KEYS)}"
 
 
 def _hint(error: Exception) -> str:
+    """Say which keys there are, for an error inside a file."""
     key = getattr(error, "key", None)
     return _nearest(str(key)) if key and str(key) not in KEYS else f"the keys are {', '.join(KEYS)}"
 
 
 def _first_line(error: Exception) -> str:
+    """Take the first line of an error; OmegaConf adds more on its own types."""
     return str(error).strip().splitlines()[0]

@@ -1,8 +1,9 @@
-"""Configuration files from --config-dir, looked at before Hydra reads them: they may be a stranger's.
+"""Check configuration files from --config-dir before Hydra reads them: they may be a stranger's.
 
 They hold settings of a run and nothing else: no settings of Hydra, which could name code to call, no way out
 of their folder, nothing that grows while it is read. And text that YAML would take for a number is not
-changed behind the user's back. Costs some milliseconds per file, on every rank that torchrun or srun started.
+changed behind the user's back. The check costs some milliseconds per file, and every rank that torchrun or
+srun started makes it: a folder of 10 files on a shared file system is read 2560 times for 256 ranks.
 """
 
 import re
@@ -19,6 +20,7 @@ from launchers.hydra_config.text_values import check_references
 from msa_train.config import ClusterConfig, check_text
 from msa_train.runtime.untrusted_yaml import MAX_NODES, SelfReferenceError, num_values
 
+# settings have some kilobytes; a larger file is something else
 MAX_BYTES = 2**20
 _PACKAGE = re.compile(r"^#\s*@package[ \t]*(.*)$", re.MULTILINE)
 _STR_TAG = "tag:yaml.org,2002:str"
@@ -53,7 +55,10 @@ def check_config_dirs(folders: Sequence[Path], text_keys: set[str]) -> None:
 
 
 def check_cluster_file(path: Path) -> None:
-    """Check a file of the group `cluster`.
+    """Check a file of the group `cluster`, whose lines of shell may hold ${...}.
+
+    Args:
+        path: of the file.
 
     Raises:
         ValueError: as check_config_dirs.
@@ -66,7 +71,14 @@ def check_cluster_file(path: Path) -> None:
 
 
 def check_file(path: Path, group: str, text_keys: set[str]) -> None:
-    """Check one file.
+    """Check one file: its size, that it is YAML, what its aliases grow to, its keys, its values.
+
+    In this order, so that no check has to bear what an earlier one refuses.
+
+    Args:
+        path: of the file.
+        group: that it is an option of.
+        text_keys: dotted keys whose values are text.
 
     Raises:
         ValueError: as check_config_dirs.
@@ -90,6 +102,7 @@ def check_file(path: Path, group: str, text_keys: set[str]) -> None:
 
 
 def _read(path: Path) -> str:
+    """Read a file of at most MAX_BYTES."""
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"{path}: is larger than {MAX_BYTES} bytes, as no settings are; remove it")
     try:
@@ -99,6 +112,7 @@ def _read(path: Path) -> str:
 
 
 def _parse(path: Path, text: str) -> yaml.Node | None:
+    """Parse to nodes, from which nothing is constructed: a node still has its line and its text."""
     try:
         return yaml.compose(text, Loader=get_yaml_loader())
     except (yaml.YAMLError, RecursionError) as error:
@@ -106,6 +120,7 @@ def _parse(path: Path, text: str) -> yaml.Node | None:
 
 
 def _check_size(root: yaml.Node, path: Path) -> None:
+    """Refuse aliases that make few lines grow to a great many values, or to no end."""
     try:
         size = num_values(root)
     except SelfReferenceError as error:
@@ -115,7 +130,10 @@ def _check_size(root: yaml.Node, path: Path) -> None:
 
 
 def _prefix(path: Path, text: str, group: str) -> str:
-    """Where in the configuration the file's keys are put."""
+    """Find where in the configuration the file's keys are put.
+
+    Example: a file of group "model" without @package -> "model."; with "# @package _global_" -> "".
+    """
     match = _PACKAGE.search(text)
     package = match[1].strip() if match else "_group_"
     known = {"_group_": f"{group}.", group: f"{group}.", "_global_": ""}
@@ -127,7 +145,10 @@ def _prefix(path: Path, text: str, group: str) -> str:
 
 
 def _check_defaults(path: Path, node: yaml.Node) -> None:
-    """Options of groups, by name: demo, /model: tiny, override /model: tiny, _self_."""
+    """Check that defaults name options of groups: demo, /model: tiny, override /model: tiny, _self_.
+
+    Anything else would be a way out of the folder, as in ../../secret, or into Hydra's own settings.
+    """
     for key, item in _leaves(node, "", with_keys=True):
         for text in (key, item.value):
             # a group's option is one of its files: nothing below, beside or above it
@@ -147,7 +168,10 @@ def _check_defaults(path: Path, node: yaml.Node) -> None:
 def _leaves(
     node: yaml.Node, prefix: str, *, with_keys: bool = False
 ) -> Iterator[tuple[str, yaml.ScalarNode]]:
-    """Scalars with their dotted keys, or with the key alone that they stand under."""
+    """Walk all scalars, with their dotted keys or with the key alone that they stand under.
+
+    Example: {model: {name: x}} -> ("model.name", x); with_keys -> ("name", x).
+    """
     if isinstance(node, yaml.ScalarNode):
         yield prefix.removesuffix("."), node
     elif isinstance(node, yaml.MappingNode):
@@ -159,6 +183,7 @@ def _leaves(
 
 
 def _check_scalar(path: Path, key: str, node: yaml.ScalarNode, text_keys: set[str]) -> None:
+    """Refuse a forbidden ${...}, and text that YAML reads as something else: 007 as 7, no as False."""
     is_text = key in text_keys or any(key.startswith(f"{name}.") for name in text_keys)
     if not key.startswith(f"{CLUSTER}.setup"):
         try:
@@ -177,6 +202,7 @@ def _check_scalar(path: Path, key: str, node: yaml.ScalarNode, text_keys: set[st
 
 
 def _constructed(path: Path, node: yaml.Node) -> Any:
+    """Build the value that YAML sees in a node."""
     try:
         return get_yaml_loader()("").construct_object(node, deep=True)
     except (yaml.YAMLError, ValueError, LookupError):
@@ -186,4 +212,5 @@ def _constructed(path: Path, node: yaml.Node) -> Any:
 
 
 def _refused(path: Path, node: yaml.Node, rule: str, fix: str) -> ValueError:
+    """Build the error of a node, with its line, counted from 1."""
     return ValueError(f"{path}, line {node.start_mark.line + 1}: {rule}; {fix}")

@@ -1,4 +1,8 @@
-"""What an import leaves beside the weights: a configuration folder that trains them, and the tokenizer."""
+"""Write what an import leaves beside the weights: a configuration folder that trains them, and the tokenizer.
+
+Names and texts come from a checkpoint of somebody else: links are not followed out of its folder, and no text
+of it gets a line of its own in the YAML.
+"""
 
 import json
 import os
@@ -15,6 +19,7 @@ from msa_train.runtime.atomic_files import new_file
 from msa_train.runtime.untrusted_files import member, open_regular
 
 NAME = "imported"
+# tokens; rounded down to whole blocks of the model
 SEQ_LEN = 8192
 _TOKENIZER_FILES = (
     *(
@@ -61,11 +66,13 @@ def write_conf(
     Returns:
         The folder, for msa-train --config-dir.
     """
+    # one line, as it goes into a comment: a line break would end that
     conf, source = target / "conf", " ".join(source.split())
     seq_len = max(1, SEQ_LEN // attention.block_size) * attention.block_size
     run = RUN.format(
         name=NAME,
         source=source,
+        # JSON is YAML: quoted, whatever the path holds
         tokenizer=json.dumps(str(tokenizer.absolute()) if tokenizer else "tokenizer.json"),
         seq_len=seq_len,
         load=json.dumps(str(target.absolute())),
@@ -79,7 +86,9 @@ def write_conf(
 
 
 def tokenizer_files(source: Path) -> dict[str, Path]:
-    """The tokenizer's files in a Hugging Face folder: name to the file that is read, links followed.
+    """Find the tokenizer's files in a Hugging Face folder: name to the file that is read, links followed.
+
+    The cache of huggingface_hub consists of links into a folder beside it, hence links at all.
 
     Raises:
         ValueError: one line, for a link out of the folder and for what is no regular file.
@@ -88,7 +97,7 @@ def tokenizer_files(source: Path) -> dict[str, Path]:
 
 
 def rest_files(source: Path) -> dict[str, Path]:
-    """What else a Hugging Face folder holds: tokenizer, code, licence; not the weights, model card, folders.
+    """Find what else a Hugging Face folder holds: tokenizer, code, licence; not weights, model card, folders.
 
     Raises:
         ValueError: as `tokenizer_files`.
@@ -100,7 +109,7 @@ def rest_files(source: Path) -> dict[str, Path]:
 
 
 def copy_files(files: dict[str, Path], target: Path) -> None:
-    """Copy files, each under its name, into a folder that is made if there are any."""
+    """Copy files into a folder that is made if there are any; each is whole or absent."""
     for name, path in files.items():
         target.mkdir(parents=True, exist_ok=True)
         with open_regular(path) as content, new_file(target / name, "wb") as copy:
@@ -108,6 +117,7 @@ def copy_files(files: dict[str, Path], target: Path) -> None:
 
 
 def _regular_files(folder: Path, names: list[str]) -> dict[str, Path]:
+    """Resolve names in a folder to regular files that can be opened; folders are left out."""
     found: dict[str, Path] = {}
     for name in names:
         try:
@@ -124,6 +134,7 @@ def _regular_files(folder: Path, names: list[str]) -> dict[str, Path]:
 
 
 def _group(section: Any, source: str) -> str:
+    """Write an option of a group as YAML, with where it comes from as its first comment."""
     values = {
         name: value.value if isinstance(value, Enum) else value for name, value in asdict(section).items()
     }

@@ -1,4 +1,4 @@
-"""The configuration folder: where it lies and what can be chosen in it. Light: read by --help."""
+"""Find the configuration folder and list what can be chosen in it. Imports nothing heavy: --help needs it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,17 +19,21 @@ OPTION_GROUPS = (
     "watchdog",
 )
 
-# Chosen by msa-submit alone: where a run computes is no part of it
+# chosen by msa-submit alone: where a run computes is no part of it
 CLUSTER = "cluster"
 
 
 def config_dir() -> Path:
-    """Folder of the YAML files."""
+    """Find the folder of the YAML files."""
     return shipped_file("conf/config.yaml").parent
 
 
 def shipped_file(name: str) -> Path:
-    """A file that is no Python: inside the package of a wheel, beside it in a checkout."""
+    """Find a file that is no Python: inside the package of a wheel, beside it in a checkout.
+
+    Raises:
+        FileNotFoundError: if it is in neither.
+    """
     package = Path(__file__).resolve().parents[1]
     for folder in (package, package.parent):
         if (folder / name).is_file():
@@ -38,7 +42,7 @@ def shipped_file(name: str) -> Path:
 
 
 def group_options(group: str, config_dirs: Sequence[Path] = ()) -> dict[str, str]:
-    """Options of a group, each with the first comment of its file, e.g. {"tiny": "4 layers, ..."}.
+    """List the options of a group, each with the first comment of its file, e.g. {"tiny": "4 layers, ..."}.
 
     Args:
         group: one of OPTION_GROUPS, or CLUSTER.
@@ -50,6 +54,7 @@ def group_options(group: str, config_dirs: Sequence[Path] = ()) -> dict[str, str
 
 
 def _description(path: Path) -> str:
+    """Read the first comment of a file, which says what the option is."""
     for line in path.read_text(encoding="utf-8").splitlines():
         text = line.removeprefix("#").strip()
         if line.startswith("#") and text and not text.startswith("@package"):

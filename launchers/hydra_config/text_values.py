@@ -1,4 +1,4 @@
-"""Text on the command line and in files is taken as it is written.
+"""Take text on the command line and in files as it is written.
 
 Hydra's grammar and YAML read numbers, booleans and lists first: run_dir=2024_01_02 would become 20240102 and
 run_dir=runs/lr=1e-4 an error. What stands in ${...} may only be another key: no resolver, which could read
@@ -12,17 +12,17 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import OmegaConf
 
 QUOTES = ("'", '"')
-# ${name}, ${data.seq_len}, ${.name}
+# ${name}, ${data.seq_len}, ${.name}; not ${oc.env:HOME}, which calls a resolver; \${ is no reference
 _REFERENCE = re.compile(r"(?<!\\)\$\{\.*[A-Za-z_]\w*(?:\.\w+)*\}")
 
 
 def quoted(value: str) -> str:
-    """A text as Hydra's grammar reads it, whatever is in it: a b -> "a b"."""
+    """Write a text for Hydra's grammar, whatever is in it: a b -> "a b"."""
     return QuotedString(text=value, quote=Quote.double).with_quotes()
 
 
 def literal(text: str) -> str:
-    """KEY=VALUE of a key whose values are text, with the value in quotes unless it has them already.
+    """Write KEY=VALUE of a key whose values are text, in quotes unless the value has them already.
 
     Example: run_dir=2024_01_02 -> run_dir="2024_01_02".
     """
@@ -31,12 +31,18 @@ def literal(text: str) -> str:
 
 
 def split_choices(value: str) -> list[str]:
-    """Values of a sweep over a text key: a,"b,c" -> a, "b,c"."""
+    """Split the values of a sweep over a text key, at commas outside quotes: a,"b,c" -> a and "b,c"."""
     return re.findall(r"""(?:"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[^,])+""", value)
 
 
 def check_references(key: str, value: str) -> None:
     """Check that nothing but other keys is referred to.
+
+    Example: "runs/${name}" is right; "${oc.env:HOME}" and "???" are refused.
+
+    Args:
+        key: dotted, for the error.
+        value: as it is written, not resolved.
 
     Raises:
         ValueError: naming the value, the rule and the fix.
@@ -53,7 +59,7 @@ def check_references(key: str, value: str) -> None:
 
 
 def check_all_references(node: Any) -> None:
-    """`check_references` for every value of a configuration that is not resolved yet.
+    """Check the references in every value of a configuration that is not resolved yet.
 
     Raises:
         ValueError: as check_references.
@@ -62,6 +68,7 @@ def check_all_references(node: Any) -> None:
 
 
 def _check_tree(value: Any, key: str) -> None:
+    """Check a value and all that is in it; key: its dotted name, as in "sbatch[0]"."""
     if isinstance(value, str):
         check_references(key, value)
     elif isinstance(value, dict):
@@ -73,8 +80,10 @@ def _check_tree(value: Any, key: str) -> None:
 
 
 def _refuse_environment(*_: Any) -> Any:
+    """Refuse to read the environment: it holds secrets, and a run must not depend on who starts it."""
     raise ValueError("the environment is not read by configurations")
 
 
-# A list of defaults is put together before there is a configuration to look at.
+# A list of defaults is put together before there is a configuration to look at: the checks above come too
+# late for ${oc.env:...} in it, so the resolver itself refuses.
 OmegaConf.register_new_resolver("oc.env", _refuse_environment, replace=True)

@@ -1,1 +1,1 @@
-"""One machine: its run directory, its worker processes, what they die of."""
+"""Start and watch workers on one machine: checks, run directory, processes, and what they die of."""

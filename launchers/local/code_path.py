@@ -1,4 +1,4 @@
-"""Where other processes find the code: what this one runs, never what happens to lie in the current folder.
+"""Tell other processes where to find the code: what this one runs, never what lies in the current folder.
 
 `python -m` and `python -c` put the current folder first: that may be another checkout, or hold a random.py.
 """
@@ -17,15 +17,18 @@ _START = (
 
 
 def worker_arguments(*arguments: str) -> tuple[str, ...]:
-    """Arguments of Python for `launchers.worker`, with this process's path in this order.
+    """Build the arguments of Python for `launchers.worker`, with this process's path in this order.
 
-    -P keeps the current folder out of the worker's path, and of that of all Pythons that it starts.
+    -P keeps the current folder out of the worker's path, also while json is imported, and out of that of the
+    Pythons that multiprocessing starts. The path goes as an argument: PYTHONPATH would not keep its order.
+
+    Example: "config.yaml" -> ("-P", "-c", "import json, ...", '["/venv/lib/..."]', "config.yaml").
     """
     return ("-P", "-c", _START, json.dumps(search_path()), *arguments)
 
 
 def search_path() -> list[str]:
-    """sys.path without relative entries, whose meaning depends on the current folder."""
+    """Copy sys.path, with relative entries made absolute: a worker may have another current folder."""
     try:
         here = os.getcwd()
     except FileNotFoundError:
@@ -35,15 +38,21 @@ def search_path() -> list[str]:
 
 
 def python_path(given: str, *, with_code: bool = True) -> str:
-    """PYTHONPATH for a job: this code's folders, then the given value without the empty parts.
+    """Build PYTHONPATH for a job: this code's folders, then the given value without the empty parts.
 
     An empty part, as `PYTHONPATH=$PYTHONPATH:/x` easily has, is the current folder to Python.
+
+    Args:
+        given: PYTHONPATH of this process.
+        with_code: name this code's folders; False where the job has an installation of its own.
+
+    Example: ":/x:", with_code=False -> "/x".
     """
     return os.pathsep.join([*(code_folders() if with_code else []), *filter(None, given.split(os.pathsep))])
 
 
 def code_folders() -> list[str]:
-    """Folders that PYTHONPATH must name for `python -P` to find this code: none where it is installed."""
+    """List the folders that PYTHONPATH must name for `python -P` to find this code: none where installed."""
     installed = {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib")}
     folders = []
     for name in _PACKAGES:

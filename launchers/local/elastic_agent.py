@@ -1,4 +1,13 @@
-"""Workers of this machine, alone or as one node of several, started and watched by torch's elastic agent."""
+"""Start and watch the workers of this machine, alone or as one node of several, by torch's elastic agent.
+
+Each node has one agent, which starts this node's workers and looks after its own alone: on 32 nodes of 8 GPUs
+32 agents with 8 workers each. Node 0's hosts the store at head:port, to which the other 31 agents and all 256
+workers connect. An agent polls its own workers by waitpid every MONITOR_INTERVAL_S, which costs no network.
+
+There are no restarts here. A failure ends all workers of the node within GRACE_S; those of other nodes notice
+by closed connections, and srun's --kill-on-bad-exit ends them. The batch script then starts all of it again
+from the last checkpoint.
+"""
 
 import inspect
 import json
@@ -43,14 +52,20 @@ RENDEZVOUS_S = 600
 
 
 class RunDirLogs(LogsSpecs):
-    """Rank 0 keeps the terminal; the others, by their rank in the job, write to `rank{n}.out` and `.err`."""
+    """Place what workers print: rank 0 keeps the terminal, the others write to files of their own.
+
+    Example: rank 9, the second worker of the second node of 8 -> rank9.out, rank9.err, and rank9.error.json
+    if it raises. A start on 32 nodes of 8 workers makes 32 folders of 16 files, of 14 on node 0.
+    """
 
     def __init__(self, folder: Path) -> None:
+        """Take the folder, which `reify` makes if need be."""
         super().__init__(log_dir=str(folder))
         self._folder = folder
 
     @property
     def root_log_dir(self) -> str:
+        """Return the folder, for torch."""
         return str(self._folder)
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
@@ -68,24 +83,32 @@ class RunDirLogs(LogsSpecs):
 
 
 class LocalAgent(LocalElasticAgent):
-    """torch's agent, with two differences.
+    """Change torch's agent in two ways.
 
     It notes when each worker ended and does not wait 30 s for one that hangs. And signals that ask a run to
     stop do not end it: it hands them on and waits for the workers, which save first.
     """
 
     def __init__(self, spec: WorkerSpec, logs_specs: LogsSpecs) -> None:
+        """Make an agent that has started nothing yet; its `run` does."""
         options = {}
         # added in torch 2.13; before, it is a fixed 30 s
         if "shutdown_timeout" in inspect.signature(LocalElasticAgent).parameters:
             options["shutdown_timeout"] = GRACE_S
         super().__init__(spec, logs_specs, **options)
         self.end_times_s: dict[int, float] = {}
+        "seconds since 1970 at which an end was noticed, by local rank"
         self.ended_here: set[int] = set()
+        "local ranks that this agent ended because another one had failed"
         self._asked_s = -math.inf
+        "when workers were last asked to stop, on the monotonic clock"
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        # A program that starts inherits what is ignored: until a worker listens, a signal must not end it.
+        """Start workers that ignore signals which ask a run to stop, until they have handlers of their own.
+
+        A program that starts inherits what is ignored, but no handler: without this a signal in the seconds
+        before a worker listens would kill it, and the run would end without a checkpoint.
+        """
         preemption.ignore()
         started = super()._start_workers(worker_group)  # pyright: ignore[reportCallIssue]
         # torch has set handlers of its own in there
@@ -93,7 +116,9 @@ class LocalAgent(LocalElasticAgent):
         return started
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        """Look at the workers once: note ends, end the rest after a failure, hand on a request to stop."""
         if isinstance(self._pcontext, SubprocessContext):
+            # before torch looks: it ends all workers at once, and then all would have ended just now
             self._note_ends(self._pcontext)
             if any(handler.proc.poll() for handler in self._pcontext.subprocess_handlers.values()):
                 self._end_survivors(self._pcontext)
@@ -103,6 +128,7 @@ class LocalAgent(LocalElasticAgent):
         return super()._monitor_workers(worker_group)  # pyright: ignore[reportCallIssue]
 
     def _ask_to_stop(self, context: SubprocessContext) -> None:
+        """Hand the signal on to all workers, and again every ASK_AGAIN_S."""
         if time.monotonic() - self._asked_s < ASK_AGAIN_S:
             return
         self._asked_s = time.monotonic()
@@ -111,11 +137,13 @@ class LocalAgent(LocalElasticAgent):
                 handler.proc.send_signal(preemption.signal_received())
 
     def _note_ends(self, context: SubprocessContext) -> None:
+        """Note the time at which an end is first seen, late by MONITOR_INTERVAL_S at most."""
         for rank, handler in context.subprocess_handlers.items():
             if handler.proc.poll() is not None:
                 self.end_times_s.setdefault(rank, time.time())
 
     def _end_survivors(self, context: SubprocessContext) -> None:
+        """End the workers that still run: SIGINT to all, SIGKILL after GRACE_S to those that are left."""
         deadline = time.monotonic() + GRACE_S
         # they have nothing to save: not SIGTERM, which asks them to finish a step
         for death_signal in (signal.SIGINT, signal.SIGKILL):
@@ -145,7 +173,7 @@ def launch_workers(
     Returns:
         Exit code: 0; 1 after a failure (which is reported on stderr); 75 if the run was asked to stop and has
         saved, so that another start goes on; 128 + signal if stopped otherwise. On a node of several 0 in
-        place of 75, for Slurm takes any other code of one node as a reason to kill the rest.
+        place of 75, for srun --kill-on-bad-exit kills the rest after any other code of one node.
     """
     preemption.install_handlers()
     os.environ[LAUNCHER_PID] = str(os.getpid())
@@ -178,12 +206,16 @@ def launch_workers(
 
 
 def _is_alone(node: Node | None) -> bool:
-    """Whether all workers of the job are on this machine."""
+    """Tell whether all workers of the job are on this machine."""
     return node is None or node.count == 1
 
 
 def _stay_on_this_machine(stack: ExitStack) -> None:
-    """Workers meet in a file that is the user's alone, and connect over the loopback interface."""
+    """Let workers meet in a file that is the user's alone, and connect over the loopback interface.
+
+    Without it they would listen on the address of the host name: that may not resolve, may change while a
+    laptop moves to another network, and lets other machines connect.
+    """
     os.environ[STORE_FILE] = str(stack.enter_context(private_store()))
     if os.path.exists("/sys/class/net/lo"):
         # a host name that does not resolve must not matter
@@ -191,7 +223,7 @@ def _stay_on_this_machine(stack: ExitStack) -> None:
 
 
 def _new_logs(run_dir: Path) -> Path:
-    """A folder for the output of this start, made here so that nobody has placed links in it.
+    """Make a folder for the output of this start; made here, so that nobody has placed links in it.
 
     Example: logs/20260101-120000, or logs/20260101-120000-5be1c3d2 where another node has made that.
     """
@@ -205,6 +237,7 @@ def _new_logs(run_dir: Path) -> Path:
 
 
 def _good_end(run_dir: Path, *, alone: bool) -> int:
+    """Choose the exit code where all workers ended with 0: finished, stopped and saved, or just stopped."""
     stopped = preemption.read_stopped(run_dir)
     if stopped is None or not alone:
         return 0
@@ -215,6 +248,8 @@ def _good_end(run_dir: Path, *, alone: bool) -> int:
 
 
 def _worker_spec(num_processes: int, arguments: tuple[str, ...], node: Node | None) -> WorkerSpec:
+    """Describe the workers to torch."""
+    # alone nobody needs this machine's name, and torch need not look it up
     local_addr = "127.0.0.1" if node is None else None
     return WorkerSpec(
         role="msa-train",
@@ -229,6 +264,7 @@ def _worker_spec(num_processes: int, arguments: tuple[str, ...], node: Node | No
 
 
 def _rendezvous(node: Node | None) -> RendezvousHandler:
+    """Choose how agents meet: alone in memory, several at a store that node 0 hosts."""
     if node is None or _is_alone(node):
         return OneMachine(uuid.uuid4().hex)
     # Ranks follow the order of the nodes that Slurm gave; c10d would sort host names, node10 before node2.
@@ -248,6 +284,7 @@ def _rendezvous(node: Node | None) -> RendezvousHandler:
 def _worker_failure(
     rank: int, local_rank: int, failure: ProcessFailure, agent: LocalAgent, logs: Path
 ) -> WorkerFailure:
+    """Put together what is known of a worker's end: exit code, time, what it recorded, its output."""
     message = failure.error_file_data.get("message")
     # torch has a text of its own where there is no file
     recorded = message if isinstance(message, dict) else _spare_message(rank)
@@ -266,7 +303,7 @@ def _worker_failure(
 
 
 def _spare_message(rank: int) -> dict[str, Any]:
-    """What a worker has recorded beside the store, as the disk of run_dir was full."""
+    """Read what a worker has recorded beside the store, as the disk of run_dir was full; {} if nothing."""
     path = spare_file(os.environ, rank)
     try:
         return {} if path is None else json.loads(path.read_bytes())["message"]
@@ -275,7 +312,10 @@ def _spare_message(rank: int) -> dict[str, Any]:
 
 
 def _silence_elastic() -> None:
-    """Its log lines repeat, at length, what the report says; LOGLEVEL=INFO brings them back."""
+    """Drop the log lines of torch's agent, which repeat at length what the report says.
+
+    LOGLEVEL=INFO brings them back.
+    """
     logger = logging.getLogger("torch.distributed")
     logger.handlers = [logging.NullHandler()]
     logger.propagate = False

@@ -1,4 +1,8 @@
-"""Which worker failed first, and what to tell the user about it."""
+"""Find the worker that failed first, and tell the user about it.
+
+When one of 256 ranks dies, 255 fail after it, most of them with a traceback about a closed connection. The
+report names one cause; each node reports on its own 8 workers alone.
+"""
 
 import os
 import re
@@ -8,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-# What a rank raises because another one is gone, rather than of its own
+# texts of what a rank raises because another one is gone, rather than of its own
 SECONDARY = re.compile(
     r"connection (closed|reset|refused|was closed)|broken pipe|socket (closed|timeout)"
     # not the name of a setting, as in launcher.timeout_s
@@ -18,8 +22,9 @@ SECONDARY = re.compile(
     r"|lost the others|no answer from the job's store|waiting for other ranks|did not come within",
     re.IGNORECASE,
 )
+# of a worker's stderr, where it left no traceback
 LOG_TAIL_LINES = 30
-# A hard end is noticed by polling, after ranks that hear of it through a closed connection
+# a hard end is noticed by polling, after ranks that hear of it through a closed connection
 NOTICED_LATE_S = 1.0
 # less than this and a traceback may not fit
 _ROOM_BYTES = 2**16
@@ -27,28 +32,34 @@ _ROOM_BYTES = 2**16
 
 @dataclass(kw_only=True, slots=True)
 class WorkerFailure:
-    """End of one worker."""
+    """Describe the end of one worker."""
 
     rank: int
+    "in the job"
     pid: int
+    "on this machine"
     exit_code: int
     "negative: the number of the signal that ended it"
     time_s: float
-    "when it raised, or else when its end was noticed"
+    "seconds since 1970 when it raised, or else when its end was noticed"
     error: str
     "type and text of its exception, empty where it recorded none"
     traceback: str
+    "of that exception, empty where it recorded none"
     ended_by_launcher: bool
-    "when the job was taken down because of another worker"
+    "the launcher ended it when the job was taken down because of another worker"
     log: Path | None
     "its stderr, None where that is the terminal"
 
 
 def first_failure(failures: Mapping[int, WorkerFailure]) -> WorkerFailure:
-    """The failure that caused the others.
+    """Find the failure that caused the others.
+
+    First come failures with a cause of their own, then those that tell of a lost peer, last those that the
+    launcher ended; among equals the earliest.
 
     Args:
-        failures: by rank.
+        failures: by rank, at least one.
 
     Example: rank 1 ended by SIGKILL, rank 0 raised "Connection closed by peer" -> rank 1.
     """
@@ -68,7 +79,7 @@ def report(
     first_rank: int = 0,
     log_folder: Path | None = None,
 ) -> str:
-    """Text for the terminal: rank, cause, traceback, and how the others ended.
+    """Write the text for the terminal: rank, cause, traceback, and how the others ended.
 
     Args:
         failures: by rank.
@@ -91,6 +102,7 @@ def report(
 
 
 def _cause(failure: WorkerFailure) -> str:
+    """Write the cause in one line of at most 240 characters: its exception, else how it ended."""
     if not failure.error:
         return _ending(failure.exit_code)
     line = failure.error.strip().splitlines()[0]
@@ -98,6 +110,7 @@ def _cause(failure: WorkerFailure) -> str:
 
 
 def _ending(exit_code: int) -> str:
+    """Describe an exit code: 1 -> "exit code 1", -11 -> "ended by SIGSEGV"."""
     if exit_code >= 0:
         return f"exit code {exit_code}"
     try:
@@ -109,6 +122,7 @@ def _ending(exit_code: int) -> str:
 
 
 def _afterwards(failure: WorkerFailure) -> str:
+    """Describe how a worker that did not cause the failure ended."""
     if failure.error or not failure.ended_by_launcher:
         return _cause(failure)
     if failure.exit_code == -signal.SIGKILL:
@@ -117,6 +131,7 @@ def _afterwards(failure: WorkerFailure) -> str:
 
 
 def _details(first: WorkerFailure, log_folder: Path | None) -> str:
+    """Show the traceback, else the end of what the worker printed, else why there may be neither."""
     if first.traceback:
         return first.traceback.rstrip()
     if first.log and first.log.is_file():
@@ -127,12 +142,13 @@ def _details(first: WorkerFailure, log_folder: Path | None) -> str:
 
 
 def _full_disk(folder: Path | None) -> str:
-    """Why there may be no traceback: what a worker would have written to has no room for it."""
+    """Say that a full disk may be why there is no traceback; empty where the disk has room."""
     if folder is None:
         return ""
     try:
         disk = os.statvfs(folder)
     except OSError:
         return ""
+    # a disk without inodes left takes no new file either; f_files is 0 where they are not counted
     is_full = disk.f_bavail * disk.f_frsize < _ROOM_BYTES or (disk.f_files and not disk.f_favail)
     return f"; the disk of {folder} is full" if is_full else ""

@@ -1,4 +1,8 @@
-"""Finding the job that torchrun or srun started this process in. Plain functions of the environment."""
+"""Find the job that torchrun or srun started this process in, from the environment alone.
+
+Plain functions of a mapping: tests need neither Slurm nor torchrun. No node is asked, so all tasks come to
+the same answer, head and port included, from what Slurm has given each of them.
+"""
 
 import re
 from collections.abc import Mapping
@@ -6,33 +10,42 @@ from dataclasses import dataclass
 
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
-# Set by the batch script where a task is a whole node's, not a rank's.
+# set by the batch script where a task is a whole node's, not a rank's
 WORKERS_PER_NODE = "MSA_TRAIN_WORKERS_PER_NODE"
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Node:
-    """This task's place among the nodes of a Slurm step with one task per node."""
+    """Locate this task among the nodes of a Slurm step with one task per node."""
 
     rank: int
     "in Slurm's order of the nodes, which puts neighbours in the network beside each other"
     count: int
+    "nodes of the step"
     num_workers: int
     "that each node starts"
     head: str
     "host name of node 0"
     port: int
+    "of node 0, at which the agents meet"
     start: str
-    "see slurm_generation"
+    "start of the job, as `slurm_generation` writes it"
 
 
 def joined_node(environ: Mapping[str, str]) -> Node | None:
-    """The node whose workers this process is to start; None where it is no task of such a step.
+    """Find the node whose workers this process is to start; None where it is no task of such a step.
+
+    Args:
+        environ: of this process.
+
+    Example: job 12345 on n[1-32], SLURM_PROCID=1, 8 workers per node -> rank 1 of 32, head n1, port 22345,
+    start "12345.0".
 
     Raises:
         ValueError: where the number of workers makes no sense.
     """
     workers = environ.get(WORKERS_PER_NODE, "")
+    # the shell of a batch script has SLURM_PROCID too; the tasks of srun alone have the number of a step
     if not workers or "RANK" in environ or "SLURM_PROCID" not in environ or "SLURM_STEP_ID" not in environ:
         return None
     if not workers.isdecimal() or int(workers) < 1:
@@ -49,14 +62,23 @@ def joined_node(environ: Mapping[str, str]) -> Node | None:
 
 
 def slurm_generation(environ: Mapping[str, str]) -> str:
-    """Which start of a Slurm job this is, e.g. "12345.0", then "12345.1" after a requeue; else empty."""
+    """Name this start of a Slurm job: "12345.0", then "12345.1" after a requeue; empty without Slurm.
+
+    Job id and restart count together: a requeued job keeps its id, and a start of it that lives on, cut off
+    on a lost node, must be told from the one that took over.
+    """
     job = environ.get("SLURM_JOB_ID", "")
     # unset, not 0, in the first start
     return f"{job}.{environ.get('SLURM_RESTART_COUNT') or 0}" if job else ""
 
 
 def joined_environment(environ: Mapping[str, str]) -> dict[str, str] | None:
-    """Variables that torch.distributed needs, if this process is one of several; None if it stands alone.
+    """Collect the variables that torch.distributed needs, if this process is one of several; None if alone.
+
+    torchrun's own come first, then those of a Slurm step with a task per rank.
+
+    Example: SLURM_PROCID=9 of 16 tasks, SLURM_LOCALID=1, nodes n[1-2], job 12345, step 0 -> RANK=9,
+    WORLD_SIZE=16, LOCAL_RANK=1, MASTER_ADDR=n1, MASTER_PORT=22345.
 
     Raises:
         ValueError: where a job is recognised but its description is incomplete.
@@ -74,7 +96,7 @@ def joined_environment(environ: Mapping[str, str]) -> dict[str, str] | None:
 
 
 def said_by(environ: Mapping[str, str]) -> str:
-    """The variables that made this process one of several: they may be left over, or those of a shell.
+    """Name the variables that made this process one of several: they may be left over, or those of a shell.
 
     Example: "RANK=0 and WORLD_SIZE=4".
     """
@@ -85,8 +107,10 @@ def said_by(environ: Mapping[str, str]) -> str:
 
 
 def _check_numbers(environ: Mapping[str, str]) -> None:
+    """Check ranks, sizes and port against their limits; a wrong one would hang in the rendezvous."""
     ends = {"WORLD_SIZE": (1, 10**6), "RANK": (0, 0), "LOCAL_RANK": (0, 10**6), "MASTER_PORT": (1, 65535)}
     for name, (lowest, highest) in ends.items():
+        # RANK's limit is WORLD_SIZE, which the loop has checked by then
         highest = highest or int(environ["WORLD_SIZE"]) - 1
         if not lowest <= _number(environ, name) <= highest:
             raise ValueError(
@@ -96,6 +120,7 @@ def _check_numbers(environ: Mapping[str, str]) -> None:
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:
+    """Read a number; int() alone would take "1_0", "+1" and digits of other scripts."""
     text = environ[name].strip()
     if not text.isascii() or not text.isdecimal():
         raise ValueError(
@@ -106,6 +131,7 @@ def _number(environ: Mapping[str, str], name: str) -> int:
 
 
 def _slurm_environment(environ: Mapping[str, str]) -> dict[str, str] | None:
+    """Translate the variables of a Slurm step with a task per rank; None for a step of one task."""
     num_tasks = _step_tasks(environ)
     if num_tasks < 2 or "SLURM_PROCID" not in environ or "SLURM_STEP_ID" not in environ:
         return None
@@ -124,16 +150,19 @@ def _slurm_environment(environ: Mapping[str, str]) -> dict[str, str] | None:
 
 
 def _step_tasks(environ: Mapping[str, str]) -> int:
+    """Count the tasks of the step."""
     # SLURM_NTASKS speaks of the job; a step of another size has its own number
     name = _tasks_variable(environ)
     return _number(environ, name) if environ.get(name) else 1
 
 
 def _tasks_variable(environ: Mapping[str, str]) -> str:
+    """Name the variable that holds the number of tasks."""
     return "SLURM_STEP_NUM_TASKS" if environ.get("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS"
 
 
 def _step_nodes(environ: Mapping[str, str]) -> list[str]:
+    """List the nodes of the step, in the order of their ranks."""
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or ""
     if not nodes:
         raise ValueError(
@@ -144,23 +173,29 @@ def _step_nodes(environ: Mapping[str, str]) -> list[str]:
 
 
 def _step_port(environ: Mapping[str, str]) -> int:
+    """Choose the port of node 0: MASTER_PORT where the user has set it."""
     if environ.get("MASTER_PORT"):
         return _number(environ, "MASTER_PORT")
     return slurm_port(environ.get("SLURM_JOB_ID", "0"), environ["SLURM_STEP_ID"])
 
 
 def slurm_port(job_id: str, step_id: str) -> int:
-    """A port below the ephemeral range that other jobs and steps on the node do not use, from 20000 to 29999.
+    """Compute a port from 20000 to 29999 that other jobs and steps on the node are unlikely to use.
 
-    Example: job 12345, step 0 -> 22345.
+    Every task computes the same one without asking. It lies below Linux's ephemeral ports, 32768 and up, one
+    of which an outgoing connection might hold. Steps of a job are 101 apart, so that a new one, and the port
+    above it, do not meet what the last one has left.
+
+    Example: job 12345, step 0 -> 22345; step 1 -> 22446.
     """
     return 20000 + (int(job_id) + 101 * int(step_id)) % 10000
 
 
 def expand_nodelist(nodelist: str) -> list[str]:
-    """Host names of Slurm's compact notation.
+    """Expand Slurm's compact notation to host names; `scontrol show hostnames` is not in every container.
 
     Example: "gpu[08-10,12],login" -> gpu08, gpu09, gpu10, gpu12, login.
+    Example: "r[1-2]n[1-2]" -> r1n1, r1n2, r2n1, r2n2.
     """
     # commas inside brackets separate ranges, the others separate groups of hosts
     return [
@@ -169,6 +204,7 @@ def expand_nodelist(nodelist: str) -> list[str]:
 
 
 def _expand(pattern: str) -> list[str]:
+    """Expand the first brackets of one group of hosts, and those after it by recursion."""
     match = re.search(r"\[([^\]]*)\]", pattern)
     if match is None:
         return [pattern]
@@ -176,6 +212,7 @@ def _expand(pattern: str) -> list[str]:
     tails = _expand(pattern[match.end() :])
     for item in match[1].split(","):
         first, _, last = item.partition("-")
+        # Slurm keeps leading zeros: as many digits as the first number of a range has
         for number in range(int(first), int(last or first) + 1):
             hosts += [f"{pattern[: match.start()]}{number:0{len(first)}d}{tail}" for tail in tails]
     return hosts

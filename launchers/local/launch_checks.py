@@ -1,4 +1,9 @@
-"""Checks before any worker starts. Every failure is a ValueError of one line."""
+"""Check a run before any worker starts. Every failure is a ValueError of one line.
+
+The order is that of the cost: rules between numbers first, then Triton, memory, files, the corpus. Under
+torchrun and srun every rank plans the layout, and comes to the same one, for it depends on the configuration
+and the number of ranks alone; rank 0 alone checks the files.
+"""
 
 import os
 import shutil
@@ -23,20 +28,24 @@ from msa_train.config import (
 )
 from msa_train.config.model_size import model_size
 
+# without a GPU: enough to show context parallelism on any laptop
 CPU_PROCESSES = 2
+# of NVIDIA's driver, of WSL, of AMD's
 GPU_DEVICE_FILES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 
 
 @dataclass(kw_only=True, slots=True)
 class Layout:
-    """Processes of a run and where they compute."""
+    """Count the processes of a run and say where they compute."""
 
     world_size: int
+    "ranks of the whole job"
     on_gpu: bool
+    "one GPU each; else all on the CPU"
 
 
 def count_gpus() -> int:
-    """GPUs that this process may use; torch is imported only where there can be any."""
+    """Count the GPUs that this process may use; torch is imported only where there can be any."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return 0
     if not any(os.path.exists(file) for file in GPU_DEVICE_FILES) and not shutil.which("nvidia-smi"):
@@ -51,6 +60,11 @@ def plan_layout(
     config: RunConfig, *, joined_world_size: int | None = None, gpus_per_node: int | None = None
 ) -> Layout:
     """Decide number and device of the processes, and check every rule between the settings.
+
+    The number is that of the job that was joined, else launcher.num_processes, else that of the GPUs, else 2.
+
+    Example: 8 GPUs and no other word -> 8 ranks on GPUs. launcher.num_processes=4 on 8 GPUs -> 4 ranks.
+    32 nodes of 8 tasks -> 256 ranks; with cp 8, tp 2 and pp 1 they are dp 16.
 
     Args:
         config: the whole run.
@@ -78,6 +92,7 @@ def plan_layout(
             f"launcher.num_processes={world_size}: one process per GPU and this machine has {num_gpus}; use "
             f"launcher.num_processes={num_gpus} or less, launcher.device=cpu, or more nodes with torchrun"
         )
+    # a job that was joined may have its ranks on several machines, whose memory nobody knows here
     if joined_world_size is None and not num_gpus:
         check_memory(config, world_size)
     return Layout(world_size=world_size, on_gpu=num_gpus > 0)
@@ -114,7 +129,11 @@ def check_kernel(config: RunConfig, *, on_gpu: bool) -> None:
 
 
 def describe(config: RunConfig, layout: Layout) -> str:
-    """One line about the shape of a run."""
+    """Write one line about the shape of a run.
+
+    Example: run=demo on 2 processes -> "demo: 2 processes on the CPU = dp 1 x cp 2 x tp 1 x pp 1, ep 2;
+    engine torch; 8192 tokens per sequence, 4096 per rank; tiny 0.8M parameters, 0.4M active".
+    """
     parallel = config.parallel
     dp_size = layout.world_size // (parallel.cp_size * parallel.tp_size * parallel.pp_size)
     size = model_size(config.model, config.attention)
@@ -170,11 +189,12 @@ def check_files(config: RunConfig, *, say: Callable[[str], None], hand_on: bool 
 
 
 def set_worker_environment(config: RunConfig, layout: Layout) -> None:
-    """Variables that must stand before torch is imported; inherited by workers."""
+    """Set the variables that must stand before torch is imported; workers inherit them."""
+    # torch would take one thread per core in every rank: 8 ranks on 64 cores would run 512
     os.environ["OMP_NUM_THREADS"] = str(config.launcher.threads_per_process)
     os.environ["MKL_NUM_THREADS"] = str(config.launcher.threads_per_process)
-    # A group of gloo's would connect all of its ranks at once; so it connects those that talk: a rank of 4
-    # has 33 sockets in place of 51, one of 2 has 27 in place of 33.
+    # A group of gloo's would connect all of its ranks at once: 255 sockets of a rank for a group of 256. So
+    # it connects those that talk: a rank of 4 has 33 sockets in place of 51, one of 2 has 27 in place of 33.
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     if not layout.on_gpu:
         # some Megatron functions compile at first use, which costs minutes on a CPU and buys nothing
@@ -184,7 +204,7 @@ def set_worker_environment(config: RunConfig, layout: Layout) -> None:
 
 
 def _stages(config: RunConfig) -> str:
-    """ "dense_warmup 20 + sparse 100 steps; ", or nothing without stages."""
+    """Write the stages with their steps: "stages dense_warmup 20 + sparse 100 steps; ", or nothing."""
     if not config.stages:
         return ""
     left, parts = total_steps(config), []
@@ -195,4 +215,5 @@ def _stages(config: RunConfig) -> str:
 
 
 def _count(number: int) -> str:
+    """Write a number of parameters: 800000 -> "0.8M", 4 * 10**11 -> "400.0B"."""
     return f"{number / 1e9:.1f}B" if number >= 1e9 else f"{number / 1e6:.1f}M"

@@ -1,4 +1,4 @@
-"""What a machine must offer before workers start: open files, the loopback interface, a current folder."""
+"""Check what a machine must offer before workers start: open files, loopback interface, current folder."""
 
 import logging
 import os
@@ -8,14 +8,15 @@ import socket
 # Descriptors of a rank on the CPU, most of them gloo's: 100 with 2 ranks, 105 with 4, up to 120 with 8 (28 to
 # 47 of them sockets), so 4 for one more rank. Each group has a listening socket, an epoll and more, and a
 # socket to each rank that it talks to, at most to all, as the groups of tensor and pipeline parallelism may:
-# hence 10. On GPUs one group, for checkpoints, is gloo's.
+# hence 10. On GPUs one group, for checkpoints, is gloo's. So a rank of 256 may need 128 + 10 * 256 = 2688 on
+# CPUs, above the usual soft limit of 1024, and 384 on GPUs.
 _FILES, _FILES_PER_RANK, _FILES_PER_GPU_RANK = 128, 10, 1
 _MOST_FILES = 2**20
 _CONNECT_S = 10.0
 
 
 def check_current_folder() -> None:
-    """Check that relative paths mean something.
+    """Check that relative paths mean something: first of all, as other errors would blame the paths.
 
     Raises:
         ValueError: if the current folder was removed.
@@ -29,12 +30,17 @@ def check_current_folder() -> None:
 
 
 def expand_user(name: str, path: str) -> str:
-    """Replace a leading ~ of a setting.
+    """Replace a leading ~ of a setting by the home folder.
+
+    Args:
+        name: of the setting, for the error.
+        path: its value.
 
     Raises:
         ValueError: where there is no home, as for a user without an entry in passwd, in a container.
     """
     expanded = os.path.expanduser(path)
+    # os.path.expanduser returns the path as it is where there is no home, and a folder "~" would be made
     if expanded.startswith("~") and expanded.partition("/")[0] == path.partition("/")[0]:
         user = path.partition("/")[0]
         why = f"user id {os.getuid()} has no home folder" if user == "~" else f"there is no user {user[1:]}"
@@ -81,7 +87,7 @@ def check_loopback() -> None:
 
 
 def accept_log_level() -> None:
-    """Make LOGLEVEL one that torch understands: at others, such as `info`, it ends when imported."""
+    """Make LOGLEVEL one that torch understands: at others, such as `info`, its import fails."""
     level = os.environ.get("LOGLEVEL", "").strip().upper()
     if level in logging.getLevelNamesMapping() or level.isdecimal():
         os.environ["LOGLEVEL"] = level

@@ -1,4 +1,4 @@
-"""Where the workers of one machine meet: nothing that another of its users can open, change or connect to.
+"""Let the workers of one machine meet where no other user of it can open, change or connect to anything.
 
 torch's own ways listen on all addresses, and its c10d rendezvous keeps a pickle in that store: who reaches
 the port runs code as the user. Here the agent, alone, needs no more than a store in its memory, and the
@@ -18,14 +18,15 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousIn
 
 
 class OneMachine(RendezvousHandler):
-    """The rendezvous of an agent that is the only one of its job: no store outside its memory, no port."""
+    """Be the rendezvous of an agent that is alone in its job: no store outside its memory, no port."""
 
     def __init__(self, run_id: str) -> None:
+        """Take the name that torch gives to the run in its logs."""
         self._run_id = run_id
         self._store = HashStore()
 
     def get_backend(self) -> str:
-        """See torch."""
+        """Return the name of this kind of rendezvous, for torch's logs."""
         return "one-machine"
 
     def next_rendezvous(self) -> RendezvousInfo:
@@ -33,22 +34,22 @@ class OneMachine(RendezvousHandler):
         return RendezvousInfo(self._store, 0, 1, RendezvousStoreInfo("127.0.0.1", 0))
 
     def is_closed(self) -> bool:
-        """See torch."""
+        """Return False: torch asks before a restart, and there are none."""
         return False
 
     def set_closed(self) -> None:
-        """See torch."""
+        """Do nothing: no other agent would learn of it."""
 
     def num_nodes_waiting(self) -> int:
         """Return 0: no other agent can come."""
         return 0
 
     def get_run_id(self) -> str:
-        """See torch."""
+        """Return the name of the run."""
         return self._run_id
 
     def shutdown(self) -> bool:
-        """See torch."""
+        """Return True: there is nothing to be closed."""
         return True
 
 

@@ -1,4 +1,9 @@
-"""The folder of a run: writable, held by one launcher at a time, with the resolved configuration in it."""
+"""Claim the folder of a run: writable, held by one launcher at a time, with the resolved configuration in it.
+
+Two starts in one folder would remove each other's checkpoints. On one machine, and on file systems that have
+locks across machines, a lock keeps the second one out; elsewhere the fencing token does, which every write of
+a checkpoint compares with the start's own.
+"""
 
 import fcntl
 import os
@@ -29,6 +34,8 @@ CHECKPOINT_BYTES_PER_PARAMETER = 16
 def check_writable(run_dir: str) -> None:
     """Write a file where run_dir is or would be, and leave nothing behind.
 
+    Permissions alone do not tell: a full disk, a quota and a read-only mount refuse too.
+
     Raises:
         ValueError: if that is not possible, or a file that a run appends to is a link.
     """
@@ -40,7 +47,7 @@ def check_writable(run_dir: str) -> None:
                 "the link, or use another run_dir"
             )
     folder = Path(run_dir).absolute()
-    # a link to nothing is there: no folder can be made under its name
+    # lexists: a link to nothing is there too, and no folder can be made under its name
     while not os.path.lexists(folder) and folder != folder.parent:
         folder = folder.parent
     try:
@@ -53,7 +60,8 @@ def check_writable(run_dir: str) -> None:
 def claim_run_dir(run_dir: str) -> TextIO:
     """Create the folder, take its lock and become the start that may write checkpoints.
 
-    A start of the same Slurm job that lives on, cut off, on another node is taken over from.
+    An earlier start of the same Slurm job may live on, cut off, on a lost node, and hold the lock. It is
+    taken over from: once its fencing token is no longer the newest it can save nothing more.
 
     Returns:
         The lock file; the lock lasts until it is closed or the process ends, however it ends.
@@ -81,8 +89,9 @@ def claim_run_dir(run_dir: str) -> TextIO:
                 "use another run_dir"
             ) from None
     except OSError:
-        # some network file systems have no locks; going on without is better than not going
+        # some network file systems have no locks; going on with the fencing token alone is better than not
         pass
+    # after the lock is held: before, this would wipe out the name of who holds it
     lock.truncate(0)
     lock.write(f"pid {os.getpid()} on {socket.gethostname()}, start {start}")
     lock.flush()
@@ -93,13 +102,20 @@ def claim_run_dir(run_dir: str) -> TextIO:
 
 
 def _is_earlier_start(holder: str, start: str) -> bool:
-    """Whether both are starts of one Slurm job: "pid 5 on node1, start 7.0" and "7.1" -> True."""
+    """Tell whether the holder is an earlier start of this Slurm job.
+
+    Example: "pid 5 on node1, start 7.0" and "7.1" -> True; and "8.0" -> False.
+    """
     held, own = re.search(r"start (\d+)\.(\d+)$", holder), re.fullmatch(r"(\d+)\.(\d+)", start)
     return bool(held and own and held[1] == own[1] and int(held[2]) < int(own[2]))
 
 
 def write_config(config: RunConfig) -> Path:
-    """Write the resolved configuration; one of an earlier start that differs is kept beside it."""
+    """Write the resolved configuration; one of an earlier start that differs is kept beside it.
+
+    Returns:
+        Its path, which workers read.
+    """
     path = Path(config.run_dir) / CONFIG_NAME
     write_keeping(path, config_to_yaml(config))
     return path
@@ -122,7 +138,10 @@ def write_keeping(path: Path, text: str) -> None:
 
 
 def disk_warning(config: RunConfig) -> str | None:
-    """A warning if the disk of run_dir cannot hold the checkpoints that the run will keep."""
+    """Warn if the disk of run_dir cannot hold the checkpoints that the run will keep; None if it can.
+
+    Example: 10B parameters, keep_last 2 -> 3 checkpoints of 160 GB: the oldest goes once the newest is whole.
+    """
     if not config.checkpoint.every:
         return None
     size = model_size(config.model, config.attention).total * CHECKPOINT_BYTES_PER_PARAMETER
@@ -137,6 +156,7 @@ def disk_warning(config: RunConfig) -> str | None:
 
 
 def _unwritable(run_dir: str, error: OSError) -> ValueError:
+    """Build the error of a folder that cannot be written."""
     return ValueError(
         f"run_dir={run_dir}: cannot be written ({error.strerror}: {error.filename or run_dir}); use a "
         "folder that you may write to, e.g. run_dir=runs/mine"

@@ -1,1 +1,1 @@
-"""Many machines: batch scripts, checks of nodes, sweeps."""
+"""Run on many machines through Slurm: batch scripts, checks of nodes, sweeps, status."""

@@ -1,4 +1,4 @@
-"""Which code a job runs: the commit and what was changed since, or the version of the package."""
+"""Tell which code a job runs: the commit and what was changed since, or the version of the package."""
 
 import importlib.metadata
 import subprocess
@@ -6,11 +6,12 @@ from pathlib import Path
 
 import msa_train
 
+# git status of a checkout on a slow shared file system; without an answer the job is submitted all the same
 GIT_WITHIN_S = 60
 
 
 def code_version() -> tuple[dict[str, str], str]:
-    """What to write down about this code.
+    """Find out what to write down about this code; it takes four calls of git.
 
     Returns:
         {"version", "commit", "changed"}, the last two only in a git checkout, and the changes as a diff
@@ -19,7 +20,7 @@ def code_version() -> tuple[dict[str, str], str]:
     root = Path(__file__).resolve().parents[2]
     version = {"version": _package_version()}
     commit = _git(root, "rev-parse", "HEAD")
-    # of another repository that an installed package happens to lie in it says nothing
+    # an installed package may lie in another repository, whose commit says nothing about it
     if commit is None or _git(root, "ls-files", "--error-unmatch", "launchers/slurm/code_version.py") is None:
         return version, ""
     status = _git(root, "status", "--porcelain") or ""
@@ -30,6 +31,7 @@ def code_version() -> tuple[dict[str, str], str]:
 
 
 def _package_version() -> str:
+    """Read the version of the installed package, or of this source where it is not installed."""
     try:
         return importlib.metadata.version("msa-train")
     except importlib.metadata.PackageNotFoundError:
@@ -37,7 +39,7 @@ def _package_version() -> str:
 
 
 def _git(root: Path, *arguments: str) -> str | None:
-    """Output, None where it fails or there is no git."""
+    """Run git and return its output, None where it fails or there is no git."""
     try:
         done = subprocess.run(
             ["git", *arguments],

@@ -1,4 +1,8 @@
-"""What Slurm says about jobs, and the job that a run_dir belongs to."""
+"""Ask Slurm about jobs, and find the job that a run_dir belongs to.
+
+Each question is one short-lived command on the login node, asked once: squeue loads the controller of the
+whole cluster, and nothing here polls it.
+"""
 
 import re
 import subprocess
@@ -11,7 +15,11 @@ ANSWER_WITHIN_S = 30
 
 
 def ask_slurm(*command: str) -> str | None:
-    """What a command of Slurm prints; None where there is no Slurm or it does not answer or refuses."""
+    """Return what a command of Slurm prints; None where there is no Slurm, no answer or a refusal.
+
+    Args:
+        command: name and arguments; waited for ANSWER_WITHIN_S at most.
+    """
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_WITHIN_S)
     except (OSError, subprocess.TimeoutExpired):
@@ -20,7 +28,7 @@ def ask_slurm(*command: str) -> str | None:
 
 
 def submitted_job(run_dir: Path) -> str:
-    """Id of the job that msa-submit submitted last for this run, empty if there is none.
+    """Read the id of the job that msa-submit submitted last for this run, empty if there is none.
 
     Raises:
         ValueError: one line, if the file that says so is damaged.
@@ -36,12 +44,17 @@ def submitted_job(run_dir: Path) -> str:
 
 
 def is_job(text: str) -> bool:
-    """Whether a text is the number of a job, and no option of the command that it is given to."""
+    """Tell whether a text is the number of a job, and no option of the command that it is given to.
+
+    It comes from a file in run_dir, which another user may have written.
+
+    Example: "12345", "12345_7" (of an array), "12345+1" (of a heterogeneous job) -> True; "--all" -> False.
+    """
     return re.fullmatch(r"\d[\d_+.]*", text) is not None
 
 
 def check_no_job(run_dir: Path) -> None:
-    """Make sure that no job for this run waits or runs.
+    """Make sure that no job for this run waits or runs: two in one run_dir would fence each other off.
 
     Raises:
         ValueError: naming the job, and what to do.

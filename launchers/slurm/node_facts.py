@@ -1,4 +1,8 @@
-"""What one node says about itself before training. Standard library and psutil; torch only to count GPUs."""
+"""Collect what one node says about itself before training, and judge it.
+
+Standard library and psutil; torch only to count GPUs. All nodes look at themselves at once, so 32 nodes take
+no longer than one; only the 4 MiB that each writes into run_dir add up, to 128 MiB.
+"""
 
 import math
 import os
@@ -11,32 +15,40 @@ from pathlib import Path
 
 import psutil
 
+# little enough for all nodes to write at once
 WRITE_BYTES = 4 * 2**20
 
 
 @dataclass(kw_only=True, slots=True)
 class Wanted:
-    """What a node must have."""
+    """Say what a node must have."""
 
     gpus: int = 0
+    "at least"
     cpus: int = 1
+    "at least, logical ones"
     memory_gb: float = 0.0
+    "at least, free, in units of 10**9 bytes"
     clock_s: float = 2.0
-    "largest difference between its clock and that of the first node"
+    "largest difference in seconds between its clock and that of the first node"
     slow_factor: float = 4.0
     "a node whose link is so many times slower than the median is bad; only among 3 nodes or more"
 
 
 @dataclass(kw_only=True, slots=True)
 class Facts:
-    """What a node has."""
+    """Say what a node has."""
 
     node: str
+    "its name in Slurm, else its host name"
     gpus: int
+    "that torch sees; 0 where none were asked for"
     cpus: int
+    "logical ones of the machine"
     memory_gb: float
+    "free, in units of 10**9 bytes"
     write_s: float
-    "for a small file in run_dir"
+    "seconds for WRITE_BYTES in run_dir, synced"
     write_error: str
     "empty if it could be written"
 
@@ -46,8 +58,8 @@ def gather_facts(run_dir: str, *, count_gpus: bool, timeout_s: float) -> Facts:
 
     Args:
         run_dir: where it must be able to write.
-        count_gpus: whether GPUs are wanted at all; importing torch takes seconds.
-        timeout_s: longest wait for the file system.
+        count_gpus: GPUs are wanted at all; importing torch to count them takes seconds.
+        timeout_s: longest wait for the file system, in seconds.
     """
     write_s, error = _try_to_write(Path(run_dir), timeout_s)
     return Facts(
@@ -62,6 +74,11 @@ def gather_facts(run_dir: str, *, count_gpus: bool, timeout_s: float) -> Facts:
 
 def read_facts(content: object) -> Facts:
     """Check what a node has sent about itself.
+
+    The node is known by its signature, but a fault in it must not end the check of all others.
+
+    Args:
+        content: as JSON gives it.
 
     Raises:
         ValueError: if something is missing, unknown, of another type or no finite number.
@@ -79,7 +96,15 @@ def read_facts(content: object) -> Facts:
 
 
 def complaints(facts: Facts, wanted: Wanted, clock_s: float) -> list[str]:
-    """What is wrong with a node; clock_s: how far its clock is ahead of the first node's."""
+    """List what is wrong with a node.
+
+    Args:
+        facts: of the node.
+        wanted: that it should have.
+        clock_s: seconds by which its clock is ahead of the first node's.
+
+    Example: 7 GPUs of 8 and a clock 3.2 s ahead -> ["7 GPUs instead of 8", "its clock is off by +3.2 s"].
+    """
     found = []
     if facts.gpus < wanted.gpus:
         found.append(f"{facts.gpus} GPUs instead of {wanted.gpus}")
@@ -95,6 +120,7 @@ def complaints(facts: Facts, wanted: Wanted, clock_s: float) -> list[str]:
 
 
 def _num_gpus() -> int:
+    """Count the GPUs that torch sees."""
     # not at the top of the file: it takes seconds, and nodes without GPUs need none of it here
     import torch
 
@@ -102,7 +128,11 @@ def _num_gpus() -> int:
 
 
 def _try_to_write(run_dir: Path, timeout_s: float) -> tuple[float, str]:
-    """Seconds and error; a file system that does not answer keeps only the thread waiting."""
+    """Write a file in run_dir, and return seconds and error.
+
+    A thread, for a write to a file system that has lost its server cannot be interrupted: the process then
+    still reports in time, and the daemon thread does not keep it from ending.
+    """
     result: list[str] = []
 
     def write() -> None:
@@ -110,6 +140,7 @@ def _try_to_write(run_dir: Path, timeout_s: float) -> tuple[float, str]:
             with tempfile.TemporaryFile(dir=run_dir) as file:
                 file.write(bytes(WRITE_BYTES))
                 file.flush()
+                # the write alone ends in this node's memory
                 os.fsync(file.fileno())
             result.append("")
         except OSError as error:

@@ -1,4 +1,4 @@
-"""How the nodes of a job talk about themselves before training: plain sockets to the first of them.
+"""Let the nodes of a job talk about themselves before training, by plain sockets to the first of them.
 
 Every other node connects, says what it is, answers pings of its clock and sends back what it gets. Only then
 are all of them told whether to try a collective together. A node that is silent is known by its rank.
@@ -6,6 +6,17 @@ are all of them told whether to try a collective together. A node that is silent
 The port is open to everyone on the network. Who connects proves by the job's token, over a number drawn for
 this connection, that it belongs to the job, and so does the first node to it; until then it gets one line of
 limited length, a few seconds and one of a limited number of threads, and can keep nobody else waiting.
+
+On N nodes the first one has N - 1 connections, N + 64 threads at most for greetings, and measures one link
+after the other: 31 connections and at most 96 threads on 32 nodes. A node that hangs after it has proved
+itself costs up to ANSWER_S of the time that all nodes share.
+
+    node -> first       connects
+    first -> node       challenge, 16 random bytes
+    node -> first       signature of both, {"rank", "facts", "challenge": 16 random bytes of its own}
+    first -> node       "time", three times; the node answers with its clock
+    first -> node       "echo" and ECHO_BYTES; the node sends them back
+    first -> node       "go on" or "leave", with a signature over the node's challenge
 """
 
 import contextlib
@@ -23,35 +34,48 @@ from typing import Any
 from launchers.slurm.job_token import is_signed, sign
 from launchers.slurm.node_facts import Facts, read_facts
 
+# large enough that a link of 100 Mbit/s among those of 100 Gbit/s shows
 ECHO_BYTES = 2**20
 # for a stranger, or a node, to say who it is; for a node to answer a ping or send back ECHO_BYTES
 GREETING_S, ANSWER_S = 5.0, 10.0
 _LINE_BYTES = 2**14
 # connections at once that have not proved anything yet, besides one for each node
 _STRANGERS = 64
+# of which the quickest counts
 _PINGS = 3
 
 
 @dataclass(kw_only=True, slots=True)
 class Answer:
-    """What the first node knows about another one, or about itself."""
+    """Hold what the first node knows about another one, or about itself."""
 
     facts: Facts
+    "as the node has sent them"
     clock_s: float
-    "how far its clock is ahead"
+    "seconds by which its clock is ahead"
     echo_s: float
-    "for ECHO_BYTES there and back"
+    "seconds for ECHO_BYTES there and back"
 
 
 class Link:
-    """A connection on which no wait is without an end and no line without a limit."""
+    """Wrap a connection so that no wait is without an end and no line without a limit."""
 
     def __init__(self, connection: socket.socket, wait_s: float) -> None:
-        """wait_s: for all of the next line or bytes; `wait_s` may be set anew."""
+        """Take over a connection.
+
+        Args:
+            connection: open.
+            wait_s: seconds for all of the next line or bytes, not for each piece of it: a stranger who sends
+                a byte now and then would otherwise hold a thread for ever. May be set anew.
+        """
         self._socket, self.wait_s, self._rest = connection, wait_s, b""
 
     def send(self, data: bytes) -> None:
-        """Send all of it."""
+        """Send all of it.
+
+        Raises:
+            OSError: if the other side does not take it in time or has left.
+        """
         self._socket.settimeout(self.wait_s)
         self._socket.sendall(data)
 
@@ -74,6 +98,9 @@ class Link:
     def read(self, num_bytes: int) -> bytes:
         """Return the next bytes.
 
+        Args:
+            num_bytes: exactly as many.
+
         Raises:
             OSError: if they do not come in time.
         """
@@ -92,6 +119,7 @@ class Link:
         self._socket.close()
 
     def _receive(self, deadline: float) -> bytes:
+        """Receive some bytes before the deadline, none if the other side has left."""
         left = deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError("no answer in time")
@@ -101,19 +129,36 @@ class Link:
 
 @dataclass(kw_only=True, slots=True)
 class _Guest:
-    """A node that has proved to be one."""
+    """Hold a node that has proved to be one."""
 
     link: Link
+    "to the node, open until the last word"
     rank: int
+    "from 1; rank 0 is the first node itself"
     facts: Facts
+    "as the node has sent them"
     challenge: bytes
     "drawn by the node, so that it knows the first node's last word from a stranger's"
 
 
 class Head:
-    """Rank 0's part."""
+    """Play the first node's part: listen, tell nodes from strangers, measure, tell all how to go on.
+
+    One thread accepts, one for each newcomer listens to its greeting, the caller's measures the links: so a
+    stranger who says nothing keeps no node from being heard.
+    """
 
     def __init__(self, port: int, num_nodes: int, token: bytes) -> None:
+        """Begin to listen.
+
+        Args:
+            port: on all addresses, as nodes come by whichever network resolves the name.
+            num_nodes: of the job, this one included.
+            token: see job_token.
+
+        Raises:
+            OSError: if the port is taken.
+        """
         self._server = socket.create_server(("", port), backlog=num_nodes + _STRANGERS)
         self._guests: dict[int, _Guest] = {}
         self._proved: queue.SimpleQueue[_Guest] = queue.SimpleQueue()
@@ -122,13 +167,23 @@ class Head:
         threading.Thread(target=self._accept, name="preflight-accept", daemon=True).start()
 
     def ask_all(self, timeout_s: float) -> dict[int, Answer]:
-        """Answers by rank, without those that are silent. One after the other, as they share a link."""
+        """Measure all nodes that come in time.
+
+        One after the other, as they share the first node's link: at once they would slow each other down.
+
+        Args:
+            timeout_s: seconds for all together.
+
+        Returns:
+            Answers by rank, without those that are silent.
+        """
         deadline, answers = time.monotonic() + timeout_s, {}
         while len(answers) < self.num_nodes - 1 and (left := deadline - time.monotonic()) > 0:
             try:
                 guest = self._proved.get(timeout=left)
             except queue.Empty:
                 break
+            # the same node once more, e.g. after it gave up waiting: its first connection counts
             if guest.rank in answers:
                 guest.link.close()
                 continue
@@ -143,7 +198,11 @@ class Head:
         return answers
 
     def tell_all(self, *, go_on: bool) -> None:
-        """Whether the nodes shall try a collective together; one that has left keeps nobody."""
+        """Tell the nodes whether to try a collective together, and stop listening.
+
+        A node that has left keeps nobody. The word is signed over the node's own challenge, so that nobody
+        can repeat that of another start.
+        """
         word = "go on" if go_on else "leave"
         for guest in self._guests.values():
             signature = sign(self._token, b"word", guest.challenge, word.encode())
@@ -160,6 +219,7 @@ class Head:
         self._server.close()
 
     def _accept(self) -> None:
+        """Give each newcomer a thread, until the socket is closed."""
         while True:
             try:
                 connection, _ = self._server.accept()
@@ -172,12 +232,14 @@ class Head:
             threading.Thread(target=self._greet, args=(connection,), daemon=True).start()
 
     def _greet(self, connection: socket.socket) -> None:
+        """Hear one newcomer, within GREETING_S per line, and queue it if it is a node."""
         link = Link(connection, GREETING_S)
         try:
             guest = self._hear(link)
         except (OSError, ValueError, RecursionError):
             guest = None
         finally:
+            # a place is for proving oneself alone: nodes that wait to be measured must not use them up
             self._places.release()
         if guest is None:
             link.close()
@@ -185,6 +247,7 @@ class Head:
             self._proved.put(guest)
 
     def _hear(self, link: Link) -> _Guest | None:
+        """Challenge a newcomer; None if its signature is wrong. JSON is parsed only after it is right."""
         challenge = secrets.token_hex(16).encode()
         link.send(challenge + b"\n")
         signature, _, hello = link.read_line().partition(b" ")
@@ -200,7 +263,15 @@ class Head:
 
 
 def answer_head(head: str, port: int, rank: int, facts: Facts, token: bytes, timeout_s: float) -> bool:
-    """The part of the other nodes; returns whether to go on.
+    """Play the part of the other nodes; returns whether to go on.
+
+    Args:
+        head: host name of the first node.
+        port: of the first node.
+        rank: of this node, from 1.
+        facts: of this node.
+        token: see job_token.
+        timeout_s: seconds to reach the first node; its last word may take twice as long.
 
     Raises:
         OSError: if the first node cannot be reached, is silent, or does not know the token.
@@ -223,7 +294,13 @@ def answer_head(head: str, port: int, rank: int, facts: Facts, token: bytes, tim
 
 
 def slow_nodes(echo_s: dict[str, float], factor: float) -> list[str]:
-    """Nodes whose link is `factor` times slower than the median; among fewer than 3, none can be told.
+    """List the nodes whose link is `factor` times slower than the median; none of fewer than 3 nodes.
+
+    The median, as one bad node must not move what the others are held to.
+
+    Args:
+        echo_s: seconds by node.
+        factor: above 1.
 
     Example: {"a": 0.01, "b": 0.01, "c": 0.2}, 4 -> ["c"].
     """
@@ -235,7 +312,11 @@ def slow_nodes(echo_s: dict[str, float], factor: float) -> list[str]:
 
 
 def _measure(link: Link) -> tuple[float, float]:
-    """How far the node's clock is ahead, and seconds for ECHO_BYTES there and back."""
+    """Measure by how many seconds the node's clock is ahead, and those for ECHO_BYTES there and back.
+
+    Example: sent at 10.000, answered 12.001, back at 10.004 -> the answer was made at about 10.002 of this
+    clock, so the node is 1.999 s ahead. The error is at most half the time of the ping.
+    """
     offsets: list[tuple[float, float]] = []
     for _ in range(_PINGS):
         sent = time.time()
@@ -255,6 +336,7 @@ def _measure(link: Link) -> tuple[float, float]:
 def _connect(
     head: str, port: int, rank: int, facts: Facts, token: bytes, deadline: float, timeout_s: float
 ) -> tuple[Link, bytes]:
+    """Connect to the first node and prove to belong to the job; returns link and own challenge."""
     left = max(deadline - time.monotonic(), 0.1)
     link = Link(socket.create_connection((head, port), timeout=left), left)
     challenge = link.read_line()

@@ -1,6 +1,11 @@
-"""Where the groups of a run lie on its nodes: ranks are dealt to nodes in order, neighbours stay together.
+"""Check where the groups of a run lie on its nodes: ranks are dealt to nodes in order, neighbours together.
 
-Megatron numbers ranks tensor first, then context and expert parallel, then data, pipeline last.
+Megatron numbers ranks tensor first, then context and expert parallel, then data, pipeline last. Tensor and
+context parallel groups talk in every layer: inside a node that goes over NVLink, between nodes over the
+network, which is several times slower.
+
+Example: tp 2 and cp 4 on nodes of 8. A context parallel group is ranks 0, 2, 4, 6 of one node; the 8 ranks
+0 to 7 that share a sequence fill it. With cp 8 they are 16 ranks on two nodes.
 """
 
 import math
@@ -9,14 +14,18 @@ from msa_train.config import ParallelConfig
 
 
 def check_placement(parallel: ParallelConfig, *, num_nodes: int, workers: int) -> list[str]:
-    """One line for each kind of group that fits into a node but is cut by the end of one, or spans several.
+    """Write a line for each kind of group that is cut by the end of a node, or spans several.
 
     Args:
         parallel: sizes of the groups.
         num_nodes: nodes of the job.
         workers: ranks of a node.
 
+    Returns:
+        Warnings; none of these placements is wrong, all of them are slower than they need be.
+
     Example: cp_size 4 on nodes of 6 ranks: the second group lies on ranks 4 to 7, on two nodes.
+    Example: cp_size 16 on nodes of 8: ["parallel.tp_size * cp_size of 16 ranks spans 2 nodes"].
     """
     if num_nodes == 1:
         return []
@@ -36,6 +45,7 @@ def check_placement(parallel: ParallelConfig, *, num_nodes: int, workers: int) -
 
 
 def _contiguous_groups(parallel: ParallelConfig) -> dict[str, int]:
+    """List the groups, or products of groups, whose ranks follow each other without a gap."""
     return {
         "parallel.tp_size": parallel.tp_size,
         "parallel.tp_size * cp_size": parallel.tp_size * parallel.cp_size,

@@ -1,4 +1,9 @@
-"""Read how far a run is from its files and from Slurm."""
+"""Read how far a run is from its files and from Slurm.
+
+Nobody asks the workers: rank 0 writes metrics.jsonl whatever the number of ranks, and its last 256 KiB are
+read. Slurm is asked once for a job that waits or runs, up to three times for one that has ended. So it costs
+as much on 32 nodes as on one, and may be repeated every minute by `watch`.
+"""
 
 import json
 import os
@@ -16,10 +21,11 @@ from msa_train.runtime.preemption import read_stopped
 from msa_train.runtime.untrusted_files import open_regular
 from msa_train.training.metrics.writer import METRICS_NAME
 
+# read of metrics.jsonl and starts.tsv, from their ends
 TAIL_BYTES = 2**18
 
 
-# of entries of metrics.jsonl that tell of a step
+# keys and types of those entries of metrics.jsonl that tell of a step
 _OF_A_STEP = {
     "step": (int,),
     "lm_loss": (int, float, type(None)),
@@ -29,11 +35,12 @@ _OF_A_STEP = {
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
-    """What is known about a run; keys that do not apply are absent.
+    """Collect what is known about a run; keys that do not apply are absent.
 
     Returns:
-        run_dir, job, state, reason, nodes, time_left_s of the job; step, total_steps, lm_loss, tokens_per_s,
-        age_s of the last entry, train_left_s; checkpoint and its age_s; restarts.
+        run_dir; job, state, reason, nodes, job_left_s; step, total_steps, stage, lm_loss, tokens_per_s, age_s
+        of the last entry, train_left_s; checkpoint, checkpoint_age_s; restarts, stopped. Those in _s are
+        seconds.
 
     Raises:
         ValueError: if run_dir is no folder of a run.
@@ -54,7 +61,11 @@ def read_status(run_dir: Path) -> dict[str, Any]:
 
 
 def _job(run_dir: Path) -> dict[str, Any]:
-    """Of the last submission, as Slurm knows it now."""
+    """Read the state of the last submission, as Slurm knows it now.
+
+    squeue knows jobs that wait or run, sacct those that ended, where there is accounting; scontrol remembers
+    them for some minutes where there is none.
+    """
     starts = _starts(run_dir)
     job = submitted_job(run_dir) or (starts[-1][1] if starts else "")
     if not job:
@@ -81,6 +92,7 @@ def _job(run_dir: Path) -> dict[str, Any]:
 
 
 def _progress(run_dir: Path) -> dict[str, Any]:
+    """Read step, loss and speed of the last entry; the time left is by the median of the last steps."""
     config_path, metrics = run_dir / CONFIG_NAME, run_dir / METRICS_NAME
     if not config_path.exists() or not metrics.exists():
         return {}
@@ -109,6 +121,7 @@ def _progress(run_dir: Path) -> dict[str, Any]:
 
 
 def _checkpoint(run_dir: Path) -> dict[str, Any]:
+    """Find the newest checkpoint and its age."""
     store = CheckpointStore(run_dir)
     steps = store.steps()
     if not steps:
@@ -120,7 +133,10 @@ def _checkpoint(run_dir: Path) -> dict[str, Any]:
 
 
 def _starts(run_dir: Path) -> list[list[str]]:
-    """Lines of starts.tsv that belong to the last job: time, job, start, step, nodes."""
+    """Read the lines of starts.tsv that belong to the last job: time, job, start, step, nodes.
+
+    The batch script writes one at every start, so there is one more than there were restarts.
+    """
     path = run_dir / FOLDER / "starts.tsv"
     if not path.exists():
         return []
@@ -130,7 +146,7 @@ def _starts(run_dir: Path) -> list[list[str]]:
 
 
 def _last_rows(path: Path) -> list[dict[str, Any]]:
-    """The last entries of metrics.jsonl that have a loss, without reading all of a long run."""
+    """Read the last entries of metrics.jsonl that have a loss, without reading all of a long run."""
     rows = []
     for line in _tail(path).split("\n"):
         try:
@@ -148,7 +164,10 @@ def _last_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _tail(path: Path) -> str:
-    """The last whole lines of a file that grows."""
+    """Read the last whole lines of a file that grows.
+
+    The cut at TAIL_BYTES falls somewhere into a line, the first one read, which is dropped.
+    """
     try:
         with open_regular(path) as file:
             size = file.seek(0, os.SEEK_END)
@@ -160,7 +179,10 @@ def _tail(path: Path) -> str:
 
 
 def _seconds(text: str) -> int | None:
-    """Slurm's time left: 1-02:03:04, 3:04; None for UNLIMITED or INVALID."""
+    """Read Slurm's time left in seconds; None for UNLIMITED or INVALID.
+
+    Example: "1-02:03:04" -> 86400 + 2 * 3600 + 3 * 60 + 4 = 93784; "3:04" -> 184.
+    """
     days, _, clock = text.rpartition("-")
     parts = clock.split(":")
     if not all(part.isdecimal() for part in parts) or (days and not days.isdecimal()):

@@ -1,4 +1,8 @@
-"""Prepare and submit one Slurm job."""
+"""Prepare and submit one Slurm job.
+
+Everything that the job is made of lies in run_dir/slurm before sbatch is called: script, configuration,
+changes of the code. So a job that Slurm takes is never without them.
+"""
 
 import json
 import os
@@ -22,26 +26,37 @@ from launchers.slurm.jobs import FOLDER, JOB_NAME, SCRIPT_NAME, check_no_job
 from launchers.slurm.placement import check_placement
 from msa_train.config import ClusterConfig, check_text
 
+# a busy controller answers late; a second job must not be submitted out of impatience
 SUBMIT_WITHIN_S = 120
 
 
 @dataclass(kw_only=True, slots=True)
 class Request:
-    """The command line, sorted."""
+    """Hold the command line, sorted."""
 
     cluster: str = ""
+    "name of a file in conf/cluster or DIR/cluster"
     nodes: int = 1
+    "number of whole nodes"
     time: str = "01:00:00"
+    "limit of one start"
     run: list[str] = field(default_factory=list[str])
     "overrides of msa-train"
     of_cluster: list[str] = field(default_factory=list[str])
+    "overrides cluster.KEY=VALUE"
     config_dirs: list[Path] = field(default_factory=list[Path])
+    "folders with more options"
     dry_run: bool = False
+    "print, write and submit nothing"
     sweep: bool = False
+    "-m: a job for every combination of values"
 
 
 def read_request(arguments: Sequence[str]) -> Request:
     """Sort the arguments.
+
+    Example: run=demo cluster=a nodes=2 cluster.qos=high -> cluster "a", nodes 2, run ["run=demo"], of_cluster
+    ["cluster.qos=high"].
 
     Raises:
         ValueError: naming the argument, the rule and the fix.
@@ -78,6 +93,10 @@ def read_request(arguments: Sequence[str]) -> Request:
 def submit(request: Request, cluster: ClusterConfig) -> str:
     """Check, write, submit; returns the job id, empty with --dry-run.
 
+    Args:
+        request: the command line.
+        cluster: with its overrides.
+
     Raises:
         ValueError: one line, if the run or the job is refused.
     """
@@ -90,6 +109,7 @@ def submit(request: Request, cluster: ClusterConfig) -> str:
     run_dir, folder = Path(config.run_dir).absolute(), Path.cwd()
     for name, path in (("run_dir", run_dir), ("the current folder", folder)):
         check_text(name, str(path))
+    # absolute: the job begins in the folder of the command, but tools may be called from another one
     config.run_dir = str(run_dir)
     given = [text for text in request.run if text.partition("=")[0].lstrip("+") != "run_dir"]
     options = [f"--config-dir={folder.absolute()}" for folder in request.config_dirs]
@@ -106,6 +126,7 @@ def submit(request: Request, cluster: ClusterConfig) -> str:
     if request.dry_run:
         say(script, lines=True, end="")
         return ""
+    # the cheap question first: check_files tokenizes the corpus, and leaves it in data.cache_dir for the job
     check_no_job(run_dir)
     check_files(config, say=say)
     say(f"{describe(config, layout)}; {request.nodes} nodes of {cluster.workers}")
@@ -135,7 +156,11 @@ def submit(request: Request, cluster: ClusterConfig) -> str:
 
 
 def _sbatch(script: Path) -> str:
-    """Job id."""
+    """Submit a script and return the job id.
+
+    Raises:
+        ValueError: if there is no sbatch, or it refuses.
+    """
     try:
         done = subprocess.run(
             ["sbatch", "--parsable", str(script)], capture_output=True, text=True, timeout=SUBMIT_WITHIN_S

@@ -1,4 +1,9 @@
-"""`msa-submit -m`: a job for every combination of values, by Hydra's multirun and the submitit launcher."""
+"""Submit a job for every combination of values (`msa-submit -m`), by Hydra's multirun and submitit.
+
+The login node composes and checks each combination, one after the other, and then waits for all of them. A
+job has `nodes` whole nodes: 12 combinations on 32 nodes each ask for 384. The jobs are one Slurm array, with
+a task per worker: every rank is a process of submitit that calls `train_job`.
+"""
 
 import importlib
 import itertools
@@ -70,7 +75,7 @@ def submit_sweep(request: "Request", cluster: ClusterConfig) -> None:
 
 
 def expand(overrides: Sequence[str]) -> tuple[set[str], list[list[str]]]:
-    """Keys with several values, and the overrides of every combination.
+    """Find the keys with several values, and write the overrides of every combination.
 
     Example: ["run=smoke", "optim.lr=1e-4,3e-4"] -> {"optim.lr"} and [["run=smoke", "optim.lr=1e-4"],
     ["run=smoke", "optim.lr=3e-4"]].
@@ -81,6 +86,7 @@ def expand(overrides: Sequence[str]) -> tuple[set[str], list[list[str]]]:
     swept: set[str] = set()
     choices: list[list[str]] = []
     for text in overrides:
+        # text is split here, since Hydra's grammar would read name=2024_01,2024_02 as numbers
         if _key(text) in text_keys():
             values = split_choices(text.partition("=")[2])
             swept |= {_key(text)} if len(values) > 1 else set()
@@ -103,7 +109,14 @@ def expand(overrides: Sequence[str]) -> tuple[set[str], list[list[str]]]:
 
 
 def hydra_arguments(request: "Request", cluster: ClusterConfig, base: Path, swept: set[str]) -> list[str]:
-    """What Hydra is told: the overrides, where runs go, and how Slurm is asked."""
+    """Write what Hydra is told: the overrides, where runs go, and how Slurm is asked.
+
+    Args:
+        request: the command line.
+        cluster: with its overrides.
+        base: folder of the sweep, absolute.
+        swept: keys with several values, which name the folders of the runs.
+    """
     fixed = sorted({_key(text) for text in request.run} - swept | {"run_dir"})
     setup = ["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK", *cluster.setup]
     # what lies in the folder of the command is not imported
@@ -148,7 +161,11 @@ def hydra_arguments(request: "Request", cluster: ClusterConfig, base: Path, swep
 
 
 def train_job(node: Any) -> None:
-    """One process of one run; started by submitit, one for each worker."""
+    """Run one process of one run; started by submitit, one for each worker.
+
+    Args:
+        node: what Hydra has composed for this run, not resolved yet.
+    """
     # names the folder of the sweep, which Hydra knows and the other keys do not
     node.run_dir = str(node.run_dir)
     config = run_config(node)
@@ -167,7 +184,7 @@ def train_job(node: Any) -> None:
 
 
 def _results(base: Path) -> str:
-    """Last loss of every run under the folder of the sweep."""
+    """List the last loss of every run under the folder of the sweep."""
     rows = []
     for path in sorted(base.glob("*/config.yaml")):
         metrics = read_metrics(path.parent) if (path.parent / "metrics.jsonl").exists() else []
@@ -178,11 +195,15 @@ def _results(base: Path) -> str:
 
 
 def _key(text: str) -> str:
+    """Take the key of an override: "+optim.lr=1e-4" -> "optim.lr"."""
     return text.partition("=")[0].lstrip("+")
 
 
 def _as_hydra_reads(text: str) -> str:
-    """An override with its value, or all its values, as they were written."""
+    """Write an override so that Hydra keeps its value, or all its values, as they were written.
+
+    Example: name=2024_01,"a b" -> name="2024_01","a b"; optim.lr=1e-4,3e-4 stays.
+    """
     key, value = _key(text), text.partition("=")[2]
     if key not in text_keys():
         return text.lstrip("+")
@@ -190,7 +211,7 @@ def _as_hydra_reads(text: str) -> str:
 
 
 def _plain_or_quoted(value: str) -> str:
-    """Without quotes where Hydra reads it as it is: values become names of folders."""
+    """Leave out the quotes where Hydra reads the value as it is: values become names of folders."""
     try:
         is_plain = OverridesParser.create().parse_override(f"key={value}").value() == value
     except HydraException:
@@ -199,7 +220,10 @@ def _plain_or_quoted(value: str) -> str:
 
 
 def _literal(value: Any) -> str:
-    """A value as Hydra's grammar reads it."""
+    """Write a value for Hydra's grammar.
+
+    Example: {"mem": "64G", "n": [1, 2]} -> {mem:"64G",n:[1, 2]}.
+    """
     if isinstance(value, dict):
         return "{" + ",".join(f"{key}:{_literal(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):

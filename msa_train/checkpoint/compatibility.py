@@ -16,16 +16,34 @@ from msa_train.config.lr_schedule import next_lr, schedule_steps
 
 INDEX_NAME = ".metadata"
 "Megatron's list of all tensors; a pickle, of which only the text is searched: nothing is imported or run"
-
-
 _MOMENTS = re.compile(rb"optimizer\.state\.exp_avg\.")
-
-
 _INDEX_MOMENTS = re.compile(rb"optimizer\.state\.exp_avg\.[\w.]*index_branch")
-
-
 # rates that differ by less are the same but for rounding
 _SAME_RATE = 1e-6
+# meta.json's "content" of a checkpoint without optimizer; absent where there is everything
+WEIGHTS_CONTENT = "weights"
+# Change neither shapes nor the meaning of the weights: initial scales, names, rates and losses
+_NOT_OF_THE_MODEL = {
+    "model.name",
+    "model.init_std",
+    "model.embedding_init_std",
+    "model.embedding_shared_std",
+    "model.router_bias_update_rate",
+    "attention.kl_weight",
+    "attention.kl_temperature",
+    "attention.kernel",
+}
+# What a long-context extension changes when it starts from another run's checkpoint
+_CHANGED_BY_EXTENSION = {
+    "model.rope_theta",
+    "attention.block_size",
+    "attention.topk",
+    "attention.local_blocks",
+    "attention.window",
+    "attention.window_sink",
+}
+# What a new run that takes weights alone may change besides: index branches come and go with their layers
+_CHANGED_WITH_WEIGHTS = {"model.layer_attention"}
 
 
 def check_index_moments(folder: Path, config: RunConfig) -> None:
@@ -141,38 +159,6 @@ def check_recorded_stages(meta: dict[str, Any], config: RunConfig) -> None:
                 f"{planned.get(key, 'absent')}; change only stages from that step on, or use another run_dir "
                 "with checkpoint.load"
             )
-
-
-# meta.json's "content" of a checkpoint without optimizer; absent where there is everything
-WEIGHTS_CONTENT = "weights"
-
-
-# Change neither shapes nor the meaning of the weights: initial scales, names, rates and losses
-_NOT_OF_THE_MODEL = {
-    "model.name",
-    "model.init_std",
-    "model.embedding_init_std",
-    "model.embedding_shared_std",
-    "model.router_bias_update_rate",
-    "attention.kl_weight",
-    "attention.kl_temperature",
-    "attention.kernel",
-}
-
-
-# What a long-context extension changes when it starts from another run's checkpoint
-_CHANGED_BY_EXTENSION = {
-    "model.rope_theta",
-    "attention.block_size",
-    "attention.topk",
-    "attention.local_blocks",
-    "attention.window",
-    "attention.window_sink",
-}
-
-
-# What a new run that takes weights alone may change besides: index branches come and go with their layers
-_CHANGED_WITH_WEIGHTS = {"model.layer_attention"}
 
 
 def fingerprint(config: RunConfig) -> dict[str, object]:

@@ -37,6 +37,7 @@ _SHARD_SUFFIX = ".distcp"
 _MAX_JSON_BYTES = 64 * 2**20
 _READ_BYTES = 4 * 2**20
 _CRC32 = re.compile(r"[0-9a-f]{8}")
+PUBLISHED = re.compile(r"step_(\d{8,})")
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
@@ -205,9 +206,6 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path.name}: is not a JSON object")
     return value
-
-
-PUBLISHED = re.compile(r"step_(\d{8,})")
 
 
 def verify_folder(folder: Path, *, full: bool) -> str | None:

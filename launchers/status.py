@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of the run")
         parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
         arguments = parser.parse_args(argv)
+        # one dictionary for both, so that scripts and users see the same figures
         status = read_status(arguments.run_dir)
         say(json.dumps(status, indent=1) if arguments.json else format_status(status), lines=True)
 

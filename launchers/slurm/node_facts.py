@@ -149,6 +149,7 @@ def _try_to_write(run_dir: Path, timeout_s: float) -> tuple[float, str]:
     start = time.perf_counter()
     thread = threading.Thread(target=write, daemon=True)
     thread.start()
+    # if it hangs, `result` stays empty
     thread.join(timeout_s)
     seconds = time.perf_counter() - start
     return seconds, result[0] if result else f"no answer within {timeout_s:g} s: {run_dir}"

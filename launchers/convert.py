@@ -132,6 +132,7 @@ def _import(arguments: argparse.Namespace) -> None:
         return
     for name in plan.unplaced:
         say(f"no place: {name}")
+    # after all names were printed: a user who skips them has seen them
     check_unplaced(plan.unplaced, skip=arguments.skip_unplaced)
     # looked for before the weights are written, as a link out of the folder is refused
     tokenizer = tokenizer_files(source)
@@ -172,6 +173,7 @@ def _export(arguments: argparse.Namespace) -> None:
     source, target = arguments.source, arguments.target
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target}: exists already; name a new folder")
+    # the cheap refusals come before the checksums, which read the whole checkpoint
     folder = checkpoint_folder(source)
     shard_bytes = _bytes(arguments.shard_size)
     rest: dict[str, Path] = {}

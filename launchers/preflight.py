@@ -74,12 +74,18 @@ def find_place() -> Place:
     Example: SLURM_PROCID=1, SLURM_STEP_NODELIST=n[1-2], job 12345, step 0 -> rank 1 of n1, n2, port 22345.
 
     Raises:
-        KeyError: in a step that has no list of nodes.
+        ValueError: in a step that has no list of nodes.
     """
     environ = os.environ
     if "SLURM_PROCID" not in environ or "SLURM_STEP_ID" not in environ:
         return Place(rank=0, nodes=[os.uname().nodename], port=0)
-    nodes = expand_nodelist(environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"])
+    listed = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
+    if not listed:
+        raise ValueError(
+            "SLURM_STEP_NODELIST=: is empty, and a step must list its nodes; start this by srun, or unset "
+            "SLURM_PROCID to check this machine alone"
+        )
+    nodes = expand_nodelist(listed)
     port = slurm_port(environ.get("SLURM_JOB_ID", "0"), environ["SLURM_STEP_ID"])
     return Place(rank=int(environ["SLURM_PROCID"]), nodes=nodes, port=port)
 

@@ -180,6 +180,7 @@ def _schemes(text: str) -> list[str]:
 
 def _run(arguments: argparse.Namespace) -> None:
     """Answer one scenario: bytes, times and memory of every scheme."""
+    # imports come after it here and below: mistakes in arguments are told at once
     scenario, selections = read_question(arguments)
     from msa_train.simulate.reports.text import answer_data, answer_text
     from msa_train.simulate.study import answer
@@ -210,6 +211,7 @@ def _tables(arguments: argparse.Namespace) -> None:
     """Write the tables that lie in benchmarks/results."""
     from msa_train.simulate.reports.tables import write_tables
 
+    # what is published is M3 in bf16 with its index branch trained
     shape = read_shape("m3", "msa", element_bytes=2, trains_index=True)
     for path in write_tables(arguments.out, shape):
         say(path)
@@ -228,6 +230,7 @@ def _measure(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--tokens={arguments.tokens}: must be at most --seq-len={arguments.seq_len}")
     from msa_train.simulate.measure import measure_rates, write_rates
 
+    # goes into the file, so that its numbers can be made again
     command = f"msa-simulate measure --model {arguments.model} --attention {arguments.attention} "
     command += f"--tokens {arguments.tokens} --seq-len {arguments.seq_len}"
     rates = measure_rates(

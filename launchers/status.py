@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of the run")
         parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
         arguments = parser.parse_args(argv)
+        # one dictionary for both, so that scripts and users see the same figures
         status = read_status(arguments.run_dir)
         say(json.dumps(status, indent=1) if arguments.json else format_status(status), lines=True)
 
@@ -56,7 +57,9 @@ def format_status(status: dict[str, Any]) -> str:
         rows.append(("time left to the job", format_duration(status["job_left_s"])))
     if "step" in status:
         rows.append(("step", f"{status['step']} of {status['total_steps']}, {_ago(status['age_s'])}"))
-        rows.append(("loss", f"{status['lm_loss']:.4g}"))
+        # metrics.jsonl has null for what is not finite
+        loss = status["lm_loss"]
+        rows.append(("loss", "not finite" if loss is None else f"{loss:.4g}"))
         rows.append(("speed", f"{format_count(status['tokens_per_s'])} tokens/s"))
     if "train_left_s" in status:
         rows.append(("left to train", format_duration(status["train_left_s"])))

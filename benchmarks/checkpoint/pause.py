@@ -61,7 +61,7 @@ def train(run_dir: Path, *overrides: str) -> list[dict[str, Any]]:
 
 
 def figures(runs: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    """Seconds over all runs of one mode."""
+    """Collect the seconds over all runs of one mode."""
     saves = [[row for row in rows if "checkpoint_step" in row] for rows in runs]
     later = [row for run in saves for row in run[1:]]
     # a step after the first save in which nothing but steps and, if asynchronous, writing went on
@@ -80,7 +80,7 @@ def figures(runs: list[list[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The same as a table."""
+    """Write the figures as a table."""
     where = result["machine"]
     lines = [
         "# Pause of training for a checkpoint",

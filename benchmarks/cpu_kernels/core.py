@@ -51,7 +51,7 @@ class CoreResult:
 
 
 def make_inputs(shape: CoreShape, seq_len: int, seed: int = 0) -> CoreInputs:
-    """Normal numbers: every earlier block is as likely to be selected, so that blocks lie far apart."""
+    """Draw normal numbers: every earlier block is as likely to be selected, so that blocks lie far apart."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
@@ -68,7 +68,7 @@ def make_inputs(shape: CoreShape, seq_len: int, seed: int = 0) -> CoreInputs:
 
 
 def msa_core(shape: CoreShape, inputs: CoreInputs) -> CoreResult:
-    """Selection, block-sparse attention and the index branch's KL loss, forward and backward."""
+    """Run selection, block-sparse attention and the index branch's KL loss, forward and backward."""
     seq_len, num_kv_heads = len(inputs.q), shape.num_kv_heads
     starts = torch.tensor([0, seq_len])
     selected = select_blocks(
@@ -106,7 +106,7 @@ def msa_core(shape: CoreShape, inputs: CoreInputs) -> CoreResult:
 
 
 def dense_attention(inputs: CoreInputs, num_heads: int) -> tuple[Tensor, ...]:
-    """torch's causal attention of the first `num_heads` query heads: out, dq, dk, dv, as the inputs."""
+    """Run torch's causal attention of the first `num_heads` query heads: out, dq, dk, dv, as the inputs."""
     q, k, v = (
         x.transpose(0, 1).contiguous()[None].requires_grad_()
         for x in (inputs.q[:, :num_heads], inputs.k, inputs.v)

@@ -1,4 +1,4 @@
-"""The measurement as Markdown."""
+"""Write the measurement as Markdown."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ _GOALS = {32768: 1.0, 131072: 3.0}
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Tables of times and peaks, and what was to be reached."""
+    """Write tables of times and peaks, and what was to be reached."""
     shape, where = result["shape"], result["machine"]
     lines = [
         "# MSA on the CPU",
@@ -82,7 +82,7 @@ def _memory_table(result: dict[str, Any]) -> list[str]:
 
 
 def per_token(row: dict[str, Any]) -> float:
-    """Peak bytes above those of the process before it had inputs, over tokens."""
+    """Divide by the tokens the peak bytes above those of the process before it had inputs."""
     return (row["peak_bytes"] - row["process_bytes"]) / row["seq_len"]
 
 

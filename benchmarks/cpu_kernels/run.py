@@ -1,4 +1,4 @@
-"""Measures MSA's CPU path against torch's causal attention on the same cores; writes a table and JSON.
+"""Measure MSA's CPU path against torch's causal attention on the same cores; write a table and JSON.
 
 python -m benchmarks.cpu_kernels.run                                       # all of it, about half an hour
 python -m benchmarks.cpu_kernels.run --lengths 8192 --memory-lengths --rounds 1      # a minute
@@ -30,7 +30,7 @@ MAX_OTHERS_SHARE = 0.05
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--lengths", nargs="*", type=int, default=[8192, 32768, 131072], help="timed")
     parser.add_argument(
@@ -121,7 +121,7 @@ def _write(folder: Path, result: dict[str, Any]) -> str:
 
 
 def _time(arguments: argparse.Namespace, shape: CoreShape, length: int) -> dict[str, Any]:
-    """Both at one length, in turns; at the longest whole length few heads too, to see what that says."""
+    """Time both at one length, in turns; at the longest whole length few heads too, to see what that says."""
     few = min(arguments.threads, shape.num_heads)
     heads = [shape.num_heads] if length < LONGEST_WHOLE else [few]
     if length == LONGEST_WHOLE:
@@ -146,7 +146,7 @@ def _time(arguments: argparse.Namespace, shape: CoreShape, length: int) -> dict[
 def _undisturbed(
     arguments: argparse.Namespace, shape: CoreShape, what: str, length: int, dense_heads: int = 0
 ) -> dict[str, Any]:
-    """One measurement while nothing else runs; the least disturbed of `--tries`."""
+    """Make one measurement while nothing else runs; the least disturbed of `--tries`."""
     found: list[dict[str, Any]] = []
     for _ in range(arguments.tries):
         _wait_until_idle(arguments.wait_s)
@@ -167,7 +167,7 @@ def _wait_until_idle(limit_s: float) -> None:
 def _work(
     arguments: argparse.Namespace, shape: CoreShape, what: str, length: int = 0, dense_heads: int = 0
 ) -> dict[str, Any]:
-    """One measurement in a new process, so that its peak is its own."""
+    """Make one measurement in a new process, so that its peak is its own."""
     request = {
         "what": what,
         "seq_len": length,

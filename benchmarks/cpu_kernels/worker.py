@@ -1,4 +1,4 @@
-"""One measurement in a process of its own; `run.py` starts it and reads the line of JSON that it prints."""
+"""Make one measurement in a process of its own; `run.py` starts it and reads the JSON that it prints."""
 
 import json
 import resource
@@ -19,7 +19,10 @@ _WARM_UP_TOKENS = 1024
 
 
 def main() -> None:
-    """Argument: JSON with `what` ("check", "msa", "dense"), `seq_len`, `shape`, `threads`, `dense_heads`."""
+    """Measure as the argument says and print a line of JSON.
+
+    The argument is JSON with `what` ("check", "msa", "dense"), `seq_len`, `shape`, `threads`, `dense_heads`.
+    """
     request = json.loads(sys.argv[1])
     torch.set_num_threads(request["threads"])
     shape = CoreShape(**request["shape"])
@@ -34,7 +37,7 @@ def main() -> None:
 
 
 def check(shape: CoreShape) -> float:
-    """Worst row of out, dq, dk and dv where MSA selects everything, against torch's."""
+    """Find the worst row of out, dq, dk and dv where MSA selects everything, against torch's."""
     inputs = make_inputs(shape, shape.block_size * shape.topk)
     msa = msa_core(shape, inputs)
     dense = dense_attention(inputs, shape.num_heads)
@@ -42,7 +45,7 @@ def check(shape: CoreShape) -> float:
 
 
 def _worst_row(got: Tensor, want: Tensor) -> float:
-    """Largest error of a row over the largest row: the first dq is 0 but for rounding."""
+    """Find the largest error of a row over the largest row: the first dq is 0 but for rounding."""
     return float((got - want).norm(dim=-1).max() / want.norm(dim=-1).max())
 
 
@@ -62,13 +65,13 @@ def _step(what: str, shape: CoreShape, dense_heads: int) -> Callable[[int], dict
 
 
 def _busy_s() -> float:
-    """CPU seconds of everything that runs here, and of what the machine's host gave to others."""
+    """Read the CPU seconds of everything that runs here, and of what the machine's host gave to others."""
     times = psutil.cpu_times()
     return sum(times) - times.idle - times.iowait - times.guest - times.guest_nice
 
 
 def _peak_bytes() -> int:
-    """Most memory that this process has had resident."""
+    """Read the most memory that this process has had resident."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

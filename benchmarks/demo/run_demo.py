@@ -1,4 +1,4 @@
-"""The demo, measured: losses and bytes of a whole run, then step times of the three exchanges, paired.
+"""Measure the demo: losses and bytes of a whole run, then step times of the three exchanges, paired.
 
     python -m benchmarks.demo.run_demo --out benchmarks/results
 
@@ -35,7 +35,7 @@ def train(run_dir: Path, *overrides: str) -> float:
 
 
 def whole_run(folder: Path, trained: Path | None) -> dict[str, Any]:
-    """The demo from start to end with its own settings, or one that was run before."""
+    """Run the demo from start to end with its own settings, or one that was run before."""
     run_dir = folder / "whole"
     if trained is not None:
         run_dir.symlink_to(trained.resolve())
@@ -44,7 +44,7 @@ def whole_run(folder: Path, trained: Path | None) -> dict[str, Any]:
 
 
 def figures_of(run_dir: Path, wall_s: float | None) -> dict[str, Any]:
-    """Figures of a finished run; wall_s: seconds of the whole command where it was timed."""
+    """Collect the figures of a finished run; wall_s: seconds of the whole command where it was timed."""
     rows = read_metrics(run_dir)
     summary = json.loads((run_dir / "summary.json").read_text())
     validations = [(row["step"], row["val_bits_per_byte"]) for row in rows if "val_bits_per_byte" in row]
@@ -68,7 +68,7 @@ def figures_of(run_dir: Path, wall_s: float | None) -> dict[str, Any]:
 
 
 def paired_steps(folder: Path, *, rounds: int, steps: int) -> dict[str, dict[str, float]]:
-    """Median step time and bytes per step of each exchange, from a trained model's weights."""
+    """Measure the median step time and bytes per step of each exchange, from a trained model's weights."""
     times: dict[str, list[float]] = {name: [] for name in EXCHANGES}
     last: dict[str, dict[str, Any]] = {}
     trained = read_metrics(folder / "whole")[-1]["step"]
@@ -100,7 +100,7 @@ def paired_steps(folder: Path, *, rounds: int, steps: int) -> dict[str, dict[str
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The same as a table."""
+    """Write the figures as a table."""
     run, pairs, where = result["run"], result["exchanges"], result["machine"]
     lines = [
         "# The demo",

@@ -1,4 +1,4 @@
-"""Index queries and keys that selections are compared on: random ones, and those of a small trained model.
+"""Make index queries and keys to compare selections on: random ones, and those of a small trained model.
 
 Shapes: Q queries, M KV groups, D index head dim, S keys of one document, NB blocks, K top-k slots.
 """
@@ -65,14 +65,14 @@ class Case:
     "blocks that a query selects"
 
     def select(self, pack: Pack, keys: Tensor) -> Tensor:
-        """Blocks [Q, M, K] that the pack's queries select of these keys [S, D]."""
+        """Find the blocks [Q, M, K] that the pack's queries select of these keys [S, D]."""
         documents = torch.tensor([0, keys.shape[0]])
         return select_blocks(
             pack.q, keys, documents, block_size=self.block_size, topk=self.topk, position=pack.position
         )
 
     def compare(self, pack: Pack, exact: Tensor, other: Tensor) -> dict[str, Tensor]:
-        """[Q, M] each, of queries that see more blocks than they take.
+        """Compare two selections; [Q, M] each, of queries that see more blocks than they take.
 
         blocks: share of the blocks that both selected; the query's own, which is forced, does not count.
         student: probability that the index branch gives to the tokens of `other`, over that of `exact`.
@@ -89,12 +89,12 @@ class Case:
 
 
 def _of_all_groups(pack: Pack) -> Tensor:
-    """Index keys as if every group had its own: [S, M, D]."""
+    """Repeat index keys as if every group had its own: [S, M, D]."""
     return pack.k[:, None].expand(-1, pack.q.shape[1], -1)
 
 
 def random_cases() -> Iterator[Case]:
-    """Normal numbers; and channels of unequal size, every token's norm as the branch's own norm makes it."""
+    """Draw normal numbers; and channels of unequal size, with norms as the branch's own norm makes them."""
     generator = torch.Generator().manual_seed(_SEED)
     position = torch.linspace(_RANDOM_LEN // 2, _RANDOM_LEN - 1, _RANDOM_QUERIES).long()
     unequal = "normal random numbers times log-normal sizes of channels (sigma 1), tokens of equal norm"
@@ -108,7 +108,7 @@ def random_cases() -> Iterator[Case]:
 
 
 def trained_cases(steps: int, packs: int) -> Iterator[Case]:
-    """Each layer of the learning benchmark's `msa` after `steps` steps, on packs of held-out text."""
+    """Train the learning benchmark's `msa` for `steps` steps; give a case per layer, on held-out text."""
     config = run_config(Variant.msa, seed=_SEED, steps=steps)
     torch.set_num_threads(1)
     with TemporaryDirectory() as folder:
@@ -140,7 +140,7 @@ def _train_and_read(config: RunConfig, packs: int) -> dict[int, list[Pack]]:
 
 
 class _Reader:
-    """Keeps what the index branch and the main branch of every MSA layer make of a pack."""
+    """Keep what the index branch and the main branch of every MSA layer make of a pack."""
 
     def __init__(self, engine: TorchEngine) -> None:
         self.engine, self.found = engine, dict[int, list[Pack]]()
@@ -152,7 +152,7 @@ class _Reader:
 
     @torch.no_grad()
     def read(self, pack: Any) -> None:
-        """One pack of one document through the model."""
+        """Run one pack of one document through the model."""
         self.engine.model.eval()
         engine = self.engine
         params = engine.forward.prepare(pack, num_tokens=1, comm=engine.groups.cp_comm(), stats=LayerStats())

@@ -1,4 +1,4 @@
-"""The comparison as Markdown."""
+"""Write the comparison as Markdown."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ _FIGURES = {
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """One table: formats of index keys, and what their selections share with that in fp32."""
+    """Write one table: formats of index keys, and what their selections share with that in fp32."""
     where = result["machine"]
     lines = [
         "# Selection with 8-bit index keys",

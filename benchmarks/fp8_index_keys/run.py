@@ -55,7 +55,7 @@ def _cases(steps: int, packs: int) -> Iterator[Case]:
 
 
 def _measure(case: Case) -> dict[str, Any]:
-    """Agreement of bf16 and fp8 keys with the case's own, over all its packs."""
+    """Measure the agreement of bf16 and fp8 keys with the case's own, over all its packs."""
     rows: dict[str, list[dict[str, Tensor]]] = {"bf16": [], "fp8": []}
     for pack in case.packs:
         keys, scale = quantize_index_keys(pack.k)
@@ -78,7 +78,7 @@ def _measure(case: Case) -> dict[str, Any]:
 
 
 def _summary(found: list[dict[str, Tensor]]) -> dict[str, dict[str, float]]:
-    """Mean, lowest hundredth and worst of each figure over queries and groups."""
+    """Compute mean, lowest hundredth and worst of each figure over queries and groups."""
     summary = {}
     for name in found[0]:
         values = torch.cat([row[name].flatten() for row in found]).double()
@@ -93,7 +93,7 @@ def _summary(found: list[dict[str, Tensor]]) -> dict[str, dict[str, float]]:
 def _check_decoding(
     case: Case, q: Tensor, keys: Tensor, scale: Tensor, selected: Tensor, position: Tensor
 ) -> None:
-    """Decoding the last query's token over an fp8 cache selects what was compared.
+    """Check that decoding the last query's token over an fp8 cache selects what was compared.
 
     Raises:
         RuntimeError: if it does not.

@@ -1,4 +1,4 @@
-"""Is what is timed right? Every kernel against fp64 on fresh inputs, worst row, before anything is timed.
+"""Check every kernel against fp64 on fresh inputs, worst row, before anything is timed.
 
 Attention may have twice the error of plain torch in the same dtype; the selection may differ from the exact
 one only where two scores are closer than rounding.

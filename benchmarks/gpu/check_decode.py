@@ -1,4 +1,4 @@
-"""Checks of decoding: the newest token of two sequences against a flat cache."""
+"""Check decoding: the newest token of two sequences against a flat cache."""
 
 from collections.abc import Callable
 
@@ -23,7 +23,7 @@ def decode_cases(
 
 
 def _decode(tensors: Tensors, sizes: LayerSizes, seq_len: int, kernel: str) -> list[Check]:
-    """Output; both runs take the blocks that the kernel chose."""
+    """Decode, and return the output; both runs take the blocks that the kernel chose."""
     M, G, D = sizes.num_kv_heads, sizes.heads_per_group, sizes.head_dim
     normal = tensors.normal
     k, v = (normal(2, seq_len, M, D) for _ in range(2))
@@ -50,7 +50,7 @@ def _decode(tensors: Tensors, sizes: LayerSizes, seq_len: int, kernel: str) -> l
 
 
 def _decode_fp8(tensors: Tensors, sizes: LayerSizes, seq_len: int, kernel: str) -> Check:
-    """Selection, by fp64 scores of the very same fp8 keys."""
+    """Check the selection by fp64 scores of the very same fp8 keys."""
     M, G, D, B = sizes.num_kv_heads, sizes.heads_per_group, sizes.head_dim, sizes.block_size
     k = tensors.normal(1, seq_len, M, D)
     keys, scale = quantize_index_keys(tensors.normal(1, seq_len, sizes.index_head_dim))

@@ -1,4 +1,4 @@
-"""Checks of the warm-up's KL loss over all causal tokens: its value and its gradients."""
+"""Check the warm-up's KL loss over all causal tokens: its value and its gradients."""
 
 from collections.abc import Callable
 

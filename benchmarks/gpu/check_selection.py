@@ -1,4 +1,4 @@
-"""Checks of block selection: some queries of two documents against all keys."""
+"""Check block selection: some queries of two documents against all keys."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ FP32_DIMS = (16, 32, 128)
 
 @dataclass(slots=True)
 class SelectionProblem:
-    """Index queries [T, M, Di] at `position` [T], index keys [S, Di] of two documents."""
+    """Hold index queries [T, M, Di] at `position` [T], index keys [S, Di] of two documents."""
 
     q: Tensor
     k: Tensor
@@ -27,7 +27,7 @@ class SelectionProblem:
 
     @property
     def first_token(self) -> Tensor:
-        """[T] int64: where each query's document begins."""
+        """Find where each query's document begins, [T] int64."""
         starts = self.cu_seqlens.to(self.position.device)
         return starts[torch.searchsorted(starts, self.position, right=True) - 1]
 

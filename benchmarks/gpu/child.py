@@ -110,7 +110,7 @@ def make_part(context: Context, job: Job) -> Part:
 
 
 class Worker:
-    """Makes the steps of one part."""
+    """Make the steps of one part."""
 
     def __init__(self, context: Context, job: Job) -> None:
         self.context, self.job, self.records = context, job, context.records

@@ -1,4 +1,4 @@
-"""Seconds of calls, on a GPU by its own clock, and the time that is left for all of them."""
+"""Time calls, on a GPU by its own clock, and watch the time that is left for all of them."""
 
 import statistics
 import time
@@ -27,7 +27,7 @@ class Clock:
 
     @property
     def left_s(self) -> float:
-        """Seconds until the deadline."""
+        """Count the seconds until the deadline."""
         return self.deadline - time.monotonic()
 
     def seconds(self, call: Callable[[], object], *, warm: bool = True) -> float:

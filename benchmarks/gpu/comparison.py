@@ -1,4 +1,4 @@
-"""One comparison of a kernel with fp64, and how far apart the two may be."""
+"""Compare a kernel with fp64, and say how far apart the two may be."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ ROUNDING = 2.0**-23
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """Error of the worst row and what it may be."""
+    """Hold the error of the worst row and what it may be."""
 
     name: str
     error: float
@@ -23,7 +23,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """False for NaN too."""
+        """Tell whether the error is allowed; NaN is not."""
         return not self.text and self.error <= self.allowed
 
 

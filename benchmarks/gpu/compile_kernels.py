@@ -1,4 +1,4 @@
-"""Compiles what is going to be timed, several processes at a time, into Triton's cache: nothing is launched.
+"""Compile what is going to be timed, several processes at a time, into Triton's cache; launch nothing.
 
 Kernels are compiled anew for other constants, dtypes, and sizes that are 1 or no multiple of 16. Inputs here
 are short, but alike in all of this.
@@ -41,7 +41,7 @@ def compile_only() -> Iterator[None]:
 
 
 class CompilePart:
-    """A share of all compilations."""
+    """Make a share of all compilations."""
 
     def __init__(self, context: Context, share: int, num_shares: int, seq_lens: list[int]) -> None:
         self.context, self.share, self.num_shares, self.seq_lens = context, share, num_shares, seq_lens
@@ -88,7 +88,7 @@ def compile_calls(context: Context, seq_lens: list[int]) -> dict[str, Callable[[
 
 
 def _scoring(context: Context, changes: Any) -> None:
-    """Long sequences have enough queries not to divide the keys among programs."""
+    """Compile scoring; long sequences have enough queries not to divide the keys among programs."""
     whole = ("msa_kernels.select_blocks.triton.launch", "_num_splits", lambda *_: 1)
     with changed((whole, *changes)):
         select(make_index(context.tensors, context.sizes, SEQ_LEN), context.sizes, context.kernel)
@@ -100,7 +100,7 @@ def _decode(context: Context, seq_len: int, changes: Any) -> None:
 
 
 def _layer(context: Context, groups: int, changes: Any = ()) -> None:
-    """Forward alone, and forward and backward with the KL loss, in two portions."""
+    """Compile forward alone, and forward and backward with the KL loss, in two portions."""
     sizes, tensors = context.sizes, context.tensors
     own = torch.arange(SEQ_LEN, device=context.device)[:, None, None] // sizes.block_size
     random = torch.rand(SEQ_LEN, groups, sizes.topk, generator=tensors.generator, device=context.device)

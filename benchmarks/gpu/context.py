@@ -120,7 +120,7 @@ class Context:
 
     @cached_property
     def rates(self) -> Rates:
-        """Rates of the device, which each call of the command measures before everything else.
+        """Return the rates of the device, which each call of the command measures before everything else.
 
         Raises:
             LeftOutError: they are not there.

@@ -1,4 +1,4 @@
-"""Times of one new token against a cache: selection and attention, and dense attention to the same cache."""
+"""Time one new token against a cache: selection and attention, and dense attention to the same cache."""
 
 from collections.abc import Callable
 
@@ -32,7 +32,7 @@ def decode_step(context: Context, seq_len: int, *, fp8: bool = False) -> Callabl
 
 
 class DecodePart:
-    """One token, ours with index keys in 16 and 8 bits, and dense with M3's and M2's heads."""
+    """Time one token, ours with index keys in 16 and 8 bits, and dense with M3's and M2's heads."""
 
     def __init__(self, context: Context, seq_len: int) -> None:
         self.context, self.seq_len = context, seq_len

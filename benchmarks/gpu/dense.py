@@ -1,4 +1,4 @@
-"""Causal dense attention by the fastest that this machine has: what the kernels are compared with."""
+"""Run causal dense attention by the fastest that this machine has: what the kernels are compared with."""
 
 import contextlib
 import importlib
@@ -34,7 +34,7 @@ def _by_torch(backend: SDPBackend) -> Attend:
 
 
 def _by_package(name: str) -> Attend:
-    """Attention of an installed package, whose tensors are [1, S, heads, D]."""
+    """Run attention of an installed package, whose tensors are [1, S, heads, D]."""
     attention = importlib.import_module(name).flash_attn_func
 
     def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -55,10 +55,10 @@ ON_CPU = ("flash",)
 
 
 class DenseAttention:
-    """Query heads over K/V heads; [1, heads, S, D] tensors."""
+    """Attend with query heads to K/V heads; [1, heads, S, D] tensors."""
 
     def __init__(self, context: Context, num_heads: int, num_kv_heads: int, once_s: float = 0.0) -> None:
-        """once_s: about the seconds of a call."""
+        """Take the call; once_s: about the seconds of a call."""
         self.context, self.num_heads, self.num_kv_heads = context, num_heads, num_kv_heads
         self.once_s = once_s
 
@@ -118,7 +118,7 @@ class DenseAttention:
         return found[best], best
 
     def _order(self, what: str) -> list[str]:
-        """Fastest of the longest shorter sequence first, then the others."""
+        """Order backends, the fastest of the longest shorter sequence first, then the others."""
         names = list(ON_CPU if self.context.device.type == "cpu" else CANDIDATES)
         shorter = [dense for dense in self.context.found("dense") if dense["what"] == what]
         best = max(shorter, key=lambda dense: dense["seq_len"])["by"] if shorter else ""
@@ -141,7 +141,7 @@ class DenseAttention:
 
 
 class DensePart:
-    """Prefill and training step at one length."""
+    """Time prefill and training step at one length."""
 
     def __init__(self, context: Context, seq_len: int) -> None:
         self.context, self.seq_len = context, seq_len
@@ -157,18 +157,18 @@ class DensePart:
 
     @property
     def _heads(self) -> int:
-        """Query heads that are timed together; the time of all is a multiple."""
+        """Count the query heads that are timed together; the time of all is a multiple."""
         sizes = self.context.sizes
         return min(sizes.num_heads, max(1, MOST_VALUES // (self.seq_len * sizes.head_dim)))
 
     def _once_s(self, factor: float) -> float:
-        """About the seconds of one call."""
+        """Estimate the seconds of one call."""
         context, share = self.context, self._heads / self.context.sizes.num_heads
         once = share * factor * context.sizes.dense_flops(self.seq_len)
         return once / (ASSUMED_SHARE * context.rates.matmul_flops)
 
     def _need_s(self, factor: float) -> float:
-        """Seconds of one backend's call, or of two backends with a warm-up each."""
+        """Estimate the seconds of one backend's call, or of two backends with a warm-up each."""
         return self._once_s(factor) * (4 if self.seq_len <= ALL_BACKENDS_UP_TO else 1)
 
     def _measure(self, what: str, factor: float) -> None:

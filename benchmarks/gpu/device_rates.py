@@ -1,4 +1,4 @@
-"""The device's own rates, before everything and after it: what shares are shares of."""
+"""Measure the device's own rates, before everything and after it: what shares are shares of."""
 
 from benchmarks.gpu.clock import copy_bytes, matmul_flops
 from benchmarks.gpu.context import Context, Step
@@ -7,7 +7,7 @@ BEFORE, AFTER = "before", "after"
 
 
 class RatesPart:
-    """A large matrix product and a large copy, each sustained."""
+    """Measure a large matrix product and a large copy, each sustained."""
 
     def __init__(self, context: Context, when: str) -> None:
         self.context, self.when = context, when

@@ -1,4 +1,4 @@
-"""Times of the flash-msa package and of ours in its shape, in the same run."""
+"""Time the flash-msa package and of ours in its shape, in the same run."""
 
 from benchmarks.gpu.context import Context, LeftOutError, Step
 from benchmarks.gpu.layer import layer_forward, layer_step, make_inputs
@@ -11,7 +11,7 @@ FORWARD, TRAINING = "flash-msa's shape, forward", "flash-msa's shape, training s
 
 
 class FlashMsaPart:
-    """Forward, and forward and backward with the KL loss, selection included on both sides."""
+    """Time forward, and forward and backward with the KL loss, selection included on both sides."""
 
     def __init__(self, context: Context, seq_len: int) -> None:
         self.context, self.seq_len = context, seq_len

@@ -1,4 +1,4 @@
-"""Launches one operator once, warmed up, for a profiler that is told which kernel to look at.
+"""Launch one operator once, warmed up, for a profiler that is told which kernel to look at.
 
     ncu --profile-from-start off -k regex:^attend_kernel -c 1 python benchmarks/gpu/launch_once.py forward
     python benchmarks/gpu/launch_once.py scoring --smoke --device cpu      # tiny: does it run?
@@ -37,7 +37,7 @@ SEQ_LEN, SMOKE_SEQ_LEN = 2**17, 64
 
 
 def operator(what: str, tensors: Tensors, sizes: LayerSizes, seq_len: int) -> Callable[[], object]:
-    """The call to be profiled, with all its inputs made.
+    """Return the call to be profiled, with all its inputs made.
 
     Args:
         what: "scoring", "forward" (attention alone) or "backward" (with the KL loss).
@@ -59,7 +59,7 @@ def operator(what: str, tensors: Tensors, sizes: LayerSizes, seq_len: int) -> Ca
 
 
 class Launches:
-    """Records the programs of each launch of one Triton kernel, and calls something before one of them.
+    """Record the programs of each launch of one Triton kernel, and call something before one of them.
 
     Finds the kernel in the modules that have been imported, which the first call of its operator does.
     """
@@ -74,7 +74,7 @@ class Launches:
 
     @property
     def chosen(self) -> int:
-        """The largest of the later half."""
+        """Choose the largest of the later half."""
         return max(range(len(self.programs) // 2, len(self.programs)), key=lambda i: self.programs[i])
 
     def _watch(self, kernel: Any) -> None:
@@ -90,7 +90,7 @@ class Launches:
 
 @contextmanager
 def profiled(device: torch.device, launches: Launches) -> Iterator[None]:
-    """Switches a profiler on before the chosen one of as many launches as there were, and off at the end."""
+    """Switch a profiler on before the chosen one of as many launches as there were, and off at the end."""
     if device.type != "cuda" or not launches.programs:
         yield
         return

@@ -1,4 +1,4 @@
-"""The attention of an MSA layer as the trainer runs it on one rank: exchange, packing, casts, KL loss.
+"""Run the attention of an MSA layer as the trainer runs it on one rank: exchange, packing, casts, KL loss.
 
 Shapes: S tokens, M KV groups, G query heads per group, D head dim, Di index head dim, K blocks per query.
 """
@@ -17,7 +17,7 @@ from msa_train.parallel.sharding.shard_layout import ShardLayout
 
 @dataclass(slots=True)
 class LayerInputs:
-    """Leaves of one layer, and what its attention reads beside them."""
+    """Hold the leaves of one layer, and what its attention reads beside them."""
 
     q: Tensor
     """[S, M, G, D]."""
@@ -38,7 +38,7 @@ class LayerInputs:
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
-        """Tensors that get gradients."""
+        """List the tensors that get gradients."""
         return self.q, self.k, self.v, self.q_index, self.k_index
 
 

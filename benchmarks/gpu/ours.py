@@ -1,4 +1,4 @@
-"""Times of our operators and of the whole layer's attention at one length."""
+"""Time our operators and of the whole layer's attention at one length."""
 
 import gc
 from collections.abc import Callable
@@ -41,7 +41,7 @@ def checks_of_attention(groups: int, *, backward: bool) -> tuple[str, ...]:
 
 
 class OursPart:
-    """Selection, attention and the whole layer on one document, for one kind of selection.
+    """Time selection, attention and the whole layer on one document, for one kind of selection.
 
     Where not all KV groups fit the memory, some are timed and the time is multiplied: groups share no work
     in the attention. The selection is always timed as a whole.
@@ -85,12 +85,12 @@ class OursPart:
 
     @cached_property
     def _ids(self) -> Tensor:
-        """[S, M, K] int32."""
+        """Select the blocks, [S, M, K] int32."""
         return select(self._index, self.context.sizes, self.context.kernel)
 
     @cached_property
     def _num_pairs(self) -> int:
-        """(query, group, block) of all groups."""
+        """Count the pairs of (query, group) and block, of all groups."""
         return int((self._ids >= 0).sum())
 
     @property

@@ -1,4 +1,4 @@
-"""Other values of module constants for a while: limits and tile sizes that a launch looks up when called."""
+"""Set module constants to other values for a while: limits and tile sizes that launches look up."""
 
 import contextlib
 import importlib

@@ -1,4 +1,4 @@
-"""Shapes and random tensors of one MSA layer on one device.
+"""Make shapes and random tensors of one MSA layer on one device.
 
 Shapes: S tokens, T queries, M KV groups, G query heads per group, D head dim, Di index head dim, NB blocks of
 B tokens, K blocks per query and group.
@@ -40,28 +40,28 @@ class LayerSizes:
 
     @property
     def heads_per_group(self) -> int:
-        """G."""
+        """Return G, the query heads of a KV head."""
         return self.num_heads // self.num_kv_heads
 
     def scoring_flops(self, seq_len: int, num_queries: int | None = None) -> float:
-        """Index scores of all causal pairs of tokens; num_queries: of the last ones alone."""
+        """Count FLOP of the index scores of all causal pairs; num_queries: of the last ones alone."""
         T = seq_len if num_queries is None else num_queries
         return 2.0 * self.index_head_dim * self.num_kv_heads * T * (seq_len - T / 2)
 
     def dense_flops(self, seq_len: int) -> float:
-        """Forward of causal dense attention; the backward has 2.5 times as many."""
+        """Count FLOP of causal dense attention's forward; the backward has 2.5 times as many."""
         return 4.0 * self.head_dim * self.num_heads * seq_len**2 / 2
 
     def pair_flops(self) -> float:
-        """Forward of one (query, group) and one block it selected."""
+        """Count FLOP of the forward of one (query, group) and one block it selected."""
         return 4.0 * self.head_dim * self.heads_per_group * self.block_size
 
     def kl_pair_flops(self) -> float:
-        """Student scores and their two gradients, of one pair."""
+        """Count FLOP of the student's scores and their two gradients, of one pair."""
         return 6.0 * self.index_head_dim * self.block_size
 
     def forward_bytes(self, num_pairs: int, element_bytes: int) -> float:
-        """Memory that the forward moves at least: a partial output of each pair, written and read once.
+        """Count the bytes that the forward moves at least: a partial output per pair, written and read once.
 
         Queries are counted once per row, as if the cache held them while their blocks pass by; keys and
         values, once per portion of the queries, are left out.
@@ -70,7 +70,7 @@ class LayerSizes:
         return num_pairs * 2.0 * row + 2.0 * row * num_pairs / self.topk
 
     def backward_bytes(self, num_pairs: int, element_bytes: int) -> float:
-        """The same of the backward with the KL loss: partial gradients of queries, and the teacher's rows."""
+        """Count those of the backward with the KL loss: partial gradients of queries, the teacher's rows."""
         row = self.heads_per_group * self.head_dim * element_bytes
         teacher = 4.0 * self.block_size
         index = self.index_head_dim * element_bytes
@@ -90,7 +90,7 @@ SMOKE = LayerSizes(num_heads=4, num_kv_heads=2, head_dim=16, index_head_dim=16, 
 
 
 class Tensors:
-    """Random values from one seed, on one device."""
+    """Draw random values from one seed, on one device."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, seed: int) -> None:
         self.device, self.dtype = device, dtype
@@ -98,17 +98,17 @@ class Tensors:
 
     @property
     def element_bytes(self) -> int:
-        """Bytes of one value."""
+        """Return the bytes of one value."""
         return self.dtype.itemsize
 
     def normal(self, *shape: int) -> Tensor:
-        """Standard normal values of this dtype."""
+        """Draw standard normal values of this dtype."""
         return torch.randn(shape, generator=self.generator, device=self.device, dtype=self.dtype)
 
 
 @dataclass(slots=True)
 class IndexBranch:
-    """Index queries [S, M, Di] and keys [S, Di]."""
+    """Hold index queries [S, M, Di] and keys [S, Di]."""
 
     q: Tensor
     k: Tensor
@@ -164,7 +164,7 @@ def select(index: IndexBranch, sizes: LayerSizes, kernel: str, num_queries: int 
 
 @dataclass(slots=True)
 class GroupProblem:
-    """Attention of all queries over one pool that holds every block of `groups` KV groups."""
+    """Hold attention of all queries over one pool that holds every block of `groups` KV groups."""
 
     queries: SparseQueries
     pool: BlockPool

@@ -1,4 +1,4 @@
-"""The file that a run writes as it goes: one JSON object per line, whole or not there.
+"""Write the file of a run as it goes: one JSON object per line, whole or not there.
 
 Kinds of records, by the field `kind`:
     run     one start of the command: facts of the machine, settings
@@ -49,7 +49,7 @@ class Records:
 
     @property
     def size(self) -> int:
-        """Bytes so far: whether there is anything new."""
+        """Count the bytes so far: they tell whether there is anything new."""
         return self.path.stat().st_size if self.path.exists() else 0
 
 

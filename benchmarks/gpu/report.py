@@ -1,4 +1,4 @@
-"""The JSON and the tables of a run, from its records; can be written at any time."""
+"""Write the JSON and the tables of a run, from its records; can be written at any time."""
 
 import json
 import os
@@ -19,7 +19,7 @@ STEADY_SHARE = 0.03
 
 @dataclass(slots=True)
 class Result:
-    """Everything that a run found."""
+    """Hold everything that a run found."""
 
     command: str
     facts: dict[str, Any]
@@ -37,7 +37,7 @@ class Result:
         return bool(self.checks) and all(check.passed for check in self.checks)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values; NaN, which JSON lacks, is null."""
+        """Return plain values; NaN, which JSON lacks, is null."""
         content = asdict(self) | {
             "correct": self.correct,
             "goals": [verdict(goal, self.rows) for goal in GOALS],

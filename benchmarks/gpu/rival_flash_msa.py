@@ -101,7 +101,7 @@ def _lacking() -> list[str]:
 
 
 def flash_msa_steps(tensors: Tensors, seq_len: int) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Its forward without autograd, and its forward and backward with the index branch's gradients.
+    """Return its forward without autograd, and its forward and backward with the index branch's gradients.
 
     Args:
         tensors: on a GPU, in bf16.

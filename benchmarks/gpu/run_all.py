@@ -1,4 +1,4 @@
-"""Checks the kernels on this GPU, then times them against dense attention: one command, eight minutes.
+"""Check the kernels on this GPU, then time them against dense attention: one command, eight minutes.
 
     python benchmarks/gpu/run_all.py --out DIR                        # a Hopper GPU; needs torch and triton
     python benchmarks/gpu/run_all.py --out DIR --device cpu --smoke   # tiny, in Triton's interpreter
@@ -58,7 +58,7 @@ class Settings:
 
 
 class StoppedError(Exception):
-    """The command was asked to end."""
+    """Report that the command was asked to end."""
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

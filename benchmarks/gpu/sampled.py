@@ -1,4 +1,4 @@
-"""Checks at full length, after timing: some queries and some blocks of what was timed, against fp64.
+"""Check at full length, after timing: some queries and some blocks of what was timed, against fp64.
 
 Shapes: n queries, one KV group of G query heads, K blocks of B tokens each, L = K * B, D head dim.
 """
@@ -20,7 +20,7 @@ _CHUNK = 64
 
 @dataclass(slots=True)
 class _Rows:
-    """Attention of some queries, and what it leaves at each token they see."""
+    """Hold attention of some queries, and what it leaves at each token they see."""
 
     out: Tensor
     """[n, G, D]; dq alike; dq_index [n, Di]."""
@@ -63,7 +63,7 @@ def sampled_checks(inputs: LayerInputs, index: IndexBranch, kernel: str) -> list
 
 
 def _spread(size: int, count: int, device: torch.device) -> Tensor:
-    """[count] int64 from all over a range, its ends among them."""
+    """Choose [count] int64 from all over a range, its ends among them."""
     return torch.linspace(0, size - 1, min(count, size), dtype=torch.float64, device=device).long()
 
 

@@ -1,4 +1,4 @@
-"""Selections by their definition, in plain torch: what kernels are checked with and compared to."""
+"""Select by the definition, in plain torch: what kernels are checked with and compared to."""
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ def torch_topk(index: IndexBranch, sizes: LayerSizes, num_queries: int | None = 
 
 
 def _best(scores: Tensor, block: Tensor, first: Tensor, own: Tensor, topk: int) -> Tensor:
-    """Own block and the best before it: scores [T, M, NB]; block [NB]; first, own [T, 1, 1]."""
+    """Select the own block and the best before it: scores [T, M, NB]; block [NB]; first, own [T, 1, 1]."""
     scores = torch.where(block == own, float("inf"), scores)
     scores = torch.where((block > own) | (block < first), float("-inf"), scores)
     width = min(topk, scores.shape[-1])

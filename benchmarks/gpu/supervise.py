@@ -1,4 +1,4 @@
-"""Starts the children of a run, watches them, and goes on where one ended badly.
+"""Start the children of a run, watch them, and go on where one ended badly.
 
 An illegal access ends every later call of the process that made it, and a kernel may never end. So each part
 runs in a process of its own, which writes down what it begins and ends; where it dies or hangs, what it had
@@ -44,7 +44,7 @@ class _Child:
 
 @dataclass(slots=True)
 class Supervisor:
-    """Runs parts, one after the other or side by side."""
+    """Run parts, one after the other or side by side."""
 
     records: Records
     logs: Path
@@ -225,7 +225,7 @@ def _describe(code: int) -> str:
 
 
 def _signal(child: _Child, number: signal.Signals) -> None:
-    """To the whole group of a child's processes, also where the child itself is gone."""
+    """Signal the whole group of a child's processes, also where the child itself is gone."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(child.process.pid, number)
 

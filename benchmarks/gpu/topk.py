@@ -1,4 +1,4 @@
-"""Selection against scores in memory and `torch.topk`, of all queries and of few."""
+"""Time selection against scores in memory and `torch.topk`, of all queries and of few."""
 
 from benchmarks.gpu.context import Context, Step
 from benchmarks.gpu.problem import make_index, select
@@ -9,7 +9,7 @@ ALL, FEW = "selection against torch.topk", "selection of {:,} queries against to
 
 
 class TopkPart:
-    """Both at one length; scoring is part of either side's time."""
+    """Time both at one length; scoring is part of either side's time."""
 
     def __init__(self, context: Context) -> None:
         self.context, self.seq_len = context, context.scale.topk_seq_len

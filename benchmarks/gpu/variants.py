@@ -1,4 +1,4 @@
-"""Tile sizes and divisions of the work that may be faster than the shipped ones: each checked, then timed.
+"""Check and time tile sizes and divisions of the work that may be faster than the shipped ones.
 
 They stand in `configs.py` of the operators, as candidates; what is fastest belongs first in the tables there.
 """
@@ -32,7 +32,7 @@ NUM_SPLITS = (1, 8, 16)
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One operator with other constants."""
+    """Describe one operator with other constants."""
 
     operator: str
     name: str
@@ -67,7 +67,7 @@ def variants(context: Context) -> list[Variant]:
 
 
 class VariantsPart:
-    """All variants at one length."""
+    """Time all variants at one length."""
 
     def __init__(self, context: Context, seq_len: int) -> None:
         self.context, self.seq_len = context, seq_len
@@ -133,7 +133,7 @@ class VariantsPart:
 
     @cached_property
     def _backward(self) -> tuple[Any, ...]:
-        """Arguments of the backward, the same for all variants, of as many groups as fit."""
+        """Make the arguments of the backward, the same for all variants, of as many groups as fit."""
         context = self.context
         groups = groups_at_once(context.sizes, self.seq_len, context.scale.most_values)
         ids: Tensor = select(self._index, context.sizes, context.kernel)[:, :groups].contiguous()

@@ -1,4 +1,4 @@
-"""Reads what parts of a visit left: a training run that was resumed, counters of a profiler.
+"""Read what parts of a visit left: a training run that was resumed, counters of a profiler.
 
 python benchmarks/gpu/visit.py training RUN_DIR --steps 40      # exit code 1 if it did not train
 python benchmarks/gpu/visit.py counters scoring.csv forward.csv
@@ -15,7 +15,7 @@ from typing import Any
 
 
 def read_rows(run_dir: Path) -> list[dict[str, Any]]:
-    """Metrics of a run, one row per step."""
+    """Read the metrics of a run, one row per step."""
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
@@ -37,7 +37,7 @@ def training_faults(rows: list[dict[str, Any]], steps: int) -> list[str]:
 
 
 def training_line(rows: list[dict[str, Any]]) -> str:
-    """Loss, memory and speed of a run, in one line."""
+    """Write loss, memory and speed of a run, in one line."""
     memory = max((row["memory_gib"] for row in rows if "memory_gib" in row), default=float("nan"))
     speed = statistics.median(row["tokens_per_s"] for row in rows)
     losses = f"loss {rows[0]['lm_loss']:.3f} -> {rows[-1]['lm_loss']:.3f}"
@@ -45,7 +45,7 @@ def training_line(rows: list[dict[str, Any]]) -> str:
 
 
 def read_counters(path: Path) -> list[tuple[str, dict[str, str]]]:
-    """Kernels of ncu's raw CSV, each with its values and units.
+    """Read the kernels of ncu's raw CSV, each with its values and units.
 
     Example: rows '"ID","Kernel Name","dram__bytes_read.sum"', '"","","Gbyte"', '"0","attend_kernel","1.2"' ->
     [("attend_kernel", {"dram__bytes_read.sum": "1.2 Gbyte"})].

@@ -63,7 +63,7 @@ class Meter:
 
     @torch.no_grad()
     def measure(self, packs: Sequence[LookupPack]) -> dict[str, Any]:
-        """Figures over the packs, as a JSON object.
+        """Collect the figures over the packs, as a JSON object.
 
         text_loss and lookup_loss in nats; accuracy of values over all queries and per distance
         (`DISTANCE_EDGES`), with the number of queries; per MSA layer block recall and score recall, at text
@@ -111,7 +111,7 @@ class Meter:
     def _selection(
         self, q: Tensor, k: Tensor, block_indices: Tensor, query: Tensor, packed: LookupPack
     ) -> dict[str, Any]:
-        """Recall at text positions and at queries, best possible score recall, f by cp_size."""
+        """Measure recall at text positions and at queries, best possible score recall, f by cp_size."""
         attention = self.engine.config.attention
         assert len(packed.pack.doc_lengths) == 1, "recall is measured on packs of one document"
         num_tokens, budget = len(packed.pack.tokens), attention.block_size * attention.topk
@@ -133,7 +133,7 @@ class Meter:
 
 
 def block_mass(q: Tensor, k: Tensor, position: Tensor, block_size: int) -> Tensor:
-    """Attention that full attention would give to each block, mean over the heads of a group.
+    """Compute the attention that full attention would give to each block, mean over the heads of a group.
 
     q: [Q, M, G, D] queries at `position` [Q]; k: [T, M, D] keys of one document -> [Q, M, NB], rows sum to 1.
     """
@@ -144,9 +144,10 @@ def block_mass(q: Tensor, k: Tensor, position: Tensor, block_size: int) -> Tenso
 
 
 def remote_share(block_indices: Tensor, num_blocks: int, block_size: int, cp_size: int) -> list[float]:
-    """f of each KV group: the share of remote blocks that some query of a rank selected, mean over ranks.
+    """Compute f of each KV group: the share of remote blocks that some query of a rank selected.
 
-    Ranks are consecutive shards, as with the contiguous layout. block_indices: [T, M, K], -1 for none.
+    It is the mean over ranks. Ranks are consecutive shards, as with the contiguous layout.
+    block_indices: [T, M, K], -1 for none.
     Example: 4 tokens, block_size 1, cp_size 2, blocks {0}, {1}, {0, 2}, {3} -> rank 0 needs none of its two
     remote blocks, rank 1 needs one of two: 0.25.
     """
@@ -157,7 +158,7 @@ def remote_share(block_indices: Tensor, num_blocks: int, block_size: int, cp_siz
 
 
 def _as_mask(block_indices: Tensor, num_blocks: int) -> Tensor:
-    """[..., K] ids, -1 for none -> [..., NB] bool."""
+    """Mark blocks: [..., K] ids, -1 for none -> [..., NB] bool."""
     index = block_indices.long()
     mask = torch.zeros(*index.shape[:-1], num_blocks + 1, dtype=torch.bool)
     return mask.scatter_(-1, torch.where(index < 0, num_blocks, index), True)[..., :-1]
@@ -173,7 +174,7 @@ def _by_distance(distance: Tensor, correct: Tensor) -> list[dict[str, Any]]:
 
 
 def _mean(values: list[Any]) -> Any:
-    """Element by element through equal structures of dictionaries and lists."""
+    """Average element by element through equal structures of dictionaries and lists."""
     first = values[0]
     if isinstance(first, dict):
         return {key: _mean([value[key] for value in values]) for key in first}

@@ -1,4 +1,4 @@
-"""Curves over training of the learning benchmark, mean over seeds."""
+"""Draw curves over training of the learning benchmark, mean over seeds."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,7 +40,7 @@ _Curve = dict[int, float]
 
 
 def _curve(by_seed: dict[int, list[dict[str, Any]]], value: _Value) -> _Curve:
-    """Mean over seeds of a figure of the rows that have it."""
+    """Compute the mean over seeds of a figure of the rows that have it."""
     points: dict[int, list[float]] = {}
     for rows in by_seed.values():
         for row in rows:
@@ -80,7 +80,7 @@ def _f_by_group(by_seed: dict[int, list[dict[str, Any]]], cp_size: str) -> Itera
 
 
 def _last_layers(by_seed: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Selection figures by layer of any finished run."""
+    """Return the selection figures by layer of any finished run."""
     return next((rows[-1]["layers"] for rows in by_seed.values()), {})
 
 
@@ -89,7 +89,7 @@ def _cp_sizes(runs: Runs) -> list[str]:
 
 
 def _figure(panels: dict[str, dict[str, _Curve]], path: Path) -> Path:
-    """One panel per title beside each other, one line per curve."""
+    """Draw one panel per title beside each other, one line per curve."""
     from matplotlib import pyplot
 
     figure, _ = pyplot.subplots(1, max(len(panels), 1), figsize=(5 * max(len(panels), 1), 4))

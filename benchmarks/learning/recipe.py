@@ -1,4 +1,4 @@
-"""Settings of the learning benchmark: five variants that differ in their attention alone."""
+"""Hold the settings of the learning benchmark: five variants that differ in their attention alone."""
 
 from enum import Enum
 
@@ -37,7 +37,7 @@ class Variant(Enum):
 
 
 def task_stages(steps: int) -> tuple[Stage, ...]:
-    """Short documents full of lookups, then longer ones, then documents of the whole pack; one pack per step.
+    """Plan short documents full of lookups, then longer ones, then ones of the whole pack; a pack per step.
 
     The first two take a tenth of the steps together.
     """
@@ -49,7 +49,7 @@ def task_stages(steps: int) -> tuple[Stage, ...]:
 
 
 def run_config(variant: Variant, *, seed: int, steps: int) -> RunConfig:
-    """The run of one variant; seeds and steps aside, variants differ in attention and stages only."""
+    """Configure the run of one variant; seeds and steps aside, they differ in attention and stages only."""
     layers = {Variant.full: "full", Variant.swa: "swa"}.get(variant, "msa")
     stages: dict[str, StageConfig] = {}
     if variant in (Variant.msa, Variant.msa_no_kl):

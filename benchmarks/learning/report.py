@@ -1,4 +1,4 @@
-"""Table, JSON and plots of finished runs of the learning benchmark.
+"""Write table, JSON and plots of finished runs of the learning benchmark.
 
 python -m benchmarks.learning.report --runs runs/learning --results benchmarks/results
 """
@@ -15,7 +15,7 @@ from benchmarks.machine import ROOT, machine
 
 
 def read_runs(folder: Path) -> Runs:
-    """Finished runs in a folder."""
+    """Read the finished runs in a folder."""
     runs: Runs = {}
     for variant in Variant:
         for path in sorted(folder.glob(f"{variant.value}_[0-9]*.jsonl")):
@@ -32,7 +32,7 @@ def commits(folder: Path) -> list[str]:
 
 
 def summary(runs: Runs) -> dict[str, Any]:
-    """Last measurement of every run, and each variant against full attention with the same seed."""
+    """Collect each run's last measurement, and each variant against full attention with the same seed."""
     result: dict[str, Any] = {}
     for variant, by_seed in runs.items():
         entry: dict[str, Any] = {"seeds": sorted(by_seed)}
@@ -53,7 +53,7 @@ def summary(runs: Runs) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any], where: dict[str, Any]) -> str:
-    """Markdown."""
+    """Write the table as Markdown."""
     lines = [
         "# Does MSA learn what full attention learns?",
         "",
@@ -83,7 +83,7 @@ def table(found: dict[str, Any], where: dict[str, Any]) -> str:
 
 
 def _selection_tables(found: dict[str, Any]) -> list[str]:
-    """Recall and f of the variants that select blocks."""
+    """Write recall and f of the variants that select blocks."""
     lines = [
         "Block recall and score recall per layer (all positions / lookups), the score recall that the best "
         "possible blocks would have, and f of each KV group (1 would be every remote block; half of them lie "
@@ -122,7 +122,7 @@ def _spread(values: dict[int, float], form: str) -> str:
 
 
 def write_report(runs_folder: Path, results: Path) -> str:
-    """learning.md, learning.json and plots in `results`; returns the table."""
+    """Write learning.md, learning.json and plots in `results`; returns the table."""
     runs = read_runs(runs_folder)
     if not runs:
         raise ValueError(f"--runs={runs_folder}: holds no finished run; use run_all first")

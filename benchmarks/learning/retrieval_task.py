@@ -184,7 +184,7 @@ class RetrievalTask:
         return keys, values
 
     def _text(self, count: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-        """`count` tokens of the corpus from a random place on, over document borders, round at the end."""
+        """Read `count` tokens of the corpus from a random place on, over borders, round at the end."""
         begin = int(rng.integers(0, self._ends[-1]))
         doc = int(np.searchsorted(self._ends, begin, side="right"))
         start = begin - int(self._ends[doc] - self.view.lengths[doc])

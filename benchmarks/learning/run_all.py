@@ -1,4 +1,4 @@
-"""Trains all variants with three seeds, as many at a time as there are cores, and writes the report.
+"""Train all variants with three seeds, as many at a time as there are cores, and write the report.
 
     python -m benchmarks.learning.run_all
 
@@ -31,7 +31,7 @@ def is_finished(path: Path, steps: int) -> bool:
 
 
 def train(variant: Variant, seed: int, steps: int, out: Path) -> None:
-    """One run in a process of its own; its lines go to OUT/VARIANT_SEED.log."""
+    """Train one run in a process of its own; its lines go to OUT/VARIANT_SEED.log."""
     name = f"{variant.value}_{seed}"
     if is_finished(out / f"{name}.jsonl", steps):
         print(f"{name}: finished before", flush=True)

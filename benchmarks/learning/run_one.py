@@ -1,4 +1,4 @@
-"""Trains one variant of the learning benchmark with one seed, in one process on one core.
+"""Train one variant of the learning benchmark with one seed, in one process on one core.
 
     python -m benchmarks.learning.run_one --variant msa --seed 1 --out runs/learning
 
@@ -37,7 +37,7 @@ EVAL_SEED = 2**31
 
 
 def build_tasks(config: RunConfig, seed: int) -> tuple[RetrievalTask, RetrievalTask]:
-    """Packs to train on, and packs from held-out text."""
+    """Make packs to train on, and packs from held-out text."""
     train, held_out, _ = load_datasets(
         config.data, block_size=config.attention.block_size, vocab_size=config.model.vocab_size
     )
@@ -103,7 +103,7 @@ def _train_step(engine: TorchEngine, task: RetrievalTask, step: int, since: "_Si
 
 @dataclass(slots=True)
 class _SinceLast:
-    """Losses of the steps since the last measurement; KL per query, group and layer, in nats."""
+    """Keep the losses of the steps since the last measurement; KL per query, group and layer, in nats."""
 
     losses: list[float] = field(default_factory=list)
     kl: list[dict[int, float]] = field(default_factory=list)
@@ -118,7 +118,7 @@ class _SinceLast:
 
 
 class _Clock:
-    """Wall and CPU seconds spent inside its blocks."""
+    """Count wall and CPU seconds spent inside its blocks."""
 
     def __init__(self) -> None:
         self.wall_s = self.cpu_s = 0.0
@@ -133,7 +133,7 @@ class _Clock:
 
 
 def line_of(row: dict[str, Any]) -> str:
-    """A measurement in one line."""
+    """Write a measurement in one line."""
     accuracies = [bucket["accuracy"] for bucket in row["by_distance"]]
     by_distance = " ".join("--" if a is None else f"{a:.2f}" for a in accuracies)
     recall = " ".join(

@@ -124,7 +124,7 @@ def disturb(
 
 
 def nodes_of(cluster: SlurmCluster, job: str) -> list[str]:
-    """Host names."""
+    """List the host names."""
     return cluster.run("scontrol", "show", "hostnames", cluster.job(job)["NodeList"]).split()
 
 
@@ -158,7 +158,7 @@ def strike(cluster: SlurmCluster, job: str, kind: Disturbance, node: str) -> Non
 
 
 def ranks(processes: list[psutil.Process]) -> list[psutil.Process]:
-    """Those that train, not what started them."""
+    """List the processes that train, not what started them."""
     found: dict[str, list[psutil.Process]] = {"launchers.worker": [], "launchers.train": []}
     for process in processes:
         with contextlib.suppress(psutil.Error):
@@ -172,12 +172,12 @@ def ranks(processes: list[psutil.Process]) -> list[psutil.Process]:
 
 
 def comparable(run_dir: Path) -> list[dict[str, Any]]:
-    """All metrics but times and memory."""
+    """Keep all metrics but times and memory."""
     return [without_times(row) for row in read_metrics(run_dir)]
 
 
 def table(report: dict[str, Any]) -> str:
-    """Markdown."""
+    """Write the table as Markdown."""
     lines = [
         f"`{report['command']}`, {report['machine']['cpu']}, commit {report['machine']['commit']}",
         "",
@@ -194,7 +194,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def result(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Content of the JSON file."""
+    """Collect the content of the JSON file."""
     equal = Counter(row["kind"] for row in rows if row["bit_equal"])
     return {
         "command": command("benchmarks.soak.run", sys.argv[1:]),

@@ -108,6 +108,7 @@ def field_strings(config: type[Any]) -> dict[str, str]:
     (definition,) = ast.parse(inspect.getsource(config)).body
     assert isinstance(definition, ast.ClassDef), "the source of a class is a class"
     found, name = {}, ""
+    # a string belongs to the field right above it; anything between them, and it belongs to none
     for line in definition.body:
         if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
             name = line.target.id

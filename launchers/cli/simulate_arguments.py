@@ -34,6 +34,7 @@ def read_question(arguments: argparse.Namespace) -> "tuple[Scenario, Callable[[S
     if len(given) != 1:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given) or "none"
         raise ValueError(f"selections={names}: give exactly one of --f, --alike-tokens, --selections")
+    # not at the top of the file: --help and the mistake above need none of it
     from msa_train.simulate.inputs.cluster import load_cluster
     from msa_train.simulate.inputs.rates import load_rates
     from msa_train.simulate.inputs.scenario import Options, Scenario, Scheme, equal_documents
@@ -106,6 +107,7 @@ def _read_config(kind: type[Config], group: str, name: str) -> Config:
         raise ValueError(f"--{group}={name}: must be one of {', '.join(options)}")
     path = config_dir() / group / f"{name}.yaml"
     values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    # YAML has names of choices where the dataclass has members of an Enum
     for field in fields(kind):
         if field.name in values and isinstance(field.type, type) and issubclass(field.type, Enum):
             values[field.name] = field.type(values[field.name])

@@ -43,6 +43,7 @@ def compose_cluster(name: str, overrides: Sequence[str], config_dirs: Sequence[P
         node = OmegaConf.merge(node, OmegaConf.load(path))
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ValueError(f"{path}: {_first_line(error)}; {_hint(error)}") from error
+    # one by one, so that an error names the override that is wrong
     for text in overrides:
         key, _, value = text.removeprefix(f"{CLUSTER}.").partition("=")
         if key.partition(".")[0] not in KEYS:

@@ -45,10 +45,12 @@ def check_config_dirs(folders: Sequence[Path], text_keys: set[str]) -> None:
                 f"--config-dir={folder}: holds none of the folders {', '.join((*OPTION_GROUPS, CLUSTER))}; "
                 "name another"
             )
+        # Hydra builds its own parts from such files, and they may name any class (_target_)
         if (folder / "hydra").exists():
             raise ValueError(
                 f"{folder / 'hydra'}: settings of Hydra cannot come from --config-dir; remove the folder"
             )
+        # all files, not the chosen ones alone: a file chooses others by its defaults
         for group in OPTION_GROUPS:
             for path in sorted((folder / group).glob("*.yaml")):
                 check_file(path, group, text_keys)
@@ -92,6 +94,7 @@ def check_file(path: Path, group: str, text_keys: set[str]) -> None:
     _check_size(root, path)
     prefix = _prefix(path, text, group)
     for key, value in root.value:
+        # << merges another mapping in, whose keys this loop would not see
         if key.value in ("hydra", "<<"):
             raise _refused(path, key, f"{key.value}: a file holds settings of the run alone", "remove it")
         if key.value == "defaults" and group != CLUSTER:
@@ -137,6 +140,7 @@ def _prefix(path: Path, text: str, group: str) -> str:
     match = _PACKAGE.search(text)
     package = match[1].strip() if match else "_group_"
     known = {"_group_": f"{group}.", group: f"{group}.", "_global_": ""}
+    # any other package would put keys of this file into another group, past the names that are checked here
     if package not in known:
         raise ValueError(
             f"{path}: has @package {package}; use _global_, or leave it out for the keys of {group}"

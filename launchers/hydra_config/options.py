@@ -35,6 +35,7 @@ def shipped_file(name: str) -> Path:
         FileNotFoundError: if it is in neither.
     """
     package = Path(__file__).resolve().parents[1]
+    # inside first: beside an installed package is site-packages, where another project may have a conf/
     for folder in (package, package.parent):
         if (folder / name).is_file():
             return folder / name

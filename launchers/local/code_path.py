@@ -56,6 +56,7 @@ def code_folders() -> list[str]:
     installed = {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib")}
     folders = []
     for name in _PACKAGES:
+        # as the import system finds it: the three may come from different folders
         spec = importlib.util.find_spec(name)
         assert spec is not None, f"{name} is imported here"
         assert spec.submodule_search_locations, f"{name} is a package"

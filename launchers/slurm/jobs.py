@@ -60,6 +60,7 @@ def check_no_job(run_dir: Path) -> None:
         ValueError: naming the job, and what to do.
     """
     job = submitted_job(run_dir)
+    # squeue lists jobs that wait or run, so any state is one too many; no answer must not keep a user out
     state = ask_slurm("squeue", "--noheader", "--jobs", job, "--format=%T") if job else None
     if state:
         raise ValueError(

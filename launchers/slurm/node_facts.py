@@ -65,7 +65,8 @@ def gather_facts(run_dir: str, *, count_gpus: bool, timeout_s: float) -> Facts:
     return Facts(
         node=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
         gpus=_num_gpus() if count_gpus else 0,
-        cpus=os.cpu_count() or 1,
+        # those that this process may use: a shared node gives a job a part of them
+        cpus=len(os.sched_getaffinity(0)),
         memory_gb=psutil.virtual_memory().available / 1e9,
         write_s=write_s,
         write_error=error,
@@ -149,6 +150,7 @@ def _try_to_write(run_dir: Path, timeout_s: float) -> tuple[float, str]:
     start = time.perf_counter()
     thread = threading.Thread(target=write, daemon=True)
     thread.start()
+    # if it hangs, `result` stays empty
     thread.join(timeout_s)
     seconds = time.perf_counter() - start
     return seconds, result[0] if result else f"no answer within {timeout_s:g} s: {run_dir}"

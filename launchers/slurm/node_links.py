@@ -38,6 +38,8 @@ from launchers.slurm.node_facts import Facts, read_facts
 ECHO_BYTES = 2**20
 # for a stranger, or a node, to say who it is; for a node to answer a ping or send back ECHO_BYTES
 GREETING_S, ANSWER_S = 5.0, 10.0
+# Likewise for a node whose turn comes after the time of all: one that is well needs some milliseconds.
+LATE_ANSWER_S = 1.0
 _LINE_BYTES = 2**14
 # connections at once that have not proved anything yet, besides one for each node
 _STRANGERS = 64
@@ -169,25 +171,29 @@ class Head:
     def ask_all(self, timeout_s: float) -> dict[int, Answer]:
         """Measure all nodes that come in time.
 
-        One after the other, as they share the first node's link: at once they would slow each other down.
+        One after the other, as they share the first node's link: at once they would slow each other down. So
+        nodes that prove themselves and then hang use up the time of those behind them, ANSWER_S each: whoever
+        has proved itself by the end is measured after it, within LATE_ANSWER_S, and not called silent.
 
         Args:
-            timeout_s: seconds for all together.
+            timeout_s: seconds in which nodes must have come; LATE_ANSWER_S per node more at the most.
 
         Returns:
             Answers by rank, without those that are silent.
         """
         deadline, answers = time.monotonic() + timeout_s, {}
-        while len(answers) < self.num_nodes - 1 and (left := deadline - time.monotonic()) > 0:
+        end = deadline + LATE_ANSWER_S * self.num_nodes
+        while len(answers) < self.num_nodes - 1 and time.monotonic() < end:
+            left = deadline - time.monotonic()
             try:
-                guest = self._proved.get(timeout=left)
+                guest = self._proved.get(timeout=left) if left > 0 else self._proved.get_nowait()
             except queue.Empty:
                 break
             # the same node once more, e.g. after it gave up waiting: its first connection counts
             if guest.rank in answers:
                 guest.link.close()
                 continue
-            guest.link.wait_s = min(ANSWER_S, timeout_s)
+            guest.link.wait_s = min(ANSWER_S, max(left, LATE_ANSWER_S))
             try:
                 clock_s, echo_s = _measure(guest.link)
             except (OSError, ValueError):

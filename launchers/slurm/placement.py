@@ -31,11 +31,13 @@ def check_placement(parallel: ParallelConfig, *, num_nodes: int, workers: int) -
         return []
     lines = []
     for name, size in _contiguous_groups(parallel).items():
+        # groups whose size divides that of a node fill it and never cross its end
         if size == 1 or workers % size == 0:
             continue
         if size > workers and size % workers == 0:
             lines.append(f"{name} of {size} ranks spans {size // workers} nodes")
         else:
+            # the largest part of such a group that always stays inside a node
             fitting = math.gcd(size, workers)
             lines.append(
                 f"{name} of {size} ranks is cut by the end of a node of {workers}: some groups lie on more "

@@ -101,6 +101,7 @@ def _progress(run_dir: Path) -> dict[str, Any]:
         return {}
     last, total, stages = rows[-1], total_steps(config), plan_stages(config)
     stage = last.get("stage", 0)
+    # the configuration may be newer than the metrics, after a start with other stages
     if type(stage) is not int or not 0 <= stage < len(stages):
         raise ValueError(
             f"{metrics}: is of stage {excerpt(str(stage))}, {config_path} has {len(stages)} of them; name a "
@@ -109,12 +110,13 @@ def _progress(run_dir: Path) -> dict[str, Any]:
     found: dict[str, Any] = {
         "step": last["step"],
         "total_steps": total,
-        "lm_loss": last["lm_loss"] if last["lm_loss"] is not None else float("nan"),
+        "lm_loss": last["lm_loss"],
         "tokens_per_s": last["tokens_per_s"],
         "age_s": time.time() - metrics.stat().st_mtime,
         "stage": stages[stage].name,
     }
     if last["step"] < total:
+        # the median, as the first step of a start and those that save take far longer
         times = sorted(row["step_time_s"] for row in rows)
         found["train_left_s"] = (total - last["step"]) * times[len(times) // 2]
     return found
@@ -141,6 +143,7 @@ def _starts(run_dir: Path) -> list[list[str]]:
     if not path.exists():
         return []
     rows = [[excerpt(part) for part in line.split("\t")] for line in _tail(path).splitlines()]
+    # others can write there too, and what is shown goes to a terminal and to squeue
     rows = [row for row in rows if len(row) == 5 and is_job(row[1])]
     return [row for row in rows if row[1] == rows[-1][1]]
 

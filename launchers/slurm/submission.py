@@ -111,6 +111,7 @@ def submit(request: Request, cluster: ClusterConfig) -> str:
         check_text(name, str(path))
     # absolute: the job begins in the folder of the command, but tools may be called from another one
     config.run_dir = str(run_dir)
+    # run_dir goes into the script once, absolute, and stands last
     given = [text for text in request.run if text.partition("=")[0].lstrip("+") != "run_dir"]
     options = [f"--config-dir={folder.absolute()}" for folder in request.config_dirs]
     job = Job(
@@ -136,6 +137,7 @@ def submit(request: Request, cluster: ClusterConfig) -> str:
     written.mkdir(parents=True, exist_ok=True)
     write_keeping(written / SCRIPT_NAME, script)
     write_keeping(written / "config.yaml", config_to_yaml(config))
+    # the commit and what was changed since: together they are the code that runs
     version, diff = code_version()
     write_keeping(written / "code.diff", diff)
     job_id = _sbatch(written / SCRIPT_NAME)
@@ -168,6 +170,12 @@ def _sbatch(script: Path) -> str:
     except FileNotFoundError:
         raise ValueError(
             f"sbatch: is not installed here; submit on a login node of the cluster: sbatch {script}"
+        ) from None
+    except subprocess.TimeoutExpired:
+        # it may have reached the controller all the same: a second job would be refused its run_dir
+        raise ValueError(
+            f"sbatch: Slurm has not answered within {SUBMIT_WITHIN_S} s; look with squeue whether the job is "
+            f"there, else submit it again: sbatch {script}"
         ) from None
     if done.returncode:
         raise ValueError(f"sbatch refuses {script}: {done.stderr.strip() or done.stdout.strip()}")

@@ -62,13 +62,14 @@ def submit_sweep(request: "Request", cluster: ClusterConfig) -> None:
         )
         say(f"{', '.join(text for text in overrides if _key(text) in swept)}: {describe(config, layout)}")
         if not request.dry_run:
-            check_files(config, say=print)
+            check_files(config, say=say)
     base = Path(compose_run(combinations[0], request.config_dirs).run_dir).absolute()
     arguments = hydra_arguments(request, cluster, base, swept)
     if request.dry_run:
         say("\n".join(arguments), lines=True)
         return
     sys.stdout.flush()
+    # Hydra's entry point takes nothing but the command line
     sys.argv = ["msa-submit", "--multirun", *arguments]
     hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(train_job)()
     say(_results(base), lines=True)
@@ -117,6 +118,7 @@ def hydra_arguments(request: "Request", cluster: ClusterConfig, base: Path, swep
         base: folder of the sweep, absolute.
         swept: keys with several values, which name the folders of the runs.
     """
+    # what is the same in all runs does not belong into the names of their folders
     fixed = sorted({_key(text) for text in request.run} - swept | {"run_dir"})
     setup = ["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK", *cluster.setup]
     # what lies in the folder of the command is not imported
@@ -129,6 +131,7 @@ def hydra_arguments(request: "Request", cluster: ClusterConfig, base: Path, swep
         more[name] = value
     if cluster.memory:
         more["mem"] = cluster.memory
+    # None: an option that is not given to sbatch, so that the site's default holds
     launcher: dict[str, Any] = {
         "nodes": request.nodes,
         "tasks_per_node": cluster.workers,

@@ -215,6 +215,10 @@ def test_files_of_a_run(
     for name, content in files.items():
         (run / name).write_bytes(content)
     assert _run(capsys, status.main, str(run))[0] == 0
+    # a loss that is not finite stands as null there, and JSON has no word for it either
+    (run / "metrics.jsonl").write_text(json.dumps({**METRICS, "lm_loss": None}) + "\n")
+    assert status.main([str(run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["lm_loss"] is None
     config = yaml.safe_load(texts["config.yaml"])
     for what in _cases("run", 25):
         with _case(what) as rng:

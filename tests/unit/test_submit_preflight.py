@@ -4,11 +4,12 @@ import json
 import socket
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from launchers.preflight import BAD_NODES, _name, main
+from launchers.preflight import BAD_NODES, _name, find_place, main
 from launchers.slurm.job_token import read_token, sign, token_path
 from launchers.slurm.node_facts import Facts, Wanted, complaints, gather_facts
 from launchers.slurm.node_links import Head, Link, answer_head, slow_nodes
@@ -189,3 +190,33 @@ def test_command_names_a_bad_node(
     line = (tmp_path / BAD_NODES).read_text().strip()
     assert f"msa-preflight: 1 of 1 nodes are bad: {line}\n" in captured.err
     assert "CPUs instead of 100000" in captured.err
+
+
+def test_nodes_behind_one_that_hangs_are_not_called_silent() -> None:
+    """One that proves itself and says no more uses up the time of all; who came in time is measured after."""
+    head = Head(0, 3, TOKEN)
+    port = head._server.getsockname()[1]
+    hello = {"rank": 1, "facts": asdict(facts()), "challenge": "0"}
+    with greet(port, TOKEN, hello):
+        deadline = time.monotonic() + 20
+        while head._proved.empty() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        node = threading.Thread(
+            target=answer_head,
+            args=("127.0.0.1", port, 2, facts(), TOKEN),
+            kwargs={"timeout_s": 20},
+            daemon=True,
+        )
+        node.start()
+        answers = head.ask_all(timeout_s=1.0)
+        head.tell_all(go_on=True)
+    node.join(20)
+    assert sorted(answers) == [2]
+
+
+def test_a_step_without_its_nodes_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_JOB_NODELIST": ""}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("SLURM_STEP_NODELIST", raising=False)
+    with pytest.raises(ValueError, match="SLURM_STEP_NODELIST=: is empty"):
+        find_place()

@@ -11,7 +11,7 @@ import pytest
 from launchers.hydra_config.compose import compose_run
 from launchers.hydra_config.compose_cluster import compose_cluster
 from launchers.hydra_config.options import CLUSTER, group_options
-from launchers.slurm import sweep
+from launchers.slurm import submission, sweep
 from launchers.slurm.batch_script import COMMON, Job, batch_script, script_path
 from launchers.slurm.placement import check_placement
 from launchers.slurm.submission import read_request
@@ -223,3 +223,14 @@ def test_a_job_of_a_sweep_hands_on_what_it_prepared(tmp_path: Path, monkeypatch:
     (given,) = seen
     assert given is not None
     assert given[0].num_documents == 1  # type: ignore[index]
+
+
+def test_a_slow_controller_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job may be there all the same, so the user is sent to look."""
+
+    def waits(command: list[str], **_options: object) -> None:
+        raise subprocess.TimeoutExpired(command, submission.SUBMIT_WITHIN_S)
+
+    monkeypatch.setattr(submission.subprocess, "run", waits)
+    with pytest.raises(ValueError, match=r"sbatch: Slurm has not answered within 120 s; look with squeue"):
+        submission._sbatch(tmp_path / "job.sbatch")

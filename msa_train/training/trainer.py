@@ -36,7 +36,7 @@ from msa_train.checkpoint.torch_dist.finite_state import SpoiltStateError
 from msa_train.config import RunConfig, Stage, StageAttention, plan_stages, stage_at, total_steps
 from msa_train.config.lr_schedule import LearningRates, stage_rates
 from msa_train.data import BatchStream, Corpus, PackedDataset
-from msa_train.parallel.comm.fault_watch import tell_others, watched
+from msa_train.parallel.comm.fault_watch import own_standing, tell_others, watched
 from msa_train.parallel.process_groups import Groups
 from msa_train.runtime import preemption
 from msa_train.runtime.fencing import own_token
@@ -225,9 +225,9 @@ class Trainer:
         return True
 
     def _stands_at(self) -> tuple[str, bool]:
-        """Tell the watchdog what the saving thread is at, and whether it only waits for other ranks."""
+        """Tell the watchdog what this rank is at, and whether it only waits for other ranks there."""
         point = self.saver.stands_at()
-        return point, point.startswith(WAITS_FOR_OTHERS)
+        return (point, point.startswith(WAITS_FOR_OTHERS)) if point else own_standing()
 
     def _enter(self, stage: Stage, step: int) -> None:
         """Begin a stage, or go on in it after `step` updates."""

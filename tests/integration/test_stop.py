@@ -65,9 +65,12 @@ def test_hang_is_ended_with_the_stacks_of_who_waits(finished: FinishedRun, tmp_p
         assert training.end() == 1, training.output
         assert "rank 0: no progress for 2" in training.errors
         assert "(watchdog.timeout_s=20)" in training.errors
-        # where rank 0 stands: a step, which waits for rank 1
-        assert "in train_step" in training.errors
-        assert "rank 0 of 2 failed: exit code 70" in training.errors
+        # where rank 0 stands: in training, wherever that waits for rank 1 at that moment
+        assert "msa_train/training/trainer.py" in training.errors
+        headline = next(line for line in training.errors.splitlines() if "of 2 failed" in line)
+        assert "rank 0 of 2 failed: StalledError: rank 0: no progress for 2" in headline
+        # it is not the one to blame, and says so
+        assert ", waiting for other ranks with " in headline
 
 
 def _stopped(run_dir: Path, name: str) -> int:

@@ -42,13 +42,13 @@ def test_a_silent_rank_is_named_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 2 stops; rank 1 listens for it, the others hear of it."""
     ranks = ranks_of(4)
     for watch in ranks:
-        watch.at(3, "kv", 8)
+        watch.entered(3, "kv", 8)
         assert not watch.look(0.5)
     alive = [watch for watch in ranks if watch.rank != 2]
     for rank in (0, 3):
         # as their threads would, while rank 1 waits for answers
         ranks[rank]._answer()
-    ranks[1].waits(0, "grad", 0)
+    ranks[1].waiting(0, "grad", 0)
     told: dict[int, str] = {}
     for _ in range(100):
         for watch in alive:
@@ -119,7 +119,7 @@ def test_one_enquiry_serves_all() -> None:
 
 def test_ranks_at_different_points_are_told_apart() -> None:
     ranks = ranks_of(2)
-    ranks[1].at(4, "request", 3)
+    ranks[1].entered(4, "request", 3)
     ranks[1]._answer()
     text = str(ranks[0].failure(5, "index_key", 0, RuntimeError("Timed out")))
     assert "all ranks answer; rank 1 is at: computing after layer 4, exchanging block requests" in text
@@ -127,7 +127,7 @@ def test_ranks_at_different_points_are_told_apart() -> None:
 
 def test_a_store_that_does_not_answer_ends_the_wait() -> None:
     (watch, _) = ranks_of(2)
-    watch.waits(0, "stop", 0)
+    watch.waiting(0, "stop", 0)
     watch.tick(TIMEOUT_S)
     with pytest.raises(
         GivenUpError, match=r"^asking whether to stop .* no answer from the job's store for 20 s"
@@ -159,7 +159,7 @@ def test_what_no_point_has_named_is_named_at_the_end() -> None:
     """Of a collective within a library; errors that say more stay what they are."""
     first, second = ranks_of(2)
     second._answer()
-    first.at(1, "kv", 0)
+    first.entered(1, "kv", 0)
     lost = first.ending(RuntimeError("Connection closed by peer"))
     assert str(lost).startswith("layer 1, fetching keys and values (kv): rank 0 lost the others (Connection")
     own = CheckpointError("checkpoint of step 3 could not be saved: rank 1: TimeoutError: timed out")

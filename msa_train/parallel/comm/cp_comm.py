@@ -206,7 +206,7 @@ class CpComm:
     def _announce(self, purpose: str, num_bytes: int) -> None:
         """Note in the watch where this rank is, before a collective is launched."""
         if self.watch is not None:
-            self.watch.at(self.layer, purpose, num_bytes)
+            self.watch.entered(self.layer, purpose, num_bytes)
 
     def wait_for(self, works: Sequence[dist.Work], point: Point) -> None:
         """Wait for works, count the time; a failure becomes an ExchangeError."""
@@ -219,7 +219,7 @@ class CpComm:
                 work.wait(**limit)
 
         if self.watch is not None:
-            self.watch.waits(self.layer, *point)
+            self.watch.waiting(self.layer, *point)
         try:
             self.counters.exposed.run(point[0], self.device, wait)
         except RuntimeError as error:

@@ -116,11 +116,11 @@ class FaultWatch:
             # its host has come to its end before
             return
 
-    def at(self, layer: int, purpose: str, num_bytes: int) -> None:
+    def entered(self, layer: int, purpose: str, num_bytes: int) -> None:
         """Note that this rank starts a collective."""
         self._site = RankStatus(layer, purpose, False, num_bytes)
 
-    def waits(self, layer: int, purpose: str, num_bytes: int) -> None:
+    def waiting(self, layer: int, purpose: str, num_bytes: int) -> None:
         """Note that this rank waits for a collective."""
         self._site = RankStatus(layer, purpose, True, num_bytes)
 
@@ -183,6 +183,11 @@ class FaultWatch:
     def _here(self) -> str:
         site = self._site
         return describe(site.layer, site.purpose) if site.waits else str(site)
+
+    @property
+    def standing(self) -> RankStatus:
+        """Where this rank stands now."""
+        return self._site
 
     def name(self, rank: int) -> str:
         """Name a rank of the group by its rank in the job: 2 -> "rank 2"."""
@@ -279,6 +284,17 @@ def tell_others(error: BaseException) -> None:
         _current.tell(error)
 
 
+def own_standing() -> tuple[str, bool]:
+    """Tell where this rank stands, and whether it only waits for others there; empty without a watch.
+
+    Example: ("waiting for other ranks with gathering metrics (metrics)", True).
+    """
+    site = RankStatus() if _current is None else _current.standing
+    if not site.purpose:
+        return "", False
+    return f"waiting for other ranks with {site}" if site.waits else str(site), site.waits
+
+
 @contextmanager
 def watched(purpose: str, layer: int = 0) -> Iterator[None]:
     """Let collectives name their point when they fail, and be found there when another rank asks.
@@ -291,7 +307,7 @@ def watched(purpose: str, layer: int = 0) -> Iterator[None]:
         # What is saved beside the training says nothing about where the rank stands.
         yield
         return
-    watch.waits(layer, purpose, 0)
+    watch.waiting(layer, purpose, 0)
     try:
         yield
     except ExchangeError:

@@ -5,6 +5,7 @@
 A test compares the two.
 """
 
+import sys
 from collections.abc import Sequence
 
 from msa_train.training.metrics import registry
@@ -99,4 +100,4 @@ def _chart_table() -> str:
 
 
 if __name__ == "__main__":
-    print(document(), end="")
+    sys.stdout.write(document())

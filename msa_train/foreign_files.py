@@ -38,6 +38,17 @@ def open_regular(path: Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
+def regular_size(path: Path) -> int:
+    """Bytes of a regular file, which is not opened.
+
+    Raises:
+        OSError: as `open_regular`.
+    """
+    status = os.stat(path)
+    _check_regular(path, status.st_mode)
+    return status.st_size
+
+
 def read_limited(path: Path, max_bytes: int) -> bytes:
     """Content of a regular file.
 

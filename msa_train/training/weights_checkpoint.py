@@ -15,17 +15,13 @@ from megatron.core import __version__ as megatron_version
 
 import msa_train
 from msa_train.config import AttentionConfig, ModelConfig, RunConfig
+from msa_train.training.checkpoint_files import MANIFEST_NAME, META_NAME, file_entry, read_meta, write_json
+from msa_train.training.checkpoint_meta import FORMAT_VERSION
 from msa_train.training.checkpoint_store import (
-    FORMAT_VERSION,
-    MANIFEST_NAME,
-    META_NAME,
     WEIGHTS_CONTENT,
     CheckpointStore,
-    file_entry,
     fingerprint,
-    read_meta,
     structure_damage,
-    write_json,
 )
 
 

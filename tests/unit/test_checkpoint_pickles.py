@@ -18,9 +18,10 @@ from launchers import checkpoint as checkpoint_command
 from launchers import convert
 from msa_train.config import AttentionConfig, ModelConfig
 from msa_train.model import checkpoint_pickles
-from msa_train.model.checkpoint_pickles import check_object, metadata_damage, objects_damage, read_metadata
+from msa_train.model.checkpoint_pickles import check_object, metadata_places, objects_damage, read_metadata
 from msa_train.model.sharded_files import ShardedReader, ShardedWriter
-from msa_train.training.checkpoint_store import file_entry, verify_folder, write_json
+from msa_train.training.checkpoint_files import file_entry, write_json
+from msa_train.training.checkpoint_store import verify_folder
 from msa_train.training.rng import rng_state
 from msa_train.training.weights_checkpoint import publish_weights
 
@@ -144,7 +145,8 @@ def test_metadata_that_are_no_pickle_are_damage(folder: Path) -> None:
     true = (folder / ".metadata").read_bytes()
     for content in (b"", b"\x80", true[:-20], b"(" * 1000, pickle.dumps([1]), pickle.dumps({})):
         replace(folder, ".metadata", content)
-        assert (metadata_damage(folder) or "").startswith("file .metadata: is not of a checkpoint (")
+        with pytest.raises(ValueError, match=r"^file \.metadata: is not of a checkpoint \("):
+            metadata_places(folder)
         with pytest.raises(ValueError, match=r"is not of a checkpoint"):
             read_metadata(folder)
 

@@ -13,7 +13,8 @@ from msa_train.config import RunConfig
 from msa_train.files import new_file, open_to_append, remove_partials
 from msa_train.simulate.selections import SelectionRecorder
 from msa_train.training.bad_steps import log_event
-from msa_train.training.checkpoint_store import CheckpointStore, write_json
+from msa_train.training.checkpoint_files import write_json
+from msa_train.training.checkpoint_store import CheckpointStore
 from msa_train.training.generation import VARIABLE, take_over
 from msa_train.training.metrics import MetricsWriter
 from msa_train.training.stop import Stopped, write_stopped

@@ -17,8 +17,10 @@ from msa_train.foreign_files import one_line, open_regular, parse_json, read_lim
 from msa_train.model.checkpoint_pickles import COMMON_NAME, METADATA_NAME
 
 META_NAME, MANIFEST_NAME = "meta.json", "manifest.json"
+# Megatron's: in which form the tensors are stored
+BACKEND_NAME, BACKEND = "metadata.json", "torch_dist"
 # read by whoever loads a checkpoint, whether the manifest lists them or not
-_READ_ANYWAY = {METADATA_NAME, COMMON_NAME, "metadata.json"}
+_READ_ANYWAY = {METADATA_NAME, COMMON_NAME, BACKEND_NAME}
 _SHARD_SUFFIX = ".distcp"
 # some thousand files of 100 bytes each are usual
 _MAX_JSON_BYTES = 64 * 2**20
@@ -70,6 +72,18 @@ def listed_damage(folder: Path, files: dict[str, dict[str, Any]]) -> str | None:
             return f"{file_words(name)}: {size} bytes instead of {entry['size']}"
     unlisted = sorted(name for name in os.listdir(folder) if is_read(name) and name not in files)
     return not_listed(unlisted[0]) if unlisted else None
+
+
+def backend_damage(folder: Path) -> str | None:
+    """What is wrong with the file that says how the tensors are stored.
+
+    Raises:
+        ValueError: if it cannot be understood.
+        OSError: if it cannot be read.
+    """
+    backend = _read_object(folder / BACKEND_NAME)
+    is_ours = backend.get("sharded_backend") == BACKEND
+    return None if is_ours else f"{BACKEND_NAME}: is of another form than {BACKEND}"
 
 
 def checksum_damage(folder: Path, name: str, crc32: str) -> str | None:

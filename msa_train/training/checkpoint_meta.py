@@ -51,7 +51,7 @@ def meta_damage(meta: dict[str, Any], step: int | None) -> str | None:
     if not _counts_agree(meta):
         return f"{META_NAME}: the counts of steps, updates and samples are damaged"
     for name, kinds in _OPTIONAL.items():
-        if name in meta and not (type(meta[name]) in kinds and _is_sound(name, meta[name])):
+        if name in meta and not (_is_one(meta[name], kinds) and _is_sound(name, meta[name])):
             return f"{META_NAME}: {name} is damaged"
     if step not in (None, meta["step"]):
         return f"{META_NAME}: is of step {meta['step']}"
@@ -86,4 +86,9 @@ def _is_sound(name: str, value: Any) -> bool:
 
 
 def _has_all(values: Mapping[str, Any], kinds: Mapping[str, tuple[type, ...]]) -> bool:
-    return all(type(values.get(key)) in allowed for key, allowed in kinds.items())
+    return all(_is_one(values.get(key), allowed) for key, allowed in kinds.items())
+
+
+def _is_one(value: Any, kinds: tuple[type, ...]) -> bool:
+    """Whether a value is of these kinds; True is no number, and no count is negative."""
+    return type(value) in kinds and not (type(value) in _NUMBER and value < 0)

@@ -29,8 +29,10 @@ from msa_train.config import AttentionKind, RunConfig
 from msa_train.files import sync
 from msa_train.model.checkpoint_pickles import METADATA_NAME, metadata_places, objects_damage
 from msa_train.training.checkpoint_files import (
+    BACKEND_NAME,
     MANIFEST_NAME,
     META_NAME,
+    backend_damage,
     checksum_damage,
     file_words,
     listed_damage,
@@ -369,6 +371,8 @@ def structure_damage(folder: Path) -> str | None:
         files = read_manifest(folder)
         reason = listed_damage(folder, files) or checksum_damage(folder, META_NAME, files[META_NAME]["crc32"])
         reason = reason or meta_damage(read_meta(folder), _step_of(folder))
+        if reason is None and BACKEND_NAME in files:
+            reason = backend_damage(folder)
         if reason is None and METADATA_NAME in files:
             reason = places_damage(metadata_places(folder), files)
         return reason

@@ -1,4 +1,4 @@
-"""Checkpoints whose files or manifest lead elsewhere, or say what cannot be: skipped, named, not waited for."""
+"""Checkpoints whose files or manifest lead elsewhere, or say what cannot be: skipped, named, no waiting."""
 
 import json
 import os
@@ -56,6 +56,15 @@ def unlisted_place(folder: Path) -> None:
     change_manifest(folder, lambda files: files.update({".metadata": file_entry(folder / ".metadata")}))
 
 
+def backend(content: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        path = folder / "metadata.json"
+        path.write_text(content)
+        change_manifest(folder, lambda files: files.update({path.name: file_entry(path)}))
+
+    return damage
+
+
 def entry_is(value: object) -> Callable[[Path], None]:
     return lambda folder: change_manifest(folder, lambda files: files["common.pt"].update(size=value))
 
@@ -91,6 +100,8 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "unlisted_place": (unlisted_place, "manifest.json: does not list other"),
     "size_of_text": (entry_is("6"), "manifest.json: lists no sizes and checksums"),
     "size_negative": (entry_is(-1), "manifest.json: lists no sizes and checksums"),
+    "no_backend": (backend(""), "metadata.json: is not JSON"),
+    "other_backend": (backend("{}"), "metadata.json: is of another form than torch_dist"),
     "deep": (lambda folder: (folder / "manifest.json").write_text("[" * 100_000), NOT_JSON),
     "folder_is_a_file": (
         lambda folder: (shutil.rmtree(folder), folder.write_text("")),
@@ -107,6 +118,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "version": (lambda folder: sign(folder, format_version=0), "meta.json: has no format_version"),
     "schedule": (lambda folder: sign(folder, schedule={}), "meta.json: schedule is damaged"),
     "stages": (lambda folder: sign(folder, stages=[{}]), "meta.json: stages is damaged"),
+    "tokens": (lambda folder: sign(folder, tokens=-1), "meta.json: tokens is damaged"),
     "losses": (
         lambda folder: sign(folder, bad_steps={"recent_losses": ["x"]}),
         "meta.json: bad_steps is damaged",

@@ -81,7 +81,7 @@ def _is_sound(name: str, value: Any) -> bool:
         return _has_all(value, _NEEDED_PARTS[name])
     kinds = _PARTS.get(name, {})
     return type(value) is int or all(
-        type(entry) in kinds[key] for key, entry in value.items() if key in kinds
+        _is_one(entry, kinds[key]) for key, entry in value.items() if key in kinds
     )
 
 

@@ -119,6 +119,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "schedule": (lambda folder: sign(folder, schedule={}), "meta.json: schedule is damaged"),
     "stages": (lambda folder: sign(folder, stages=[{}]), "meta.json: stages is damaged"),
     "tokens": (lambda folder: sign(folder, tokens=-1), "meta.json: tokens is damaged"),
+    "layout": (lambda folder: sign(folder, layout={"cp_size": -1}), "meta.json: layout is damaged"),
     "losses": (
         lambda folder: sign(folder, bad_steps={"recent_losses": ["x"]}),
         "meta.json: bad_steps is damaged",

@@ -13,15 +13,8 @@ from launchers.output import say
 from launchers.worker import accept_fallbacks
 from msa_train.config import printable
 from msa_train.model.checkpoint_pickles import METADATA_NAME
-from msa_train.training.checkpoint_store import (
-    MANIFEST_NAME,
-    META_NAME,
-    CheckpointStore,
-    read_manifest,
-    read_meta,
-    structure_damage,
-    verify_folder,
-)
+from msa_train.training.checkpoint_files import MANIFEST_NAME, META_NAME, read_manifest, read_meta
+from msa_train.training.checkpoint_store import CheckpointStore, structure_damage, verify_folder
 
 DESCRIPTION = "Lists, verifies, removes and compares checkpoints of msa-train."
 EPILOG = """\

@@ -234,7 +234,7 @@ def _mapping(one: str, one_row: int, count: int, other: str, other_row: int) -> 
 
 def _check_checksums(folder: Path, *, only_small: bool) -> None:
     """Read the checkpoint's files once before a number of them is written on; few of them for --dry-run."""
-    from msa_train.training.checkpoint_store import checksum_damage, read_manifest
+    from msa_train.training.checkpoint_files import checksum_damage, read_manifest
 
     entries = {
         name: entry

@@ -40,7 +40,8 @@ def check_writable(run_dir: str) -> None:
                 "the link, or use another run_dir"
             )
     folder = Path(run_dir).absolute()
-    while not folder.exists() and folder != folder.parent:
+    # a link to nothing is there: no folder can be made under its name
+    while not os.path.lexists(folder) and folder != folder.parent:
         folder = folder.parent
     try:
         with tempfile.TemporaryFile(dir=folder) as file:

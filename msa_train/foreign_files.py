@@ -38,6 +38,17 @@ def open_regular(path: Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
+def regular_size(path: Path) -> int:
+    """Bytes of a regular file, which is not opened.
+
+    Raises:
+        OSError: as `open_regular`.
+    """
+    status = os.stat(path)
+    _check_regular(path, status.st_mode)
+    return status.st_size
+
+
 def read_limited(path: Path, max_bytes: int) -> bytes:
     """Content of a regular file.
 
@@ -82,8 +93,9 @@ def member(folder: Path, name: str) -> Path:
         raise ValueError(
             f"{folder}: names a file {one_line(name)!r}, which must be a plain name in the folder"
         )
-    root = folder.resolve()
-    real = (root / name).resolve(strict=True)
+    # not Path.resolve: before Python 3.13 links in a circle are no OSError there
+    root = Path(os.path.realpath(folder))
+    real = Path(os.path.realpath(root / name, strict=True))
     allowed = [root]
     if root.parent.name == "snapshots":
         allowed.append(root.parent.parent / "blobs")

@@ -8,6 +8,9 @@ _HIDDEN = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 
+# of a word; nobody reads a value that fills the screen
+_LONGEST_WORD, _SHOWN = 1000, 100
+
 
 def printable(text: object, *, keep: str = "") -> str:
     r"""Escape what a terminal would act on or hide: no name can move the cursor or fake a line.
@@ -22,8 +25,17 @@ def printable(text: object, *, keep: str = "") -> str:
 
 
 def one_line(text: object) -> str:
-    """Join the lines of a message by spaces, and escape the rest: for `name: error: ...`."""
-    return printable(" ".join(str(text).split()))
+    """Join the lines of a message by spaces, and escape the rest: for `name: error: ...`.
+
+    Words that fill a screen lose their middle, so that the rule and the fix behind them are seen.
+    """
+    return printable(" ".join(_shortened(word) for word in str(text).split()))
+
+
+def _shortened(word: str) -> str:
+    if len(word) <= _LONGEST_WORD:
+        return word
+    return f"{word[:_SHOWN]}...({len(word):,} characters)...{word[-_SHOWN:]}"
 
 
 def _escape(character: str) -> str:

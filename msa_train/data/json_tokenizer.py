@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from msa_train.data.time_limit import within
 from msa_train.foreign_files import one_line, parse_json, read_limited
 
 # The first one that a tokenizer has is taken. The last but one is DeepSeek's, whose bars are not ASCII.
@@ -33,6 +34,8 @@ END_OF_DOCUMENT_NAMES = (
 
 
 _MAX_BYTES = 2**29
+# Regular expressions of the file may try without end; true tokenizers do a megabyte per second and more
+_LIMIT_S, _SLOWEST_BYTES_PER_S = 120.0, 10_000
 _NAMED = 3
 
 
@@ -103,10 +106,7 @@ class JsonTokenizer:
         decoded = [text.decode("utf-8") for text in texts]
         # without places of the tokens it is faster; they are needed to see what was left out
         encode = self._tokenizer.encode_batch_fast if self._loses_nothing else self._tokenizer.encode_batch
-        try:
-            encodings = encode(decoded, add_special_tokens=False)
-        except BaseException as error:
-            raise self._cannot_encode(error) from error
+        encodings = self._limited(encode, decoded)
         ids = [np.array(encoding.ids, np.int32) for encoding in encodings]
         if not self._special_tokens:
             for i, tokens in enumerate(ids):
@@ -148,6 +148,20 @@ class JsonTokenizer:
             )
         return lines
 
+    def _limited(self, encode: Any, texts: list[str]) -> Any:
+        """What the library makes of texts, in a time that suits them."""
+        limit_s = _LIMIT_S + sum(map(len, texts)) / _SLOWEST_BYTES_PER_S
+        try:
+            return within(limit_s, lambda: encode(texts, add_special_tokens=False))
+        except TimeoutError as error:
+            raise ValueError(
+                f"data.tokenizer={self._path}: has not encoded {sum(map(len, texts)):,} characters of the "
+                f"corpus within {limit_s:.0f} s, as with regular expressions that try without end; use "
+                "another tokenizer"
+            ) from error
+        except BaseException as error:
+            raise self._cannot_encode(error) from error
+
     def _in_parts(self, text: str) -> npt.NDArray[np.int32]:
         """Tokens of a text in which a word is the end of a document: it is cut behind its first letter.
 
@@ -156,9 +170,7 @@ class JsonTokenizer:
         first, rest = self._end[:1], self._end[1:]
         pieces = text.split(self._end)
         parts = [rest * (i > 0) + piece + first * (i + 1 < len(pieces)) for i, piece in enumerate(pieces)]
-        encodings = self._tokenizer.encode_batch_fast(
-            [part for part in parts if part], add_special_tokens=False
-        )
+        encodings = self._limited(self._tokenizer.encode_batch_fast, [part for part in parts if part])
         tokens = np.concatenate([np.array(encoding.ids, np.int32) for encoding in encodings])
         if (tokens == self.eod_id).any():
             raise ValueError(

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from msa_train.foreign_files import open_regular
+
 METADATA_NAME, COMMON_NAME = ".metadata", "common.pt"
 
 _DCP = "torch.distributed.checkpoint.metadata"
@@ -111,7 +113,7 @@ def read_metadata(folder: Path) -> Any:
         ValueError: one line, if it is no true one.
         OSError: if it cannot be read.
     """
-    data = (folder / METADATA_NAME).read_bytes()
+    data = _content(folder / METADATA_NAME)
     _scanned(data, folder)
     try:
         return _unpickled(_Loader(io.BytesIO(data)))
@@ -119,13 +121,18 @@ def read_metadata(folder: Path) -> Any:
         raise _not_true(folder, METADATA_NAME, error) from error
 
 
-def metadata_damage(folder: Path) -> str | None:
-    """What is wrong with `.metadata`, without reading what it describes."""
+def metadata_places(folder: Path) -> set[str]:
+    """Names of the files that `.metadata` describes, which are in the folder if anywhere; reads none of them.
+
+    Raises:
+        ValueError: one line without the folder, if it is no true one.
+        OSError: if it cannot be read.
+    """
     try:
-        _scanned((folder / METADATA_NAME).read_bytes(), folder)
+        places = _scanned(_content(folder / METADATA_NAME), folder).state["storage_data"].values()
     except ValueError as error:
-        return str(error).removeprefix(f"{folder}/")
-    return None
+        raise ValueError(str(error).removeprefix(f"{folder}/")) from error
+    return {place.state["relative_path"] for place in places}
 
 
 def objects_damage(folder: Path) -> str | None:
@@ -195,16 +202,21 @@ def _unpickled(unpickler: pickle.Unpickler) -> Any:
 
 def _stored_objects(folder: Path) -> Iterator[tuple[str, bytes]]:
     if (folder / METADATA_NAME).exists():
-        metadata = _scanned((folder / METADATA_NAME).read_bytes(), folder).state
+        metadata = _scanned(_content(folder / METADATA_NAME), folder).state
         entries, places = metadata["state_dict_metadata"], metadata["storage_data"]
         for index, place in places.items():
             key = index.state["fqn"]
             if type(entries.get(key)).__name__ != "BytesStorageMetadata":
                 continue
-            with (folder / place.state["relative_path"]).open("rb") as file:
+            with open_regular(folder / place.state["relative_path"]) as file:
                 yield key, _slice(file, place.state["offset"], place.state["length"], key)
     if (folder / COMMON_NAME).exists():
-        yield COMMON_NAME, (folder / COMMON_NAME).read_bytes()
+        yield COMMON_NAME, _content(folder / COMMON_NAME)
+
+
+def _content(path: Path) -> bytes:
+    with open_regular(path) as file:
+        return file.read()
 
 
 def _slice(file: IO[bytes], offset: int, length: int, key: str) -> bytes:

@@ -16,16 +16,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from msa_train.config import RunConfig
 from msa_train.model.index_branch import is_index_parameter
+from msa_train.training.checkpoint_files import checksum_damage, read_manifest, read_meta
 from msa_train.training.checkpoint_formats import match_format, optimizer_updates
-from msa_train.training.checkpoint_store import (
-    Found,
-    checksum_damage,
-    find_checkpoint,
-    read_manifest,
-    read_meta,
-    stored_damage,
-    structure_damage,
-)
+from msa_train.training.checkpoint_store import Found, find_checkpoint, stored_damage, structure_damage
 from msa_train.training.engine import Engine
 from msa_train.training.finite_state import NotFiniteError, check_loaded
 from msa_train.training.load_strategy import LoadStrategy, check_common

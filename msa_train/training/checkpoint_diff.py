@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from msa_train.model.sharded_files import ShardedReader
+from msa_train.training.checkpoint_files import read_meta
 from msa_train.training.checkpoint_formats import current_key
-from msa_train.training.checkpoint_store import read_meta
 from msa_train.training.finite_state import listed, not_finite
 
 PIECE_BYTES = 16 * 2**20

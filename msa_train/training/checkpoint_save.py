@@ -23,14 +23,9 @@ from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 import msa_train
 from msa_train.config import CheckpointConfig, SaveFailure
 from msa_train.model.checkpoint_pickles import check_object
-from msa_train.training.checkpoint_store import (
-    FORMAT_VERSION,
-    MANIFEST_NAME,
-    META_NAME,
-    CheckpointStore,
-    file_entry,
-    write_json,
-)
+from msa_train.training.checkpoint_files import MANIFEST_NAME, META_NAME, file_entry, write_json
+from msa_train.training.checkpoint_meta import FORMAT_VERSION
+from msa_train.training.checkpoint_store import CheckpointStore
 from msa_train.training.divergence import diverged
 from msa_train.training.finite_state import listed, not_finite
 from msa_train.training.rng import RNG_KEY, rng_shard, rng_state

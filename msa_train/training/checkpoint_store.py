@@ -12,13 +12,11 @@ is no signature: against a forger, nothing in a checkpoint is executed, see chec
 manifest.json stays as it is, whatever meta.json's format_version becomes.
 """
 
-import json
 import math
 import os
 import re
 import secrets
 import shutil
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import Enum
@@ -28,28 +26,30 @@ from typing import Any
 
 import msa_train
 from msa_train.config import AttentionKind, RunConfig
-from msa_train.files import new_file, sync
-from msa_train.model.checkpoint_pickles import METADATA_NAME, metadata_damage, objects_damage
+from msa_train.files import sync
+from msa_train.model.checkpoint_pickles import METADATA_NAME, metadata_places, objects_damage
+from msa_train.training.checkpoint_files import (
+    BACKEND_NAME,
+    MANIFEST_NAME,
+    META_NAME,
+    backend_damage,
+    checksum_damage,
+    file_words,
+    listed_damage,
+    places_damage,
+    read_manifest,
+    read_meta,
+)
+from msa_train.training.checkpoint_meta import FORMAT_VERSION, meta_damage
 from msa_train.training.generation import check_generation
 from msa_train.training.resume_rules import check_index_moments, schedule_notes
 from msa_train.training.stage_record import check_recorded_stages
 
-# see checkpoint_formats.py
-FORMAT_VERSION = 2
-META_NAME, MANIFEST_NAME, LATEST_NAME = "meta.json", "manifest.json", "latest"
+LATEST_NAME = "latest"
 # meta.json's "content" of a checkpoint without optimizer; absent where there is everything
 WEIGHTS_CONTENT = "weights"
 FULL_CHECK_BYTES = 8 * 2**30
-_OPTIONAL: dict[str, dict[str, type]] = {
-    "layout": {f"{name}_size": int for name in ("dp", "cp", "ep", "tp", "pp")},
-    "bad_steps": {
-        **dict.fromkeys(("in_a_row", "skipped", "passed_over_tokens"), int),
-        **dict.fromkeys(("rollbacks", "recent_losses"), list),
-    },
-}
-"parts of meta.json that may be absent, with the kinds of their values"
 _PUBLISHED = re.compile(r"step_(\d{8,})")
-_READ_BYTES = 4 * 2**20
 _NAMED_DAMAGED = 4
 
 # Neither shapes nor the meaning of the weights
@@ -111,7 +111,8 @@ class CheckpointStore:
         """Published steps, ascending, damaged ones included."""
         if not self.folder.is_dir():
             return []
-        matches = [_PUBLISHED.fullmatch(path.name) for path in self.folder.iterdir() if path.is_dir()]
+        # something else of that name is a checkpoint that was damaged
+        matches = [_PUBLISHED.fullmatch(path.name) for path in self.folder.iterdir()]
         return sorted(int(match[1]) for match in matches if match)
 
     def clear(self) -> list[str]:
@@ -364,22 +365,23 @@ def verify_folder(folder: Path, *, full: bool) -> str | None:
 
 def structure_damage(folder: Path) -> str | None:
     """What is wrong with the names and sizes of the files, with meta.json or with manifest.json."""
+    if not folder.is_dir():
+        return f"{folder.name}: is no folder"
     try:
         files = read_manifest(folder)
-        for name, entry in files.items():
-            size = (folder / name).stat().st_size
-            if size != entry["size"]:
-                return f"{_file_words(name)}: {size} bytes instead of {entry['size']}"
-        reason = checksum_damage(folder, META_NAME, files[META_NAME]["crc32"]) or _meta_damage(folder)
+        reason = listed_damage(folder, files) or checksum_damage(folder, META_NAME, files[META_NAME]["crc32"])
+        reason = reason or meta_damage(read_meta(folder), _step_of(folder))
+        if reason is None and BACKEND_NAME in files:
+            reason = backend_damage(folder)
         if reason is None and METADATA_NAME in files:
-            reason = metadata_damage(folder)
+            reason = places_damage(metadata_places(folder), files)
         return reason
     except FileNotFoundError as error:
-        name = Path(error.filename).relative_to(folder).as_posix()
+        name = Path(error.filename).name
         hint = "; some tools leave out names with a dot when they copy" if name == METADATA_NAME else ""
-        return f"{_file_words(name)}: missing{hint}"
+        return f"{file_words(name)}: missing{hint}"
     except OSError as error:
-        return f"{error.filename}: {error.strerror}"
+        return f"{file_words(Path(error.filename).name)}: {error.strerror}"
     except ValueError as error:
         return str(error)
 
@@ -389,54 +391,6 @@ def stored_damage(folder: Path) -> str | None:
     return objects_damage(folder) if METADATA_NAME in read_manifest(folder) else None
 
 
-def checksum_damage(folder: Path, name: str, crc32: str) -> str | None:
-    """What is wrong with the content of one file."""
-    try:
-        return None if file_checksum(folder / name) == crc32 else f"{_file_words(name)}: checksum"
-    except FileNotFoundError:
-        return f"{_file_words(name)}: missing"
-    except OSError as error:
-        return f"{_file_words(name)}: {error.strerror}"
-
-
-def file_checksum(path: Path) -> str:
-    """CRC-32 as 8 hexadecimal digits."""
-    crc = 0
-    with path.open("rb") as file:
-        while piece := file.read(_READ_BYTES):
-            crc = zlib.crc32(piece, crc)
-    return f"{crc:08x}"
-
-
-def file_entry(path: Path) -> dict[str, Any]:
-    """What manifest.json says about a file."""
-    return {"size": path.stat().st_size, "crc32": file_checksum(path)}
-
-
-def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """Entry of each file by its name relative to the folder.
-
-    Raises:
-        ValueError: if manifest.json cannot be understood.
-    """
-    manifest = _read_object(folder / MANIFEST_NAME)
-    files = manifest.get("files")
-    if isinstance(files, dict) and META_NAME in files:
-        entries = files.values()
-        if all(isinstance(entry, dict) and {"size", "crc32"} <= set(entry) for entry in entries):
-            return files
-    raise ValueError(f"{MANIFEST_NAME}: lists no sizes and checksums")
-
-
-def read_meta(folder: Path) -> dict[str, Any]:
-    """Content of meta.json.
-
-    Raises:
-        ValueError: if it cannot be understood.
-    """
-    return _read_object(folder / META_NAME)
-
-
 def free_bytes(path: Path) -> int:
     """Free space on the disk where `path` is or would be."""
     folder = path.absolute()
@@ -444,13 +398,6 @@ def free_bytes(path: Path) -> int:
         folder = folder.parent
     disk = os.statvfs(folder)
     return disk.f_bavail * disk.f_frsize
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write a file that appears whole or not at all."""
-    with new_file(path) as file:
-        json.dump(value, file, indent=1, allow_nan=False)
-        file.write("\n")
 
 
 def _find(config: RunConfig, full_check_bytes: float, known_damaged: Mapping[Path, str]) -> Found | None:
@@ -606,45 +553,12 @@ def _first_checksum_damage(folder: Path) -> str | None:
     return next((reason for reason in reasons if reason), None)
 
 
-def _meta_damage(folder: Path) -> str | None:
-    meta = read_meta(folder)
-    if not isinstance(meta.get("format_version"), int):
-        return f"{META_NAME}: has no format_version"
-    if meta["format_version"] > FORMAT_VERSION:
-        return None
-    for name, kind in {"step": int, "consumed_samples": int, "fingerprint": dict}.items():
-        if not isinstance(meta.get(name), kind):
-            return f"{META_NAME}: has no {name}"
-    # absent where another program or an older version wrote it
-    for name, kinds in _OPTIONAL.items():
-        values = meta.get(name, {})
-        if not isinstance(values, dict) or any(
-            type(value) is not kinds.get(key, type(value)) for key, value in values.items()
-        ):
-            return f"{META_NAME}: {name} is damaged"
+def _step_of(folder: Path) -> int | None:
     match = _PUBLISHED.fullmatch(folder.name)
-    if match and int(match[1]) != meta["step"]:
-        return f"{META_NAME}: is of step {meta['step']}"
-    return None
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path.name}: is not JSON") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path.name}: is not a JSON object")
-    return value
-
-
-def _file_words(name: str) -> str:
-    if name in (META_NAME, MANIFEST_NAME):
-        return name
-    return f"model file {name}" if name.endswith(".distcp") else f"file {name}"
+    return int(match[1]) if match else None
 
 
 def _short(folder: Path) -> str:
     """step_00000200 -> step_200; other names as they are."""
-    match = _PUBLISHED.fullmatch(folder.name)
-    return f"step_{int(match[1])}" if match else folder.name
+    step = _step_of(folder)
+    return folder.name if step is None else f"step_{step}"

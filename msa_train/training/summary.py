@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from msa_train.config import printable
-from msa_train.training.checkpoint_store import write_json
+from msa_train.training.checkpoint_files import write_json
 from msa_train.training.metrics import json_ready
 
 SUMMARY_NAME = "summary.json"

@@ -15,18 +15,19 @@ from megatron.core import __version__ as megatron_version
 
 import msa_train
 from msa_train.config import AttentionConfig, ModelConfig, RunConfig
+from msa_train.config.limits import COUNT, LIMITS, check_size
+from msa_train.foreign_files import one_line
+from msa_train.training.checkpoint_files import MANIFEST_NAME, META_NAME, file_entry, read_meta, write_json
+from msa_train.training.checkpoint_meta import FORMAT_VERSION
 from msa_train.training.checkpoint_store import (
-    FORMAT_VERSION,
-    MANIFEST_NAME,
-    META_NAME,
     WEIGHTS_CONTENT,
     CheckpointStore,
-    file_entry,
     fingerprint,
-    read_meta,
     structure_damage,
-    write_json,
 )
+
+# beyond it lie slips of the hand, and what is not finite
+_LARGEST_NUMBER = 1e30
 
 
 def publish_weights(
@@ -108,7 +109,7 @@ def shape_of(folder: Path) -> tuple[ModelConfig, AttentionConfig]:
     Settings that are not part of a model's shape, as the initial scale of weights, have their defaults.
 
     Raises:
-        ValueError: one line, if a newer msa-train wrote it.
+        ValueError: one line, if a newer msa-train wrote it, or its settings are of other kinds.
     """
     meta = read_meta(folder)
     if meta["format_version"] > FORMAT_VERSION:
@@ -133,7 +134,27 @@ def _section(kind: type, prefix: str, values: dict[str, Any], folder: Path) -> A
                 f"checkpoint {folder}: has {prefix}{name}={given[name]}, which msa-train "
                 f"{msa_train.__version__} does not know; upgrade msa-train"
             )
-        declared = types[name]
-        if isinstance(declared, type) and issubclass(declared, Enum):
-            given[name] = declared(given[name])
+        given[name] = _setting(f"{prefix}{name}", types[name], given[name], folder)
     return kind(**given)
+
+
+def _setting(name: str, kind: Any, value: Any, folder: Path) -> Any:
+    """One setting, which somebody may have written by hand.
+
+    Raises:
+        ValueError: one line, if it is of another kind than its setting, or absurdly large.
+    """
+    if issubclass(kind, Enum) and value in [choice.value for choice in kind]:
+        return kind(value)
+    if kind is float and type(value) in (int, float) and abs(value) < _LARGEST_NUMBER:
+        return float(value)
+    if kind is int and type(value) is int:
+        check_size(name, value, LIMITS.get(name, COUNT))
+        return value
+    if kind is bool and type(value) is bool:
+        return value
+    if kind is str and isinstance(value, str) and value.isprintable():
+        return value
+    raise ValueError(
+        f"checkpoint {folder}: is damaged ({META_NAME}: {name}={one_line(str(value))}); name another one"
+    )

@@ -10,8 +10,9 @@ from megatron.core import parallel_state
 
 from msa_train.config import Engine
 from msa_train.training.checkpoint import load_checkpoint, load_weights
+from msa_train.training.checkpoint_files import file_entry, read_meta
 from msa_train.training.checkpoint_formats import optimizer_updates
-from msa_train.training.checkpoint_store import file_entry, find_checkpoint, read_meta, verify_folder
+from msa_train.training.checkpoint_store import find_checkpoint, verify_folder
 from tests.helpers import cuda_shim
 from tests.helpers.format1 import SAVED_STEP, STEPS, build_format1, format1_config, train_format1
 from tests.helpers.spawn import run_ranks

@@ -12,7 +12,7 @@ from launchers import checkpoint
 from msa_train.model.sharded_files import ShardedReader, ShardedWriter
 from msa_train.training import checkpoint_diff
 from msa_train.training.checkpoint_diff import diff_checkpoints
-from msa_train.training.checkpoint_store import MANIFEST_NAME, META_NAME, file_entry, write_json
+from msa_train.training.checkpoint_files import MANIFEST_NAME, META_NAME, file_entry, write_json
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "format1"
 SHARD = "__0_0.distcp"

@@ -18,11 +18,12 @@ from launchers import checkpoint as checkpoint_command
 from launchers import convert
 from msa_train.config import AttentionConfig, ModelConfig
 from msa_train.model import checkpoint_pickles
-from msa_train.model.checkpoint_pickles import check_object, metadata_damage, objects_damage, read_metadata
+from msa_train.model.checkpoint_pickles import check_object, metadata_places, objects_damage, read_metadata
 from msa_train.model.sharded_files import ShardedReader, ShardedWriter
-from msa_train.training.checkpoint_store import file_entry, verify_folder, write_json
+from msa_train.training.checkpoint_files import file_entry, write_json
+from msa_train.training.checkpoint_store import verify_folder
 from msa_train.training.rng import rng_state
-from msa_train.training.weights_checkpoint import publish_weights
+from msa_train.training.weights_checkpoint import publish_weights, shape_of
 
 DTYPES = {value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 
@@ -144,7 +145,8 @@ def test_metadata_that_are_no_pickle_are_damage(folder: Path) -> None:
     true = (folder / ".metadata").read_bytes()
     for content in (b"", b"\x80", true[:-20], b"(" * 1000, pickle.dumps([1]), pickle.dumps({})):
         replace(folder, ".metadata", content)
-        assert (metadata_damage(folder) or "").startswith("file .metadata: is not of a checkpoint (")
+        with pytest.raises(ValueError, match=r"^file \.metadata: is not of a checkpoint \("):
+            metadata_places(folder)
         with pytest.raises(ValueError, match=r"is not of a checkpoint"):
             read_metadata(folder)
 
@@ -205,3 +207,24 @@ def test_plain_values_are_those_that_torch_reads_too() -> None:
     for value in (np.float64(1.5), Path("a"), len, torch.nn.Linear(1, 1)):
         with pytest.raises(ValueError, match=r"object x: is no plain value \(names "):
             check_object(dumped(value), "x")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("model.num_layers", "x", "model.num_layers=x"),
+        ("model.num_experts", 10**12, "model.num_experts=1000000000000: must be at most"),
+        ("model.rope_theta", [1], r"model.rope_theta=\[1\]"),
+        ("model.norm_eps", 1e300, "model.norm_eps=1e"),
+        ("model.qk_norm", "other", "model.qk_norm=other"),
+        ("model.zero_centered_norm", 1, "model.zero_centered_norm=1"),
+        ("model.layer_attention", "\x1b[2J", r"model.layer_attention=\?\[2J"),
+    ],
+)
+def test_settings_of_other_kinds_are_told(folder: Path, name: str, value: object, rule: str) -> None:
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["fingerprint"][name] = value
+    replace(folder, "meta.json", json.dumps(meta).encode())
+    assert verify_folder(folder, full=True) is None
+    with pytest.raises(ValueError, match=rule):
+        shape_of(folder)

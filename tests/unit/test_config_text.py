@@ -14,3 +14,13 @@ def test_controls_are_escaped_and_text_is_not() -> None:
 
 def test_a_message_stays_one_line() -> None:
     assert one_line("run_dir=a:\n  no\x1b[2J\tsuch  file") == r"run_dir=a: no\x1b[2J such file"
+
+
+def test_words_without_end_hide_no_rule() -> None:
+    line = one_line(f"model.name={'a' * 20_000}: must be short; use a name")
+    assert line.endswith(": must be short; use a name")
+    assert line.startswith("model.name=aaa")
+    assert "(20,012 characters)" in line
+    assert len(line) < 300
+    path = f"/{'b' * 900}"
+    assert one_line(f"{path}: no such file") == f"{path}: no such file"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -292,3 +293,29 @@ def test_panics_of_the_library_are_one_line(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr("tokenizers.Tokenizer.from_str", panic)
     assert "is not a tokenizer.json of the tokenizers library (called `Option::" in _error(tmp_path, path)
+
+
+def test_regular_expressions_without_end_are_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One tries a cubic number of ways from each letter on: too few for the library to give up itself."""
+    path = _tokenizer_json(tmp_path)
+    settings = json.loads(path.read_text())
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": "a*a*a*(?<=z)"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    settings["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [split, settings["pre_tokenizer"]],
+    }
+    path.write_text(json.dumps(settings))
+    tokenizer = build_tokenizer(DataConfig(tokenizer=str(path)))
+    assert tokenizer.encode(b"aaz").size
+    monkeypatch.setattr("msa_train.data.json_tokenizer._LIMIT_S", 0.5)
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match=r"tokenizer\.json: has not encoded 30,000 characters of the corpus"):
+        tokenizer.encode((b"a" * 299 + b" ") * 100)
+    assert time.monotonic() - begin < 60

@@ -13,7 +13,8 @@ from msa_train.config import RunConfig
 from msa_train.files import new_file, open_to_append, remove_partials
 from msa_train.simulate.selections import SelectionRecorder
 from msa_train.training.bad_steps import log_event
-from msa_train.training.checkpoint_store import CheckpointStore, write_json
+from msa_train.training.checkpoint_files import write_json
+from msa_train.training.checkpoint_store import CheckpointStore
 from msa_train.training.generation import VARIABLE, take_over
 from msa_train.training.metrics import MetricsWriter
 from msa_train.training.stop import Stopped, write_stopped
@@ -123,3 +124,13 @@ def test_new_files_appear_whole_or_not_at_all(tmp_path: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+@pytest.mark.parametrize("target", ["nothing", "run"])
+def test_run_dir_behind_a_link_to_nothing_is_refused(tmp_path: Path, target: str) -> None:
+    (tmp_path / "run").symlink_to(target)
+    for run_dir in (tmp_path / "run", tmp_path / "run/below"):
+        for check in (check_writable, claim_run_dir):
+            with pytest.raises(ValueError, match=rf"^run_dir={run_dir}: cannot be written \("):
+                check(str(run_dir))
+    assert not (tmp_path / "nothing").exists()

@@ -143,3 +143,12 @@ def test_nothing_outside_is_copied(tmp_path: Path) -> None:
 def test_texts_of_others_in_messages() -> None:
     assert one_line("a\n b\x1b[2J\u202ec") == "a b?[2J?c"
     assert one_line("x" * 200, 10) == "x" * 7 + "..."
+
+
+def test_links_in_a_circle_are_no_files(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(OSError, match="Too many levels"):
+        member(tmp_path, "a")
+    with pytest.raises(ValueError, match=r"a: cannot be read \(Too many levels of symbolic links\)"):
+        read_json(tmp_path, "a", 100)

@@ -16,14 +16,13 @@ import pytest
 
 from msa_train.config import AttentionConfig, CheckpointConfig, ModelConfig, RunConfig
 from msa_train.training import checkpoint_store
+from msa_train.training.checkpoint_files import file_entry, write_json
 from msa_train.training.checkpoint_store import (
     CheckpointStore,
     check_resume,
-    file_entry,
     find_checkpoint,
     fingerprint,
     verify_folder,
-    write_json,
 )
 
 SHARD = "__0_0.distcp"

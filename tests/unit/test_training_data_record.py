@@ -149,7 +149,8 @@ def test_another_length_is_said(tmp_path: Path) -> None:
     first = _saved(_config(tmp_path))
     record = handed_on(first)
     assert record is not None
-    save(first, STEP + 1, data=asdict(record[1]), stages=[{"seq_len": 256}])
+    stage = {"name": "main", "first_step": 0, "num_steps": STEP + 1, "seq_len": 256}
+    save(first, STEP + 1, data=asdict(record[1]), stages=[stage])
     config = _config(tmp_path, load=first.run_dir, name="other")
     lines: list[str] = []
     check_files(config, say=lines.append)

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NoReturn
 
 from msa_train.config import BadStep, TrainConfig
 from msa_train.files import open_to_append
@@ -92,9 +92,25 @@ class BadSteps:
         text = f"{reason}; {self.in_a_row} steps in a row are bad (train.max_skipped={config.max_skipped})"
         if config.bad_step is BadStep.skip:
             raise ValueError(text)
-        if len(self.rollbacks) >= config.max_rollbacks:
-            raise ValueError(f"{text} after {len(self.rollbacks)} rollbacks (train.max_rollbacks)")
+        self._check_rollbacks(text)
+        reason = f"{reason}; {self.in_a_row} bad steps in a row"
         raise RollbackError(step, step - self.in_a_row, reason)
+
+    def spoilt(self, step: int, reason: str) -> NoReturn:
+        """What becomes of the run where its state is not finite after a step: no skipped step mends that.
+
+        Raises:
+            RollbackError: if the run shall go on from its last checkpoint.
+            ValueError: in one line, why the run must end.
+        """
+        if self.config.bad_step is not BadStep.rollback:
+            raise ValueError(reason)
+        self._check_rollbacks(reason)
+        raise RollbackError(step, step - 1, reason)
+
+    def _check_rollbacks(self, text: str) -> None:
+        if len(self.rollbacks) >= self.config.max_rollbacks:
+            raise ValueError(f"{text} after {len(self.rollbacks)} rollbacks (train.max_rollbacks)")
 
     def new_stage(self) -> None:
         """Losses of another stage say nothing about this one's."""

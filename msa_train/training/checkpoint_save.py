@@ -31,7 +31,7 @@ from msa_train.training.checkpoint_store import (
     file_entry,
     write_json,
 )
-from msa_train.training.divergence import diverged
+from msa_train.training.divergence import spoilt_state
 from msa_train.training.finite_state import listed, not_finite
 from msa_train.training.rng import RNG_KEY, rng_shard, rng_state
 from msa_train.training.save_strategy import Shards, shards_to_write, write_shards
@@ -139,7 +139,7 @@ class CheckpointSaver:
         Raises:
             CheckpointError: naming the rank and the cause, with `wait` or where on_failure=end. No folder is
                 published.
-            DivergedError: if weights or moments are not finite.
+            SpoiltStateError: if weights or moments are not finite.
         """
         begin = self._clock()
         ended = self.wait()
@@ -223,7 +223,7 @@ class CheckpointSaver:
         copied = together(copy, self.group)
         names = listed(spoilt for _, spoilt in copied)
         if names:
-            raise diverged(step, f"the update left {names} not finite", self.store)
+            raise spoilt_state(step, names, self.store)
         if not self._is_validated:
             # the same in all saves of a run
             together(validate, self.group)

@@ -20,7 +20,7 @@ from msa_train.training.batch import StepBatch, make_batch
 from msa_train.training.checkpoint_save import CheckpointSaver, SaveReport
 from msa_train.training.checkpoint_store import CheckpointStore, fingerprint
 from msa_train.training.data_record import DataRecord
-from msa_train.training.divergence import not_finite
+from msa_train.training.divergence import SpoiltStateError, not_finite
 from msa_train.training.engine import Engine, StepResult
 from msa_train.training.generation import own_generation
 from msa_train.training.lr_schedule import Rates, stage_rates
@@ -268,36 +268,43 @@ class Trainer:
 
     def save(self, step: int, *, wait: bool = False) -> None:
         """Save a checkpoint after `step` steps; `wait`: until it is visible, or raise if it cannot be."""
-        config, groups = self.config, self.groups
-        reports = self.saver.save(
-            step,
-            lambda: self.engine.sharded_state(loading=False),
-            common={"step": step},
-            meta={
-                "consumed_samples": step * config.train.global_batch_size,
-                "fingerprint": fingerprint(config),
-                "data": asdict(self.data.record),
-                "stages": [stage.record() for stage in self.stages if stage.first_step < step],
-                "tokens": stage_at(self.stages, step - 1).tokens_at(step, config.train.global_batch_size),
-                "schedule": schedule_record(config, step),
-                "optimizer_updates": step - self.bad_steps.skipped,
-                "bad_steps": self.bad_steps.record(),
-                "engine": self.engine.name,
-                "optimizer": config.optim.algorithm.value,
-                "precision": config.train.precision.value,
-                "layout": {
-                    "world_size": groups.world_size,
-                    "cp_size": groups.cp_size,
-                    "ep_size": groups.ep_size,
-                    "tp_size": groups.tp_size,
-                    "pp_size": groups.pp_size,
-                    "dp_size": groups.dp_size,
-                },
-            },
-            wait=wait,
-        )
+        try:
+            reports = self.saver.save(
+                step,
+                lambda: self.engine.sharded_state(loading=False),
+                common={"step": step},
+                meta=self._meta(step),
+                wait=wait,
+            )
+        except SpoiltStateError as error:
+            self.guard.spoilt(step, error)
         self.watchdog.beat(f"step {step} and the copy for its checkpoint")
         self._tell_saved(reports)
+
+    def _meta(self, step: int) -> dict[str, Any]:
+        """For meta.json of the checkpoint after `step` steps."""
+        config, groups = self.config, self.groups
+        return {
+            "consumed_samples": step * config.train.global_batch_size,
+            "fingerprint": fingerprint(config),
+            "data": asdict(self.data.record),
+            "stages": [stage.record() for stage in self.stages if stage.first_step < step],
+            "tokens": stage_at(self.stages, step - 1).tokens_at(step, config.train.global_batch_size),
+            "schedule": schedule_record(config, step),
+            "optimizer_updates": step - self.bad_steps.skipped,
+            "bad_steps": self.bad_steps.record(),
+            "engine": self.engine.name,
+            "optimizer": config.optim.algorithm.value,
+            "precision": config.train.precision.value,
+            "layout": {
+                "world_size": groups.world_size,
+                "cp_size": groups.cp_size,
+                "ep_size": groups.ep_size,
+                "tp_size": groups.tp_size,
+                "pp_size": groups.pp_size,
+                "dp_size": groups.dp_size,
+            },
+        }
 
     def _tell_saved(self, reports: list[SaveReport]) -> None:
         """Print saves that have ended; their times go into the next row of metrics."""

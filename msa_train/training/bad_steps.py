@@ -8,6 +8,7 @@ every later checkpoint records. Everything here is equal on all ranks.
 
 import json
 import math
+import os
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from statistics import median
 from typing import Any, NoReturn
 
 from msa_train.config import BadStep, TrainConfig
-from msa_train.files import open_to_append
+from msa_train.files import is_full, open_to_append
 
 LOG_NAME = "bad_steps.jsonl"
 
@@ -162,7 +163,32 @@ class BadSteps:
         }
 
 
-def log_event(run_dir: str | Path, event: Mapping[str, Any]) -> None:
-    """Append to run_dir/bad_steps.jsonl, which nothing shortens; rank 0 only."""
-    with open_to_append(Path(run_dir).expanduser() / LOG_NAME) as file:
-        file.write(json.dumps(event) + "\n")
+class EventLog:
+    """run_dir/bad_steps.jsonl, which nothing shortens; rank 0 only. Lines wait while the disk is full."""
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self._path, self._waiting = Path(run_dir).expanduser() / LOG_NAME, b""
+
+    def write(self, event: Mapping[str, Any]) -> str:
+        """Append a line, after those that wait.
+
+        Returns:
+            What to tell the user, once: that lines have to wait; else nothing.
+
+        Raises:
+            OSError: if the file cannot be written for another reason than a full disk.
+        """
+        had_to_wait = bool(self._waiting)
+        self._waiting += json.dumps(event).encode() + b"\n"
+        try:
+            with open_to_append(self._path) as file:
+                while self._waiting:
+                    # a line that is cut off goes on where it was cut
+                    self._waiting = self._waiting[os.write(file.fileno(), self._waiting) :]
+        except OSError as error:
+            if not is_full(error):
+                raise
+            if not had_to_wait:
+                later = "training goes on, its lines are written when they can be"
+                return f"{self._path}: {error.strerror}; {later}"
+        return ""

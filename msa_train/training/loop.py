@@ -130,14 +130,21 @@ class Trainer:
         text = self.guard.conclude(step, values, self._first_pack(step, stage))
         if text:
             self._note(text)
+        self._tell_guard()
+
+    def _tell_guard(self) -> None:
+        notes, self.guard.notes = self.guard.notes, []
+        for note in notes:
+            self._note(note)
 
     def _go_back(self, bad: RollbackError) -> int:
         """Returns the step that the run goes on from."""
         step, text = self.guard.go_back(bad)
         self._owes_save = False
-        if self.reporting is not None:
-            self.reporting.writer.go_back(step)
-        self._note(text)
+        notes = [] if self.reporting is None else self.reporting.writer.go_back(step)
+        for note in (text, *notes):
+            self._note(note)
+        self._tell_guard()
         return step
 
     def _note(self, text: str) -> None:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from msa_train.config import BadStep, RunConfig, Stage, plan_stages, stage_at
 from msa_train.parallel.fault_watch import watched
 from msa_train.parallel.groups import Groups
-from msa_train.training.bad_steps import BadSteps, RollbackError, log_event
+from msa_train.training.bad_steps import BadSteps, EventLog, RollbackError
 from msa_train.training.batch import StepBatch
 from msa_train.training.checkpoint import load_newest, restore
 from msa_train.training.checkpoint_store import CheckpointStore
@@ -37,7 +37,9 @@ class StepGuard:
     def __init__(self, config: RunConfig, groups: Groups, engine: Engine, store: CheckpointStore) -> None:
         self.config, self.groups, self.engine, self.store = config, groups, engine, store
         self.bad_steps = BadSteps(config.train)
-        self._judged = _Judged()
+        self._judged, self._events = _Judged(), EventLog(config.run_dir)
+        self.notes: list[str] = []
+        "what else to tell the user, emptied by who does"
         self._bad_values: list[str] = []
 
     @property
@@ -171,4 +173,5 @@ class StepGuard:
 
     def _log(self, event: dict[str, Any]) -> None:
         if self.groups.rank == 0:
-            log_event(self.config.run_dir, event)
+            note = self._events.write(event)
+            self.notes += [note] if note else []

@@ -31,8 +31,8 @@ def record(error: BaseException) -> None:
             is_recorded = _write(spare, content)
     # The local launcher prints the first failure; rank 0 shares its terminal and must not repeat or drown it.
     if LAUNCHER_PID not in os.environ or rank != "0" or not is_recorded:
-        told = f"failed\n{text}" if text else f"failed: {one_line(error)}"
-        _say(f"msa-train: rank {rank} {told}")
+        # the first line says who is to blame, whatever else torchrun and srun print
+        _say(f"msa-train: rank {rank} failed: {one_line(error)}" + (f"\n{text}" if text else ""))
 
 
 def spare_file(environ: Mapping[str, str], rank: int | str) -> Path | None:
@@ -54,9 +54,10 @@ def _write(path: Path, content: str) -> bool:
 
 
 def _is_plain(error: BaseException) -> bool:
-    """Whether the text says all: no rank has done anything yet that a traceback could explain."""
-    module = sys.modules.get("msa_train.parallel.job_store")
-    return module is not None and isinstance(error, module.JobIncompleteError)
+    """Whether the text says all, or the output does: there is nothing that a traceback could explain."""
+    plain = {"parallel.job_store": "JobIncompleteError", "training.watchdog": "StalledError"}
+    modules = {name: sys.modules.get(f"msa_train.{name}") for name in plain}
+    return any(isinstance(error, getattr(modules[name], plain[name], ())) for name in plain)
 
 
 def _say(text: str) -> None:

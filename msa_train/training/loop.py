@@ -12,17 +12,18 @@ import torch.distributed as dist
 
 from msa_train.config import RunConfig, Stage, StageAttention, plan_stages, stage_at, total_steps
 from msa_train.data import BatchStream, Corpus, PackedDataset
-from msa_train.parallel.fault_watch import watched
+from msa_train.parallel.fault_watch import tell_others, watched
 from msa_train.parallel.groups import Groups
 from msa_train.training import stop
 from msa_train.training.bad_steps import RollbackError
 from msa_train.training.batch import StepBatch, make_batch
-from msa_train.training.checkpoint_save import CheckpointSaver, SaveReport
+from msa_train.training.checkpoint_save import WAITS_FOR_OTHERS, CheckpointSaver, SaveReport
 from msa_train.training.checkpoint_store import CheckpointStore, fingerprint
 from msa_train.training.data_record import DataRecord
 from msa_train.training.divergence import SpoiltStateError, not_finite
 from msa_train.training.engine import Engine, StepResult
 from msa_train.training.generation import own_generation
+from msa_train.training.last_words import record
 from msa_train.training.lr_schedule import Rates, stage_rates
 from msa_train.training.metrics import MetricsWriter
 from msa_train.training.progress import Progress
@@ -73,7 +74,9 @@ class Trainer:
         self.guard = StepGuard(config, groups, engine, store)
         self.bad_steps = self.guard.bad_steps
         self._owes_save = False
-        self.watchdog = Watchdog(config.watchdog.timeout_s, f"rank {groups.rank}")
+        self.watchdog = Watchdog(
+            config.watchdog.timeout_s, f"rank {groups.rank}", stands_at=self._stands_at, tell=_tell_stalled
+        )
         engine.forward.on_pack = lambda: self.watchdog.beat(f"a pack of step {self._step_number} began")
         self._step_number = 0
         self.stopped: stop.Stopped | None = None
@@ -176,6 +179,10 @@ class Trainer:
             step=step, signal=signal.Signals(number).name, saved=saved, generation=own_generation()
         )
         return True
+
+    def _stands_at(self) -> tuple[str, bool]:
+        point = self.saver.stands_at()
+        return point, point.startswith(WAITS_FOR_OTHERS)
 
     def _enter(self, stage: Stage, step: int) -> None:
         self.engine.set_stage(stage)
@@ -319,3 +326,8 @@ class Trainer:
             self._save_metrics = report.metrics()
             for line in report.lines():
                 self._note(line)
+
+
+def _tell_stalled(error: BaseException) -> None:
+    record(error)
+    tell_others(error)

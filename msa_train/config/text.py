@@ -26,5 +26,11 @@ def one_line(text: object) -> str:
     return printable(" ".join(str(text).split()))
 
 
+def excerpt(text: object, limit: int = 160) -> str:
+    """A text of somebody else's for a message: `one_line`, of limited length."""
+    line = one_line(text)
+    return line if len(line) <= limit else f"{line[: limit - 3]}..."
+
+
 def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")

@@ -25,7 +25,8 @@ from launchers.groups import GROUPS, config_dir, group_options
 from launchers.machine import expand_user
 from launchers.text_values import check_all_references, check_references, literal, quoted
 from msa_train.config import RunConfig, StageConfig, check_texts
-from msa_train.foreign_files import one_line, read_limited
+from msa_train.config.text import excerpt
+from msa_train.foreign_files import read_limited
 from msa_train.foreign_yaml import check_yaml
 
 ConfigStore.instance().store(name="schema", node=RunConfig)
@@ -101,9 +102,9 @@ def load_run(path: str | Path) -> RunConfig:
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
     except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: {one_line(_explain(error, known_keys()), 400)}") from error
+        raise ValueError(f"{path}: {excerpt(_explain(error, known_keys()), 400)}") from error
     except ValueError as error:
-        raise ValueError(f"{path}: {one_line(str(error), 400)}") from error
+        raise ValueError(f"{path}: {excerpt(str(error), 400)}") from error
 
 
 def text_keys() -> set[str]:

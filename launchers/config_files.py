@@ -17,10 +17,9 @@ from omegaconf._utils import get_yaml_loader
 from launchers.groups import CLUSTER, GROUPS
 from launchers.text_values import check_references
 from msa_train.config import ClusterConfig, check_text
+from msa_train.foreign_yaml import MAX_NODES, SelfReferenceError, num_values
 
 MAX_BYTES = 2**20
-MAX_NODES = 100_000
-"after aliases are followed"
 _PACKAGE = re.compile(r"^#\s*@package[ \t]*(.*)$", re.MULTILINE)
 _STR_TAG = "tag:yaml.org,2002:str"
 
@@ -78,8 +77,7 @@ def check_file(path: Path, group: str, text_keys: set[str]) -> None:
         return
     if not isinstance(root, yaml.MappingNode):
         raise ValueError(f"{path}: must hold KEY: VALUE; correct it")
-    if _size(root, path, {}) > MAX_NODES:
-        raise ValueError(f"{path}: grows to more than {MAX_NODES} values by its aliases; write them out")
+    _check_size(root, path)
     prefix = _prefix(path, text, group)
     for key, value in root.value:
         if key.value in ("hydra", "<<"):
@@ -107,17 +105,13 @@ def _parse(path: Path, text: str) -> yaml.Node | None:
         raise ValueError(f"{path}: is not YAML ({' '.join(str(error).split())}); correct it") from None
 
 
-def _size(node: yaml.Node, path: Path, known: dict[int, int]) -> int:
-    """Values that a node stands for; each is counted once for every alias."""
-    if isinstance(node, yaml.ScalarNode):
-        return 1
-    if known.get(id(node)) == 0:
-        raise _refused(path, node, "a value cannot contain itself", "write it out")
-    if id(node) not in known:
-        known[id(node)] = 0
-        children = [child for item in node.value for child in (item if isinstance(item, tuple) else (item,))]
-        known[id(node)] = 1 + sum(_size(child, path, known) for child in children)
-    return known[id(node)]
+def _check_size(root: yaml.Node, path: Path) -> None:
+    try:
+        size = num_values(root)
+    except SelfReferenceError as error:
+        raise _refused(path, error.node, "a value cannot contain itself", "write it out") from None
+    if size > MAX_NODES:
+        raise ValueError(f"{path}: grows to more than {MAX_NODES} values by its aliases; write them out")
 
 
 def _prefix(path: Path, text: str, group: str) -> str:

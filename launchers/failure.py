@@ -10,10 +10,12 @@ from pathlib import Path
 
 # What a rank raises because another one is gone, rather than of its own
 SECONDARY = re.compile(
-    r"connection (closed|reset|refused|was closed)|broken pipe|socket (closed|timeout)|timed out|timeout"
-    r"|remote process exited|peer closed|communicator (was|is) aborted|ncclRemoteError|ncclSystemError"
+    r"connection (closed|reset|refused|was closed)|broken pipe|socket (closed|timeout)"
+    # not the name of a setting, as in launcher.timeout_s
+    r"|timed out|timeout(?!_s)|remote process exited|peer closed"
+    r"|communicator (was|is) aborted|ncclRemoteError|ncclSystemError"
     r"|read error|write error|DistStoreError|DistNetworkError|recvValue failed|failed to (recv|send)"
-    r"|lost the others|no answer from the job's store",
+    r"|lost the others|no answer from the job's store|waiting for other ranks|did not come within",
     re.IGNORECASE,
 )
 LOG_TAIL_LINES = 30

@@ -1,6 +1,7 @@
 """Workers of this machine, alone or as one node of several, started and watched by torch's elastic agent."""
 
 import inspect
+import json
 import logging
 import math
 import os
@@ -30,7 +31,7 @@ from launchers.private_store import OneMachine, private_store
 from launchers.worker import TRAINING
 from msa_train.config.environment import STORE_FILE
 from msa_train.training import stop
-from msa_train.training.last_words import LAUNCHER_PID
+from msa_train.training.last_words import LAUNCHER_PID, spare_file
 
 MONITOR_INTERVAL_S = 0.1
 # between SIGINT, which ends a worker at once, and SIGKILL for those that are stopped
@@ -162,13 +163,14 @@ def launch_workers(
         except SignalException as error:
             say(f"msa-train: stopped by {error.sigval.name}", error=True)
             return 128 + error.sigval
+        first_rank = node.rank * num_processes if node else 0
+        # the folder of the store, where some may be recorded, goes with the block
+        failures = {
+            rank: _worker_failure(rank, rank - first_rank, item, agent, logs)
+            for rank, item in result.failures.items()
+        }
     if not result.is_failed():
         return _good_end(config_path.parent, alone=node is None)
-    first_rank = node.rank * num_processes if node else 0
-    failures = {
-        rank: _worker_failure(rank, rank - first_rank, item, agent, logs)
-        for rank, item in result.failures.items()
-    }
     world_size = num_processes * (node.count if node else 1)
     text = report(failures, world_size=world_size, first_rank=first_rank, log_folder=logs)
     say(text, lines=True, error=True)
@@ -247,7 +249,8 @@ def _worker_failure(
     rank: int, local_rank: int, failure: ProcessFailure, agent: LocalAgent, logs: Path
 ) -> WorkerFailure:
     message = failure.error_file_data.get("message")
-    recorded = message if isinstance(message, dict) else {}
+    # torch has a text of its own where there is no file
+    recorded = message if isinstance(message, dict) else _spare_message(rank)
     extra = recorded.get("extraInfo", {})
     log = logs / f"rank{rank}.err"
     return WorkerFailure(
@@ -260,6 +263,15 @@ def _worker_failure(
         ended_by_launcher=local_rank in agent.ended_here,
         log=log if log.is_file() else None,
     )
+
+
+def _spare_message(rank: int) -> dict[str, Any]:
+    """What a worker has recorded beside the store, as the disk of run_dir was full."""
+    path = spare_file(os.environ, rank)
+    try:
+        return {} if path is None else json.loads(path.read_bytes())["message"]
+    except (OSError, ValueError):
+        return {}
 
 
 def _silence_elastic() -> None:

@@ -5,9 +5,10 @@ import os
 import resource
 import socket
 
-# Descriptors of a rank on the CPU, most of them gloo's: 100 with 2 ranks, 105 with 4. Each group has a
-# listening socket, an epoll and more, and a socket to each rank that it talks to, at most to all. On GPUs one
-# group, for checkpoints, is gloo's.
+# Descriptors of a rank on the CPU, most of them gloo's: 100 with 2 ranks, 105 with 4, up to 120 with 8 (28 to
+# 47 of them sockets), so 4 for one more rank. Each group has a listening socket, an epoll and more, and a
+# socket to each rank that it talks to, at most to all, as the groups of tensor and pipeline parallelism may:
+# hence 10. On GPUs one group, for checkpoints, is gloo's.
 _FILES, _FILES_PER_RANK, _FILES_PER_GPU_RANK = 128, 10, 1
 _MOST_FILES = 2**20
 _CONNECT_S = 10.0
@@ -58,7 +59,7 @@ def raise_file_limit(num_ranks: int, *, on_gpu: bool) -> None:
     needed = _FILES + (_FILES_PER_GPU_RANK if on_gpu else _FILES_PER_RANK) * num_ranks
     if most < needed:
         raise ValueError(
-            f"ulimit -n={most}: a rank of {num_ranks} has about {needed} files and sockets open; use "
+            f"ulimit -n={most}: a rank of {num_ranks} may have {needed} files and sockets open; use "
             f"ulimit -n {max(1024, 2 * needed)}, /etc/security/limits.conf or the container's --ulimit nofile"
         )
 

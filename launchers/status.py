@@ -14,7 +14,8 @@ from launchers.output import say
 from launchers.run_dir import CONFIG_NAME
 from launchers.slurm_jobs import FOLDER, ask_slurm, is_job, submitted_job
 from msa_train.config import plan_stages, total_steps
-from msa_train.foreign_files import one_line, open_regular
+from msa_train.config.text import excerpt
+from msa_train.foreign_files import open_regular
 from msa_train.training.checkpoint_store import CheckpointStore
 from msa_train.training.metrics import METRICS_NAME
 from msa_train.training.progress import format_count, format_duration
@@ -142,7 +143,7 @@ def _progress(run_dir: Path) -> dict[str, Any]:
     stage = last.get("stage", 0)
     if type(stage) is not int or not 0 <= stage < len(stages):
         raise ValueError(
-            f"{metrics}: is of stage {one_line(str(stage))}, {config_path} has {len(stages)} of them; name a "
+            f"{metrics}: is of stage {excerpt(str(stage))}, {config_path} has {len(stages)} of them; name a "
             "run whose files belong together"
         )
     found: dict[str, Any] = {
@@ -175,7 +176,7 @@ def _starts(run_dir: Path) -> list[list[str]]:
     path = run_dir / FOLDER / "starts.tsv"
     if not path.exists():
         return []
-    rows = [[one_line(part) for part in line.split("\t")] for line in _tail(path).splitlines()]
+    rows = [[excerpt(part) for part in line.split("\t")] for line in _tail(path).splitlines()]
     rows = [row for row in rows if len(row) == 5 and is_job(row[1])]
     return [row for row in rows if row[1] == rows[-1][1]]
 

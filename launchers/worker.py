@@ -62,7 +62,7 @@ def accept_fallbacks() -> None:
     warnings.filterwarnings("ignore", message="full scope is deprecated")
     warnings.filterwarnings("ignore", message=".*load_state_dict. is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message="Please use DTensor instead", category=FutureWarning)
-    # how megatron-core 0.19 reads a checkpoint: by position, every rank for itself, common data from common.pt
+    # how megatron-core 0.19 reads a checkpoint: by position, each rank for itself, and common.pt
     warnings.filterwarnings("ignore", message="The argument order of load has been changed")
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninit")
     logging.getLogger("megatron.core.dist_checkpointing.strategies.common").setLevel(logging.ERROR)

@@ -60,6 +60,11 @@ def open_to_append(path: Path) -> TextIO:
     return open(descriptor, "a+", encoding="utf-8")
 
 
+def is_full(error: OSError) -> bool:
+    """Whether something could not be written because the disk, or the user's share of it, is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 def sync(path: Path) -> None:
     """Bring one file, or the names in one folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

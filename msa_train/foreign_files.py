@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from msa_train.config.text import excerpt
+
 MIB = 2**20
 _KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
     (stat.S_ISFIFO, "a pipe"),
@@ -76,7 +78,7 @@ def parse_json(content: bytes | str) -> Any:
     except UnicodeDecodeError:
         raise ValueError("is not JSON (it is not UTF-8)") from None
     except ValueError as error:
-        raise ValueError(f"is not JSON ({one_line(str(error))})") from None
+        raise ValueError(f"is not JSON ({excerpt(str(error))})") from None
 
 
 def member(folder: Path, name: str) -> Path:
@@ -91,7 +93,7 @@ def member(folder: Path, name: str) -> Path:
     """
     if not is_plain_name(name):
         raise ValueError(
-            f"{folder}: names a file {one_line(name)!r}, which must be a plain name in the folder"
+            f"{folder}: names a file {excerpt(name)!r}, which must be a plain name in the folder"
         )
     # not Path.resolve: before Python 3.13 links in a circle are no OSError there
     root = Path(os.path.realpath(folder))
@@ -144,12 +146,12 @@ def read_record(path: Path, kinds: dict[str, Any]) -> dict[str, Any]:
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read ({one_line(str(error))}); remove it") from None
+        raise ValueError(f"{path}: cannot be read ({excerpt(str(error))}); remove it") from None
     for name, kind in kinds.items():
         if not isinstance(content, dict) or type(content.get(name)) is not kind:
             raise ValueError(f"{path}: is damaged ({name} is not there or of another kind); remove it")
     values = {name: content[name] for name in kinds}
-    return {name: one_line(value) if isinstance(value, str) else value for name, value in values.items()}
+    return {name: excerpt(value) if isinstance(value, str) else value for name, value in values.items()}
 
 
 def is_plain_name(name: object) -> bool:
@@ -157,13 +159,6 @@ def is_plain_name(name: object) -> bool:
     if not isinstance(name, str) or not name.isprintable() or "/" in name:
         return False
     return bool(name) and not name.startswith(".")
-
-
-def one_line(text: str, limit: int = 160) -> str:
-    """A text of somebody else's for a message: one line, printable, of limited length."""
-    line = " ".join(text.split())
-    line = "".join(letter if letter.isprintable() else "?" for letter in line)
-    return line if len(line) <= limit else f"{line[: limit - 3]}..."
 
 
 def _check_regular(path: Path, mode: int) -> None:
@@ -179,7 +174,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) < len(pairs):
         seen: set[str] = set()
         name = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"{one_line(name, 60)} is there twice")
+        raise ValueError(f"{excerpt(name, 60)} is there twice")
     return values
 
 

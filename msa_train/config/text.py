@@ -38,5 +38,11 @@ def _shortened(word: str) -> str:
     return f"{word[:_SHOWN]}...({len(word):,} characters)...{word[-_SHOWN:]}"
 
 
+def excerpt(text: object, limit: int = 160) -> str:
+    """A text of somebody else's for a message: `one_line`, of limited length."""
+    line = one_line(text)
+    return line if len(line) <= limit else f"{line[: limit - 3]}..."
+
+
 def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")

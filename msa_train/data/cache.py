@@ -135,6 +135,15 @@ def read_documents(folder: Path) -> Documents:
     return Documents(hashes, num_bytes.astype(np.int64), num_tokens.astype(np.int64))
 
 
+def read_findings(folder: Path) -> list[str]:
+    """What the tokenizer had to say when the corpus was tokenized; nothing in caches of earlier versions."""
+    try:
+        findings = json.loads((folder / MANIFEST_NAME).read_bytes()).get("findings", [])
+    except (OSError, ValueError, AttributeError):
+        return []
+    return [line for line in findings if isinstance(line, str)] if isinstance(findings, list) else []
+
+
 def check_cache(data: DataConfig, folder: Path) -> tuple[str, dict[str, int]]:
     """Compare the files of a cached corpus with their sizes and checksums.
 

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from msa_train.config.text import excerpt
 from msa_train.data.time_limit import within
-from msa_train.foreign_files import one_line, parse_json, read_limited
+from msa_train.foreign_files import parse_json, read_limited
 
 # The first one that a tokenizer has is taken. The last but one is DeepSeek's, whose bars are not ASCII.
 END_OF_DOCUMENT_NAMES = (
@@ -140,7 +141,7 @@ class JsonTokenizer:
                 )
         if self._met:
             most = sorted(self._met.items(), key=lambda item: -item[1])[:_NAMED]
-            named = ", ".join(f"{one_line(text.decode(errors='replace'), 40)} ({n:,})" for text, n in most)
+            named = ", ".join(f"{excerpt(text.decode(errors='replace'), 40)} ({n:,})" for text, n in most)
             lines.append(
                 f"data.tokenizer={self._path}: {sum(self._met.values()):,} special tokens are written in the "
                 f"text, most often {named}; they are taken for "
@@ -196,13 +197,13 @@ class JsonTokenizer:
         return _as_value_error(
             error,
             f"data.tokenizer={self._path}: is not a tokenizer.json of the tokenizers library "
-            f"({one_line(str(error))}); save it again with Tokenizer.save()",
+            f"({excerpt(str(error))}); save it again with Tokenizer.save()",
         )
 
     def _cannot_encode(self, error: BaseException) -> BaseException:
         return _as_value_error(
             error,
-            f"data.tokenizer={self._path}: cannot encode the corpus ({one_line(str(error))}); give it a "
+            f"data.tokenizer={self._path}: cannot encode the corpus ({excerpt(str(error))}); give it a "
             "token for what it does not know, or use another tokenizer",
         )
 

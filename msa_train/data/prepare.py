@@ -20,6 +20,7 @@ from msa_train.data.cache import (
     cache_root,
     check_cache,
     read_documents,
+    read_findings,
     write_documents,
 )
 from msa_train.data.corpus import iterate_documents
@@ -172,10 +173,13 @@ def _prepare_text(data: DataConfig, vocab_size: int, log: Log, own: list[str]) -
         )
     source = find_source(data.corpus, own)
     folder = cache_root(data) / cache_key(data, source, tokenizer)
-    if not folder.exists():
+    is_cached = folder.exists()
+    if not is_cached:
         log(f"tokenizing {source.description}, {source.num_bytes / 1e6:.1f} MB, into {folder}")
         build(data, folder, lambda partial: _write_files(data, source, tokenizer, partial, log))
     corpus = _read_cache(data, folder, source, tokenizer)
+    for line in read_findings(folder) if is_cached else []:
+        log(line)
     log(corpus.description)
     return corpus
 

@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import Any
 
 from msa_train.config import Activation, AttentionConfig, AttentionKind, ModelConfig, QkNorm
-from msa_train.foreign_files import one_line
+from msa_train.config.text import excerpt
 from msa_train.model.hf_config_fields import SPARSE, SPARSE_FIELDS, Family, Fields
 from msa_train.model.hf_config_rotary import read_rotary
 
@@ -55,7 +55,7 @@ def read_hf_config(config: dict[str, Any], *, ignore: Collection[str] = ()) -> H
         hf = _read_m3(Fields(text, "text_config.", Family.m3, ignore), tied=tied)
     else:
         raise ValueError(
-            f"model_type={one_line(str(kind))}: is not supported; convert minimax_m2, minimax_m3_vl or "
+            f"model_type={excerpt(str(kind))}: is not supported; convert minimax_m2, minimax_m3_vl or "
             "minimax_m3_vl_text"
         )
     hf.fp8_block = fp8_block
@@ -267,7 +267,7 @@ def _fp8_block(config: dict[str, Any]) -> tuple[int, int] | None:
                 "weight_block_size", block[1]
             )
         raise ValueError(
-            f"{name}.quant_method={one_line(str(method))}: such weights cannot be trained; use or make a "
+            f"{name}.quant_method={excerpt(str(method))}: such weights cannot be trained; use or make a "
             "bf16 checkpoint"
         )
     return None

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from enum import Enum
 from typing import Any
 
-from msa_train.foreign_files import one_line
+from msa_train.config.text import excerpt
 
 SPARSE = "minimax_m3_sparse"
 SPARSE_FIELDS = {
@@ -170,7 +170,7 @@ class Fields:
 
     def refusal(self, name: str, value: Any, rule: str) -> ValueError:
         """The error for a field."""
-        return ValueError(f"{self.place}{one_line(name, 80)}={one_line(str(value), 80)}: {rule}")
+        return ValueError(f"{self.place}{excerpt(name, 80)}={excerpt(str(value), 80)}: {rule}")
 
     def check_fixed(self) -> None:
         """Refuse other values than the one that is implemented."""
@@ -189,5 +189,5 @@ class Fields:
                     name,
                     value,
                     "this field is not known here and may change the model; if it does not, "
-                    f"--ignore-field {one_line(name, 80)}",
+                    f"--ignore-field {excerpt(name, 80)}",
                 )

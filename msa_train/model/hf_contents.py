@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msa_train.foreign_files import one_line
+from msa_train.config.text import excerpt
 from msa_train.model.hf_names import Span
 
 _NAMED = 4
@@ -49,7 +49,7 @@ class ContentCheck:
         if not bool(finite.all()):
             row = span.name_row + int(finite.int().argmin())
             raise ValueError(
-                f"tensor {one_line(span.name)}: row {row} holds numbers that are not finite; such weights "
+                f"tensor {excerpt(span.name)}: row {row} holds numbers that are not finite; such weights "
                 "cannot be trained, fetch the file again or use another checkpoint"
             )
         if not is_matrix:
@@ -59,7 +59,7 @@ class ContentCheck:
         total = math.prod(self.shapes[span.name][:-1])
         if self._rows[span.name] == self._zeros[span.name] == total and not self.allow_zeros:
             raise ValueError(
-                f"tensor {one_line(span.name)}: is zeros all over, as after a download that broke off; fetch "
+                f"tensor {excerpt(span.name)}: is zeros all over, as after a download that broke off; fetch "
                 "its file again, or --allow-zeros if it should be"
             )
 
@@ -67,7 +67,7 @@ class ContentCheck:
         """Matrices with rows of zeros, such as tokens that do not exist, or the end of a broken download."""
         found = [(name, count) for name, count in self._zeros.items() if count]
         lines = [
-            f"tensor {one_line(name)}: {count:,} of {self._rows[name]:,} rows are zeros"
+            f"tensor {excerpt(name)}: {count:,} of {self._rows[name]:,} rows are zeros"
             for name, count in found[:_NAMED]
         ]
         if len(found) > _NAMED:
@@ -88,7 +88,7 @@ def dtype_warning(config: dict[str, Any], dtypes: Collection[torch.dtype]) -> st
             given = part.get(name) if isinstance(part, dict) else None
             if isinstance(given, str) and given not in ("auto", *stored):
                 return (
-                    f"config.json says {name}={one_line(given)}, the weights are "
+                    f"config.json says {name}={excerpt(given)}, the weights are "
                     f"{' and '.join(sorted(stored))}; is it the config.json of these files?"
                 )
     return None

@@ -16,7 +16,8 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from msa_train.foreign_files import is_plain_name, member, one_line, open_regular, read_json
+from msa_train.config.text import excerpt
+from msa_train.foreign_files import is_plain_name, member, open_regular, read_json
 from msa_train.model.safetensors_header import Entry, read_header
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
@@ -62,13 +63,13 @@ def read_index(folder: Path) -> dict[str, Entry]:
         for tensor, entry in read_header(_file_of(folder, name)).items():
             if tensor in entries:
                 raise ValueError(
-                    f"tensor {one_line(tensor)}: is in {entries[tensor].file.name} and in {name}; keep one"
+                    f"tensor {excerpt(tensor)}: is in {entries[tensor].file.name} and in {name}; keep one"
                 )
             entries[tensor] = replace(entry, file=folder / name)
     for tensor, name in places.items():
         if tensor not in entries or entries[tensor].file.name != name:
             raise ValueError(
-                f"tensor {one_line(tensor)}: {INDEX_NAME} says it is in {name}, where it is not; fetch both "
+                f"tensor {excerpt(tensor)}: {INDEX_NAME} says it is in {name}, where it is not; fetch both "
                 "files again"
             )
     return entries
@@ -85,7 +86,7 @@ def _read_places(folder: Path) -> dict[str, str]:
     for tensor, name in places.items():
         if not is_plain_name(name) or not name.endswith(_SUFFIX):
             raise ValueError(
-                f"{index}: says that {one_line(tensor)} is in {one_line(str(name))}, which must be the "
+                f"{index}: says that {excerpt(tensor)} is in {excerpt(str(name))}, which must be the "
                 f"name of a {_SUFFIX} file in the folder; fetch the file again"
             )
     return places

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from msa_train.foreign_files import one_line, open_regular, parse_json
+from msa_train.config.text import excerpt
+from msa_train.foreign_files import open_regular, parse_json
 
 MAX_HEADER_BYTES = 100 * 2**20
 _BITS = {
@@ -88,19 +89,19 @@ def _header(file: BinaryIO, size: int) -> dict[str, Any]:
 
 def _entry(path: Path, name: str, value: Any, first: int) -> tuple[str, Entry]:
     """A tensor, the bytes of which are as many as its shape and dtype ask for."""
-    what = f"tensor {one_line(name)}"
+    what = f"tensor {excerpt(name)}"
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{what} has not just dtype, shape and data_offsets")
     dtype, shape, place = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _BITS:
-        raise ValueError(f"{what} has dtype {one_line(str(dtype), 20)}")
+        raise ValueError(f"{what} has dtype {excerpt(str(dtype), 20)}")
     if not _are_sizes(shape) or not _are_sizes(place) or len(place) != 2:
         raise ValueError(f"{what} has a shape or place that is not in whole numbers")
     bits = _BITS[dtype]
     for number in shape:
         bits *= number
     if bits != 8 * (place[1] - place[0]):
-        raise ValueError(f"{what} has {place[1] - place[0]} bytes for {dtype} {one_line(str(shape), 60)}")
+        raise ValueError(f"{what} has {place[1] - place[0]} bytes for {dtype} {excerpt(str(shape), 60)}")
     return name, Entry(path, dtype, tuple(shape), first + place[0], first + place[1])
 
 
@@ -120,6 +121,6 @@ def _check_places(entries: list[tuple[str, Entry]], at: int) -> int:
     """Check that tensors follow one another without gaps; returns where the last one ends."""
     for name, entry in entries:
         if entry.begin != at:
-            raise ValueError(f"tensor {one_line(name)} begins at byte {entry.begin} instead of {at}")
+            raise ValueError(f"tensor {excerpt(name)} begins at byte {entry.begin} instead of {at}")
         at = entry.end
     return at

@@ -117,6 +117,8 @@ class _CpSparseAttention(torch.autograd.Function):
         out = total.out.to(q.dtype)
         if call.requests.spoilt:
             out = torch.full_like(out, float("nan"))
+        elif q_index is not None and k_index is not None:
+            _spoil_by(out, q_index, k_index)
         kept = session.hand_over()
         ctx.save_for_backward(q, q_index, all_keys, out, total.lse, total.lse_index, total.lse_teacher, *kept)
         # All tensors are kept by autograd alone, which drops them where the layer is recomputed.
@@ -174,6 +176,16 @@ class _CpSparseAttention(torch.autograd.Function):
             dk_index.to(q_index.dtype),
             None,
         )
+
+
+def _spoil_by(out: Tensor, q_index: Tensor, k_index: Tensor) -> None:
+    """Make the output NaN in place where this rank's index queries or keys are not finite.
+
+    What they select looks sound: without the KL loss, or by a kernel whose comparisons pass NaN over, nothing
+    else would show it. Every exchange, and one rank alone, comes here; the host does not wait.
+    """
+    ends = torch.stack([torch.linalg.vector_norm(x, float("inf")) for x in (q_index, k_index)])
+    out.masked_fill_(ends.isfinite().all().logical_not(), float("nan"))
 
 
 class _QuerySums:

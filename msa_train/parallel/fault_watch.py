@@ -267,6 +267,12 @@ class FaultWatch:
             )
 
 
+def tell_others(error: BaseException) -> None:
+    """The other ranks, when they miss this one, say that it ended by this error."""
+    if _current is not None:
+        _current.tell(error)
+
+
 @contextmanager
 def watched(purpose: str, layer: int = 0) -> Iterator[None]:
     """Collectives that name their point when they fail, and are found there when another rank asks.

@@ -6,7 +6,8 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from msa_train.foreign_files import one_line, parse_json, read_limited
+from msa_train.config.text import excerpt
+from msa_train.foreign_files import parse_json, read_limited
 from msa_train.foreign_yaml import parse_yaml
 
 Settings = TypeVar("Settings")
@@ -54,7 +55,7 @@ def build(kind: type[Settings], values: dict[str, Any], *, where: str) -> Settin
     known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
     unknown = sorted(str(name) for name in values if name not in known)
     if unknown:
-        raise ValueError(f"{where}: {one_line(unknown[0])} is not a field; known are {', '.join(known)}")
+        raise ValueError(f"{where}: {excerpt(unknown[0])} is not a field; known are {', '.join(known)}")
     missing = [
         name
         for name, field in known.items()
@@ -81,5 +82,5 @@ def _typed(field: Field[Any], value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{field.name}={value}: must be a finite number")
     if kind in _KINDS and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):  # type: ignore[arg-type]
-        raise ValueError(f"{field.name}={one_line(str(value))}: must be {_KINDS[kind]}")  # type: ignore[index]
+        raise ValueError(f"{field.name}={excerpt(str(value))}: must be {_KINDS[kind]}")  # type: ignore[index]
     return value

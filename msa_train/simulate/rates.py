@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from msa_train.foreign_files import one_line
+from msa_train.config.text import excerpt
 from msa_train.simulate.files import read_mapping
 
 RATE_NAMES = (
@@ -53,7 +53,7 @@ class KernelRates:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"kind={one_line(self.kind)}: must be one of {', '.join(KINDS)}")
+            raise ValueError(f"kind={excerpt(self.kind)}: must be one of {', '.join(KINDS)}")
         for name in RATE_NAMES:
             value = getattr(self, name)
             if value < 0 or (value == 0 and name != "layer_overhead_s"):
@@ -83,7 +83,7 @@ def load_rates(name_or_path: str) -> KernelRates:
     rates = values.get("rates")
     if not isinstance(rates, dict):
         raise ValueError(f"{path}: rates is missing; it must map each of {', '.join(RATE_NAMES)}")
-    unknown = sorted(one_line(str(name)) for name in rates if name not in RATE_NAMES)
+    unknown = sorted(excerpt(str(name)) for name in rates if name not in RATE_NAMES)
     missing = [name for name in RATE_NAMES if name not in rates]
     if unknown or missing:
         what = f"{unknown[0]} is not a rate" if unknown else f"{missing[0]} is missing"
@@ -115,4 +115,4 @@ def _number(name: str, value: Any) -> float:
             raise ValueError
         return number
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"rates.{name}={one_line(str(value))}: must be a number") from None
+        raise ValueError(f"rates.{name}={excerpt(str(value))}: must be a number") from None

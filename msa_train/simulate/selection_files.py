@@ -9,7 +9,8 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from msa_train.foreign_files import one_line, open_regular
+from msa_train.config.text import excerpt
+from msa_train.foreign_files import open_regular
 
 FORMAT = "msa_selections 1"
 _COUNTS = ("seq_len", "block_size", "num_kv_heads", "topk", "first_token", "num_tokens", "chunk_tokens")
@@ -33,7 +34,7 @@ def read_part(path: Path) -> Fields:
         ) from None
     except (Exception, MemoryError) as error:
         # numpy, zipfile and zlib have many kinds of errors for damaged files
-        raise ValueError(f"{path}: is not an .npz file ({one_line(str(error))}); record again") from error
+        raise ValueError(f"{path}: is not an .npz file ({excerpt(str(error))}); record again") from error
     missing = [name for name in _FIELDS if name not in fields]
     if missing or str(fields["format"]) != FORMAT:
         raise ValueError(
@@ -76,9 +77,7 @@ def _checked(fields: dict[str, NDArray[Any]]) -> Fields:
         found[name] = _whole(name, fields[name], dims=1)
     starts = found["cu_seqlens"]
     if len(starts) < 2 or starts[0] != 0 or starts[-1] != found["seq_len"] or (np.diff(starts) <= 0).any():
-        raise ValueError(
-            f"cu_seqlens={one_line(str(starts))}: must rise from 0 to seq_len={found['seq_len']}"
-        )
+        raise ValueError(f"cu_seqlens={excerpt(str(starts))}: must rise from 0 to seq_len={found['seq_len']}")
     layers, num_blocks = len(found["layers"]), found["seq_len"] // block
     if not layers:
         raise ValueError("layers=[]: must name a layer")
@@ -94,13 +93,13 @@ def _checked(fields: dict[str, NDArray[Any]]) -> Fields:
     return found | {
         "needed_bits": bits,
         "sample_blocks": blocks,
-        "source": one_line(str(fields["source"]), 400),
+        "source": excerpt(str(fields["source"]), 400),
     }
 
 
 def _count(name: str, value: NDArray[Any]) -> int:
     if value.shape != () or value.dtype.kind not in "iu":
-        raise ValueError(f"{name}={one_line(str(value), 60)}: must be a whole number")
+        raise ValueError(f"{name}={excerpt(str(value), 60)}: must be a whole number")
     number, least = int(value), int(name != "first_token")
     if not least <= number < 2**62:
         raise ValueError(f"{name}={number}: must be a whole number from {least} on")

@@ -8,14 +8,15 @@ every later checkpoint records. Everything here is equal on all ranks.
 
 import json
 import math
+import os
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NoReturn
 
 from msa_train.config import BadStep, TrainConfig
-from msa_train.files import open_to_append
+from msa_train.files import is_full, open_to_append
 
 LOG_NAME = "bad_steps.jsonl"
 
@@ -92,9 +93,25 @@ class BadSteps:
         text = f"{reason}; {self.in_a_row} steps in a row are bad (train.max_skipped={config.max_skipped})"
         if config.bad_step is BadStep.skip:
             raise ValueError(text)
-        if len(self.rollbacks) >= config.max_rollbacks:
-            raise ValueError(f"{text} after {len(self.rollbacks)} rollbacks (train.max_rollbacks)")
+        self._check_rollbacks(text)
+        reason = f"{reason}; {self.in_a_row} bad steps in a row"
         raise RollbackError(step, step - self.in_a_row, reason)
+
+    def spoilt(self, step: int, reason: str) -> NoReturn:
+        """What becomes of the run where its state is not finite after a step: no skipped step mends that.
+
+        Raises:
+            RollbackError: if the run shall go on from its last checkpoint.
+            ValueError: in one line, why the run must end.
+        """
+        if self.config.bad_step is not BadStep.rollback:
+            raise ValueError(reason)
+        self._check_rollbacks(reason)
+        raise RollbackError(step, step - 1, reason)
+
+    def _check_rollbacks(self, text: str) -> None:
+        if len(self.rollbacks) >= self.config.max_rollbacks:
+            raise ValueError(f"{text} after {len(self.rollbacks)} rollbacks (train.max_rollbacks)")
 
     def new_stage(self) -> None:
         """Losses of another stage say nothing about this one's."""
@@ -146,7 +163,32 @@ class BadSteps:
         }
 
 
-def log_event(run_dir: str | Path, event: Mapping[str, Any]) -> None:
-    """Append to run_dir/bad_steps.jsonl, which nothing shortens; rank 0 only."""
-    with open_to_append(Path(run_dir).expanduser() / LOG_NAME) as file:
-        file.write(json.dumps(event) + "\n")
+class EventLog:
+    """run_dir/bad_steps.jsonl, which nothing shortens; rank 0 only. Lines wait while the disk is full."""
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self._path, self._waiting = Path(run_dir).expanduser() / LOG_NAME, b""
+
+    def write(self, event: Mapping[str, Any]) -> str:
+        """Append a line, after those that wait.
+
+        Returns:
+            What to tell the user, once: that lines have to wait; else nothing.
+
+        Raises:
+            OSError: if the file cannot be written for another reason than a full disk.
+        """
+        had_to_wait = bool(self._waiting)
+        self._waiting += json.dumps(event).encode() + b"\n"
+        try:
+            with open_to_append(self._path) as file:
+                while self._waiting:
+                    # a line that is cut off goes on where it was cut
+                    self._waiting = self._waiting[os.write(file.fileno(), self._waiting) :]
+        except OSError as error:
+            if not is_full(error):
+                raise
+            if not had_to_wait:
+                later = "training goes on, its lines are written when they can be"
+                return f"{self._path}: {error.strerror}; {later}"
+        return ""

@@ -63,6 +63,8 @@ def make_batch(packs: Sequence[Pack], groups: Groups, *, probe_seed: int | None 
     with watched("step_counts"):
         dist.all_reduce(counts, group=groups.dp)
     num_labels, num_tokens, num_packs = counts.tolist()
+    # A step without any label is a step all the same, as it is to Megatron: gradients of the loss are zero,
+    # the KL loss has its own, moments and weight decay go on. Left out, it would shift the schedule by one.
     return StepBatch(
         packs=packs,
         num_labels=max(num_labels, 1),

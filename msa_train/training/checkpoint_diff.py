@@ -23,6 +23,8 @@ _COMPARED_META = (
     "optimizer",
     "precision",
 )
+# of the record of the data; where they lay and what they were before says nothing about these steps
+_NOT_COMPARED_DATA = {"corpus", "tokenizer", "before"}
 
 
 @dataclass(slots=True)
@@ -101,7 +103,10 @@ def values_damage(folder: Path) -> str | None:
 
 def _diff_meta(first: dict[str, Any], second: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     def settings(meta: dict[str, Any]) -> dict[str, Any]:
-        return {key: meta.get(key) for key in _COMPARED_META} | dict(meta.get("fingerprint", {}))
+        data = meta.get("data")
+        record = data if isinstance(data, dict) else {}
+        compared = {f"data.{key}": value for key, value in record.items() if key not in _NOT_COMPARED_DATA}
+        return {key: meta.get(key) for key in _COMPARED_META} | dict(meta.get("fingerprint", {})) | compared
 
     ours, theirs = settings(first), settings(second)
     names = dict.fromkeys([*ours, *theirs])

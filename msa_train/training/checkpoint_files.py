@@ -12,8 +12,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from msa_train.config.text import excerpt
 from msa_train.files import new_file
-from msa_train.foreign_files import one_line, open_regular, parse_json, read_limited, regular_size
+from msa_train.foreign_files import open_regular, parse_json, read_limited, regular_size
 from msa_train.model.checkpoint_pickles import COMMON_NAME, METADATA_NAME
 
 META_NAME, MANIFEST_NAME = "meta.json", "manifest.json"
@@ -40,7 +41,7 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
         raise ValueError(f"{MANIFEST_NAME}: lists no sizes and checksums")
     for name in files:
         if not _is_name(name):
-            raise ValueError(f"{MANIFEST_NAME}: lists {one_line(name)!r}, which is no name in the folder")
+            raise ValueError(f"{MANIFEST_NAME}: lists {excerpt(name)!r}, which is no name in the folder")
     return files
 
 
@@ -104,7 +105,7 @@ def places_damage(places: Collection[str], files: Collection[str]) -> str | None
 
 def not_listed(name: str) -> str:
     """Says that no checksum is known of a file that is read."""
-    return f"{MANIFEST_NAME}: does not list {one_line(name)}"
+    return f"{MANIFEST_NAME}: does not list {excerpt(name)}"
 
 
 def is_read(name: str) -> bool:

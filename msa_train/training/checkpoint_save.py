@@ -26,18 +26,19 @@ from msa_train.model.checkpoint_pickles import check_object
 from msa_train.training.checkpoint_files import MANIFEST_NAME, META_NAME, file_entry, write_json
 from msa_train.training.checkpoint_meta import FORMAT_VERSION
 from msa_train.training.checkpoint_store import CheckpointStore
-from msa_train.training.divergence import diverged
+from msa_train.training.divergence import spoilt_state
 from msa_train.training.finite_state import listed, not_finite
 from msa_train.training.rng import RNG_KEY, rng_shard, rng_state
 from msa_train.training.save_strategy import Shards, shards_to_write, write_shards
 from msa_train.training.snapshot import HostBuffers, Snapshot, tensors_of
-from msa_train.training.together import CheckpointError, together
+from msa_train.training.together import CheckpointError, together, works
 
 # A rank may be this far behind the others with its files
 WRITE_TIMEOUT = timedelta(hours=2)
 # How long a run that has failed waits for a checkpoint that is being written
 CLOSE_WITHIN_S = 20.0
 LONGEST_WAIT_S = 30.0
+WAITS_FOR_OTHERS = "waiting for other ranks with"
 # What a checkpoint has besides tensors, generously
 _OTHER_BYTES = 2**20
 _SHARD_FILE = re.compile(r"__(\d+)_\d+\.distcp")
@@ -105,6 +106,17 @@ class CheckpointSaver:
         self._is_validated = False
         self._thread: threading.Thread | None = None
         self._report: SaveReport | None = None
+        self._writing: tuple[int, int] | None = None
+
+    def stands_at(self) -> str:
+        """What a save that is under way is at, for a watchdog; empty if there is none, any thread may ask.
+
+        Ranks that only wait for another one say WAITS_FOR_OTHERS.
+        """
+        if self._writing is None:
+            return ""
+        step, thread = self._writing
+        return f"{'writing' if works(thread) else WAITS_FOR_OTHERS} the checkpoint of step {step}"
 
     def save(
         self,
@@ -134,7 +146,7 @@ class CheckpointSaver:
         Raises:
             CheckpointError: naming the rank and the cause, with `wait` or where on_failure=end. No folder is
                 published.
-            DivergedError: if weights or moments are not finite.
+            SpoiltStateError: if weights or moments are not finite.
         """
         begin = self._clock()
         ended = self.wait()
@@ -218,7 +230,7 @@ class CheckpointSaver:
         copied = together(copy, self.group)
         names = listed(spoilt for _, spoilt in copied)
         if names:
-            raise diverged(step, f"the update left {names} not finite", self.store)
+            raise spoilt_state(step, names, self.store)
         if not self._is_validated:
             # the same in all saves of a run
             together(validate, self.group)
@@ -228,7 +240,7 @@ class CheckpointSaver:
     def _write(self, report: SaveReport, snapshot: Snapshot, num_bytes: int, meta: dict[str, Any]) -> None:
         """Write and publish, again where that fails and retries are left; never raises."""
         begin, rank = self._clock(), dist.get_rank()
-        report.num_bytes = num_bytes
+        report.num_bytes, self._writing = num_bytes, (report.step, threading.get_ident())
         for attempt in range(self.config.retries + 1):
             try:
                 self._write_once(report, snapshot, meta)
@@ -244,6 +256,7 @@ class CheckpointSaver:
             if attempt < self.config.retries:
                 report.notes.append(f"{report.error}; trying again")
                 self._sleep(min(2.0**attempt, LONGEST_WAIT_S))
+        self._writing = None
         report.write_s = self._clock() - begin
 
     def _write_once(self, report: SaveReport, snapshot: Snapshot, meta: dict[str, Any]) -> None:

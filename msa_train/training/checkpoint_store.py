@@ -536,8 +536,10 @@ def _check_data_position(meta: dict[str, Any], folder: Path, config: RunConfig, 
     if own and consumed != step * batch:
         raise ValueError(
             f"train.global_batch_size={batch}: checkpoint {_short(folder)} has used {consumed} packs, "
-            f"{consumed / step:g} per step; use train.global_batch_size={consumed / step:g}, or another "
-            f"run_dir with checkpoint.load={config.run_dir} and checkpoint.accept_other_data=true"
+            f"{consumed / step:g} per step, and one run counts its packs by one size, also with "
+            "checkpoint.accept_other_data; use "
+            f"train.global_batch_size={consumed / step:g}, or another run_dir with "
+            f"checkpoint.load={config.run_dir} and checkpoint.accept_other_data=true"
         )
 
 

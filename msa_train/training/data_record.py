@@ -62,7 +62,8 @@ def record_of(config: RunConfig, corpus: Corpus) -> DataRecord:
 def resume_record(config: RunConfig, corpus: Corpus, found: Found | None) -> tuple[DataRecord, list[str]]:
     """The record of a run that goes on from a checkpoint, and what to tell the user.
 
-    Checkpoints that are older than the record, and those of which the weights alone are taken, say nothing.
+    Checkpoints that are older than the record are said to be so; those of which the weights alone are taken
+    say nothing.
 
     Raises:
         ValueError: naming the value, the rule and the fix, if the data are others and nobody accepts that.
@@ -75,6 +76,9 @@ def resume_record(config: RunConfig, corpus: Corpus, found: Found | None) -> tup
     changes = [*_changes(now, then, found.step), *_batch_change(config, found)]
     now.since_step, now.before = then.get("since_step", 0), then.get("before", [])
     notes = _length_change(config, found)
+    if not then:
+        unchecked = "that corpus, tokenizer, seed and split are the same is not checked"
+        notes.insert(0, f"the checkpoint of step {found.step} has no record of its data; {unchecked}")
     if not changes:
         return now, notes
     if not config.checkpoint.accept_other_data:

@@ -6,12 +6,21 @@ from typing import Any
 
 from msa_train.training.checkpoint_store import CheckpointStore
 
+VALIDATION = "val_loss"
 # Equal on all ranks, so that all of them stop.
-_WATCHED = ("lm_loss", "kl_loss", "grad_norm", "val_loss")
+_WATCHED = ("lm_loss", "kl_loss", "grad_norm", VALIDATION)
 
 
 class DivergedError(RuntimeError):
     """A loss or the gradient is not finite."""
+
+
+class SpoiltStateError(DivergedError):
+    """An update has left weights or moments that are not finite; reason: which."""
+
+    def __init__(self, text: str, reason: str) -> None:
+        super().__init__(text)
+        self.reason = reason
 
 
 def check_finite(step: int, values: Mapping[str, Any], store: CheckpointStore, where: str = "") -> None:
@@ -34,6 +43,12 @@ def check_finite(step: int, values: Mapping[str, Any], store: CheckpointStore, w
 def not_finite(values: Mapping[str, Any]) -> list[str]:
     """What must be finite and is not, e.g. ["grad_norm=nan"]."""
     return [f"{name}={values[name]}" for name in _WATCHED if not math.isfinite(values.get(name, 0.0))]
+
+
+def spoilt_state(step: int, names: str, store: CheckpointStore) -> SpoiltStateError:
+    """As `diverged`, for what is found before a save."""
+    reason = f"the update left {names} not finite"
+    return SpoiltStateError(str(diverged(step, reason, store)), reason)
 
 
 def diverged(step: int, reason: str, store: CheckpointStore) -> DivergedError:

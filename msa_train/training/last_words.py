@@ -5,9 +5,11 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
+from msa_train.config.environment import STORE_FILE
 from msa_train.config.text import one_line, printable
 
 LAUNCHER_PID = "MSA_TRAIN_LAUNCHER_PID"
@@ -22,25 +24,40 @@ def record(error: BaseException) -> None:
         now = time.time()
         extra = {"py_callstack": text, "timestamp": str(int(now)), "time": now}
         message = f"{type(error).__name__}: {error}"
-        partial = Path(f"{file}.partial")
         content = json.dumps({"message": {"message": message, "extraInfo": extra}})
-        try:
-            partial.write_text(content, encoding="utf-8")
-            partial.replace(file)
-            is_recorded = True
-        except OSError as full:
-            # the disk may be what failed in the first place; the terminal takes it in any case
-            _say(f"msa-train: {file}: {full.strerror}")
+        is_recorded = _write(Path(file), content)
+        spare = spare_file(os.environ, rank)
+        if not is_recorded and spare is not None:
+            is_recorded = _write(spare, content)
     # The local launcher prints the first failure; rank 0 shares its terminal and must not repeat or drown it.
     if LAUNCHER_PID not in os.environ or rank != "0" or not is_recorded:
-        told = f"failed\n{text}" if text else f"failed: {one_line(error)}"
-        _say(f"msa-train: rank {rank} {told}")
+        # the first line says who is to blame, whatever else torchrun and srun print
+        _say(f"msa-train: rank {rank} failed: {one_line(error)}" + (f"\n{text}" if text else ""))
+
+
+def spare_file(environ: Mapping[str, str], rank: int | str) -> Path | None:
+    """Where a rank records its error if the disk of run_dir is full; None in a job of several machines."""
+    store = environ.get(STORE_FILE)
+    return Path(store).with_name(f"rank{rank}.error.json") if store else None
+
+
+def _write(path: Path, content: str) -> bool:
+    partial = Path(f"{path}.partial")
+    try:
+        partial.write_text(content, encoding="utf-8")
+        partial.replace(path)
+    except OSError as full:
+        # the disk may be what failed in the first place; the terminal takes it in any case
+        _say(f"msa-train: {path}: {full.strerror}")
+        return False
+    return True
 
 
 def _is_plain(error: BaseException) -> bool:
-    """Whether the text says all: no rank has done anything yet that a traceback could explain."""
-    module = sys.modules.get("msa_train.parallel.job_store")
-    return module is not None and isinstance(error, module.JobIncompleteError)
+    """Whether the text says all, or the output does: there is nothing that a traceback could explain."""
+    plain = {"parallel.job_store": "JobIncompleteError", "training.watchdog": "StalledError"}
+    modules = {name: sys.modules.get(f"msa_train.{name}") for name in plain}
+    return any(isinstance(error, getattr(modules[name], plain[name], ())) for name in plain)
 
 
 def _say(text: str) -> None:

@@ -12,17 +12,18 @@ import torch.distributed as dist
 
 from msa_train.config import RunConfig, Stage, StageAttention, plan_stages, stage_at, total_steps
 from msa_train.data import BatchStream, Corpus, PackedDataset
-from msa_train.parallel.fault_watch import watched
+from msa_train.parallel.fault_watch import tell_others, watched
 from msa_train.parallel.groups import Groups
 from msa_train.training import stop
 from msa_train.training.bad_steps import RollbackError
 from msa_train.training.batch import StepBatch, make_batch
-from msa_train.training.checkpoint_save import CheckpointSaver, SaveReport
+from msa_train.training.checkpoint_save import WAITS_FOR_OTHERS, CheckpointSaver, SaveReport
 from msa_train.training.checkpoint_store import CheckpointStore, fingerprint
 from msa_train.training.data_record import DataRecord
-from msa_train.training.divergence import not_finite
+from msa_train.training.divergence import SpoiltStateError, not_finite
 from msa_train.training.engine import Engine, StepResult
 from msa_train.training.generation import own_generation
+from msa_train.training.last_words import record
 from msa_train.training.lr_schedule import Rates, stage_rates
 from msa_train.training.metrics import MetricsWriter
 from msa_train.training.progress import Progress
@@ -73,7 +74,9 @@ class Trainer:
         self.guard = StepGuard(config, groups, engine, store)
         self.bad_steps = self.guard.bad_steps
         self._owes_save = False
-        self.watchdog = Watchdog(config.watchdog.timeout_s, f"rank {groups.rank}")
+        self.watchdog = Watchdog(
+            config.watchdog.timeout_s, f"rank {groups.rank}", stands_at=self._stands_at, tell=_tell_stalled
+        )
         engine.forward.on_pack = lambda: self.watchdog.beat(f"a pack of step {self._step_number} began")
         self._step_number = 0
         self.stopped: stop.Stopped | None = None
@@ -130,14 +133,21 @@ class Trainer:
         text = self.guard.conclude(step, values, self._first_pack(step, stage))
         if text:
             self._note(text)
+        self._tell_guard()
+
+    def _tell_guard(self) -> None:
+        notes, self.guard.notes = self.guard.notes, []
+        for note in notes:
+            self._note(note)
 
     def _go_back(self, bad: RollbackError) -> int:
         """Returns the step that the run goes on from."""
         step, text = self.guard.go_back(bad)
         self._owes_save = False
-        if self.reporting is not None:
-            self.reporting.writer.go_back(step)
-        self._note(text)
+        notes = [] if self.reporting is None else self.reporting.writer.go_back(step)
+        for note in (text, *notes):
+            self._note(note)
+        self._tell_guard()
         return step
 
     def _note(self, text: str) -> None:
@@ -169,6 +179,10 @@ class Trainer:
             step=step, signal=signal.Signals(number).name, saved=saved, generation=own_generation()
         )
         return True
+
+    def _stands_at(self) -> tuple[str, bool]:
+        point = self.saver.stands_at()
+        return point, point.startswith(WAITS_FOR_OTHERS)
 
     def _enter(self, stage: Stage, step: int) -> None:
         self.engine.set_stage(stage)
@@ -268,36 +282,43 @@ class Trainer:
 
     def save(self, step: int, *, wait: bool = False) -> None:
         """Save a checkpoint after `step` steps; `wait`: until it is visible, or raise if it cannot be."""
-        config, groups = self.config, self.groups
-        reports = self.saver.save(
-            step,
-            lambda: self.engine.sharded_state(loading=False),
-            common={"step": step},
-            meta={
-                "consumed_samples": step * config.train.global_batch_size,
-                "fingerprint": fingerprint(config),
-                "data": asdict(self.data.record),
-                "stages": [stage.record() for stage in self.stages if stage.first_step < step],
-                "tokens": stage_at(self.stages, step - 1).tokens_at(step, config.train.global_batch_size),
-                "schedule": schedule_record(config, step),
-                "optimizer_updates": step - self.bad_steps.skipped,
-                "bad_steps": self.bad_steps.record(),
-                "engine": self.engine.name,
-                "optimizer": config.optim.algorithm.value,
-                "precision": config.train.precision.value,
-                "layout": {
-                    "world_size": groups.world_size,
-                    "cp_size": groups.cp_size,
-                    "ep_size": groups.ep_size,
-                    "tp_size": groups.tp_size,
-                    "pp_size": groups.pp_size,
-                    "dp_size": groups.dp_size,
-                },
-            },
-            wait=wait,
-        )
+        try:
+            reports = self.saver.save(
+                step,
+                lambda: self.engine.sharded_state(loading=False),
+                common={"step": step},
+                meta=self._meta(step),
+                wait=wait,
+            )
+        except SpoiltStateError as error:
+            self.guard.spoilt(step, error)
         self.watchdog.beat(f"step {step} and the copy for its checkpoint")
         self._tell_saved(reports)
+
+    def _meta(self, step: int) -> dict[str, Any]:
+        """For meta.json of the checkpoint after `step` steps."""
+        config, groups = self.config, self.groups
+        return {
+            "consumed_samples": step * config.train.global_batch_size,
+            "fingerprint": fingerprint(config),
+            "data": asdict(self.data.record),
+            "stages": [stage.record() for stage in self.stages if stage.first_step < step],
+            "tokens": stage_at(self.stages, step - 1).tokens_at(step, config.train.global_batch_size),
+            "schedule": schedule_record(config, step),
+            "optimizer_updates": step - self.bad_steps.skipped,
+            "bad_steps": self.bad_steps.record(),
+            "engine": self.engine.name,
+            "optimizer": config.optim.algorithm.value,
+            "precision": config.train.precision.value,
+            "layout": {
+                "world_size": groups.world_size,
+                "cp_size": groups.cp_size,
+                "ep_size": groups.ep_size,
+                "tp_size": groups.tp_size,
+                "pp_size": groups.pp_size,
+                "dp_size": groups.dp_size,
+            },
+        }
 
     def _tell_saved(self, reports: list[SaveReport]) -> None:
         """Print saves that have ended; their times go into the next row of metrics."""
@@ -305,3 +326,8 @@ class Trainer:
             self._save_metrics = report.metrics()
             for line in report.lines():
                 self._note(line)
+
+
+def _tell_stalled(error: BaseException) -> None:
+    record(error)
+    tell_others(error)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from msa_train.files import new_file, open_to_append
+from msa_train.files import is_full, new_file, open_to_append
 
 METRICS_NAME, TENSORBOARD_NAME = "metrics.jsonl", "tensorboard"
 
@@ -117,14 +117,17 @@ class MetricsWriter:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._with_tensorboard = folder, tensorboard
         self._waiting, self._writes, self._try_again = b"", 0, 0
+        # of the first line that waits: what is written already
+        self._cut = b""
         self._open(resume_step)
 
     def _open(self, resume_step: int) -> None:
         path = self._folder / METRICS_NAME
         if path.exists():
             _drop_after(path, resume_step)
-        self._file = open_to_append(path)
-        self._tensorboard: Any = self._new_tensorboard(resume_step + 1) if self._with_tensorboard else None
+        self._file, self._tensorboard = open_to_append(path), None
+        if self._with_tensorboard:
+            self._tensorboard: Any = self._new_tensorboard(resume_step + 1)
 
     def _new_tensorboard(self, first_step: int) -> Any:
         # takes seconds to import
@@ -140,10 +143,26 @@ class MetricsWriter:
         writer.add_custom_scalars(CHARTS)
         return writer
 
-    def go_back(self, step: int) -> None:
-        """Drop what comes after a step, from which the run goes on in another way."""
-        self.close()
-        self._open(step)
+    def go_back(self, step: int) -> list[str]:
+        """Drop what comes after a step, from which the run goes on in another way; on a full disk too.
+
+        Returns:
+            As `write`.
+        """
+        self._flush()
+        lines = (self._cut + self._waiting).splitlines(keepends=True)
+        if self._cut:
+            os.ftruncate(self._file.fileno(), os.fstat(self._file.fileno()).st_size - len(self._cut))
+        self._cut = b""
+        self._waiting = b"".join(line for line in lines if json.loads(line)["step"] <= step)
+        self._close_files()
+        try:
+            self._open(step)
+        except OSError as error:
+            if not is_full(error) or self._file.closed:
+                raise
+            return [self._without_points(step, error)]
+        return []
 
     def write(self, step: int, values: Mapping[str, Any]) -> list[str]:
         """Add one step.
@@ -177,7 +196,9 @@ class MetricsWriter:
         try:
             while self._waiting:
                 # no buffer between: a line that is cut off goes on where it was cut
-                self._waiting = self._waiting[os.write(self._file.fileno(), self._waiting) :]
+                count = os.write(self._file.fileno(), self._waiting)
+                written, self._waiting = self._cut + self._waiting[:count], self._waiting[count:]
+                self._cut = written[written.rfind(b"\n") + 1 :]
         except OSError as error:
             return error
         return None
@@ -194,15 +215,22 @@ class MetricsWriter:
             # a kill -9 must not cost points that the checkpoint already covers
             writer.flush()
         except OSError as error:
-            # its thread has ended, so this file is over
-            self._tensorboard, self._try_again = None, self._writes + _TRY_AGAIN_AFTER
-            path, left = self._folder / TENSORBOARD_NAME, f"its points are left out, {METRICS_NAME} has them"
-            return [] if is_new else [f"step {step}: {path}: {error.strerror}; {left}"]
+            text = self._without_points(step, error)
+            return [] if is_new else [text]
         return [f"step {step}: {TENSORBOARD_NAME} is written again"] if is_new else []
+
+    def _without_points(self, step: int, error: OSError) -> str:
+        # its thread has ended, so this file is over
+        self._tensorboard, self._try_again = None, self._writes + _TRY_AGAIN_AFTER
+        path, left = self._folder / TENSORBOARD_NAME, f"its points are left out, {METRICS_NAME} has them"
+        return f"step {step}: {path}: {error.strerror}; {left}"
 
     def close(self) -> None:
         """Finish both files, as far as the disk allows."""
         self._flush()
+        self._close_files()
+
+    def _close_files(self) -> None:
         self._file.close()
         try:
             if self._tensorboard is not None:
@@ -283,19 +311,43 @@ def _tag(key: str, index: str) -> str:
 
 
 def _drop_after(path: Path, resume_step: int) -> None:
-    """Keep whole lines up to resume_step; the file is replaced at once."""
-    with new_file(path) as file:
-        for line, entry in _entries(path):
-            if entry["step"] <= resume_step:
-                file.write(line + "\n")
+    """Keep whole lines up to resume_step; the file is replaced at once, or cut where two have no room."""
+    try:
+        with new_file(path) as file:
+            for line, entry in _entries(path):
+                if entry["step"] <= resume_step:
+                    file.write(line + "\n")
+    except OSError as error:
+        if not is_full(error):
+            raise
+        _cut_after(path, resume_step)
+
+
+def _cut_after(path: Path, resume_step: int) -> None:
+    """As `_drop_after`, without room on the disk; damaged lines further up stay, which readers leave out."""
+    end = place = 0
+    with path.open("rb") as lines:
+        for line in lines:
+            place += len(line)
+            if line.endswith(b"\n") and any(
+                entry["step"] <= resume_step for entry in _parsed(line.decode(errors="replace"))
+            ):
+                end = place
+    with open_to_append(path) as file:
+        file.truncate(end)
 
 
 def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+            for entry in _parsed(line):
                 yield line.rstrip("\n"), entry
+
+
+def _parsed(line: str) -> list[dict[str, Any]]:
+    """The entry of a line; none where it is damaged."""
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError:
+        return []
+    return [entry] if isinstance(entry, dict) and isinstance(entry.get("step"), int) else []

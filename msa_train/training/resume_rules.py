@@ -70,9 +70,12 @@ def schedule_record(config: RunConfig, step: int) -> dict[str, Any]:
 def schedule_notes(meta: dict[str, Any], config: RunConfig) -> list[str]:
     """What to tell the user where the learning rate goes on with a step up or down; mostly nothing."""
     recorded, step = meta.get("schedule"), meta["step"]
-    # a checkpoint of an earlier version has none
-    if not isinstance(recorded, dict) or step >= total_steps(config):
+    if step >= total_steps(config):
         return []
+    if not isinstance(recorded, dict):
+        # of an earlier version
+        rate = f"the learning rate goes on at {_next_lr(config, step):.3g}"
+        return [f"the checkpoint of step {step} has no record of its schedule; {rate}, unchecked"]
     before, now = float(recorded["next_lr"]), _next_lr(config, step)
     if abs(before - now) <= _SAME_RATE * max(before, now):
         return []

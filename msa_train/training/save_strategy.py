@@ -17,11 +17,14 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.dist_checkpointing.strategies import torch as mcore_torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from msa_train.model.checkpoint_pickles import COMMON_NAME
-from msa_train.training.together import CheckpointError, together
+from msa_train.training.together import CheckpointError, at_work, together
 
 Shards = dict[str, list[ShardedTensor | ShardedObject]]
 
@@ -42,6 +45,20 @@ class _SavePlanner(mcore_torch.MCoreSavePlanner):
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
         data = super().resolve_data(write_item)
         return _Bytes(data.getvalue()) if isinstance(data, io.BytesIO) else data
+
+
+class _Writer(FileSystemWriter):
+    """torch's, which says when it writes and does not wait for others."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """See torch."""
+        with at_work():
+            return super().write_data(plan, planner)
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """See torch."""
+        with at_work():
+            super().finish(metadata, results)
 
 
 def shards_to_write(sharded_state: dict[str, Any]) -> Shards:
@@ -78,7 +95,7 @@ def write_shards(
     state = _own(prepare, group)
     planner = _SavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
     # nothing to copy ahead: all is on the host, and this thread must not touch a GPU
-    writer = FileSystemWriter(str(folder), sync_files=True, per_thread_copy_ahead=0)
+    writer = _Writer(str(folder), sync_files=True, per_thread_copy_ahead=0)
     try:
         save(state, storage_writer=writer, planner=planner, process_group=group)
     except CheckpointException as error:

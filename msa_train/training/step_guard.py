@@ -1,19 +1,25 @@
 """Applies train.bad_step while a run goes on: judges steps before they are taken, and takes the run back."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
-from msa_train.config import RunConfig, Stage, plan_stages, stage_at
+from msa_train.config import BadStep, RunConfig, Stage, plan_stages, stage_at
 from msa_train.parallel.fault_watch import watched
 from msa_train.parallel.groups import Groups
-from msa_train.training.bad_steps import BadSteps, RollbackError, log_event
+from msa_train.training.bad_steps import BadSteps, EventLog, RollbackError
 from msa_train.training.batch import StepBatch
 from msa_train.training.checkpoint import load_newest, restore
 from msa_train.training.checkpoint_store import CheckpointStore
-from msa_train.training.divergence import check_finite, diverged, not_finite
+from msa_train.training.divergence import (
+    VALIDATION,
+    SpoiltStateError,
+    check_finite,
+    diverged,
+    not_finite,
+)
 from msa_train.training.engine import Accept, Engine, StepResult
 from msa_train.training.together import together
 
@@ -31,7 +37,9 @@ class StepGuard:
     def __init__(self, config: RunConfig, groups: Groups, engine: Engine, store: CheckpointStore) -> None:
         self.config, self.groups, self.engine, self.store = config, groups, engine, store
         self.bad_steps = BadSteps(config.train)
-        self._judged = _Judged()
+        self._judged, self._events = _Judged(), EventLog(config.run_dir)
+        self.notes: list[str] = []
+        "what else to tell the user, emptied by who does"
         self._bad_values: list[str] = []
 
     @property
@@ -94,6 +102,9 @@ class StepGuard:
         """
         judged = self._judged
         if not judged.complaint:
+            text = self._excused(step, values)
+            if text:
+                return text
             where = self._where(self._bad_values) if not_finite(values) else ""
             check_finite(step, values, self.store, where)
             return ""
@@ -106,6 +117,30 @@ class StepGuard:
             {"event": "skip", "step": step, "reason": judged.complaint, "packs": [first_pack, last_pack]}
         )
         return text
+
+    def _excused(self, step: int, values: dict[str, Any]) -> str:
+        """What to say where the validation loss alone is not finite, in a run that leaves bad steps out.
+
+        Nothing is trained on it, the steps are judged by losses of their own, and weights before every save.
+        """
+        policy, bad = self.config.train.bad_step, not_finite(values)
+        if policy is BadStep.end or not bad or not bad[0].startswith(f"{VALIDATION}="):
+            return ""
+        reason = f"{bad[0]}: not finite"
+        self._log({"event": "validation", "step": step, "reason": reason})
+        return f"step {step}: {reason}; training goes on, by train.bad_step={policy.value}"
+
+    def spoilt(self, step: int, error: SpoiltStateError) -> NoReturn:
+        """Go back, or end, where weights or moments are found to be not finite before a save.
+
+        Raises:
+            RollbackError: if the run shall go on from a checkpoint.
+            DivergedError: if it must end.
+        """
+        try:
+            self.bad_steps.spoilt(step, error.reason)
+        except ValueError as reason:
+            raise diverged(step, str(reason), self.store) from None
 
     def go_back(self, bad: RollbackError) -> tuple[int, str]:
         """Load the newest sound checkpoint from before the bad steps and remove later ones.
@@ -127,10 +162,8 @@ class StepGuard:
         self.bad_steps.go_back(found.meta.get("bad_steps", {}), event, tokens)
         self._log({"event": "rollback", **event})
         together(lambda: self.store.remove_after(found.step) if self.groups.rank == 0 else None, None)
-        count = self.config.train.max_skipped
         return found.step, (
-            f"step {bad.step}: {bad.reason}; {count} bad steps in a row: going back to step {found.step} and "
-            f"past {tokens} tokens"
+            f"step {bad.step}: {bad.reason}: going back to step {found.step} and past {tokens} tokens"
         )
 
     def _tokens(self, step: int) -> int:
@@ -140,4 +173,5 @@ class StepGuard:
 
     def _log(self, event: dict[str, Any]) -> None:
         if self.groups.rank == 0:
-            log_event(self.config.run_dir, event)
+            note = self._events.write(event)
+            self.notes += [note] if note else []

@@ -1,6 +1,8 @@
 """Work that all ranks do at once and that fails on all of them if it fails on one."""
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -9,6 +11,7 @@ from msa_train.parallel.fault_watch import watched
 from msa_train.training.generation import SupersededError
 
 T = TypeVar("T")
+_working: set[int] = set()
 
 
 class CheckpointError(RuntimeError):
@@ -22,6 +25,22 @@ class CheckpointError(RuntimeError):
         self.is_final = is_final
 
 
+@contextmanager
+def at_work() -> Iterator[None]:
+    """This thread does its own part of what all ranks do, and waits for none."""
+    thread = threading.get_ident()
+    _working.add(thread)
+    try:
+        yield
+    finally:
+        _working.discard(thread)
+
+
+def works(thread: int) -> bool:
+    """Whether a thread of this process, by its identifier, is `at_work`."""
+    return thread in _working
+
+
 def together(work: Callable[[], T], group: dist.ProcessGroup | None) -> list[T]:
     """Do `work` on every rank and exchange the results, by rank; a failure anywhere is raised everywhere.
 
@@ -30,7 +49,8 @@ def together(work: Callable[[], T], group: dist.ProcessGroup | None) -> list[T]:
     """
     result, text, cause, is_final = None, "", None, False
     try:
-        result = work()
+        with at_work():
+            result = work()
     except CheckpointError as error:
         # all ranks have it already
         cause, text, is_final = error, str(error), error.is_final

@@ -16,7 +16,7 @@ from megatron.core import __version__ as megatron_version
 import msa_train
 from msa_train.config import AttentionConfig, ModelConfig, RunConfig
 from msa_train.config.limits import COUNT, LIMITS, check_size
-from msa_train.foreign_files import one_line
+from msa_train.config.text import excerpt
 from msa_train.training.checkpoint_files import MANIFEST_NAME, META_NAME, file_entry, read_meta, write_json
 from msa_train.training.checkpoint_meta import FORMAT_VERSION
 from msa_train.training.checkpoint_store import (
@@ -156,5 +156,5 @@ def _setting(name: str, kind: Any, value: Any, folder: Path) -> Any:
     if kind is str and isinstance(value, str) and value.isprintable():
         return value
     raise ValueError(
-        f"checkpoint {folder}: is damaged ({META_NAME}: {name}={one_line(str(value))}); name another one"
+        f"checkpoint {folder}: is damaged ({META_NAME}: {name}={excerpt(str(value))}); name another one"
     )

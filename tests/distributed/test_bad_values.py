@@ -1,5 +1,6 @@
 """A NaN or infinity that arises anywhere, on one rank: the step is left out in any exchange."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -120,6 +121,45 @@ def scenarios(rank: int, world_size: int, folder: str, kind: Engine) -> dict[str
         found[f"{exchange.value}, end"] = ending(trainer, NAN if rank == VICTIM else 1.0)
         parallel_state.destroy_model_parallel()
     return found
+
+
+def without_kl(rank: int, world_size: int, folder: str, cp_size: int) -> dict[str, str]:
+    """As `scenarios`, where no KL loss looks at index queries and keys; they decide the selection alone."""
+    found: dict[str, str] = {}
+    for exchange in KvExchange:
+        config = config_of(folder, Engine.torch, exchange)
+        config.run_dir += f"-cp{cp_size}"
+        config.parallel.cp_size, config.attention.kl_weight = cp_size, 0.0
+        Path(config.run_dir).mkdir(exist_ok=True)
+        groups = build_groups(config.parallel, device=torch.device("cpu"), exchange=config.exchange)
+        trainer = Trainer(
+            config,
+            groups,
+            TorchEngine(config, groups),
+            load_data(config),
+            CheckpointStore(config.run_dir),
+            None,
+        )
+        trainer.run(0)
+        before = digest(trainer.engine)
+        for place, value in itertools.product(("index queries", "index keys"), (NAN, INF)):
+            with spoilt(trainer.engine, place, value if rank == VICTIM else 1.0):
+                trainer.run(BAD - 1)
+            name = f"{exchange.value}, {place}, {value}"
+            assert digest(trainer.engine) == before, f"{name}: trained on"
+            found[name] = trainer.guard.complaint
+            trainer.bad_steps.in_a_row = 0
+        parallel_state.destroy_model_parallel()
+    return found
+
+
+@pytest.mark.parametrize("cp_size", [1, 2])
+def test_nothing_is_trained_on_a_selection_by_bad_values(cp_size: int, tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus")
+    first, second = run_ranks(2, without_kl, str(tmp_path), cp_size)
+    assert first == second, "all ranks judge alike"
+    for name, complaint in first.items():
+        assert "not finite" in complaint, name
 
 
 @pytest.mark.parametrize("kind", [Engine.torch, Engine.megatron])

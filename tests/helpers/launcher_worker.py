@@ -19,7 +19,7 @@ FAIL_AT_STEP = 3
 
 
 def run(config: RunConfig) -> None:
-    """All-reduce for train.steps steps; TEST_WORKER = raise | exit | segfault | stop makes rank 1 do so.
+    """All-reduce for train.steps steps; rank 1 does as TEST_WORKER says, see `_misbehave`.
 
     Asked to stop, it saves nothing.
     """
@@ -52,6 +52,9 @@ def run(config: RunConfig) -> None:
 
 def _misbehave(behaviour: str) -> None:
     if behaviour == "raise":
+        raise RuntimeError("the loss of rank 1 is not finite")
+    if behaviour == "full disk":
+        os.environ["TORCHELASTIC_ERROR_FILE"] = "/dev/full/rank1.error.json"
         raise RuntimeError("the loss of rank 1 is not finite")
     if behaviour == "exit":
         print("rank 1 leaves without a word", file=sys.stderr, flush=True)

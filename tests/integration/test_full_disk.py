@@ -1,6 +1,8 @@
 """A disk that fills up: the run ends with the cause, keeps what it has, and goes on when there is space."""
 
+import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import pytest
 
 from msa_train.training.checkpoint_store import CheckpointStore
 from msa_train.training.metrics import read_metrics
-from tests.helpers.training_command import Training, without_times
+from tests.helpers.training_command import ROOT, RUN_WITHIN_S, Training, last_step, without_times
 from tests.integration.conftest import STEPS, FinishedRun
 
 # room for the first checkpoint of about a megabyte, not for the second
@@ -50,3 +52,22 @@ def test_run_keeps_its_checkpoint_and_goes_on_when_there_is_space(
     want, got = read_metrics(finished.run_dir), read_metrics(run_dir)
     for ours, theirs in zip(got, want, strict=True):
         assert without_times(ours) == without_times(theirs), f"step {theirs['step']}"
+
+
+@pytest.mark.parametrize("more", [("logging.progress=bar",), ("logging.progress=lines",)])
+def test_output_into_a_file_on_a_full_disk_ends_nothing(
+    finished: FinishedRun, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    settings = (*finished.settings, f"run_dir={tmp_path / 'run'}", "train.steps=4", *more)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "launchers.train", *settings],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/kernels", "CUDA_VISIBLE_DEVICES": ""},
+            stdout=full,
+            stderr=full,
+            timeout=RUN_WITHIN_S,
+        )
+    assert done.returncode == 0
+    assert last_step(tmp_path / "run") == 4
+    assert CheckpointStore(tmp_path / "run").steps() == [4]

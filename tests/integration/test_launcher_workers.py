@@ -113,8 +113,10 @@ def test_rank_0_keeps_the_terminal(start: Start) -> None:
     os.close(controller)
 
 
-def test_exception_is_shown_with_rank_and_traceback(start: Start) -> None:
-    launch = start("raise")
+@pytest.mark.parametrize("behaviour", ["raise", "full disk"])
+def test_exception_is_shown_with_rank_and_traceback(start: Start, behaviour: str) -> None:
+    """Also where there is no room for it in run_dir."""
+    launch = start(behaviour)
     pids = launch.wait_for_steps()
     code, _, errors = launch.end(DOWN_WITHIN_S)
     assert code == 1

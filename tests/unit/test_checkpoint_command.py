@@ -168,6 +168,15 @@ def test_diff_names_what_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert narrow.notes == ["shape 3, 4"]
 
 
+def test_diff_compares_the_record_of_the_data() -> None:
+    """But for where it lay, and what was before."""
+    data = {"corpus": "/a", "tokenizer": "bytes", "content": "c", "seed": 1, "before": []}
+    first = {"data": data}
+    assert checkpoint_diff._diff_meta(first, {"data": {**data, "corpus": "/b", "before": [{}]}}) == {}
+    assert checkpoint_diff._diff_meta(first, {"data": {**data, "seed": 2}}) == {"data.seed": (1, 2)}
+    assert checkpoint_diff._diff_meta(first, {}) == {"data.content": ("c", None), "data.seed": (1, None)}
+
+
 def test_pieces_cover_a_tensor_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint_diff, "PIECE_BYTES", 2 * 8 * 4)
     assert list(checkpoint_diff.pieces((2, 3, 4))) == [(0, 2), (2, 1), (3, 2), (5, 1)]

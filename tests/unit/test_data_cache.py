@@ -1,6 +1,7 @@
 """Prepared corpora are found again, and are whole or not there."""
 
 import errno
+import json
 import os
 import shutil
 import threading
@@ -14,6 +15,7 @@ from msa_train.config import DataConfig
 from msa_train.data import Corpus, cache, load_datasets, prepare, prepare_corpus
 from msa_train.data.cache import DOCUMENTS_NAME, MANIFEST_NAME
 from msa_train.data.listing import TAG_NAME
+from msa_train.data.tokenizer import ByteTokenizer
 
 
 def _data(tmp_path: Path, **settings: object) -> DataConfig:
@@ -41,6 +43,20 @@ def test_second_time_nothing_is_tokenized(tmp_path: Path) -> None:
     assert len(lines) == 1
     assert Path(first.prefix + ".bin").stat().st_mtime_ns == stamp
     assert load_datasets(_data(tmp_path), block_size=16, vocab_size=300)[2] == first
+
+
+def test_what_the_tokenizer_found_is_said_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ByteTokenizer, "findings", lambda self: ["data.tokenizer=bytes: 3 of 9 are lost"])
+    for first_word in ("tokenizing", "data.tokenizer=bytes:"):
+        lines: list[str] = []
+        prepare_corpus(_data(tmp_path), vocab_size=300, log=lines.append)
+        assert lines[0].startswith(first_word)
+        assert lines.count("data.tokenizer=bytes: 3 of 9 are lost") == 1
+    manifest = next(tmp_path.glob("cache/*/corpus.json"))
+    content = json.loads(manifest.read_text())
+    for findings in (None, 5, [7]):
+        manifest.write_text(json.dumps({**content, "findings": findings}))
+        prepare_corpus(_data(tmp_path), vocab_size=300, log=lines.append)
 
 
 def test_changed_files_and_settings_are_noticed(tmp_path: Path) -> None:

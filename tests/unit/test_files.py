@@ -12,7 +12,7 @@ from launchers.run_dir import check_writable, claim_run_dir, write_config
 from msa_train.config import RunConfig
 from msa_train.files import new_file, open_to_append, remove_partials
 from msa_train.simulate.selections import SelectionRecorder
-from msa_train.training.bad_steps import log_event
+from msa_train.training.bad_steps import EventLog
 from msa_train.training.checkpoint_files import write_json
 from msa_train.training.checkpoint_store import CheckpointStore
 from msa_train.training.generation import VARIABLE, take_over
@@ -49,7 +49,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "summary.json": lambda folder: write_summary(folder, {"steps": 1}),
     "meta.json": lambda folder: write_json(folder / "meta.json", {}),
     "metrics.jsonl": write_metrics,
-    "bad_steps.jsonl": lambda folder: log_event(folder, {"event": "skip"}),
+    "bad_steps.jsonl": lambda folder: EventLog(folder).write({"event": "skip"}),
     "slurm/bad_nodes": lambda folder: _name(folder, ["node1: broken"]),
     "part.npz": save_selections,
     "checkpoints/latest": lambda folder: CheckpointStore(folder)._point_latest(folder),

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from launchers.imported_conf import copy_files, rest_files, tokenizer_files
-from msa_train.foreign_files import member, one_line, open_regular, parse_json, read_json, read_limited
+from msa_train.config.text import excerpt
+from msa_train.foreign_files import member, open_regular, parse_json, read_json, read_limited
 
 
 def test_only_regular_files_are_opened(tmp_path: Path) -> None:
@@ -141,8 +142,8 @@ def test_nothing_outside_is_copied(tmp_path: Path) -> None:
 
 
 def test_texts_of_others_in_messages() -> None:
-    assert one_line("a\n b\x1b[2J\u202ec") == "a b?[2J?c"
-    assert one_line("x" * 200, 10) == "x" * 7 + "..."
+    assert excerpt("a\n b\x1b[2J\u202ec") == r"a b\x1b[2J\u202ec"
+    assert excerpt("x" * 200, 10) == "x" * 7 + "..."
 
 
 def test_links_in_a_circle_are_no_files(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_files_that_may_be_open(monkeypatch: pytest.MonkeyPatch) -> None:
     raise_file_limit(8, on_gpu=False)
     assert limits == [(4096, 4096)]
     monkeypatch.setattr(resource, "getrlimit", lambda which: (64, 64))
-    with pytest.raises(ValueError, match=r"^ulimit -n=64: a rank of 2 has about 148 .*; use ulimit -n 1024"):
+    with pytest.raises(ValueError, match=r"^ulimit -n=64: a rank of 2 may have 148 .*; use ulimit -n 1024"):
         raise_file_limit(2, on_gpu=False)
     monkeypatch.setattr(resource, "getrlimit", lambda which: (1024, resource.RLIM_INFINITY))
     raise_file_limit(256, on_gpu=True)

@@ -205,7 +205,7 @@ REFUSED = {
     "quantization_config.weight_block_size=0: ": M2
     | {"quantization_config": {"quant_method": "fp8", "weight_block_size": [0, 128]}},
     "attn_type_list=5: must be a list": M2 | {"attn_type_list": 5},
-    "evil ?]0;x?=5: this field is not known here": M2 | {"evil \x1b]0;x\x07": 5},
+    r"evil \x1b]0;x\x07=5: this field is not known here": M2 | {"evil \x1b]0;x\x07": 5},
     "new_field=3: this field is not known here": m3(new_field=3),
     "quantization_config.quant_method=mxfp8: ": M2
     | {"quantization_config": {"quant_method": "mxfp8", "weight_block_size": [1, 32]}},

@@ -4,9 +4,11 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from launchers import sweep
 from launchers.batch_script import COMMON, Job, batch_script, script_path
 from launchers.compose import compose_run
 from launchers.compose_cluster import compose_cluster
@@ -15,6 +17,7 @@ from launchers.placement import check_placement
 from launchers.submit import main, read_request
 from launchers.sweep import expand, hydra_arguments
 from msa_train.config import ClusterConfig, ContainerRuntime, ParallelConfig, Tasks, check_time
+from msa_train.training.data_record import handed_on
 
 JOB = Job(
     name="m3",
@@ -199,3 +202,23 @@ def test_sweep_over_text_that_looks_like_a_number(tmp_path: Path) -> None:
         arguments
     )
     assert any("export GREETING='it'\\\"'\\\"'s me'" in text for text in arguments)
+
+
+def test_a_job_of_a_sweep_hands_on_what_it_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 alone prepares; its workers train on just that, and find it."""
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.txt").write_text("some text " * 2000)
+    overrides = [f"run_dir={tmp_path / 'run'}", f"data.corpus={tmp_path / 'corpus'}"]
+    config = compose_run(["run=smoke", *overrides, f"data.cache_dir={tmp_path / 'cache'}"])
+    config.parallel.cp_size = config.parallel.ep_size = 1
+    seen: list[object] = []
+    monkeypatch.setattr(sweep, "run_config", lambda node: config)
+    monkeypatch.setattr(sweep, "joined_environment", lambda environ: None)
+    monkeypatch.setattr(sweep, "set_worker_environment", lambda *_: None)
+    monkeypatch.setattr(sweep, "run_entry", lambda given: seen.append(handed_on(given)))
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+    sweep.train_job(SimpleNamespace(run_dir=config.run_dir))
+    (given,) = seen
+    assert given is not None
+    assert given[0].num_documents == 1  # type: ignore[index]

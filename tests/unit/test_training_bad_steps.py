@@ -1,11 +1,14 @@
 """What is a bad step, and what becomes of a run with too many of them."""
 
+import errno
 import math
+from pathlib import Path
 
 import pytest
 
 from msa_train.config import BadStep, TrainConfig
-from msa_train.training.bad_steps import BadSteps, RollbackError
+from msa_train.training import bad_steps as bad_steps_module
+from msa_train.training.bad_steps import BadSteps, EventLog, RollbackError
 
 
 def bad_steps(**settings: object) -> BadSteps:
@@ -75,3 +78,22 @@ def test_policies_that_end() -> None:
             steps.verdict(1, "why")
     assert not bad_steps(bad_step=BadStep.end).judges
     assert bad_steps(bad_step=BadStep.end, spike_factor=3.0).judges
+
+
+def test_events_wait_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = EventLog(tmp_path)
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bad_steps_module.os, "write", full)
+        told = [log.write({"step": step}) for step in (1, 2)]
+    assert told == [
+        f"{tmp_path / 'bad_steps.jsonl'}: No space left on device; training goes on, its lines are written "
+        "when they can be",
+        "",
+    ]
+    assert log.write({"step": 3}) == ""
+    lines = (tmp_path / "bad_steps.jsonl").read_text().splitlines()
+    assert lines == ['{"step": 1}', '{"step": 2}', '{"step": 3}']

@@ -58,7 +58,7 @@ def _refusal(config: RunConfig) -> str:
 def _said(config: RunConfig) -> list[str]:
     lines: list[str] = []
     check_files(config, say=lines.append, hand_on=True)
-    return [line for line in lines if "(accepted)" in line]
+    return [line for line in lines if "(accepted)" in line or "no record of its data" in line]
 
 
 def _more_documents(config: RunConfig) -> None:
@@ -145,6 +145,15 @@ def test_batch_size_of_a_checkpoint_of_another_run(tmp_path: Path) -> None:
     assert len(_said(config)) == 1
 
 
+def test_batch_size_of_the_own_run_stays(tmp_path: Path) -> None:
+    config = _saved(_config(tmp_path))
+    config.train.global_batch_size, config.checkpoint.accept_other_data = 2, True
+    with pytest.raises(
+        ValueError, match=r"by one size, also with checkpoint\.accept_other_data; use train\."
+    ):
+        check_files(config, say=lambda _: None)
+
+
 def test_another_length_is_said(tmp_path: Path) -> None:
     first = _saved(_config(tmp_path))
     record = handed_on(first)
@@ -154,7 +163,7 @@ def test_another_length_is_said(tmp_path: Path) -> None:
     config = _config(tmp_path, load=first.run_dir, name="other")
     lines: list[str] = []
     check_files(config, say=lines.append)
-    assert len(lines) == 1
+    assert not any(line.startswith("data.seq_len") for line in lines)
     config.data.seq_len = 512
     check_files(config, say=lines.append)
     assert lines[-1].startswith("data.seq_len=512: step_00000005 was trained with packs of 256 tokens")
@@ -174,7 +183,8 @@ def test_same_data_elsewhere_and_older_checkpoints_go_on(tmp_path: Path) -> None
     assert _said(moved) == []
     save(moved, STEP + 1)
     _other_seed(moved)
-    assert _said(moved) == [], "a checkpoint without a record says nothing"
+    (note,) = _said(moved)
+    assert note.startswith("the checkpoint of step 5 has no record of its data; that corpus, ")
     assert config.data.seed != moved.data.seed
 
 

@@ -193,3 +193,45 @@ def test_summary_is_replaced_whole(tmp_path: Path) -> None:
 )
 def test_table(rows: list[tuple[str, str]], want: str) -> None:
     assert format_table(rows) == want
+
+
+@pytest.mark.parametrize("is_full", [True, False])
+def test_going_back_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_full: bool) -> None:
+    """The line of step 3 is cut off by the full disk, those of 4 and 5 wait; the run goes back to 3."""
+    write = os.write
+    writer = MetricsWriter(tmp_path, tensorboard=True, resume_step=0)
+    for step in (1, 2):
+        writer.write(step, {"lm_loss": 1.0})
+    with monkeypatch.context() as full:
+        cut = [True]
+        full.setattr(
+            metrics.os, "write", lambda file, data: write(file, data[:5]) if cut.pop(0) else full_disk()
+        )
+        cut += [False, False, False, False]
+        for step in (3, 4, 5):
+            writer.write(step, {"lm_loss": 2.0})
+        if is_full:
+            full.setattr(metrics, "new_file", full_disk)
+            full.setattr(MetricsWriter, "_new_tensorboard", full_disk)
+        notes = writer.go_back(3)
+        assert len(notes) == is_full
+        assert not is_full or "tensorboard: No space left on device; its points are left out" in notes[0]
+    writer.write(4, {"lm_loss": 3.0})
+    writer.close()
+    assert [(row["step"], row["lm_loss"]) for row in read_metrics(tmp_path)] == [
+        (1, 1.0), (2, 1.0), (3, 2.0), (4, 3.0),
+    ]  # fmt: skip
+    assert "\n\n" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_going_back_cuts_where_there_is_no_room_for_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = MetricsWriter(tmp_path, tensorboard=False, resume_step=0)
+    for step in range(1, 6):
+        writer.write(step, {"lm_loss": 1.0})
+    monkeypatch.setattr(metrics, "new_file", full_disk)
+    assert writer.go_back(2) == []
+    writer.write(3, {"lm_loss": 2.0})
+    writer.close()
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]

@@ -63,7 +63,15 @@ def test_nothing_is_said_where_the_rate_goes_on_smoothly() -> None:
     )
     assert notes(config_of(20), config_of(40), 2) == [], "in the warm-up both are the same"
     assert notes(config_of(20), config_of(10), 20) == [], "nothing is left to do"
-    assert schedule_notes({"step": 3}, config_of(40)) == [], "of an earlier version"
+
+
+def test_a_checkpoint_without_a_record_of_its_schedule_is_said() -> None:
+    (note,) = schedule_notes({"step": 3}, config_of(40))
+    assert note == (
+        "the checkpoint of step 3 has no record of its schedule; the learning rate goes on at 0.004, "
+        "unchecked"
+    )
+    assert schedule_notes({"step": 40}, config_of(40)) == [], "nothing is left to do"
 
 
 @pytest.mark.parametrize("schedule", LrSchedule)

@@ -54,11 +54,11 @@ def load_checkpoint(
 
     Args:
         path: a checkpoint folder.
-        sharded_state_template: as given to save_checkpoint, in this run's layout; its tensors are read into.
+        sharded_state_template: as given to CheckpointSaver.save, in this run's layout; read into.
         group: all ranks, for the small exchanges; the default group if None.
 
     Returns:
-        What save_checkpoint was given: the template with its data, and the entries of `common`. RNG_KEY holds
+        What CheckpointSaver.save was given: the template with its data, and the entries of `common`. RNG_KEY holds
         this rank's generators, for set_rng_state; it is absent if another number of ranks saved.
 
     Raises:

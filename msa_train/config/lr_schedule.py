@@ -51,7 +51,7 @@ def learning_rate(step: int, optim: OptimConfig, total_steps: int) -> float:
 
 
 def _fraction(step: int, start: int, end: int) -> float:
-    """How far step is on the way from start to end, within 0 and 1."""
+    """Measure how far step is on the way from start to end, within 0 and 1."""
     if step <= start:
         return 0.0
     return min((step - start) / (end - start), 1.0) if end > start else 1.0

@@ -173,14 +173,6 @@ def pack_documents(
     return Packing(pieces.take(by_pack), blocks[by_pack], pack_slots, seed)
 
 
-def plan_epoch(
-    doc_lengths: npt.NDArray[np.int64], *, seq_len: int, block_size: int, seed: int, epoch: int
-) -> EpochPlan:
-    """Pack every token of every document exactly once; depends on nothing but the arguments."""
-    packing = pack_documents(doc_lengths, seq_len=seq_len, block_size=block_size, seed=seed)
-    return packing.epoch(epoch)
-
-
 def split_documents(doc_lengths: npt.NDArray[np.int64], seq_len: int) -> Pieces:
     """Cut documents longer than `seq_len`.
 

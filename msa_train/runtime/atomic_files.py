@@ -68,7 +68,7 @@ def open_to_append(path: Path) -> TextIO:
 
 
 def is_full(error: OSError) -> bool:
-    """Whether something could not be written because the disk, or the user's share of it, is full."""
+    """Tell whether something could not be written because the disk, or the user's share of it, is full."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 

@@ -29,11 +29,11 @@ from msa_train.checkpoint.load import (
     select_verified_checkpoint,
     verify_distributed,
 )
-from msa_train.checkpoint.save import save_checkpoint
 from msa_train.checkpoint.store import CheckpointStore
 from msa_train.checkpoint.torch_dist.finite_state import DivergedError
 from msa_train.checkpoint.torch_dist.rng_state import RNG_KEY, rng_state, set_rng_state
 from msa_train.config import RunConfig
+from tests.helpers.checkpoints import save_checkpoint
 from tests.helpers.spawn import run_ranks
 
 ROWS, COLUMNS, EXPERTS = 8, 6, 4

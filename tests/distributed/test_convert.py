@@ -14,7 +14,6 @@ from megatron.core import parallel_state
 from msa_train.checkpoint.compatibility import fingerprint
 from msa_train.checkpoint.load import load_checkpoint
 from msa_train.checkpoint.manifest import verify_folder
-from msa_train.checkpoint.save import save_checkpoint
 from msa_train.checkpoint.store import CheckpointStore
 from msa_train.checkpoint.weights_only import checkpoint_folder, publish_weights, shape_of
 from msa_train.config import DataConfig, EngineKind, ParallelConfig, Precision, RunConfig, TrainConfig
@@ -29,6 +28,7 @@ from msa_train.training.engines.engine import TrainEngine, checkpoint_metadata
 from msa_train.training.engines.megatron_engine import MegatronEngine
 from msa_train.training.engines.torch_engine import TorchEngine
 from tests.helpers import cuda_shim
+from tests.helpers.checkpoints import save_checkpoint
 from tests.helpers.hf_files import read_tensors, small_m3, write_checkpoint
 from tests.helpers.spawn import run_ranks
 

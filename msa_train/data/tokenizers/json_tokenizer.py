@@ -158,7 +158,7 @@ class JsonTokenizer:
         return lines
 
     def _limited(self, encode: Any, texts: list[str]) -> Any:
-        """What the library makes of texts, in a time that suits them."""
+        """Have the library encode texts, in a time that suits them."""
         limit_s = _LIMIT_S + sum(map(len, texts)) / _SLOWEST_BYTES_PER_S
         try:
             return within(limit_s, lambda: encode(texts, add_special_tokens=False))

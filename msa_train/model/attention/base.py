@@ -40,7 +40,7 @@ class AttentionSubmodules:
 
 @dataclass(slots=True)
 class AttentionInputs:
-    """What attention proper computes with, normalised and rotated."""
+    """Hold what attention proper computes with, normalised and rotated."""
 
     q: Tensor
     "[T, M, G, D]"

@@ -186,7 +186,7 @@ class FaultWatch:
 
     @property
     def standing(self) -> RankStatus:
-        """Where this rank stands now."""
+        """Tell where this rank stands now."""
         return self._site
 
     def name(self, rank: int) -> str:

@@ -81,21 +81,6 @@ def make_partition(
     return _dealt_plan(seq_len, size, cu_seqlens, block_size)
 
 
-def plan(
-    rank: int,
-    size: int,
-    cu_seqlens: Sequence[int],
-    *,
-    kind: CpLayout = CpLayout.contiguous,
-    block_size: int = 1,
-) -> tuple[Range, ...]:
-    """List the positions of one rank, see `make_partition`.
-
-    Example: plan(0, 2, [0, 8], kind=CpLayout.zigzag) -> ((0, 2), (6, 8)).
-    """
-    return make_partition(kind, size, cu_seqlens, block_size).ranges[rank]
-
-
 def contiguous_plan(seq_len: int, size: int) -> SequencePartition:
     """Give rank r the r-th of `size` equal parts: 8 tokens, 2 ranks -> ((0, 4),) and ((4, 8),)."""
     length = seq_len // size

@@ -58,8 +58,8 @@ def load_checkpoint(
         group: all ranks, for the small exchanges; the default group if None.
 
     Returns:
-        What CheckpointSaver.save was given: the template with its data, and the entries of `common`. RNG_KEY holds
-        this rank's generators, for set_rng_state; it is absent if another number of ranks saved.
+        What CheckpointSaver.save was given: the template with its data, and the entries of `common`. RNG_KEY
+        holds this rank's generators, for set_rng_state; it is absent if another number of ranks saved.
 
     Raises:
         CheckpointError: if the checkpoint lacks keys of the template or has others, or cannot be read.

@@ -39,7 +39,7 @@ def record(error: BaseException) -> None:
 
 
 def spare_file(environ: Mapping[str, str], rank: int | str) -> Path | None:
-    """Find where a rank records its error if the disk of run_dir is full; None in a job of several machines."""
+    """Find where a rank records its error if run_dir's disk is full; None in a job of several machines."""
     store = environ.get(STORE_FILE)
     return Path(store).with_name(f"rank{rank}.error.json") if store else None
 

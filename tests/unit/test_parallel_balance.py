@@ -1,5 +1,6 @@
 """Plans of sequences and of work, over many random packs: integers, no process group."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -16,6 +17,7 @@ from msa_train.parallel.sharding.load_balance import (
     unit_tokens,
 )
 from msa_train.parallel.sharding.partition import (
+    Range,
     SequencePartition,
     common,
     contiguous_plan,
@@ -23,12 +25,23 @@ from msa_train.parallel.sharding.partition import (
     joined,
     make_partition,
     merge_ranks,
-    plan,
     rows_in,
     without,
     zigzag_plan,
 )
 from msa_train.parallel.sharding.redistribute import make_moves, make_relayout
+
+
+def ranges_of(
+    rank: int,
+    size: int,
+    cu_seqlens: Sequence[int],
+    *,
+    kind: CpLayout = CpLayout.contiguous,
+    block_size: int = 1,
+) -> tuple[Range, ...]:
+    """Positions of one rank."""
+    return make_partition(kind, size, cu_seqlens, block_size).ranges[rank]
 
 
 def random_pack(rng: np.random.Generator, num_blocks: int, block_size: int) -> tuple[list[int], list[int]]:
@@ -58,8 +71,8 @@ def assert_partition(split: SequencePartition) -> None:
 
 
 def test_documented_examples() -> None:
-    assert plan(0, 2, [0, 8], kind=CpLayout.zigzag) == ((0, 2), (6, 8))
-    assert plan(1, 2, [0, 8], kind=CpLayout.zigzag) == ((2, 6),)
+    assert ranges_of(0, 2, [0, 8], kind=CpLayout.zigzag) == ((0, 2), (6, 8))
+    assert ranges_of(1, 2, [0, 8], kind=CpLayout.zigzag) == ((2, 6),)
     assert joined([(0, 2), (2, 5)]) == ((0, 5),)
     assert common([(0, 4), (6, 9)], [(2, 7)]) == [(2, 4), (6, 7)]
     assert rows_in([(7, 8)], [(0, 2), (6, 8)]) == [(3, 4)]

@@ -147,7 +147,7 @@ def read_documents(folder: Path) -> Documents:
 
 
 def read_findings(folder: Path) -> list[str]:
-    """Read what the tokenizer had to say when the corpus was tokenized; nothing in caches of earlier versions."""
+    """Read what the tokenizer had to say about the corpus; nothing in caches of earlier versions."""
     try:
         findings = json.loads((folder / MANIFEST_NAME).read_bytes()).get("findings", [])
     except (OSError, ValueError, AttributeError):

@@ -195,7 +195,7 @@ def test_exchange_sends_only_what_was_selected(results: dict[str, list[dict[str,
 def test_gathering_exchanges_move_everything(results: dict[str, list[dict[str, Any]]]) -> None:
     """All-gather and ring: (P - 1) shards per msa or swa layer and pack, whatever was selected.
 
-    With head groups of 3, P is 3 times smaller and a shard 3 times longer, of a third of the groups.
+    With Ulysses groups of 3, P is 3 times smaller and a shard 3 times longer, of a third of the groups.
     """
     for name in ("cp2-all_gather-ep1", "cp4-ring-ep1", "cp6-all_gather-heads3"):
         head_size = CASES[name].settings.get("head_size", 1)

@@ -29,7 +29,7 @@ from msa_train.parallel.sharding.partition import (
     without,
     zigzag_plan,
 )
-from msa_train.parallel.sharding.redistribute import make_moves, make_relayout
+from msa_train.parallel.sharding.redistribute import make_moves, plan_redistribution
 
 
 def ranges_of(
@@ -215,4 +215,4 @@ def test_moves_match_between_ranks() -> None:
                 assert [len(rows) for rows in arrived] == moves.receive
                 result[moves.received] = torch.cat(arrived)
                 assert result.tolist() == positions(after[rank])
-        assert (make_relayout(home, away, 0) is None) == (home.ranges == away.ranges)
+        assert (plan_redistribution(home, away, 0) is None) == (home.ranges == away.ranges)

@@ -13,7 +13,7 @@ from msa_train.data import Pack
 from msa_train.parallel.kv_exchange.full_plan import FullPlan, make_full_plan
 from msa_train.parallel.sharding.load_balance import balance, index_work
 from msa_train.parallel.sharding.partition import Range
-from msa_train.parallel.sharding.redistribute import Relayout, make_relayout
+from msa_train.parallel.sharding.redistribute import Redistribution, plan_redistribution
 from msa_train.parallel.sharding.shard_layout import ShardLayout
 
 
@@ -23,7 +23,7 @@ class IndexSharding:
 
     ranges: tuple[Range, ...]
     "their positions in the pack, ascending"
-    moves: Relayout | None
+    moves: Redistribution | None
     "how index queries come here and selections go back; None: no rank's queries move"
 
 
@@ -107,5 +107,5 @@ def _index_sharding(
     away = layout.plan
     if parallel.balance_index and layout.cp_size > 1:
         away = balance(layout.plan, *index_work(cu_seqlens, layout.block_size))
-    moves = make_relayout(layout.plan, away, layout.cp_rank)
+    moves = plan_redistribution(layout.plan, away, layout.cp_rank)
     return IndexSharding(ranges=away.ranges[layout.cp_rank], moves=moves)

@@ -24,11 +24,11 @@ from msa_train.parallel.attention.dense_kl import DenseKl, IndexKl, TeacherLse
 from msa_train.parallel.comm.cp_comm import CpComm
 from msa_train.parallel.kv_exchange.full import KeySource, open_full_session
 from msa_train.parallel.kv_exchange.full_plan import FullPlan
-from msa_train.parallel.sharding.redistribute import relayout, restore
+from msa_train.parallel.sharding.redistribute import redistribute, redistribute_back
 from msa_train.parallel.sharding.shard_layout import Segment, ShardLayout, VisiblePart, visible_parts
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, frozen=True)
 class FullAttentionArgs:
     """Describe one call of full attention: everything but the differentiable tensors."""
 
@@ -76,13 +76,13 @@ def cp_full_attention(
         ExchangeError: a collective failed.
     """
     plan, comm = call.plan, call.comm
-    q = relayout(q, plan.queries, comm, "full_query")
+    q = redistribute(q, plan.queries, comm, "full_query")
     if q_index is not None and call.kl is not None:
-        q_index = relayout(q_index, plan.queries, comm, "full_query")
+        q_index = redistribute(q_index, plan.queries, comm, "full_query")
     # Keys and values in one message; only a ring moves them, other ways leave them where they are.
-    kv = relayout(torch.stack((k, v), dim=1), plan.keys, comm, "full_query")
+    kv = redistribute(torch.stack((k, v), dim=1), plan.keys, comm, "full_query")
     out = _CpFullAttention.apply(q, kv, q_index, k_index, call)
-    return restore(out, plan.queries, comm, "full_query")
+    return redistribute_back(out, plan.queries, comm, "full_query")
 
 
 class _CpFullAttention(torch.autograd.Function):

@@ -13,11 +13,11 @@ from msa_train.config import KvExchange
 from msa_train.parallel.sharding.load_balance import balance, balance_ring, causal_work
 from msa_train.parallel.sharding.partition import Range, SequencePartition, joined, without
 from msa_train.parallel.sharding.redistribute import (
-    Relayout,
+    Redistribution,
     TokenMoves,
     busiest_rank,
     make_moves,
-    make_relayout,
+    plan_redistribution,
 )
 from msa_train.parallel.sharding.shard_layout import Segment, ShardLayout, local_segments
 
@@ -28,9 +28,9 @@ class FullPlan:
 
     segments: list[Segment]
     "document parts among the queries that this rank computes"
-    queries: Relayout | None
+    queries: Redistribution | None
     "how queries move from the layout; None: they stay"
-    keys: Relayout | None
+    keys: Redistribution | None
     "how keys and values move from the layout; None: they stay"
     key_plan: SequencePartition
     "where keys lie then"
@@ -78,8 +78,8 @@ def make_full_plan(
     ]
     return FullPlan(
         segments=segments[rank],
-        queries=make_relayout(home, query_plan, rank),
-        keys=make_relayout(home, key_plan, rank),
+        queries=plan_redistribution(home, query_plan, rank),
+        keys=plan_redistribution(home, key_plan, rank),
         key_plan=key_plan,
         needed=needed[rank],
         fetch=make_moves(key_plan.ranges, needed, rank),

@@ -24,7 +24,7 @@ Ranges = Sequence[Sequence[Range]]
 class TokenMoves:
     """Hold what one rank keeps, sends and receives.
 
-    Example: rank 0 of `make_relayout`'s example: num_before 4, num_after 6, kept rows 0 to 3 -> 0 to 3,
+    Example: rank 0 of `plan_redistribution`'s example: num_before 4, num_after 6, kept rows 0 to 3 -> 0 to 3,
     nothing sent, received [4, 5], receive [0, 2].
     """
 
@@ -47,7 +47,7 @@ class TokenMoves:
 
 
 @dataclass(slots=True)
-class Relayout:
+class Redistribution:
     """Hold both ways between the partition that tokens are held by and the one they are computed by."""
 
     there: TokenMoves
@@ -56,7 +56,7 @@ class Relayout:
     "to where they are held"
 
 
-def make_relayout(home: SequencePartition, away: SequencePartition, rank: int) -> Relayout | None:
+def plan_redistribution(home: SequencePartition, away: SequencePartition, rank: int) -> Redistribution | None:
     """Plan the moves of one rank, on the host; None where no token of any rank moves.
 
     Example: rows of [(0, 4)] and [(4, 8)] to [(0, 4), (6, 8)] and [(4, 6)]: rank 1 keeps rows 0, 1 and sends
@@ -65,7 +65,7 @@ def make_relayout(home: SequencePartition, away: SequencePartition, rank: int) -
     if home.ranges == away.ranges:
         return None
     there = make_moves(home.ranges, away.ranges, rank)
-    return Relayout(there, make_moves(away.ranges, home.ranges, rank))
+    return Redistribution(there, make_moves(away.ranges, home.ranges, rank))
 
 
 def make_moves(before: Ranges, after: Ranges, rank: int) -> TokenMoves:
@@ -124,21 +124,21 @@ def move_rows(x: Tensor, moves: TokenMoves, comm: CpComm, purpose: str) -> Tenso
     return result
 
 
-def relayout(x: Tensor, moves: Relayout | None, comm: CpComm, purpose: str) -> Tensor:
+def redistribute(x: Tensor, moves: Redistribution | None, comm: CpComm, purpose: str) -> Tensor:
     """Move rows [T, ...] -> [U, ...]; x itself without moves. Gradients return as `{purpose}_grad`."""
     if moves is None:
         return x
-    return _Relayout.apply(x, moves.there, moves.back, comm, purpose)
+    return _Redistribute.apply(x, moves.there, moves.back, comm, purpose)
 
 
-def restore(x: Tensor, moves: Relayout | None, comm: CpComm, purpose: str) -> Tensor:
-    """Move rows back, the inverse of `relayout`: [U, ...] -> [T, ...]."""
+def redistribute_back(x: Tensor, moves: Redistribution | None, comm: CpComm, purpose: str) -> Tensor:
+    """Move rows back, the inverse of `redistribute`: [U, ...] -> [T, ...]."""
     if moves is None:
         return x
-    return _Relayout.apply(x, moves.back, moves.there, comm, purpose)
+    return _Redistribute.apply(x, moves.back, moves.there, comm, purpose)
 
 
-class _Relayout(torch.autograd.Function):
+class _Redistribute(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, moves: TokenMoves, inverse: TokenMoves, comm: CpComm, purpose: str

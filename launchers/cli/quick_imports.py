@@ -1,4 +1,4 @@
-"""Importing torch and Megatron, which takes seconds."""
+"""Import torch and Megatron, which takes seconds, a little faster."""
 
 import contextlib
 import gc

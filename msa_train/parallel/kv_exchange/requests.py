@@ -8,6 +8,7 @@ Shapes: T local queries, M KV heads, NB blocks of the pack, NL = NB / P blocks p
 KV blocks of a rank, numbered head * NL + local block, W = ceil(NP / 8) bytes of a bitmap of them.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -212,7 +213,7 @@ def check_requests(headers: list[list[int]], marked: list[int], own: list[int], 
         ExchangeError: naming layer, rank and what is wrong.
     """
     # The first rank that most agree with: two that differ cannot tell who is wrong.
-    usual = max((header[:6] for header in headers), key=[header[:6] for header in headers].count)
+    usual = Counter(tuple(header[:6]) for header in headers).most_common(1)[0][0]
     for rank, (header, pairs, own_marks) in enumerate(zip(headers, marked, own, strict=True)):
         where = f"{describe(layer, 'request')}: cp rank {rank}"
         if header[0] != _MAGIC:

@@ -8,7 +8,6 @@ For run_dir/data.json see `hand_on`, for "data" in a checkpoint's meta.json `Dat
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from msa_train.checkpoint.find import ResumePoint
 from msa_train.config import RunConfig, plan_stages, stage_at
 from msa_train.data import Corpus
+from msa_train.runtime.atomic_files import write_json
 
 RECORD_NAME = "data.json"
 SWITCH = "checkpoint.accept_other_data=true"
@@ -202,14 +202,7 @@ def hand_on(config: RunConfig, corpus: Corpus, record: DataRecord) -> None:
         OSError: if it cannot be written.
     """
     content = {"prepared_for": _prepared_for(config), "prepared": asdict(corpus), "record": asdict(record)}
-    path = Path(config.run_dir) / RECORD_NAME
-    partial = path.with_name(f".{RECORD_NAME}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_json(Path(config.run_dir) / RECORD_NAME, content)
 
 
 def handed_on(config: RunConfig) -> tuple[Corpus, DataRecord] | None:

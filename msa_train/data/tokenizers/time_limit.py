@@ -1,4 +1,4 @@
-"""Calls of libraries that take as long as a file from somebody else wants, given up after a time."""
+"""Bound calls of libraries that take as long as a file from somebody else wants, given up after a time."""
 
 import threading
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def within(limit_s: float, call: Callable[[], Any]) -> Any:
-    """The result of a call that lets other threads run; what it raises is raised here.
+    """Return the result of a call that lets other threads run; what it raises is raised here.
 
     A call that is given up goes on in a thread that keeps no process from ending: nothing can stop it.
 

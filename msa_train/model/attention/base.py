@@ -160,9 +160,10 @@ class GroupedQueryAttention(MegatronModule, ABC):
         Queries, keys, values and index queries go in one all-to-all; the index key, which all heads share, is
         gathered instead.
         """
-        comm, ulysses = context.comm.for_layer(self.layer_number).ulysses, context.ulysses
-        assert comm is not None, "Ulysses inputs come with their group"
+        ulysses = context.ulysses
+        assert context.comm.ulysses is not None, "Ulysses inputs come with their group"
         assert ulysses is not None, "called where there are Ulysses groups"
+        comm = context.comm.ulysses.for_layer(self.layer_number)
         # One tensor [T, M, G * D + 2 * D (+ Di)], for one message to each rank in place of four.
         index, parts = inputs.index, [inputs.q.flatten(2), inputs.k, inputs.v]
         if index is not None:

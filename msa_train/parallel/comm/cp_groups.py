@@ -46,14 +46,7 @@ class CpGroups:
     def with_new_counters(self) -> "CpGroups":
         """Return the same groups with counters of their own, which all of them share."""
         kv = self.kv.with_new_counters()
-        return self._with(kv, counters=kv.counters)
-
-    def for_layer(self, layer: int) -> "CpGroups":
-        """Return the same groups, whose messages name this layer."""
-        return self._with(self.kv.for_layer(layer), layer=layer)
-
-    def _with(self, kv: KvComm, **changes: Any) -> "CpGroups":
         # Without Ulysses groups both are one object, and stay one.
-        whole = kv if self.whole is self.kv else replace(self.whole, **changes)
-        ulysses = None if self.ulysses is None else replace(self.ulysses, **changes)
+        whole = kv if self.whole is self.kv else replace(self.whole, counters=kv.counters)
+        ulysses = None if self.ulysses is None else replace(self.ulysses, counters=kv.counters)
         return CpGroups(whole, kv, ulysses)

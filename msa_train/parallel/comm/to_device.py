@@ -69,13 +69,14 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Return the same structure with every tensor replaced by `change` of it, in a fixed order."""
     if isinstance(value, Tensor):
         return change(value)
-    if isinstance(value, HasDeviceCopy):
-        return value.with_tensors(change)
     if isinstance(value, tuple | list):
         items = [_map_tensors(item, change) for item in value]
         is_same = all(new is old for new, old in zip(items, value, strict=True))
         return value if is_same else type(value)(items)
     if is_dataclass(value) and not isinstance(value, type):
+        # asked of dataclasses alone: most of a plan's values are numbers, and a protocol is slow to ask for
+        if isinstance(value, HasDeviceCopy):
+            return value.with_tensors(change)
         parts = {item.name: getattr(value, item.name) for item in fields(value) if item.init}
         changed = {name: _map_tensors(part, change) for name, part in parts.items()}
         if all(changed[name] is part for name, part in parts.items()):

@@ -25,6 +25,7 @@ from launchers.cli.output import say, steady_output
 from launchers.cli.quick_imports import quick_imports
 from launchers.hydra_config.compose import EVERY_KEY, compose_run, config_to_yaml, known_keys
 from launchers.local.job_environment import Node, joined_environment, joined_node, said_by
+from launchers.local.kernel_checks import kernel_warning
 from launchers.local.launch_checks import Layout, check_files, describe, plan_layout, set_worker_environment
 from launchers.local.machine import accept_log_level, check_current_folder, check_loopback, raise_file_limit
 from launchers.local.run_dir import CONFIG_NAME, claim_run_dir, disk_warning, write_config
@@ -114,7 +115,7 @@ def _run(arguments: list[str]) -> int:
     set_worker_environment(config, layout)
     _check_machine(layout, on_one=joined is None or (node is not None and node.count == 1))
     if "check" in options:
-        _warn(config)
+        _warn(config, layout)
         check_files(config, say=say)
         say(describe(config, layout))
         return 0
@@ -191,13 +192,14 @@ def _join(config: RunConfig, layout: Layout, job: dict[str, str]) -> int:
 def _prepare(config: RunConfig, layout: Layout) -> None:
     """Print what the run is, warn, and check its files; by the holder of run_dir."""
     say(describe(config, layout))
-    _warn(config, disk_warning(config))
+    _warn(config, layout, disk_warning(config))
     check_files(config, say=say, hand_on=True)
 
 
-def _warn(config: RunConfig, disk: str | None = None) -> None:
-    """Print settings that contradict each other to stdout, a disk that is too small to stderr."""
-    for text in contradictions(config):
+def _warn(config: RunConfig, layout: Layout, disk: str | None = None) -> None:
+    """Print settings that contradict each other and slow kernels to stdout, too small a disk to stderr."""
+    slow = kernel_warning(config, on_gpu=layout.on_gpu)
+    for text in (*contradictions(config), *([slow] if slow else [])):
         # allowed, and meant by who tries a few steps: said with what else the run is
         say(f"warning: {text}")
     if disk:

@@ -11,15 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from launchers.cli.quick_imports import quick_imports
+from launchers.local.kernel_checks import check_kernel
 from launchers.local.machine import expand_user
 from launchers.local.memory import check_memory
 from launchers.local.run_dir import check_writable
 from launchers.worker import accept_fallbacks
 from msa_train.config import (
-    AttentionKernel,
-    AttentionKind,
     Device,
-    Precision,
     RunConfig,
     check_rules,
     plan_stages,
@@ -96,36 +94,6 @@ def plan_layout(
     if joined_world_size is None and not num_gpus:
         check_memory(config, world_size)
     return Layout(world_size=world_size, on_gpu=num_gpus > 0)
-
-
-def check_kernel(config: RunConfig, *, on_gpu: bool) -> None:
-    """Check that Triton can be used where it is asked for.
-
-    Raises:
-        ValueError: naming the value, the rule and the fix.
-    """
-    model, attention = config.model, config.attention
-    kinds = set(model.attention_kinds())
-    if attention.kernel is not AttentionKernel.triton or kinds == {AttentionKind.full}:
-        return
-    # not at the top of the file: torch takes seconds, and all other kernels run everywhere
-    import torch
-    from msa_kernels.dispatch import choose_kernel
-    from msa_kernels.support import why_not_triton
-
-    unsupported = why_not_triton(
-        {Precision.bf16: torch.bfloat16, Precision.fp32: torch.float32}[config.train.precision],
-        num_kv_heads=model.num_kv_heads,
-        heads_per_group=model.num_heads // model.num_kv_heads,
-        head_dim=model.head_dim,
-        block_size=attention.block_size,
-        index_head_dim=attention.index_head_dim if AttentionKind.msa in kinds else 0,
-        topk=attention.topk,
-    )
-    try:
-        choose_kernel("triton", torch.device("cuda" if on_gpu else "cpu"), unsupported)
-    except ValueError as error:
-        raise ValueError(str(error).replace("kernel=", "attention.kernel=")) from None
 
 
 def describe(config: RunConfig, layout: Layout) -> str:

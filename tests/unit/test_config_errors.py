@@ -10,7 +10,7 @@ import pytest
 
 from launchers import train
 from launchers.hydra_config.compose import compose_run, load_run
-from launchers.local.launch_checks import check_kernel
+from launchers.local.kernel_checks import check_kernel, kernel_warning
 from launchers.local.run_dir import claim_run_dir, disk_warning, write_config
 
 ROOT = Path(__file__).parents[2]
@@ -216,6 +216,48 @@ def test_triton_where_it_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     check_kernel(config, on_gpu=False)
     monkeypatch.setattr("msa_kernels.dispatch.has_triton", lambda: False)
     check_kernel(compose_run(["run=m2_32k", "attention.kernel=triton"]), on_gpu=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["attention.topk=80"], "topk=80: must be from 1 to 64"),
+        (["train.precision=fp64"], "float64"),
+        (["attention.block_size=512"], "block_size=512"),
+    ],
+)
+def test_auto_says_why_it_leaves_triton_out(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], reason: str
+) -> None:
+    """Once, by whoever prepares the run; never where Triton is taken, asked for, or not to be had."""
+    monkeypatch.setattr("msa_kernels.dispatch.has_triton", lambda: True)
+    config = compose_run(["run=demo", *arguments])
+    line = kernel_warning(config, on_gpu=True)
+    assert line is not None
+    assert line.startswith("attention.kernel=auto: takes the tiled torch path")
+    assert reason in line
+    assert "\n" not in line
+    assert kernel_warning(config, on_gpu=False) is None
+    assert kernel_warning(compose_run(["run=demo", "train.precision=bf16"]), on_gpu=True) is None
+    assert kernel_warning(compose_run(["run=demo", *arguments, "attention.kernel=cpu"]), on_gpu=True) is None
+    assert kernel_warning(compose_run(["run=m2_32k", *arguments]), on_gpu=True) is None
+    monkeypatch.setattr("msa_kernels.dispatch.has_triton", lambda: False)
+    missing = kernel_warning(compose_run(["run=demo"]), on_gpu=True)
+    assert missing is not None
+    assert "triton is not installed" in missing
+
+
+def test_checking_a_run_tells_of_slow_kernels(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("msa_kernels.dispatch.has_triton", lambda: True)
+    monkeypatch.setattr("launchers.local.launch_checks.count_gpus", lambda: 2)
+    corpus = tmp_path / "a.txt"
+    corpus.write_text("some text " * 1000)
+    settings = ["run=smoke", f"data.corpus={corpus}", f"data.cache_dir={tmp_path}", f"run_dir={tmp_path}"]
+    settings += ["data.validation_fraction=0", "train.validate_every=0", "engine=torch", "--check"]
+    assert train.main([*settings, "attention.topk=70"]) == 0
+    assert capsys.readouterr().out.count("warning: attention.kernel=auto: takes the tiled torch path") == 1
 
 
 def test_unwritable_run_dir(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

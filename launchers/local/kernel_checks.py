@@ -1,0 +1,68 @@
+"""Check what will compute MSA layers on this machine: refuse what cannot run, and name what would be slow."""
+
+from msa_train.config import AttentionKernel, AttentionKind, Precision, RunConfig
+
+
+def check_kernel(config: RunConfig, *, on_gpu: bool) -> None:
+    """Check that Triton can be used where it is asked for.
+
+    Raises:
+        ValueError: naming the value, the rule and the fix.
+    """
+    if config.attention.kernel is not AttentionKernel.triton or not _has_blocks(config):
+        return
+    # not at the top of the file: torch takes seconds, and all other kernels run everywhere
+    import torch
+    from msa_kernels.dispatch import choose_kernel
+
+    try:
+        choose_kernel("triton", torch.device("cuda" if on_gpu else "cpu"), _why_not_triton(config))
+    except ValueError as error:
+        raise ValueError(str(error).replace("kernel=", "attention.kernel=")) from None
+
+
+def kernel_warning(config: RunConfig, *, on_gpu: bool) -> str | None:
+    """Return why attention.kernel=auto does not take Triton on these GPUs; None where it does, or on CPUs.
+
+    `auto` is decided call by call, in silence, as it must be the same in every call of a layer: a run whose
+    sizes have no tile would be correct and many times slower. One process says so, before the ranks start.
+
+    Example: attention.topk=80 -> "attention.kernel=auto: takes the tiled torch path ... topk=80: must be from
+    1 to 64; ...".
+    """
+    if not on_gpu or config.attention.kernel is not AttentionKernel.auto or not _has_blocks(config):
+        return None
+    from msa_kernels.dispatch import has_triton
+
+    reason = _why_not_triton(config)
+    if not has_triton():
+        reason = "triton is not installed; install msa-train[kernels]"
+    elif reason is not None:
+        reason += "; use sizes that Triton has tiles for, or attention.kernel=cpu if this is meant"
+    if reason is None:
+        return None
+    return f"attention.kernel=auto: takes the tiled torch path on the GPUs, which is far slower: {reason}"
+
+
+def _has_blocks(config: RunConfig) -> bool:
+    """Tell whether any layer attends to blocks, selected or in a window."""
+    return set(config.model.attention_kinds()) != {AttentionKind.full}
+
+
+def _why_not_triton(config: RunConfig) -> str | None:
+    """Return why a layer of this model has no Triton kernel, "name=value: rule"; None where all have."""
+    import torch
+    from msa_kernels.support import why_not_triton
+
+    model, attention = config.model, config.attention
+    has_index = AttentionKind.msa in model.attention_kinds()
+    dtypes = {Precision.bf16: torch.bfloat16, Precision.fp32: torch.float32, Precision.fp64: torch.float64}
+    return why_not_triton(
+        dtypes[config.train.precision],
+        num_kv_heads=model.num_kv_heads,
+        heads_per_group=model.num_heads // model.num_kv_heads,
+        head_dim=model.head_dim,
+        block_size=attention.block_size,
+        index_head_dim=attention.index_head_dim if has_index else 0,
+        topk=attention.topk,
+    )

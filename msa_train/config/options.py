@@ -70,6 +70,21 @@ class OptimizerKind(Enum):
     muon = "muon"  # orthogonalised momentum for the layers' matrices, AdamW for the rest; engine=torch
 
 
+class MomentsDtype(Enum):
+    """Choose the dtype in which AdamW keeps its two moments between steps; it computes in fp32."""
+
+    fp32 = "fp32"  # 8 bytes per parameter; fp64 for fp64 parameters
+    bf16 = "bf16"  # 4 bytes, rounded stochastically
+    fp8 = "fp8"  # 2 bytes, e4m3 with a scale per 256 values; the second moment as its square root
+
+
+class GradsDtype(Enum):
+    """Choose the dtype of the buffer in which gradients are added up over micro-batches."""
+
+    fp32 = "fp32"  # 4 bytes per parameter of a rank; fp64 for fp64 parameters
+    bf16 = "bf16"  # 2 bytes; sums over micro-batches and ranks are made in fp32 and rounded stochastically
+
+
 class LrSchedule(Enum):
     """Choose the shape of the learning rate after the warm-up."""
 

@@ -8,8 +8,10 @@ from msa_train.config.options import (
     CpLayout,
     Device,
     EngineKind,
+    GradsDtype,
     KvExchange,
     LrSchedule,
+    MomentsDtype,
     OptimizerKind,
     Precision,
     Progress,
@@ -124,6 +126,12 @@ class OptimConfig:
     "AdamW: added to the root of the second moment"
     clip_grad: float = 1.0
     "maximum of the global gradient norm; 0 switches clipping off"
+    moments_dtype: MomentsDtype = MomentsDtype.fp32
+    "AdamW: dtype of the two moments between steps"
+    grads_dtype: GradsDtype = GradsDtype.fp32
+    "dtype of the gradient buffer; norm, clipping and update are in fp32 anyway"
+    offload: float = 0.0
+    "AdamW: share of fp32 weights and moments kept in host memory and streamed through the update"
 
 
 @dataclass(kw_only=True, slots=True)

@@ -18,6 +18,7 @@ from msa_train.config.options import (
 )
 from msa_train.config.rules.limits import check_sizes, check_total
 from msa_train.config.rules.numbers import check_finite_numbers
+from msa_train.config.rules.optimizer_memory import check_optimizer_memory
 from msa_train.config.rules.stages import check_stages
 from msa_train.config.run import RunConfig
 
@@ -59,6 +60,7 @@ def check_rules(config: RunConfig, *, world_size: int, has_gpu: bool) -> None:
         _recording,
         _exchange,
         _training,
+        check_optimizer_memory,
         _checkpoints,
     )
     # in this order: later rules divide by sizes that earlier ones have found positive

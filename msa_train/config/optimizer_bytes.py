@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from msa_train.config.options import GradsDtype, MomentsDtype, OptimizerKind, Precision
+from msa_train.config.options import GradsDtype, MomentsDtype, Precision
 from msa_train.config.run import OptimConfig
 
 FP8_BLOCK = 256

@@ -13,7 +13,7 @@ def check_optimizer_memory(config: RunConfig) -> None:
     optim, precision = config.optim, config.train.precision
     if not 0 <= optim.offload <= 1:
         raise ValueError(
-            f"optim.offload={optim.offload}: must be a share, from 0 (all on the device) to 1 (all on the host)"
+            f"optim.offload={optim.offload}: must be from 0 (all on the device) to 1 (all on the host)"
         )
     if optim.grads_dtype is GradsDtype.bf16 and precision is not Precision.bf16:
         raise ValueError(
@@ -22,7 +22,7 @@ def check_optimizer_memory(config: RunConfig) -> None:
         )
     if optim.moments_dtype is not MomentsDtype.fp32 and precision is Precision.fp64:
         raise ValueError(
-            f"optim.moments_dtype={optim.moments_dtype.value}: train.precision=fp64 is for exact comparisons; "
+            f"optim.moments_dtype={optim.moments_dtype.value}: train.precision=fp64 is for exactness; "
             "use optim.moments_dtype=fp32, which then means fp64"
         )
     if optim.algorithm is OptimizerKind.muon:

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from msa_train.config import AttentionConfig, AttentionKind, ModelConfig, QkNorm
+from msa_train.config.model import AttentionConfig, ModelConfig
+from msa_train.config.options import AttentionKind, QkNorm
 
 
 @dataclass(kw_only=True, slots=True)

@@ -38,6 +38,8 @@ class ParallelConfig:
     "tensor parallelism (with sequence parallelism); engine=megatron only"
     pp_size: int = 1
     "pipeline parallelism; engine=megatron only"
+    pp_layout: str = "even"
+    "layers of each stage: even, auto (by their prices), or numbers; k * pp_size numbers interleave k chunks"
     cp_layout: CpLayout = CpLayout.contiguous
     "which tokens a context-parallel rank holds"
     kv_exchange: KvExchange = KvExchange.selected

@@ -83,6 +83,8 @@ def build_model(
     *,
     pre_process: bool = True,
     post_process: bool = True,
+    megatron: MsaTransformerConfig | None = None,
+    vp_stage: int | None = None,
 ) -> MsaGptModel:
     """Build the part of the model that this rank holds, weights not initialised (see `init_weights`).
 
@@ -91,14 +93,18 @@ def build_model(
         pg_collection: process groups of this rank.
         pre_process: this pipeline stage has the embedding.
         post_process: this pipeline stage has the output layer.
+        megatron: of the run, shared by all chunks of a rank; None: made here, for one even stage per rank.
+        vp_stage: number of the model chunk on this rank; None: the rank has one chunk.
     """
     # Megatron warns about every layer class that is not its own, and from 0.19 on about GPTModel itself.
     for name in ("megatron.core.transformer.transformer_layer", "megatron.core.models.gpt.gpt_model"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    megatron = build_transformer_config(config)
+    megatron = megatron or build_transformer_config(config)
     model = MsaGptModel(
         config=megatron,
-        transformer_layer_spec=_block_spec(megatron, pg_collection.pp.rank()),  # type: ignore[arg-type]
+        transformer_layer_spec=_block_spec(  # type: ignore[arg-type]
+            megatron, pg_collection.pp.rank(), vp_stage
+        ),
         vocab_size=config.model.vocab_size,
         max_sequence_length=longest_seq_len(config),
         pre_process=pre_process,
@@ -109,6 +115,7 @@ def build_model(
         # Rotary embedding happens inside our attention, from the pack's document positions.
         position_embedding_type="none",
         pg_collection=pg_collection,
+        vp_stage=vp_stage,
     )
     _mark_parallel_weights(model)
     return model
@@ -138,13 +145,15 @@ def _mark_cut(weight: Tensor | None, dim: int) -> None:
         set_tensor_model_parallel_attributes(weight, True, dim, 1)
 
 
-def _block_spec(config: MsaTransformerConfig, pp_rank: int) -> TransformerBlockSubmodules:
+def _block_spec(
+    config: MsaTransformerConfig, pp_rank: int, vp_stage: int | None
+) -> TransformerBlockSubmodules:
     """List the specs of this pipeline stage's layers.
 
     Example: 6 layers on 2 stages; the second stage gets layers 4, 5 and 6.
     """
-    first = get_transformer_layer_offset(config, pp_rank=pp_rank)
-    count = get_num_layers_to_build(config, pp_rank=pp_rank)
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
+    count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
     return TransformerBlockSubmodules(
         layer_specs=[_layer_spec(config, first + i + 1) for i in range(count)],
         layer_norm=RMSNorm,  # type: ignore[arg-type]

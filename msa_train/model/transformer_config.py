@@ -19,6 +19,7 @@ from msa_train.config import (
     Recompute,
     RunConfig,
 )
+from msa_train.config.pipeline import PipelineLayout
 
 DTYPES = {
     Precision.fp32: torch.float32,
@@ -43,8 +44,13 @@ class MsaTransformerConfig(TransformerConfig):
     "layers that are recomputed in the backward pass"
 
 
-def build_transformer_config(config: RunConfig) -> MsaTransformerConfig:
-    """Make the Megatron configuration of a run; the same on every rank and device."""
+def build_transformer_config(config: RunConfig, layout: PipelineLayout | None = None) -> MsaTransformerConfig:
+    """Make the Megatron configuration of a run; the same on every rank and device.
+
+    Args:
+        config: of the run.
+        layout: layers of each pipeline stage; None: equal numbers, one chunk per rank.
+    """
     model, parallel = config.model, config.parallel
     oai = model.activation is Activation.swiglu_oai
     dtype = DTYPES[config.train.precision]
@@ -93,9 +99,30 @@ def build_transformer_config(config: RunConfig) -> MsaTransformerConfig:
         apply_rope_fusion=False,
         # Freed too early on gloo; costs one activation per stage.
         deallocate_pipeline_outputs=False,
+        **_pipeline_fields(layout),
         **_graph_fields(),
         **_moe_fields(model, config.train.precision),
     )
+
+
+def _pipeline_fields(layout: PipelineLayout | None) -> dict[str, Any]:
+    """Cut the layers as the layout says; Megatron has names for what stands in each chunk, in order.
+
+    Interleaved, a rank sends activations and gradients to the same neighbour, and with two stages both
+    neighbours are one rank: messages of one batch would pair up by order, and wrongly. So they go one by one,
+    as Megatron's own scripts have it, and the ranks compute meanwhile.
+    """
+    if layout is None or layout.is_even:
+        return {}
+    chunks = [["decoder"] * size for size in layout.sizes]
+    chunks[0].insert(0, "embedding")
+    chunks[-1].append("loss")
+    is_interleaved = layout.num_chunks > 1
+    return {
+        "pipeline_model_parallel_layout": chunks,
+        "overlap_p2p_comm": is_interleaved,
+        "batch_p2p_comm": not is_interleaved,
+    }
 
 
 def _quick_gelu(x: Tensor) -> Tensor:

@@ -261,7 +261,7 @@ class Trainer:
         # The norm is the same on all ranks, so all of them gather, which is a collective, or none does.
         if shown or probed or not (result.is_taken and math.isfinite(result.grad_norm)):
             values |= self.metrics.gather(batch, result, stage, counts_loss=engine.counts_loss())
-            values |= router_bias_range(engine.model) | counts
+            values |= router_bias_range(engine.chunks) | counts
         seconds = time.perf_counter() - start
         values["step_time_s"] = seconds
         values["tokens_per_s"] = batch.num_tokens / seconds

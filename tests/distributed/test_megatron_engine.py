@@ -1,5 +1,6 @@
 """engine=megatron through the CUDA shim: tensor, pipeline and context parallelism equal one process."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +29,19 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "torch-bf16": (1, {"engine": EngineKind.torch, "parallel": {}, "precision": Precision.bf16}),
     "megatron-bf16": (1, {"engine": EngineKind.megatron, "parallel": {}, "precision": Precision.bf16}),
 }
+PP2 = {"pp_size": 2}
+CASES |= {
+    "megatron-pp2-uneven": (2, {"engine": EngineKind.megatron, "parallel": {**PP2, "pp_layout": "1,3"}}),
+    "megatron-pp2-interleaved": (
+        2,
+        {"engine": EngineKind.megatron, "parallel": {**PP2, "pp_layout": "1,1,1,1"}},
+    ),
+    "torch-six": (1, {"engine": EngineKind.torch, "parallel": {}, "num_layers": 6}),
+    "megatron-pp2-six": (
+        2,
+        {"engine": EngineKind.megatron, "parallel": {**PP2, "pp_layout": "1,2,2,1"}, "num_layers": 6},
+    ),
+}
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 for name, size, engine, parallel in (
     ("torch-recipe", 1, EngineKind.torch, {}),
@@ -36,9 +50,13 @@ for name, size, engine, parallel in (
     ("megatron-dp2-overlap-recipe", 2, EngineKind.megatron, OVERLAP),
     ("megatron-cp2-ep2-overlap-recipe", 2, EngineKind.megatron, {"cp_size": 2, "ep_size": 2, **OVERLAP}),
     ("megatron-tp2-overlap-recipe", 2, EngineKind.megatron, {"tp_size": 2, "overlap_grad_reduce": True}),
-    ("megatron-pp2-recipe", 2, EngineKind.megatron, {"pp_size": 2}),
+    ("megatron-pp2-recipe", 2, EngineKind.megatron, PP2),
+    ("megatron-pp2-interleaved-recipe", 2, EngineKind.megatron, {**PP2, **OVERLAP, "pp_layout": "1,1,1,1"}),
 ):
     CASES[name] = (size, {"engine": engine, "parallel": parallel, "recipe": True})
+
+
+REFERENCES = ("torch", "torch-recipe", "torch-six")
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +68,12 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, A
     return {name: torch.load(folder / name, weights_only=False) for name in CASES}
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if "bf16" not in n and n not in ("torch", "torch-recipe")])
+@pytest.mark.parametrize("name", [n for n in CASES if "bf16" not in n and n not in REFERENCES])
 def test_same_training_as_one_torch_process(name: str, rows: dict[str, list[dict[str, Any]]]) -> None:
     is_recipe = name.endswith("recipe")
+    reference = "torch-recipe" if is_recipe else "torch-six" if name.endswith("six") else "torch"
     compared = 0
-    for got, want in zip(rows[name], rows["torch-recipe" if is_recipe else "torch"], strict=True):
+    for got, want in zip(rows[name], rows[reference], strict=True):
         for key in ("lm_loss", "kl_loss", "grad_norm", "val_loss"):
             if key in want:
                 assert got[key] == pytest.approx(want[key], rel=TOLERANCE), key
@@ -65,7 +84,9 @@ def test_same_training_as_one_torch_process(name: str, rows: dict[str, list[dict
     assert compared == (12 if is_recipe else 10)
 
 
-@pytest.mark.parametrize("name", ["recompute", "tp2", "tp2-ep2", "pp2", "cp2-ep2"])
+@pytest.mark.parametrize(
+    "name", ["recompute", "tp2", "tp2-ep2", "pp2", "pp2-uneven", "pp2-interleaved", "cp2-ep2"]
+)
 def test_same_attention_metrics(name: str, rows: dict[str, list[dict[str, Any]]]) -> None:
     """Groups cut over ranks, layers over stages, a recomputed layer: each query is counted once."""
     for got, want in zip(rows[f"megatron-{name}"][:-1], rows["torch"][:-1], strict=True):
@@ -85,7 +106,13 @@ def test_engines_agree_in_bf16(rows: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def test_shim_refuses_its_wrong_corners() -> None:
+    right = {
+        "virtual_pipeline_model_parallel_size": 2,
+        "batch_p2p_comm": False,
+        "deallocate_pipeline_outputs": False,
+    }
+    cuda_shim.refuse_wrong_corners(SimpleNamespace(**right))
     with pytest.raises(NotImplementedError, match="interleaved"):
-        cuda_shim.refuse_wrong_corners(virtual_pipeline_size=2, deallocate_pipeline_outputs=False)
+        cuda_shim.refuse_wrong_corners(SimpleNamespace(**right | {"batch_p2p_comm": True}))
     with pytest.raises(NotImplementedError, match="frees"):
-        cuda_shim.refuse_wrong_corners(virtual_pipeline_size=None, deallocate_pipeline_outputs=True)
+        cuda_shim.refuse_wrong_corners(SimpleNamespace(**right | {"deallocate_pipeline_outputs": True}))

@@ -37,11 +37,13 @@ def build(
     precision: Precision = Precision.fp32,
     recompute: Recompute = Recompute.none,
     recipe: bool = False,
+    num_layers: int = 4,
 ) -> TrainEngine:
     """An engine over the whole world with the sizes in `parallel`; recipe: another stage for each step."""
     config = small_config(precision=precision, recompute=recompute)
     # Divisible by two tensor-parallel ranks.
     config.model.num_heads, config.model.num_kv_heads, config.model.vocab_size = 8, 4, 64
+    config.model.num_layers = num_layers
     config.model.init_std = config.model.embedding_init_std = 0.1
     config.optim.clip_grad = 1.0
     config.train.global_batch_size = PACKS_PER_STEP
@@ -56,10 +58,7 @@ def build(
     if engine is EngineKind.torch:
         return TorchEngine(config, groups)
     megatron = MegatronEngine(config, groups)
-    cuda_shim.refuse_wrong_corners(
-        virtual_pipeline_size=megatron.model.config.virtual_pipeline_model_parallel_size,
-        deallocate_pipeline_outputs=megatron.model.config.deallocate_pipeline_outputs,
-    )
+    cuda_shim.refuse_wrong_corners(megatron.megatron)
     return megatron
 
 

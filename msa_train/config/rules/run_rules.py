@@ -19,6 +19,7 @@ from msa_train.config.options import (
 from msa_train.config.rules.limits import check_sizes, check_total
 from msa_train.config.rules.numbers import check_finite_numbers
 from msa_train.config.rules.optimizer_memory import check_optimizer_memory
+from msa_train.config.rules.pipeline import check_interleaving, check_pipeline
 from msa_train.config.rules.stages import check_stages
 from msa_train.config.run import RunConfig
 
@@ -55,6 +56,7 @@ def check_rules(config: RunConfig, *, world_size: int, has_gpu: bool) -> None:
         _index_heads,
         _kernel,
         _tensor_parallel,
+        check_pipeline,
         _head_parallel,
         _experts,
         _recording,
@@ -67,6 +69,7 @@ def check_rules(config: RunConfig, *, world_size: int, has_gpu: bool) -> None:
     for rule in rules:
         rule(config)
     _world(config, world_size)
+    check_interleaving(config, world_size)
     _engine(config, has_gpu)
 
 
@@ -220,10 +223,6 @@ def _tensor_parallel(config: RunConfig) -> None:
                 f"parallel.tp_size={tp_size}: must divide {name} / parallel.cp_size = "
                 f"{seq_len // config.parallel.cp_size} (sequence parallelism)"
             )
-    if config.model.num_layers % config.parallel.pp_size:
-        raise ValueError(
-            f"parallel.pp_size={config.parallel.pp_size}: must divide model.num_layers={model.num_layers}"
-        )
     if model.tie_embeddings and config.parallel.pp_size > 1:
         raise ValueError(
             f"parallel.pp_size={config.parallel.pp_size}: the first and last stage would have to share one "

@@ -10,19 +10,24 @@ One step of any engine:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
+from torch import nn
 
 from msa_train.config import RunConfig, Stage
 from msa_train.config.lr_schedule import LearningRates
+from msa_train.config.pipeline import resolve_layout
 from msa_train.data import Pack
 from msa_train.model.gpt import MsaGptModel, build_model
 from msa_train.model.init_weights import init_weights
 from msa_train.model.inputs.layer_stats import LayerStats
 from msa_train.model.pack_forward import PackForward
+from msa_train.model.transformer_config import MsaTransformerConfig, build_transformer_config
 from msa_train.parallel.comm.traffic import CommCounters
 from msa_train.parallel.process_groups import Groups
 from msa_train.training.step_batch import StepBatch
@@ -54,25 +59,43 @@ class TrainEngine(ABC):
 
     name: str
     "for meta.json"
-    model: MsaGptModel
-    "this rank's part of the model, without wrappers"
+    chunks: list[MsaGptModel]
+    "this rank's parts of the model, in the order of the layers, without wrappers; one, unless interleaved"
 
     def __init__(self, config: RunConfig, groups: Groups) -> None:
         self.config, self.groups = config, groups
         self.forward = PackForward(config, groups)
+        self.layout = resolve_layout(config, groups.world_size)
 
-    def build_model(self) -> MsaGptModel:
-        """Build this rank's part of the model on its device, weights drawn by name and seed.
+    @property
+    def model(self) -> MsaGptModel:
+        """Return this rank's part of the model where there is one; with several, all go by `chunks`."""
+        (model,) = self.chunks
+        return model
+
+    def build_chunks(self) -> list[MsaGptModel]:
+        """Build this rank's parts of the model on its device, weights drawn by name and seed.
 
         So they are the same in every layout.
         """
-        groups = self.groups
+        count = self.layout.num_chunks
+        # Megatron counts layers by it
+        parallel_state.set_virtual_pipeline_model_parallel_world_size(count if count > 1 else None)
+        # one for all chunks, as what is switched in it, such as a frozen bias, holds for all
+        megatron = build_transformer_config(self.config, self.layout)
+        return [self._build_chunk(megatron, chunk if count > 1 else None) for chunk in range(count)]
+
+    def _build_chunk(self, megatron: MsaTransformerConfig, vp_stage: int | None) -> MsaGptModel:
+        groups, chunk = self.groups, vp_stage or 0
+        is_last_chunk = chunk == self.layout.num_chunks - 1
         # embedding and output belong to the first and last pipeline stage
         model = build_model(
             self.config,
             groups.collection,
-            pre_process=groups.is_pipeline_first_stage,
-            post_process=groups.is_pipeline_last_stage,
+            pre_process=groups.is_pipeline_first_stage and chunk == 0,
+            post_process=groups.is_pipeline_last_stage and is_last_chunk,
+            megatron=megatron,
+            vp_stage=vp_stage,
         ).to(groups.device)
         init_weights(
             model,
@@ -149,6 +172,11 @@ class TrainEngine(ABC):
         return self.groups.is_pipeline_last_stage and self.groups.tp_rank == 0
 
 
+def modules_of(chunks: Sequence[nn.Module]) -> Iterator[nn.Module]:
+    """Yield the modules of all parts of a rank's model."""
+    return chain.from_iterable(chunk.modules() for chunk in chunks)
+
+
 def checkpoint_metadata(groups: Groups) -> dict[str, Any]:
     """Return options of Megatron's sharded state dicts: per-layer keys, optimizer state as the model's.
 
@@ -163,9 +191,9 @@ def checkpoint_metadata(groups: Groups) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def reset_token_counts(model: MsaGptModel) -> None:
+def reset_token_counts(chunks: Sequence[MsaGptModel]) -> None:
     """Forget tokens counted towards the expert bias."""
-    for module in model.modules():
+    for module in modules_of(chunks):
         # Megatron's name, in routers that balance the load by a bias
         counts = getattr(module, "local_tokens_per_expert", None)
         if counts is not None:

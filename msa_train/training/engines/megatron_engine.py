@@ -2,7 +2,7 @@
 
 Megatron would divide gradients itself: by ranks, by micro-batches or by tokens. All of that is turned off,
 since the losses are divided by the step's global counts already (`step_batch`): calculate_per_token_loss
-leaves out ranks and micro-batches, `_loss` says that there is one token, and `_finalize` passes none on. What
+leaves out ranks and micro-batches, `schedule` says that there is one token, `_finalize` passes none on. What
 is left is a sum, of dense gradients over data and context parallel ranks, of expert gradients over the
 replicas of each expert.
 
@@ -12,7 +12,8 @@ and 6.5B of experts over 4, 19 GB each. The fp32 gradients are not cut: 4 bytes 
 parameters are 78 GB, so on GPUs of 80 GB that layout needs tp, pp or more ep.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -25,7 +26,6 @@ from megatron.core.optimizer import (
     get_standard_config_overrides,
 )
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
 
@@ -36,18 +36,17 @@ from msa_train.data import Pack
 from msa_train.model.attention.index_branch import is_index_parameter
 from msa_train.model.inputs.layer_stats import LayerStats
 from msa_train.model.layers.moe import SigmoidRouter
-from msa_train.parallel.comm.cp_groups import CpGroups
 from msa_train.parallel.process_groups import Groups
 from msa_train.training.engines.engine import (
     Accept,
     StepResult,
     TrainEngine,
     checkpoint_metadata,
+    modules_of,
     reset_token_counts,
 )
+from msa_train.training.engines.schedule import PipelineSchedule
 from msa_train.training.step_batch import StepBatch
-
-_LossAndSum = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 
 class MegatronEngine(TrainEngine):
@@ -57,26 +56,34 @@ class MegatronEngine(TrainEngine):
 
     def __init__(self, config: RunConfig, groups: Groups) -> None:
         super().__init__(config, groups)
-        self.model = self.build_model()
+        self.chunks = self.build_chunks()
+        self.megatron = self.chunks[0].config
         self.wrapped = self._wrap()
         self.optimizer = self._build_optimizer()
+        self.schedule = PipelineSchedule(self.forward, self.wrapped, groups.pp_size)
 
-    def _wrap(self) -> DistributedDataParallel:
-        """Wrap the model: bf16 weights where asked for, gradients gathered and reduced in fp32 buffers."""
-        module: nn.Module = self.model
-        if self.config.train.precision is Precision.bf16:
-            module = Float16Module(self.model.config, self.model)
+    def _wrap(self) -> list[DistributedDataParallel]:
+        """Wrap the chunks: bf16 weights where asked for, gradients gathered and reduced in fp32 buffers."""
         options = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=self.config.parallel.overlap_grad_reduce,
             overlap_param_gather=self.config.parallel.overlap_param_gather,
             use_distributed_optimizer=True,
         )
-        self.model.config.finalize_model_grads_func = _finalize
-        wrapped = DistributedDataParallel(self.model.config, options, module)
+        self.megatron.finalize_model_grads_func = _finalize
+        wrapped = []
+        for number, chunk in enumerate(self.chunks):
+            module: nn.Module = chunk
+            if self.config.train.precision is Precision.bf16:
+                module = Float16Module(self.megatron, chunk)
+            # later chunks are done before the first one, whose buckets are what is left to hide
+            wrapped.append(
+                DistributedDataParallel(self.megatron, options, module, disable_bucketing=number > 0)
+            )
         if options.overlap_grad_reduce:
             # Only the last micro-batch of a step may start the reduction.
-            self.model.config.no_sync_func = wrapped.no_sync
+            functions = [chunk.no_sync for chunk in wrapped]
+            self.megatron.no_sync_func = functions if len(functions) > 1 else functions[0]  # type: ignore[assignment]
         return wrapped
 
     def _build_optimizer(self) -> Any:
@@ -92,7 +99,7 @@ class MegatronEngine(TrainEngine):
             adam_eps=optim.eps,
             clip_grad=optim.clip_grad,
             bf16=self.config.train.precision is Precision.bf16,
-            params_dtype=self.model.config.params_dtype,
+            params_dtype=self.megatron.params_dtype,
             use_distributed_optimizer=True,
             overlap_param_gather=self.config.parallel.overlap_param_gather,
         )
@@ -100,25 +107,26 @@ class MegatronEngine(TrainEngine):
         index_branch = ParamKey(name="*.index_branch.*")
         overrides = get_standard_config_overrides(options)
         overrides[index_branch] = ParamGroupOverride(is_decoupled_lr=True)  # type: ignore[typeddict-unknown-key]
-        return get_megatron_optimizer(options, [self.wrapped], config_overrides=overrides)
+        return get_megatron_optimizer(options, self.wrapped, config_overrides=overrides)
 
     def set_stage(self, stage: Stage) -> None:
         """See TrainEngine.set_stage. Parameters keep their gradient hooks: overlapped reductions need all."""
         super().set_stage(stage)
         rate = 0.0 if self.backbone_is_frozen else self.config.model.router_bias_update_rate
-        self.model.config.moe_router_bias_update_rate = rate
+        self.megatron.moe_router_bias_update_rate = rate
 
     def train_step(self, batch: StepBatch, rates: LearningRates, accept: Accept | None = None) -> StepResult:
         """See TrainEngine.train_step."""
-        self.wrapped.train()
-        self.wrapped.zero_grad_buffer()
+        for chunk in self.wrapped:
+            chunk.train()
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        reset_token_counts(self.model)
+        reset_token_counts(self.chunks)
         stats, comm = LayerStats(), self.groups.cp_comm()
         # Megatron updates them at the end of the schedule, before the gradient norm is known, so a step that
         # is not taken must bring them back.
         biases = [(bias, bias.clone()) for bias in self._expert_biases()] if accept is not None else []
-        losses = self._run(batch.packs, batch, comm, stats, forward_only=False)
+        losses = self.schedule.run(batch.packs, batch, comm, stats, forward_only=False)
         self._zero_frozen_gradients()
         self._set_rates(rates)
         result = StepResult(
@@ -145,12 +153,12 @@ class MegatronEngine(TrainEngine):
 
     def _expert_biases(self) -> list[Tensor]:
         """List the bias of each router on this rank: [experts] fp32."""
-        routers = [module for module in self.model.modules() if isinstance(module, SigmoidRouter)]
+        routers = [module for module in modules_of(self.chunks) if isinstance(module, SigmoidRouter)]
         return [router.expert_bias for router in routers if router.expert_bias is not None]
 
     def _zero_frozen_gradients(self) -> None:
         """Forget gradients of what the stage freezes, after their reduction: they add nothing to the norm."""
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in chain.from_iterable(chunk.named_parameters() for chunk in self.chunks):
             frozen = self.index_is_frozen if is_index_parameter(name) else self.backbone_is_frozen
             if frozen and parameter.requires_grad:
                 parameter.main_grad.zero_()  # type: ignore[attr-defined]
@@ -168,52 +176,14 @@ class MegatronEngine(TrainEngine):
     @torch.no_grad()
     def evaluate(self, packs: Sequence[Pack]) -> float:
         """See TrainEngine.evaluate."""
-        self.wrapped.eval()
+        for chunk in self.wrapped:
+            chunk.eval()
         batch = StepBatch(packs=packs, num_labels=1, num_tokens=1, num_packs=len(packs))
-        return self._run(packs, batch, self.groups.cp_comm(), LayerStats(), forward_only=True)
-
-    def _run(
-        self,
-        packs: Sequence[Pack],
-        batch: StepBatch,
-        comm: CpGroups,
-        stats: LayerStats,
-        *,
-        forward_only: bool,
-    ) -> float:
-        """Run all packs, one to a micro-batch, through Megatron's schedule; return this rank's loss sum."""
-        if not packs:
-            return 0.0
-
-        def forward_step(
-            packs_left: Iterator[Pack], model: nn.Module
-        ) -> tuple[Tensor, Callable[[Tensor], _LossAndSum]]:
-            pack = next(packs_left)
-            params = self.forward.prepare(
-                pack,
-                num_tokens=batch.num_tokens,
-                comm=comm,
-                stats=stats,
-                recall_seed=batch.recall_seed_of(pack),
-            )
-            output = self.forward(model, params)  # type: ignore[arg-type]
-            return output, lambda losses: _loss(losses, batch.num_labels)
-
-        reduced = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(packs),
-            model=[self.wrapped],
-            num_microbatches=len(packs),
-            # Sequence length of the activations between stages; Megatron divides by cp and tp sizes.
-            seq_length=len(packs[0].tokens),
-            micro_batch_size=1,
-            forward_only=forward_only,
-        )
-        return float(sum(float(entry["loss_sum"]) for entry in reduced))
+        return self.schedule.run(packs, batch, self.groups.cp_comm(), LayerStats(), forward_only=True)
 
     def _keep_bias_fp32(self) -> None:
         """Keep the experts' bias in fp32: bf16 would round an update of 0.001 to a bias near 1 away."""
-        for module in self.model.modules():
+        for module in modules_of(self.chunks):
             if isinstance(module, SigmoidRouter):
                 module._maintain_float32_expert_bias()
 
@@ -226,8 +196,9 @@ class MegatronEngine(TrainEngine):
         metadata = checkpoint_metadata(self.groups)
         if self.config.parallel.overlap_param_gather:
             # Updated parameters are still on their way to the ranks.
-            self.wrapped.start_param_sync(force_sync=True)
-        model_state = self.model.sharded_state_dict(metadata=metadata)
+            for chunk in self.wrapped:
+                chunk.start_param_sync(force_sync=True)
+        model_state = self._by_chunk([chunk.sharded_state_dict(metadata=metadata) for chunk in self.chunks])
         optimizer = {}
         for number, part in enumerate(self._optimizer_parts()):
             _allocate_moments(part)
@@ -241,13 +212,23 @@ class MegatronEngine(TrainEngine):
     @torch.no_grad()
     def load_state(self, state: dict[str, Any], updates: int) -> None:
         """See TrainEngine.load_state."""
-        self.model.load_state_dict(state["model"])
+        self._load_chunks(state["model"], strict=True)
         for number, part in enumerate(self._optimizer_parts()):
             for moments in part.optimizer.state.values():
                 # Megatron would look for it among the tensors.
                 moments.pop("step", None)
             part.load_parameter_state_from_fully_reshardable(state["optimizer"][str(number)])
             _set_updates(part.optimizer, updates)
+
+    def _by_chunk(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        """Join the states of chunks, whose own keys count layers from 0 in each; stored keys do not."""
+        return states[0] if len(states) == 1 else {f"chunk{number}": one for number, one in enumerate(states)}
+
+    def _load_chunks(self, state: dict[str, Any], *, strict: bool) -> None:
+        """Take over what `_by_chunk` gave."""
+        parts = [state] if len(self.chunks) == 1 else [state[name] for name in sorted(state)]
+        for chunk, part in zip(self.chunks, parts, strict=True):
+            chunk.load_state_dict(part, strict=strict)
 
     def _optimizer_parts(self) -> list[Any]:
         """List Megatron's optimizers of dense parameters and of experts that have any on this rank."""
@@ -256,7 +237,7 @@ class MegatronEngine(TrainEngine):
 
     def load_weights(self, state: dict[str, Any]) -> None:
         """See TrainEngine.load_weights."""
-        self.model.load_state_dict(state, strict=False)
+        self._load_chunks(state, strict=False)
         self.optimizer.reload_model_params()
 
 
@@ -273,24 +254,6 @@ def _set_updates(optimizer: torch.optim.Optimizer, updates: int) -> None:
         return
     for moments in optimizer.state.values():
         moments["step"] = torch.tensor(float(updates))
-
-
-def _loss(losses: Tensor, num_labels: int) -> _LossAndSum:
-    """Return what Megatron's schedule asks of a loss function with per-token losses.
-
-    The loss is divided by the global number of labels here; the token count of 1 is not used, since
-    `_finalize` leaves it out.
-
-    Args:
-        losses: [T], nats, of this rank's tokens; 0 where there is no label.
-        num_labels: of the step, all ranks.
-
-    Returns:
-        The loss to differentiate, the number of tokens, and this rank's sum in fp64 for the metrics.
-    """
-    total = losses.detach().sum(dtype=torch.float64)
-    one = torch.ones((), dtype=torch.int, device=losses.device)
-    return losses.sum() / num_labels, one, {"loss_sum": total}
 
 
 def _finalize(model: list[nn.Module], _num_tokens: Tensor | None = None, **kwargs: Any) -> None:

@@ -41,7 +41,7 @@ class TorchEngine(TrainEngine):
 
     def __init__(self, config: RunConfig, groups: Groups) -> None:
         super().__init__(config, groups)
-        self.model = self.build_model()
+        self.chunks = self.build_chunks()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.gradients = GradBuffers(self.parameters, groups)
         # 16-bit parameters are updated through fp32 copies: bf16 has 8 bits, so steps of less than 1/512 of a
@@ -66,7 +66,7 @@ class TorchEngine(TrainEngine):
         """See TrainEngine.train_step."""
         self.model.train()
         self.gradients.zero()
-        reset_token_counts(self.model)
+        reset_token_counts(self.chunks)
         stats, comm = LayerStats(), self.groups.cp_comm()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.groups.device)
         for pack in batch.packs:

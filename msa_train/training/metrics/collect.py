@@ -9,7 +9,7 @@ A step in which recall is measured at 1M tokens adds 57 x 4 x 59 numbers, 108 KB
 gather nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import psutil
@@ -234,9 +234,9 @@ class StepMetrics:
         return {"memory_gib": float(largest) / 2**30}
 
 
-def router_bias_range(model: MsaGptModel) -> dict[str, float]:
-    """Return the smallest and largest expert bias of the routers on this rank."""
-    routers = [m for m in model.modules() if isinstance(m, SigmoidRouter)]
+def router_bias_range(chunks: Sequence[MsaGptModel]) -> dict[str, float]:
+    """Return the smallest and largest expert bias of the routers on this rank, in all parts of its model."""
+    routers = [m for chunk in chunks for m in chunk.modules() if isinstance(m, SigmoidRouter)]
     biases = [r.expert_bias for r in routers if r.expert_bias is not None]
     if not biases:
         return {}

@@ -32,6 +32,7 @@ from launchers.local.run_dir import CONFIG_NAME, claim_run_dir, disk_warning, wr
 from launchers.worker import run_entry
 from msa_train.config import RunConfig, contradictions, one_line
 from msa_train.config.environment import SAID_BY
+from msa_train.config.pipeline import describe_layout
 from msa_train.runtime import preemption
 
 OPTIONS = {
@@ -118,6 +119,8 @@ def _run(arguments: list[str]) -> int:
         _warn(config, layout)
         check_files(config, say=say)
         say(describe(config, layout))
+        for line in describe_layout(config, layout.world_size):
+            say(line)
         return 0
     if node:
         return _launch_node(config, layout, node)
@@ -192,6 +195,8 @@ def _join(config: RunConfig, layout: Layout, job: dict[str, str]) -> int:
 def _prepare(config: RunConfig, layout: Layout) -> None:
     """Print what the run is, warn, and check its files; by the holder of run_dir."""
     say(describe(config, layout))
+    for line in describe_layout(config, layout.world_size)[:1]:
+        say(line)
     _warn(config, layout, disk_warning(config))
     check_files(config, say=say, hand_on=True)
 

@@ -3,7 +3,7 @@
 It pretends: `device="cuda"` becomes the CPU, streams and events do nothing. That is enough to see that our
 engine calls Megatron rightly and that the numbers agree; it says nothing about streams, races or speed. Never
 import it outside tests. Refused is what gives wrong numbers: freeing pipeline outputs before gloo has sent
-them, and messages of an interleaved pipeline in one batch. With two stages both neighbours are one rank there,
+them, and messages of an interleaved pipeline in one batch. With two stages both neighbours are one rank,
 which takes an activation for a gradient; so it is on GPUs too, and Megatron's own scripts refuse it.
 """
 

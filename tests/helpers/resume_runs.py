@@ -58,6 +58,8 @@ class Layout:
     world_size: int
     sizes: Mapping[str, int] = field(default_factory=dict[str, int])
     precision: Precision = Precision.fp32
+    pp_layout: str = "even"
+    num_layers: int = 2
 
     @property
     def name(self) -> str:
@@ -67,7 +69,9 @@ class Layout:
             cut *= self.sizes.get(size, 1)
         sizes = {**self.sizes, "dp_size": self.world_size // cut}
         parts = [f"{key.removesuffix('_size')}{value}" for key, value in sizes.items() if value > 1]
-        return "-".join([self.engine.value, *parts, *([] if self.precision is Precision.fp32 else ["fp64"])])
+        cut_by = [] if self.pp_layout == "even" else [f"layers{self.pp_layout}"]
+        fp64 = [] if self.precision is Precision.fp32 else ["fp64"]
+        return "-".join([self.engine.value, *parts, *cut_by, *fp64])
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -96,7 +100,7 @@ def resume_config(layout: Layout, folder: Path, case: Case) -> RunConfig:
         run_dir=f"{folder}/{case.name}",
         engine=layout.engine,
         model=ModelConfig(
-            num_layers=2,
+            num_layers=layout.num_layers,
             hidden_size=16,
             num_heads=4,
             num_kv_heads=2,
@@ -114,7 +118,7 @@ def resume_config(layout: Layout, folder: Path, case: Case) -> RunConfig:
             embedding_init_std=0.2,
         ),
         attention=AttentionConfig(block_size=BLOCK_SIZE, topk=4, index_head_dim=4),
-        parallel=replace(ParallelConfig(), **dict(layout.sizes)),
+        parallel=replace(ParallelConfig(), pp_layout=layout.pp_layout, **dict(layout.sizes)),
         exchange=ExchangeConfig(hot_share=0.0),
         data=DataConfig(
             corpus=f"{folder}/corpus",
@@ -244,7 +248,8 @@ def _run_case(case: Case, folder: Path) -> None:
         torch.save(result, Path(config.run_dir) / "result")
     if isinstance(engine, MegatronEngine):
         # a cycle through autograd, which garbage collection does not see
-        engine.wrapped.grad_accs.clear()
+        for chunk in engine.wrapped:
+            chunk.grad_accs.clear()
     parallel_state.destroy_model_parallel()
 
 

@@ -1,10 +1,10 @@
 """Price each layer of a model in seconds per token of a rank, at a given length of the documents.
 
 Parts are FLOPs (a multiplication with its addition is 2) over rates. Per token, forward, for M3 at one
-document of 1M tokens: a full-attention layer 17.2 GFLOP of attention, 0.2 of projections and 0.5 of its dense
-network; an MSA layer 0.5 of index scores, 0.07 of sparse attention, 0.2 of projections and 0.6 of experts; the
-output layer 2.5. So 3 full layers cost as much as 39 MSA layers forward, and more with the backward pass, which
-has no index scores.
+document of 1M tokens: a full-attention layer 17.2 GFLOP of attention, 0.2 of projections and 0.5 of its
+dense network; an MSA layer 0.5 of index scores, 0.07 of sparse attention, 0.2 of projections and 0.6 of
+experts; the output layer 2.5. So 3 full layers cost as much as 39 MSA layers forward, and more with the
+backward pass, which has no index scores.
 
 Symbols: L tokens of a document, H hidden size, Hq query heads, M KV heads, D head dim, Di index head dim.
 """

@@ -3,25 +3,25 @@
 from dataclasses import replace
 
 from msa_train.config.model_size import model_size
+from msa_train.config.optimizer_bytes import optimizer_bytes
 from msa_train.config.run import RunConfig
-
-_COPY_BYTES, _OPTIMIZER_BYTES = 6, 12
-"of a parameter: bf16 weight and fp32 gradient on every rank that holds it; fp32 weight and moments, divided"
 
 
 def layer_bytes(config: RunConfig, world_size: int) -> list[float]:
     """Count the bytes per GPU of each layer, the embedding with the first, the output layer with the last.
 
-    Weights of 2 bytes and gradients of 4 are on every rank that has the layer; Megatron's distributed
-    optimizer divides its 12 bytes over the data-parallel ranks, of experts over the ranks with the same ones.
+    Weights and gradients are on every rank that has the layer; Megatron's distributed optimizer divides its
+    states over the data-parallel ranks, of experts over the ranks with the same ones.
 
     Example: M3 on 256 GPUs with pp 4, cp 64 and ep 64: 3.1 GB for an MSA layer, of which 2.0 are experts; 2.1
     GB for a full-attention layer; 7.6 GB each for embedding and output layer.
     """
     model, parallel = config.model, config.parallel
     stage = world_size // parallel.pp_size
-    per_dense = (_COPY_BYTES + _OPTIMIZER_BYTES / (stage / parallel.tp_size)) / parallel.tp_size
-    per_expert = (_COPY_BYTES + _OPTIMIZER_BYTES / (stage / parallel.ep_size)) / parallel.ep_size
+    each = optimizer_bytes(config.optim, config.train.precision)
+    per_dense, per_expert = (
+        (each.unsharded + each.state / (stage / size)) / size for size in (parallel.tp_size, parallel.ep_size)
+    )
     result: list[float] = []
     for number, kind in enumerate(model.attention_kinds()):
         # a model of this one layer, less its embedding and output

@@ -62,7 +62,7 @@ class MegatronEngine(TrainEngine):
         self.optimizer = self._build_optimizer()
         self.schedule = PipelineSchedule(self.forward, self.wrapped, groups.pp_size)
 
-    def _wrap(self) -> list[DistributedDataParallel]:
+    def _wrap(self) -> list[Any]:
         """Wrap the chunks: bf16 weights where asked for, gradients gathered and reduced in fp32 buffers."""
         options = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
@@ -71,7 +71,7 @@ class MegatronEngine(TrainEngine):
             use_distributed_optimizer=True,
         )
         self.megatron.finalize_model_grads_func = _finalize
-        wrapped = []
+        wrapped: list[Any] = []
         for number, chunk in enumerate(self.chunks):
             module: nn.Module = chunk
             if self.config.train.precision is Precision.bf16:

@@ -8,9 +8,9 @@ another, so the gradient of these words is complete after them: it is rounded to
 written in its place, and no fp32 copy of the whole [V, H] gradient exists. With up to 8,192 tokens on a rank
 it is one product. What is summed over all words is the gradient of the hidden states, in fp32.
 
-By arithmetic for 256 ranks in 4 stages, 1M tokens, H = 6,144, V = 200,064: T = 16,384, so 2 x 25 tiles. Beside
-logits (256 MiB) and their gradient (128) there are 192 MiB for a slice of the weight's gradient and 384 MiB
-for the hidden states'; fp32 dW and its temporaries were 6.9 GiB. Products: one forward, three backward.
+By arithmetic for 256 ranks in 4 stages, 1M tokens, H = 6,144, V = 200,064: T = 16,384, so 2 x 25 tiles.
+Beside logits (256 MiB) and their gradient (128) there are 192 MiB for a slice of the weight's gradient and
+384 MiB for the hidden states'; fp32 dW and its temporaries were 6.9 GiB. Products: one forward, three backward.
 
 Shapes: T local tokens, H hidden size, V words of this rank; t tokens and v words of a tile.
 """

@@ -135,8 +135,8 @@ def _markdown(result: dict[str, Any]) -> str:
         "",
         "Forward is one product, backward three, as logits are formed again; torch keeps them whole and "
         "forms two. In bf16 a CPU has no product with fp32 results, so sums over tiles are formed from "
-        "operands in fp32, which this processor multiplies at less than half the speed; GPUs have that product. Where a "
-        "rank has at most 8,192 tokens and the vocabulary fits one tile, nothing is summed.",
+        "operands in fp32, which this processor multiplies at less than half the speed; GPUs have that "
+        "product. Where a rank has at most 8,192 tokens and the vocabulary fits one tile, nothing is summed.",
         "",
     ]
     return "\n".join(lines)

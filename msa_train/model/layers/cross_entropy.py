@@ -10,7 +10,8 @@ it is one product. What is summed over all words is the gradient of the hidden s
 
 By arithmetic for 256 ranks in 4 stages, 1M tokens, H = 6,144, V = 200,064: T = 16,384, so 2 x 25 tiles.
 Beside logits (256 MiB) and their gradient (128) there are 192 MiB for a slice of the weight's gradient and
-384 MiB for the hidden states'; fp32 dW and its temporaries were 6.9 GiB. Products: one forward, three backward.
+384 MiB for the hidden states'; fp32 dW and its temporaries were 6.9 GiB. Products: one forward, three
+backward.
 
 Shapes: T local tokens, H hidden size, V words of this rank; t tokens and v words of a tile.
 """

@@ -121,6 +121,9 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-index-balance", action="store_true", help="every rank scores its own queries")
     parser.add_argument(
+        "--query-slices", type=int, default=1, metavar="N", help="see exchange.query_slices; 1: in one piece"
+    )
+    parser.add_argument(
         "--hot-share", type=number, default=0.75, metavar="X", help="see exchange.hot_share (0.75)"
     )
     parser.add_argument("--fp32", action="store_true", help="4 bytes per number on the wire instead of 2")

@@ -69,6 +69,7 @@ def read_question(arguments: argparse.Namespace) -> "tuple[Scenario, Callable[[S
             recompute=arguments.recompute,
             hot_share=arguments.hot_share,
             head_size=arguments.cp_head_size,
+            query_slices=arguments.query_slices,
         ),
     )
     placement = scenario.placement()

@@ -41,6 +41,21 @@ class Answer:
 
 def answer(scenario: Scenario, selections: Selections) -> Answer:
     """Replay the selections and time every scheme."""
+    layer = layer_of(scenario, selections)
+    index = share_index(layer.setup.outer, balanced=scenario.index_balance)
+    return Answer(
+        scenario=scenario,
+        selections=selections.describe(),
+        f=layer.work.wants.f,
+        local_share=float(layer.work.local_share.mean()),
+        index_balance=index.balance,
+        msa={scheme.value: layer.report(scheme) for scheme in scenario.schemes},
+        full=_full(scenario),
+    )
+
+
+def layer_of(scenario: Scenario, selections: Selections) -> MsaLayer:
+    """Make the model of an MSA layer whose queries select so."""
     outer = scenario.placement()
     setup = LayerCosts(
         shape=scenario.shape,
@@ -50,26 +65,16 @@ def answer(scenario: Scenario, selections: Selections) -> Answer:
         options=scenario.options,
         outer=outer,
     )
-    wants = collect_wants(selections, outer, scenario.shape.num_kv_heads, scenario.options.head_size)
     # both follow from the placement alone: scoring sees all blocks before a query, selected or not
     index, local = share_index(outer, balanced=scenario.index_balance), selections.local_share(outer)
     work = MsaWork(
         tiles=outer.tiles(scenario.shape.topk),
-        wants=wants,
+        wants=collect_wants(selections, outer, scenario.shape.num_kv_heads, scenario.options.head_size),
         local_share=local,
         index_scores=index.work,
         index_moved=index.moved,
     )
-    layer = MsaLayer(setup, work)
-    return Answer(
-        scenario=scenario,
-        selections=selections.describe(),
-        f=wants.f,
-        local_share=float(local.mean()),
-        index_balance=index.balance,
-        msa={scheme.value: layer.report(scheme) for scheme in scenario.schemes},
-        full=_full(scenario),
-    )
+    return MsaLayer(setup, work)
 
 
 def _full(scenario: Scenario) -> dict[str, SchemeReport]:

@@ -208,20 +208,20 @@ class Loads:
     "scalar int64, broadcast blocks of all owners"
 
 
-def find_loads(demand: Demand) -> Loads:
+def find_loads(demand: Demand, crossed: Tensor | None = None) -> Loads:
     """Count the loads of all ranks: for the cost of a scheme, and for simulation.
 
-    Running example -> send [[3, 3, 0]], receive [[1, 2, 3]].
+    crossed: [N, P, W] uint8, by node, KV blocks that an earlier slice of queries has brought there; None:
+    none. Running example -> send [[3, 3, 0]], receive [[1, 2, 3]].
     """
     shape, bits = demand.shape, demand.bits
     hot = demand.hot.sum()
     if not shape.hierarchical:
         return Loads([demand.counts.sum(0)], [demand.counts.sum(1)], hot)
     L, N = shape.node_size, shape.num_nodes
-    by_node = bits.view(N, L, shape.cp_size, -1)
-    union = by_node[:, 0]
-    for place in range(1, L):
-        union = union | by_node[:, place]
+    union = node_union(bits, shape)
+    if crossed is not None:
+        union = union & ~crossed
     # [requesting node, owner's node, owner's place]
     crossing = count_bits(union).view(N, N, L)
     own_node = torch.arange(N, device=bits.device)
@@ -236,6 +236,15 @@ def find_loads(demand: Demand) -> Loads:
         [crossing.sum(1).flatten(), handed.sum(2).flatten()],
         hot,
     )
+
+
+def node_union(bits: Tensor, shape: ExchangeShape) -> Tensor:
+    """Join the wishes of each node's ranks: [P, P, W] uint8 by requester and owner -> [N, P, W]."""
+    by_node = bits.view(shape.num_nodes, shape.node_size, shape.cp_size, -1)
+    union = by_node[:, 0]
+    for place in range(1, shape.node_size):
+        union = union | by_node[:, place]
+    return union
 
 
 @dataclass(slots=True)

@@ -162,7 +162,6 @@ def all_gather(shard_bytes: float, cp_size: int, cluster: Cluster) -> Collective
     per_node = cp_size // nodes
     if nodes == 1:
         return CollectiveCost(total, total, 0 * total, 0 * total, intra_node_steps=cp_size - 1)
-    intra_node_steps, inter_node_steps = cp_size - nodes, nodes
     if cluster.multi_rail_collectives or per_node == 1:
         # the node takes in (P - L) shards, 1 / L of them through each of its L cards; what is left of the
         # P - 1 shards that a rank receives comes from its neighbours
@@ -173,13 +172,14 @@ def all_gather(shard_bytes: float, cp_size: int, cluster: Cluster) -> Collective
     # the ring leaves a node at its last rank and enters the next one at its first
     place = np.arange(cp_size) % per_node
     sends_far, gets_far = place == per_node - 1, place == 0
+    # P - 1 of the ring's P links, one after the other; the one left out is inside a node
     return CollectiveCost(
         total * ~sends_far,
         total * ~gets_far,
         total * sends_far,
         total * gets_far,
-        intra_node_steps,
-        inter_node_steps,
+        intra_node_steps=cp_size - nodes - 1,
+        inter_node_steps=nodes,
     )
 
 

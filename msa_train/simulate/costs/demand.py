@@ -14,7 +14,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from msa_train.parallel.kv_exchange.plan import Demand, ExchangeShape, count_bits, find_demand, find_loads
+from msa_train.parallel.kv_exchange.plan import (
+    Demand,
+    ExchangeShape,
+    count_bits,
+    find_demand,
+    find_loads,
+    node_union,
+    pack_bits,
+    popularity,
+    unpack_bits,
+)
 from msa_train.simulate.costs.collective_cost import CollectiveCost, side_by_side
 from msa_train.simulate.inputs.cluster import Cluster
 from msa_train.simulate.inputs.placement import Placement
@@ -36,8 +46,8 @@ class Wants:
     "[u] of [P', P', W] uint8: bitmaps of KV blocks by requester and owner, as the planner takes them"
     pairs: IntArray
     "[P'] int64, remote KV blocks that each rank selected, of all M KV heads"
-    planned: "dict[tuple[int, bool, float], Hops]" = field(default_factory=dict, repr=False)
-    "plans made so far, by node size, hierarchical and hot_share"
+    planned: "dict[tuple[int, bool, float, int], list[Hops]]" = field(default_factory=dict, repr=False)
+    "plans made so far, by node size, hierarchical, hot_share and slices of queries"
 
     @property
     def f(self) -> float:
@@ -125,16 +135,53 @@ def exchange_rows(wants: Wants, cluster: Cluster, *, hierarchical: bool, hot_sha
     ranks 0 and 2 one row each intra-node. Hierarchical: ranks 0 and 1 send 1 row each inter-node, then ranks
     0 to 3 send 1, 0, 2 and 1 rows intra-node. Fetched are [0, 1, 2, 3] either way.
     """
+    return sliced_rows(wants, cluster, hierarchical=hierarchical, hot_share=hot_share, slices=1)[0]
+
+
+def sliced_rows(
+    wants: Wants, cluster: Cluster, *, hierarchical: bool, hot_share: float, slices: int
+) -> list[Hops]:
+    """Plan an exchange in which queries select in slices: the rows of each slice, as `exchange_rows`.
+
+    A KV block travels with the first slice that wants it, and crosses to a node once. Which slice that is
+    nobody knows here: broadcast blocks, which nearly all ranks want, are taken to be found in the first
+    slice, all others evenly, at random. Real queries are kinder: what many of them choose is found early.
+    """
     # several schemes and `auto` ask for the same plan
-    key = (cluster.gpus_per_node, hierarchical, hot_share)
+    key = (cluster.gpus_per_node, hierarchical, hot_share, slices)
     if key not in wants.planned:
-        wants.planned[key] = _plan_rows(wants, cluster, hierarchical=hierarchical, hot_share=hot_share)
+        shape = exchange_shape(wants, cluster, hierarchical=hierarchical, hot_share=hot_share)
+        places = [_place_slices(bits, shape, cluster, slices) for bits in wants.bits]
+        wants.planned[key] = [_all_places(list(plans)) for plans in zip(*places, strict=True)]
     return wants.planned[key]
 
 
-def _plan_rows(wants: Wants, cluster: Cluster, *, hierarchical: bool, hot_share: float) -> Hops:
-    shape = exchange_shape(wants, cluster, hierarchical=hierarchical, hot_share=hot_share)
-    plans = [_place_rows(find_demand(bits, shape), cluster) for bits in wants.bits]
+def _place_slices(bits: torch.Tensor, shape: ExchangeShape, cluster: Cluster, slices: int) -> list["_Place"]:
+    """Plan the slices of one place of the Ulysses groups."""
+    crossed = None
+    plans: list[_Place] = []
+    for part in _slice_bits(bits, shape, slices):
+        demand = find_demand(part, shape)
+        plans.append(_place_rows(demand, cluster, crossed))
+        if shape.hierarchical:
+            union = node_union(demand.bits, shape)
+            crossed = union if crossed is None else crossed | union
+    return plans
+
+
+def _slice_bits(bits: torch.Tensor, shape: ExchangeShape, slices: int) -> list[torch.Tensor]:
+    """Divide requests among slices: [P, P, W] uint8 -> `slices` of them, disjoint, with the same union."""
+    if slices == 1:
+        return [bits]
+    number = torch.Generator().manual_seed(0)
+    size, pairs = shape.cp_size, shape.num_kv_blocks
+    drawn = torch.randint(slices, (size, size, pairs), generator=number, dtype=torch.uint8)
+    drawn[:, popularity(bits, shape) >= shape.hot_requesters] = 0
+    wanted = unpack_bits(bits, pairs)
+    return [pack_bits(wanted & (drawn == index)) for index in range(slices)]
+
+
+def _all_places(plans: list["_Place"]) -> Hops:
     hops = [side_by_side([plan[0][hop] for plan in plans]) for hop in range(len(plans[0][0]))]
     return Hops(
         hops=hops,
@@ -143,8 +190,12 @@ def _plan_rows(wants: Wants, cluster: Cluster, *, hierarchical: bool, hot_share:
     )
 
 
-def _place_rows(demand: Demand, cluster: Cluster) -> tuple[list[CollectiveCost], IntArray, IntArray]:
-    """Count one place: hops in rows, KV blocks fetched per rank, broadcast blocks per owner."""
+# Hops in rows, KV blocks fetched per rank, broadcast blocks per owner.
+_Place = tuple[list[CollectiveCost], IntArray, IntArray]
+
+
+def _place_rows(demand: Demand, cluster: Cluster, crossed: torch.Tensor | None) -> _Place:
+    """Count one place; crossed: see `find_loads`."""
     # find_demand has already taken broadcast blocks out of the bitmaps
     shape, hot = demand.shape, demand.hot.sum(1).numpy()
     counts = count_bits(demand.bits).numpy()
@@ -159,7 +210,7 @@ def _place_rows(demand: Demand, cluster: Cluster) -> tuple[list[CollectiveCost],
         )  # fmt: skip
         return [wire], counts.sum(1), hot
     # first hop: to the rank at the owner's place in the requester's node; second hop: inside that node
-    loads = find_loads(demand)
+    loads = find_loads(demand, crossed)
     (out_far, out_near), (in_far, in_near) = (
         [x.numpy().astype(float) for x in loads.send],
         [x.numpy().astype(float) for x in loads.receive],

@@ -160,17 +160,19 @@ class FullLayer:
             part = seconds[rank, (rank - number) % size]
             # in the backward pass the gradients of the piece before travel along
             moved = (number < size - 1) + (back and number > 0)
-            self._step(clocks, part, moved * step.time_s(self.cluster))
+            self._step(
+                clocks, "full_kv_again" if back else "full_kv", part, moved * step.time_s(self.cluster)
+            )
         if back and size > 1:
             clocks.neighbours("full_kv_grad", np.zeros(size), step.time_s(self.cluster))
 
-    def _step(self, clocks: Timeline, seconds: FloatArray, wire_s: float) -> None:
+    def _step(self, clocks: Timeline, name: str, seconds: FloatArray, wire_s: float) -> None:
         if wire_s == 0:
             clocks.compute(seconds)
         elif self.setup.options.overlap:
-            clocks.neighbours("full_kv", seconds, wire_s)
+            clocks.neighbours(name, seconds, wire_s)
         else:
-            clocks.neighbours("full_kv", np.zeros_like(seconds), wire_s)
+            clocks.neighbours(name, np.zeros_like(seconds), wire_s)
             clocks.compute(seconds)
 
     def _on_demand(

@@ -23,16 +23,13 @@ from numpy.typing import NDArray
 
 from msa_train.simulate.costs import collective_cost
 from msa_train.simulate.costs.collective_cost import CollectiveCost
-from msa_train.simulate.costs.demand import Wants, exchange_rows, requested_by_owner
-from msa_train.simulate.costs.hot_blocks import HotWires, hot_wires
+from msa_train.simulate.costs.demand import Wants, requested_by_owner
 from msa_train.simulate.costs.layer_costs import LayerCosts
-from msa_train.simulate.costs.timeline import Among, Mark, Timeline
+from msa_train.simulate.costs.timeline import Mark, Timeline
 from msa_train.simulate.inputs.cluster import Cluster
 
 FloatArray = NDArray[np.float64]
 FP32_BYTES = 4
-REQUEST_HEADER_BYTES = 64
-"bytes of a request beside its bitmaps"
 
 
 @dataclass(slots=True)
@@ -111,6 +108,18 @@ class Exchange(ABC):
     def before_selection(self, clocks: Timeline) -> None:  # noqa: B027
         """Move the clocks where projections are done and nothing is selected yet."""
 
+    def select(self, clocks: Timeline, scoring: FloatArray, moves: tuple[float, float]) -> None:
+        """Move the clocks through scoring.
+
+        Args:
+            clocks: of all ranks.
+            scoring: [P'] seconds of scoring and top-k.
+            moves: seconds in which index queries go to who scores them, and block ids come back.
+        """
+        clocks.collective("index_query", moves[0])
+        clocks.compute(scoring)
+        clocks.collective("index_query", moves[1])
+
     @abstractmethod
     def forward(self, clocks: Timeline, *, again: bool) -> None:
         """Move the clocks from the selection to the attention's output; again: in a recomputation."""
@@ -137,115 +146,6 @@ class Exchange(ABC):
     def seconds(self, name: str) -> float:
         """Return the seconds of all collectives of a purpose, one after another."""
         return sum(wire.time_s(self.cluster) for wire in self.traffic.get(name, []))
-
-
-@dataclass(slots=True)
-class Selected(Exchange):
-    """Fetch requested KV blocks from their owners, flat or by node; the first hop is hidden by own blocks."""
-
-    hierarchical: bool = False
-    "over the network once per node, then inside"
-    hot: HotWires = field(init=False)
-    "collectives of broadcast blocks"
-    sent: FloatArray = field(init=False)
-    "[P'] rows that a rank packs, broadcast ones included, fullest place"
-    fetched: FloatArray = field(init=False)
-    "[P'] rows that a rank holds afterwards, broadcast ones included, fullest place"
-
-    def plan(self) -> None:
-        """See Exchange.plan."""
-        shape, options = self.setup.shape, self.setup.options
-        rows = exchange_rows(
-            self.wants, self.cluster, hierarchical=self.hierarchical, hot_share=options.hot_share
-        )
-        # each rank sends its bitmaps for all P' owners to all: P'^2 * W bytes are in the gathered request
-        request = REQUEST_HEADER_BYTES + self.size * self.wants.bitmap_bytes
-        self.took("request", self.everywhere(collective_cost.all_gather(request, self.size, self.cluster)))
-        # gradients take the same way back, with the index keys' gradient in each row
-        names = ["outer", ""] if len(rows.hops) == 2 else [""]
-        for name, hop in zip(names, rows.hops, strict=True):
-            self.took(_name("kv", name), hop.scaled(shape.kv_block_bytes))
-            self.took(_name("kv_grad", name), hop.reversed().scaled(shape.kv_block_grad_bytes))
-        node_size = self.cluster.gpus_per_node if self.hierarchical else self.size
-        self.hot = hot_wires(rows.hot, shape, self.cluster, node_size)
-        for name, hot in (("kv_hot", self.hot.forward), ("kv_grad_hot", self.hot.backward)):
-            for wire in hot:
-                self.took(name, wire)
-        if not options.keep_for_backward:
-            for name in [name for name in self.traffic if name.startswith("kv") and "grad" not in name]:
-                self.traffic[name.replace("kv", "kv_again", 1)] = list(self.traffic[name])
-        # what is packed for the first hop, own broadcast blocks included; what is unpacked after the last one
-        self.sent = self.fullest(rows.hops[0].sent + rows.hot.flatten())
-        self.fetched = self.fullest(rows.fetched + rows.hot.sum(axis=1).repeat(self.size))
-        self._count_memory(rows.hops, request)
-
-    def _count_memory(self, hops: list[CollectiveCost], request: float) -> None:
-        """Add the larger of two moments, in bytes.
-
-        Forward: requests, rows to send, rows in transit on the node's middle rank, fetched rows. Backward:
-        fetched rows with their gradients in fp32 and once more in the wire's type, and gradients that arrive.
-        """
-        shape = self.setup.shape
-        # in a hierarchical exchange a rank receives rows for its whole node before they are handed on
-        transit = self.fullest(hops[0].received) if len(hops) == 2 else np.zeros(self.size)
-        forward = (self.sent + transit + self.fetched) * shape.kv_block_bytes
-        # a gradient exists twice: summed in fp32 while it is computed, and in the wire's type when it leaves
-        wide = 1 + FP32_BYTES / shape.element_bytes
-        backward = self.fetched * (shape.kv_block_bytes + wide * shape.kv_block_grad_bytes)
-        backward = backward + (self.sent + transit) * shape.kv_block_grad_bytes
-        self.memory_bytes = float(np.maximum(forward + self.size * request, backward).max())
-
-    @property
-    def _first_among(self) -> Among:
-        """Return who takes part in what crosses the network; broadcast blocks make it everyone's."""
-        return Among.place if self.hierarchical and not self.hot.forward else Among.everyone
-
-    def forward(self, clocks: Timeline, *, again: bool) -> None:
-        """See Exchange.forward."""
-        if not again:
-            # the host must see the requests before it can launch sends of the right sizes
-            clocks.collective("request", self.seconds("request") + self.cluster.host_sync_s)
-        self._fetch(clocks, "kv", self.work.forward.own)
-        clocks.compute(self.work.forward.others)
-
-    def _fetch(self, clocks: Timeline, purpose: str, computing: FloatArray) -> None:
-        """Fetch in both hops and broadcast; only what starts at once is hidden under `computing`."""
-        scatter_s, gather_s = self.hot.seconds(self.hot.forward, self.cluster)
-        # owners gather the rows into one buffer before anything can leave
-        clocks.copy(self.setup.copy_s(self.sent * self.setup.shape.kv_block_bytes))
-        first = f"{purpose}_outer" if self.hierarchical else purpose
-        clocks.under(
-            first, self.seconds(first) + scatter_s, computing, self._first_among, overlap=self.overlap
-        )
-        if self.hierarchical:
-            # the second hop waits for the whole first one, and own blocks are done by then
-            clocks.collective(purpose, self.seconds(purpose), Among.node)
-        if self.hot.forward:
-            clocks.collective(f"{purpose}_hot", gather_s)
-
-    def backward(self, clocks: Timeline) -> None:
-        """See Exchange.backward."""
-        own, shape = self.work.backward.own, self.setup.shape
-        keep = self.setup.options.keep_for_backward
-        if not keep:
-            self._fetch(clocks, "kv_again", own)
-        # gradients of others' blocks come first, so that they can travel under those of own blocks
-        clocks.compute(self.work.backward.others)
-        clocks.copy(self.setup.copy_s(self.fetched * shape.kv_block_grad_bytes))
-        first = "kv_grad"
-        if self.hierarchical:
-            clocks.collective("kv_grad", self.seconds("kv_grad"), Among.node)
-            first = "kv_grad_outer"
-        scatter_s, home_s = self.hot.seconds(self.hot.backward, self.cluster)
-        # own blocks come last where rows were kept, and hide the way back; fetched again, they hid that
-        computing = own if keep else 0 * own
-        clocks.under(
-            first, self.seconds(first) + scatter_s, computing, self._first_among, overlap=self.overlap
-        )
-        if self.hot.backward:
-            clocks.collective("kv_grad_hot", home_s)
-        # owners add what arrives to their own gradients
-        clocks.copy(self.setup.copy_s(self.sent * shape.kv_block_grad_bytes))
 
 
 @dataclass(slots=True)
@@ -385,7 +285,3 @@ class Ring(Exchange):
         else:
             clocks.neighbours(name, np.zeros_like(seconds), wire_s)
             clocks.compute(seconds)
-
-
-def _name(purpose: str, hop: str) -> str:
-    return f"{purpose}_{hop}" if hop else purpose

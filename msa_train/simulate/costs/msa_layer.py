@@ -12,7 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msa_train.parallel.comm.link_rates import ExchangeRates, Line, fit_line
-from msa_train.parallel.kv_exchange.cost_model import KvBlockBytes, all_gather_cost, selected_cost
+from msa_train.parallel.kv_exchange.cost_model import (
+    SELECTED_PAYS,
+    Cover,
+    KvBlockBytes,
+    all_gather_cost,
+    selected_cost,
+)
 from msa_train.simulate.costs import collective_cost
 from msa_train.simulate.costs.collective_cost import CollectiveCost
 from msa_train.simulate.costs.demand import Wants, exchange_rows, exchange_shape
@@ -23,9 +29,9 @@ from msa_train.simulate.costs.msa_exchange import (
     AttentionWork,
     Exchange,
     Ring,
-    Selected,
 )
-from msa_train.simulate.costs.timeline import LayerTime, Timeline
+from msa_train.simulate.costs.selected_exchange import NODE_LINK, Selected
+from msa_train.simulate.costs.timeline import LayerTime, Mark, Timeline
 from msa_train.simulate.inputs.cluster import Cluster
 from msa_train.simulate.inputs.layer_shape import BACKWARD_FACTOR
 from msa_train.simulate.inputs.scenario import Scheme
@@ -97,7 +103,11 @@ class MsaLayer:
     def report(self, scheme: Scheme) -> SchemeReport:
         """Time one scheme: forward, backward, and the collectives of both."""
         if scheme is Scheme.auto:
-            return self.report_auto(selected=self._selected_pays())
+            costs = self._costs()
+            best = min(costs, key=lambda name: costs[name])
+            if self.setup.options.query_slices > 1:
+                return self._report_later_auto(best)
+            return self.report_auto(selected=best is not Scheme.all_gather_early)
         exchange = self._exchange(scheme)
         forward, backward = self._forward(exchange, again=False), self._backward(exchange)
         # index keys have no gradient collective: their gradients are part of each KV block's row
@@ -150,22 +160,49 @@ class MsaLayer:
         report.scheme, report.chosen = Scheme.auto.value, chosen
         return report
 
-    def _selected_pays(self) -> bool:
-        """Apply the exchange's own rule to rates as it would measure them on this cluster."""
+    def _report_later_auto(self, chosen: Scheme) -> SchemeReport:
+        """Time `auto` as it goes from a layer's second call on: it has chosen by the call before."""
+        report = self.report(chosen)
+        if chosen is Scheme.all_gather_early:
+            # asked all the same, for the next call's choice: it travels under attention, and nobody waits
+            report.traffic["request"] = self._exchange(Scheme.selected).traffic["request"][:1]
+        report.scheme, report.chosen = Scheme.auto.value, chosen
+        return report
+
+    def _costs(self) -> dict[Scheme, float]:
+        """Apply the exchange's own rule to rates as it would measure them on this cluster: seconds."""
         hierarchical = 1 < self.cluster.num_nodes(self.outer_size) < self.outer_size
         setup, wants, rates = self.setup, self.work.wants, measured_rates(self.cluster, self.outer_size)
+        options = setup.options
         size = KvBlockBytes(setup.shape.kv_block_bytes, setup.shape.kv_block_grad_bytes)
-        rows = exchange_rows(
-            wants, self.cluster, hierarchical=hierarchical, hot_share=setup.options.hot_share
-        )
-        shape = exchange_shape(wants, self.cluster, hierarchical=hierarchical, hot_share=0.0)
-        # per hop, rows of the rank that sends or receives most: all others wait for it
-        busiest = [int(max(hop.sent.max(), hop.received.max())) for hop in rows.hops]
-        fetches = 1 if setup.options.keep_for_backward else 2
-        # the rule knows one exchange; of several places of a Ulysses group the fullest counts
-        num_hot = int(rows.hot.sum(axis=1).max())
-        cost = selected_cost(shape, busiest, num_hot, size, rates, fetches=fetches)
-        return cost <= all_gather_cost(shape, size, rates)
+        # in one piece nothing of the call is known before it, and `auto` knows of nodes or does not
+        later = options.query_slices > 1
+        cover = Cover(float(self.index_s.min()), float(self.attention.backward.own.min())) if later else None
+        ways = {Scheme.selected_hierarchical: True} if hierarchical else {Scheme.selected: False}
+        if later:
+            ways[Scheme.selected] = False
+        costs: dict[Scheme, float] = {}
+        for scheme, by_node in ways.items():
+            rows = exchange_rows(wants, self.cluster, hierarchical=by_node, hot_share=options.hot_share)
+            shape = exchange_shape(wants, self.cluster, hierarchical=by_node, hot_share=0.0)
+            # per hop, rows of the rank that sends or receives most: all others wait for it
+            busiest = [int(max(hop.sent.max(), hop.received.max())) for hop in rows.hops]
+            # the rule knows one exchange; of several places of a Ulysses group the fullest counts
+            num_hot = int(rows.hot.sum(axis=1).max())
+            costs[scheme] = selected_cost(
+                shape,
+                busiest,
+                num_hot,
+                size,
+                rates,
+                fetches=1 if options.keep_for_backward else 2,
+                slices=options.query_slices,
+                cover=cover,
+            )
+        shape = exchange_shape(wants, self.cluster, hierarchical=False, hot_share=0.0)
+        gathered = all_gather_cost(shape, size, rates, cover)
+        costs[Scheme.all_gather_early] = gathered * SELECTED_PAYS if later else gathered
+        return costs
 
     def _forward(self, exchange: Exchange, *, again: bool) -> LayerTime:
         """Move the clocks through a forward pass; again: in a recomputation, without scoring."""
@@ -175,17 +212,19 @@ class MsaLayer:
         started = clocks.start()
         if not setup.options.overlap:
             clocks.finish("index_key", started, keys)
-        # index keys travel while queries, keys and values are projected
+        # index keys and queries travel while queries, keys and values are projected
+        index_heads = self._send_heads(clocks, self._inner_bytes_index())
         clocks.compute(self._projections_s())
-        self._switch_heads(clocks, self._inner_bytes_in())
+        self._wait_heads(clocks, index_heads)
+        # these are wanted after the scoring only
+        heads = self._send_heads(clocks, self._inner_bytes_in() - self._inner_bytes_index())
         if setup.options.overlap:
             clocks.finish("index_key", started, keys)
         exchange.before_selection(clocks)
         if not again:
             there, back = (wire.time_s(self.cluster) for wire in self._index_moves())
-            clocks.collective("index_query", there)
-            clocks.compute(self.index_s)
-            clocks.collective("index_query", back)
+            exchange.select(clocks, self.index_s, (there, back))
+        self._wait_heads(clocks, heads)
         exchange.forward(clocks, again=again)
         self._switch_heads(clocks, self._inner_bytes_out())
         clocks.compute(self._output_s())
@@ -234,6 +273,11 @@ class MsaLayer:
         each = heads * shape.head_dim + shape.num_kv_heads * shape.index_head_dim
         return self._inner_share() * each * shape.element_bytes
 
+    def _inner_bytes_index(self) -> float:
+        """Return the bytes of index queries alone."""
+        shape = self.setup.shape
+        return self._inner_share() * shape.num_kv_heads * shape.index_head_dim * shape.element_bytes
+
     def _inner_bytes_out(self) -> float:
         """Return the bytes of outputs that a rank sends back to the ranks of their tokens."""
         shape = self.setup.shape
@@ -249,6 +293,21 @@ class MsaLayer:
         if self.head_size <= self.setup.cluster.gpus_per_node:
             return CollectiveCost(each, each, none, none, intra_node_steps=1)
         return CollectiveCost(none, none, each, each, inter_node_steps=1)
+
+    def _send_heads(self, clocks: Timeline, num_bytes: float) -> Mark | None:
+        """Trade in the background; None without Ulysses groups."""
+        if self.head_size == 1:
+            return None
+        there = clocks.send(
+            "heads", clocks.start(), self._inner(num_bytes).time_s(self.setup.cluster), NODE_LINK
+        )
+        if not self.setup.options.overlap:
+            clocks.wait("heads", there)
+        return there
+
+    def _wait_heads(self, clocks: Timeline, there: Mark | None) -> None:
+        if there is not None:
+            clocks.wait("heads", there)
 
     def _switch_heads(self, clocks: Timeline, num_bytes: float) -> None:
         if self.head_size > 1:

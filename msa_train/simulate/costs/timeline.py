@@ -88,6 +88,8 @@ class Timeline:
     "seconds that stayed visible, by collective"
     wire: dict[str, float] = field(default_factory=dict)
     "seconds of transfers, by collective"
+    links: dict[str, FloatArray] = field(default_factory=dict)
+    "[P] seconds by link, until which what was sent in the background holds it"
     _last_name: str = ""
     "collective that changes of the lag are owed to"
 
@@ -128,6 +130,23 @@ class Timeline:
     def collective(self, name: str, seconds: float, among: Among = Among.everyone) -> None:
         """Run a collective under which nothing is computed."""
         self.finish(name, self.start(), seconds, among)
+
+    def send(self, name: str, ready: Mark, seconds: float, link: str, among: Among = Among.everyone) -> Mark:
+        """Send in the background, after what was sent over the same link before; returns when it is there.
+
+        Example: 2 ranks, ready at 1 and 3 s, 2 s long: there at [5, 5]; another one, ready at 0: at [7, 7].
+        """
+        held = self.links.get(link, np.zeros(self.cp_size))
+        there = self._last(np.maximum(ready.busy, held), among) + seconds
+        self.links[link] = there
+        self.wire[name] = self.wire.get(name, 0.0) + seconds
+        return Mark(there, self._last(ready.free, among))
+
+    def wait(self, name: str, there: Mark) -> None:
+        """Wait for what was sent in the background."""
+        before = self._lag()
+        self.busy, self.free = np.maximum(self.busy, there.busy), np.maximum(self.free, there.free)
+        self._note(name, 0.0, before)
 
     def under(
         self,

@@ -12,6 +12,7 @@ from msa_train.simulate.inputs.rates import KernelRates
 
 MAX_SEQ_LEN = 10 * 2**20
 MAX_CP_SIZE = 1024
+MAX_QUERY_SLICES = 8
 
 
 class Scheme(Enum):
@@ -19,9 +20,7 @@ class Scheme(Enum):
 
     ring = "ring"  # shards pass by
     all_gather = "all_gather"  # all of them, twice; gradients reduce-scattered
-    all_gather_early = (
-        "all_gather_early"  # the same, started before index scoring, which training does not do
-    )
+    all_gather_early = "all_gather_early"  # the same, started before index scoring
     all_gather_all_reduce = "all_gather_all_reduce"  # all of them, kept; gradients all-reduced, then cut
     selected = "selected"  # the KV blocks that a local query selected, from their owners
     selected_hierarchical = "selected_hierarchical"  # the same, over the network once per node
@@ -52,10 +51,14 @@ class Options:
     "share of the other ranks that must want a KV block for it to be broadcast, 0 to 1; 0: none is"
     head_size: int = 1
     "u, Ulysses degree: ranks that trade tokens for heads before attention"
+    query_slices: int = 1
+    "slices of queries that select while the rows of the slice before travel; 1: everything at once"
 
     def __post_init__(self) -> None:
         if not 0 <= self.hot_share <= 1:
             raise ValueError(f"hot_share={self.hot_share}: must be from 0 (none is broadcast) to 1")
+        if not 1 <= self.query_slices <= MAX_QUERY_SLICES:
+            raise ValueError(f"query_slices={self.query_slices}: must be from 1 to {MAX_QUERY_SLICES}")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -30,7 +30,7 @@ SIZES = ((192 * 2**10, 16), (2**20, 64), (4 * 2**20, 256))
 SHARES = (0.05, 0.2, 0.5)
 CLUSTERS = ("h100", "h100_100g")
 RATES = "h100_assumed"
-HEAD_SIZE = 4
+HEAD_SIZE, QUERY_SLICES = 4, 4
 # Scaling: tokens per rank (weak), sequence (strong), and how neighbouring queries agree
 WEAK_TOKENS, WEAK_SIZES = 8192, (16, 64, 256, 1024)
 STRONG_TOKENS, STRONG_SIZES = 2**20, (16, 64, 256, 1024)
@@ -42,8 +42,8 @@ Progress = Callable[[str], None]
 def write_tables(folder: Path, shape: LayerShape, say: Progress = print) -> list[Path]:
     """Compute everything and write simulate.json and simulate.md.
 
-    Runs 2 clusters * 3 sizes * 3 values of f, each with and without Ulysses groups, and 2 * 2 scaling curves
-    of 5 sizes up to 1,024 ranks, on one core.
+    Runs 2 clusters * 3 sizes * 3 values of f, each also in slices of queries with and without Ulysses groups,
+    and 2 * 2 scaling curves of 5 sizes up to 1,024 ranks, on one core.
 
     Args:
         folder: gets the files.
@@ -52,7 +52,7 @@ def write_tables(folder: Path, shape: LayerShape, say: Progress = print) -> list
     """
     rates, start = load_rates(RATES), time.monotonic()
     answers: list[Answer] = []
-    head_answers: list[Answer] = []
+    sliced_answers: list[Answer] = []
     for name in CLUSTERS:
         for seq_len, cp_size in SIZES:
             for f in SHARES:
@@ -63,14 +63,15 @@ def write_tables(folder: Path, shape: LayerShape, say: Progress = print) -> list
                     # full-attention layers do not depend on f
                     scenario.full_schemes = []
                 answers.append(answer(scenario, _stated(shape, f)))
-                # the same in Ulysses groups of 4, for two schemes
-                inner = replace(
-                    scenario,
-                    options=Options(head_size=HEAD_SIZE),
-                    schemes=[Scheme.all_gather, Scheme.selected_hierarchical],
-                    full_schemes=[],
-                )
-                head_answers.append(answer(inner, _stated(shape, f)))
+                # the same in slices of queries, without and with Ulysses groups
+                for head_size in (1, HEAD_SIZE):
+                    sliced = replace(
+                        scenario,
+                        options=Options(head_size=head_size, query_slices=QUERY_SLICES),
+                        schemes=[Scheme.selected, Scheme.selected_hierarchical, Scheme.auto],
+                        full_schemes=[],
+                    )
+                    sliced_answers.append(answer(sliced, _stated(shape, f)))
                 say(f"{name}, {tokens_text(seq_len)} on {cp_size}, f {f}: {time.monotonic() - start:.0f} s")
     curves = _curves(shape, rates, say)
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,14 +83,14 @@ def write_tables(folder: Path, shape: LayerShape, say: Progress = print) -> list
         "rates": {"name": rates.name, "kind": rates.kind, "sources": rates.sources},
         "clusters": {name: PRESETS[name].source for name in CLUSTERS},
         "answers": [answer_data(a) for a in answers],
-        "answers_head_parallel": [answer_data(a) for a in head_answers],
+        "answers_sliced": [answer_data(a) for a in sliced_answers],
         "scaling": {
             name: {way: scaling_data(points) for way, points in both.items()} for name, both in curves.items()
         },
     }
     paths = [folder / "simulate.json", folder / "simulate.md"]
     paths[0].write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    paths[1].write_text(_markdown(data, answers, head_answers, curves, rates), encoding="utf-8")
+    paths[1].write_text(_markdown(data, answers, sliced_answers, curves, rates), encoding="utf-8")
     return paths
 
 
@@ -135,7 +136,7 @@ def _curves(shape: LayerShape, rates: KernelRates, say: Progress) -> dict[str, d
 def _markdown(
     data: dict[str, Any],
     answers: list[Answer],
-    head_answers: list[Answer],
+    sliced_answers: list[Answer],
     curves: dict[str, dict[str, list[ScalePoint]]],
     rates: KernelRates,
 ) -> str:
@@ -160,11 +161,13 @@ def _markdown(
         "recv: bytes received per layer, forward and backward, mean over ranks; far: the most that a rank "
         "receives from other nodes; exposed: time of the wire that computing does not hide; layer: "
         "forward and backward; memory: largest buffers of the exchange, index keys included. "
-        "`all_gather_early` starts its gather before index scoring, which training does not do and could.",
+        f"`all_gather_early` starts its gather before index scoring, as training does where it knows "
+        f"beforehand. Sliced: queries select in {QUERY_SLICES} slices, and what a slice selected travels "
+        "while the next one is scored.",
         "",
     ]
-    for one, inner in zip(answers, head_answers, strict=True):
-        lines += _answer_lines(one, inner)
+    for number, one in enumerate(answers):
+        lines += _answer_lines(one, sliced_answers[2 * number : 2 * number + 2])
     lines += ["## Full-attention layers", "", "They do not depend on f.", ""]
     for name in CLUSTERS:
         lines += [
@@ -188,16 +191,19 @@ def _markdown(
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _answer_lines(one: Answer, inner: Answer) -> list[str]:
+def _answer_lines(one: Answer, sliced: list[Answer]) -> list[str]:
     scenario = one.scenario
-    # speed-ups are told against the all-gather without Ulysses groups, for both kinds of rows
-    base = one.msa[Scheme.all_gather.value].total.total
+    # speed-ups are told against the best all-gather, without Ulysses groups, for all rows
+    base = one.msa[Scheme.all_gather_early.value].total.total
     head = (
         *("scheme", "recv MB", "max recv", "max sent", "max far", "exposed ms", "imbalance ms", "layer ms"),
-        *("x all_gather", "memory MB"),
+        *("x all_gather_early", "memory MB"),
     )
     rows = [_row(name, report, base) for name, report in one.msa.items()]
-    rows += [_row(f"{name}, heads {HEAD_SIZE}", report, base) for name, report in inner.msa.items()]
+    for inner in sliced:
+        head_size = inner.scenario.options.head_size
+        heads = f", heads {head_size}" if head_size > 1 else ""
+        rows += [_row(name, report, base, f", sliced{heads}") for name, report in inner.msa.items()]
     return [
         f"## {tokens_text(scenario.seq_len)} tokens, CP {scenario.cp_size}, f = {one.f:.2f}, "
         f"`{scenario.cluster.name}`",
@@ -207,9 +213,9 @@ def _answer_lines(one: Answer, inner: Answer) -> list[str]:
     ]
 
 
-def _row(name: str, report: SchemeReport, base: float) -> tuple[str, ...]:
+def _row(name: str, report: SchemeReport, base: float, kind: str = "") -> tuple[str, ...]:
     total = report.total
-    label = f"{name} = {report.chosen.value}" if report.chosen else name
+    label = (f"{name} = {report.chosen.value}" if report.chosen else name) + kind
     sizes = (report.received.mean(), report.received.max(), report.sent.max(), report.far.max())
     return (
         label,

@@ -150,7 +150,8 @@ def scaling_table(points: Sequence[ScalePoint]) -> list[str]:
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return Markdown lines: the first row is the head, the first column is text, the others are numbers."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    # a rule of Markdown needs a dash beside its colon
+    widths = [max(2, *(len(row[i]) for row in rows)) for i in range(len(rows[0]))]
 
     def line(row: Sequence[str]) -> str:
         cells = [

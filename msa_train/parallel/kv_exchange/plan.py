@@ -35,6 +35,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from msa_train.parallel.kv_exchange.rows.bitmaps import count_bits, nonzero_of, pack_bits, unpack_bits
+from msa_train.parallel.kv_exchange.rows.node_hops import Earlier, Hop, NodeView, hierarchical_hops
+
 # Below this number of requesters a broadcast has nothing to win.
 _MIN_HOT_REQUESTERS = 3
 # Weight of the broadcast in the decision for it, 1: as many KV blocks as it really moves (see `find_demand`).
@@ -92,36 +95,6 @@ class ExchangeShape:
             return self.cp_size
         share = self.hot_share * (self.cp_size - 1)
         return max(_MIN_HOT_REQUESTERS, int(share) + (share > int(share)))
-
-
-def pack_bits(wanted: Tensor) -> Tensor:
-    """Pack marks into bytes: [..., NP] bool -> [..., W] uint8, the first KV block in the lowest bit.
-
-    Example: True at 0, 2 and 8 of 9 -> [5, 1].
-    """
-    padded = torch.nn.functional.pad(wanted, (0, -wanted.shape[-1] % 8))
-    # Made on the device: a tensor from a list would make the host wait for it.
-    shifts = torch.arange(8, dtype=torch.uint8, device=wanted.device)
-    weights = torch.ones_like(shifts) << shifts
-    return (padded.view(*wanted.shape[:-1], -1, 8) * weights).sum(-1, dtype=torch.uint8)
-
-
-def unpack_bits(bits: Tensor, num_kv_blocks: int) -> Tensor:
-    """Unpack bytes into marks: [..., W] uint8 -> [..., NP] bool; [5, 1], 9 -> True at 0, 2 and 8."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return ((bits[..., None] >> shifts) & 1).bool().flatten(-2)[..., :num_kv_blocks]
-
-
-def nonzero_of(mask: Tensor, count: int) -> Tensor:
-    """Find the flat positions [count] int64 of the `count` true entries, ascending; no copy to the host.
-
-    Example: [[False, True], [True, False]], 2 -> [1, 2].
-    """
-    flat = mask.flatten()
-    place = torch.where(flat, flat.cumsum(0) - 1, count)
-    # One place more than there are: what is false writes there.
-    found = torch.empty(count + 1, dtype=torch.int64, device=mask.device)
-    return found.scatter_(0, place, torch.arange(flat.numel(), device=mask.device))[:count]
 
 
 @dataclass(slots=True)
@@ -188,14 +161,6 @@ def popularity(bits: Tensor, shape: ExchangeShape) -> Tensor:
     return torch.stack(planes, dim=-1).flatten(-2)[:, : shape.num_kv_blocks]
 
 
-def count_bits(bits: Tensor) -> Tensor:
-    """Count the set bits of each bitmap: [..., W] uint8 -> [...] int64; [[5, 1], [0, 255]] -> [3, 8]."""
-    # Sums of neighbouring bits, then of pairs of bits, then of both halves of a byte.
-    x = bits - ((bits >> 1) & 0x55)
-    x = (x & 0x33) + ((x >> 2) & 0x33)
-    return ((x + (x >> 4)) & 0x0F).sum(-1, dtype=torch.int64)
-
-
 @dataclass(slots=True)
 class Loads:
     """Hold the KV blocks that every rank sends and receives, by hop (one, or outer and inner)."""
@@ -248,18 +213,6 @@ def node_union(bits: Tensor, shape: ExchangeShape) -> Tensor:
 
 
 @dataclass(slots=True)
-class Hop:
-    """Describe one uneven all-to-all of a rank. Gradients take it backwards."""
-
-    take: Tensor
-    "[sum(send)] int64 rows of the source, by receiving rank"
-    send: list[int]
-    "rows to each rank of the hop's group"
-    receive: list[int]
-    "rows from each rank of the hop's group"
-
-
-@dataclass(slots=True)
 class RankPlan:
     """Hold one rank's part of an exchange. R fetched rows, each a KV block.
 
@@ -298,8 +251,10 @@ class RankPlan:
         return sum(self.hot_rows)
 
 
-def count_rows(demand: Demand, rank: int) -> Tensor:
+def count_rows(demand: Demand, rank: int, earlier: Earlier | None = None) -> Tensor:
     """Count what the host needs for `plan_rank`, in its order: [3 P] int64, hierarchical [2 N + 2 L + P].
+
+    earlier: what earlier slices of queries brought across the network; None: nothing.
 
     Flat: rows to each rank, rows from each, broadcast blocks of each. Running example, rank 0:
     [0, 2, 1, 0, 1, 0, 0, 0, 0]. At 256 ranks 768 numbers, with nodes of 8 336.
@@ -307,14 +262,14 @@ def count_rows(demand: Demand, rank: int) -> Tensor:
     shape, hot = demand.shape, demand.hot.sum(1)
     if not shape.hierarchical:
         return torch.cat((demand.counts[:, rank], demand.counts[rank], hot))
-    view = _NodeView(demand, rank)
+    view = NodeView(demand.bits, rank, shape.node_size, shape.num_kv_blocks, earlier)
     outer_send, outer_receive = view.asked_by_node.sum(1), view.transit.sum(1)
     inner_send = view.mates.sum((1, 2))
     inner_receive = demand.counts[rank].view(shape.num_nodes, shape.node_size).sum(0)
     return torch.cat((outer_send, outer_receive, inner_send, inner_receive, hot))
 
 
-def plan_rank(demand: Demand, rank: int, counts: list[int]) -> RankPlan:
+def plan_rank(demand: Demand, rank: int, counts: list[int], earlier: Earlier | None = None) -> RankPlan:
     """Make the index lists of one rank.
 
     Owners send in ascending order of KV blocks, and requesters know their own marks: so both sides agree on
@@ -324,6 +279,7 @@ def plan_rank(demand: Demand, rank: int, counts: list[int]) -> RankPlan:
         demand: the same on all ranks.
         rank: whose plan.
         counts: of `count_rows`, on the host.
+        earlier: as of `count_rows`; in a hierarchical exchange alone.
 
     Running example, rank 0: take [0, 1, 0], send [0, 2, 1] (both to rank 1, block 0 to rank 2), receive
     [0, 1, 0]; owner [1], block_of_owner [0]. Rank 2 sends nothing and receives [1, 2, 0]: owner [0, 1, 1],
@@ -332,7 +288,8 @@ def plan_rank(demand: Demand, rank: int, counts: list[int]) -> RankPlan:
     shape, P, NP = demand.shape, demand.shape.cp_size, demand.shape.num_kv_blocks
     hot_rows = counts[-P:]
     if shape.hierarchical:
-        hops, owner, pair = _hierarchical_hops(demand, rank, counts)
+        view = NodeView(demand.bits, rank, shape.node_size, NP, earlier)
+        hops, owner, pair = hierarchical_hops(view, counts)
     else:
         send, receive = counts[:P], counts[P : 2 * P]
         take = nonzero_of(unpack_bits(demand.bits[:, rank], NP), sum(send)) % NP
@@ -351,58 +308,3 @@ def plan_rank(demand: Demand, rank: int, counts: list[int]) -> RankPlan:
         hot_block_of_owner=all_hot % NP % shape.num_local_blocks,
         hot_owner=all_hot // NP,
     )
-
-
-class _NodeView:
-    """Hold the demand as one rank (node, place) of a hierarchical exchange sees it.
-
-    asked_by_node: [N, NP] bool, own KV blocks that some rank of each other node wants.
-    mates: [L, N, NP] bool, what each rank of the own node wants from the owners in this place of all nodes.
-    transit: [N, NP] bool, KV blocks of other nodes' owners in this place that some rank of this node wants.
-    """
-
-    def __init__(self, demand: Demand, rank: int) -> None:
-        shape, NP = demand.shape, demand.shape.num_kv_blocks
-        L, N = shape.node_size, shape.num_nodes
-        self.node, place = rank // L, rank % L
-        self.asked_by_node = unpack_bits(demand.bits[:, rank], NP).view(N, L, NP).any(1)
-        self.asked_by_node[self.node] = False
-        self.mates = unpack_bits(demand.bits[self.node * L : (self.node + 1) * L, place::L], NP)
-        self.transit = self.mates.any(0)
-        self.transit[self.node] = False
-
-
-def _hierarchical_hops(demand: Demand, rank: int, counts: list[int]) -> tuple[list[Hop], Tensor, Tensor]:
-    """Make both hops, and owner and KV block of what arrives ([R] int64 each).
-
-    Two hops, since several ranks of a node often want the same KV block: it crosses the network once, to the
-    rank in the owner's place, which hands it on over the node's fast links. Rows go to a rank of the node by
-    owner's node, the own node first: they stand in the source in this order.
-
-    Example: 4 ranks on nodes of 2, 2 KV blocks each. Rank 0 wants block 1 of rank 1 and 0 of rank 2; rank 1
-    wants 0 of rank 0 and both of rank 2; rank 3 wants 0 of rank 0. Plan of rank 0: asked_by_node [[0, 0],
-    [1, 0]], transit [[0, 0], [1, 1]]. Outer (ranks 0, 2): take [0], send [0, 1]; receive [0, 2], both blocks
-    of rank 2, each once: the source is then own 0, own 1, transit 0, transit 1. Inner (ranks 0, 1):
-    take [2, 0, 2, 3], send [1, 3] (transit 0 to itself; own 0, transit 0 and 1 to rank 1), receive [1, 1];
-    owner [2, 1], KV block [0, 1].
-    """
-    shape, NP = demand.shape, demand.shape.num_kv_blocks
-    L, N, view = shape.node_size, shape.num_nodes, _NodeView(demand, rank)
-    outer_send, outer_receive = counts[:N], counts[N : 2 * N]
-    inner_send, inner_receive = counts[2 * N : 2 * N + L], counts[2 * N + L : 2 * N + 2 * L]
-    device = demand.bits.device
-    n = torch.arange(N, device=device)
-    # The own node, then the others ascending.
-    nodes = torch.where(n == 0, view.node, n - (n <= view.node).long())
-    # Row of the source where each KV block stands: own ones, then rows in transit.
-    row = NP - 1 + view.transit.flatten().cumsum(0).view(N, NP)
-    row[view.node] = torch.arange(NP, device=device)
-    asked = nonzero_of(view.mates[:, nodes], sum(inner_send)) % (N * NP)
-    own = unpack_bits(demand.bits[rank], NP).view(N, L, NP).transpose(0, 1)
-    arriving = nonzero_of(own[:, nodes], sum(inner_receive))
-    place, node = arriving // (N * NP), nodes[arriving // NP % N]
-    hops = [
-        Hop(nonzero_of(view.asked_by_node, sum(outer_send)) % NP, outer_send, outer_receive),
-        Hop(row[nodes].flatten()[asked], inner_send, inner_receive),
-    ]
-    return hops, node * L + place, arriving % NP

@@ -1,0 +1,1 @@
+"""Turn wishes for KV blocks, a bit each, into lists of the rows of messages."""

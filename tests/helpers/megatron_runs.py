@@ -23,7 +23,7 @@ from msa_train.training.engines.megatron_engine import MegatronEngine
 from msa_train.training.engines.torch_engine import TorchEngine
 from msa_train.training.metrics.collect import StepMetrics
 from msa_train.training.step_batch import make_batch
-from tests.helpers import cuda_shim
+from tests.helpers import cuda_shim, devices
 from tests.helpers.model_runs import SEQ_LEN, small_config, step_packs
 
 STEPS = 3
@@ -54,7 +54,7 @@ def build(
         # So large that a forgotten exception, such as that for norms, shows in the losses.
         config.optim.weight_decay, config.optim.index_weight_decay = 5.0, 20.0
         config.optim.index_lr_scale = 3.0
-    groups = build_groups(config.parallel, device=torch.device("cpu"))
+    groups = build_groups(config.parallel, device=devices.rank_device())
     if engine is EngineKind.torch:
         return TorchEngine(config, groups)
     megatron = MegatronEngine(config, groups)
@@ -90,7 +90,7 @@ def train(engine: TrainEngine, first: int = 0, steps: int = STEPS) -> list[dict[
         result = engine.train_step(batch, rates)
         rows.append(metrics.gather(batch, result, engine.stage, counts_loss=engine.counts_loss()))
     value = engine.evaluate(step_packs()[1][:1])
-    total = torch.tensor(value if engine.counts_loss() else 0.0, dtype=torch.float64)
+    total = torch.tensor(value if engine.counts_loss() else 0.0, dtype=torch.float64, device=groups.device)
     dist.all_reduce(total, group=groups.model_parallel)
     dist.all_reduce(total, group=groups.cp)
     rows.append({"val_loss": float(total)})

@@ -42,11 +42,11 @@ class _Bytes(io.BytesIO):
 
 
 class _SavePlanner(mcore_torch.MCoreSavePlanner):
-    """Give objects to the writer as `_Bytes`."""
+    """Give objects to the writer as `_Bytes`, and tensors without the buffer that they are a part of."""
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
         data = super().resolve_data(write_item)
-        return _Bytes(data.getvalue()) if isinstance(data, io.BytesIO) else data
+        return _Bytes(data.getvalue()) if isinstance(data, io.BytesIO) else _alone(data)
 
 
 class _Writer(FileSystemWriter):
@@ -63,15 +63,24 @@ class _Writer(FileSystemWriter):
             super().finish(metadata, results)
 
 
-def shards_to_write(sharded_state: dict[str, Any]) -> Shards:
-    """Choose what this rank writes, by key: of everything that several ranks hold, one of them writes it.
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """Give a tensor a storage that ends where it ends, over the same memory.
 
-    That is the main replica of each: 256 ranks with ep 64 hold every expert 4 times, and 64 of them write.
+    PyTorch stores tensors with the whole storage that they are views of, so it would copy each one first.
+    """
+    if not tensor.numel() or not tensor.is_contiguous():
+        return tensor
+    memory = tensor.view(-1).view(torch.uint8).numpy()
+    return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)
+
+
+def shards_of(sharded_state: dict[str, Any]) -> Shards:
+    """List what this rank holds, by key; `shares` chooses what it writes of that.
 
     Args:
         sharded_state: nested, its leaves are ShardedTensors and ShardedObjects.
     """
-    grouped, _, _ = mcore_torch._replace_state_dict_keys_with_sharded_keys(sharded_state, True)
+    grouped, _, _ = mcore_torch._replace_state_dict_keys_with_sharded_keys(sharded_state)
     return grouped  # type: ignore[return-value]
 
 

@@ -29,7 +29,6 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
 
-from msa_train.checkpoint.torch_dist.format_versions import STATE_PREFIX, rename_keys
 from msa_train.config import Precision, RunConfig, Stage
 from msa_train.config.lr_schedule import LearningRates
 from msa_train.data import Pack
@@ -45,6 +44,7 @@ from msa_train.training.engines.engine import (
     modules_of,
     reset_token_counts,
 )
+from msa_train.training.engines.megatron_state import owned_boxes, take_over
 from msa_train.training.engines.schedule import PipelineSchedule
 from msa_train.training.step_batch import StepBatch
 
@@ -190,34 +190,31 @@ class MegatronEngine(TrainEngine):
     def sharded_state(self, *, loading: bool) -> dict[str, Any]:
         """See TrainEngine.sharded_state.
 
-        Saving gathers the cut optimizer state: each rank then has 12 bytes of host memory for every parameter
-        of its part of the model, and writes what it is the main replica of.
+        Nothing is gathered: weights are the model's own, of the optimizer each rank lists what it owns.
         """
-        metadata = checkpoint_metadata(self.groups)
         if self.config.parallel.overlap_param_gather:
             # Updated parameters are still on their way to the ranks.
             for chunk in self.wrapped:
                 chunk.start_param_sync(force_sync=True)
-        model_state = self._by_chunk([chunk.sharded_state_dict(metadata=metadata) for chunk in self.chunks])
-        optimizer = {}
-        for number, part in enumerate(self._optimizer_parts()):
-            _allocate_moments(part)
-            # Megatron's other entries repeat the configuration; only this engine would understand them.
-            tensors = part.sharded_param_state_fully_reshardable(model_state, loading, metadata)
-            optimizer[str(number)] = rename_keys(
-                tensors, f"{STATE_PREFIX}.param.", f"{STATE_PREFIX}.fp32_param."
-            )
+        model_state = self._sharded_model()
+        optimizer = {
+            str(number): owned_boxes(part, model_state, loading=loading)
+            for number, part in enumerate(self._optimizer_parts())
+        }
         return {"model": model_state, "optimizer": optimizer}
+
+    def _sharded_model(self) -> dict[str, Any]:
+        """Return the model as Megatron sharded tensors, whose data are the parameters themselves."""
+        metadata = checkpoint_metadata(self.groups)
+        return self._by_chunk([chunk.sharded_state_dict(metadata=metadata) for chunk in self.chunks])
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Any], updates: int) -> None:
         """See TrainEngine.load_state."""
         self._load_chunks(state["model"], strict=True)
+        model_state = self._sharded_model()
         for number, part in enumerate(self._optimizer_parts()):
-            for moments in part.optimizer.state.values():
-                # Megatron would look for it among the tensors.
-                moments.pop("step", None)
-            part.load_parameter_state_from_fully_reshardable(state["optimizer"][str(number)])
+            take_over(part, model_state, state["optimizer"][str(number)])
             _set_updates(part.optimizer, updates)
 
     def _by_chunk(self, states: list[dict[str, Any]]) -> dict[str, Any]:
@@ -239,11 +236,6 @@ class MegatronEngine(TrainEngine):
         """See TrainEngine.load_weights."""
         self._load_chunks(state, strict=False)
         self.optimizer.reload_model_params()
-
-
-def _allocate_moments(part: Any) -> None:
-    """Make moments of zero for an optimizer not stepped yet; Megatron's saving and loading want some."""
-    part.init_state_fn(part.optimizer, part.config)
 
 
 def _set_updates(optimizer: torch.optim.Optimizer, updates: int) -> None:

@@ -142,6 +142,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("memory_allocated", [](int device) { return uses[device].now.load(); });
   m.def("max_memory_allocated", [](int device) { return uses[device].most.load(); });
   m.def("reset_peak", [](int device) { uses[device].most = uses[device].now.load(); });
+  m.def("lock_memory", [](uintptr_t data, size_t num_bytes) {
+    std::lock_guard<std::mutex> guard(pinned_lock);
+    pinned[reinterpret_cast<const char*>(data)] = num_bytes;
+  });
+  m.def("unlock_memory", [](uintptr_t data) {
+    std::lock_guard<std::mutex> guard(pinned_lock);
+    pinned.erase(reinterpret_cast<const char*>(data));
+  });
   m.def("tell_waits", [](py::object callback) { on_wait = std::move(callback); });
   m.def("current_device", [] { return static_cast<int>(current_device); });
   m.def("device_count", [] { return static_cast<int>(num_devices); });

@@ -149,6 +149,21 @@ def install(num_devices: int = 8) -> None:
     _offer_nccl()
 
 
+class _Runtime:
+    """CUDA's runtime: locks memory of the host; 0 says that it could."""
+
+    def __init__(self, device: ModuleType) -> None:
+        self._device = device
+
+    def cudaHostRegister(self, pointer: int, num_bytes: int, _flags: int) -> int:
+        self._device.lock_memory(pointer, num_bytes)
+        return 0
+
+    def cudaHostUnregister(self, pointer: int) -> int:
+        self._device.unlock_memory(pointer)
+        return 0
+
+
 def _functions(device: ModuleType) -> dict[str, Any]:
     """What takes the place of names in torch.cuda."""
     nothing = (
@@ -179,6 +194,7 @@ def _functions(device: ModuleType) -> dict[str, Any]:
         "max_memory_allocated": lambda wanted=None: device.max_memory_allocated(_index(wanted)),
         "max_memory_reserved": lambda wanted=None: device.max_memory_allocated(_index(wanted)),
         "reset_peak_memory_stats": lambda wanted=None: device.reset_peak(_index(wanted)),
+        "cudart": lambda: _Runtime(device),
         "Stream": Stream,
         "Event": Event,
         "current_stream": lambda *_: Stream(),

@@ -8,6 +8,7 @@ import os
 
 from msa_train.config import Precision, Recompute, RunConfig, longest_seq_len
 from msa_train.config.model_size import model_size
+from msa_train.config.recompute import stage_recomputes
 
 # weights, gradients and the optimizer's two moments and copies, in fp32 or bf16 alike
 BYTES_PER_PARAMETER = 16
@@ -57,7 +58,8 @@ def least_bytes(config: RunConfig, world_size: int) -> dict[str, int]:
     # of a rank and step: the batch over the data-parallel size
     packs = train.global_batch_size * parallel.cp_size * parallel.tp_size * parallel.pp_size // world_size
     # what enters a layer is kept for its backward pass, or at least that of the first one
-    layers = 1 if train.recompute is Recompute.full else config.model.num_layers // parallel.pp_size
+    is_full = set(stage_recomputes(config)) == {Recompute.full}
+    layers = 1 if is_full else config.model.num_layers // parallel.pp_size
     width = config.model.hidden_size * (2 if train.precision is Precision.bf16 else 4)
     kept = seq_len // (parallel.cp_size * parallel.tp_size) * width * layers
     return {

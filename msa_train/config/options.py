@@ -60,6 +60,7 @@ class Recompute(Enum):
     """Choose what is computed again in the backward pass instead of being kept."""
 
     none = "none"  # nothing
+    selective = "selective"  # the parts of a layer that train.recompute_modules names
     full = "full"  # every transformer layer; the block selection is replayed, not repeated
 
 

@@ -148,6 +148,12 @@ class TrainConfig:
     "dtype of parameters and activations; optimizer state is at least fp32"
     recompute: Recompute = Recompute.none
     "what is computed again in the backward pass instead of being kept"
+    recompute_modules: str = "experts,ffn,norm"
+    "for selective, comma-separated: attention (without projections), experts, ffn (dense layers), norm"
+    recompute_stages: str = ""
+    "recompute of each pipeline rank, as `full,selective,none,none`; empty: the same in all"
+    offload_activations: bool = False
+    "what layers keep for the backward pass waits in host memory and returns one layer ahead"
     validate_every: int = 100
     "steps between validations; 0 for none"
     validation_packs: int = 8

@@ -20,6 +20,7 @@ from msa_train.config import (
     RunConfig,
 )
 from msa_train.config.pipeline import PipelineLayout
+from msa_train.config.recompute import recompute_modules, stage_recomputes
 
 DTYPES = {
     Precision.fp32: torch.float32,
@@ -40,8 +41,12 @@ class MsaTransformerConfig(TransformerConfig):
     "way of the exchange"
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
     "details of the exchange"
-    recompute: Recompute = Recompute.none
-    "layers that are recomputed in the backward pass"
+    stage_recomputes: tuple[Recompute, ...] = (Recompute.none,)
+    "what is recomputed in the backward pass, by pipeline rank"
+    recomputed_modules: frozenset[str] = frozenset()
+    "parts of layers that are, where that is selective"
+    offload_activations: bool = False
+    "what layers keep waits in host memory"
 
 
 def build_transformer_config(config: RunConfig, layout: PipelineLayout | None = None) -> MsaTransformerConfig:
@@ -59,7 +64,9 @@ def build_transformer_config(config: RunConfig, layout: PipelineLayout | None = 
         attention=config.attention,
         kv_exchange=parallel.kv_exchange,
         exchange=config.exchange,
-        recompute=config.train.recompute,
+        stage_recomputes=stage_recomputes(config),
+        recomputed_modules=recompute_modules(config),
+        offload_activations=config.train.offload_activations,
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_heads,

@@ -17,6 +17,7 @@ import torch
 from msa_train.config import (
     StageAttention,
 )
+from msa_train.model.layers import offload
 from msa_train.parallel.kv_exchange import plan as exchange_plan
 from msa_train.parallel.sharding.load_balance import balance, causal_work, index_work
 from msa_train.parallel.sharding.partition import SequencePartition, common, contiguous_plan, count
@@ -35,6 +36,8 @@ def worker(rank: int, world_size: int, cases: dict[str, dict[str, Any]], folder:
 
     # Nodes of two ranks are too few for a broadcast to pay.
     exchange_plan.HOT_COST = -math.inf
+    # Everything here is smaller than what is worth a copy.
+    offload.MIN_BYTES = 0
     for name, arguments in cases.items():
         torch.save(run_steps(small_config(**arguments)), f"{folder}/{name}.{rank}")
         parallel_state.destroy_model_parallel()

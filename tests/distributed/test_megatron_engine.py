@@ -36,6 +36,15 @@ CASES |= {
         2,
         {"engine": EngineKind.megatron, "parallel": {**PP2, "pp_layout": "1,1,1,1"}},
     ),
+    "megatron-pp2-stages-offload": (
+        2,
+        {
+            "engine": EngineKind.megatron,
+            "parallel": PP2,
+            "recompute_stages": "selective,full",
+            "offload": True,
+        },
+    ),
     "torch-six": (1, {"engine": EngineKind.torch, "parallel": {}, "num_layers": 6}),
     "megatron-pp2-six": (
         2,
@@ -85,7 +94,8 @@ def test_same_training_as_one_torch_process(name: str, rows: dict[str, list[dict
 
 
 @pytest.mark.parametrize(
-    "name", ["recompute", "tp2", "tp2-ep2", "pp2", "pp2-uneven", "pp2-interleaved", "cp2-ep2"]
+    "name",
+    ["recompute", "tp2", "tp2-ep2", "pp2", "pp2-uneven", "pp2-interleaved", "pp2-stages-offload", "cp2-ep2"],
 )
 def test_same_attention_metrics(name: str, rows: dict[str, list[dict[str, Any]]]) -> None:
     """Groups cut over ranks, layers over stages, a recomputed layer: each query is counted once."""

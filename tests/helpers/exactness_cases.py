@@ -37,7 +37,7 @@ def _case(name: str, world_size: int, why: str, **settings: Any) -> Case:
 
 ALL_GATHER, RING, AUTO = KvExchange.all_gather, KvExchange.ring, KvExchange.auto
 ZIGZAG, DEALT = CpLayout.zigzag, CpLayout.dealt
-FULL = Recompute.full
+FULL, SELECTIVE = Recompute.full, Recompute.selective
 PLAIN, TILED = AttentionKernel.reference, AttentionKernel.cpu
 DENSE = StageConfig(attention=StageAttention.dense)
 BROADCAST = ExchangeConfig()
@@ -155,6 +155,16 @@ _TABLE = [
           cp_size=4, exchange=AUTO, settings=NODES),
     _case("cp2-auto-recompute-warm", 2, "`auto` decides for full attention",
           cp_size=2, exchange=AUTO, recompute=FULL, stage=DENSE, temperature=1.5),
+    _case("cp2-selected-ep2-selective", 2, "every part recomputed by itself, experts over two, nodes of one",
+          cp_size=2, ep_size=2, recompute=SELECTIVE, layout=ZIGZAG),
+    _case("cp3-selected-selective-offload-warm", 3, "the same, kept on the host, the index branch warms up",
+          cp_size=3, recompute=SELECTIVE, offload=True, stage=DENSE, temperature=1.5),
+    _case("cp6-selected-heads3-selective", 6, "attention recomputed by itself in Ulysses groups",
+          cp_size=6, head_size=3, recompute=SELECTIVE, modules="attention", settings=FETCH_AGAIN),
+    _case("cp2-selected-ep2-offload", 2, "all that layers keep waits on the host",
+          cp_size=2, ep_size=2, offload=True),
+    _case("cp2-all_gather-recompute-offload", 2, "inputs of recomputed layers wait on the host",
+          cp_size=2, exchange=ALL_GATHER, recompute=FULL, offload=True),
     _case("cp3-selected-ep1-again", 3, "a second run, bit by bit the same", cp_size=3),
     _case("cp3-selected-ep1-unmoved", 3, "queries select their blocks at home: the same bits",
           cp_size=3, balance=(False, True)),

@@ -17,6 +17,7 @@ from msa_train.config import (
     plan_stages,
 )
 from msa_train.config.lr_schedule import LearningRates, stage_rates
+from msa_train.model.layers import offload as offloading
 from msa_train.parallel.process_groups import build_groups
 from msa_train.training.engines.engine import TrainEngine
 from msa_train.training.engines.megatron_engine import MegatronEngine
@@ -36,11 +37,16 @@ def build(
     parallel: dict[str, Any],
     precision: Precision = Precision.fp32,
     recompute: Recompute = Recompute.none,
+    recompute_stages: str = "",
+    offload: bool = False,
     recipe: bool = False,
     num_layers: int = 4,
 ) -> TrainEngine:
     """An engine over the whole world with the sizes in `parallel`; recipe: another stage for each step."""
-    config = small_config(precision=precision, recompute=recompute)
+    config = small_config(precision=precision, recompute=recompute, offload=offload)
+    config.train.recompute_stages = recompute_stages
+    # Everything here is smaller than what is worth a copy.
+    offloading.MIN_BYTES = 0
     # Divisible by two tensor-parallel ranks.
     config.model.num_heads, config.model.num_kv_heads, config.model.vocab_size = 8, 4, 64
     config.model.num_layers = num_layers

@@ -46,6 +46,8 @@ def small_config(
     head_size: int = 1,
     exchange: KvExchange = KvExchange.selected,
     recompute: Recompute = Recompute.none,
+    modules: str = "attention,experts,ffn,norm",
+    offload: bool = False,
     precision: Precision = Precision.fp64,
     topk: int = 3,
     stage: StageConfig | None = None,
@@ -104,7 +106,13 @@ def small_config(
         exchange=settings or ExchangeConfig(hot_share=0.0),
         data=DataConfig(seq_len=SEQ_LEN),
         optim=OptimConfig(lr=1e-2, warmup_steps=0, clip_grad=0.0),
-        train=TrainConfig(global_batch_size=2, precision=precision, recompute=recompute),
+        train=TrainConfig(
+            global_batch_size=2,
+            precision=precision,
+            recompute=recompute,
+            recompute_modules=modules,
+            offload_activations=offload,
+        ),
         stages={} if stage is None else {"only": stage},
     )
 

@@ -20,6 +20,7 @@ from msa_train.config.rules.limits import check_sizes, check_total
 from msa_train.config.rules.numbers import check_finite_numbers
 from msa_train.config.rules.optimizer_memory import check_optimizer_memory
 from msa_train.config.rules.pipeline import check_interleaving, check_pipeline
+from msa_train.config.rules.recompute import check_recompute
 from msa_train.config.rules.stages import check_stages
 from msa_train.config.run import RunConfig
 
@@ -57,6 +58,7 @@ def check_rules(config: RunConfig, *, world_size: int, has_gpu: bool) -> None:
         _kernel,
         _tensor_parallel,
         check_pipeline,
+        check_recompute,
         _head_parallel,
         _experts,
         _recording,

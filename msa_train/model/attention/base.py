@@ -5,6 +5,7 @@ H hidden size.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from msa_train.model.attention.index_branch import PendingIndexKeys
 from msa_train.model.inputs.layer_stats import LayerStats
 from msa_train.model.inputs.pack_params import PackContext, PackParams, SelectionRecord
 from msa_train.model.layers.norm import RMSNorm
+from msa_train.model.layers.recompute import run_unit
 from msa_train.model.layers.rotary import apply_rotary
 from msa_train.model.transformer_config import MsaTransformerConfig
 from msa_train.parallel.attention.cp_full import FullAttentionArgs
@@ -36,6 +38,10 @@ class AttentionSubmodules:
     "fused projection to queries, keys and values, cut by column"
     linear_proj: ModuleSpec | type
     "output projection, cut by row"
+
+
+_Attend = Callable[["AttentionInputs", PackContext, SelectionRecord], Tensor]
+"computes [T, M, G, D] from queries, keys and values"
 
 
 @dataclass(slots=True)
@@ -104,6 +110,8 @@ class GroupedQueryAttention(MegatronModule, ABC):
             tp_comm_buffer_name="proj",
             tp_group=pg_collection.tp,
         )
+        self.is_recomputed = False
+        "attention proper keeps its inputs alone and runs again in the backward pass; set by the layer"
         self._build_norms(config)
 
     def _build_norms(self, config: MsaTransformerConfig) -> None:
@@ -131,12 +139,36 @@ class GroupedQueryAttention(MegatronModule, ABC):
         index = self.start(hidden_states, context)
         inputs = AttentionInputs(*self._project(hidden_states, context), index)
         attend = self.attend if context.ulysses is None else self._attend_by_heads
-        out = attend(inputs, context, record)
+        if self.is_recomputed and self.training and torch.is_grad_enabled():
+            out = self._attend_twice(attend, inputs, context, record)
+        else:
+            out = attend(inputs, context, record)
         return self.linear_proj(out.reshape(out.shape[0], 1, -1))
 
     def start(self, hidden_states: Tensor, context: PackContext) -> PendingIndexKeys | None:
         """Begin what can travel while queries, keys and values are projected."""
         return None
+
+    def gather_index_keys(self, q: Tensor, k: Tensor, context: PackContext) -> PendingIndexKeys | None:
+        """Begin to gather the index keys [T, Di] of all ranks; None in layers without an index branch."""
+        return None
+
+    def _attend_twice(
+        self, attend: _Attend, inputs: AttentionInputs, context: PackContext, record: SelectionRecord
+    ) -> Tensor:
+        """Attend now and again in the backward pass: only q, k, v and the index branch's are kept."""
+        # Taken out by the first run: index keys of all ranks must not live on to the backward pass.
+        pending = [inputs.index]
+
+        def run(q: Tensor, k: Tensor, v: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
+            index = pending.pop() if pending else self.gather_index_keys(q_index, k_index, context)
+            if index is not None:
+                index = replace(index, q=q_index, k=k_index)
+            return attend(AttentionInputs(q, k, v, index), context, record)
+
+        index = inputs.index
+        of_index = (None, None) if index is None else (index.q, index.k)
+        return run_unit(run, record, inputs.q, inputs.k, inputs.v, *of_index)
 
     def _project(self, hidden_states: Tensor, context: PackContext) -> tuple[Tensor, Tensor, Tensor]:
         """Project to q [T, M, G, D], k and v [T, M, D], normalised; q and k rotated.

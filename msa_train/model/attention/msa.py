@@ -107,6 +107,10 @@ class MsaSelfAttention(GroupedQueryAttention):
         Their gradients come back with those of KV blocks, or by a reduce-scatter in a dense stage.
         """
         q, k = self.index_branch(hidden_states, context.rotary)
+        return self.gather_index_keys(q, k, context)
+
+    def gather_index_keys(self, q: Tensor, k: Tensor, context: PackContext) -> PendingIndexKeys:
+        """See GroupedQueryAttention.gather_index_keys."""
         if context.attention is StageAttention.dense and context.kl_weight == 0:
             return PendingIndexKeys(q, k, None, context.pack.layout)
         pending = context.comm.whole.for_layer(self.layer_number).start_all_gather(k.detach(), "index_key")

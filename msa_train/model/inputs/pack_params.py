@@ -15,6 +15,7 @@ from msa_train.config import KvExchange, StageAttention
 from msa_train.model.inputs.layer_stats import LayerStats
 from msa_train.model.inputs.pack_plan import UlyssesInputs
 from msa_train.model.inputs.pack_shard import PackShard
+from msa_train.model.layers.offload import OffloadChain
 from msa_train.parallel.attention.selection_recall import RecallQueries
 from msa_train.parallel.comm.cp_groups import CpGroups
 from msa_train.parallel.kv_exchange.requests import ExchangeDecision
@@ -65,6 +66,8 @@ class PackContext:
     "is told every MSA layer's selection; None: nobody asks"
     ulysses: UlyssesInputs | None = None
     "what attention runs on instead of `pack` and `recall`; None where cp_head_size is 1"
+    offload: OffloadChain = field(default_factory=OffloadChain)
+    "the layers of this micro-batch whose kept tensors wait in host memory"
     ulysses_rank: int = 0
     "which share of the KV heads this is, within attention over Ulysses groups"
 

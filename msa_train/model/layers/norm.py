@@ -1,5 +1,6 @@
 """Normalise by root mean square in fp32, with ordinary or zero-centred (1 + w) weights."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,9 +25,15 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype))
         # With sequence parallelism every tensor-parallel rank sees other tokens: gradients are summed.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.run: Callable[[RMSNorm, Tensor], Tensor] | None = None
+        "takes the place of `normalise` during a layer's call, where outputs are not kept"
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x [..., hidden_size] of any float dtype; same shape and dtype back."""
+        return self.normalise(x) if self.run is None else self.run(self, x)
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """Do what `forward` does, kept by autograd as usual."""
         # A mean of squares in bf16 would have 8 bits.
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         weight = self.weight.to(dtype)

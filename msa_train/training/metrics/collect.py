@@ -21,11 +21,11 @@ from msa_train.config import (
     AttentionKind,
     KlTarget,
     KvExchange,
-    Recompute,
     RunConfig,
     Stage,
     StageAttention,
 )
+from msa_train.config.recompute import replays_attention
 from msa_train.model.gpt import MsaGptModel
 from msa_train.model.layers.moe import SigmoidRouter
 from msa_train.model.transformer_config import DTYPES
@@ -68,8 +68,9 @@ def kv_bytes_all_gather(
     by_block = sum(kind in kinds for kind in model.attention_kinds())
     element = torch.empty((), dtype=DTYPES[config.train.precision]).element_size()
     shard = seq_len // cp_size * 2 * model.num_kv_heads * model.head_dim * element
-    passes = 2 if config.train.recompute is Recompute.full else 1
-    return num_packs * by_block * cp_size * (cp_size - 1) * shard * passes
+    # what runs again in the backward pass exchanges again
+    passes = 1 + replays_attention(config)
+    return round(num_packs * by_block * cp_size * (cp_size - 1) * shard * passes)
 
 
 class StepMetrics:

@@ -1,0 +1,99 @@
+"""Answer, in a trace, what the product learns from numbers on the device: sizes of messages.
+
+Each seam is one small function of the product. What is answered here follows from `Assumptions` alone.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from msa_train.config import KvExchange
+from msa_train.model.layers import moe
+from msa_train.parallel.comm.cp_groups import KvComm
+from msa_train.parallel.kv_exchange import choose
+from msa_train.parallel.kv_exchange.plan import Hop, RankPlan
+from msa_train.parallel.kv_exchange.requests import ExchangeDecision
+from msa_train.parallel.sharding.shard_layout import ShardLayout
+from msa_train.plan.trace.assumptions import Assumptions
+from msa_train.plan.trace.fake_device import FakeDevice
+
+
+@contextlib.contextmanager
+def answered(assumptions: Assumptions, device: FakeDevice) -> Iterator[None]:
+    """Answer by `assumptions` inside."""
+
+    def exchange(needed: Tensor, layout: ShardLayout, comm: KvComm, terms: Any) -> ExchangeDecision:
+        return flat_plan(needed, layout, assumptions.fetched_share)
+
+    def preprocess(self: Any, hidden: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        return _dispatch(self, hidden, routing_map, probs, assumptions.expert_imbalance, device)
+
+    with (
+        patch.object(choose, "exchange_requests", exchange),
+        patch.object(moe.AllToAllDispatcher, "dispatch_preprocess", preprocess),
+    ):
+        yield
+
+
+def flat_plan(needed: Tensor, layout: ShardLayout, share: float) -> ExchangeDecision:
+    """Make the plan of a rank that fetches `share` of the remote KV blocks, evenly from all, and sends as many.
+
+    Example: 4 ranks of 8 KV blocks, share .25: 2 from each of 3 ranks, and 2 to each.
+    """
+    num_kv_blocks = needed.shape[0] * layout.num_local_blocks
+    rows = [round(share * num_kv_blocks)] * layout.cp_size
+    rows[layout.cp_rank] = 0
+    total, device = sum(rows), needed.device
+
+    def ids(count: int) -> Tensor:
+        return torch.zeros(count, dtype=torch.int64, device=device)
+
+    plan = RankPlan(
+        hops=[Hop(ids(total), rows, list(rows))],
+        group=ids(total),
+        block_of_owner=ids(total),
+        owner=ids(total),
+        hot_rows=[0] * layout.cp_size,
+        hot_pairs=ids(0),
+        hot_group=ids(0),
+        hot_block_of_owner=ids(0),
+        hot_owner=ids(0),
+    )
+    return ExchangeDecision(KvExchange.selected, plan)
+
+
+def token_counts(num_tokens: int, topk: int, ranks: int, local: int, imbalance: float) -> Tensor:
+    """Count rows to and from each rank and local expert: [2, ranks, local] int64, on the host.
+
+    What leaves is what the tokens make, spread evenly; what arrives is `imbalance` times as much.
+
+    Example: 8 tokens, top-2, 2 ranks of 2 experts, 1.5 -> 4 rows to each expert, 6 from each.
+    """
+    send = _spread(num_tokens * topk, ranks * local)
+    receive = _spread(round(num_tokens * topk * imbalance), ranks * local)
+    return torch.tensor([send, receive]).view(2, ranks, local)
+
+
+def _spread(total: int, parts: int) -> list[int]:
+    return [total // parts + (part < total % parts) for part in range(parts)]
+
+
+def _dispatch(
+    self: Any, hidden: Tensor, routing_map: Tensor, probs: Tensor, imbalance: float, device: FakeDevice
+) -> tuple[Tensor, Tensor]:
+    self.shape, self.routing_map = hidden.shape, routing_map
+    tokens = hidden.view(-1, hidden.shape[-1])
+    self.token_shape = tokens.shape
+    topk = self.config.model.moe_router_topk
+    on_host = token_counts(len(tokens), topk, self.ep_size, self.num_local_experts, imbalance)
+    self.received = on_host[1]
+    self.send, self.receive = on_host.sum(2).tolist()
+    device.selected = sum(self.send)
+    permuted = moe.permute(tokens, routing_map, probs=probs, num_out_tokens=sum(self.send))
+    device.selected = -1
+    self.order = permuted[-1] if len(permuted) == 3 else permuted[2]
+    return permuted[0], permuted[1]

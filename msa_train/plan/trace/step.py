@@ -1,0 +1,123 @@
+"""Trace one rank: build the engine, make a step and a save, and report what was alive at the peaks."""
+
+import time
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+
+from msa_train.checkpoint.save import CheckpointSaver
+from msa_train.config import RunConfig, longest_seq_len, plan_stages
+from msa_train.config.lr_schedule import LearningRates
+from msa_train.data import Pack
+from msa_train.parallel.process_groups import Groups
+from msa_train.plan.trace import parts
+from msa_train.plan.trace.answers import answered
+from msa_train.plan.trace.assumptions import Assumptions
+from msa_train.plan.trace.fake_device import DEVICE, FakeDevice
+from msa_train.plan.trace.place import Place, rank_of
+from msa_train.plan.trace.report import TraceReport, make_report
+from msa_train.plan.trace.world import joined
+from msa_train.training.engines import engine as engines
+from msa_train.training.engines.engine import TrainEngine
+from msa_train.training.step_batch import StepBatch
+from msa_train.training.worker import build_engine
+
+
+def trace_rank(
+    config: RunConfig,
+    *,
+    world_size: int,
+    place: Place | None = None,
+    assumptions: Assumptions | None = None,
+    with_save: bool = True,
+) -> TraceReport:
+    place, assumptions = place or Place(), assumptions or Assumptions()
+    begin = time.perf_counter()
+    device = FakeDevice(parts.part_of)
+    rank = rank_of(config, world_size, place)
+    with joined(config, world_size, rank, DEVICE) as groups, answered(assumptions, device), device:
+        joined_at = time.perf_counter()
+        with patch.object(engines, "init_weights", lambda *_, **__: None):
+            engine = build_engine(config, groups)
+        batch = _batch(config, groups, assumptions)
+        empty = StepBatch(packs=[], num_labels=1, num_tokens=1, num_packs=0)
+        # an update makes the moments; from then on memory at rest is that of every later step
+        engine.train_step(empty, _RATES)
+        _label(device, engine)
+        static = device.current
+        built_at = time.perf_counter()
+        device.reset_peak()
+        engine.train_step(batch, _RATES)
+        device.finish()
+        step_peak, stepped_at = device.peak, time.perf_counter()
+        device.reset_peak()
+        if with_save:
+            _save(config, engine)
+            device.finish()
+        report = make_report(
+            device, static=static, step=step_peak, with_save=with_save,
+            seconds={
+                "groups": joined_at - begin,
+                "engine": built_at - joined_at,
+                "step": stepped_at - built_at,
+                "save": time.perf_counter() - stepped_at,
+            },
+        )  # fmt: skip
+    return report
+
+
+_RATES = LearningRates(backbone=1e-4, index=1e-4)
+
+
+def _batch(config: RunConfig, groups: Groups, assumptions: Assumptions) -> StepBatch:
+    seq_len = longest_seq_len(config)
+    lengths = assumptions.documents or (seq_len,)
+    block = config.attention.block_size
+    slots = [-(-length // block) * block for length in lengths]
+    starts = np.cumsum([0, *slots]).astype(np.int32)
+    if starts[-1] != seq_len:
+        raise ValueError(f"documents={lengths}: their whole blocks must make up {seq_len} tokens")
+    tokens = np.zeros(seq_len, dtype=np.int64)
+    pack = Pack(tokens=tokens, labels=tokens, cu_seqlens=starts, doc_lengths=np.array(lengths, dtype=np.int32))
+    own = max(1, config.train.global_batch_size // groups.dp_size)
+    in_flight = groups.pp_size - groups.pp_rank + 1 if groups.pp_size > 1 else 1
+    count = assumptions.micro_batches or min(own, in_flight)
+    num_tokens = count * groups.dp_size * sum(lengths)
+    return StepBatch(packs=[pack] * count, num_labels=num_tokens, num_tokens=num_tokens, num_packs=count * groups.dp_size)
+
+
+def _label(device: FakeDevice, engine: TrainEngine) -> None:
+    """Give weights, gradients and optimizer state their parts, whatever lines made them."""
+    everything: Any = engine
+    device.relabel([*engine.model.parameters(), *engine.model.buffers()], parts.WEIGHTS)
+    wrapped = getattr(everything, "wrapped", None)
+    if wrapped is None:
+        device.relabel(everything.masters, parts.OPTIMIZER)
+        device.relabel([everything.gradients.dense.flat, everything.gradients.expert.flat], parts.GRADIENTS)
+        device.relabel([p for p in engine.model.parameters()], parts.WEIGHTS)
+        optimizers = [getattr(everything.optimizer, name) for name in vars(everything.optimizer)]
+        for optimizer in optimizers:
+            if hasattr(optimizer, "state"):
+                device.relabel(list(optimizer.state.values()), parts.OPTIMIZER)
+        return
+    for buffer in (*wrapped.buffers, *wrapped.expert_parallel_buffers):
+        device.relabel(buffer.grad_data, parts.GRADIENTS)
+        if buffer.param_data is not None:
+            device.relabel(buffer.param_data, parts.WEIGHTS)
+    for part in everything._optimizer_parts():
+        for groups in (part.optimizer.param_groups,):
+            device.relabel([list(group["params"]) for group in groups], parts.OPTIMIZER)
+        device.relabel(list(part.optimizer.state.values()), parts.OPTIMIZER)
+
+
+def _save(config: RunConfig, engine: TrainEngine) -> None:
+    saver = CheckpointSaver(None, config.checkpoint)  # type: ignore[arg-type]
+    # a check by all ranks, which makes nothing
+    saver._is_validated = True
+    saver._copy(
+        1,
+        lambda: engine.sharded_state(loading=False),
+        {"step": 1},
+        {"consumed_samples": 0, "fingerprint": "", "layout": {}},
+    )

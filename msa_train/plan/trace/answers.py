@@ -40,7 +40,7 @@ def answered(assumptions: Assumptions, device: FakeDevice) -> Iterator[None]:
 
 
 def flat_plan(needed: Tensor, layout: ShardLayout, share: float) -> ExchangeDecision:
-    """Make the plan of a rank that fetches `share` of the remote KV blocks, evenly from all, and sends as many.
+    """Make the plan of a rank that fetches `share` of the remote KV blocks, evenly, and sends as many.
 
     Example: 4 ranks of 8 KV blocks, share .25: 2 from each of 3 ranks, and 2 to each.
     """
@@ -96,4 +96,5 @@ def _dispatch(
     permuted = moe.permute(tokens, routing_map, probs=probs, num_out_tokens=sum(self.send))
     device.selected = -1
     self.order = permuted[-1] if len(permuted) == 3 else permuted[2]
+    assert permuted[1] is not None, "probabilities were given"
     return permuted[0], permuted[1]

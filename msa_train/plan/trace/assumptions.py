@@ -1,6 +1,8 @@
-"""State what a trace cannot know: how much is fetched, how uneven the experts are, how documents lie."""
+"""Say which rank is traced, and state what a trace cannot know: numbers that follow from the data."""
 
 from dataclasses import dataclass
+
+from msa_train.config import RunConfig
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -15,3 +17,30 @@ class Assumptions:
     "tokens of each document of a pack; none: one document of the whole length"
     micro_batches: int = 0
     "micro-batches of a step; 0: as many as fill the pipeline from this stage on, and one more"
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Place:
+    """Say which rank of the layout is traced."""
+
+    pp_rank: int = 0
+    "pipeline stage"
+    cp_rank: int = -1
+    "context-parallel rank; -1: the last, whose queries see most keys"
+    dp_rank: int = 0
+    "data-parallel rank"
+    tp_rank: int = 0
+    "tensor-parallel rank"
+
+
+def rank_of(config: RunConfig, world_size: int, place: Place) -> int:
+    """Number the rank at a place, in Megatron's order tp, cp, dp, pp.
+
+    Example: 256 ranks, pp 4, cp 64: stage 1, cp_rank 63 -> 127.
+    """
+    parallel = config.parallel
+    dp_size = world_size // (parallel.tp_size * parallel.cp_size * parallel.pp_size)
+    cp_rank = place.cp_rank % parallel.cp_size
+    return (
+        (place.pp_rank * dp_size + place.dp_rank) * parallel.cp_size + cp_rank
+    ) * parallel.tp_size + place.tp_rank

@@ -3,11 +3,9 @@
 import types
 from dataclasses import asdict, fields, is_dataclass
 from enum import Enum
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from msa_train.config import RunConfig
-
-T = TypeVar("T")
 
 
 def config_to_json(config: RunConfig) -> dict[str, Any]:
@@ -32,9 +30,9 @@ def _plain(value: Any) -> Any:
     return [_plain(part) for part in value] if isinstance(value, list | tuple) else value
 
 
-def _build(kind: type[T], values: dict[str, Any]) -> T:
+def _build(kind: Any, values: dict[str, Any]) -> Any:
     hints = get_type_hints(kind)
-    known = {item.name for item in fields(kind)}  # type: ignore[arg-type]
+    known = {item.name for item in fields(kind)}
     unknown = sorted(set(values) - known)
     if unknown:
         raise TypeError(f"{kind.__name__} has no field {unknown[0]}")

@@ -67,12 +67,12 @@ class TraceReport:
 
 
 def make_report(
-    device: StorageTracker, *, static: int, static_by_part: dict[str, int] | None = None, step: Peak, with_save: bool, seconds: dict[str, float]
+    device: StorageTracker, *, static: Peak, step: Peak, with_save: bool, seconds: dict[str, float]
 ) -> TraceReport:
     """Make the report from the tracker's peaks; the save's are those that it holds now."""
     return TraceReport(
-        static=static_by_part or {},
-        static_bytes=static,
+        static=by_part(static.entries),
+        static_bytes=static.num_bytes,
         step=alive(step),
         save=alive(device.peak) if with_save else None,
         save_host=alive(device.host_peak) if with_save else None,

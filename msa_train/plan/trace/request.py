@@ -7,9 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from msa_train.config import RunConfig
-from msa_train.plan.trace.assumptions import Assumptions
+from msa_train.plan.trace.assumptions import Assumptions, Place
 from msa_train.plan.trace.config_json import config_from_json, config_to_json
-from msa_train.plan.trace.place import Place
 
 
 class TraceError(RuntimeError):
@@ -46,22 +45,24 @@ def trace_in_child(
         input=json.dumps(request), capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
-        raise TraceError(f"the trace of stage {request['place']['pp_rank']} failed: {done.stderr.strip()[-2000:]}")
+        raise TraceError(
+            f"the trace of stage {request['place']['pp_rank']} failed: {done.stderr.strip()[-2000:]}"
+        )
     return json.loads(done.stdout)
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """Do what a request asks for, in this process."""
+    """Do what a request asks for, in this process; missing parts of it have their defaults."""
     # torch and Megatron are loaded where the trace runs only
     from msa_train.plan.trace.step import trace_rank
 
-    assumptions = dict(request["assumptions"])
+    assumptions = dict(request.get("assumptions", {}))
     assumptions["documents"] = tuple(assumptions.get("documents", ()))
     report = trace_rank(
         config_from_json(request["config"]),
         world_size=request["world_size"],
-        place=Place(**request["place"]),
+        place=Place(**request.get("place", {})),
         assumptions=Assumptions(**assumptions),
-        with_save=request["with_save"],
+        with_save=request.get("with_save", True),
     )
     return report.to_json()

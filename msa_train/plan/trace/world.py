@@ -1,4 +1,4 @@
-"""Be one rank of a job of any size, alone: process groups that exist by name, and other ranks that say the same."""
+"""Be one rank of a job of any size, alone: groups that exist by name, ranks that all say the same."""
 
 import contextlib
 from collections.abc import Iterator

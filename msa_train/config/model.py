@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from msa_train.config.options import Activation, AttentionKernel, AttentionKind, QkNorm
+from msa_train.config.options import Activation, AttentionKernel, AttentionKind, FullKernel, QkNorm
 
 _COUNT = re.compile("0*[1-9][0-9]{0,8}")
 MAX_LAYERS = 10_000
@@ -149,7 +149,9 @@ class AttentionConfig:
     window_sink: int = 0
     "first blocks of the document that every query of a sliding-window layer sees too; 0 for none"
     kernel: AttentionKernel = AttentionKernel.auto
-    "what computes selection, sparse attention and all KL losses; full attention runs in torch whatever it is"
+    "what computes selection, sparse attention and all KL losses"
+    full_kernel: FullKernel = FullKernel.auto
+    "what computes full attention; auto: FlashAttention 3, cuDNN or flash-attn where a GPU has them, else torch"
 
     def __post_init__(self) -> None:
         _positive(self, ["block_size", "topk", "local_blocks", "index_head_dim"])

@@ -37,6 +37,16 @@ class AttentionKernel(Enum):
     reference = "reference"  # plain definitions, slow: to compare with
 
 
+class FullKernel(Enum):
+    """Choose the library whose kernel computes full attention."""
+
+    auto = "auto"  # the fastest that is installed and works on the device
+    flash3 = "flash3"  # FlashAttention 3: Hopper GPUs; fp16, bf16
+    flash2 = "flash2"  # package flash-attn: fp16, bf16
+    cudnn = "cudnn"  # cuDNN through torch; fp16, bf16
+    torch = "torch"  # torch's own: any device and dtype
+
+
 class CpLayout(Enum):
     """Choose the tokens of a sequence that a context-parallel rank holds.
 

@@ -18,7 +18,7 @@ from msa_kernels import select_blocks
 from msa_kernels.block_sparse_attention.op import pack_blocks
 from msa_kernels.block_sparse_attention.tiled import pool_backward, pool_forward
 from msa_kernels.block_sparse_attention.types import BlockPool, KlTerm, SparseQueries
-from msa_kernels.full_attention.op import attention_part, attention_part_backward
+from msa_kernels.full_attention.op import attention_backward, attention_forward
 from torch import Tensor
 
 from msa_train.simulate.inputs.layer_shape import BACKWARD_FACTOR, LayerShape
@@ -183,16 +183,17 @@ class _Bench:
 
     def _full(self, rounds: int) -> tuple[float, float]:
         """Return the seconds of forward and backward attention over all T * S pairs, none masked."""
-        q, k, v = self.q.permute(1, 2, 0, 3), self.k.transpose(0, 1), self.v.transpose(0, 1)
-        scale = self.q.shape[-1] ** -0.5
-        out, lse = attention_part(q, k, v, causal=False, softmax_scale=scale)
-        dout = self.dout.permute(1, 2, 0, 3).contiguous()
+        q, k, v, dout = self.q, self.k, self.v, self.dout
+        limits, scale = ([0, self.T], [0, self.S]), self.q.shape[-1] ** -0.5
+        out, lse = attention_forward(q, k, v, *limits, causal=False, softmax_scale=scale)
 
         def forward() -> object:
-            return attention_part(q, k, v, causal=False, softmax_scale=scale)
+            return attention_forward(q, k, v, *limits, causal=False, softmax_scale=scale)
 
         def backward() -> object:
-            return attention_part_backward(dout, q, k, v, out, lse, causal=False, softmax_scale=scale)
+            return attention_backward(
+                dout, q, k, v, out, lse, *limits, causal=False, softmax_scale=scale
+            )
 
         return self._seconds(forward, rounds), self._seconds(backward, rounds)
 

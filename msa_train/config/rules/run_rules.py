@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 
 from msa_train.config.options import (
-    AttentionKernel,
     BadStep,
     CpLayout,
     EngineKind,
@@ -16,6 +15,7 @@ from msa_train.config.options import (
     Precision,
     QkNorm,
 )
+from msa_train.config.rules.kernels import check_full_kernel_device, check_kernels
 from msa_train.config.rules.limits import check_sizes, check_total
 from msa_train.config.rules.numbers import check_finite_numbers
 from msa_train.config.rules.optimizer_memory import check_optimizer_memory
@@ -55,7 +55,7 @@ def check_rules(config: RunConfig, *, world_size: int, has_gpu: bool) -> None:
         check_total,
         _sequence,
         _index_heads,
-        _kernel,
+        check_kernels,
         _tensor_parallel,
         check_pipeline,
         check_recompute,
@@ -73,6 +73,7 @@ def check_rules(config: RunConfig, *, world_size: int, has_gpu: bool) -> None:
     _world(config, world_size)
     check_interleaving(config, world_size)
     _engine(config, has_gpu)
+    check_full_kernel_device(config, has_gpu=has_gpu)
 
 
 def _names(config: RunConfig) -> None:
@@ -197,13 +198,6 @@ def _head_parallel(config: RunConfig) -> None:
             f"exchange.ranks_per_node={nodes}: must be a multiple of parallel.cp_head_size={size}, as "
             "ranks that trade tokens for heads belong on one node; use "
             f"exchange.ranks_per_node={nodes + -nodes % size}"
-        )
-
-
-def _kernel(config: RunConfig) -> None:
-    if config.attention.kernel is AttentionKernel.triton and config.train.precision is Precision.fp64:
-        raise ValueError(
-            "attention.kernel=triton: has no fp64 as train.precision=fp64 wants it; use attention.kernel=auto"
         )
 
 

@@ -252,6 +252,7 @@ class GroupedQueryAttention(MegatronModule, ABC):
             softmax_scale=self.head_dim**-0.5,
             kl=kl,
             keep=self.config.exchange.keep_for_backward,
+            kernel=self.config.attention.full_kernel,
         )
 
 

@@ -5,7 +5,12 @@ then see keys of their own documents wherever these come from. In a dense warm-u
 layer's index branch over the same tokens is computed in the backward pass, where keys are at hand.
 
 Work grows with the square of a document: one of 1M tokens on 256 ranks costs each rank 2e9 (query, key) pairs
-per query head.
+per query head. Nothing of the size of query heads times keys is held: the backward pass takes keys in pieces,
+for which a kernel's own gradients per query head stay within 512 MiB.
+
+Outputs of several calls are merged, and gradients added, in fp32, on this rank and over ranks
+(`full_sums.py`, `kv_exchange/full.py`): at 64 ranks the error is that of one process in bf16
+(benchmarks/results/full_attention_error.md).
 
 Shapes: T local tokens, U queries computed here, K keys held here, M KV heads, G query heads per KV head, D
 head dim, Di index head dim.
@@ -16,16 +21,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from msa_kernels.full_attention.op import attention_part, attention_part_backward, merge_parts
+from msa_kernels.full_attention.op import attention_backward, attention_forward, most_keys, takes_offset
 from torch import Tensor
 
-from msa_train.config import KvExchange
+from msa_train.config import FullKernel, KvExchange
 from msa_train.parallel.attention.dense_kl import DenseKl, IndexKl, TeacherLse
+from msa_train.parallel.attention.full_spans import Piece, plan_pieces
+from msa_train.parallel.attention.full_sums import GradSum, MergedOutput
 from msa_train.parallel.comm.cp_comm import CpComm
 from msa_train.parallel.kv_exchange.full import KeySource, open_full_session
 from msa_train.parallel.kv_exchange.full_plan import FullPlan
 from msa_train.parallel.sharding.redistribute import redistribute, redistribute_back
-from msa_train.parallel.sharding.shard_layout import Segment, ShardLayout, VisiblePart, visible_parts
+from msa_train.parallel.sharding.shard_layout import ShardLayout, VisiblePart, visible_parts
 
 
 @dataclass(slots=True, frozen=True)
@@ -46,6 +53,8 @@ class FullAttentionArgs:
     "KL loss of an index branch; None: no loss"
     keep: bool = True
     "keep fetched keys and values for the backward pass; False: fetch them again"
+    kernel: FullKernel = FullKernel.auto
+    "implementation of the attention, forward and backward"
 
 
 def cp_full_attention(
@@ -96,60 +105,65 @@ class _CpFullAttention(torch.autograd.Function):
         call: FullAttentionArgs,
     ) -> Tensor:
         """Attend: q [U, M, G, D], kv [K, 2, M, D] -> [U, M, G, D]."""
-        q_heads = q.permute(1, 2, 0, 3)
-        out = torch.zeros_like(q_heads)
-        lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        # -inf: nothing seen yet, and what padding rows keep.
-        lse = torch.full(out.shape[:-1], float("-inf"), dtype=lse_dtype, device=q.device)
-        teacher = TeacherLse(call.kl, q_heads, lse, call.softmax_scale)
+        q = q.contiguous()
+        merged = MergedOutput(q)
+        teacher = TeacherLse(call.kl, q.permute(1, 2, 0, 3), merged.lse, call.softmax_scale)
         session = open_full_session(call.exchange, kv, call.plan, call.layout, call.comm, keep=call.keep)
-        begun: set[Segment] = set()
         for source in session.sources():
-            for segment, visible, (keys, values), _ in _parts(call.plan.segments, source):
-                rows = visible.rows
-                part = attention_part(
-                    q_heads[:, :, rows], keys, values,
-                    causal=visible.causal, softmax_scale=call.softmax_scale,
-                )  # fmt: skip
-                # The first part that covers a whole segment needs no merging with the zeros it finds.
-                if segment in begun or not visible.whole:
-                    part = merge_parts(out[:, :, rows], lse[:, :, rows], *part)
-                out[:, :, rows], lse[:, :, rows] = part
-                begun.add(segment)
-                teacher.add(rows, keys, causal=visible.causal)
-        ctx.save_for_backward(q, out, lse, q_index, teacher.lse, *session.release())
+            for piece in _pieces(call, source, q):
+                for rows in piece.calls:
+                    keys, values = rows.keys.take(source.kv[piece.rows]).unbind(1)
+                    out, lse = attention_forward(
+                        rows.queries.take(q), keys, values, rows.queries.limits, rows.keys.limits,
+                        causal=rows.causal, softmax_scale=call.softmax_scale, kernel=call.kernel.value,
+                    )  # fmt: skip
+                    merged.add(rows.queries, out, lse)
+            if teacher.own:
+                for visible, keys, _ in _parts(call, source):
+                    teacher.add(visible.rows, keys, causal=visible.causal)
+        out = merged.finish()
+        teacher_lse = teacher.lse if teacher.own else merged.lse
+        ctx.save_for_backward(q, out, merged.lse, q_index, teacher_lse, *session.release())
         ctx.session, ctx.call, ctx.k_index_shape = session, call, None if k_index is None else k_index.shape
-        return out.permute(2, 0, 1, 3)
+        return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, out, lse, q_index, teacher_lse, *kept = ctx.saved_tensors
         call: FullAttentionArgs = ctx.call
         ctx.session.restore(tuple(kept))
-        q_heads, dout = q.permute(1, 2, 0, 3), dout.permute(1, 2, 0, 3)
-        dq = torch.zeros_like(q_heads)
+        dout = dout.contiguous()
+        dq = GradSum(q)
         # The loss joins the backward pass, where keys come by anyway and teacher probabilities are cheap.
         kl = None
         if call.kl is not None and q_index is not None:
+            q_heads = q.permute(1, 2, 0, 3)
             kl = DenseKl(
                 call.kl, call.layout, call.plan.segments, q_heads, q_index, teacher_lse, call.softmax_scale
             )
 
-        def compute(source: KeySource) -> Tensor:
-            """Add to dq; return the gradient [n, 2, M, D] of the source's keys and values."""
-            grad = torch.zeros_like(source.kv)
-            for _, visible, (keys, values), place in _parts(call.plan.segments, source):
-                rows = visible.rows
-                # out and lse are those over all keys, so each part has its true share of the softmax.
-                share, dk, dv = attention_part_backward(
-                    dout[:, :, rows].contiguous(), q_heads[:, :, rows], keys, values,
-                    out[:, :, rows].contiguous(), lse[:, :, rows].contiguous(),
-                    causal=visible.causal, softmax_scale=call.softmax_scale,
-                )  # fmt: skip
-                dq[:, :, rows] += share
-                grad[place] += torch.stack((dk, dv)).permute(2, 0, 1, 3)
-                if kl is not None:
-                    kl.add(rows, visible.start, keys, causal=visible.causal)
+        def compute(source: KeySource, dtype: torch.dtype) -> Tensor:
+            """Add to dq; return the gradient [n, 2, M, D] of the source's keys and values, in this dtype."""
+            grad = torch.zeros(source.kv.shape, dtype=dtype, device=q.device)
+            for piece in _pieces(call, source, q, limit=most_keys(q)):
+                kv = source.kv[piece.rows]
+                sums = [GradSum(x) for x in kv.unbind(1)]
+                for rows in piece.calls:
+                    queries, (keys, values) = rows.queries, rows.keys.take(kv).unbind(1)
+                    # out and lse are those over all keys, so each part has its true share of the softmax.
+                    share, *parts = attention_backward(
+                        queries.take(dout), queries.take(q), keys, values,
+                        queries.take(out), queries.take(lse, dim=2), queries.limits, rows.keys.limits,
+                        causal=rows.causal, softmax_scale=call.softmax_scale, kernel=call.kernel.value,
+                    )  # fmt: skip
+                    dq.add(queries, share)
+                    for total, part in zip(sums, parts, strict=True):
+                        total.add(rows.keys, part)
+                for i, total in enumerate(sums):
+                    grad[piece.rows, i] = total.finish()
+            if kl is not None:
+                for visible, keys, _ in _parts(call, source):
+                    kl.add(visible.rows, visible.start, keys, causal=visible.causal)
             return grad
 
         dkv = ctx.session.backward(compute)
@@ -160,17 +174,25 @@ class _CpFullAttention(torch.autograd.Function):
         elif q_index is not None:
             # Zeros and not None: gradient hooks wait for every parameter.
             dq_index, dk_index = torch.zeros_like(q_index), q_index.new_zeros(ctx.k_index_shape)
-        return dq.permute(2, 0, 1, 3), dkv, dq_index, dk_index, None
+        return dq.finish().to(q.dtype), dkv, dq_index, dk_index, None
 
 
-def _parts(
-    segments: list[Segment], source: KeySource
-) -> Iterator[tuple[Segment, VisiblePart, tuple[Tensor, Tensor], slice]]:
-    """Yield segments with what they see of a source: keys and values [M, n, D], and their rows in it."""
-    for segment in segments:
+def _pieces(call: FullAttentionArgs, source: KeySource, q: Tensor, limit: int | None = None) -> list[Piece]:
+    """Look up the kernel calls over a source, which all layers of a pack share."""
+    known = call.plan.pieces
+    key = (tuple(source.ranges), takes_offset(q, call.kernel.value), limit)
+    if key not in known:
+        known[key] = plan_pieces(
+            call.plan.segments, source.ranges, takes_offset=key[1], most_keys=limit
+        )
+    return known[key]
+
+
+def _parts(call: FullAttentionArgs, source: KeySource) -> Iterator[tuple[VisiblePart, Tensor, slice]]:
+    """Yield what segments see of a source, one range of positions at a time: keys [M, n, D] and their rows."""
+    for segment in call.plan.segments:
         for row, start, stop in source.places():
             for visible in visible_parts(segment, start, stop):
                 # Ranges of a source follow one another in its rows, wherever they lie in the pack.
                 place = slice(row + visible.start - start, row + visible.stop - start)
-                keys, values = source.kv[place].permute(1, 2, 0, 3).unbind(0)
-                yield segment, visible, (keys, values), place
+                yield visible, source.kv[place, 0].transpose(0, 1), place

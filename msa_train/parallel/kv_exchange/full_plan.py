@@ -7,7 +7,8 @@ ranks, and 8 bytes for every token that this rank sends or fetches, 8 MiB on the
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from msa_train.config import KvExchange
 from msa_train.parallel.sharding.load_balance import balance, balance_ring, causal_work
@@ -40,6 +41,8 @@ class FullPlan:
     "how the needed keys come, for `selected`"
     busiest: int = 0
     "most tokens that a rank sends or receives with `selected`; 0 where `auto` does not ask"
+    pieces: dict[Any, Any] = field(init=False, default_factory=dict, repr=False)
+    "kernel calls by source of keys, planned by the first layer that makes them"
 
 
 def make_full_plan(

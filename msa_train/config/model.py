@@ -151,7 +151,7 @@ class AttentionConfig:
     kernel: AttentionKernel = AttentionKernel.auto
     "what computes selection, sparse attention and all KL losses"
     full_kernel: FullKernel = FullKernel.auto
-    "what computes full attention; auto: FlashAttention 3, cuDNN or flash-attn where a GPU has them, else torch"
+    "what computes full attention; auto: the fastest that is installed and works on the GPU"
 
     def __post_init__(self) -> None:
         _positive(self, ["block_size", "topk", "local_blocks", "index_head_dim"])

@@ -191,9 +191,7 @@ class _Bench:
             return attention_forward(q, k, v, *limits, causal=False, softmax_scale=scale)
 
         def backward() -> object:
-            return attention_backward(
-                dout, q, k, v, out, lse, *limits, causal=False, softmax_scale=scale
-            )
+            return attention_backward(dout, q, k, v, out, lse, *limits, causal=False, softmax_scale=scale)
 
         return self._seconds(forward, rounds), self._seconds(backward, rounds)
 

@@ -1,4 +1,4 @@
-"""Dense attention on the device: torch's kernels as `full_attention` calls them, and as benchmarks do."""
+"""Dense attention on the device: every kernel as `full_attention` calls it, and as benchmarks do."""
 
 import math
 import warnings
@@ -7,7 +7,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from msa_kernels.full_attention.op import attention_part, attention_part_backward, merge_parts
+from msa_kernels.full_attention import tiled
+from msa_kernels.full_attention.choice import KERNELS, choose_by_rule, find_machine
+from msa_kernels.full_attention.op import attention_backward, attention_forward, merge_parts, takes_offset
 from torch import Tensor
 
 from benchmarks.gpu.dense import CANDIDATES
@@ -43,23 +45,36 @@ def plain(tensors: Sequence[Tensor], hidden: Tensor, dtype: torch.dtype) -> tupl
     return out.detach(), *grads, scores.detach().logsumexp(-1)
 
 
-def by_parts(tensors: Sequence[Tensor], parts: Sequence[tuple[slice, bool]]) -> tuple[Tensor, ...]:
+def by_rows(x: Tensor) -> Tensor:
+    """[M, G, Q, D] -> [Q, M, G, D], or [M, K, D] -> [K, M, D], in order in memory as a layer has them."""
+    return x.movedim(-2, 0).contiguous()
+
+
+def by_parts(
+    tensors: Sequence[Tensor], parts: Sequence[tuple[slice, bool]], kernel: str = "auto"
+) -> tuple[Tensor, ...]:
     """The same as a layer does: each part on its own, merged; gradients of each from what was merged."""
-    q, k, v, dout = tensors
+    q, k, v, dout = (by_rows(x) for x in tensors)
     out, lse = None, None
     for keys, causal in parts:
-        part = attention_part(q, k[:, keys], v[:, keys], causal=causal, softmax_scale=D**-0.5)
+        limits = [0, q.shape[0]], [0, k[keys].shape[0]]
+        rows, part_lse = attention_forward(
+            q, k[keys], v[keys], *limits, causal=causal, softmax_scale=D**-0.5, kernel=kernel
+        )
+        part = rows.movedim(0, -2).to(torch.promote_types(q.dtype, torch.float32)), part_lse
         out, lse = part if out is None or lse is None else merge_parts(out, lse, *part)
     assert out is not None
     assert lse is not None
+    out = out.to(q.dtype)
     dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
     for keys, causal in parts:
-        share = attention_part_backward(
-            dout, q, k[:, keys], v[:, keys], out, lse.contiguous(), causal=causal, softmax_scale=D**-0.5
-        )
-        for whole, part in ((dq, share[0]), (dk[:, keys], share[1]), (dv[:, keys], share[2])):
+        share = attention_backward(
+            dout, q, k[keys], v[keys], by_rows(out), lse, [0, q.shape[0]], [0, k[keys].shape[0]],
+            causal=causal, softmax_scale=D**-0.5, kernel=kernel,
+        )  # fmt: skip
+        for whole, part in ((dq, share[0]), (dk[keys], share[1]), (dv[keys], share[2])):
             whole += part
-    return out, dq, dk, dv, lse
+    return out, dq.movedim(0, -2), dk.movedim(0, -2), dv.movedim(0, -2), lse
 
 
 def errors_in_parts(rank: int, world_size: int) -> dict[str, tuple[float, float]]:
@@ -99,6 +114,51 @@ def errors_in_parts(rank: int, world_size: int) -> dict[str, tuple[float, float]
     return found
 
 
+def packed_spans(rank: int, world_size: int) -> dict[str, tuple[str, float, float]]:
+    """Of every kernel: why it refuses; the worst row over packs of spans relative to what it may be.
+
+    Spans of several documents, causal ones with keys before the queries where the kernel takes them, and keys
+    that all queries of a span see; one query, few keys, lengths that are no multiples of anything.
+    """
+    found = {}
+    device = torch.device("cuda", torch.cuda.current_device())
+    normal = Tensors(device, torch.bfloat16, seed=5).normal
+    scale = D**-0.5
+    packs = {
+        "causal": ([0, 1, 130, 300], [0, 1, 130, 300], True),
+        "causal behind keys": ([0, 1, 130, 300], [0, 65, 300, 600], True),
+        "all": ([0, 1, 130, 300], [0, 3, 200, 500], False),
+    }
+    for kernel in KERNELS[1:]:
+        try:
+            choose_by_rule(kernel, find_machine(device), torch.bfloat16, D)
+            ratios = {}
+            for name, (cu_q, cu_k, causal) in packs.items():
+                q, dout = normal(cu_q[-1], M, G, D), normal(cu_q[-1], M, G, D)
+                k, v = normal(cu_k[-1], M, D), normal(cu_k[-1], M, D)
+                if cu_q != cu_k and causal and not takes_offset(q, kernel):
+                    continue
+                call = (cu_q, cu_k, causal, scale, kernel)
+                keywords = {"causal": causal, "softmax_scale": scale, "kernel": kernel}
+                out, lse = attention_forward(q, k, v, cu_q, cu_k, **keywords)
+                grads = attention_backward(dout, q, k, v, out, lse, cu_q, cu_k, **keywords)
+                wide = [x.double() for x in (q, k, v)]
+                want = tiled.forward(*wide, *call)
+                exact = tiled.backward(dout.double(), *wide, want[0], want[1].flatten(0, 1), *call)
+                low = tiled.backward(dout, q, k, v, out, lse.flatten(0, 1), *call)
+                ratios[f"{name}: lse"] = worst_row(lse, want[1]) / LSE_ROUNDING
+                # one rounding of the output to 16 bits, and half as much inside
+                ratios[f"{name}: out"] = worst_row(out, want[0]) / 2.0**-7
+                for what, got, plain_torch, right in zip(NAMES[1:], grads, low, exact, strict=True):
+                    allowed = 2 * worst_row(plain_torch, right) + 2.0**-7
+                    ratios[f"{name}: {what}"] = worst_row(got, right) / allowed
+            worst = max(ratios, key=lambda key: ratios[key])
+            found[kernel] = (worst, ratios[worst], 1.0)
+        except (RuntimeError, ImportError, ValueError, TypeError) as error:
+            found[kernel] = (f"{type(error).__name__}: {error}", math.nan, 0.0)
+    return found
+
+
 def dense_baseline(rank: int, world_size: int) -> dict[tuple[str, str], tuple[str, float, float]]:
     """Of every backend and use: why it refuses; the worst row of some heads, and what that may be."""
     found = {}
@@ -131,6 +191,7 @@ def dense_baseline(rank: int, world_size: int) -> dict[tuple[str, str], tuple[st
 
 
 PARTS = Job(errors_in_parts)
+PACKED = Job(packed_spans)
 BASELINE = Job(dense_baseline) if HAS_GPU else None
 
 
@@ -141,6 +202,16 @@ def test_parts_are_as_exact_as_torch(name: str, dtype: torch.dtype) -> None:
     found = {key: pair for key, pair in PARTS.result().items() if key.startswith(f"{name}, {dtype}, ")}
     assert len(found) == len(NAMES) + 1
     assert {key: pair for key, pair in found.items() if not pair[0] <= pair[1]} == {}
+
+
+@needs_device
+@pytest.mark.parametrize("kernel", KERNELS[1:])
+def test_every_kernel_takes_packed_spans(kernel: str) -> None:
+    """A kernel that is not installed, or not for this GPU, is skipped with its reason; a wrong one fails."""
+    said, error, allowed = PACKED.result()[kernel]
+    if said.startswith("ValueError"):
+        pytest.skip(said)
+    assert error <= allowed, f"{kernel}: {said}"
 
 
 @needs_gpu

@@ -1,6 +1,7 @@
 """Dense attention in parts: merged result and gradients equal one softmax over all keys."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 import torch
@@ -83,7 +84,7 @@ def test_one_call_for_many_spans() -> None:
     q, k, v, dout = problem(11, 11, 4)
     many = attention_forward(q, k, v, cu_q, cu_k, causal=True, softmax_scale=SCALE)
     grads = attention_backward(dout, q, k, v, *many, cu_q, cu_k, causal=True, softmax_scale=SCALE)
-    for a, b in zip(cu_q, cu_q[1:], strict=False):
+    for a, b in pairwise(cu_q):
         one = [x[a:b] for x in (q, k, v)]
         out, lse = attention_forward(*one, [0, b - a], [0, b - a], causal=True, softmax_scale=SCALE)
         assert torch.equal(out, many[0][a:b])

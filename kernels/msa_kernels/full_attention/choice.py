@@ -14,8 +14,8 @@ from importlib.util import find_spec
 import torch
 
 KERNELS = ("auto", "flash3", "flash2", "cudnn", "torch")
-# name in messages, and the module that shows that it is installed
-_PACKAGES = {"flash3": ("FlashAttention 3", "flash_attn_interface"), "flash2": ("flash-attn", "flash_attn_2_cuda")}
+# the module that shows that a package is installed
+_PACKAGES = {"flash3": "flash_attn_interface", "flash2": "flash_attn_2_cuda"}
 _HALF = (torch.bfloat16, torch.float16)
 _HOPPER = (9, 0)
 # cuDNN's backward pass is sure to have a kernel up to here
@@ -48,7 +48,9 @@ class Choice:
 
 
 @cache
-def choose(kernel: str, device: torch.device, dtype: torch.dtype, head_dim: int, deterministic: bool) -> Choice:
+def choose(
+    kernel: str, device: torch.device, dtype: torch.dtype, head_dim: int, deterministic: bool
+) -> Choice:
     """Choose the kernel for calls on a device; looked up once per process and kind of call.
 
     Args:
@@ -100,7 +102,8 @@ def choose_by_rule(
         return Choice("torch", "as configured")
     order = ("flash3", "cudnn", "flash2") if machine.capability >= _HOPPER else ("flash2", "cudnn", "flash3")
     refusals = {
-        name: _why_not(name, machine, dtype, head_dim, deterministic) or (failed or {}).get(name) for name in order
+        name: _why_not(name, machine, dtype, head_dim, deterministic) or (failed or {}).get(name)
+        for name in order
     }
     if kernel != "auto":
         if refusals[kernel] is not None:
@@ -158,7 +161,7 @@ def _why_not(
 
 def _installed(name: str) -> bool:
     """Find out whether a package is there, without importing it."""
-    return find_spec(_PACKAGES[name][1]) is not None
+    return find_spec(_PACKAGES[name]) is not None
 
 
 def _try_out(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:

@@ -1,8 +1,8 @@
 """Run cuDNN's attention through torch's operator: one call per pair of spans.
 
 torch's operator has no packed form for spans that are aligned at their ends, so few long spans suit it; with
-more than MOST_PAIRS of them torch's flash kernel takes them all in one call. Both give the same numbers within
-rounding, and a log-sum-exp of one kernel serves the other's backward pass.
+more than MOST_PAIRS of them torch's flash kernel takes them all in one call. Both give the same numbers
+within rounding, and a log-sum-exp of one kernel serves the other's backward pass.
 """
 
 from collections.abc import Sequence

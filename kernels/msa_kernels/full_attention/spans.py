@@ -5,6 +5,7 @@ Shapes: N pairs of a query span and a key span, one after another in their tenso
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ def pairs(cu_q: Sequence[int], cu_k: Sequence[int]) -> Iterator[tuple[slice, sli
 
 def longest(cu_seqlens: Sequence[int]) -> int:
     """Return the most rows of a span: [0, 2, 5] -> 3."""
-    return max(b - a for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False))
+    return max(b - a for a, b in pairwise(cu_seqlens))
 
 
 def on_device(cu_seqlens: Sequence[int], device: torch.device) -> Tensor:

@@ -71,7 +71,9 @@ def backward(
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _tiles(cu_q: Sequence[int], cu_k: Sequence[int], causal: bool) -> Iterator[tuple[slice, slice, int | None]]:
+def _tiles(
+    cu_q: Sequence[int], cu_k: Sequence[int], causal: bool
+) -> Iterator[tuple[slice, slice, int | None]]:
     """Yield rows and keys of tiles, and how many of the keys the first row sees; None: all rows see all.
 
     Example: one span of 4 queries and 6 keys, causal, tiles of 4: rows 0..4 with keys 0..4, of which row 0
@@ -86,7 +88,11 @@ def _tiles(cu_q: Sequence[int], cu_k: Sequence[int], causal: bool) -> Iterator[t
             for first in range(keys.start, seen, TILE):
                 last = min(first + TILE, seen)
                 visible = keys.start + ahead + begin - queries.start + 1 - first
-                yield slice(begin, end), slice(first, last), None if not causal or visible >= last - first else visible
+                yield (
+                    slice(begin, end),
+                    slice(first, last),
+                    None if not causal or visible >= last - first else visible,
+                )
 
 
 def _scores(q: Tensor, k: Tensor, first: int | None, softmax_scale: float) -> Tensor:

@@ -50,15 +50,35 @@ def backward(
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     lse = lse.view(q.shape[1], q.shape[2], -1)
     for rows, keys in _checked(cu_q, cu_k, causal):
-        arguments = [_by_head(x[rows]) for x in (dout, q)] + [_kv(x[keys]) for x in (k, v)]
-        # copies in order: the kernel reads these two by their place in memory
-        arguments += [_by_head(out[rows]).contiguous(), lse[:, :, rows].contiguous()]
-        arguments[0] = arguments[0].contiguous()
-        grads = _BACKWARD(*arguments, 0.0, causal, scale=softmax_scale)
+        # dout, out and lse are read by their place in memory
+        queries = [_by_head(dout[rows]).contiguous(), _by_head(q[rows]), _by_head(out[rows]).contiguous()]
+        grads = _one_pair(queries, _kv(k[keys]), _kv(v[keys]), lse[:, :, rows], causal, softmax_scale)
         dq[rows] = grads[0].permute(2, 0, 1, 3)
         for whole, part in ((dk, grads[1]), (dv, grads[2])):
             whole[keys] = part.squeeze(1).transpose(0, 1)
     return dq, dk, dv
+
+
+def _one_pair(
+    queries: list[Tensor], k: Tensor, v: Tensor, lse: Tensor, causal: bool, softmax_scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Form dq [M, G, Q, D], dk, dv [M, 1, K, D] of one pair.
+
+    Args:
+        queries: dout, q and out, [M, G, Q, D] each.
+        k, v: [M, 1, K, D]. lse: [M, G, Q].
+    """
+    # In 16 bits the kernel adds the heads of a group up in 16 bits too, so there each head has its own call.
+    step = queries[1].shape[1] if queries[1].dtype in (torch.float32, torch.float64) else 1
+    parts: list[Tensor] = []
+    sums: list[Tensor] = []
+    for first in range(0, queries[1].shape[1], step):
+        dout, q, out = (x[:, first : first + step].contiguous() for x in queries)
+        share = lse[:, first : first + step].contiguous()
+        dq, *grads = _BACKWARD(dout, q, k, v, out, share, 0.0, causal, scale=softmax_scale)
+        parts.append(dq)
+        sums = [a + b for a, b in zip(sums, grads, strict=True)] if sums else [x.to(lse.dtype) for x in grads]
+    return torch.cat(parts, dim=1), sums[0], sums[1]
 
 
 def _checked(cu_q: Sequence[int], cu_k: Sequence[int], causal: bool) -> Sequence[tuple[slice, slice]]:

@@ -1,4 +1,4 @@
-"""Try a library's kernel on a small problem before a run relies on it: does it run, and are its numbers right?"""
+"""Try a library's kernel on a small problem before a run relies on it: does it run, are its numbers right?"""
 
 from typing import Any
 
@@ -40,13 +40,13 @@ def _errors(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) 
     k, v = normal(_ROWS, 2, head_dim), normal(_ROWS, 2, head_dim)
     found: dict[str, float] = {}
     for causal, cu_k in ((True, [0, 70, _ROWS]), (False, [0, 33, _ROWS])):
-        cu: list[Any] = [[0, 70, _ROWS], cu_k, causal, head_dim**-0.5]
+        cu: tuple[Any, ...] = ([0, 70, _ROWS], cu_k, causal, head_dim**-0.5, name)
         module = op.module_of(name, q)
-        out, lse = tiled.forward(q, k, v, *cu, name)
-        got_out, got_lse = module.forward(q, k, v, *cu, name)
+        out, lse = tiled.forward(q, k, v, *cu)
+        got_out, got_lse = module.forward(q, k, v, *cu)
         flat = lse.flatten(0, 1)
-        want = (out, flat, *tiled.backward(dout, q, k, v, out, flat, *cu, name))
-        got = (got_out, got_lse.reshape(flat.shape), *module.backward(dout, q, k, v, out, flat, *cu, name))
+        want = (out, flat, *tiled.backward(dout, q, k, v, out, flat, *cu))
+        got = (got_out, got_lse.reshape(flat.shape), *module.backward(dout, q, k, v, out, flat, *cu))
         for what, a, b in zip(("out", "lse", "dq", "dk", "dv"), got, want, strict=True):
             error = float((a.float() - b.float()).abs().max() / b.float().abs().max())
             found[what] = max(found.get(what, 0.0), error)

@@ -1,4 +1,4 @@
-"""Run the flash kernels of GPUs that take all pairs of spans in one call: FlashAttention 3 and 2, torch's copy.
+"""Run flash kernels of GPUs that take all pairs of spans in one call: FlashAttention 3 and 2, torch's copy.
 
 All three read [rows, heads, D] with the channels contiguous, know groups of query heads, align causal spans
 at their ends and want int32 limits on the device. Forward and backward take the libraries' low-level

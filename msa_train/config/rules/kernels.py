@@ -17,8 +17,8 @@ def check_kernels(config: RunConfig) -> None:
         )
     if full not in (FullKernel.auto, FullKernel.torch) and precision is not Precision.bf16:
         raise ValueError(
-            f"attention.full_kernel={full.value}: has 16 bits only, not train.precision={precision.value}; use "
-            "attention.full_kernel=auto"
+            f"attention.full_kernel={full.value}: has 16 bits only, not train.precision={precision.value}; "
+            "use attention.full_kernel=auto"
         )
 
 

@@ -182,14 +182,12 @@ def _pieces(call: FullAttentionArgs, source: KeySource, q: Tensor, limit: int | 
     known = call.plan.pieces
     key = (tuple(source.ranges), takes_offset(q, call.kernel.value), limit)
     if key not in known:
-        known[key] = plan_pieces(
-            call.plan.segments, source.ranges, takes_offset=key[1], most_keys=limit
-        )
+        known[key] = plan_pieces(call.plan.segments, source.ranges, takes_offset=key[1], most_keys=limit)
     return known[key]
 
 
 def _parts(call: FullAttentionArgs, source: KeySource) -> Iterator[tuple[VisiblePart, Tensor, slice]]:
-    """Yield what segments see of a source, one range of positions at a time: keys [M, n, D] and their rows."""
+    """Yield what segments see of each range of a source: keys [M, n, D] and their rows."""
     for segment in call.plan.segments:
         for row, start, stop in source.places():
             for visible in visible_parts(segment, start, stop):

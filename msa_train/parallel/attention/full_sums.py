@@ -1,4 +1,4 @@
-"""Collect what the calls of full attention leave: outputs merged, gradients added, in fp32 where there are two.
+"""Collect what calls of full attention leave: outputs merged, gradients added, in fp32 where there are two.
 
 The result of the only call over all rows is taken as it is, so that one process computes what its kernel
 computes. With a second call sums go on in fp32 (fp64 for fp64) and are rounded once, at the end: error does

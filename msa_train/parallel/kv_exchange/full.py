@@ -4,10 +4,10 @@ Each gives the same numbers. A session lives from the forward to the backward pa
 between autograd has its tensors.
 
 Gradients of a key are added over ranks in fp32 at least. Where each rank's share comes to the owner by itself
-(`selected`, `ring`) it travels in the dtype of the keys, to which the kernel has rounded it already: fp32 would
-be twice the bytes for no better sum. A reduce-scatter (`all_gather`) adds on the way, so it is in fp32: twice
-the bytes of bf16, and yet an eighth of the network's that an all-to-all would take with 8 ranks to a node, as
-a ring through all nodes carries every byte into a node once.
+(`selected`, `ring`) it travels in the dtype of the keys, to which the kernel has rounded it already: fp32
+would be twice the bytes for no better sum. A reduce-scatter (`all_gather`) adds on the way, so it is in fp32:
+twice the bytes of bf16, and yet a quarter of what an all-to-all in bf16 would send over the network with 8
+ranks to a node, as a ring through all nodes carries every byte into a node once.
 
 The last rank of a document of 1M tokens on 256 ranks receives all keys and values whichever way is taken: 2
 GiB (M = 4, D = 128, bf16), at once with `selected` and `all_gather`, 8 MiB at a time around the ring. Many
@@ -206,7 +206,7 @@ class FullAllGatherSession(FullSession):
         return KeySource(kv[index], [held[i][:2] for i in order]), index
 
     def _cut(self, owner: int, rows: slice) -> Iterator[Range]:
-        """Yield the positions of some rows of a rank's shard: rows 1..3 of [(0, 2), (6, 8)] -> (1, 2), (6, 7)."""
+        """Yield positions of some rows of a shard: rows 1..3 of [(0, 2), (6, 8)] -> (1, 2), (6, 7)."""
         row = 0
         for start, stop in self.layout.plan.ranges[owner]:
             first, last = max(row, rows.start), min(row + stop - start, rows.stop)

@@ -263,28 +263,67 @@ void check_flash(const Tensor& x) {
   TORCH_CHECK(x.size(-1) % 8 == 0 && x.size(-1) <= 256, "head_size must be a multiple of 8, at most 256");
 }
 
-using Flash = std::tuple<Tensor, Tensor, Tensor, Tensor, c10::SymInt, c10::SymInt, Tensor, Tensor, Tensor>;
+// Rows of a span, [rows, heads, D] as the packed kernels have them, as a batch of one for the CPU's kernel.
+Tensor span(const Tensor& x, const Tensor& limits, int64_t i) {
+  const auto* edge = limits.data_ptr<int>();
+  // in fp32, as the real kernels add up; the CPU's adds in 16 bits
+  return x.slice(0, edge[i], edge[i + 1]).transpose(0, 1).unsqueeze(0).to(at::kFloat).contiguous();
+}
+
+// What the last queries see of a span: as FlashAttention, aligned at the ends. None where all see all.
+std::optional<Tensor> mask_of(const Tensor& q, const Tensor& k, bool causal) {
+  if (!causal) return std::nullopt;
+  const auto rows = q.size(2), keys = k.size(2);
+  const auto future = at::ones({rows, keys}, at::kBool).triu(keys - rows + 1);
+  return at::zeros({1, 1, rows, keys}, q.options()).masked_fill(future, -std::numeric_limits<double>::infinity());
+}
+
+using Flash = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Flash flash(
-    const Tensor& q, const Tensor& k, const Tensor& v, double dropout, bool causal, bool, std::optional<double> scale) {
+    const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& cu_q,
+    const std::optional<Tensor>& cu_k, c10::SymInt, c10::SymInt, double dropout, bool causal, bool,
+    std::optional<double> scale, std::optional<c10::SymInt>, std::optional<c10::SymInt>, const std::optional<Tensor>&,
+    const std::optional<Tensor>&, const std::optional<Tensor>&, std::optional<int64_t>) {
   for (const auto* x : {&q, &k, &v}) check_flash(*x);
-  auto [out, lse] = at::_scaled_dot_product_flash_attention_for_cpu(
-      on_host(q), on_host(k), on_host(v), dropout, causal, std::nullopt, scale);
+  TORCH_CHECK(cu_q && cu_k && cu_q->is_cuda() && cu_k->is_cuda(), "only packed spans, with limits on the device");
+  const auto limits_q = on_host(*cu_q), limits_k = on_host(*cu_k);
+  std::vector<Tensor> outs, sums;
+  for (int64_t i = 0; i + 1 < limits_q.numel(); ++i) {
+    const auto qi = span(on_host(q), limits_q, i), ki = span(on_host(k), limits_k, i), vi = span(on_host(v), limits_k, i);
+    auto [out, lse] =
+        at::_scaled_dot_product_flash_attention_for_cpu(qi, ki, vi, dropout, false, mask_of(qi, ki, causal), scale);
+    outs.push_back(out[0].transpose(0, 1));
+    sums.push_back(lse[0]);
+  }
   const auto none = at::empty({0}, q.options().dtype(at::kLong));
-  return {on_device(out, q.device()), on_device(lse, q.device()), Tensor(), Tensor(), q.size(2), k.size(2), none, none,
-          none};
+  return {on_device(at::cat(outs).to(q.scalar_type()), q.device()), on_device(at::cat(sums, 1), q.device()), none, none, none};
 }
 
 std::tuple<Tensor, Tensor, Tensor> flash_backward(
     const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
-    const Tensor&, const Tensor&, c10::SymInt, c10::SymInt, double dropout, bool causal, const Tensor&, const Tensor&,
-    std::optional<double> scale) {
+    const Tensor& cu_q, const Tensor& cu_k, c10::SymInt, c10::SymInt, double dropout, bool causal, const Tensor&,
+    const Tensor&, std::optional<double> scale, std::optional<c10::SymInt>, std::optional<c10::SymInt>) {
   for (const auto* x : {&dout, &q, &k, &v, &out}) check_flash(*x);
   TORCH_CHECK(lse.is_cuda() && lse.scalar_type() == at::kFloat, "logsumexp must be fp32 on the device");
-  auto [dq, dk, dv] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
-      on_host(dout), on_host(q), on_host(k), on_host(v), on_host(out), on_host(lse), dropout, causal, std::nullopt,
-      scale);
-  return {on_device(dq, q.device()), on_device(dk, q.device()), on_device(dv, q.device())};
+  TORCH_CHECK(lse.is_contiguous() && lse.size(0) == q.size(1) && lse.size(1) == q.size(0), "lse is [heads, rows]");
+  const auto limits_q = on_host(cu_q), limits_k = on_host(cu_k);
+  std::vector<Tensor> dqs, dks, dvs;
+  for (int64_t i = 0; i + 1 < limits_q.numel(); ++i) {
+    const auto qi = span(on_host(q), limits_q, i), ki = span(on_host(k), limits_k, i), vi = span(on_host(v), limits_k, i);
+    const auto* edge = limits_q.data_ptr<int>();
+    const auto sums = on_host(lse).slice(1, edge[i], edge[i + 1]).unsqueeze(0).contiguous();
+    auto [dq, dk, dv] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
+        span(on_host(dout), limits_q, i), qi, ki, vi, span(on_host(out), limits_q, i), sums, dropout, false,
+        mask_of(qi, ki, causal), scale);
+    dqs.push_back(dq[0].transpose(0, 1));
+    dks.push_back(dk[0].transpose(0, 1));
+    dvs.push_back(dv[0].transpose(0, 1));
+  }
+  const auto all = [&](const std::vector<Tensor>& parts) {
+    return on_device(at::cat(parts).to(q.scalar_type()), q.device());
+  };
+  return {all(dqs), all(dks), all(dvs)};
 }
 
 TORCH_LIBRARY_IMPL(_, CUDA, m) {
@@ -305,8 +344,8 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("set_.source_Tensor", &set_tensor);
   m.impl("resize_", &resize_);
   m.impl("_local_scalar_dense", &local_scalar_dense);
-  m.impl("_scaled_dot_product_flash_attention", &flash);
-  m.impl("_scaled_dot_product_flash_attention_backward", &flash_backward);
+  m.impl("_flash_attention_forward", &flash);
+  m.impl("_flash_attention_backward", &flash_backward);
 }
 
 }  // namespace

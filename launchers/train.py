@@ -25,7 +25,7 @@ from launchers.cli.output import say, steady_output
 from launchers.cli.quick_imports import quick_imports
 from launchers.hydra_config.compose import EVERY_KEY, compose_run, config_to_yaml, known_keys
 from launchers.local.job_environment import Node, joined_environment, joined_node, said_by
-from launchers.local.kernel_checks import kernel_warning
+from launchers.local.kernel_checks import full_kernel_line, kernel_warning
 from launchers.local.launch_checks import Layout, check_files, describe, plan_layout, set_worker_environment
 from launchers.local.machine import accept_log_level, check_current_folder, check_loopback, raise_file_limit
 from launchers.local.run_dir import CONFIG_NAME, claim_run_dir, disk_warning, write_config
@@ -120,6 +120,8 @@ def _run(arguments: list[str]) -> int:
         check_files(config, say=say)
         say(describe(config, layout))
         for line in describe_layout(config, layout.world_size):
+            say(line)
+        if line := full_kernel_line(config, on_gpu=layout.on_gpu):
             say(line)
         return 0
     if node:

@@ -1,6 +1,6 @@
-"""Check what will compute MSA layers on this machine: refuse what cannot run, and name what would be slow."""
+"""Check what will compute attention on this machine: refuse what cannot run, and name what would be slow."""
 
-from msa_train.config import AttentionKernel, AttentionKind, Precision, RunConfig
+from msa_train.config import AttentionKernel, AttentionKind, FullKernel, Precision, RunConfig
 
 
 def check_kernel(config: RunConfig, *, on_gpu: bool) -> None:
@@ -19,6 +19,46 @@ def check_kernel(config: RunConfig, *, on_gpu: bool) -> None:
         choose_kernel("triton", torch.device("cuda" if on_gpu else "cpu"), _why_not_triton(config))
     except ValueError as error:
         raise ValueError(str(error).replace("kernel=", "attention.kernel=")) from None
+
+
+def check_full_kernel(config: RunConfig, *, on_gpu: bool) -> None:
+    """Check that the library that is to compute full attention is installed; the GPU itself is not asked.
+
+    Raises:
+        ValueError: naming the value, the rule and the fix.
+    """
+    kernel = config.attention.full_kernel
+    if kernel in (FullKernel.auto, FullKernel.torch) or not on_gpu:
+        return
+    # not at the top of the file: torch takes seconds
+    import torch
+    from msa_kernels.full_attention.choice import choose_by_rule, installed_machine
+
+    try:
+        choose_by_rule(kernel.value, installed_machine(), torch.bfloat16, config.model.head_dim)
+    except ValueError as error:
+        raise ValueError(str(error).replace("full_kernel=", "attention.full_kernel=")) from None
+
+
+def full_kernel_line(config: RunConfig, *, on_gpu: bool) -> str | None:
+    """Say what computes full attention on these GPUs and why; None on CPUs, or where no layer attends fully.
+
+    Call it where no worker is forked afterwards: it opens the GPU.
+
+    Example: "full attention by cudnn: flash3: not installed".
+    """
+    if not on_gpu or AttentionKind.full not in config.model.attention_kinds():
+        return None
+    import torch
+    from msa_kernels.full_attention.choice import describe_choice
+
+    dtypes = {Precision.bf16: torch.bfloat16, Precision.fp32: torch.float32, Precision.fp64: torch.float64}
+    return describe_choice(
+        config.attention.full_kernel.value,
+        torch.device("cuda", torch.cuda.current_device()),
+        dtypes[config.train.precision],
+        config.model.head_dim,
+    )
 
 
 def kernel_warning(config: RunConfig, *, on_gpu: bool) -> str | None:

@@ -26,10 +26,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from msa_kernels.full_attention.choice import describe_choice
 
 from msa_train.checkpoint.data_record import handed_on, record_of
 from msa_train.checkpoint.store import CheckpointStore
 from msa_train.config import (
+    AttentionKind,
     Device,
     EngineKind,
     RunConfig,
@@ -39,6 +41,7 @@ from msa_train.config import (
     total_steps,
 )
 from msa_train.data import load_datasets
+from msa_train.model.transformer_config import DTYPES
 from msa_train.parallel.comm.fault_watch import FaultWatch, watched
 from msa_train.parallel.comm.job import init_distributed, start_watch
 from msa_train.parallel.process_groups import Groups, build_groups, destroy_groups
@@ -208,4 +211,9 @@ def _opening(config: RunConfig, groups: Groups, first_step: int) -> list[str]:
     work = f"steps {first_step + 1} to {total} of {config.train.global_batch_size} x {lengths} tokens"
     if first_step >= total:
         work = f"nothing to do: train.steps={total} and {first_step} are made; use a larger number"
-    return [f"{config.name}: {where} ({sizes}), {work}", f"run_dir {Path(config.run_dir).resolve()}"]
+    lines = [f"{config.name}: {where} ({sizes}), {work}", f"run_dir {Path(config.run_dir).resolve()}"]
+    if groups.device.type == "cuda" and AttentionKind.full in config.model.attention_kinds():
+        dtype = DTYPES[config.train.precision]
+        kernel = config.attention.full_kernel.value
+        lines.append(describe_choice(kernel, groups.device, dtype, config.model.head_dim))
+    return lines

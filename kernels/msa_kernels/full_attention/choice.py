@@ -7,7 +7,7 @@ tried once on a small problem before it is relied on: a library that fails there
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 
@@ -124,13 +124,33 @@ def find_machine(device: torch.device) -> Machine:
     """Find out what a device has; without a GPU at hand (tracing), a Hopper with what is installed here."""
     if device.type != "cuda":
         return Machine((0, 0))
-    capability = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else _HOPPER
+    machine = installed_machine()
+    if not torch.cuda.is_available():
+        return machine
+    major, minor = torch.cuda.get_device_capability(device)
+    return replace(machine, capability=(major, minor))
+
+
+def installed_machine() -> Machine:
+    """Return a Hopper with what is installed here, for questions that no GPU has to answer."""
     return Machine(
-        capability=(capability[0], capability[1]),
+        capability=_HOPPER,
         flash3=_installed("flash3"),
         flash2=_installed("flash2"),
         cudnn=torch.backends.cudnn.is_available(),
     )
+
+
+def describe_choice(kernel: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """Say in a line what `choose` takes, for the log.
+
+    Raises:
+        ValueError: as `choose`.
+
+    Example: "full attention by cudnn: flash3: not installed".
+    """
+    choice = choose(kernel, device, dtype, head_dim, torch.are_deterministic_algorithms_enabled())
+    return f"full attention by {choice.name}: {choice.reason}"
 
 
 def takes_flash(dtype: torch.dtype, head_dim: int) -> bool:

@@ -55,7 +55,7 @@ def full_kernel_line(config: RunConfig, *, on_gpu: bool) -> str | None:
     dtypes = {Precision.bf16: torch.bfloat16, Precision.fp32: torch.float32, Precision.fp64: torch.float64}
     return describe_choice(
         config.attention.full_kernel.value,
-        torch.device("cuda", torch.cuda.current_device()),
+        torch.device("cuda"),
         dtypes[config.train.precision],
         config.model.head_dim,
     )

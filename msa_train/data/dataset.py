@@ -1,59 +1,75 @@
 """Number packs without end, and deal those of each step to the data-parallel ranks."""
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
 import numpy as np
 
-from msa_train.data.packing import IGNORE_LABEL, EpochPlan, Pack, pack_documents
-from msa_train.data.split import DocumentView
+from msa_train.data.pack_index import EpochOrder, PackTable, table_of
+from msa_train.data.packing import IGNORE_LABEL, Pack, pack_documents
+from msa_train.data.split import DocumentView, TokenReader
 
-_PLANS_KEPT = 2
+_ORDERS_KEPT = 2
 "this epoch's and, while a step is fetched ahead, the next one's"
 
 
 class PackedDataset:
     """Build packs on demand from an endless row; number i is the same for all ranks and runs of a seed.
 
-    Memory: 32 bytes per piece in the packing and 8 in each of two epoch plans, on every data-parallel rank;
-    the tokens themselves stay in the memory-mapped file. A pack has 16 bytes per token: 16 MiB for 1M tokens.
+    Memory: 13 bytes per piece and 16 in each of two epochs, on every data-parallel rank, or nothing but the
+    pages that are read where the table is mapped (`pack_index`); the tokens stay in the memory-mapped file. A
+    pack has 16 bytes per token: 16 MiB for 1M tokens.
 
     Args:
-        view: the documents.
+        view: the documents; also a function that makes it, where the table is mapped.
         seq_len: tokens of a pack.
         block_size: alignment of documents in a pack.
         seed: order of documents and packs.
+        table: the packing, where it is mapped; None: made here.
+        reader: reads tokens, where `view` is a function.
     """
 
-    def __init__(self, view: DocumentView, *, seq_len: int, block_size: int, seed: int) -> None:
-        assert view.lengths.any(), "a data set needs at least one token"
-        self._view = view
+    def __init__(
+        self,
+        view: DocumentView | Callable[[], DocumentView],
+        *,
+        seq_len: int,
+        block_size: int,
+        seed: int,
+        table: PackTable | None = None,
+        reader: TokenReader | None = None,
+    ) -> None:
+        self._given_view = view
         self._seq_len = seq_len
         self._block_size = block_size
-        self._packing = pack_documents(view.lengths, seq_len=seq_len, block_size=block_size, seed=seed)
-        self._plans: dict[int, EpochPlan] = {}
+        self._table = table or pack_view(self.view, seq_len=seq_len, block_size=block_size, seed=seed)
+        self._reader = reader or self.view.reader
+        self._orders: dict[int, EpochOrder] = {}
         self._lock = threading.Lock()
 
     @property
     def view(self) -> DocumentView:
         """Return the documents."""
-        return self._view
+        if not isinstance(self._given_view, DocumentView):
+            self._given_view = self._given_view()
+        return self._given_view
 
     @property
     def num_packs(self) -> int:
         """Return the packs of one epoch; the same for all epochs."""
-        return self._packing.num_packs
+        return self._table.num_packs
 
     @property
     def num_documents(self) -> int:
         """Return the documents of one epoch."""
-        return len(self._view.lengths)
+        return self._table.num_documents
 
     @property
     def num_tokens(self) -> int:
         """Return the tokens of one epoch, without padding."""
-        return int(self._view.lengths.sum())
+        return self._table.num_tokens
 
     @property
     def padding_share(self) -> float:
@@ -78,32 +94,48 @@ class PackedDataset:
             raise IndexError(f"pack {index}: packs are counted from 0 and have no end")
         # all epochs have equally many packs, so a step finds its place without replaying earlier ones
         epoch, pack = divmod(index, self.num_packs)
-        pieces = self._plan(epoch).pieces(pack)
+        order, table = self._order(epoch), self._table
+        shape = int(order.pack_order[pack])
+        pieces = np.asarray(order.slot_piece[table.pack_slots[shape] : table.pack_slots[shape + 1]])
+        length = table.length[pieces]
         # each piece starts on the next block boundary; the last slot takes the rest of the pack
-        blocks = -(-pieces.length // self._block_size)
+        blocks = -(-length // self._block_size)
         cu_seqlens = np.zeros(len(pieces) + 1, np.int32)
         np.cumsum(blocks[:-1] * self._block_size, out=cu_seqlens[1:-1])
         cu_seqlens[-1] = self._seq_len
         tokens = np.zeros(self._seq_len, np.int64)
         labels = np.full(self._seq_len, IGNORE_LABEL, np.int64)
-        rows = zip(cu_seqlens, pieces.doc, pieces.start, pieces.length, strict=False)
-        for position, doc, start, length in rows:
+        rows = zip(
+            cu_seqlens.tolist(),
+            table.begin[pieces].tolist(),
+            length.tolist(),
+            table.goes_on[pieces].tolist(),
+            strict=False,
+        )
+        for position, begin, count, goes_on in rows:
             # One token more than the piece has: what follows it in the document is its last label.
-            text = self._view.read(int(doc), int(start), int(length) + 1)
-            tokens[position : position + length] = text[:length]
+            text = self._reader.read(begin, count + goes_on)
+            tokens[position : position + count] = text[:count]
             # a piece that is cut off has a label at its last token too; the document's last token has none
             labels[position : position + len(text) - 1] = text[1:]
-        return Pack(tokens, labels, cu_seqlens, pieces.length.astype(np.int32))
+        return Pack(tokens, labels, cu_seqlens, length.astype(np.int32))
 
-    def _plan(self, epoch: int) -> EpochPlan:
-        """Return the plan of an epoch; made by the step's thread and by the one that reads ahead."""
+    def _order(self, epoch: int) -> EpochOrder:
+        """Return the order of an epoch; made by the step's thread and by the one that reads ahead."""
         with self._lock:
-            if epoch not in self._plans:
-                # of the plans kept, the epoch farthest from this one goes first
-                while len(self._plans) >= _PLANS_KEPT:
-                    del self._plans[max(self._plans, key=lambda kept: abs(kept - epoch))]
-                self._plans[epoch] = self._packing.epoch(epoch)
-            return self._plans[epoch]
+            if epoch not in self._orders:
+                # of the orders kept, the epoch farthest from this one goes first
+                while len(self._orders) >= _ORDERS_KEPT:
+                    del self._orders[max(self._orders, key=lambda kept: abs(kept - epoch))]
+                self._orders[epoch] = self._table.order(epoch)
+            return self._orders[epoch]
+
+
+def pack_view(view: DocumentView, *, seq_len: int, block_size: int, seed: int) -> PackTable:
+    """Pack the documents of a view in memory."""
+    assert view.lengths.any(), "a data set needs at least one token"
+    packing = pack_documents(view.lengths, seq_len=seq_len, block_size=block_size, seed=seed)
+    return table_of(packing, view.begin, view.lengths, block_size=block_size)
 
 
 class BatchStream:

@@ -7,17 +7,21 @@ Example with seq_len=8, block_size=4 and documents of 3, 10 and 4 tokens (a, b, 
     pieces  a[0:3]  b[0:8]  b[8:10]  c[0:4]        in blocks  1  2  1  1
     packs   bbbbbbbb  aaa.cccc  bb......
 
-Cost: best fit looks once at each piece that does not fill a pack; a search shifts a bit mask of seq_len /
-block_size bits, 1 KiB for packs of 1M tokens in blocks of 128. An epoch sorts all pieces once more. Padding
-is less than a block per piece, and what is left free in packs.
+Cost: best fit looks once at each piece that does not fill a pack, see `best_fit`; an epoch sorts all pieces
+once more. Of large corpora both are kept on disk, see `pack_index`. Padding is less than a block per piece, and
+what is left free in packs.
 """
 
+from bisect import bisect_left, insort
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from msa_train.data.orders import order_of, shuffled
+
 IGNORE_LABEL = -100
+_CHUNK_PIECES = 1 << 20
 
 # streams of random numbers: the order of the search, what fills the slots, the order of the packs
 _PACKING_STREAM, _PIECE_STREAM, _PACK_STREAM = range(3)
@@ -54,19 +58,22 @@ class Pack:
 
 @dataclass(slots=True)
 class Pieces:
-    """Hold parallel arrays, one entry per piece: `length` tokens of document `doc` from token `start` on."""
+    """Hold parallel arrays, one entry per piece: `length` tokens of document `doc` from token `start` on.
 
-    doc: npt.NDArray[np.int64]
-    "[num_pieces] int64, number of the document"
-    start: npt.NDArray[np.int64]
-    "[num_pieces] int64, first token in its document"
-    length: npt.NDArray[np.int64]
-    "[num_pieces] int64, tokens, 1 to seq_len"
+    Numbers are int32 where all of them are below 2^31, else int64.
+    """
+
+    doc: npt.NDArray[np.integer]
+    "[num_pieces] number of the document"
+    start: npt.NDArray[np.integer]
+    "[num_pieces] first token in its document"
+    length: npt.NDArray[np.integer]
+    "[num_pieces] tokens, 1 to seq_len"
 
     def __len__(self) -> int:
         return len(self.doc)
 
-    def take(self, index: npt.NDArray[np.int64] | slice) -> "Pieces":
+    def take(self, index: npt.NDArray[np.integer] | slice) -> "Pieces":
         """Return the pieces at `index`."""
         return Pieces(self.doc[index], self.start[index], self.length[index])
 
@@ -110,8 +117,8 @@ class Packing:
 
     pieces: Pieces
     "every piece of every document; piece i fills slot i before shuffling"
-    slot_blocks: npt.NDArray[np.int64]
-    "[num_slots] int64, size of each slot in blocks"
+    slot_blocks: npt.NDArray[np.integer]
+    "[num_slots] size of each slot in blocks"
     pack_slots: npt.NDArray[np.int64]
     "[num_packs + 1] int64, pack p has the slots from pack_slots[p] to pack_slots[p + 1]"
     seed: int
@@ -129,12 +136,20 @@ class Packing:
         pieces are 2, 1, 0 and the slots 1, 2, 0, so slot 1 gets piece 2, slot 2 gets piece 1 and slot 0 keeps
         piece 0.
         """
-        shuffled = _shuffle(len(self.pieces), self.seed, _PIECE_STREAM, epoch)
-        # both sides sorted by size, stably: pieces stay in shuffled order within a size, slots in their own
-        by_size = shuffled[np.argsort(self.slot_blocks[shuffled], kind="stable")]
-        slot_piece = np.empty_like(by_size)
-        slot_piece[np.argsort(self.slot_blocks, kind="stable")] = by_size
-        return EpochPlan(self, slot_piece, _shuffle(self.num_packs, self.seed, _PACK_STREAM, epoch))
+        slot_piece, pack_order = deal_pieces(self.slot_blocks, self.num_packs, self.seed, epoch)
+        return EpochPlan(self, slot_piece, pack_order)
+
+
+def deal_pieces(
+    slot_blocks: npt.NDArray[np.integer], num_packs: int, seed: int, epoch: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the piece in each slot [num_slots], the shape of each pack [num_packs]; see `Packing.epoch`."""
+    by_chance = shuffled(len(slot_blocks), seed, _PIECE_STREAM, epoch)
+    # both sides sorted by size, stably: pieces stay in shuffled order within a size, slots in their own
+    by_size = by_chance[order_of(slot_blocks[by_chance].astype(np.uint32))]
+    slot_piece = np.empty_like(by_size)
+    slot_piece[order_of(slot_blocks.astype(np.uint32))] = by_size
+    return slot_piece, shuffled(num_packs, seed, _PACK_STREAM, epoch)
 
 
 def pack_documents(
@@ -163,11 +178,11 @@ def pack_documents(
         raise ValueError(f"data.seed={seed}: must not be negative; use data.seed={-seed}")
     pieces = split_documents(doc_lengths, seq_len)
     # documents of a corpus are often sorted by kind and length; shuffled, small pieces are left to fill packs
-    pieces = pieces.take(_shuffle(len(pieces), seed, _PACKING_STREAM, 0))
+    pieces = pieces.take(shuffled(len(pieces), seed, _PACKING_STREAM, 0))
     blocks = -(-pieces.length // block_size)
     pack = _choose_packs(blocks, seq_len // block_size)
     # slots of a pack become neighbours; pack_slots then counts them up
-    by_pack = np.argsort(pack, kind="stable")
+    by_pack = order_of(pack.view(np.uint64))
     pack_slots = np.zeros(int(pack.max(initial=-1)) + 2, np.int64)
     np.cumsum(np.bincount(pack), out=pack_slots[1:])
     return Packing(pieces.take(by_pack), blocks[by_pack], pack_slots, seed)
@@ -178,63 +193,97 @@ def split_documents(doc_lengths: npt.NDArray[np.int64], seq_len: int) -> Pieces:
 
     Example: lengths [3, 10] and seq_len 8 give doc [0, 1, 1], start [0, 0, 8], length [3, 8, 2].
     """
-    lengths = doc_lengths.astype(np.int64)
+    largest = max(int(doc_lengths.max(initial=0)), len(doc_lengths))
+    dtype = np.int32 if largest < 1 << 31 else np.int64
+    lengths = doc_lengths.astype(dtype)
     num_pieces = -(-lengths // seq_len)
     # one entry per piece: 0 pieces for an empty document, which so vanishes
-    doc = np.repeat(np.arange(len(lengths)), num_pieces)
+    doc = np.repeat(np.arange(len(lengths), dtype=dtype), num_pieces)
     first_piece = np.cumsum(num_pieces) - num_pieces
     # a piece's number within its document, times seq_len
-    start = (np.arange(len(doc)) - first_piece[doc]) * seq_len
+    start = ((np.arange(len(doc)) - first_piece[doc]) * seq_len).astype(dtype)
     return Pieces(doc, start, np.minimum(lengths[doc] - start, seq_len))
 
 
-def _choose_packs(blocks: npt.NDArray[np.int64], capacity: int) -> npt.NDArray[np.int64]:
+def _choose_packs(blocks: npt.NDArray[np.integer], capacity: int) -> npt.NDArray[np.int64]:
     # Pieces that fill a pack are most of a corpus of long documents, and need no search.
     is_full = blocks == capacity
-    pack = np.empty_like(blocks)
+    pack = np.empty(len(blocks), np.int64)
     pack[~is_full] = best_fit(blocks[~is_full], capacity)
     first_full = int(pack[~is_full].max(initial=-1)) + 1
     pack[is_full] = first_full + np.arange(np.count_nonzero(is_full))
     return pack
 
 
-def best_fit(sizes: npt.NDArray[np.int64], capacity: int) -> npt.NDArray[np.int64]:
+def best_fit(sizes: npt.NDArray[np.integer], capacity: int) -> npt.NDArray[np.int64]:
     """Choose a pack for each piece: the fullest one that still has room, else a new one.
 
-    The set of free sizes is one integer used as a bit mask, so a search costs a shift instead of a loop. Best
-    fit in the order given needs about 1.7 times the fewest packs in the worst case (Johnson et al. 1974).
+    Of packs that are equally full the last one to become so is taken. Best fit in the order given needs about
+    1.7 times the fewest packs in the worst case (Johnson et al. 1974).
+
+    A piece goes to the pack of the one before as long as no other pack is fuller and has room; that needs two
+    comparisons. Else the free sizes, kept in order, are searched. 0.13 us per piece of 9 blocks in packs of
+    1,536, 0.1 in packs of 8,192; 0.4 to 0.7 in packs of 64, of which a few pieces fill each.
 
     Args:
-        sizes: [num_pieces] int64, blocks of each piece, 1 to capacity.
+        sizes: [num_pieces] integers, blocks of each piece, 1 to capacity.
         capacity: blocks of a pack.
 
     Returns:
         [num_pieces] int64, number of the pack. Example: sizes [2, 3, 2, 1], capacity 4 -> [0, 1, 0, 1].
     """
-    packs: list[int] = []
-    packs_with_free = [list[int]() for _ in range(capacity + 1)]
-    free_mask = num_packs = 0
-    all_sizes: list[int] = sizes.tolist()
-    for size in all_sizes:
-        candidates = free_mask >> size
-        if candidates:
-            # the lowest set bit is the smallest free size that fits, which leaves least
-            free = size + (candidates & -candidates).bit_length() - 1
-            pack = packs_with_free[free].pop()
-            if not packs_with_free[free]:
-                free_mask ^= 1 << free
-        else:
-            free, pack = capacity, num_packs
-            num_packs += 1
-        packs.append(pack)
-        # a full pack is forgotten: it can take nothing more
-        if rest := free - size:
-            packs_with_free[rest].append(pack)
-            free_mask |= 1 << rest
-    return np.array(packs, np.int64)
+    chosen = np.empty(len(sizes), np.int64)
+    fitter = _BestFit(capacity)
+    for begin in range(0, len(sizes), _CHUNK_PIECES):
+        # Python's own numbers are quick to compare, but take 40 bytes each
+        part = sizes[begin : begin + _CHUNK_PIECES]
+        chosen[begin : begin + len(part)] = fitter.place(part.tolist())
+    return chosen
 
 
-def _shuffle(count: int, seed: int, stream: int, epoch: int) -> npt.NDArray[np.int64]:
-    # numpy keeps the raw stream of a bit generator for ever, but not what Generator.permutation makes of it.
-    generator = np.random.PCG64(np.random.SeedSequence([seed, stream, epoch]))
-    return np.argsort(generator.random_raw(count), kind="stable")
+class _BestFit:
+    """Hold the packs that have room, between parts of a long list of pieces."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.num_packs = 0
+        self.free_sizes: list[int] = []
+        "ascending, each once, of packs other than the open one"
+        self.packs_with: dict[int, list[int]] = {}
+        "packs by their free size, the last to get it at the end"
+        self.open = (-1, 0)
+        "pack of the piece before, and its free size"
+
+    def place(self, sizes: list[int]) -> list[int]:
+        """Return the pack of each piece."""
+        free_sizes, packs_with = self.free_sizes, self.packs_with
+        pack, free = self.open
+        below = self._below(free)
+        packs: list[int] = []
+        put = packs.append
+        for size in sizes:
+            if not below < size <= free:
+                if free:
+                    if free not in packs_with:
+                        packs_with[free] = []
+                        insort(free_sizes, free)
+                    packs_with[free].append(pack)
+                place = bisect_left(free_sizes, size)
+                if place == len(free_sizes):
+                    pack, free = self.num_packs, self.capacity
+                    self.num_packs += 1
+                else:
+                    free = free_sizes[place]
+                    pack = packs_with[free].pop()
+                    if not packs_with[free]:
+                        del packs_with[free], free_sizes[place]
+                below = self._below(free - size)
+            free -= size
+            put(pack)
+        self.open = (pack, free)
+        return packs
+
+    def _below(self, free: int) -> int:
+        """Return the largest free size of other packs below `free`, 0 if there is none."""
+        place = bisect_left(self.free_sizes, free)
+        return self.free_sizes[place - 1] if place else 0

@@ -5,6 +5,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,21 @@ import numpy as np
 import numpy.typing as npt
 
 from msa_train.config import DataConfig
+from msa_train.data import pack_index
 from msa_train.data.corpora.documents import iterate_documents
 from msa_train.data.corpora.sources import INDEXED_SUFFIXES, Source, find_indexed, find_source
-from msa_train.data.dataset import PackedDataset
+from msa_train.data.dataset import PackedDataset, pack_view
 from msa_train.data.errors import corpus_error
-from msa_train.data.split import check_labels, choose_held_out, hash_indices, hash_name, split_store
+from msa_train.data.pack_index import PackTable
+from msa_train.data.split import (
+    DocumentView,
+    TokenReader,
+    check_labels,
+    choose_held_out,
+    hash_indices,
+    hash_name,
+    split_store,
+)
 from msa_train.data.token_cache.cache import (
     DOCUMENTS_NAME,
     Documents,
@@ -113,18 +124,78 @@ def load_datasets(
     corpus = prepared or prepare_corpus(data, vocab_size=vocab_size)
     _check_unchanged(data, corpus)
     store = TokenStore(corpus.prefix, corpus=data.corpus)
+    packed = _map_packs(data, corpus, store, block_size, vocab_size)
+    if packed is None:
+        views = _split(data, corpus, store, vocab_size)
+        packed = [
+            view and PackedDataset(view, seq_len=data.seq_len, block_size=block_size, seed=data.seed)
+            for view in views
+        ]
+    train_packs, validation_packs = packed
+    assert train_packs is not None, "a corpus has at least one document to train on"
+    return train_packs, validation_packs, corpus
+
+
+def _split(
+    data: DataConfig, corpus: Corpus, store: TokenStore, vocab_size: int
+) -> tuple[DocumentView, DocumentView | None]:
+    """Return the documents to train on, and those held out."""
     if corpus.num_bytes is None:
         # documents of a .bin/.idx have no names: their places are hashed
         hashes = hash_indices(store.num_documents)
     else:
         hashes = read_documents(Path(corpus.prefix).parent).hashes
-    train, validation = split_store(store, hashes, fraction=data.validation_fraction, vocab_size=vocab_size)
-    train_packs, validation_packs = (
-        view and PackedDataset(view, seq_len=data.seq_len, block_size=block_size, seed=data.seed)
-        for view in (train, validation)
-    )
-    assert train_packs is not None, "a corpus has at least one document to train on"
-    return train_packs, validation_packs, corpus
+    return split_store(store, hashes, fraction=data.validation_fraction, vocab_size=vocab_size)
+
+
+def _pack_side(view: DocumentView | None, sizes: dict[str, int]) -> PackTable:
+    """Pack one side of the split; an empty table where nothing is held out."""
+    return pack_index.empty_table(**sizes) if view is None else pack_view(view, **sizes)
+
+
+def _given(view: DocumentView | None) -> DocumentView:
+    assert view is not None, "its packs were asked for"
+    return view
+
+
+def _map_packs(
+    data: DataConfig, corpus: Corpus, store: TokenStore, block_size: int, vocab_size: int
+) -> list[PackedDataset | None] | None:
+    """Map the packings of a large corpus; None where it is small, or the cache cannot be written to."""
+    if corpus.num_documents < pack_index.MIN_DOCUMENTS:
+        return None
+    facts = [corpus.content, data.validation_fraction, data.seq_len, block_size, data.seed]
+    folder = pack_index.index_folder(Path(data.cache_dir).expanduser().absolute(), facts)
+
+    @cache
+    def views() -> tuple[DocumentView, DocumentView | None]:
+        return _split(data, corpus, store, vocab_size)
+
+    sizes = {"seq_len": data.seq_len, "block_size": block_size, "seed": data.seed}
+    result: list[PackedDataset | None] = []
+    for side, name in enumerate(("train", "validation")):
+        # how many are held out is known where the split was made
+        table = pack_index.mapped_table(
+            folder / name,
+            lambda side=side: _pack_side(views()[side], sizes),
+            seed=data.seed,
+            block_size=block_size,
+        )
+        if table is None:
+            return None
+        result.append(
+            PackedDataset(
+                lambda side=side: _given(views()[side]),
+                table=table,
+                reader=TokenReader(store, vocab_size),
+                **sizes,
+            )
+            if table.num_documents
+            else None
+        )
+    views.cache_clear()
+    store.forget_documents()
+    return result
 
 
 def _check_unchanged(data: DataConfig, corpus: Corpus) -> None:

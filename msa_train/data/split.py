@@ -11,6 +11,28 @@ from msa_train.data.token_cache.store import TokenStore
 
 _MIN_TAIL_TOKENS = 2
 "the fewest tokens of which one has a label"
+_CHUNK_DOCUMENTS = 1 << 20
+"that are looked at as Python's numbers at a time"
+
+
+@dataclass(slots=True)
+class TokenReader:
+    """Read tokens of a store, and make sure that the model knows them."""
+
+    store: TokenStore
+    "where the tokens are"
+    vocab_size: int
+    "ids from here on are an error"
+
+    def read(self, begin: int, count: int) -> npt.NDArray[np.int64]:
+        """Read `count` tokens from token `begin` of the .bin on, int64.
+
+        Raises:
+            ValueError: if an id has no row in the embedding.
+        """
+        tokens = self.store.read(begin, count)
+        self.store.check_ids(tokens, self.vocab_size)
+        return tokens
 
 
 @dataclass(slots=True)
@@ -36,9 +58,12 @@ class DocumentView:
         """
         # never beyond the view's part of the document: a tail belongs to validation alone
         count = min(count, int(self.lengths[doc]) - start)
-        tokens = self.store.read(int(self.begin[doc]) + start, count)
-        self.store.check_ids(tokens, self.vocab_size)
-        return tokens
+        return self.reader.read(int(self.begin[doc]) + start, count)
+
+    @property
+    def reader(self) -> TokenReader:
+        """Return what reads the tokens."""
+        return TokenReader(self.store, self.vocab_size)
 
 
 def hash_name(name: str) -> int:
@@ -99,11 +124,17 @@ def _fill_share(
     and 2.
     """
     held_out = np.zeros(len(lengths), np.bool_)
-    room = int(lengths.sum() * fraction)
-    for doc, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
-        if length <= room:
-            held_out[doc] = True
-            room -= length
+    room, shortest = int(lengths.sum() * fraction), int(lengths.min())
+    for begin in range(0, len(order), _CHUNK_DOCUMENTS):
+        # nothing fits any more; before that, only what may fit is looked at
+        if room < shortest:
+            break
+        part = order[begin : begin + _CHUNK_DOCUMENTS]
+        part = part[lengths[part] <= room]
+        for doc, length in zip(part.tolist(), lengths[part].tolist(), strict=True):
+            if length <= room:
+                held_out[doc] = True
+                room -= length
     # every document is longer than the share: the shortest one costs training least
     if not held_out.any():
         held_out[lengths.argmin()] = True

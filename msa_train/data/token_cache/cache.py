@@ -139,11 +139,11 @@ def read_documents(folder: Path) -> Documents:
         ValueError: if the file cannot hold them.
     """
     # read as unsigned throughout: sizes are never negative, hashes use all 64 bits
-    raw = np.fromfile(folder / DOCUMENTS_NAME, "<u8").astype(np.uint64)
+    raw = np.fromfile(folder / DOCUMENTS_NAME, "<u8").astype(np.uint64, copy=False)
     if len(raw) == 0 or len(raw) % 3:
         raise ValueError(f"{DOCUMENTS_NAME}: holds no three arrays")
     hashes, num_bytes, num_tokens = raw.reshape(3, -1)
-    return Documents(hashes, num_bytes.astype(np.int64), num_tokens.astype(np.int64))
+    return Documents(hashes, num_bytes.view(np.int64), num_tokens.view(np.int64))
 
 
 def read_findings(folder: Path) -> list[str]:

@@ -26,17 +26,20 @@ _INTEGER_CODES = {1, 2, 3, 4, 5, 8}
 "Megatron's codes of integer types; 6 and 7 are floats"
 _MAX_SEQUENCE_TOKENS = 2**31 - 1
 "lengths are int32 in an .idx"
+_CHUNK = 1 << 20
+"sequences or documents that are checked at a time"
 _SAMPLE_WINDOWS, _SAMPLE_TOKENS = 64, 1 << 16
 
 
 class TokenStore:
-    """Read the documents of a .bin/.idx pair, memory-mapped; 16 bytes per document are in memory.
+    """Read the documents of a .bin/.idx pair, memory-mapped.
+
+    Edges of documents are worked out when they are asked for, 16 bytes per document in memory; the pair
+    itself is checked at once, 1M sequences at a time.
 
     Attributes:
         corpus: the setting that led here, for messages.
         prefix: path without .bin and .idx.
-        begin: [num_documents] int64, first token of each document, counted from the start of the .bin.
-        lengths: [num_documents] int64, tokens of each document.
 
     Example: documents of 3 and 2 tokens -> begin [0, 3], lengths [3, 2].
 
@@ -58,17 +61,10 @@ class TokenStore:
             raise self._bad_documents() from error
         index = self._dataset.index
         self._dtype = np.dtype(index.dtype)
-        # Copies: Megatron's arrays point into a map that is closed with the data set.
-        sequence_ends = np.cumsum(index.sequence_lengths, dtype=np.int64)
-        sequence_begins = sequence_ends - index.sequence_lengths
-        if not np.array_equal(index.sequence_pointers, sequence_begins * self._dtype.itemsize):
-            raise corpus_error(corpus, f"sequences of {prefix}.bin are not in order; write the pair again")
-        # a document is one or more sequences: its edges are the token positions of its first sequences
-        edges = np.concatenate([[0], sequence_ends])[self._document_indices()]
-        self.begin, self.lengths = edges[:-1].copy(), np.diff(edges)
-        if np.any(index.sequence_lengths < 0):
-            raise self._bad_documents()
-        told, size = int(edges[-1]) * self._dtype.itemsize, os.path.getsize(prefix + ".bin")
+        self._check_document_indices()
+        self.num_tokens = self._check_sequences()
+        self._edges: npt.NDArray[np.int64] | None = None
+        told, size = self.num_tokens * self._dtype.itemsize, os.path.getsize(prefix + ".bin")
         if size < told:
             raise corpus_error(
                 corpus, f"{prefix}.bin is shorter than its .idx says ({size} bytes, {told}); copy both again"
@@ -80,12 +76,54 @@ class TokenStore:
                 "copy both again",
             )
 
-    def _document_indices(self) -> npt.NDArray[np.int64]:
-        indices = np.array(self._dataset.document_indices)
+    def _check_sequences(self) -> int:
+        """Make sure that sequences lie one behind another; return the tokens of all."""
+        index, end = self._dataset.index, 0
+        for first in range(0, len(index.sequence_lengths), _CHUNK):
+            lengths = np.asarray(index.sequence_lengths[first : first + _CHUNK], np.int64)
+            ends = end + np.cumsum(lengths)
+            pointers = index.sequence_pointers[first : first + _CHUNK]
+            if not np.array_equal(pointers, (ends - lengths) * self._dtype.itemsize):
+                raise corpus_error(
+                    self.corpus, f"sequences of {self.prefix}.bin are not in order; write the pair again"
+                )
+            if np.any(lengths < 0):
+                raise self._bad_documents()
+            end = int(ends[-1])
+        return end
+
+    def _check_document_indices(self) -> None:
+        indices = self._dataset.document_indices
         sound = len(indices) > 1 and indices[0] == 0 and indices[-1] == len(self._dataset)
-        if not sound or np.any(np.diff(indices) < 0):
+        for first in range(0, len(indices) if sound else 0, _CHUNK):
+            # one more, so that the step between two parts is looked at too
+            sound = sound and not np.any(np.diff(indices[first : first + _CHUNK + 1]) < 0)
+        if not sound:
             raise self._bad_documents()
-        return indices
+
+    def _document_edges(self) -> npt.NDArray[np.int64]:
+        """Work out where documents begin and end: [num_documents + 1]."""
+        if self._edges is None:
+            # Copies: Megatron's arrays point into a map that is closed with the data set.
+            ends = np.zeros(len(self._dataset.index.sequence_lengths) + 1, np.int64)
+            np.cumsum(self._dataset.index.sequence_lengths, out=ends[1:])
+            # a document is one or more sequences: its edges are the token positions of its first sequences
+            self._edges = ends[self._dataset.document_indices]
+        return self._edges
+
+    def forget_documents(self) -> None:
+        """Free the edges of documents; they are worked out again where they are asked for."""
+        self._edges = None
+
+    @property
+    def begin(self) -> npt.NDArray[np.int64]:
+        """Return the first token of each document in the .bin: [num_documents] int64."""
+        return self._document_edges()[:-1]
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Return the tokens of each document: [num_documents] int64."""
+        return np.diff(self._document_edges())
 
     def _bad_documents(self) -> ValueError:
         problem = f"documents of {self.prefix}.idx do not cover its sequences; write the pair again"
@@ -94,12 +132,7 @@ class TokenStore:
     @property
     def num_documents(self) -> int:
         """Count the documents, empty ones included."""
-        return len(self.lengths)
-
-    @property
-    def num_tokens(self) -> int:
-        """Count the tokens of all documents."""
-        return int(self.lengths.sum())
+        return len(self._dataset.document_indices) - 1
 
     def read(self, begin: int, count: int) -> npt.NDArray[np.int64]:
         """Copy `count` tokens from token `begin` of the .bin on: [count] int64."""

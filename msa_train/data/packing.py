@@ -8,8 +8,8 @@ Example with seq_len=8, block_size=4 and documents of 3, 10 and 4 tokens (a, b, 
     packs   bbbbbbbb  aaa.cccc  bb......
 
 Cost: best fit looks once at each piece that does not fill a pack, see `best_fit`; an epoch sorts all pieces
-once more. Of large corpora both are kept on disk, see `pack_index`. Padding is less than a block per piece, and
-what is left free in packs.
+once more. Of large corpora both are kept on disk, see `pack_index`. Padding is less than a block per piece,
+and what is left free in packs.
 """
 
 from bisect import bisect_left, insort
@@ -196,6 +196,8 @@ def split_documents(doc_lengths: npt.NDArray[np.int64], seq_len: int) -> Pieces:
     largest = max(int(doc_lengths.max(initial=0)), len(doc_lengths))
     dtype = np.int32 if largest < 1 << 31 else np.int64
     lengths = doc_lengths.astype(dtype)
+    if len(lengths) and lengths.min() > 0 and lengths.max() <= seq_len:
+        return Pieces(np.arange(len(lengths), dtype=dtype), np.zeros_like(lengths), lengths)
     num_pieces = -(-lengths // seq_len)
     # one entry per piece: 0 pieces for an empty document, which so vanishes
     doc = np.repeat(np.arange(len(lengths), dtype=dtype), num_pieces)

@@ -164,8 +164,13 @@ def _map_packs(
     """Map the packings of a large corpus; None where it is small, or the cache cannot be written to."""
     if corpus.num_documents < pack_index.MIN_DOCUMENTS:
         return None
+    try:
+        root = cache_root(data)
+    except ValueError:
+        # a .bin/.idx is used in place and needs no cache
+        return None
     facts = [corpus.content, data.validation_fraction, data.seq_len, block_size, data.seed]
-    folder = pack_index.index_folder(Path(data.cache_dir).expanduser().absolute(), facts)
+    folder = pack_index.index_folder(root, facts)
 
     @cache
     def views() -> tuple[DocumentView, DocumentView | None]:

@@ -76,10 +76,15 @@ def hash_indices(count: int) -> npt.NDArray[np.uint64]:
 
     The finaliser of splitmix64 (Steele, Lea and Flood 2014). Example: index 0 -> 0xe220a8397b1dcdaf.
     """
-    mixed = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
+    hashes = np.empty(count, np.uint64)
+    # in parts, so that what lies between takes no memory
+    for begin in range(0, count, _CHUNK_DOCUMENTS):
+        end = min(begin + _CHUNK_DOCUMENTS, count)
+        mixed = np.arange(begin + 1, end + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        hashes[begin:end] = mixed ^ (mixed >> np.uint64(31))
+    return hashes
 
 
 def choose_held_out(
@@ -171,7 +176,7 @@ def check_labels(
         ValueError: if there is no label on one of the sides, whose loss would be 0 all the time.
     """
     # only lengths matter here, so no document needs its place
-    (_, train), (_, held_out) = _sides(np.zeros_like(lengths), lengths, hashes, fraction)
+    (_, train), (_, held_out) = _sides(lengths, lengths, hashes, fraction)
     if not np.any(train > 1):
         raise corpus_error(
             corpus,
@@ -200,7 +205,8 @@ def _sides(
     """Return training and held-out documents, without the empty ones."""
     # before the split, so that an empty document cannot be all that is held out
     kept = lengths > 0
-    begin, lengths, hashes = begin[kept], lengths[kept], hashes[kept]
+    if not kept.all():
+        begin, lengths, hashes = begin[kept], lengths[kept], hashes[kept]
     if fraction > 0 and len(lengths) == 1:
         return _split_tail(begin, lengths, fraction)
     held_out = choose_held_out(hashes, lengths, fraction)

@@ -81,9 +81,7 @@ def test_damaged_files_are_named(data: DataConfig, name: str, monkeypatch: pytes
     content[20] ^= 0xFF
     for changed in (bytes(content), bytes(content[:-8]), b""):
         (folder / "train" / name).write_bytes(changed)
-        with pytest.raises(
-            ValueError, match=r"train is damaged .*; remove it, and"
-        ) as error:
+        with pytest.raises(ValueError, match=r"train is damaged .*; remove it, and") as error:
             load_datasets(data, block_size=BLOCK_SIZE, vocab_size=100)
         assert "\n" not in str(error.value)
 

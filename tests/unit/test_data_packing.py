@@ -87,6 +87,37 @@ def test_best_fit_equals_plain_search() -> None:
         free[pack] -= size
 
 
+def best_fit_of_old(sizes: list[int], capacity: int) -> list[int]:
+    """The search that chose the packs of runs that still go on: one bit per free size."""
+    packs: list[int] = []
+    packs_with_free = [list[int]() for _ in range(capacity + 1)]
+    free_mask = num_packs = 0
+    for size in sizes:
+        if candidates := free_mask >> size:
+            free = size + (candidates & -candidates).bit_length() - 1
+            pack = packs_with_free[free].pop()
+            if not packs_with_free[free]:
+                free_mask ^= 1 << free
+        else:
+            free, pack = capacity, num_packs
+            num_packs += 1
+        packs.append(pack)
+        if rest := free - size:
+            packs_with_free[rest].append(pack)
+            free_mask |= 1 << rest
+    return packs
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_best_fit_chooses_the_packs_of_old(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equally full packs included, and lists that are placed in parts."""
+    monkeypatch.setattr("msa_train.data.packing._CHUNK_PIECES", 1 + seed * 7)
+    rng = np.random.default_rng(seed)
+    capacity = int(rng.integers(1, 40 if seed % 2 else 2000))
+    sizes = np.minimum(rng.integers(1, capacity + 1, 500), 1 + rng.lognormal(1, 2, 500).astype(np.int64))
+    assert best_fit(sizes, capacity).tolist() == best_fit_of_old(sizes.tolist(), capacity)
+
+
 def test_epochs_and_seeds_differ_and_repeat() -> None:
     lengths = np.random.default_rng(0).integers(1, 300, 200)
 

@@ -75,7 +75,7 @@ def optimizer_bytes(optim: OptimConfig, precision: Precision) -> OptimizerBytes:
 def _step_temporary(optim: OptimConfig, wide: float, state: float) -> int:
     """Count what one piece of the update needs beside the states, and the places of those that stream."""
     # square root and its quotient; both moments, the gradient and their rounding where they are not fp32
-    tensors = 2 if optim.moments_dtype is MomentsDtype.fp32 else 8
+    tensors = 2 if optim.moments_dtype is MomentsDtype.fp32 else 5
     tensors += 1 if optim.grads_dtype is GradsDtype.bf16 else 0
     streamed = STREAM_SLOTS * STREAMED_ELEMENTS * state if optim.offload else 0
     return int(tensors * PIECE_ELEMENTS * wide + streamed)

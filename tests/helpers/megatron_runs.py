@@ -1,5 +1,6 @@
 """Training steps of a small fp32 model on either engine, the Megatron one through the CUDA shim."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,8 +42,12 @@ def build(
     offload: bool = False,
     recipe: bool = False,
     num_layers: int = 4,
+    optim: dict[str, Any] | None = None,
 ) -> TrainEngine:
-    """An engine over the whole world with the sizes in `parallel`; recipe: another stage for each step."""
+    """An engine over the whole world with the sizes in `parallel`; recipe: another stage for each step.
+
+    optim: settings of the optimizer.
+    """
     config = small_config(precision=precision, recompute=recompute, offload=offload)
     config.train.recompute_stages = recompute_stages
     # Everything here is smaller than what is worth a copy.
@@ -51,7 +56,7 @@ def build(
     config.model.num_heads, config.model.num_kv_heads, config.model.vocab_size = 8, 4, 64
     config.model.num_layers = num_layers
     config.model.init_std = config.model.embedding_init_std = 0.1
-    config.optim.clip_grad = 1.0
+    config.optim = replace(config.optim, clip_grad=1.0, **(optim or {}))
     config.train.global_batch_size = PACKS_PER_STEP
     config.parallel = ParallelConfig(**parallel)
     if recipe:

@@ -60,18 +60,20 @@ class Layout:
     precision: Precision = Precision.fp32
     pp_layout: str = "even"
     num_layers: int = 2
+    optim: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def name(self) -> str:
-        """E.g. megatron-cp2-tp2-dp1."""
+        """E.g. megatron-cp2-tp2-dp1; of settings of the optimizer the values."""
         cut = 1
         for size in ("cp_size", "tp_size", "pp_size"):
             cut *= self.sizes.get(size, 1)
         sizes = {**self.sizes, "dp_size": self.world_size // cut}
         parts = [f"{key.removesuffix('_size')}{value}" for key, value in sizes.items() if value > 1]
         cut_by = [] if self.pp_layout == "even" else [f"layers{self.pp_layout}"]
-        fp64 = [] if self.precision is Precision.fp32 else ["fp64"]
-        return "-".join([self.engine.value, *parts, *cut_by, *fp64])
+        precision = [] if self.precision is Precision.fp32 else [self.precision.value]
+        settings = [f"{key}={getattr(value, 'value', value)}" for key, value in self.optim.items()]
+        return "-".join([self.engine.value, *parts, *cut_by, *precision, *settings])
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -126,7 +128,7 @@ def resume_config(layout: Layout, folder: Path, case: Case) -> RunConfig:
             seq_len=SEQ_LEN,
             validation_fraction=0.0,
         ),
-        optim=OptimConfig(lr=3e-3, warmup_steps=4, schedule=LrSchedule.constant),
+        optim=OptimConfig(lr=3e-3, warmup_steps=4, schedule=LrSchedule.constant, **layout.optim),
         train=TrainConfig(
             steps=SAVED_STEP + (MORE_STEPS if case.done else 0),
             global_batch_size=BATCH,

@@ -20,6 +20,11 @@ def check_optimizer_memory(config: RunConfig) -> None:
             f"optim.grads_dtype=bf16: train.precision={precision.value} makes gradients that it would round; "
             "use optim.grads_dtype=fp32 or train.precision=bf16"
         )
+    if optim.grads_dtype is GradsDtype.bf16 and config.parallel.overlap_grad_reduce:
+        raise ValueError(
+            "optim.grads_dtype=bf16: is summed over ranks in fp32 after the backward pass; use "
+            "parallel.overlap_grad_reduce=false or optim.grads_dtype=fp32"
+        )
     if optim.moments_dtype is not MomentsDtype.fp32 and precision is Precision.fp64:
         raise ValueError(
             f"optim.moments_dtype={optim.moments_dtype.value}: train.precision=fp64 is for exactness; "

@@ -9,7 +9,8 @@ replicas of each expert.
 The distributed optimizer keeps fp32 weights and moments, 12 bytes per parameter, cut over those ranks. For m3
 on 256 ranks with ep 64, without tp and pp: 13.1B parameters that are no experts over 256 ranks, 0.6 GB each,
 and 6.5B of experts over 4, 19 GB each. The fp32 gradients are not cut: 4 bytes for each of a rank's 19.6B
-parameters are 78 GB, so on GPUs of 80 GB that layout needs tp, pp or more ep.
+parameters are 78 GB, so on GPUs of 80 GB that layout needs tp, pp or more ep. optim.moments_dtype,
+grads_dtype and offload make all three smaller: `msa_train.config.optimizer_bytes`.
 """
 
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor, nn
 
-from msa_train.config import Precision, RunConfig, Stage
+from msa_train.config import GradsDtype, Precision, RunConfig, Stage
 from msa_train.config.lr_schedule import LearningRates
 from msa_train.data import Pack
 from msa_train.model.attention.index_branch import is_index_parameter
@@ -46,6 +47,8 @@ from msa_train.training.engines.engine import (
 )
 from msa_train.training.engines.megatron_state import owned_boxes, take_over
 from msa_train.training.engines.schedule import PipelineSchedule
+from msa_train.training.optim.bf16_gradients import Bf16GradientsDdp
+from msa_train.training.optim.megatron_update import MegatronUpdate
 from msa_train.training.step_batch import StepBatch
 
 
@@ -60,26 +63,30 @@ class MegatronEngine(TrainEngine):
         self.megatron = self.chunks[0].config
         self.wrapped = self._wrap()
         self.optimizer = self._build_optimizer()
+        parts, optim = self._optimizer_parts(), config.optim
+        self._update = (
+            MegatronUpdate(self.optimizer, parts, optim) if MegatronUpdate.is_for(optim, parts) else None
+        )
         self.schedule = PipelineSchedule(self.forward, self.wrapped, groups.pp_size)
 
     def _wrap(self) -> list[Any]:
-        """Wrap the chunks: bf16 weights where asked for, gradients gathered and reduced in fp32 buffers."""
+        """Wrap the chunks: bf16 weights where asked for, gradients gathered and reduced in buffers."""
+        in_bf16 = self.config.optim.grads_dtype is GradsDtype.bf16
         options = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
+            grad_reduce_in_fp32=not in_bf16,
             overlap_grad_reduce=self.config.parallel.overlap_grad_reduce,
             overlap_param_gather=self.config.parallel.overlap_param_gather,
             use_distributed_optimizer=True,
         )
         self.megatron.finalize_model_grads_func = _finalize
+        ddp = Bf16GradientsDdp if in_bf16 else DistributedDataParallel
         wrapped: list[Any] = []
         for number, chunk in enumerate(self.chunks):
             module: nn.Module = chunk
             if self.config.train.precision is Precision.bf16:
                 module = Float16Module(self.megatron, chunk)
             # later chunks are done before the first one, whose buckets are what is left to hide
-            wrapped.append(
-                DistributedDataParallel(self.megatron, options, module, disable_bucketing=number > 0)
-            )
+            wrapped.append(ddp(self.megatron, options, module, disable_bucketing=number > 0))
         if options.overlap_grad_reduce:
             # Only the last micro-batch of a step may start the reduction.
             functions = [chunk.no_sync for chunk in wrapped]
@@ -131,22 +138,26 @@ class MegatronEngine(TrainEngine):
         self._set_rates(rates)
         result = StepResult(
             lm_loss_sum=losses,
-            grad_norm=0.0 if accept is None else self._grad_norm(),
+            grad_norm=self._grad_norm(),
             stats=stats,
             counters=comm.whole.counters,
         )
         # judged before the update, which cannot be taken back: weights and moments are changed in place
         result.is_taken = accept is None or accept(result)
         if result.is_taken:
-            _, grad_norm, _ = self.optimizer.step()
-            result.grad_norm = float(grad_norm or 0.0)
+            if self._update is not None:
+                self._update.step(result.grad_norm)
+            else:
+                self.optimizer.step()
         for bias, before in [] if result.is_taken else biases:
             bias.copy_(before)
         self._keep_bias_fp32()
         return result
 
     def _grad_norm(self) -> float:
-        """Return the norm that the optimizer's step will find, before clipping."""
+        """Return the norm of the gradients, before clipping, after which the optimizer may step."""
+        if self._update is not None:
+            return self._update.prepare()
         # The step will prepare them again: it copies gradients to the fp32 weights, so twice does no harm.
         self.optimizer.prepare_grads()
         return float(self.optimizer.get_grad_norm())

@@ -1,7 +1,8 @@
 """Train with gradient all-reduce and torch.optim, on any device: engine=torch.
 
 Every rank holds all dense parameters and its own experts, each with gradient, fp32 weight and two moments: 18
-bytes per bf16 parameter. That is for models of some billions and for fp64; m3 needs engine=megatron.
+bytes per bf16 parameter, fewer with optim.moments_dtype, optim.grads_dtype and optim.offload, and under 1 GiB
+of temporaries in the update. That is for models of some billions and for fp64; m3 needs engine=megatron.
 """
 
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ from msa_train.training.engines.engine import (
 )
 from msa_train.training.optim.grad_buffers import GradBuffers
 from msa_train.training.optim.muon_adamw import MuonAdamW
+from msa_train.training.optim.tiled_adamw import drop_gradient, set_gradient
 from msa_train.training.step_batch import StepBatch
 
 
@@ -43,7 +45,7 @@ class TorchEngine(TrainEngine):
         super().__init__(config, groups)
         self.chunks = self.build_chunks()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.gradients = GradBuffers(self.parameters, groups)
+        self.gradients = GradBuffers(self.parameters, groups, config.optim.grads_dtype)
         # 16-bit parameters are updated through fp32 copies: bf16 has 8 bits, so steps of less than 1/512 of a
         # weight would be rounded away.
         self.masters = [
@@ -51,7 +53,10 @@ class TorchEngine(TrainEngine):
         ]
         self.names = [name for name, p in self.model.named_parameters() if p.requires_grad]
         self.optimizer = MuonAdamW(
-            config.optim, list(zip(self.names, self.masters, strict=True)), head_dim=config.model.head_dim
+            config.optim,
+            list(zip(self.names, self.masters, strict=True)),
+            head_dim=config.model.head_dim,
+            copies=[m for m, p in zip(self.masters, self.parameters, strict=True) if m is not p],
         )
         self.set_stage(self.stage)
 
@@ -105,16 +110,18 @@ class TorchEngine(TrainEngine):
             rates: learning rates.
             norm: of the gradients, over all ranks.
         """
-        clip = self.config.optim.clip_grad
+        clip, factor = self.config.optim.clip_grad, 1.0
         if clip > 0 and norm > clip:
             # torch and Megatron have the small term against a norm of zero, as they divide first. Here the
             # norm is above the limit; the term stays so that the engines agree.
-            self.gradients.scale(clip / (norm + 1e-6))
+            factor = clip / (norm + 1e-6)
+        if factor != 1.0 and not self.gradients.is_bf16:
+            self.gradients.scale(factor)
         for parameter, master in zip(self.parameters, self.masters, strict=True):
-            master.grad = self.gradients.view(parameter)
-        self.optimizer.step(rates)
+            set_gradient(master, self.gradients.view(parameter))
+        self.optimizer.step(rates, gradient_factor=factor)
         for parameter, master in zip(self.parameters, self.masters, strict=True):
-            master.grad = None
+            drop_gradient(master)
             if master is not parameter:
                 parameter.data.copy_(master.data)
 

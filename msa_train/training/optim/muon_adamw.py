@@ -1,10 +1,15 @@
-"""Update by torch.optim, for engine=torch: AdamW alone, or Muon for the layers' matrices and AdamW beside it.
+"""Update for engine=torch: AdamW alone, or torch's Muon for the layers' matrices and AdamW beside it.
 
 Every rank holds whole matrices (dense ones replicated, experts its own), so Muon needs no communication.
 
 Muon adds momentum, makes the result nearly orthogonal (all singular values near 1), and moves by
 rate * sqrt(max(1, rows / columns)). The root is torch's factor: it lets a matrix that maps to more dimensions
 move its outputs as much as a square one. Pieces of [head_dim, hidden] have factor 1.
+
+Weight decay is decoupled and multiplied by the rate of its own optimizer, as in torch: Muon's matrices shrink
+by muon_lr * weight_decay a step, AdamW's by lr * weight_decay. With the defaults, 0.02 and 3e-4, that is 67
+times as much for the same optim.weight_decay. It is meant so: each step moves a matrix by its own rate, and
+if the decay follows that rate, the size of weights at which both balance depends on weight_decay alone.
 """
 
 from collections.abc import Sequence
@@ -13,16 +18,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from msa_train.config import OptimConfig, OptimizerKind
+from msa_train.config import MomentsDtype, OptimConfig, OptimizerKind
 from msa_train.config.lr_schedule import LearningRates
 from msa_train.model.attention.index_branch import is_index_parameter
+from msa_train.training.optim.tiled_adamw import TiledAdamW
 
 
 class MuonAdamW:
     """Put one or two torch optimizers behind one step, with moments under AdamW's names."""
 
     def __init__(
-        self, optim: OptimConfig, parameters: Sequence[tuple[str, nn.Parameter]], *, head_dim: int
+        self,
+        optim: OptimConfig,
+        parameters: Sequence[tuple[str, nn.Parameter]],
+        *,
+        head_dim: int,
+        copies: Sequence[nn.Parameter] = (),
     ) -> None:
         """Build the optimizers.
 
@@ -30,6 +41,7 @@ class MuonAdamW:
             optim: the settings.
             parameters: names in the model and what is updated (fp32 copies of 16-bit parameters).
             head_dim: rows of one head in the fused query/key/value projections, which Muon takes by head.
+            copies: those of the parameters that the model does not compute with; optim.offload moves them.
         """
         self.optim = optim
         self._parameters = [p for _, p in parameters]
@@ -38,8 +50,14 @@ class MuonAdamW:
             id(p): _pieces(name, p, head_dim) for name, p in parameters if self._is_muon(name, p)
         }
         self._index_ids = {id(p) for name, p in parameters if is_index_parameter(name)}
-        self.adamw = torch.optim.AdamW(
-            self._adamw_groups(), lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, foreach=True
+        self.adamw = TiledAdamW(
+            self._adamw_groups(),
+            lr=optim.lr,
+            betas=(optim.beta1, optim.beta2),
+            eps=optim.eps,
+            moments_dtype=optim.moments_dtype,
+            offload=optim.offload,
+            copies=copies,
         )
         self.muon: torch.optim.Muon | None = None
         if self._pieces:
@@ -82,11 +100,16 @@ class MuonAdamW:
             return False
         return parameter.dim() == 2 and name.startswith("decoder.layers.") and ".router." not in name
 
-    def step(self, rates: LearningRates) -> None:
-        """Update from `.grad`, which GradBuffers has summed and clipped.
+    def step(self, rates: LearningRates, *, gradient_factor: float = 1.0) -> None:
+        """Update from the gradients that `set_gradient` handed over, which GradBuffers has summed.
 
         Example: lr=3e-4 and muon_lr=0.02; where the schedule gives AdamW 1.5e-4, Muon's rate is 0.01.
+
+        Args:
+            rates: learning rates.
+            gradient_factor: for clipping gradients in bf16; others are clipped already.
         """
+        self.adamw.gradient_factor = gradient_factor
         for group in self.adamw.param_groups:
             group["lr"] = rates.index if group["index"] else rates.backbone
         self.adamw.step()
@@ -112,14 +135,17 @@ class MuonAdamW:
         """Return first and second moment, shaped like the parameter; zero before the first step.
 
         Muon's momentum is a running mean of gradients like AdamW's first moment and takes its place; it has
-        no second one.
+        no second one. Moments of fewer bits come as fp32 copies on the host, as the device may have no room.
         """
         if id(parameter) in self._pieces:
             # buffer = momentum * buffer + (1 - momentum) * gradient, as exp_avg with beta1
             momentum = torch.cat([buffer for _, buffer in self._momenta(parameter)])
             return momentum, torch.zeros_like(parameter)
-        state = self._adamw_state(parameter)
-        return state["exp_avg"], state["exp_avg_sq"]
+        state = self.adamw.moments_of(parameter)
+        first, second = state["exp_avg"], state["exp_avg_sq"]
+        if self.optim.moments_dtype is MomentsDtype.fp32:
+            return first, second
+        return first.to("cpu", torch.float32), second.to("cpu", torch.float32)
 
     def load_moments(self, parameter: nn.Parameter, first: Tensor, second: Tensor, step: int) -> None:
         """Take over what `moments` gave after `step` updates.
@@ -132,7 +158,7 @@ class MuonAdamW:
             for (_, buffer), part in zip(momenta, parts, strict=True):
                 buffer.copy_(part)
             return
-        state = self._adamw_state(parameter)
+        state = self.adamw.moments_of(parameter)
         state["exp_avg"].copy_(first)
         state["exp_avg_sq"].copy_(second)
         state["step"].fill_(float(step))
@@ -147,15 +173,6 @@ class MuonAdamW:
                 state["momentum_buffer"] = torch.zeros_like(piece)
             result.append((piece, state["momentum_buffer"]))
         return result
-
-    def _adamw_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """Return AdamW's state of a parameter, made as torch makes it where there was no step yet."""
-        state = self.adamw.state[parameter]
-        if not state:
-            state["step"] = torch.tensor(0.0)
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
-        return state
 
 
 def _pieces(name: str, parameter: nn.Parameter, head_dim: int) -> list[nn.Parameter]:

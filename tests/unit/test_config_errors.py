@@ -57,6 +57,20 @@ MISTAKES = [
     (["run=demo", "optim.moments_dtype=bf61"], "optim.moments_dtype=bf61", "did you mean bf16?"),
     (["run=demo", "optim.moments_dtype=fp8"], "optim.moments_dtype=fp8", "or optim.algorithm=adamw"),
     (["run=demo", "optim.offload=0.5"], "optim.offload=0.5", "or optim.algorithm=adamw"),
+    (
+        ["run=demo", "optim.algorithm=adamw", "optim.moments_dtype=fp8", "optim.beta2=0.999"],
+        "optim.beta2=0.999",
+        "optim.beta2=0.95 (up to 0.98)",
+    ),
+    (
+        [
+            "run=m3_1m",
+            "optim.grads_dtype=bf16",
+            "parallel.overlap_grad_reduce=true",
+        ],
+        "optim.grads_dtype=bf16",
+        "parallel.overlap_grad_reduce=false",
+    ),
     (["run=demo", "optim.grads_dtype=bf16"], "optim.grads_dtype=bf16", "or train.precision=bf16"),
     (
         ["run=demo", "optim.algorithm=adamw", "optim.moments_dtype=bf16", "train.precision=fp64"],

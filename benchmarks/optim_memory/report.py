@@ -20,7 +20,7 @@ def write_report(found: dict[str, Any], path: Path) -> None:
         f"The demo's model in bf16, AdamW, {found['steps']} steps of {found['micro_batches']} micro-batches",
         f"of {found['seq_len']} bytes, engine=torch. Losses in nats per byte: training, mean of the last",
         "tenth of the steps, and 16 held-out packs. Apart: largest difference of a step's loss from the",
-        "default's. Bytes per parameter, on device and host, are counted by `msa_train.config.optimizer_bytes`.",
+        "default's. Bytes per parameter are counted by `msa_train.config.optimizer_bytes`.",
         "",
         "| optim. | training | difference | held out | difference | apart | device | host |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",

@@ -63,11 +63,7 @@ MISTAKES = [
         "optim.beta2=0.95 (up to 0.98)",
     ),
     (
-        [
-            "run=m3_1m",
-            "optim.grads_dtype=bf16",
-            "parallel.overlap_grad_reduce=true",
-        ],
+        ["run=m3_1m", "launcher.device=cpu", "optim.grads_dtype=bf16", "parallel.overlap_grad_reduce=true"],
         "optim.grads_dtype=bf16",
         "parallel.overlap_grad_reduce=false",
     ),

@@ -3,7 +3,7 @@
 from msa_train.config.options import GradsDtype, MomentsDtype, OptimizerKind, Precision
 from msa_train.config.run import RunConfig
 
-# A rounding to 3 bits is off by up to 12%; a mean over 50 steps keeps about 5 of them, one over 1,000 steps 22.
+# A rounding to 3 bits is off by up to 12%; a mean over n steps has sqrt(n / 2) times its error.
 _LARGEST_FP8_BETA2 = 0.98
 
 
@@ -35,8 +35,8 @@ def check_optimizer_memory(config: RunConfig) -> None:
         )
     if optim.moments_dtype is MomentsDtype.fp8 and optim.beta2 > _LARGEST_FP8_BETA2:
         raise ValueError(
-            f"optim.beta2={optim.beta2}: second moments in fp8 add up the rounding of 1 / (1 - beta2) steps; use "
-            f"optim.beta2=0.95 (up to {_LARGEST_FP8_BETA2}) or optim.moments_dtype=bf16"
+            f"optim.beta2={optim.beta2}: second moments in fp8 add up the roundings of 1 / (1 - beta2) steps; "
+            f"use optim.beta2=0.95 (up to {_LARGEST_FP8_BETA2}) or optim.moments_dtype=bf16"
         )
     if optim.algorithm is OptimizerKind.muon:
         _refuse_with_muon("moments_dtype", optim.moments_dtype.value, "fp32")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from msa_train.checkpoint.torch_dist.boxes import flat_boxes
 from msa_train.checkpoint.torch_dist.format_versions import STATE_NAMES, STATE_PREFIX
+from msa_train.training.optim.block_scaled import BlockScaled
 
 Boxes = dict[str, dict[str, list[ShardedTensor]]]
 
@@ -34,15 +35,12 @@ def owned_boxes(part: Any, model_state: dict[str, Any], *, loading: bool) -> Box
             are read and the optimizer's may be more exact.
 
     Returns:
-        By number of the parameter and name of the state: boxes, views of the optimizer's own tensors.
+        By number of the parameter and name of the state: boxes, views of the optimizer's own tensors. Moments
+        of fewer bits than fp32 come as fp32 copies on the host, 8 bytes per parameter owned.
     """
     # moments of zero for an optimizer not stepped yet
     part.init_state_fn(part.optimizer, part.config)
-    entries = {
-        id(entry.data): entry
-        for entry in nested_values(model_state)
-        if isinstance(entry, ShardedTensor | ShardedTensorFactory)
-    }
+    entries = _entries(model_state)
     boxes: Boxes = {}
     for number, (parameter, begin) in enumerate(_owned_ranges(part)):
         tensors = _flat_state(part, parameter)
@@ -65,12 +63,16 @@ def take_over(part: Any, model_state: dict[str, Any], loaded: dict[str, dict[str
         model_state: likewise.
         loaded: tensors in the places of its boxes.
     """
-    for number, names in owned_boxes(part, model_state, loading=False).items():
-        for name, boxes in names.items():
-            for box, tensor in zip(boxes, loaded[number][name], strict=True):
+    entries = _entries(model_state)
+    for number, (parameter, begin) in enumerate(_owned_ranges(part)):
+        tensors = _flat_state(part, parameter)
+        for name, flat in tensors.items():
+            boxes = flat_boxes(entries[id(parameter)], name, flat, begin)
+            for box, tensor in zip(boxes, loaded[str(number)][name], strict=True):
                 assert box.data is not None, f"{box.key} has no place"
                 if tensor.data_ptr() != box.data.data_ptr():
                     box.data.copy_(tensor)
+        _round_back(part, parameter, tensors)
     # Megatron's optimizer on host and GPU keeps copies of its own
     if hasattr(part.optimizer, "_sync_hdo_state_to_sub_optimizers"):
         part.optimizer._sync_hdo_state_to_sub_optimizers()
@@ -85,12 +87,36 @@ def _owned_ranges(part: Any) -> Iterator[tuple[nn.Parameter, int]]:
                     yield parameter, ranges["param"].start
 
 
-def _flat_state(part: Any, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """Return this rank's fp32 weights and moments of a parameter by name: [elements owned]."""
-    tensors = part._get_main_param_and_optimizer_states(parameter)
+def _entries(model_state: dict[str, Any]) -> dict[int, ShardedTensor | ShardedTensorFactory]:
+    """List the model's sharded tensors by the identity of the parameter that they are of."""
     return {
-        name: tensors["param" if name == "fp32_param" else name].detach().view(-1) for name in STATE_NAMES
+        id(entry.data): entry
+        for entry in nested_values(model_state)
+        if isinstance(entry, ShardedTensor | ShardedTensorFactory)
     }
+
+
+def _flat_state(part: Any, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """Return this rank's weights and moments of a parameter by name: [elements owned], fp32."""
+    tensors = part._get_main_param_and_optimizer_states(parameter)
+    kept = {name: tensors["param" if name == "fp32_param" else name].detach() for name in STATE_NAMES}
+    return {
+        name: (tensor.to("cpu", torch.float32) if _is_narrow(tensor) else tensor).view(-1)
+        for name, tensor in kept.items()
+    }
+
+
+def _round_back(part: Any, parameter: nn.Parameter, tensors: dict[str, Tensor]) -> None:
+    """Take fp32 copies over to the moments that they are copies of."""
+    kept = part._get_main_param_and_optimizer_states(parameter)
+    for name, tensor in tensors.items():
+        if name in kept and _is_narrow(kept[name]):
+            kept[name].copy_(tensor.view(kept[name].shape))
+
+
+def _is_narrow(tensor: Tensor) -> bool:
+    """Tell whether a tensor has no memory in fp32: bf16, or fp8 that looks like fp32."""
+    return tensor.dtype != torch.float32 or isinstance(tensor, BlockScaled)
 
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:

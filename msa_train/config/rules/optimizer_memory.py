@@ -35,7 +35,7 @@ def check_optimizer_memory(config: RunConfig) -> None:
         )
     if optim.moments_dtype is MomentsDtype.fp8 and optim.beta2 > _LARGEST_FP8_BETA2:
         raise ValueError(
-            f"optim.beta2={optim.beta2}: second moments in fp8 add up the roundings of 1 / (1 - beta2) steps; "
+            f"optim.beta2={optim.beta2}: second moments in fp8 add up roundings of 1 / (1 - beta2) steps; "
             f"use optim.beta2=0.95 (up to {_LARGEST_FP8_BETA2}) or optim.moments_dtype=bf16"
         )
     if optim.algorithm is OptimizerKind.muon:

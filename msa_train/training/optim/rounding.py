@@ -108,7 +108,8 @@ def power_of_two_scale(largest: Tensor) -> Tensor:
     """
     fraction, exponent = torch.frexp(largest / _FP8_MAX)
     exponent = torch.where(fraction == 0.5, exponent - 1, exponent)
-    scale = torch.ldexp(torch.ones_like(largest), exponent.clamp_(-126, 127))
+    # by its bits: GPUs' powers of two are not always exact
+    scale = exponent.clamp_(-126, 127).add_(127).bitwise_left_shift_(23).view(torch.float32)
     return torch.where(largest.isfinite(), scale, largest)
 
 

@@ -9,7 +9,7 @@ Megatron's distributed optimizer, torch's AdamW and this one find `exp_avg` and 
 place, state[parameter], as tensors shaped like the parameter that can be read as fp32 and copied to.
 
 torchao's low-bit AdamW (0.18) was looked at: it keeps fp32 for shards whose size is no multiple of 256,
-compiles anew for each of a model's shapes, wants gradients of the parameter's dtype and rates in tensors, which
+compiles anew for each of its shapes, wants gradients of the parameter's dtype and rates in tensors, which
 Megatron does not give, and rounds fp8 moments to the nearest, so that one that shrinks by 5% stays.
 """
 

@@ -140,8 +140,6 @@ def replaced_names(answer: Callable[[Tensor], Any]) -> Iterator[None]:
         lifted = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)
         stack.callback(torch._C._set_only_lift_cpu_tensors, lifted)
-        for launch in _launches():
-            stack.enter_context(patch.object(*launch))
         yield
 
 
@@ -221,25 +219,3 @@ def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True
         if buffer is not None:
             self._buffers[name] = fn(buffer)
     return self
-
-
-def _launches() -> list[tuple[Any, str, Any]]:
-    """Find what launches Triton kernels, where it is installed."""
-    try:
-        from triton.runtime.jit import JITFunction
-        from triton.tools import tensor_descriptor
-    except ImportError:
-        return []
-
-    class Descriptor:
-        """Stand for a tensor descriptor, which would look at addresses."""
-
-        @staticmethod
-        def from_tensor(tensor: Tensor, block_shape: Any) -> Tensor:
-            """Return the tensor alone."""
-            return tensor
-
-    return [
-        (JITFunction, "run", lambda self, *_, **__: None),
-        (tensor_descriptor, "TensorDescriptor", Descriptor),
-    ]

@@ -10,7 +10,7 @@ What is answered, since no number exists on the device:
     float(x), bool(x)   1.0 and True, for losses, norms and checks that all is finite
     int(x)              an error that names the line: a number that decides sizes has to be stated
     collectives         nothing travels; results are there
-    Triton launches     nothing runs
+    kernels             operators that nothing runs for (`msa_kernels.operators`)
     torch.cuda          one idle device with streams and events that do nothing
 """
 

@@ -16,6 +16,7 @@ from msa_kernels.block_sparse_attention.triton import forward_kernel as kernel
 from msa_kernels.block_sparse_attention.triton.launch_forward import Portion, Sizes, portions, sizes_of
 from msa_kernels.block_sparse_attention.triton.schedule import Items, Splits
 from msa_kernels.block_sparse_attention.types import BlockPool, KlTerm, PoolGrads, SparseQueries
+from msa_kernels.operators import Launched
 from msa_kernels.tiles import padded
 
 # Partial gradients of the queries of one portion. More queries at a time mean that K, V and their gradients,
@@ -188,7 +189,7 @@ def _attend_backward(portion: Portion, rows: _Rows, part: _Lists, dkv: Tensor, d
     # dV first: its launch also leaves the teacher, and dq is formed beside dK
     halves = ((False, True), (True, False)) if config.separate else ((True, True),)
     for first_key, (with_dk, with_dv) in product(range(0, sizes.B, constants["BP"]), halves):
-        backward_kernel.attend_backward_kernel[(part.items.physical_block.numel(),)](
+        Launched(backward_kernel.attend_backward_kernel)[(part.items.physical_block.numel(),)](
             queries.q,
             rows.dout,
             rows.lse,
@@ -236,7 +237,7 @@ def _kl_backward(
     constants = portion.constants(masked=part.masked)
     constants["BP"] = min(constants["BP"], config.max_block)
     for first_key in range(0, sizes.B, constants["BP"]):
-        backward_kernel.kl_backward_kernel[(part.items.physical_block.numel(),)](
+        Launched(backward_kernel.kl_backward_kernel)[(part.items.physical_block.numel(),)](
             queries.q_index,
             queries.k_index,
             rows.lse_index,
@@ -266,7 +267,7 @@ def _kl_backward(
 def _add_splits(part: _Lists, parts: Tensor, total: Tensor) -> None:
     """Add parts of split lists [splits, ...] into total [N, ...]."""
     size, chunk = total[0].numel(), configs.ADD_SPLITS_CHUNK
-    backward_kernel.add_splits_kernel[(total.shape[0], triton.cdiv(size, chunk))](
+    Launched(backward_kernel.add_splits_kernel)[(total.shape[0], triton.cdiv(size, chunk))](
         parts,
         part.splits.first,
         part.splits.count,
@@ -284,7 +285,7 @@ def _add_slots(portion: Portion, parts: Tensor, total: Tensor, scale: float) -> 
     num_rows, size = portion.num_pairs // sizes.K, parts[0].numel()
     chunk = min(triton.next_power_of_2(size), configs.ADD_SLOTS_CHUNK)
     rows = configs.ADD_SLOTS_TILE // chunk
-    backward_kernel.add_slots_kernel[(triton.cdiv(num_rows, rows), triton.cdiv(size, chunk))](
+    Launched(backward_kernel.add_slots_kernel)[(triton.cdiv(num_rows, rows), triton.cdiv(size, chunk))](
         portion.schedule.used,
         parts,
         total,

@@ -23,6 +23,7 @@ from msa_kernels.block_sparse_attention.triton.schedule import (
 )
 from msa_kernels.block_sparse_attention.types import BlockPool, PoolOutput, SparseQueries
 from msa_kernels.block_sparse_attention.window import TokenWindow
+from msa_kernels.operators import Launched
 from msa_kernels.tiles import padded
 
 # Partial results of one portion of the queries. 2 GiB hold 8,192 queries of the M3 shape in bf16: their q of
@@ -209,7 +210,7 @@ def _forward_portion(portion: Portion, result: PoolOutput, chunk: slice) -> None
     rows = max(configs.COMBINE_ROWS, triton.next_power_of_2(sizes.G))
     num_rows = out.shape[0] * sizes.M
     per_program = rows // triton.next_power_of_2(sizes.G)
-    kernel.combine_kernel[(triton.cdiv(num_rows, per_program),)](
+    Launched(kernel.combine_kernel)[(triton.cdiv(num_rows, per_program),)](
         portion.schedule.used,
         out_part,
         lse_part,
@@ -238,7 +239,7 @@ def _attend(
     sizes, queries = portion.sizes, portion.queries
     config = sizes.config(configs.ATTEND)
     items = portion.schedule.items(masked=masked, pairs_per_item=FORWARD_PAIRS_PER_ITEM)
-    kernel.attend_kernel[(items.physical_block.numel(),)](
+    Launched(kernel.attend_kernel)[(items.physical_block.numel(),)](
         queries.q,
         portion.pool.kv,
         portion.pool.block,
@@ -265,7 +266,7 @@ def _index_lse(portion: Portion, masked: bool, index_part: Tensor) -> None:
     assert queries.k_index is not None, "index queries come with index keys"
     config = sizes.config(configs.INDEX_LSE, index=True)
     items = portion.schedule.items(masked=masked, pairs_per_item=INDEX_PAIRS_PER_ITEM)
-    kernel.index_lse_kernel[(items.physical_block.numel(),)](
+    Launched(kernel.index_lse_kernel)[(items.physical_block.numel(),)](
         queries.q_index,
         queries.k_index,
         portion.pool.block,

@@ -11,6 +11,7 @@ from msa_kernels.dense_kl import configs
 from msa_kernels.dense_kl.configs import DenseConfig
 from msa_kernels.dense_kl.grads import DenseKlGrads
 from msa_kernels.dense_kl.triton import kernel
+from msa_kernels.operators import Launched
 from msa_kernels.tiles import padded
 
 # Differences of student and teacher that exist at a time: in 16 bits, 256 queries of 4 KV heads and 128K keys
@@ -27,7 +28,7 @@ def lse_part(q: Tensor, k: Tensor, *, causal: bool, softmax_scale: float) -> Ten
         return torch.full((M, G, Q), float("-inf"), device=q.device)
     lse = torch.empty(M, G, Q, device=q.device)
     config = _config(configs.LSE, D, q)
-    kernel.lse_kernel[(triton.cdiv(Q, config.rows), M * G)](
+    Launched(kernel.lse_kernel)[(triton.cdiv(Q, config.rows), M * G)](
         q,
         k,
         lse,
@@ -93,7 +94,7 @@ def dense_kl_part(
         seen = min(K, stop) if causal else K
         row_tiles, key_tiles = triton.cdiv(stop - begin, config.rows), triton.cdiv(seen, config.keys)
         kl_part = lse.new_empty(key_tiles, M, stop - begin)
-        kernel.difference_kernel[(key_tiles, row_tiles, M)](
+        Launched(kernel.difference_kernel)[(key_tiles, row_tiles, M)](
             q,
             k,
             lse,
@@ -122,7 +123,7 @@ def dense_kl_part(
         split_tiles = triton.cdiv(key_tiles, max(1, _WANTED_PROGRAMS // (row_tiles * M)))
         splits = triton.cdiv(key_tiles, split_tiles)
         dq_part = lse.new_empty(splits, M, stop - begin, Di)
-        kernel.query_gradient_kernel[(row_tiles, splits, M)](
+        Launched(kernel.query_gradient_kernel)[(row_tiles, splits, M)](
             difference,
             k_index,
             dq_part,
@@ -136,7 +137,7 @@ def dense_kl_part(
         )
         # shares of the keys, added in one order
         torch.sum(dq_part, 0, out=grads.dq_index[:, begin:stop])
-        kernel.key_gradient_kernel[(key_tiles,)](
+        Launched(kernel.key_gradient_kernel)[(key_tiles,)](
             difference,
             q_index,
             grads.dk_index,

@@ -8,6 +8,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from msa_kernels.operators import Launched
 from msa_kernels.select_blocks.configs import SelectConfig, select_config
 from msa_kernels.select_blocks.triton.merge_kernel import merge_kernel
 from msa_kernels.select_blocks.triton.score_kernel import select_blocks_kernel
@@ -75,7 +76,7 @@ def select_blocks_triton(
         # exponentials are taken to base 2, which is one instruction
         0.0 if args.lse_scale is None else args.lse_scale / math.log(2),
     )
-    select_blocks_kernel[(num_tiles * num_splits,)](
+    Launched(select_blocks_kernel)[(num_tiles * num_splits,)](
         TensorDescriptor.from_tensor(q_rows, [config.rows, chunk]),
         TensorDescriptor.from_tensor(keys, [tile_keys, chunk]),
         *queries,
@@ -102,7 +103,7 @@ def select_blocks_triton(
         candidates = triton.next_power_of_2(num_splits * slots)
         # so many rows that a program of 4 warps has 8 candidates per thread
         merge_rows = max(1, 1024 // candidates)
-        merge_kernel[(triton.cdiv(num_rows, merge_rows),)](
+        Launched(merge_kernel)[(triton.cdiv(num_rows, merge_rows),)](
             score_part,
             id_part,
             *queries,

@@ -1,6 +1,6 @@
 """Launch Triton kernels as operators of torch, so that whatever watches operators sees launches too.
 
-Each kernel is an operator `msa_kernels::NAME(Tensor(a!)[] tensors) -> ()`, made when it is first launched. Tensors
+Each kernel is an operator `msa_kernels::NAME(Tensor(a!)[] tensors) -> ()`, made at its first launch. Tensors
 without memory (fake and meta ones) pass through and nothing runs: a step can be traced, and the scratch of
 the launches, which torch allocates outside of them, is counted as it is. Profilers list kernels by name.
 

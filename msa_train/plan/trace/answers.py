@@ -9,34 +9,61 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from msa_train.checkpoint.torch_dist import shares
+from msa_train.checkpoint.torch_dist.format_versions import STATE_PREFIX
 from msa_train.config import KvExchange
 from msa_train.model.layers import moe
 from msa_train.parallel.comm.cp_groups import KvComm
 from msa_train.parallel.kv_exchange import choose
 from msa_train.parallel.kv_exchange.plan import Hop, RankPlan
 from msa_train.parallel.kv_exchange.requests import ExchangeDecision
+from msa_train.parallel.process_groups import Groups
 from msa_train.parallel.sharding.shard_layout import ShardLayout
 from msa_train.plan.trace.assumptions import Assumptions
 from msa_train.plan.trace.fake_device import FakeDevice
 
 
 @contextlib.contextmanager
-def answered(assumptions: Assumptions, device: FakeDevice) -> Iterator[None]:
+def answered(assumptions: Assumptions, device: FakeDevice, groups: Groups) -> Iterator[None]:
     """Answer by `assumptions` inside."""
+    with contextlib.ExitStack() as stack:
+        _answer_exchange(stack, assumptions)
+        _answer_experts(stack, assumptions, device)
+        stack.enter_context(patch.object(shares.Shares, "learn", _holders_by_groups(groups)))
+        yield
 
+
+def _answer_exchange(stack: contextlib.ExitStack, assumptions: Assumptions) -> None:
     def exchange(needed: Tensor, layout: ShardLayout, comm: KvComm, terms: Any) -> ExchangeDecision:
         return flat_plan(needed, layout, assumptions.fetched_share)
 
+    stack.enter_context(patch.object(choose, "exchange_requests", exchange))
+
+
+def _answer_experts(stack: contextlib.ExitStack, assumptions: Assumptions, device: FakeDevice) -> None:
     def preprocess(self: Any, hidden: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         return _dispatch(self, hidden, routing_map, probs, assumptions.expert_imbalance, device)
 
-    with (
-        patch.object(choose, "exchange_requests", exchange),
-        patch.object(moe.AllToAllDispatcher, "dispatch_preprocess", preprocess),
-    ):
-        yield
+    stack.enter_context(patch.object(moe.AllToAllDispatcher, "dispatch_preprocess", preprocess))
+
+
+def _holders_by_groups(groups: Groups) -> Any:
+    """Say which ranks hold the same shards of a checkpoint, which each rank else tells all others."""
+    same_experts = dist.get_process_group_ranks(groups.expert_dp)
+    same_weights = dist.get_process_group_ranks(groups.dp_cp)
+
+    def learn(self: Any, found: shares.Shards) -> None:
+        for entry in shares._tensors(found):
+            # the optimizer's boxes are this rank's own
+            ranks = [groups.rank] if entry.key.startswith(STATE_PREFIX) else same_weights
+            if ranks is same_weights and ".experts." in entry.key:
+                ranks = same_experts
+            self._holders[shares.shard_name(entry)] = ranks
+
+    return learn
 
 
 def flat_plan(needed: Tensor, layout: ShardLayout, share: float) -> ExchangeDecision:

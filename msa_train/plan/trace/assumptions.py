@@ -16,7 +16,7 @@ class Assumptions:
     documents: tuple[int, ...] = ()
     "tokens of each document of a pack; none: one document of the whole length"
     micro_batches: int = 0
-    "micro-batches of a step; 0: as many as fill the pipeline from this stage on, and one more"
+    "micro-batches of a step; 0: as many as fill the pipeline from this stage on"
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

@@ -9,6 +9,7 @@ import numpy as np
 from msa_train.checkpoint.save import CheckpointSaver
 from msa_train.config import RunConfig, longest_seq_len
 from msa_train.config.lr_schedule import LearningRates
+from msa_train.config.pipeline import resolve_layout
 from msa_train.data import Pack
 from msa_train.parallel.process_groups import Groups
 from msa_train.plan.trace import parts
@@ -57,7 +58,7 @@ def trace_rank(
     begin = time.perf_counter()
     device = FakeDevice(parts.part_of)
     rank = rank_of(config, world_size, place)
-    with joined(config, world_size, rank, DEVICE) as groups, answered(assumptions, device), device:
+    with joined(config, world_size, rank, DEVICE) as groups, answered(assumptions, device, groups), device:
         joined_at = time.perf_counter()
         with patch.object(engines, "init_weights", lambda *_, **__: None):
             engine = build_engine(config, groups)
@@ -104,36 +105,58 @@ def _batch(config: RunConfig, groups: Groups, assumptions: Assumptions) -> StepB
         tokens=tokens, labels=tokens, cu_seqlens=starts, doc_lengths=np.array(lengths, dtype=np.int32)
     )
     own = max(1, config.train.global_batch_size // groups.dp_size)
-    in_flight = groups.pp_size - groups.pp_rank + 1 if groups.pp_size > 1 else 1
-    count = assumptions.micro_batches or min(own, in_flight)
+    count = assumptions.micro_batches or min(own, _in_flight(config, groups))
     num_tokens = count * groups.dp_size * sum(lengths)
     return StepBatch(
         packs=[pack] * count, num_labels=num_tokens, num_tokens=num_tokens, num_packs=count * groups.dp_size
     )
 
 
+def _in_flight(config: RunConfig, groups: Groups) -> int:
+    """Count the micro-batches that fill the pipeline from this stage on.
+
+    Stage s of P holds P - s of them when its first backward pass begins, and never more. An interleaved
+    pipeline takes multiples of P; two rounds fill it.
+    """
+    if groups.pp_size == 1:
+        return 1
+    is_interleaved = resolve_layout(config, groups.world_size).num_chunks > 1
+    return 2 * groups.pp_size if is_interleaved else groups.pp_size - groups.pp_rank
+
+
 def _label(device: FakeDevice, engine: TrainEngine) -> None:
     """Give weights, gradients and optimizer state their parts, whatever lines made them."""
     everything: Any = engine
-    device.relabel([*engine.model.parameters(), *engine.model.buffers()], parts.WEIGHTS)
-    wrapped = getattr(everything, "wrapped", None)
-    if wrapped is None:
-        device.relabel(everything.masters, parts.OPTIMIZER)
-        device.relabel([everything.gradients.dense.flat, everything.gradients.expert.flat], parts.GRADIENTS)
-        device.relabel([p for p in engine.model.parameters()], parts.WEIGHTS)
-        optimizers = [getattr(everything.optimizer, name) for name in vars(everything.optimizer)]
-        for optimizer in optimizers:
-            if hasattr(optimizer, "state"):
-                device.relabel(list(optimizer.state.values()), parts.OPTIMIZER)
+    chunks = engine.chunks
+    device.relabel([[*chunk.parameters(), *chunk.buffers()] for chunk in chunks], parts.WEIGHTS)
+    if not hasattr(everything, "wrapped"):
+        gradients = everything.gradients
+        device.relabel([gradients.dense.flat, gradients.expert.flat], parts.GRADIENTS)
+        device.relabel(
+            [m for m in everything.masters if not _is_of(m, everything.parameters)], parts.OPTIMIZER
+        )
+        _label_optimizers(device, vars(everything.optimizer).values())
         return
-    for buffer in (*wrapped.buffers, *wrapped.expert_parallel_buffers):
-        device.relabel(buffer.grad_data, parts.GRADIENTS)
-        if buffer.param_data is not None:
-            device.relabel(buffer.param_data, parts.WEIGHTS)
-    for part in everything._optimizer_parts():
-        for groups in (part.optimizer.param_groups,):
-            device.relabel([list(group["params"]) for group in groups], parts.OPTIMIZER)
-        device.relabel(list(part.optimizer.state.values()), parts.OPTIMIZER)
+    for chunk in everything.wrapped:
+        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+            device.relabel(buffer.grad_data, parts.GRADIENTS)
+            if buffer.param_data is not None:
+                device.relabel(buffer.param_data, parts.WEIGHTS)
+    _label_optimizers(device, [part.optimizer for part in everything._optimizer_parts()])
+
+
+def _is_of(tensor: Any, others: Any) -> bool:
+    return any(tensor is other for other in others)
+
+
+def _label_optimizers(device: FakeDevice, optimizers: Any) -> None:
+    """Label what torch's optimizers update, apart from the model's own weights, and their states."""
+    for optimizer in optimizers:
+        if not hasattr(optimizer, "state") or not hasattr(optimizer, "param_groups"):
+            continue
+        updated = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        device.relabel([one for one in updated if device.part(one) != parts.WEIGHTS], parts.OPTIMIZER)
+        device.relabel(list(optimizer.state.values()), parts.OPTIMIZER)
 
 
 def _save(config: RunConfig, engine: TrainEngine) -> None:

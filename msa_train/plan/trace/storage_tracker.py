@@ -106,6 +106,11 @@ class StorageTracker(TorchDispatchMode):
                 if found is not None:
                     found[1].part = part
 
+    def part(self, tensor: Tensor) -> str:
+        """Return the part of a tensor's storage; empty if it is not known."""
+        found = self._live.get(id(tensor.untyped_storage()))
+        return "" if found is None else found[1].part
+
     def reset_peak(self) -> None:
         """Begin to look for the peak anew."""
         self.peak, self.host_peak = (

@@ -16,12 +16,12 @@ GIB = 2**30
 
 
 def traces(
-    preset: str, world_size: int, overrides: Sequence[str] = ()
+    preset: str, world_size: int, overrides: Sequence[str] = (), *, quick: bool = False
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the number and the report of each pipeline stage."""
     config = compose_run([f"run={preset}", *overrides])
     for stage in range(config.parallel.pp_size):
-        yield stage, trace_in_child(config, world_size=world_size, place=Place(pp_rank=stage))
+        yield stage, trace_in_child(config, world_size=world_size, place=Place(pp_rank=stage), quick=quick)
 
 
 def row(name: str, report: dict[str, Any], seconds: float) -> str:
@@ -43,6 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--presets", nargs="+", default=list(PRESETS), choices=PRESETS)
+    parser.add_argument("--quick", action="store_true", help="up to the first backward pass, and the update")
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
     found: dict[str, Any] = {}
@@ -50,7 +51,7 @@ def main() -> None:
     print("|---" * 7 + "|")
     for preset in arguments.presets:
         begin = time.perf_counter()
-        for stage, report in traces(preset, PRESETS[preset], arguments.overrides):
+        for stage, report in traces(preset, PRESETS[preset], arguments.overrides, quick=arguments.quick):
             found[f"{preset} stage {stage}"] = report
             print(row(f"{preset} {stage}", report, time.perf_counter() - begin), flush=True)
             begin = time.perf_counter()

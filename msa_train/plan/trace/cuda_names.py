@@ -104,6 +104,7 @@ def _cuda_functions() -> dict[str, Any]:
         "current_stream": lambda *_: _Stream(),
         "default_stream": lambda *_: _Stream(),
         "stream": lambda _stream: contextlib.nullcontext(),
+        "cudart": lambda: SimpleNamespace(cudaHostRegister=lambda *_: 0, cudaHostUnregister=lambda *_: 0),
         "get_rng_state": lambda *_: torch.get_rng_state(),
         "set_rng_state": lambda *_, **__: None,
     }

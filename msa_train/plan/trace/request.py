@@ -22,6 +22,7 @@ def trace_in_child(
     place: Place | None = None,
     assumptions: Assumptions | None = None,
     with_save: bool = True,
+    quick: bool = False,
 ) -> dict[str, Any]:
     """Trace one rank in a new process; see `step.trace_rank`.
 
@@ -39,6 +40,7 @@ def trace_in_child(
         "place": asdict(place or Place()),
         "assumptions": asdict(assumptions or Assumptions()),
         "with_save": with_save,
+        "quick": quick,
     }
     done = subprocess.run(
         [sys.executable, "-m", "msa_train.plan.trace"],
@@ -64,5 +66,6 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         place=Place(**request.get("place", {})),
         assumptions=Assumptions(**assumptions),
         with_save=request.get("with_save", True),
+        quick=request.get("quick", False),
     )
     return report.to_json()

@@ -101,7 +101,7 @@ def trace_rank(
 _RATES = LearningRates(backbone=1e-4, index=1e-4)
 
 
-class _Enough(Exception):
+class _EnoughError(Exception):
     """End a step whose peak is known."""
 
 
@@ -111,9 +111,9 @@ def _until_first_backward(engine: TrainEngine, batch: StepBatch) -> None:
 
     def last(*args: Any, **kwargs: Any) -> None:
         backward_step(*args, **kwargs)
-        raise _Enough
+        raise _EnoughError
 
-    with patch.object(schedules, "backward_step", last), contextlib.suppress(_Enough):
+    with patch.object(schedules, "backward_step", last), contextlib.suppress(_EnoughError):
         engine.train_step(batch, _RATES)
 
 

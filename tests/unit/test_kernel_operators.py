@@ -6,6 +6,7 @@ from msa_kernels import select_blocks
 from msa_kernels.block_sparse_attention.tiled import pool_backward, pool_forward
 from msa_kernels.block_sparse_attention.types import BlockPool, KlTerm, SparseQueries
 from msa_kernels.dispatch import has_triton
+from msa_kernels.full_attention.op import attention_backward, attention_forward, backward_scratch
 
 from msa_train.plan.trace.fake_device import FakeDevice
 
@@ -29,6 +30,21 @@ def test_selection() -> None:
         # candidates of the programs that share a tile of queries are dropped when they are merged
         assert held < device.peak.num_bytes - before
     assert "select_blocks_kernel" in dir(torch.ops.msa_kernels)
+
+
+def test_scratch_of_full_attention() -> None:
+    with FakeDevice(lambda _: "") as device:
+        q, k, v = fake(T, M, G, D), fake(T, M, D), fake(T, M, D)
+        out, lse = attention_forward(q, k, v, [0, T], [0, T], causal=True, softmax_scale=1.0, kernel="torch")
+        device.reset_peak()
+        before = device.current
+        grads = attention_backward(
+            torch.empty_like(out), q, k, v, out, lse, [0, T], [0, T],
+            causal=True, softmax_scale=1.0, kernel="torch",
+        )  # fmt: skip
+        assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
+        scratch = sum(backward_scratch(q, k, 1, "torch"))
+        assert device.peak.num_bytes - before >= scratch + q.nbytes + 2 * k.nbytes
 
 
 def test_attention_and_its_gradients() -> None:

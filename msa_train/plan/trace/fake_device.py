@@ -96,7 +96,7 @@ class FakeDevice(StorageTracker):
 
     def _by_its_fake(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the fake of one of our operators with open eyes: it makes and drops the kernel's scratch."""
-        found = simple_registry.singleton.find(func._schema.name)
+        found: Any = simple_registry.singleton.find(func._schema.name)
         TorchDispatchMode.__enter__(self)
         try:
             return found.fake_impl.kernel(*args, **kwargs)

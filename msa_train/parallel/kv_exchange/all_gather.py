@@ -1,11 +1,13 @@
 """Exchange by `all_gather`: all ranks get all keys and values; gradients are reduce-scattered.
 
-A rank receives 2 * M * D numbers for every token of the others, in the backward pass again, and as many
-gradients: 2 GiB each at 1M tokens on 256 ranks (M = 4, D = 128, bf16). The number of ranks changes nothing.
+A rank receives 2 * M * D numbers for every token of the others, in the backward pass again: 2 GiB each
+time at 1M tokens on 256 ranks (M = 4, D = 128, bf16). Gradients are added on the way, so in fp32: 4 GiB. The
+number of ranks changes nothing.
 """
 
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import Tensor
 
 from msa_train.parallel.kv_exchange.session import ExchangeSession, KvBlockGrads, KvSource
@@ -43,4 +45,6 @@ class AllGatherSession(ExchangeSession):
         return source
 
     def _shards(self, grad: Tensor) -> Tensor:
-        return grad.view(self.layout.cp_size, -1, *grad.shape[1:]).to(self.local.dtype)
+        # in fp32 at least: the reduce-scatter adds, and in 16 bits would round at every rank
+        wide = torch.promote_types(self.local.dtype, torch.float32)
+        return grad.view(self.layout.cp_size, -1, *grad.shape[1:]).to(wide)

@@ -110,14 +110,14 @@ def bytes_per_key() -> dict[str, float]:
 
 
 def kernel_calls() -> list[dict[str, Any]]:
-    """Calls of a layer's forward pass for 1,000 documents of 1,000 tokens on 64 ranks, of the worst rank."""
-    block, size, slot, docs = 128, 64, 1024, 1000
+    """Calls of a layer's forward pass for 1,000 documents of 1,000 tokens on 16 ranks, of the worst rank."""
+    block, size, slot, docs = 128, 16, 1024, 1000
     edges = [slot * i for i in range(docs)]
     seq_len = -(-slot * docs // (size * block)) * size * block
     found = []
     for exchange in (KvExchange.selected, KvExchange.all_gather):
         counts = {"before": 0, "now": 0}
-        for rank in range(0, size, 7):
+        for rank in range(0, size, 5):
             layout = ShardLayout(seq_len=seq_len, block_size=block, cp_rank=rank, cp_size=size)
             plan = make_full_plan(layout, [*edges, seq_len], [1000] * docs, exchange=exchange, balanced=True)
             gathered = exchange is KvExchange.all_gather
@@ -164,16 +164,17 @@ of the CPU, all ranks threads of one process. `before`: rounded to bf16 at every
 
 ## Gradients of keys
 
-Bytes of dk and dv that one kernel call returns for each key, 4 KV heads, 16 query heads each, 128 channels,
-bf16, measured on the CPU: {per_key["before"]:.0f} before, {per_key["now"]:.0f} now. By arithmetic for
-1,032,192 keys: {per_key["before"] * 1032192 / 1e9:.1f} GB before; now a piece of {per_key["keys of a piece"]}
-keys at a time, {per_key["now"] * per_key["keys of a piece"] / 1e9:.3f} GB. Libraries of GPUs that hold both
-once per query head in a call hold {per_key["before"] * per_key["keys of a piece"] / 1e9:.2f} GB for a
-piece (from their sources).
+Bytes of dk and dv that one kernel call returns for each key, measured on the CPU (4 KV heads, 16 query heads
+each, 128 channels, bf16): {per_key["before"]:.0f} before, {per_key["now"]:.0f} now.
+
+By arithmetic, for 1,032,192 keys: {per_key["before"] * 1032192 / 1e9:.1f} GB before; now one piece at a
+time, {per_key["keys of a piece"]} keys, {per_key["now"] * per_key["keys of a piece"] / 1e9:.3f} GB. Libraries of
+GPUs that hold both once per query head hold
+{per_key["before"] * per_key["keys of a piece"] / 1e9:.2f} GB for a piece (from their sources).
 
 ## Kernel calls
 
-Of a layer's forward pass for 1,000 documents of 1,000 tokens on 64 ranks, the most of every seventh rank;
+Of a layer's forward pass for 1,000 documents of 1,000 tokens on 16 ranks, the most of every fifth rank;
 kernels that take all spans in one call.
 
 {table(list(result["calls"][0]), [list(row.values()) for row in result["calls"]])}

@@ -168,8 +168,8 @@ Bytes of dk and dv that one kernel call returns for each key, measured on the CP
 each, 128 channels, bf16): {per_key["before"]:.0f} before, {per_key["now"]:.0f} now.
 
 By arithmetic, for 1,032,192 keys: {per_key["before"] * 1032192 / 1e9:.1f} GB before; now one piece at a
-time, {per_key["keys of a piece"]} keys, {per_key["now"] * per_key["keys of a piece"] / 1e9:.3f} GB. Libraries of
-GPUs that hold both once per query head hold
+time, {per_key["keys of a piece"]} keys, {per_key["now"] * per_key["keys of a piece"] / 1e9:.3f} GB.
+Libraries of GPUs that hold both once per query head hold
 {per_key["before"] * per_key["keys of a piece"] / 1e9:.2f} GB for a piece (from their sources).
 
 ## Kernel calls

@@ -154,6 +154,8 @@ class TrainConfig:
     "recompute of each pipeline rank, as `full,selective,none,none`; empty: the same in all"
     offload_activations: bool = False
     "what layers keep for the backward pass waits in host memory and returns one layer ahead"
+    tile_tokens: int = 0
+    "tokens of a rank that experts and feed-forward layers take at once, recomputed; 0: all, kept"
     validate_every: int = 100
     "steps between validations; 0 for none"
     validation_packs: int = 8

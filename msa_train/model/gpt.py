@@ -15,8 +15,7 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     set_tensor_model_parallel_attributes,
 )
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -38,6 +37,8 @@ from msa_train.model.attention.msa import MsaSelfAttention
 from msa_train.model.attention.sliding_window import WindowSelfAttention
 from msa_train.model.layers.cross_entropy import linear_cross_entropy
 from msa_train.model.layers.moe import ExpertLayer, SigmoidRouter
+from msa_train.model.layers.moe.experts import GroupedExperts
+from msa_train.model.layers.moe.feed_forward import FeedForward
 from msa_train.model.layers.norm import RMSNorm
 from msa_train.model.transformer_config import (
     MsaTransformerConfig,
@@ -162,11 +163,11 @@ def _block_spec(
 
 def _layer_spec(config: MsaTransformerConfig, layer_number: int) -> ModuleSpec:
     linear = {"linear_fc1": ColumnParallelLinear, "linear_fc2": RowParallelLinear}
-    mlp = ModuleSpec(module=MLP, submodules=MLPSubmodules(**linear))
+    mlp = ModuleSpec(module=FeedForward, submodules=MLPSubmodules(**linear))
     if layer_number > config.model.num_dense_ffn_layers:
         shared = ModuleSpec(module=SharedExpertMLP, submodules=MLPSubmodules(**linear))
         experts = MoESubmodules(
-            experts=ModuleSpec(module=SequentialMLP, submodules=MLPSubmodules(**linear)),
+            experts=ModuleSpec(module=GroupedExperts, submodules=MLPSubmodules(**linear)),
             shared_experts=shared,
             router=SigmoidRouter,  # type: ignore[arg-type]
         )

@@ -47,6 +47,8 @@ class MsaTransformerConfig(TransformerConfig):
     "parts of layers that are, where that is selective"
     offload_activations: bool = False
     "what layers keep waits in host memory"
+    tile_tokens: int = 0
+    "tokens of a tile of experts and feed-forward layers; 0: no tiles"
 
 
 def build_transformer_config(config: RunConfig, layout: PipelineLayout | None = None) -> MsaTransformerConfig:
@@ -67,6 +69,7 @@ def build_transformer_config(config: RunConfig, layout: PipelineLayout | None = 
         stage_recomputes=stage_recomputes(config),
         recomputed_modules=recompute_modules(config),
         offload_activations=config.train.offload_activations,
+        tile_tokens=config.train.tile_tokens,
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_heads,

@@ -14,6 +14,7 @@ from msa_train.model.attention.base import GroupedQueryAttention
 from msa_train.model.inputs.layer_stats import LayerStats
 from msa_train.model.inputs.pack_params import PackParams, SelectionRecord
 from msa_train.model.layers.moe import ExpertLayer
+from msa_train.model.layers.moe.feed_forward import FeedForward
 from msa_train.model.layers.norm import RMSNorm
 from msa_train.model.layers.offload import OffloadedLayer, storage_of
 from msa_train.model.layers.recompute import KeptTensors, run_recomputed, run_unit
@@ -37,7 +38,9 @@ class MsaTransformerLayer(TransformerLayer):
         assert isinstance(self.self_attention, GroupedQueryAttention), "of our spec"
         self.self_attention.is_recomputed = "attention" in modules
         self._record = SelectionRecord()
-        if ("experts" if isinstance(self.mlp, ExpertLayer) else "ffn") in modules:
+        part = "experts" if isinstance(self.mlp, ExpertLayer) else "ffn"
+        # Tiles keep nothing but their input by themselves.
+        if part in modules and not config.tile_tokens:
             # Megatron's layer calls it in the middle of its own forward pass.
             self._run_mlp, self.mlp.forward = self.mlp.forward, self._run_mlp_twice  # type: ignore[method-assign]
 
@@ -81,6 +84,8 @@ class MsaTransformerLayer(TransformerLayer):
         params.record.calls += 1
         self._record = params.record
         kwargs = kwargs | {"packed_seq_params": params, "padding_mask": params.context.padding_mask}
+        if isinstance(self.mlp, ExpertLayer | FeedForward):
+            self.mlp.record = params.record
         router = self.mlp.router if isinstance(self.mlp, ExpertLayer) else None
         if router is None or router.local_tokens_per_expert is None:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[return-value]
@@ -102,6 +107,7 @@ class MsaTransformerLayer(TransformerLayer):
         def run(inputs: Tensor) -> Any:
             if isinstance(self.mlp, ExpertLayer):
                 self.mlp.router.counting = not record.replaying
+                self.mlp.record = record
             return self._run_mlp(inputs, **kwargs)
 
         return run_unit(run, record, hidden_states)

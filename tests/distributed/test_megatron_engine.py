@@ -26,6 +26,28 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "megatron-pp2": (2, {"engine": EngineKind.megatron, "parallel": {"pp_size": 2}}),
     "megatron-cp2-ep2": (2, {"engine": EngineKind.megatron, "parallel": {"cp_size": 2, "ep_size": 2}}),
     "torch-cp2-ep2": (2, {"engine": EngineKind.torch, "parallel": {"cp_size": 2, "ep_size": 2}}),
+    "megatron-tp2-ep2-tiles": (
+        2,
+        {"engine": EngineKind.megatron, "parallel": {"tp_size": 2, "ep_size": 2}, "tile_tokens": 20},
+    ),
+    "megatron-cp2-overlap-tiles-recompute": (
+        2,
+        {
+            "engine": EngineKind.megatron,
+            "parallel": {
+                "cp_size": 2,
+                "ep_size": 2,
+                "overlap_grad_reduce": True,
+                "overlap_param_gather": True,
+            },
+            "recompute": Recompute.full,
+            "tile_tokens": 20,
+        },
+    ),
+    "torch-cp2-tiles": (
+        2,
+        {"engine": EngineKind.torch, "parallel": {"cp_size": 2, "ep_size": 2}, "tile_tokens": 20},
+    ),
     "torch-bf16": (1, {"engine": EngineKind.torch, "parallel": {}, "precision": Precision.bf16}),
     "megatron-bf16": (1, {"engine": EngineKind.megatron, "parallel": {}, "precision": Precision.bf16}),
 }

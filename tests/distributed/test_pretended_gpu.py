@@ -40,6 +40,7 @@ CASES = (
     "cp3-selected-soft",
     "cp4-hot-again-recompute",
     "cp4-selected-ep4",
+    "cp2-selected-ep2-tiles-recompute",
 )
 
 
@@ -108,7 +109,7 @@ def test_equals_one_process_on_the_cpu(name: str, results: dict[str, list[dict[s
 
 # Where the host waits for a GPU in a training step, and why; otherwise it is to run ahead.
 WAITS = {
-    "model/layers/moe.py:dispatch_preprocess": "the tokens of each expert decide how much is sent",
+    "model/layers/moe/routing.py:counts_on_host": "the tokens of each expert decide how much is sent",
     "parallel/kv_exchange/requests.py:_introduce": "once for each shape",
     "parallel/attention/selection_recall.py:_tiles": "on steps that look at the attention",
     "training/optim/grad_buffers.py:norm": "the norm of the gradients, once a step",

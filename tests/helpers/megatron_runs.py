@@ -43,12 +43,13 @@ def build(
     recipe: bool = False,
     num_layers: int = 4,
     optim: dict[str, Any] | None = None,
+    tile_tokens: int = 0,
 ) -> TrainEngine:
     """An engine over the whole world with the sizes in `parallel`; recipe: another stage for each step.
 
     optim: settings of the optimizer.
     """
-    config = small_config(precision=precision, recompute=recompute, offload=offload)
+    config = small_config(precision=precision, recompute=recompute, offload=offload, tile_tokens=tile_tokens)
     config.train.recompute_stages = recompute_stages
     # Everything here is smaller than what is worth a copy.
     offloading.MIN_BYTES = 0

@@ -56,6 +56,7 @@ def small_config(
     layout: CpLayout = CpLayout.contiguous,
     balance: tuple[bool, bool] = (True, True),
     kernel: AttentionKernel = AttentionKernel.auto,
+    tile_tokens: int = 0,
 ) -> RunConfig:
     """Four layers: full attention + dense FFN, then MSA, a window, MSA + experts; 3 KV groups of 2 heads.
 
@@ -112,6 +113,7 @@ def small_config(
             recompute=recompute,
             recompute_modules=modules,
             offload_activations=offload,
+            tile_tokens=tile_tokens,
         ),
         stages={} if stage is None else {"only": stage},
     )

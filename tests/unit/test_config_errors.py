@@ -53,6 +53,7 @@ MISTAKES = [
         "exchange.keep_for_backward=false",
         "use exchange.keep_for_backward=true",
     ),
+    (["run=demo", "train.tile_tokens=-1"], "train.tile_tokens=-1", "use 0 for no tiles"),
     (["run=demo", "optim.offload=1.5"], "optim.offload=1.5", "from 0 (all on the device) to 1"),
     (["run=demo", "optim.moments_dtype=bf61"], "optim.moments_dtype=bf61", "did you mean bf16?"),
     (["run=demo", "optim.moments_dtype=fp8"], "optim.moments_dtype=fp8", "or optim.algorithm=adamw"),

@@ -6,6 +6,7 @@ layer needs to know about its input comes with the input.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -19,6 +20,9 @@ from msa_train.model.layers.offload import OffloadChain
 from msa_train.parallel.attention.selection_recall import RecallQueries
 from msa_train.parallel.comm.cp_groups import CpGroups
 from msa_train.parallel.kv_exchange.requests import ExchangeDecision
+
+if TYPE_CHECKING:
+    from msa_train.model.layers.moe.routing import Routing
 
 OnSelection = Callable[[int, Tensor], None]
 "is told a layer number and its block ids [T, M, topk]"
@@ -34,6 +38,8 @@ class SelectionRecord:
     "[T, M, topk] int32 selected blocks"
     exchange: ExchangeDecision | None = None
     "how KV blocks came"
+    routing: "Routing | None" = None
+    "which experts the tokens went to"
 
     @property
     def replaying(self) -> bool:

@@ -108,18 +108,22 @@ class _Buffer:
         for parameter in parameters:
             self.views[id(parameter)] = self.flat[offset : offset + parameter.numel()].view_as(parameter)
             offset += parameter.numel()
+            # Megatron's names: what adds its gradients up by itself puts them here and sets the mark
+            parameter.main_grad = self.views[id(parameter)]  # type: ignore[attr-defined]
+            parameter.grad_added_to_main_grad = False  # type: ignore[attr-defined]
             parameter.register_post_accumulate_grad_hook(self._collect)
 
     def _collect(self, parameter: Tensor) -> None:
         """Add a gradient that was just made and drop it: bf16 gradients never add up to the nearest bf16."""
-        if parameter.grad is None:
+        grad, is_there = parameter.grad, parameter.grad_added_to_main_grad  # type: ignore[attr-defined]
+        parameter.grad, parameter.grad_added_to_main_grad = None, False  # type: ignore[attr-defined]
+        if grad is None or is_there:
             return
         view = self.views[id(parameter)]
         if view.dtype == torch.bfloat16:
-            add_to_bf16(view, parameter.grad, piece=PIECE_ELEMENTS)
+            add_to_bf16(view, grad, piece=PIECE_ELEMENTS)
         else:
-            view.add_(parameter.grad)
-        parameter.grad = None
+            view.add_(grad)
 
 
 def _sum_of_squares(flat: Tensor) -> Tensor:

@@ -1,0 +1,258 @@
+"""The layer of experts: grouped products, tiles, host waits, memory."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.moe.storages import StoragePeak
+from msa_train.config import Precision
+from msa_train.model.inputs.pack_params import SelectionRecord
+from msa_train.model.layers.moe import ExpertLayer, experts, router
+from msa_train.parallel.process_groups import build_groups
+from msa_train.training.engines.torch_engine import TorchEngine
+from tests.helpers.compare import assert_rows_close, worst_row
+from tests.helpers.model_runs import small_config
+from tests.helpers.spawn import run_ranks
+
+# rounding of one number, relative
+EPS = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8}
+
+
+def build(precision: Precision, *, ep_size: int, tile_tokens: int = 0, **sizes: int) -> ExpertLayer:
+    """The last layer's experts of a small model, with the engine's gradient buffers."""
+    config = small_config(precision=precision, ep_size=ep_size, tile_tokens=tile_tokens)
+    for name, value in sizes.items():
+        setattr(config.model, name, value)
+    engine = TorchEngine(config, build_groups(config.parallel, device=torch.device("cpu")))
+    layer = engine.model.decoder.layers[-1].mlp
+    assert isinstance(layer, ExpertLayer)
+    # hooks of the buffers hold them by methods
+    return layer.train()
+
+
+def inputs(layer: ExpertLayer, tokens: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens [T, 1, H], a gradient of the output, and a mask with some padding."""
+    generator = torch.Generator().manual_seed(rank)
+    shape = (tokens, 1, layer.config.hidden_size)
+    dtype = layer.experts.matrices()[0][0].dtype
+    x, grad = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    return x.requires_grad_(), grad, (torch.arange(tokens) % 7 == 3).unsqueeze(0)
+
+
+def gradients(layer: ExpertLayer, x: Tensor, grad: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Output and every gradient of one forward and backward pass."""
+    parameters = dict(layer.named_parameters())
+    for parameter in parameters.values():
+        parameter.main_grad.zero_()  # type: ignore[attr-defined]
+    x.grad = None
+    out, _ = layer(x, padding_mask=mask)
+    out.backward(grad)
+    assert x.grad is not None
+    found = {n: p.main_grad.clone() for n, p in parameters.items()}  # type: ignore[attr-defined]
+    return found | {"out": out.detach(), "x": x.grad.clone()}
+
+
+def one_by_one(run: Callable[[], Any]) -> Any:
+    """Run with one product for each expert."""
+    chosen = experts.grouped_mm_for
+    experts.grouped_mm_for = lambda _device, _dtype: None
+    try:
+        return run()
+    finally:
+        experts.grouped_mm_for = chosen
+
+
+def check_grouped_equals_one_by_one(rank: int, world_size: int) -> None:
+    """On CPUs the same products, so the same numbers but for what a gate rounds."""
+    for precision, dtype in ((Precision.fp32, torch.float32), (Precision.bf16, torch.bfloat16)):
+        layer = build(precision, ep_size=world_size)
+        assert layer.experts.stacked() is not None
+        given = inputs(layer, 50, rank)
+        got = gradients(layer, *given)
+        want = one_by_one(lambda layer=layer, given=given: gradients(layer, *given))
+        assert got.keys() == want.keys()
+        for name, value in want.items():
+            assert worst_row(got[name], value) <= 4 * EPS[dtype], (precision, name)
+        parallel_state.destroy_model_parallel()
+
+
+def check_tiles_equal_the_whole(rank: int, world_size: int) -> None:
+    """Uneven tiles, in fp32 and bf16 too; weight gradients of bf16 tiles are rounded once each."""
+    for precision, dtype in ((Precision.fp32, torch.float32), (Precision.bf16, torch.bfloat16)):
+        seen = []
+        for tile_tokens in (0, 13, 64):
+            layer = build(precision, ep_size=world_size, tile_tokens=tile_tokens)
+            seen.append(gradients(layer, *inputs(layer, 50, rank)))
+            parallel_state.destroy_model_parallel()
+        for got in seen[1:]:
+            for name, value in seen[0].items():
+                assert worst_row(got[name], value) <= 8 * EPS[dtype], (precision, name)
+
+
+def check_all_tokens_to_one_rank(rank: int, world_size: int) -> None:
+    """A rank without a single row takes part all the same, with tiles and without, grouped or not."""
+    for precision in (Precision.fp64, Precision.fp32):
+        seen = []
+        for tile_tokens in (0, 8):
+            layer = build(precision, ep_size=world_size, tile_tokens=tile_tokens)
+            assert layer.router.expert_bias is not None
+            layer.router.expert_bias[:2] = 100.0
+            got = gradients(layer, *inputs(layer, 20, rank))
+            idle = [n for n in got if "local_experts" in n and not got[n].any()]
+            assert (len(idle) > 0) is (rank > 0)
+            seen.append(got)
+            parallel_state.destroy_model_parallel()
+        for name, value in seen[0].items():
+            assert_rows_close(seen[1][name], value, 1e-5)
+
+
+def check_padding_alone(rank: int, world_size: int) -> None:
+    for tile_tokens in (0, 5):
+        layer = build(Precision.fp32, ep_size=world_size, tile_tokens=tile_tokens)
+        x, grad, mask = inputs(layer, 12, rank)
+        got = gradients(layer, x, grad, torch.ones_like(mask))
+        assert not any(value.any() for name, value in got.items() if "local_experts" in name)
+        assert got["x"].any(), "through the shared expert"
+        parallel_state.destroy_model_parallel()
+
+
+class Waits(TorchDispatchMode):
+    """Count what would make the host wait for a GPU."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "equal", "item")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note the operation."""
+        name = func.__name__.split(".")[0]
+        if name in self.NAMES:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def check_one_wait_a_layer(rank: int, world_size: int) -> None:
+    """Forward once; backward and recomputation not at all."""
+    asked: list[int] = []
+    tolist = Tensor.tolist
+
+    def noted(tensor: Tensor) -> Any:
+        asked.append(tensor.numel())
+        return tolist(tensor)
+
+    for precision in (Precision.fp64, Precision.bf16):
+        for tile_tokens in (0, 13):
+            layer = build(precision, ep_size=world_size, tile_tokens=tile_tokens)
+            x, grad, mask = inputs(layer, 50, rank)
+            record = SelectionRecord()
+            asked.clear()
+            Tensor.tolist = noted  # type: ignore[method-assign]
+            try:
+                with Waits() as waits:
+                    for calls in (1, 2):
+                        layer.record, record.calls = record, calls
+                        out, _ = layer(x, padding_mask=mask)
+                        assert len(asked) == 1, "the recomputation replays the routing"
+                    out.backward(grad)
+            finally:
+                Tensor.tolist = tolist  # type: ignore[method-assign]
+            assert waits.seen == []
+            # of each expert and granule, what leaves and what arrives; of each granule, the busiest rank
+            assert asked == [2 * 4 + 1 if tile_tokens == 0 else 25 * (2 * 4 + 1)]
+            parallel_state.destroy_model_parallel()
+
+
+def peak_bytes(layer: ExpertLayer, tokens: int) -> int:
+    """Peak of forward and backward, above what is there before and after."""
+    x, grad, mask = inputs(layer, tokens, 0)
+    with StoragePeak() as storages:
+        for tensor in (x, grad, mask, *layer.parameters(), *(p.main_grad for p in layer.parameters())):  # type: ignore[attr-defined]
+            storages.add(tensor)
+        before = storages.current
+        out, _ = layer(x, padding_mask=mask)
+        out.backward(grad)
+    assert x.grad is not None
+    return storages.peak - before - out.nbytes - x.grad.nbytes
+
+
+def check_memory_of_tiles(rank: int, world_size: int) -> None:
+    """M3's proportions at a tenth of its width: the peak does not grow with the tokens."""
+    sizes = {"hidden_size": 768, "moe_ffn_hidden_size": 384, "shared_expert_hidden_size": 384}
+    peaks = {}
+    router._CHUNK_TOKENS = 64
+    for tile_tokens in (0, 64):
+        for tokens in (512, 2048):
+            layer = build(Precision.bf16, ep_size=world_size, tile_tokens=tile_tokens, **sizes)
+            peaks[tile_tokens, tokens] = peak_bytes(layer, tokens)
+            parallel_state.destroy_model_parallel()
+    assert peaks[64, 2048] < 1.2 * peaks[64, 512], peaks
+    assert peaks[64, 2048] < 0.3 * peaks[0, 2048], peaks
+
+
+def check_gradient_without_a_buffer(rank: int, world_size: int) -> None:
+    """A plain optimizer gets the sum of the tiles, rounded once."""
+    layer = build(Precision.bf16, ep_size=world_size, tile_tokens=13)
+    given = inputs(layer, 50, rank)
+    want = gradients(layer, *given)
+    bare = build_bare(layer)
+    out, _ = bare(given[0], padding_mask=given[2])
+    out.backward(given[1])
+    for name, parameter in bare.named_parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.dtype == parameter.dtype
+        assert torch.equal(parameter.grad, want[name].to(parameter.dtype)), name
+    parallel_state.destroy_model_parallel()
+
+
+def build_bare(layer: ExpertLayer) -> ExpertLayer:
+    """The same layer with parameters that no engine knows."""
+    for module in layer.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, torch.nn.Parameter(parameter.detach().clone()))
+    return layer
+
+
+CHECKS = {
+    check.__name__.removeprefix("check_"): check
+    for check in (
+        check_grouped_equals_one_by_one,
+        check_tiles_equal_the_whole,
+        check_all_tokens_to_one_rank,
+        check_padding_alone,
+        check_one_wait_a_layer,
+        check_memory_of_tiles,
+        check_gradient_without_a_buffer,
+    )
+}
+
+
+def run_checks(rank: int, world_size: int, names: list[str]) -> dict[str, str]:
+    """Failures by name; one start of the ranks for all."""
+    failed = {}
+    for name in names:
+        try:
+            CHECKS[name](rank, world_size)
+        except AssertionError as error:
+            failed[name] = f"rank {rank}: {error}"
+            parallel_state.destroy_model_parallel()
+    return failed
+
+
+@pytest.fixture(scope="module")
+def failures() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for part in run_ranks(2, run_checks, list(CHECKS)):
+        found |= part
+    return found
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_on_two_ranks(name: str, failures: dict[str, str]) -> None:
+    assert name not in failures, failures[name]

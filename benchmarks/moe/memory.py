@@ -4,30 +4,31 @@ python -m benchmarks.moe.memory                # 16K and 64K tokens a rank, expe
 """
 
 import argparse
+import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
-import torch.distributed as dist
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.machine import ROOT, command, machine
-from benchmarks.moe.storages import StoragePeak
 from msa_train.config import ModelConfig, ParallelConfig, Precision, RunConfig, TrainConfig
 from msa_train.model import gpt
 from msa_train.model.inputs.pack_params import SelectionRecord
-from msa_train.model.layers.moe import ExpertLayer, experts, routing
-from msa_train.model.transformer_config import MsaTransformerConfig, build_transformer_config
-from msa_train.parallel.process_groups import build_groups
+from msa_train.model.layers.moe import ExpertLayer, experts
+from msa_train.model.transformer_config import build_transformer_config
+from msa_train.plan.trace.answers import answered
+from msa_train.plan.trace.assumptions import Assumptions
+from msa_train.plan.trace.cuda_names import DEVICE
+from msa_train.plan.trace.fake_device import FakeDevice
+from msa_train.plan.trace.parts import part_of
+from msa_train.plan.trace.world import joined
 
 GIB = 2**30
 RANKS = 64
@@ -62,65 +63,62 @@ ROWS = (
 )
 
 
-@contextmanager
-def answered(imbalance: float) -> Iterator[None]:
-    """Answer for the device how many rows travel."""
-    asked = routing.counts_on_host
-    routing.counts_on_host = lambda _counts, size: routing.assumed_counts(size, imbalance)
-    try:
-        yield
-    finally:
-        routing.counts_on_host = asked
-
-
-def build_layer(tile_tokens: int) -> ExpertLayer:
-    """Build the layer, weights without values."""
-    config = RunConfig(
+def config_of(tile_tokens: int) -> RunConfig:
+    """Make a run whose experts are spread over 64 ranks."""
+    return RunConfig(
         model=M3,
         parallel=ParallelConfig(cp_size=RANKS, ep_size=RANKS),
         train=TrainConfig(precision=Precision.bf16, tile_tokens=tile_tokens),
     )
-    megatron: MsaTransformerConfig = build_transformer_config(config)
+
+
+def build_layer(config: RunConfig) -> ExpertLayer:
+    """Build the layer, weights without values."""
+    megatron = build_transformer_config(config)
     spec = gpt._layer_spec(megatron, 1).submodules.mlp
-    layer = ExpertLayer(megatron, spec.submodules, 1, get_default_pg_collection())
-    return layer
+    return ExpertLayer(megatron, spec.submodules, 1, get_default_pg_collection()).to(DEVICE)
 
 
 def trace(tokens: int, tile_tokens: int, imbalance: float, *, grouped: bool) -> dict[str, Any]:
     """Return peak bytes of forward and backward of one recomputed layer, as its transformer layer does it."""
-    chosen, begin = experts.grouped_mm_for, time.monotonic()
-    if not grouped:
-        experts.grouped_mm_for = lambda _device, _dtype: None
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True), answered(imbalance), StoragePeak() as storages:
-            layer = build_layer(tile_tokens).train()
-            for parameter in layer.parameters():
-                # as the engines do
-                parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
-                parameter.grad_added_to_main_grad = False
-                parameter.register_post_accumulate_grad_hook(_collect)
-            static = storages.current
-            x = torch.empty(tokens, 1, M3.hidden_size, dtype=torch.bfloat16, requires_grad=True)
-            grad, record, base = torch.empty_like(x), SelectionRecord(), storages.current
+    config, begin = config_of(tile_tokens), time.monotonic()
+    none = contextlib.nullcontext()
+    one_by_one = none if grouped else patch.object(experts, "grouped_mm_for", lambda _device, _dtype: None)
+    storages = FakeDevice(part_of)
+    with (
+        one_by_one,
+        joined(config, RANKS, 0, DEVICE) as groups,
+        answered(Assumptions(expert_imbalance=imbalance), storages, groups),
+        storages,
+    ):
+        layer = build_layer(config).train()
+        for parameter in layer.parameters():
+            # as the engines do
+            parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
+            parameter.grad_added_to_main_grad = False
+            parameter.register_post_accumulate_grad_hook(_collect)
+        static = storages.current
+        x = torch.empty(tokens, 1, M3.hidden_size, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+        grad, record, base = torch.empty_like(x), SelectionRecord(), storages.current
 
-            def run(hidden: Tensor) -> Tensor:
-                record.calls += 1
-                layer.record = record
-                return hidden + layer(hidden)[0]
+        def run(hidden: Tensor) -> Tensor:
+            record.calls += 1
+            layer.record = record
+            return hidden + layer(hidden)[0]
 
-            out: Any = checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
-            forward, storages.peak = storages.peak, storages.current
-            out.backward(grad)
-            backward = storages.peak
-    finally:
-        experts.grouped_mm_for = chosen
+        out: Any = checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
+        forward = storages.peak.num_bytes
+        storages.reset_peak()
+        out.backward(grad)
+        backward = storages.peak.num_bytes
     return {
         "tokens": tokens,
         "tile_tokens": tile_tokens,
         "imbalance": imbalance,
         "grouped": grouped,
         "weights_and_grads_gib": static / GIB,
-        "input_and_grad_gib": (base - static) / GIB,
+        # input, output and the gradients of both, whatever happens inside
+        "outside_gib": 2 * (base - static) / GIB,
         "forward_gib": (forward - static) / GIB,
         "backward_gib": (backward - static) / GIB,
         "seconds": time.monotonic() - begin,
@@ -133,20 +131,11 @@ def _collect(parameter: Any) -> None:
     parameter.grad, parameter.grad_added_to_main_grad = None, False
 
 
-def start() -> None:
-    """Make process groups that send nothing, for one rank of 64."""
-    made = dist.new_group
-    dist.init_process_group("fake", rank=0, world_size=RANKS, store=FakeStore())
-    dist.new_group = lambda *arguments, **named: made(*arguments, **(named | {"backend": "fake"}))
-    build_groups(ParallelConfig(cp_size=RANKS, ep_size=RANKS), device=torch.device("cpu"))
-
-
 def main(argv: list[str] | None = None) -> int:
     """Trace and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     arguments = parser.parse_args(argv)
-    start()
     rows = []
     for tokens, tile, imbalance, grouped in ROWS:
         rows.append(trace(tokens, tile, imbalance, grouped=grouped))

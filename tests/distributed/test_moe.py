@@ -9,11 +9,11 @@ from megatron.core import parallel_state
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.moe.storages import StoragePeak
 from msa_train.config import Precision
 from msa_train.model.inputs.pack_params import SelectionRecord
 from msa_train.model.layers.moe import ExpertLayer, experts, router
 from msa_train.parallel.process_groups import build_groups
+from msa_train.plan.trace.storage_tracker import StorageTracker
 from msa_train.training.engines.torch_engine import TorchEngine
 from tests.helpers.compare import assert_rows_close, worst_row
 from tests.helpers.model_runs import small_config
@@ -172,14 +172,15 @@ def check_one_wait_a_layer(rank: int, world_size: int) -> None:
 def peak_bytes(layer: ExpertLayer, tokens: int) -> int:
     """Peak of forward and backward, above what is there before and after."""
     x, grad, mask = inputs(layer, tokens, 0)
-    with StoragePeak() as storages:
-        for tensor in (x, grad, mask, *layer.parameters(), *(p.main_grad for p in layer.parameters())):  # type: ignore[attr-defined]
-            storages.add(tensor)
-        before = storages.current
+    storages = StorageTracker(lambda _lines: "")
+    with storages:
+        storages.enter([x, grad, mask, *layer.parameters()])
+        storages.enter([p.main_grad for p in layer.parameters()])  # type: ignore[attr-defined]
+        before = storages.host_current
         out, _ = layer(x, padding_mask=mask)
         out.backward(grad)
     assert x.grad is not None
-    return storages.peak - before - out.nbytes - x.grad.nbytes
+    return storages.host_peak.num_bytes - before - out.nbytes - x.grad.nbytes
 
 
 def check_memory_of_tiles(rank: int, world_size: int) -> None:

@@ -87,17 +87,30 @@ def counts_on_host(counts: Tensor, _size: CountsSize) -> list[int]:
 
 
 def assumed_counts(size: CountsSize, imbalance: float = 1.0) -> list[int]:
-    """Answer for `counts_on_host` where there is no data: an equal share leaves for each expert.
+    """Answer for `counts_on_host` where there is no data: all rows leave, spread evenly over the experts.
 
     Args:
         size: what it was asked for.
-        imbalance: what arrives here, on the busiest rank, relative to an equal share.
+        imbalance: what arrives here, on the busiest rank, relative to an equal share; not of one rank alone,
+            whose rows stay.
+
+    Example: 16 rows, 2 granules, 2 ranks of 1 expert, imbalance 1.5 -> 4 rows to each expert in each granule,
+    6 from each rank, 12 in all in each granule.
     """
-    share = max(1, size.rows // (size.granules * size.ranks * size.local_experts))
-    arrives = np.full((size.granules, size.ranks, size.local_experts), round(share * imbalance))
-    # what stays on this rank, 0, both leaves and arrives
-    arrives[:, 0] = share
-    return [share] * arrives.size + arrives.flatten().tolist() + arrives.sum((1, 2)).tolist()
+    shape = size.granules, size.ranks, size.local_experts
+    leaves = _spread(size.rows, shape)
+    arrives = _spread(round(size.rows * imbalance), shape) if size.ranks > 1 else leaves
+    counts: list[int] = np.stack((leaves, arrives)).flatten().tolist()
+    return counts + arrives.sum((1, 2)).tolist()
+
+
+def _spread(total: int, shape: tuple[int, int, int]) -> np.ndarray:
+    """Spread rows over granules, ranks and experts, the first of each granule having one more."""
+    per_granule = np.full(shape[0], total // shape[0])
+    per_granule[: total % shape[0]] += 1
+    cells = shape[1] * shape[2]
+    more = np.arange(cells) < (per_granule % cells)[:, None]
+    return (per_granule[:, None] // cells + more).reshape(shape)
 
 
 def plan_routing(

@@ -15,6 +15,8 @@ class Assumptions:
     "rows that the experts of this rank receive, relative to the mean over ranks"
     documents: tuple[int, ...] = ()
     "tokens of each document of a pack; none: one document of the whole length"
+    ranks_per_machine: int = 8
+    "for exchange.ranks_per_node=-1, which asks the launcher"
     micro_batches: int = 0
     "micro-batches of a step; 0: as many as fill the pipeline from this stage on"
 

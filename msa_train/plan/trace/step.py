@@ -63,7 +63,8 @@ def trace_rank(
     begin = time.perf_counter()
     device = FakeDevice(parts.part_of)
     rank = rank_of(config, world_size, place)
-    with joined(config, world_size, rank, DEVICE) as groups, answered(assumptions, device, groups), device:
+    world = joined(config, world_size, rank, DEVICE, assumptions.ranks_per_machine)
+    with world as groups, answered(assumptions, device, groups), device:
         joined_at = time.perf_counter()
         with patch.object(engines, "init_weights", lambda *_, **__: None):
             engine = build_engine(config, groups)

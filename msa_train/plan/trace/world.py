@@ -1,6 +1,7 @@
 """Be one rank of a job of any size, alone: groups that exist by name, ranks that all say the same."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
@@ -23,7 +24,9 @@ class _Watch:
 
 
 @contextlib.contextmanager
-def joined(config: RunConfig, world_size: int, rank: int, device: torch.device) -> Iterator[Groups]:
+def joined(
+    config: RunConfig, world_size: int, rank: int, device: torch.device, ranks_per_machine: int
+) -> Iterator[Groups]:
     """Join as `rank` of `world_size`; what is sent goes nowhere, what others say is what this rank says."""
     new_group = distributed_c10d.new_group
 
@@ -32,6 +35,7 @@ def joined(config: RunConfig, world_size: int, rank: int, device: torch.device) 
 
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     with contextlib.ExitStack() as stack:
+        stack.enter_context(patch.dict(os.environ, LOCAL_WORLD_SIZE=str(ranks_per_machine)))
         for module in (dist, distributed_c10d):
             for name, value in (
                 ("new_group", fake_group),

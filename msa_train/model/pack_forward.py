@@ -100,7 +100,14 @@ class PackForward:
         if parallel.kv_exchange is not KvExchange.auto or attended.full is None:
             return None
         num_local_kv_heads = config.model.num_kv_heads // (parallel.tp_size * parallel.cp_head_size)
-        token_bytes = 2 * num_local_kv_heads * config.model.head_dim * DTYPES[config.train.precision].itemsize
+        elements = 2 * num_local_kv_heads * config.model.head_dim
+        element_bytes = DTYPES[config.train.precision].itemsize
         # Per rank of the exchange: with Ulysses groups fewer ranks, more tokens, fewer KV heads each.
         others = attended.layout.seq_len - attended.layout.local_seq_len
-        return choose_full_exchange(attended.full.busiest, others, token_bytes, comm.kv.rates)
+        return choose_full_exchange(
+            attended.full.busiest,
+            others,
+            elements * element_bytes,
+            comm.kv.rates,
+            grad_bytes=elements * max(element_bytes, 4),
+        )

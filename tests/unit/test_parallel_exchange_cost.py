@@ -93,3 +93,12 @@ def test_no_rank_asks_itself() -> None:
     fitting = [0x4D5341_0001, 3, 2, 2, 5, 2, 7, 0]
     with pytest.raises(ExchangeError, match="cp rank 1 announces 7 pairs and marks 7, some of them its own"):
         check_requests([fitting, fitting], [7, 7], [0, 1], 3)
+
+
+def test_gradients_that_are_added_on_their_way_cost_what_they_weigh() -> None:
+    """In fp32, where keys are in bf16: an all-gather that wins by less than that does not win."""
+    line = Line(0.0, 1e-9)
+    rates = ExchangeRates(all_to_all=line, all_gather=line, reduce_scatter=line, outer=line, inner=line)
+    # 2 * 160 against 2 * 100 + 100, and against 2 * 100 + 200
+    assert choose_full_exchange(160, 100, 4, rates) is KvExchange.all_gather
+    assert choose_full_exchange(160, 100, 4, rates, grad_bytes=8) is KvExchange.selected

@@ -109,7 +109,12 @@ def all_gather_cost(
 
 
 def choose_full_exchange(
-    busiest_tokens: int, others_tokens: int, token_bytes: int, rates: ExchangeRates | None
+    busiest_tokens: int,
+    others_tokens: int,
+    token_bytes: int,
+    rates: ExchangeRates | None,
+    *,
+    grad_bytes: int | None = None,
 ) -> KvExchange:
     """Decide what `auto` means for full attention over a pack: its documents decide, so all ranks agree.
 
@@ -118,6 +123,7 @@ def choose_full_exchange(
         others_tokens: tokens that all other ranks hold together.
         token_bytes: keys and values of a token.
         rates: measured; None on a single rank.
+        grad_bytes: gradients of a token as a reduce-scatter adds them, in fp32; None: as token_bytes.
 
     Returns:
         `selected` or `all_gather`.
@@ -127,5 +133,6 @@ def choose_full_exchange(
     # Selected tokens are kept for the backward pass, gathered ones come twice; gradients come back once.
     selected = 2 * rates.all_to_all.seconds(busiest_tokens * token_bytes)
     num_bytes = others_tokens * token_bytes
-    gathered = 2 * rates.all_gather.seconds(num_bytes) + rates.reduce_scatter.seconds(num_bytes)
+    added = num_bytes if grad_bytes is None else others_tokens * grad_bytes
+    gathered = 2 * rates.all_gather.seconds(num_bytes) + rates.reduce_scatter.seconds(added)
     return KvExchange.selected if selected <= gathered else KvExchange.all_gather

@@ -19,6 +19,7 @@ from msa_train.simulate.inputs.scenario import FullScheme
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
+FP32_BYTES = 4
 _RINGS = (FullScheme.ring, FullScheme.ring_unbalanced)
 
 
@@ -152,14 +153,15 @@ class FullLayer:
         step = collective_cost.shift(self.shard_bytes, size, self.cluster)
         if size > 1:
             traffic["full_kv_again" if back else "full_kv"] = [step.scaled(size - 1)]
-        # a gradient visits every rank and then goes home: P shifts
+        # a shard's gradient goes from each other rank straight to its owner: P - 1 messages, here at the
+        # price of shifts
         if back and size > 1:
-            traffic["full_kv_grad"] = [step.scaled(size)]
+            traffic["full_kv_grad"] = [step.scaled(size - 1)]
         for number in range(size):
             # in step n rank r works on the shard of rank r - n
             part = seconds[rank, (rank - number) % size]
-            # in the backward pass the gradients of the piece before travel along
-            moved = (number < size - 1) + (back and number > 0)
+            # in the backward pass the gradients of the piece before travel along, not of the own one
+            moved = (number < size - 1) + (back and number > 1)
             self._step(
                 clocks, "full_kv_again" if back else "full_kv", part, moved * step.time_s(self.cluster)
             )
@@ -232,7 +234,9 @@ class FullLayer:
         gather = collective_cost.all_gather(self.shard_bytes, self.cp_size, self.cluster)
         if scheme is FullScheme.all_gather_all_reduce:
             return gather, collective_cost.all_reduce(self.shard_bytes, self.cp_size, self.cluster)
-        return gather, collective_cost.reduce_scatter(self.shard_bytes, self.cp_size, self.cluster)
+        # a reduce-scatter adds on its way, so in fp32 at least
+        wide = max(FP32_BYTES / self.setup.shape.element_bytes, 1.0)
+        return gather, collective_cost.reduce_scatter(wide * self.shard_bytes, self.cp_size, self.cluster)
 
     def _needed(self, parts: _Parts) -> IntArray:
         """Return [P, P] int64, tokens that each rank needs from each owner.

@@ -156,8 +156,10 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         "# Peak memory of one MoE layer of M3, forward and backward, recomputed",
         "",
-        f"`{result['command']}`, commit {result['machine']['commit']}, torch {result['torch']}; traced, not run.",
-        "GiB of one rank of 64 with 2 of 128 experts, without weights and their gradients. Inside: without the",
+        f"`{result['command']}`, commit {result['machine']['commit']}, "
+        f"torch {result['torch']}; traced, not run.",
+        "GiB of one rank of 64 with 2 of 128 experts, without weights and their gradients. "
+        "Inside: without the "
         "layer's input, output and the gradients of both. Imbalance: rows that arrive, to an equal share.",
         "",
         "| tokens a rank | tile | imbalance | experts | peak | inside |",
@@ -167,8 +169,8 @@ def markdown(result: dict[str, Any]) -> str:
         peak = max(row["forward_gib"], row["backward_gib"])
         kind = "grouped" if row["grouped"] else "one by one"
         lines.append(
-            f"| {row['tokens']:,} | {row['tile_tokens'] or 'none'} | {row['imbalance']} | {kind} | {peak:.2f} "
-            f"| {peak - row['outside_gib']:.2f} |"
+            f"| {row['tokens']:,} | {row['tile_tokens'] or 'none'} | {row['imbalance']} | {kind} "
+            f"| {peak:.2f} | {peak - row['outside_gib']:.2f} |"
         )
     return "\n".join([*lines, ""])
 

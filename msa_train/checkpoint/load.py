@@ -32,7 +32,7 @@ from msa_train.checkpoint.manifest import (
 )
 from msa_train.checkpoint.torch_dist.finite_state import NotFiniteError, check_loaded
 from msa_train.checkpoint.torch_dist.format_versions import match_format
-from msa_train.checkpoint.torch_dist.reader import LoadStrategy, check_common
+from msa_train.checkpoint.torch_dist.reader import LoadStrategy, check_common, node_group, node_name
 from msa_train.checkpoint.torch_dist.rng_state import RNG_KEY, rng_shard
 from msa_train.checkpoint.torch_dist.writer import first_failure
 from msa_train.config import RunConfig
@@ -49,8 +49,8 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Read one checkpoint, whatever number of ranks and layout wrote it. All ranks call it.
 
-    Each rank reads what its template asks for, replicas included: 14 bytes per parameter that it holds (bf16
-    weights 2, fp32 weights and two moments 12).
+    Each rank reads what its template asks for, 14 bytes per parameter (bf16 weights 2, fp32 weights and two
+    moments 12); what several ranks of a node ask for is read by one of them, see `torch_dist/node_reads.py`.
 
     Args:
         path: a checkpoint folder.
@@ -74,12 +74,14 @@ def load_checkpoint(
 
     def read() -> set[str]:
         expected = match_format(template, Path(path), meta["format_version"])
-        loaded, complaints = _read_shards(expected, path)
+        loaded, complaints = _read_shards(expected, path, node)
         state.update(loaded)
         return complaints
 
+    names = run_on_all_ranks(node_name, group)
     try:
-        complaints = sorted(set().union(*run_on_all_ranks(read, group)))
+        with node_group(names) as node:
+            complaints = sorted(set().union(*run_on_all_ranks(read, group)))
     except CheckpointError as error:
         # newer versions read the files of older ones, not the other way round
         writer, hint = meta.get("megatron_core_version", megatron_version), ""
@@ -114,12 +116,14 @@ def load_weights(
     state: dict[str, Any] = {}
 
     def read() -> tuple[set[str], set[str]]:
-        loaded, not_asked_for, lacking = _read({"model": model_template}, path)
+        loaded, not_asked_for, lacking = _read({"model": model_template}, path, node)
         state.update(loaded)
         return lacking, {key for key in not_asked_for if not key.startswith(_OTHER_STATE)}
 
+    names = run_on_all_ranks(node_name, group)
     try:
-        found = run_on_all_ranks(read, group)
+        with node_group(names) as node:
+            found = run_on_all_ranks(read, group)
     except CheckpointError as error:
         raise CheckpointError(f"checkpoint {path} could not be loaded: {error}") from error
     lacking, left_over = (set().union(*(part[i] for part in found)) for i in (0, 1))
@@ -235,20 +239,24 @@ def load_newest(
     return None
 
 
-def _read_shards(template: dict[str, Any], path: str | Path) -> tuple[dict[str, Any], set[str]]:
+def _read_shards(
+    template: dict[str, Any], path: str | Path, node: dist.ProcessGroup | None
+) -> tuple[dict[str, Any], set[str]]:
     """Read this rank's part: state, and what this rank has to say about the keys."""
-    state, not_asked_for, lacking = _read(template, path)
+    state, not_asked_for, lacking = _read(template, path, node)
     complaints = [_keys_text("lacks", lacking), _keys_text("also has", not_asked_for - {RNG_KEY})]
     return state, {text for text in complaints if text}
 
 
-def _read(template: dict[str, Any], path: str | Path) -> tuple[dict[str, Any], set[str], set[str]]:
+def _read(
+    template: dict[str, Any], path: str | Path, node: dist.ProcessGroup | None
+) -> tuple[dict[str, Any], set[str], set[str]]:
     """Read this rank's part: state, keys that were not asked for, keys that are lacking."""
     check_common(Path(path))
     try:
         # Keys that one rank alone does not find must not make it leave alone, so they are only returned.
         loaded: Any = dist_checkpointing.load(
-            template, str(path), sharded_strategy=LoadStrategy(), strict=StrictHandling.RETURN_ALL
+            template, str(path), sharded_strategy=LoadStrategy(node), strict=StrictHandling.RETURN_ALL
         )
     except CheckpointException as error:
         raise CheckpointError(first_failure(error)) from error

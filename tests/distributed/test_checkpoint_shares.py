@@ -10,10 +10,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
+from msa_train.checkpoint.all_ranks import CheckpointError
 from msa_train.checkpoint.compatibility import fingerprint
+from msa_train.checkpoint.load import load_checkpoint
 from msa_train.checkpoint.save import CheckpointSaver
 from msa_train.checkpoint.store import CheckpointStore
+from msa_train.checkpoint.torch_dist import regions
 from msa_train.config import CheckpointConfig, EngineKind, Precision, RunConfig
 from msa_train.training.engines.engine import TrainEngine
 from tests.helpers import cuda_shim, devices
@@ -32,7 +37,7 @@ LAYOUTS: dict[str, tuple[EngineKind, dict[str, int]]] = {
     "torch-gpu": (EngineKind.torch, {"ep_size": 2}),
 }
 ON_GPUS = ("megatron-gpu", "torch-gpu")
-WORLD_SIZE = 4
+WORLD_SIZE, NODE_SIZE = 4, 2
 COLLECTIVES = ("all_gather", "all_gather_into_tensor", "gather", "broadcast", "all_reduce", "send", "recv")
 # generators, and 1.2 KB around each stored tensor
 OTHER_BYTES, BYTES_PER_BOX = 2**16, 1500
@@ -100,28 +105,88 @@ def save_trained(engine: TrainEngine, folder: Path) -> Save:
     )
 
 
-def saves_of(rank: int, world_size: int, folder: Path, names: list[str]) -> dict[str, Save]:
+@dataclass(slots=True)
+class Load:
+    """What one rank read of the checkpoint that its layout saved, on nodes of two ranks."""
+
+    is_equal: bool
+    "everything has the bits that it had"
+    num_bytes: int
+    "read, of tensors"
+
+
+def load_again(engine: TrainEngine, path: Path) -> Load:
+    """Spoil the state of an engine and load it."""
+    saved = [tensor.clone() for tensor in tensors_of(engine.sharded_state(loading=False))]
+    for tensor in tensors_of(engine.sharded_state(loading=True)):
+        tensor.detach().fill_(7.0)
+    read: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        original = regions.read_bytes
+        patch.setattr(
+            regions,
+            "read_bytes",
+            lambda file, at, out: read.append(len(out)) or original(file, at, out),
+        )
+        patch.setattr("msa_train.checkpoint.load.node_name", lambda: f"node{dist.get_rank() // NODE_SIZE}")
+        state = load_checkpoint(path, engine.sharded_state(loading=True))
+    engine.load_state(state, 1)
+    loaded = tensors_of(engine.sharded_state(loading=False))
+    return Load(
+        is_equal=all(torch.equal(a, b) for a, b in zip(saved, loaded, strict=True)), num_bytes=sum(read)
+    )
+
+
+def tensors_of(state: dict[str, Any]) -> list[torch.Tensor]:
+    """Of a sharded state, where they are."""
+    entries = nested_values(state)
+    return [entry.data for entry in entries if isinstance(entry, ShardedTensor | ShardedTensorFactory)]
+
+
+def saves_of(
+    rank: int, world_size: int, folder: Path, names: list[str]
+) -> tuple[dict[str, Save], dict[str, Load]]:
     if devices.chosen() == "cpu":
         cuda_shim.install()
-    found = {}
+    saves, loads = {}, {}
     for name in names:
         kind, sizes = LAYOUTS[name]
-        found[name] = save_trained(build(kind, parallel=sizes, precision=Precision.bf16), folder / name)
+        engine = build(kind, parallel=sizes, precision=Precision.bf16)
+        saves[name] = save_trained(engine, folder / name)
+        loads[name] = load_again(engine, CheckpointStore(folder / name).path(2))
+        if name == "torch-ep2":
+            check_a_short_file(engine, CheckpointStore(folder / name).path(2))
         parallel_state.destroy_model_parallel()
-    return found
+    return saves, loads
+
+
+def check_a_short_file(engine: TrainEngine, path: Path) -> None:
+    """One rank of a node meets it in what it reads for all: all ranks say so, and none waits."""
+    dist.barrier()
+    file = path / "__1_0.distcp"
+    whole = file.read_bytes()
+    dist.barrier()
+    if dist.get_rank() == 0:
+        file.write_bytes(whole[: len(whole) // 2])
+    dist.barrier()
+    with pytest.raises(CheckpointError, match=r"could not be loaded: rank \d: "):
+        load_checkpoint(path, engine.sharded_state(loading=True))
+    if dist.get_rank() == 0:
+        file.write_bytes(whole)
+    dist.barrier()
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Save]]]:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
     folder = tmp_path_factory.mktemp("shares")
     names = [name for name in LAYOUTS if name not in ON_GPUS]
     return folder, run_ranks(WORLD_SIZE, saves_of, folder, names)
 
 
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name not in ON_GPUS])
-def test_every_rank_writes_an_even_share(name: str, saved: tuple[Path, list[dict[str, Save]]]) -> None:
+def test_every_rank_writes_an_even_share(name: str, saved: tuple[Path, list[Any]]) -> None:
     folder, by_rank = saved
-    saves = [ranks[name] for ranks in by_rank]
+    saves: list[Save] = [ranks[0][name] for ranks in by_rank]
     assert CheckpointStore(folder / name).verify(2) is None
     mean = sum(one.num_bytes for one in saves) / WORLD_SIZE
     for one in saves:
@@ -132,10 +197,30 @@ def test_every_rank_writes_an_even_share(name: str, saved: tuple[Path, list[dict
         assert one.file_bytes < one.num_bytes + one.num_boxes * BYTES_PER_BOX + OTHER_BYTES
 
 
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name not in ON_GPUS])
+def test_every_byte_is_read_once_on_a_node(name: str, saved: tuple[Path, list[Any]]) -> None:
+    _, by_rank = saved
+    saves: list[Save] = [ranks[0][name] for ranks in by_rank]
+    loads: list[Load] = [ranks[1][name] for ranks in by_rank]
+    assert all(load.is_equal for load in loads)
+    total = sum(save.num_bytes for save in saves)
+    read = [load.num_bytes for load in loads]
+    nodes = [sum(read[first : first + NODE_SIZE]) for first in range(0, WORLD_SIZE, NODE_SIZE)]
+    if name == "torch-ep2":
+        # both nodes hold everything
+        assert nodes == [total, total]
+        assert max(read) <= 1.2 * total / NODE_SIZE
+    if name.startswith("megatron"):
+        # of 14 bytes both read the 2 of the model, but for experts that one of them has
+        assert total <= sum(nodes) <= total * 16 / 14
+        assert max(read) <= 1.2 * sum(nodes) / WORLD_SIZE
+
+
 @needs_pretended_gpu
 def test_a_gpu_needs_no_memory_to_save(tmp_path: Path) -> None:
-    by_rank: list[dict[str, Save]] = run_ranks(2, saves_of, tmp_path, list(ON_GPUS), device="pretended")
-    for one in [save for saves in by_rank for save in saves.values()]:
+    by_rank = run_ranks(2, saves_of, tmp_path, list(ON_GPUS), device="pretended")
+    assert all(load.is_equal for _, loads in by_rank for load in loads.values())
+    for one in [save for saves, _ in by_rank for save in saves.values()]:
         assert one.locked
         assert one.host_bytes <= 1.1 * one.num_bytes
         # smallest and largest number of each tensor

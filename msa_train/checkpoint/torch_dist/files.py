@@ -215,7 +215,7 @@ class ShardedReader:
         rows = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype)
         with (self.folder / self._places[index].relative_path).open("rb") as file:
             if index not in self._first_bytes:
-                self._first_bytes[index] = _first_byte(file, self._places[index])
+                self._first_bytes[index] = first_byte(file, self._places[index])
             file.seek(self._first_bytes[index] + row * out.shape[1] * out.element_size())
             data = rows.view(-1).view(torch.uint8).numpy().data
             if file.readinto(data) != len(data):
@@ -250,11 +250,14 @@ class _Window(io.RawIOBase):
         return len(data)
 
 
-def _first_byte(file: IO[bytes], place: _StorageInfo) -> int:
+def first_byte(file: IO[bytes], place: _StorageInfo) -> int:
     """Find where a stored tensor's numbers begin in its file.
 
     torch.save writes a zip archive that is not compressed, so a few rows of a piece of gigabytes are read
     with one seek.
+
+    Raises:
+        ValueError: one line, if the tensor is not stored row by row.
     """
     view = cast(IO[bytes], _Window(file, place.offset, place.length))
     # on the meta device there are no numbers to read

@@ -2,7 +2,7 @@
 
     save    training thread   wait for the save before; check that all is finite; copy to host memory
     _write  checkpoint thread begin: clear leftovers, check the space, make .step_N.partial     rank 0
-                              write_shards: Megatron's files, one .distcp of each rank          all ranks
+                              ShardWriter: Megatron's files, one .distcp of each rank          all ranks
                               size and CRC-32 of own files, gathered                            all ranks
                               meta.json, manifest.json, rename to step_N, latest, prune         rank 0
 
@@ -46,7 +46,7 @@ from msa_train.checkpoint.torch_dist.rng_state import RNG_KEY, rng_shard, rng_st
 from msa_train.checkpoint.torch_dist.safe_pickles import check_object
 from msa_train.checkpoint.torch_dist.shares import Shares
 from msa_train.checkpoint.torch_dist.staging import HostStager, StagedState, tensors_of
-from msa_train.checkpoint.torch_dist.writer import Shards, shards_of, write_shards
+from msa_train.checkpoint.torch_dist.writer import Shards, ShardWriter, shards_of
 from msa_train.config import CheckpointConfig, SaveFailure
 from msa_train.runtime.atomic_files import write_json
 
@@ -124,7 +124,7 @@ class CheckpointSaver:
         self.store, self.config = store, config
         self.group = group or _own_group()
         self._clock, self._sleep = clock, sleep
-        self._buffers, self._shares = HostStager(), Shares(self.group)
+        self._buffers, self._shares, self._writer = HostStager(), Shares(self.group), ShardWriter(self.group)
         self._is_validated = False
         "the layout of the shards has been checked, which is the same in all saves of a run"
         self._thread: threading.Thread | None = None
@@ -255,10 +255,14 @@ class CheckpointSaver:
             shards, plain = self._shares.own(held[0][0]), held[0][1]
             if not self._is_validated:
                 _check_objects(shards)
-            spoilt = not_finite(tensors_of(shards))
-            if not spoilt:
-                taken.append(self._buffers.stage(shards, plain))
-            return taken[0].num_bytes if taken else 0, spoilt
+            # what is made only for the copy is looked at there
+            spoilt = not_finite((key, one) for key, one in tensors_of(shards) if not one.is_meta)
+            if spoilt:
+                return 0, spoilt
+            taken.append(self._buffers.stage(shards, plain))
+            copies = zip(tensors_of(shards), tensors_of(taken[0].shards), strict=True)
+            made = ((key, one) for (key, source), (_, one) in copies if source.is_meta)
+            return taken[0].num_bytes, not_finite(made)
 
         # Megatron's check that shards fit together exchanges among all ranks, so none may have left `copy`
         # with an error before it.
@@ -316,7 +320,7 @@ class CheckpointSaver:
                 store.make_partial(step)
 
         run_on_all_ranks(begin, self.group)
-        write_shards(snapshot.shards, snapshot.common, folder, self.group)
+        self._writer.write(snapshot.shards, snapshot.common, folder)
         # Each rank reads its own files again, mostly from the page cache: one rank alone would read all 6 TB.
         entries = run_on_all_ranks(
             lambda: {path.name: file_entry(path) for path in _files_of_rank(folder, rank)}, self.group

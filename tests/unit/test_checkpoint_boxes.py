@@ -10,8 +10,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 
 from msa_train.checkpoint.torch_dist.boxes import flat_boxes, range_boxes, range_of, row_major
 from msa_train.checkpoint.torch_dist.shares import holders, own_share, shard_name
-from msa_train.checkpoint.torch_dist.staging import tensors_of
+from msa_train.checkpoint.torch_dist.staging import HostStager, tensors_of
 from msa_train.checkpoint.torch_dist.writer import Shards
+from msa_train.training.optim.block_scaled import BlockScaled
+from msa_train.training.optim.stored_moments import stored
 
 EXPERTS, ROWS, COLUMNS = 3, 4, 5
 
@@ -154,3 +156,35 @@ def test_shares_of_shards_that_differ() -> None:
     assert len({shard_name(one), shard_name(other), shard_name(replace(one, key="v"))}) == 3
     assert holders([[7, 8, 7], [8]]) == {7: [0], 8: [0, 1]}
     assert [box.local_shape for box in range_of(one, 0, 8)] == [(4, 2)]
+
+
+def test_fp8_moments_become_fp32_when_they_are_copied() -> None:
+    """Cut by a factory, into boxes and into shares, and only then made, in the place of the copy."""
+    whole = torch.zeros(40, 30)
+    moments = BlockScaled.zeros(torch.Size([1000]), torch.device("cpu"), is_root=False, pin=False)
+    moments.copy_(torch.randn(1000))
+    whole.view(-1)[100:1100] = moments.read()
+    entry = ShardedTensorFactory(
+        "w",
+        whole,
+        lambda key, data, *_: [
+            ShardedTensor.from_rank_offsets(key, half, (1, number, 2))
+            for number, half in enumerate(data.chunk(2, dim=1))
+        ],
+        torch.cat,
+    )
+    boxes = flat_boxes(entry, "m", stored(moments, loading=False).view(-1), 100)
+    assert all(box.data.is_meta for box in boxes)  # type: ignore[union-attr]
+    stager, got = HostStager(), torch.full((40, 30), -1.0)
+    for box in [part for one in boxes for part in range_of(one, 0, 7) + range_of(one, 7, 2000)]:
+        ((key, copied),) = tensors_of(stager.stage({"m": [box]}, {}).shards)
+        assert (key, copied.dtype) == ("m", torch.float32)
+        place = tuple(
+            slice(at, at + size) for at, size in zip(box.global_offset, box.local_shape, strict=True)
+        )
+        got[place] = copied
+    assert torch.equal(got.view(-1)[100:1100], whole.view(-1)[100:1100])
+    assert (got.view(-1)[:100] == -1).all()
+    assert (got.view(-1)[1100:] == -1).all()
+    assert stored(whole, loading=False).data_ptr() == whole.data_ptr()
+    assert stored(moments, loading=True).shape == moments.shape

@@ -2,11 +2,11 @@
 
 Takes as much host memory as the rank writes and not more, in one piece that is kept for the whole run: 23 GB
 for m3 on 256 ranks, see `save`. From a GPU it is locked memory. Nothing is allocated on the GPU but a piece
-of what is not contiguous there, 64 MiB at a time.
+of what is not contiguous there, 64 MiB at a time, or of what is made only now, see `deferred`.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +31,22 @@ class StagedState:
     "plain data, which rank 0 writes"
     num_bytes: int
     "of this rank's tensors, in the files"
+
+
+def deferred(shape: tuple[int, ...], dtype: torch.dtype, read: Callable[[int, int], Tensor]) -> Tensor:
+    """Make a tensor that gets values when it is copied, of what is kept in another form than it is stored.
+
+    It may be cut, viewed and put into shards as any other: a piece of memory that is not there.
+
+    Args:
+        shape, dtype: of the values.
+        read: returns elements [begin, end) of the flat tensor, on any device.
+
+    Example: moments in fp8, stored in fp32: deferred((n,), torch.float32, lambda begin, end: ...).
+    """
+    made = torch.empty(shape, dtype=dtype, device="meta")
+    made.untyped_storage().read_values = read  # type: ignore[attr-defined]
+    return made
 
 
 class HostStager:
@@ -96,6 +112,9 @@ class HostStager:
     def _copy(self, source: Tensor, at: int) -> Tensor:
         """Copy one tensor to its place in the buffer, in its own type."""
         place = self._buffer[at : at + source.nbytes].view(source.dtype).view(source.shape)
+        if source.is_meta:
+            _make(source, place)
+            return place
         is_queued = source.is_cuda and self._is_locked
         if source.is_contiguous() or not source.dim():
             return place.copy_(source, non_blocking=is_queued)
@@ -104,6 +123,20 @@ class HostStager:
         for into, piece in zip(place.split(rows), source.split(rows), strict=True):
             into.copy_(piece, non_blocking=is_queued)
         return place
+
+
+def _make(source: Tensor, place: Tensor) -> None:
+    """Fill a place with the values of a view of a `deferred` tensor, some at a time."""
+    if not source.is_contiguous():
+        for row, into in zip(source.unbind(), place.unbind(), strict=True):
+            _make(row, into)
+        return
+    read: Callable[[int, int], Tensor] = source.untyped_storage().read_values  # type: ignore[attr-defined]
+    flat, first = place.view(-1), int(source.storage_offset())
+    step = _PIECE_BYTES // flat.element_size()
+    for begin in range(0, flat.numel(), step):
+        end = min(begin + step, flat.numel())
+        flat[begin:end].copy_(read(first + begin, first + end))
 
 
 def _lock(buffer: Tensor) -> bool:

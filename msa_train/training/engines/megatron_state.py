@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from msa_train.checkpoint.torch_dist.boxes import flat_boxes
 from msa_train.checkpoint.torch_dist.format_versions import STATE_NAMES, STATE_PREFIX
-from msa_train.training.optim.block_scaled import BlockScaled
+from msa_train.training.optim.stored_moments import has_place, stored
 
 Boxes = dict[str, dict[str, list[ShardedTensor]]]
 
@@ -35,21 +35,19 @@ def owned_boxes(part: Any, model_state: dict[str, Any], *, loading: bool) -> Box
             are read and the optimizer's may be more exact.
 
     Returns:
-        By number of the parameter and name of the state: boxes, views of the optimizer's own tensors. Moments
-        of fewer bits than fp32 come as fp32 copies on the host, 8 bytes per parameter owned.
+        By number of the parameter and name of the state: boxes, views of the optimizer's own tensors.
     """
     # moments of zero for an optimizer not stepped yet
     part.init_state_fn(part.optimizer, part.config)
     entries = _entries(model_state)
     boxes: Boxes = {}
     for number, (parameter, begin) in enumerate(_owned_ranges(part)):
-        tensors = _flat_state(part, parameter)
-        if loading and _share_memory(tensors["fp32_param"], parameter):
-            tensors["fp32_param"] = torch.empty_like(tensors["fp32_param"])
         entry = entries[id(parameter)]
         boxes[str(number)] = {
-            name: flat_boxes(entry, f"{STATE_PREFIX}.{name}.{entry.key}", tensors[name], begin)
-            for name in STATE_NAMES
+            name: flat_boxes(
+                entry, f"{STATE_PREFIX}.{name}.{entry.key}", _flat(kept, parameter, loading=loading), begin
+            )
+            for name, kept in _state(part, parameter).items()
         }
     return boxes
 
@@ -65,14 +63,15 @@ def take_over(part: Any, model_state: dict[str, Any], loaded: dict[str, dict[str
     """
     entries = _entries(model_state)
     for number, (parameter, begin) in enumerate(_owned_ranges(part)):
-        tensors = _flat_state(part, parameter)
-        for name, flat in tensors.items():
-            boxes = flat_boxes(entries[id(parameter)], name, flat, begin)
-            for box, tensor in zip(boxes, loaded[str(number)][name], strict=True):
+        for name, kept in _state(part, parameter).items():
+            flat = kept.detach().view(-1) if has_place(kept) else torch.empty(kept.numel())
+            places = flat_boxes(entries[id(parameter)], name, flat, begin)
+            for box, tensor in zip(places, loaded[str(number)][name], strict=True):
                 assert box.data is not None, f"{box.key} has no place"
                 if tensor.data_ptr() != box.data.data_ptr():
                     box.data.copy_(tensor)
-        _round_back(part, parameter, tensors)
+            if not has_place(kept):
+                kept.copy_(flat.view(kept.shape))
     # Megatron's optimizer on host and GPU keeps copies of its own
     if hasattr(part.optimizer, "_sync_hdo_state_to_sub_optimizers"):
         part.optimizer._sync_hdo_state_to_sub_optimizers()
@@ -88,7 +87,7 @@ def _owned_ranges(part: Any) -> Iterator[tuple[nn.Parameter, int]]:
 
 
 def _entries(model_state: dict[str, Any]) -> dict[int, ShardedTensor | ShardedTensorFactory]:
-    """List the model's sharded tensors by the identity of the parameter that they are of."""
+    """Find the entry of each parameter by its id."""
     return {
         id(entry.data): entry
         for entry in nested_values(model_state)
@@ -96,28 +95,14 @@ def _entries(model_state: dict[str, Any]) -> dict[int, ShardedTensor | ShardedTe
     }
 
 
-def _flat_state(part: Any, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """Return this rank's weights and moments of a parameter by name: [elements owned], fp32."""
+def _state(part: Any, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """Return this rank's fp32 weights and moments of a parameter by name, as the optimizer keeps them."""
     tensors = part._get_main_param_and_optimizer_states(parameter)
-    kept = {name: tensors["param" if name == "fp32_param" else name].detach() for name in STATE_NAMES}
-    return {
-        name: (tensor.to("cpu", torch.float32) if _is_narrow(tensor) else tensor).view(-1)
-        for name, tensor in kept.items()
-    }
+    return {name: tensors["param" if name == "fp32_param" else name] for name in STATE_NAMES}
 
 
-def _round_back(part: Any, parameter: nn.Parameter, tensors: dict[str, Tensor]) -> None:
-    """Take fp32 copies over to the moments that they are copies of."""
-    kept = part._get_main_param_and_optimizer_states(parameter)
-    for name, tensor in tensors.items():
-        if name in kept and _is_narrow(kept[name]):
-            kept[name].copy_(tensor.view(kept[name].shape))
-
-
-def _is_narrow(tensor: Tensor) -> bool:
-    """Tell whether a tensor has no memory in fp32: bf16, or fp8 that looks like fp32."""
-    return tensor.dtype != torch.float32 or isinstance(tensor, BlockScaled)
-
-
-def _share_memory(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+def _flat(kept: Tensor, parameter: nn.Parameter, *, loading: bool) -> Tensor:
+    """Return what is stored or read into: [elements owned], a view of what is kept where that can be."""
+    flat = stored(kept, loading=loading).view(-1)
+    is_models_own = flat.untyped_storage()._cdata == parameter.untyped_storage()._cdata
+    return torch.empty_like(flat) if loading and is_models_own else flat

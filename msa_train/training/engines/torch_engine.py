@@ -152,9 +152,9 @@ class TorchEngine(TrainEngine):
     def sharded_state(self, *, loading: bool) -> dict[str, Any]:
         """See TrainEngine.sharded_state."""
         model_state = self.model.sharded_state_dict(metadata=checkpoint_metadata(self.groups))
-        return {"model": model_state, "optimizer": self._sharded_optimizer(model_state)}
+        return {"model": model_state, "optimizer": self._sharded_optimizer(model_state, loading)}
 
-    def _sharded_optimizer(self, model_state: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    def _sharded_optimizer(self, model_state: dict[str, Any], loading: bool) -> dict[str, dict[str, Any]]:
         """Cut fp32 weights and moments as the model's own entries are cut, under the parameters' names."""
         by_data: dict[int, ShardedTensor | ShardedTensorFactory] = {
             id(entry.data): entry
@@ -164,7 +164,10 @@ class TorchEngine(TrainEngine):
         result: dict[str, dict[str, Any]] = {}
         for index, (parameter, master) in enumerate(zip(self.parameters, self.masters, strict=True)):
             entry = by_data[id(parameter)]
-            values = (master.detach(), *self.optimizer.moments(master))
+            # both are read: weights that are the model's own must not be overwritten by its rounded ones
+            beside = loading and master is parameter
+            weights = torch.empty_like(master) if beside else master.detach()
+            values = (weights, *self.optimizer.moments(master, loading=loading))
             result[str(index)] = {
                 name: make_sharded_optimizer_tensor(entry, value, f"{STATE_PREFIX}.{name}")
                 for name, value in zip(STATE_NAMES, values, strict=True)

@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from msa_train.config import MomentsDtype, OptimConfig, OptimizerKind
+from msa_train.checkpoint.torch_dist.staging import deferred
+from msa_train.config import OptimConfig, OptimizerKind
 from msa_train.config.lr_schedule import LearningRates
 from msa_train.model.attention.index_branch import is_index_parameter
+from msa_train.training.optim.stored_moments import stored
 from msa_train.training.optim.tiled_adamw import TiledAdamW
 
 
@@ -131,21 +133,35 @@ class MuonAdamW:
         for piece, gradient in zip(pieces, gradients, strict=True):
             piece.grad = gradient
 
-    def moments(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
+    def moments(self, parameter: nn.Parameter, *, loading: bool = False) -> tuple[Tensor, Tensor]:
         """Return first and second moment, shaped like the parameter; zero before the first step.
 
         Muon's momentum is a running mean of gradients like AdamW's first moment and takes its place; it has
-        no second one. Moments of fewer bits come as fp32 copies on the host, as the device may have no room.
+        no second one. What is not kept as one tensor gets its values when a checkpoint copies it.
+
+        Args:
+            parameter: one of those to update.
+            loading: to be read into, for `load_moments`.
         """
-        if id(parameter) in self._pieces:
-            # buffer = momentum * buffer + (1 - momentum) * gradient, as exp_avg with beta1
-            momentum = torch.cat([buffer for _, buffer in self._momenta(parameter)])
-            return momentum, torch.zeros_like(parameter)
-        state = self.adamw.moments_of(parameter)
-        first, second = state["exp_avg"], state["exp_avg_sq"]
-        if self.optim.moments_dtype is MomentsDtype.fp32:
+        if id(parameter) not in self._pieces:
+            state = self.adamw.moments_of(parameter)
+            first, second = (stored(state[name], loading=loading) for name in ("exp_avg", "exp_avg_sq"))
             return first, second
-        return first.to("cpu", torch.float32), second.to("cpu", torch.float32)
+        shape, dtype = tuple(parameter.shape), parameter.dtype
+        if loading:
+            return torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
+        # buffer = momentum * buffer + (1 - momentum) * gradient, as exp_avg with beta1
+        buffers = [buffer.view(-1) for _, buffer in self._momenta(parameter)]
+        size = buffers[0].numel()
+
+        def read(begin: int, end: int) -> Tensor:
+            touched = range(begin // size, -(-end // size))
+            return torch.cat([buffers[i][max(begin - i * size, 0) : end - i * size] for i in touched])
+
+        def zeros(begin: int, end: int) -> Tensor:
+            return torch.zeros(end - begin, dtype=dtype)
+
+        return deferred(shape, dtype, read), deferred(shape, dtype, zeros)
 
     def load_moments(self, parameter: nn.Parameter, first: Tensor, second: Tensor, step: int) -> None:
         """Take over what `moments` gave after `step` updates.

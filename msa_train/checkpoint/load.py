@@ -252,14 +252,19 @@ def _read(
     template: dict[str, Any], path: str | Path, node: dist.ProcessGroup | None
 ) -> tuple[dict[str, Any], set[str], set[str]]:
     """Read this rank's part: state, keys that were not asked for, keys that are lacking."""
-    check_common(Path(path))
+    strategy = LoadStrategy(node)
     try:
+        check_common(Path(path))
         # Keys that one rank alone does not find must not make it leave alone, so they are only returned.
         loaded: Any = dist_checkpointing.load(
-            template, str(path), sharded_strategy=LoadStrategy(node), strict=StrictHandling.RETURN_ALL
+            template, str(path), sharded_strategy=strategy, strict=StrictHandling.RETURN_ALL
         )
-    except CheckpointException as error:
-        raise CheckpointError(first_failure(error)) from error
+    except Exception as error:
+        # newer Megatron-core lets a rank fail alone here
+        strategy.serve_others()
+        if isinstance(error, CheckpointException):
+            raise CheckpointError(first_failure(error)) from error
+        raise
     return loaded
 
 

@@ -19,6 +19,8 @@ from msa_train.checkpoint.load import load_checkpoint
 from msa_train.checkpoint.save import CheckpointSaver
 from msa_train.checkpoint.store import CheckpointStore
 from msa_train.checkpoint.torch_dist import regions
+from msa_train.checkpoint.torch_dist.reader import LoadStrategy, node_group
+from msa_train.checkpoint.torch_dist.regions import Region
 from msa_train.config import CheckpointConfig, EngineKind, Precision, RunConfig
 from msa_train.training.engines.engine import TrainEngine
 from tests.helpers import cuda_shim, devices
@@ -156,6 +158,7 @@ def saves_of(
         loads[name] = load_again(engine, CheckpointStore(folder / name).path(2))
         if name == "torch-ep2":
             check_a_short_file(engine, CheckpointStore(folder / name).path(2))
+            check_a_rank_that_cannot_read(folder)
         parallel_state.destroy_model_parallel()
     return saves, loads
 
@@ -174,6 +177,24 @@ def check_a_short_file(engine: TrainEngine, path: Path) -> None:
     if dist.get_rank() == 0:
         file.write_bytes(whole)
     dist.barrier()
+
+
+def check_a_rank_that_cannot_read(folder: Path) -> None:
+    """One that failed before takes part all the same: the others of its node read what they want."""
+    file, values = folder / "values", torch.arange(6.0)
+    if dist.get_rank() == 0:
+        torch.save(values, file)
+    dist.barrier()
+    region = Region("values", 0, file.stat().st_size, (6,), (2,), (3,), "float32")
+    out = torch.zeros(3)
+    with node_group(["node"] * WORLD_SIZE) as node:
+        strategy = LoadStrategy(node)
+        if dist.get_rank() == 1:
+            strategy.serve_others()
+        else:
+            strategy.read_together([(region, out)], folder)
+            strategy.serve_others()
+            assert torch.equal(out, values[2:5])
 
 
 @pytest.fixture(scope="module")

@@ -39,10 +39,10 @@ class _Reader(FileSystemReader):
     16 MB of `.metadata` take a second, see `safe_pickles`.
     """
 
-    def __init__(self, path: Path | str, node: dist.ProcessGroup | None) -> None:
+    def __init__(self, path: Path | str, strategy: "LoadStrategy") -> None:
         super().__init__(path)
         self._read: Metadata | None = None
-        self._node = node
+        self._strategy = strategy
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         if self._read is None:
@@ -66,7 +66,7 @@ class _Reader(FileSystemReader):
             wants = [(self._region(item), target) for item, target in targets]
         except Exception as caught:
             error = caught
-        read_wanted(wants, Path(self.path), self._node)
+        self._strategy.read_together(wants, Path(self.path))
         if error is not None:
             raise error
         for item, target in targets:
@@ -109,14 +109,14 @@ class _Planner(mcore_torch.MCoreLoadPlanner):
         super().load_bytes(read_item, plain)
 
 
-def _with_ours(method: Callable[..., Any], node: dist.ProcessGroup | None) -> Any:
+def _with_ours(method: Callable[..., Any], strategy: "LoadStrategy") -> Any:
     """Copy a method of Megatron's that finds our reader and planner under the names of its own.
 
     A copy with globals of its own: other users of Megatron in this process keep theirs.
     """
 
     def reader(path: Path | str, *_args: Any, **_named: Any) -> _Reader:
-        return _Reader(path, node)
+        return _Reader(path, strategy)
 
     function = cast(FunctionType, method)
     names = {"_get_filesystem_reader": reader, "MCoreLoadPlanner": _Planner}
@@ -141,18 +141,29 @@ class LoadStrategy(_Strategy):
     def __init__(self, node: dist.ProcessGroup | None = None) -> None:
         super().__init__()
         self._node = node
+        self._has_read = False
+
+    def read_together(self, wants: Wants, folder: Path) -> None:
+        """Read with the other ranks of the node, once for each load."""
+        self._has_read = True
+        read_wanted(wants, folder, self._node)
+
+    def serve_others(self) -> None:
+        """Do what a rank that failed before it could read owes its node, which would wait for it."""
+        if self._node is not None and not self._has_read:
+            read_wanted([], Path(), self._node)
 
     def load(self, *args: Any, **named: Any) -> Any:
         """See Megatron."""
-        return _with_ours(_Strategy.load, self._node)(self, *args, **named)
+        return _with_ours(_Strategy.load, self)(self, *args, **named)
 
     def load_tensors_metadata(self, *args: Any, **named: Any) -> Any:
         """See Megatron."""
-        return _with_ours(_Strategy.load_tensors_metadata, self._node)(self, *args, **named)
+        return _with_ours(_Strategy.load_tensors_metadata, self)(self, *args, **named)
 
     def load_sharded_metadata(self, *args: Any, **named: Any) -> Any:
         """See Megatron."""
-        return _with_ours(_Strategy.load_sharded_metadata, self._node)(self, *args, **named)
+        return _with_ours(_Strategy.load_sharded_metadata, self)(self, *args, **named)
 
 
 def node_name() -> str:

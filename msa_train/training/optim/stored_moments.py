@@ -1,4 +1,4 @@
-"""Give checkpoints moments as they store them: as they are, or in fp32 where they are kept as codes and scales.
+"""Give checkpoints moments as they store them: as they are, or in fp32 where they are codes and scales.
 
 Nothing is copied before the save copies it: fp8 becomes fp32 in the host's buffer, 64 MiB at a time.
 """
@@ -24,7 +24,7 @@ def stored(kept: Tensor, *, loading: bool) -> Tensor:
         loading: to be read into, and then copied to `kept` where it has no place.
 
     Returns:
-        The tensor itself or, of fp8, fp32 memory of the host or a stand-in that gets values when it is copied.
+        The tensor itself; of fp8 memory of the host, or a stand-in that gets values when it is copied.
     """
     if not isinstance(kept, BlockScaled):
         return kept.detach()

@@ -259,11 +259,13 @@ def _read(
         loaded: Any = dist_checkpointing.load(
             template, str(path), sharded_strategy=strategy, strict=StrictHandling.RETURN_ALL
         )
-    except Exception as error:
+    except CheckpointException as error:
+        # torch's, which is no Exception
+        strategy.serve_others()
+        raise CheckpointError(first_failure(error)) from error
+    except Exception:
         # newer Megatron-core lets a rank fail alone here
         strategy.serve_others()
-        if isinstance(error, CheckpointException):
-            raise CheckpointError(first_failure(error)) from error
         raise
     return loaded
 

@@ -15,9 +15,9 @@ Costs with Adam in bf16: 14 bytes per parameter, bf16 weights 2 and fp32 weights
 copies and writes its own share of them (see `torch_dist/shares.py`), nothing is gathered on any GPU or host.
 For m3, 60 layers of 426B parameters, that is 6.0 TB whatever the sequence length. By arithmetic over the
 shapes on 256 ranks, pp 4, cp 64, ep 64: 20.0 to 24.6 GB of each rank (stages differ), mean 23.3, in 296 to
-411 pieces; 256 .distcp files and 5 more, among them `.metadata` with 16 MB. Planning takes rank 0's writing
-thread 34 s and 0.2 GB in the first save, measured on one busy core with plans of that size. Every file is
-read once again for its checksum.
+408 pieces; 256 .distcp files and 5 more, among them `.metadata` with 16 MB. Planning takes rank 0's writing
+thread 4.5 s of a core and 0.4 GB in the first save, that list 3.5 s in each, measured with shards without
+content (benchmarks/results/checkpoint_plan.md). Every file is read once again for its checksum.
 """
 
 import io

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from msa_train.checkpoint.torch_dist.staging import deferred
 from msa_train.config import OptimConfig, OptimizerKind
 from msa_train.config.lr_schedule import LearningRates
 from msa_train.model.attention.index_branch import is_index_parameter
@@ -137,7 +136,7 @@ class MuonAdamW:
         """Return first and second moment, shaped like the parameter; zero before the first step.
 
         Muon's momentum is a running mean of gradients like AdamW's first moment and takes its place; it has
-        no second one. What is not kept as one tensor gets its values when a checkpoint copies it.
+        no second one; both are made here. Moments in fp8 get their fp32 values when a checkpoint copies them.
 
         Args:
             parameter: one of those to update.
@@ -147,21 +146,9 @@ class MuonAdamW:
             state = self.adamw.moments_of(parameter)
             first, second = (stored(state[name], loading=loading) for name in ("exp_avg", "exp_avg_sq"))
             return first, second
-        shape, dtype = tuple(parameter.shape), parameter.dtype
-        if loading:
-            return torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
         # buffer = momentum * buffer + (1 - momentum) * gradient, as exp_avg with beta1
-        buffers = [buffer.view(-1) for _, buffer in self._momenta(parameter)]
-        size = buffers[0].numel()
-
-        def read(begin: int, end: int) -> Tensor:
-            touched = range(begin // size, -(-end // size))
-            return torch.cat([buffers[i][max(begin - i * size, 0) : end - i * size] for i in touched])
-
-        def zeros(begin: int, end: int) -> Tensor:
-            return torch.zeros(end - begin, dtype=dtype)
-
-        return deferred(shape, dtype, read), deferred(shape, dtype, zeros)
+        momentum = torch.cat([buffer for _, buffer in self._momenta(parameter)])
+        return momentum, torch.zeros_like(parameter)
 
     def load_moments(self, parameter: nn.Parameter, first: Tensor, second: Tensor, step: int) -> None:
         """Take over what `moments` gave after `step` updates.

@@ -66,6 +66,8 @@ class ExchangeConfig:
     "context-parallel ranks of a node: what several want is fetched once; 0: no nodes, -1: find out"
     hot_share: float = 0.75
     "KV blocks that this share of the others (at least 3) wants are broadcast if that helps; 0: none"
+    query_slices: int = 0
+    "slices of queries: what one selected travels while the next is scored; 0: 1 to 4 by length, 1: one piece"
 
 
 @dataclass(kw_only=True, slots=True)

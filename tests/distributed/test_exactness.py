@@ -19,6 +19,7 @@ from msa_train.config import (
 )
 from msa_train.model.layers import offload
 from msa_train.parallel.kv_exchange import plan as exchange_plan
+from msa_train.parallel.kv_exchange.slices import last_call
 from msa_train.parallel.sharding.load_balance import balance, causal_work, index_work
 from msa_train.parallel.sharding.partition import SequencePartition, common, contiguous_plan, count
 from msa_train.training.metrics.collect import kv_bytes_all_gather
@@ -39,6 +40,8 @@ def worker(rank: int, world_size: int, cases: dict[str, dict[str, Any]], folder:
     # Everything here is smaller than what is worth a copy.
     offload.MIN_BYTES = 0
     for name, arguments in cases.items():
+        # Rates of this machine would decide.
+        last_call.SELECTED_PAYS = -1.0 if "gathers" in name else math.inf
         torch.save(run_steps(small_config(**arguments)), f"{folder}/{name}.{rank}")
         parallel_state.destroy_model_parallel()
 
@@ -109,6 +112,27 @@ def test_two_runs_are_equal_bit_for_bit(name: str, results: dict[str, list[dict[
         for ours, theirs in zip(got["steps"], want["steps"], strict=True):
             assert (ours["loss"], ours["kl"]) == (theirs["loss"], theirs["kl"])
             assert ours["traffic"] == theirs["traffic"]
+            for parameter, gradient in ours["gradients"].items():
+                assert torch.equal(gradient, theirs["gradients"][parameter]), parameter
+
+
+@pytest.mark.parametrize("name", ["again", "waiting"])
+def test_slices_repeat_bit_for_bit(name: str, results: dict[str, list[dict[str, Any]]]) -> None:
+    same_bits(results[f"cp4-selected-slices-{name}"], results["cp4-selected-slices"])
+
+
+def test_slices_have_the_bits_of_one_piece(results: dict[str, list[dict[str, Any]]]) -> None:
+    """What is fetched slice by slice stands where one exchange puts it; only requests are more."""
+    same_bits(results["cp3-selected-plain-slices"], results["cp3-selected-plain"], requests=False)
+
+
+def same_bits(got: list[dict[str, Any]], want: list[dict[str, Any]], *, requests: bool = True) -> None:
+    for one, other in zip(got, want, strict=True):
+        for ours, theirs in zip(one["steps"], other["steps"], strict=True):
+            assert (ours["loss"], ours["kl"]) == (theirs["loss"], theirs["kl"])
+            for purpose in ours["traffic"].keys() | theirs["traffic"].keys():
+                if requests or purpose != "request":
+                    assert ours["traffic"].get(purpose) == theirs["traffic"].get(purpose), purpose
             for parameter, gradient in ours["gradients"].items():
                 assert torch.equal(gradient, theirs["gradients"][parameter]), parameter
 

@@ -45,6 +45,12 @@ NODES = ExchangeConfig(ranks_per_node=2)
 NODES_WAITING = ExchangeConfig(ranks_per_node=2, overlap=False)
 FETCH_AGAIN = ExchangeConfig(keep_for_backward=False, hot_share=0.0)
 NODES_FETCH_AGAIN = ExchangeConfig(keep_for_backward=False, ranks_per_node=2)
+SLICES = ExchangeConfig(query_slices=3)
+SLICES_NODES = ExchangeConfig(query_slices=4, ranks_per_node=2)
+SLICES_NODES_WAITING = ExchangeConfig(query_slices=4, ranks_per_node=2, overlap=False)
+SLICES_FETCH_AGAIN = ExchangeConfig(query_slices=2, ranks_per_node=2, keep_for_backward=False)
+SLICES_PLAIN = ExchangeConfig(query_slices=3, hot_share=0.0)
+NO_BROADCAST = ExchangeConfig(hot_share=0.0)
 
 # fmt: off
 _TABLE = [
@@ -176,6 +182,29 @@ _TABLE = [
           cp_size=2, ep_size=2, offload=True),
     _case("cp2-all_gather-recompute-offload", 2, "inputs of recomputed layers wait on the host",
           cp_size=2, exchange=ALL_GATHER, recompute=FULL, offload=True),
+    _case("cp2-selected-slices", 2, "queries select in three slices", cp_size=2, settings=SLICES),
+    _case("cp3-selected-slices-soft", 3, "slices, dealt shards, softened KL loss",
+          cp_size=3, layout=DEALT, temperature=1.5, settings=SLICES),
+    _case("cp4-selected-slices", 4, "slices on two nodes, broadcasts, experts over all four",
+          cp_size=4, ep_size=4, settings=SLICES_NODES),
+    _case("cp4-selected-slices-again", 4, "a second run, bit by bit the same",
+          cp_size=4, ep_size=4, settings=SLICES_NODES),
+    _case("cp4-selected-slices-waiting", 4, "no overlap: the same bits",
+          cp_size=4, ep_size=4, settings=SLICES_NODES_WAITING),
+    _case("cp4-slices-zigzag-recompute", 4, "slices of zigzag shards on nodes, recomputed, fetched again",
+          cp_size=4, layout=ZIGZAG, recompute=FULL, settings=SLICES_FETCH_AGAIN),
+    _case("cp4-slices-unmoved", 4, "slices of queries that select at home",
+          cp_size=4, balance=(False, True), settings=SLICES_NODES),
+    _case("cp6-selected-slices-heads3", 6, "slices in Ulysses groups",
+          cp_size=6, head_size=3, settings=SLICES),
+    _case("cp6-selected-slices-nodes", 6, "slices over three nodes", cp_size=6, settings=SLICES_NODES),
+    _case("cp4-auto-slices", 4, "`auto` chooses by the call before, on two nodes",
+          cp_size=4, exchange=AUTO, settings=SLICES_NODES),
+    _case("cp4-auto-gathers", 4, "`auto` gathers before the scoring from the second call on",
+          cp_size=4, exchange=AUTO, settings=SLICES_NODES),
+    _case("cp3-selected-plain", 3, "nothing is broadcast", cp_size=3, settings=NO_BROADCAST),
+    _case("cp3-selected-plain-slices", 3, "slices: the same bits as in one piece",
+          cp_size=3, settings=SLICES_PLAIN),
     _case("cp3-selected-ep1-again", 3, "a second run, bit by bit the same", cp_size=3),
     _case("cp3-selected-ep1-unmoved", 3, "queries select their blocks at home: the same bits",
           cp_size=3, balance=(False, True)),

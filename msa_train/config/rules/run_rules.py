@@ -10,13 +10,13 @@ from msa_train.config.options import (
     BadStep,
     CpLayout,
     EngineKind,
-    KvExchange,
     OptimizerKind,
     Precision,
     QkNorm,
 )
 from msa_train.config.rules.experts import check_expert_tiles
 from msa_train.config.rules.kernels import check_full_kernel_device, check_kernels
+from msa_train.config.rules.exchange import check_exchange
 from msa_train.config.rules.limits import check_sizes, check_total
 from msa_train.config.rules.numbers import check_finite_numbers
 from msa_train.config.rules.optimizer_memory import check_optimizer_memory
@@ -64,7 +64,7 @@ def check_rules(config: RunConfig, *, world_size: int, has_gpu: bool) -> None:
         _experts,
         check_expert_tiles,
         _recording,
-        _exchange,
+        check_exchange,
         _training,
         check_optimizer_memory,
         _checkpoints,
@@ -246,34 +246,6 @@ def _recording(config: RunConfig) -> None:
                 f"logging.selections_every={every}: needs ranks that select for all KV groups; use "
                 f"parallel.{name}=1 or logging.selections_every=0"
             )
-
-
-def _exchange(config: RunConfig) -> None:
-    exchange, kind, cp_size = config.exchange, config.parallel.kv_exchange, config.parallel.cp_size
-    if not 0 <= exchange.hot_share <= 1:
-        raise ValueError(
-            f"exchange.hot_share={exchange.hot_share}: must be from 0 (none) to 1 (what all others want)"
-        )
-    nodes = exchange.ranks_per_node
-    if nodes < -1:
-        raise ValueError(
-            f"exchange.ranks_per_node={nodes}: must be a number of ranks; use 0 for none, -1 for a machine's"
-        )
-    if nodes > 0 and cp_size % nodes:
-        raise ValueError(
-            f"exchange.ranks_per_node={nodes}: must divide parallel.cp_size={cp_size}; use one of 0, "
-            f"{_divisors(cp_size)}"
-        )
-    if nodes and kind in (KvExchange.all_gather, KvExchange.ring):
-        raise ValueError(
-            f"exchange.ranks_per_node={nodes}: is for parallel.kv_exchange=selected or auto; "
-            "use exchange.ranks_per_node=0"
-        )
-    if not exchange.keep_for_backward and kind in (KvExchange.all_gather, KvExchange.ring):
-        raise ValueError(
-            f"exchange.keep_for_backward=false: parallel.kv_exchange={kind.value} keeps nothing anyway; "
-            "use exchange.keep_for_backward=true"
-        )
 
 
 def _training(config: RunConfig) -> None:

@@ -29,11 +29,13 @@ from typing import Any
 
 import torch
 from msa_kernels import select_blocks
+from msa_kernels.block_sparse_attention.op import pack_blocks
 from torch import Tensor
 
-from msa_train.config import StageAttention
+from msa_train.config import KvExchange, StageAttention
 from msa_train.model.attention.base import AttentionInputs, GroupedQueryAttention
 from msa_train.model.attention.index_branch import IndexBranch, PendingIndexKeys
+from msa_train.model.attention.slice_selection import select_in_slices
 from msa_train.model.inputs.layer_stats import LayerStats
 from msa_train.model.inputs.pack_params import PackContext, SelectionRecord
 from msa_train.model.inputs.pack_shard import PackShard
@@ -43,6 +45,8 @@ from msa_train.parallel.attention.cp_sparse import SparseAttentionArgs, cp_spars
 from msa_train.parallel.attention.dense_kl import IndexKl
 from msa_train.parallel.attention.selection_recall import measure_recall
 from msa_train.parallel.kv_exchange.requests import kv_blocks_by_owner, needed_kv_blocks
+from msa_train.parallel.kv_exchange.slices.begin import Begun, EarlyGather, begin_exchange
+from msa_train.parallel.kv_exchange.slices.sliced_fetch import SlicedFetch
 from msa_train.parallel.sharding.redistribute import move_rows
 
 
@@ -65,8 +69,12 @@ class MsaSelfAttention(GroupedQueryAttention):
         if context.attention is StageAttention.dense:
             return self._attend_densely(inputs, index, all_keys, context, record)
         # A recomputed layer finds its selection in the record: ties could otherwise fall another way.
+        begun = None
         if record.block_indices is None:
-            record.block_indices = self._select(q_index, all_keys, context)
+            # What is known beforehand leaves before the scoring, or with every slice of it.
+            begun = self._begin(inputs, index, context)
+            fetch = begun if isinstance(begun, SlicedFetch) else None
+            record.block_indices = self._select(q_index, all_keys, context, fetch)
         if context.recall is not None and not record.replaying:
             self._measure_recall(q, k, record.block_indices[context.recall.rows], context)
         if context.on_selection is not None and not record.replaying:
@@ -77,7 +85,12 @@ class MsaSelfAttention(GroupedQueryAttention):
         needed = None
         # A recomputed call is given its decision, so nobody asks for needs again.
         if not record.replaying:
-            needed = needed_kv_blocks(record.block_indices, pack.layout.num_blocks)
+            if isinstance(begun, SlicedFetch):
+                needed = begun.needed
+            else:
+                needed = needed_kv_blocks(record.block_indices, pack.layout.num_blocks)
+            if isinstance(begun, EarlyGather):
+                begun.selected(needed)
         call = SparseAttentionArgs(
             block_indices=record.block_indices,
             position=pack.position,
@@ -92,6 +105,7 @@ class MsaSelfAttention(GroupedQueryAttention):
             on_kl=lambda kl: LayerStats.add(context.stats.kl, self.layer_number, kl),
             settings=self.config.exchange,
             needed=needed,
+            begun=begun,
             decision=record.exchange,
             kernel=self.config.attention.kernel,
         )
@@ -143,8 +157,29 @@ class MsaSelfAttention(GroupedQueryAttention):
         )
         return cp_full_attention(q, k, v, self.full_attention_args(context, kl), q_index, k_index)
 
-    def _select(self, q_index: Tensor, all_keys: Tensor, context: PackContext) -> Tensor:
+    def _begin(self, inputs: AttentionInputs, index: PendingIndexKeys, context: PackContext) -> Begun | None:
+        """Begin the exchange before the scoring; None where all of it waits for the selection."""
+        pack = context.pack
+        waits = not pack.index.slices and self.config.kv_exchange is not KvExchange.all_gather
+        if waits or pack.layout.cp_size == 1:
+            return None
+        return begin_exchange(
+            self.config.kv_exchange,
+            pack_blocks(inputs.k.detach(), inputs.v.detach(), self.config.attention.block_size),
+            index.k.detach(),
+            pack.layout,
+            self.kv_comm(context),
+            self.config.exchange,
+            num_slices=max(1, len(pack.index.slices)),
+            with_backward=torch.is_grad_enabled() and inputs.q.requires_grad,
+        )
+
+    def _select(
+        self, q_index: Tensor, all_keys: Tensor, context: PackContext, fetch: SlicedFetch | None = None
+    ) -> Tensor:
         """Select blocks [T, M, topk] for all local queries, some of which other ranks may compute.
+
+        fetch: is told what each slice of queries selected; None: they select in one piece.
 
         Example: ranks hold tokens [(0, 4)] and [(4, 8)], and rank 0 computes (6, 8) for rank 1: it selects
         for rows 0 to 3 of its own from position 0 on and for two that arrived from position 6 on, and sends
@@ -154,6 +189,12 @@ class MsaSelfAttention(GroupedQueryAttention):
         q_index, moves = q_index.detach(), pack.index.moves
         if moves is not None:
             q_index = move_rows(q_index, moves.there, comm, "index_query")
+        if fetch is not None:
+
+            def select(rows: Tensor, start: int, valid: Tensor | None) -> Tensor:
+                return self._select_some(rows, all_keys, pack, start, valid=valid)
+
+            return select_in_slices(q_index, pack, comm, fetch, select, self.config.attention.topk)
         parts, row = [], 0
         # One call for each range, as the kernel takes queries at consecutive positions.
         for start, stop in pack.index.ranges:

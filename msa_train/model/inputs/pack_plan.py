@@ -14,6 +14,8 @@ from msa_train.config import AttentionKind, RunConfig, Stage, StageAttention
 from msa_train.data import Pack
 from msa_train.model.inputs.pack_shard import PackShard, make_pack_shard
 from msa_train.parallel.attention.selection_recall import RecallQueries, sample_queries
+from msa_train.parallel.kv_exchange.slices.begin import num_query_slices
+from msa_train.parallel.sharding.load_balance import unit_tokens
 from msa_train.parallel.sharding.partition import make_partition, merge_ranks
 from msa_train.parallel.sharding.shard_layout import ShardLayout
 from msa_train.parallel.sharding.ulysses import Order, token_order
@@ -80,16 +82,31 @@ def plan_pack(
     layout, size = shard_layout(config, pack, cp_rank), config.parallel.cp_head_size
     with_full = attends_fully(config, stage)
     if size == 1:
-        shard = make_pack_shard(pack, layout, config.parallel, with_full=with_full)
+        shard = make_pack_shard(
+            pack, layout, config.parallel, with_full=with_full, num_slices=_num_slices(config, layout)
+        )
         return PackPlan(shard, _sample(config, pack, layout, recall_seed), None)
     merged = shard_layout(config, pack, cp_rank, size)
     ulysses = UlyssesInputs(
-        pack=make_pack_shard(pack, merged, config.parallel, with_full=with_full),
+        pack=make_pack_shard(
+            pack, merged, config.parallel, with_full=with_full, num_slices=_num_slices(config, merged)
+        ),
         recall=_sample(config, pack, merged, recall_seed),
         order=token_order(layout.plan, merged.cp_rank * size, size),
     )
     # attention runs on the group's tokens, so they alone have the plan for it
     return PackPlan(make_pack_shard(pack, layout, config.parallel, with_full=False), None, ulysses)
+
+
+def _num_slices(config: RunConfig, layout: ShardLayout) -> int:
+    """Decide in how many slices queries select blocks."""
+    return num_query_slices(
+        config.exchange,
+        config.parallel.kv_exchange,
+        layout.cp_size,
+        layout.local_seq_len,
+        unit_tokens(config.attention.block_size),
+    )
 
 
 def attends_fully(config: RunConfig, stage: Stage) -> bool:

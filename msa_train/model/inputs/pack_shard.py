@@ -1,7 +1,7 @@
 """Cut one rank's share out of a pack, as tensors the layers read."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -11,10 +11,27 @@ from torch import Tensor
 from msa_train.config import ParallelConfig
 from msa_train.data import Pack
 from msa_train.parallel.kv_exchange.full_plan import FullPlan, make_full_plan
-from msa_train.parallel.sharding.load_balance import balance, index_work
-from msa_train.parallel.sharding.partition import Range
-from msa_train.parallel.sharding.redistribute import Redistribution, plan_redistribution
+from msa_train.parallel.sharding.load_balance import balance, cut_in_slices, index_work
+from msa_train.parallel.sharding.partition import Range, count
+from msa_train.parallel.sharding.redistribute import (
+    Redistribution,
+    TokenMoves,
+    make_moves,
+    plan_redistribution,
+)
 from msa_train.parallel.sharding.shard_layout import ShardLayout
+
+
+@dataclass(slots=True)
+class QuerySlice:
+    """Hold one slice of the queries that this rank selects blocks for."""
+
+    ranges: tuple[Range, ...]
+    "their positions in the pack, ascending"
+    first_row: int
+    "row among all queries that this rank selects for"
+    back: TokenMoves | None
+    "how their selections go to the ranks that hold them; None: they are here, in the same rows"
 
 
 @dataclass(slots=True)
@@ -25,6 +42,8 @@ class IndexSharding:
     "their positions in the pack, ascending"
     moves: Redistribution | None
     "how index queries come here and selections go back; None: no rank's queries move"
+    slices: list[QuerySlice] = field(default_factory=list)
+    "the same queries in slices of equal work; empty where they select in one piece"
 
 
 @dataclass(slots=True)
@@ -56,7 +75,7 @@ class PackShard:
 
 
 def make_pack_shard(
-    pack: Pack, layout: ShardLayout, parallel: ParallelConfig, *, with_full: bool
+    pack: Pack, layout: ShardLayout, parallel: ParallelConfig, *, with_full: bool, num_slices: int = 1
 ) -> PackShard:
     """Cut this rank's shard out of a pack that every rank of the context-parallel group holds; on the host.
 
@@ -65,6 +84,7 @@ def make_pack_shard(
         layout: which tokens this rank holds.
         parallel: exchange and balancing.
         with_full: plan full attention too, which takes time with many ranks.
+        num_slices: slices in which queries select blocks.
     """
     cu_seqlens, doc_lengths = pack.cu_seqlens.tolist(), pack.doc_lengths.tolist()
     position = torch.cat([torch.arange(start, stop) for start, stop in layout.ranges])
@@ -90,7 +110,7 @@ def make_pack_shard(
         doc_position=doc_position,
         valid=valid,
         cu_seqlens=starts,
-        index=_index_sharding(layout, cu_seqlens, parallel),
+        index=_index_sharding(layout, cu_seqlens, parallel, num_slices),
         full=full,
     )
 
@@ -101,11 +121,19 @@ def _cut(values: npt.NDArray[np.int64], layout: ShardLayout) -> Tensor:
 
 
 def _index_sharding(
-    layout: ShardLayout, cu_seqlens: Sequence[int], parallel: ParallelConfig
+    layout: ShardLayout, cu_seqlens: Sequence[int], parallel: ParallelConfig, num_slices: int
 ) -> IndexSharding:
     # Queries of documents' ends score more blocks than those of their beginnings.
-    away = layout.plan
+    away, work = layout.plan, index_work(cu_seqlens, layout.block_size)
     if parallel.balance_index and layout.cp_size > 1:
-        away = balance(layout.plan, *index_work(cu_seqlens, layout.block_size))
+        away = balance(layout.plan, *work)
     moves = plan_redistribution(layout.plan, away, layout.cp_rank)
-    return IndexSharding(ranges=away.ranges[layout.cp_rank], moves=moves)
+    sharding = IndexSharding(ranges=away.ranges[layout.cp_rank], moves=moves)
+    if num_slices > 1:
+        row = 0
+        for part in cut_in_slices(away, work[0], num_slices):
+            ranges = part.ranges[layout.cp_rank]
+            back = None if moves is None else make_moves(part.ranges, layout.plan.ranges, layout.cp_rank)
+            sharding.slices.append(QuerySlice(ranges, row, back))
+            row += count(ranges)
+    return sharding

@@ -37,6 +37,8 @@ from msa_train.parallel.comm.cp_groups import KvComm
 from msa_train.parallel.kv_exchange.choose import negotiate_exchange, open_kv_session
 from msa_train.parallel.kv_exchange.requests import ExchangeDecision, needed_kv_blocks
 from msa_train.parallel.kv_exchange.session import KvBlockGrads, KvSource
+from msa_train.parallel.kv_exchange.slices.begin import Begun, EarlyGather
+from msa_train.parallel.kv_exchange.slices.sliced_fetch import SlicedFetch
 from msa_train.parallel.sharding.shard_layout import ShardLayout
 
 
@@ -70,6 +72,8 @@ class SparseAttentionArgs:
     "details of the exchange: fetching again, nodes, broadcast blocks"
     needed: Tensor | None = None
     "[M, NB] bool `needed_kv_blocks` of block_indices; None: computed where it is asked for"
+    begun: Begun | None = None
+    "exchange that began before the selection; None: it begins in the call"
     decision: ExchangeDecision | None = None
     "of the call that is recomputed; None: the ranks agree on one"
     window: TokenWindow | None = None
@@ -115,9 +119,13 @@ class _CpSparseAttention(torch.autograd.Function):
         call: SparseAttentionArgs,
     ) -> tuple[Tensor, ExchangeDecision]:
         # Blocks lie whole in memory [M * NL, 2, B, D]: one KV block is one row of a message.
-        local = pack_blocks(k, v, call.layout.block_size)
+        begun = call.begun
+        local = pack_blocks(k, v, call.layout.block_size) if begun is None else begun.local
         num_kv_heads, all_keys = k.shape[1], call.k_index
-        decision = call.decision or _decide(local, k_index, ctx.needs_input_grad[0], call)
+        if begun is not None:
+            decision = begun.decide()
+        else:
+            decision = call.decision or _decide(local, k_index, ctx.needs_input_grad[0], call)
         session = open_kv_session(
             decision,
             local,
@@ -126,8 +134,10 @@ class _CpSparseAttention(torch.autograd.Function):
             call.comm,
             call.settings,
             index_elements=0 if all_keys is None else all_keys[0].numel(),
+            fetch=begun if isinstance(begun, SlicedFetch) else None,
+            gathered=begun.gathered if isinstance(begun, EarlyGather) else None,
         )
-        del local
+        del local, begun
         queries, kernel = _queries(q, q_index, all_keys, call), call.kernel.value
         total: PoolOutput | None = None
         # Softmax over several sources: lse = log(sum_i e^lse_i), out = sum_i e^(lse_i - lse) out_i.
@@ -144,7 +154,7 @@ class _CpSparseAttention(torch.autograd.Function):
         kept = session.release()
         ctx.save_for_backward(q, q_index, all_keys, out, total.lse, total.lse_index, total.lse_teacher, *kept)
         # All tensors are kept by autograd alone, which drops them where the layer is recomputed.
-        ctx.session, ctx.call = session, replace(call, k_index=None, needed=None)
+        ctx.session, ctx.call = session, replace(call, k_index=None, needed=None, begun=None)
         return out, decision
 
     @staticmethod
@@ -165,16 +175,24 @@ class _CpSparseAttention(torch.autograd.Function):
             term = KlTerm(lse_index=lse_index, weight=call.kl_weight, lse_teacher=lse_teacher)
         sums = _QuerySums()
 
-        def compute(source: KvSource) -> KvBlockGrads:
-            block_table = source.block_table(call.block_indices)
+        def compute(source: KvSource, rows: slice | None = None) -> KvBlockGrads:
+            some = rows or slice(None)
             grads = pool_backward(
-                queries, source.pool, block_table, dout, delta, lse, term, kernel=call.kernel.value
+                _rows_of(queries, some),
+                source.pool,
+                source.block_table(call.block_indices[some]),
+                dout[some],
+                delta[some],
+                lse[some],
+                None if term is None else _rows_of_term(term, some),
+                kernel=call.kernel.value,
             )
-            sums.add(grads.dq, grads.dq_index, grads.kl)
+            sums.add(grads.dq, grads.dq_index, grads.kl, rows)
             return grads.dkv, grads.dk_index
 
         dkv, dk_index = ctx.session.backward(compute)
         ctx.session = None
+        sums.end()
         # The loss value is for metrics alone: its gradient has just been formed.
         if call.on_kl is not None and sums.kl is not None:
             call.on_kl(sums.kl)
@@ -224,13 +242,55 @@ class _QuerySums:
         self.dq: Tensor | None = None
         self.dq_index: Tensor | None = None
         self.kl: Tensor | None = None
+        self._parts: list[tuple[Tensor, Tensor | None]] = []
 
-    def add(self, dq: Tensor, dq_index: Tensor | None, kl: Tensor | None) -> None:
+    def add(self, dq: Tensor, dq_index: Tensor | None, kl: Tensor | None, rows: slice | None) -> None:
+        """Add the gradients of all queries, or of some; the last of some brings the others with it."""
+        if kl is not None:
+            self.kl = kl if self.kl is None else self.kl.add_(kl)
+        if rows is not None and self.dq is not None:
+            # A view: rows of the sum.
+            self.dq[rows].add_(dq)
+            if dq_index is not None and self.dq_index is not None:
+                self.dq_index[rows].add_(dq_index)
+            return
+        if rows is not None:
+            self._parts.append((dq, dq_index))
+            return
         self.dq = dq if self.dq is None else self.dq.add_(dq)
         if dq_index is not None:
             self.dq_index = dq_index if self.dq_index is None else self.dq_index.add_(dq_index)
-        if kl is not None:
-            self.kl = kl if self.kl is None else self.kl.add_(kl)
+
+    def end(self) -> None:
+        """Join the gradients of slices of queries where no source gave those of all."""
+        if self.dq is None:
+            self.dq = torch.cat([dq for dq, _ in self._parts])
+            index = [dq_index for _, dq_index in self._parts if dq_index is not None]
+            self.dq_index = torch.cat(index) if index else None
+        self._parts.clear()
+
+
+def _rows_of(queries: SparseQueries, rows: slice) -> SparseQueries:
+    """Take some of the queries: views."""
+    if rows == slice(None):
+        return queries
+    window = queries.window
+    return replace(
+        queries,
+        q=queries.q[rows],
+        position=queries.position[rows],
+        q_index=None if queries.q_index is None else queries.q_index[rows],
+        window=None
+        if window is None
+        else replace(window, start=window.start[rows], sink_stop=window.sink_stop[rows]),
+    )
+
+
+def _rows_of_term(term: KlTerm, rows: slice) -> KlTerm:
+    teacher = term.lse_teacher
+    return replace(
+        term, lse_index=term.lse_index[rows], lse_teacher=None if teacher is None else teacher[rows]
+    )
 
 
 def _decide(

@@ -20,6 +20,8 @@ class KvComm(CpComm):
     "measured, for `kv_exchange=auto`"
     compared: set[Hashable] = field(default_factory=set)
     "shapes of exchanges that all ranks have found to be the same; shared by all copies"
+    calls: dict[int, Any] = field(default_factory=dict)
+    "by layer, what `auto` knows of its last call; shared by all copies"
 
     def _with(self, **changes: Any) -> Self:
         # Counters and layer are fields of the parts too, so every change goes to all of them.

@@ -10,15 +10,31 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from msa_train.parallel.comm.cp_comm import Pending
+from msa_train.parallel.comm.cp_groups import KvComm
 from msa_train.parallel.kv_exchange.session import ExchangeSession, KvBlockGrads, KvSource
+from msa_train.parallel.sharding.shard_layout import ShardLayout
 
 
 class AllGatherSession(ExchangeSession):
-    """Gather all KV blocks under the attention over own ones."""
+    """Gather all KV blocks under the attention over own ones, or from before the scoring on."""
+
+    def __init__(
+        self,
+        local: Tensor,
+        num_kv_heads: int,
+        layout: ShardLayout,
+        comm: KvComm,
+        begun: Pending[Tensor] | None = None,
+    ) -> None:
+        """Take over `local`; begun: the gather of the first pass, if it is on its way."""
+        super().__init__(local, num_kv_heads, layout, comm)
+        self._begun = begun
 
     def sources(self) -> Iterator[KvSource]:
         """See ExchangeSession.sources."""
-        pending = self.comm.start_all_gather(self.local, "kv")
+        pending = self._begun or self.comm.start_all_gather(self.local, "kv")
+        self._begun = None
         yield self.own_source()
         if self.layout.cp_size > 1:
             yield self._others(pending.wait())

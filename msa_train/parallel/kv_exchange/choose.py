@@ -7,13 +7,14 @@ first two for each call.
 from torch import Tensor
 
 from msa_train.config import ExchangeConfig, KvExchange
+from msa_train.parallel.comm.cp_comm import Pending
 from msa_train.parallel.comm.cp_groups import KvComm
 from msa_train.parallel.kv_exchange.all_gather import AllGatherSession
 from msa_train.parallel.kv_exchange.cost_model import KvBlockBytes
 from msa_train.parallel.kv_exchange.plan import RankPlan
 from msa_train.parallel.kv_exchange.requests import ExchangeDecision, ExchangeTerms, exchange_requests
 from msa_train.parallel.kv_exchange.ring import SparseRingSession
-from msa_train.parallel.kv_exchange.selected import SelectedSession
+from msa_train.parallel.kv_exchange.selected import SelectedSession, SlicedFetch
 from msa_train.parallel.kv_exchange.session import ExchangeSession
 from msa_train.parallel.sharding.shard_layout import ShardLayout
 
@@ -53,12 +54,19 @@ def negotiate_exchange(
         return ExchangeDecision(kind)
     if layout.cp_size == 1:
         return ExchangeDecision(KvExchange.all_gather)
+    size = kv_block_bytes(local, k_index, layout, with_backward=with_backward)
+    terms = ExchangeTerms(kind, settings, size, (k_index, local))
+    return exchange_requests(needed, layout, comm, terms)
+
+
+def kv_block_bytes(
+    local: Tensor, k_index: Tensor | None, layout: ShardLayout, *, with_backward: bool
+) -> KvBlockBytes:
+    """Count the bytes of a KV block, and of its gradients with those of its index keys."""
     # Gradients of a KV block come back with those of its index keys, once for each KV head.
     forward = local[0].numel() * local.element_size()
     index = 0 if k_index is None else layout.block_size * k_index.shape[-1] * local.element_size()
-    size = KvBlockBytes(forward, forward + index if with_backward else 0)
-    terms = ExchangeTerms(kind, settings, size, (k_index, local))
-    return exchange_requests(needed, layout, comm, terms)
+    return KvBlockBytes(forward, forward + index if with_backward else 0)
 
 
 def open_kv_session(
@@ -70,6 +78,8 @@ def open_kv_session(
     settings: ExchangeConfig,
     *,
     index_elements: int = 0,
+    fetch: SlicedFetch | None = None,
+    gathered: Pending[Tensor] | None = None,
 ) -> ExchangeSession:
     """Open the exchange of one layer call, as agreed.
 
@@ -81,6 +91,8 @@ def open_kv_session(
         comm: collectives of the ranks between which KV blocks travel, of this layer.
         settings: of the exchange.
         index_elements: B * Di where index keys get gradients, else 0.
+        fetch: selected KV blocks that are on their way; None: they are still to be fetched.
+        gathered: an all-gather that is on its way, likewise.
     """
     if decision.kind is KvExchange.selected:
         plan = decision.plan
@@ -93,6 +105,8 @@ def open_kv_session(
             plan,
             keep_for_backward=settings.keep_for_backward,
             index_elements=index_elements,
+            begun=fetch,
         )
-    session = AllGatherSession if decision.kind is KvExchange.all_gather else SparseRingSession
-    return session(local, num_kv_heads, layout, comm)
+    if decision.kind is KvExchange.all_gather:
+        return AllGatherSession(local, num_kv_heads, layout, comm, gathered)
+    return SparseRingSession(local, num_kv_heads, layout, comm)

@@ -1,9 +1,7 @@
 """Estimate what an exchange costs, from measured rates: the scheme that `kv_exchange=auto` takes.
 
 A collective takes latency + bytes / rate; bytes are those of the rank that sends or receives most, since all
-wait for it. Costs are of the wire alone, as all schemes compute the same. What computing hides of it is taken
-off where it is known (`Cover`): scoring hides slices of selected KV blocks, or a whole all-gather that starts
-before it; the gradients of own KV blocks hide others on their way.
+wait for it. Costs are of the wire alone: both schemes compute the same, and hide about as much under it.
 
 Shapes: P ranks, NP KV blocks of a rank.
 """
@@ -26,21 +24,11 @@ class KvBlockBytes:
     "gradients of them and of index keys, coming back; 0: no backward pass"
 
 
-@dataclass(slots=True, frozen=True)
-class Cover:
-    """Hold the seconds of computing that hide the wire; the least of all ranks."""
-
-    scoring_s: float = 0.0
-    "scoring and top-k, forward"
-    own_s: float = 0.0
-    "gradients of attention over own KV blocks"
-
-
 # Share of the own gradients that is computed before others' leave the node. So its ranks need not end those
 # at the same time; what is left hides the network.
 OWN_BEFORE = 0.25
 # Packing, adding up and waiting for slower ranks are not in the costs, and an all-gather has none of them: a
-# later call takes selected KV blocks where they cost at most this share of it.
+# choice made before the scoring takes selected KV blocks where they cost at most this share of it.
 SELECTED_PAYS = 0.85
 
 
@@ -52,8 +40,6 @@ def selected_cost(
     rates: ExchangeRates,
     *,
     fetches: int = 1,
-    slices: int = 1,
-    cover: Cover | None = None,
 ) -> float:
     """Estimate the seconds of sending selected KV blocks, forward and backward.
 
@@ -64,48 +50,33 @@ def selected_cost(
         size: of a KV block.
         rates: measured.
         fetches: 2 where KV blocks are fetched again in the backward pass.
-        slices: of queries; from 2 on KV blocks travel under scoring, but for those of the last slice.
-        cover: what computing hides; None: nothing is known, and the whole wire counts.
 
     Example: 1 ms of latency and 1 GB/s everywhere, 1,000 KV blocks of 64 KiB for the busiest rank, as much
     back, no broadcast -> 2 * (.001 + .0655) = .133 s.
     """
     hops = [rates.outer, rates.inner] if shape.hierarchical else [rates.all_to_all]
-    cover = cover or Cover()
-    # Hops follow one another, so their times add up. A broadcast goes in two steps: to its P slices, then to
-    # everyone; back the same way.
+    total = 0.0
+    # Hops follow one another, so their times add up.
+    for line, pairs in zip(hops, busiest, strict=True):
+        total += fetches * line.seconds(pairs * size.forward) + line.seconds(pairs * size.backward)
+    # A broadcast goes in two steps: to its P slices, then to everyone; back the same way.
     share = num_hot / shape.cp_size
-    forward = sum(line.seconds(pairs * size.forward) for line, pairs in zip(hops, busiest, strict=True))
-    forward += rates.all_to_all.seconds(share * size.forward) + rates.all_gather.seconds(
-        num_hot * size.forward
-    )
-    back = [line.seconds(pairs * size.backward) for line, pairs in zip(hops, busiest, strict=True)]
-    hot_back = rates.all_to_all.seconds(num_hot * size.backward) + rates.all_to_all.seconds(
+    total += fetches * rates.all_to_all.seconds(share * size.forward)
+    total += fetches * rates.all_gather.seconds(num_hot * size.forward)
+    total += rates.all_to_all.seconds(num_hot * size.backward) + rates.all_to_all.seconds(
         share * size.backward
     )
-    total = (fetches - 1) * forward
-    if slices > 1:
-        forward = max(forward / slices, forward - cover.scoring_s * (1 - 1 / slices))
-    hidden = [1.0] if len(back) == 1 else [1 - OWN_BEFORE, OWN_BEFORE]
-    # Fetched again, the way here took what hides.
-    own_s = cover.own_s if fetches == 1 else 0.0
-    returned = sum(max(0.0, s - own_s * part) for s, part in zip(back, hidden, strict=True))
-    return total + forward + returned + hot_back
+    return total
 
 
-def all_gather_cost(
-    shape: ExchangeShape, size: KvBlockBytes, rates: ExchangeRates, cover: Cover | None = None
-) -> float:
-    """Estimate the seconds of gathering all KV blocks, in the backward pass again, and reducing gradients.
-
-    cover: as of `selected_cost`; the first gather starts before the scoring.
-    """
-    cover = cover or Cover()
+def all_gather_cost(shape: ExchangeShape, size: KvBlockBytes, rates: ExchangeRates) -> float:
+    """Estimate the seconds of gathering all KV blocks, in the backward pass again, and reducing gradients."""
     # Every rank receives the KV blocks of all others, and as many gradients of its own.
     pairs = (shape.cp_size - 1) * shape.num_kv_blocks
-    gather = rates.all_gather.seconds(pairs * size.forward)
-    again = max(0.0, gather - cover.own_s) if size.backward else 0.0
-    return max(0.0, gather - cover.scoring_s) + again + rates.reduce_scatter.seconds(pairs * size.backward)
+    fetches = 2 if size.backward else 1
+    return fetches * rates.all_gather.seconds(pairs * size.forward) + rates.reduce_scatter.seconds(
+        pairs * size.backward
+    )
 
 
 def choose_full_exchange(

@@ -124,8 +124,11 @@ class HotReduce:
         buffer = torch.nn.functional.pad(rows.flatten(), (0, missing))
         # With nodes the sum inside the node comes first, and only it leaves the node.
         self.pending = self._scatter(buffer, comm if comm.inner is None else comm.inner)
-        if comm.outer is not None:
-            self.pending = self._scatter(self._sum(self.pending), comm.outer)
+
+    def leave_node(self) -> None:
+        """Send the sums of this node's ranks on; without nodes there is nothing to do."""
+        if self.comm.outer is not None:
+            self.pending = self._scatter(self._sum(self.pending), self.comm.outer)
 
     def finish(self) -> Tensor:
         """Wait for the summed gradients of own broadcast blocks: [hot_rows[rank], E]."""

@@ -9,6 +9,7 @@ KV blocks of a rank, numbered head * NL + local block, W = ceil(NP / 8) bytes of
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from msa_train.config import ExchangeConfig, KvExchange
+from msa_train.parallel.comm.cp_comm import Pending
 from msa_train.parallel.comm.cp_groups import KvComm
 from msa_train.parallel.comm.rank_faults import ExchangeError, describe
 from msa_train.parallel.comm.to_device import to_device
@@ -30,6 +32,7 @@ from msa_train.parallel.kv_exchange.plan import (
     pack_bits,
     plan_rank,
 )
+from msa_train.parallel.kv_exchange.rows.node_hops import Earlier
 from msa_train.parallel.sharding.shard_layout import ShardLayout
 
 # First number of every request; the last digits are a version.
@@ -121,40 +124,105 @@ def exchange_requests(
     Raises:
         ExchangeError: a rank's request does not fit, or the all-gather failed.
     """
-    shape = ExchangeShape(
+    shape = request_shape(needed.shape[0], layout, comm, terms.settings)
+    wanted = kv_blocks_by_owner(needed, layout)
+    received = start_request(wanted, shape, comm, terms.checked).wait()
+    # Only `auto` decides by loads.
+    automatic = terms.kind is KvExchange.auto
+    agreed = agree(received, shape, layout.cp_rank, comm, more=busiest_rows if automatic else None)
+    if automatic and not _selected_pays(shape, agreed.more, agreed.counts, comm, terms):
+        return ExchangeDecision(KvExchange.all_gather, spoilt=agreed.spoilt)
+    plan = plan_rank(agreed.demand, layout.cp_rank, agreed.counts)
+    return ExchangeDecision(KvExchange.selected, plan, spoilt=agreed.spoilt)
+
+
+def request_shape(
+    num_kv_heads: int, layout: ShardLayout, comm: KvComm, settings: ExchangeConfig, *, by_node: bool = True
+) -> ExchangeShape:
+    """Describe an exchange of these ranks; by_node: over nodes, where the ranks know of them."""
+    return ExchangeShape(
         cp_size=layout.cp_size,
-        num_kv_heads=needed.shape[0],
+        num_kv_heads=num_kv_heads,
         num_local_blocks=layout.num_local_blocks,
-        ranks_per_node=0 if comm.inner is None else comm.inner.size,
-        hot_share=terms.settings.hot_share,
+        ranks_per_node=0 if comm.inner is None or not by_node else comm.inner.size,
+        hot_share=settings.hot_share,
     )
+
+
+def start_request(
+    wanted: Tensor, shape: ExchangeShape, comm: KvComm, checked: tuple[Tensor | None, Tensor | None]
+) -> Pending[Tensor]:
+    """Begin to tell all ranks which KV blocks this one wants: [P, NP] bool by owner.
+
+    Args:
+        wanted: marks, own KV blocks left out.
+        shape: of the exchange.
+        comm: collectives of the ranks between which KV blocks travel, of this layer.
+        checked: see ExchangeTerms; None for what an earlier request of the call has checked.
+
+    Returns:
+        What `agree` reads.
+    """
     # An exchange of other shapes is rare: this costs one more all-gather of 64 bytes per rank, once.
     if shape not in comm.compared:
         # Bitmaps of unequal length would end a process inside the collective; headers are of one length.
-        _introduce(shape, needed.device, comm)
-    wanted = kv_blocks_by_owner(needed, layout)
-    header = _header(wanted, shape, comm.layer, terms.checked)
+        _introduce(shape, wanted.device, comm)
+    header = _header(wanted, shape, comm.layer, checked)
     message = torch.cat((header.view(torch.uint8), pack_bits(wanted).flatten()))
-    received = comm.all_gather(message, "request")
+    return comm.start_all_gather(message, "request")
+
+
+@dataclass(slots=True)
+class Agreement:
+    """Hold what all ranks know after a request; the same on all of them but for `counts`."""
+
+    demand: Demand
+    "of all ranks"
+    counts: list[int]
+    "of `count_rows`, this rank's"
+    more: list[int]
+    "what the caller asked for"
+    spoilt: bool
+    "some rank has values that are not finite"
+
+
+def agree(
+    received: Tensor,
+    shape: ExchangeShape,
+    rank: int,
+    comm: KvComm,
+    *,
+    more: Callable[[Demand], Tensor] | None = None,
+    earlier: Earlier | None = None,
+) -> Agreement:
+    """Read the requests of all ranks; the host waits here for the sizes of messages, and nowhere else.
+
+    Args:
+        received: of `start_request`.
+        shape: of the exchange.
+        rank: this one.
+        comm: of the request.
+        more: returns further numbers [n] int64 that the host needs, from the demand.
+        earlier: what earlier slices of queries brought, see `count_rows`.
+
+    Raises:
+        ExchangeError: a rank's request does not fit.
+    """
     headers = received[:, : 8 * _HEADER].flatten().view(torch.int64)
     demand = find_demand(received[:, 8 * _HEADER :].view(shape.cp_size, shape.cp_size, -1), shape)
-    rows = count_rows(demand, layout.cp_rank)
-    # Only `auto` decides by loads; an empty tensor otherwise.
-    busiest = _busiest(demand) if terms.kind is KvExchange.auto else rows[:0]
-    parts = [headers, demand.wanted, _asks_itself(received, shape), rows, busiest]
+    rows = count_rows(demand, rank, earlier)
+    # An empty tensor where nothing is asked.
+    further = rows[:0] if more is None else more(demand)
+    parts = [headers, demand.wanted, _asks_itself(received, shape), rows, further]
     # The one host copy of an exchange: sizes of messages must be known to launch them.
     numbers = comm.to_host(torch.cat(parts), "request")
-    flat, marked, own, counts, most = _split(numbers, [part.numel() for part in parts])
+    flat, marked, own, counts, asked = _split(numbers, [part.numel() for part in parts])
     by_rank = [flat[i : i + _HEADER] for i in range(0, len(flat), _HEADER)]
     check_requests(by_rank, marked, own, comm.layer)
     bad_values = find_bad_values(by_rank, comm.layer)
     # For the step's report; the step itself goes on.
     comm.counters.bad_values += bad_values
-    if terms.kind is KvExchange.auto and not _selected_pays(shape, most, counts, comm, terms):
-        return ExchangeDecision(KvExchange.all_gather, spoilt=bool(bad_values))
-    return ExchangeDecision(
-        KvExchange.selected, plan_rank(demand, layout.cp_rank, counts), spoilt=bool(bad_values)
-    )
+    return Agreement(demand, counts, asked, bool(bad_values))
 
 
 def _introduce(shape: ExchangeShape, device: torch.device, comm: KvComm) -> None:
@@ -181,7 +249,7 @@ def _split(numbers: list[int], sizes: list[int]) -> list[list[int]]:
 
 
 def _header(
-    wanted: Tensor, shape: ExchangeShape, layer: int, checked: tuple[Tensor | None, Tensor]
+    wanted: Tensor, shape: ExchangeShape, layer: int, checked: tuple[Tensor | None, Tensor | None]
 ) -> Tensor:
     """Make the header [8] int64: `_known` with the last two filled in, on the device of `wanted`."""
     header = to_device(torch.tensor(_known(shape, layer), dtype=torch.int64), wanted.device)
@@ -244,7 +312,7 @@ def find_bad_values(headers: list[list[int]], layer: int) -> list[str]:
     return found
 
 
-def _busiest(demand: Demand) -> Tensor:
+def busiest_rows(demand: Demand) -> Tensor:
     """Find the most KV blocks that a rank sends or receives, by hop: [hops] int64."""
     loads = find_loads(demand)
     pairs = zip(loads.send, loads.receive, strict=True)

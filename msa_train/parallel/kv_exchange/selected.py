@@ -8,7 +8,8 @@ index keys. At 1M tokens on 256 ranks all would be 32,640 (M = 4), 2 GiB; a tent
 Shapes: as in `session`; R fetched KV blocks, H broadcast blocks, E elements of one.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from msa_kernels.block_sparse_attention.types import BlockPool
@@ -16,10 +17,12 @@ from torch import Tensor
 
 from msa_train.parallel.comm.cp_comm import CpComm, Pending
 from msa_train.parallel.comm.cp_groups import KvComm
+from msa_train.parallel.kv_exchange.cost_model import OWN_BEFORE
 from msa_train.parallel.kv_exchange.hot_blocks import HotBroadcast, HotReduce
 from msa_train.parallel.kv_exchange.plan import Hop, RankPlan
 from msa_train.parallel.kv_exchange.requests import global_block
 from msa_train.parallel.kv_exchange.session import (
+    Compute,
     ExchangeSession,
     KvBlockGrads,
     KvSource,
@@ -27,6 +30,14 @@ from msa_train.parallel.kv_exchange.session import (
     grad_rows,
 )
 from msa_train.parallel.sharding.shard_layout import ShardLayout
+
+
+class SlicedFetch(Protocol):
+    """Bring KV blocks that slices of queries have asked for, one slice after the other."""
+
+    def finish(self) -> Tensor:
+        """Wait for all of them, in the order of the whole exchange's plan: [R + H, 2, B, D]."""
+        ...
 
 
 class SelectedSession(ExchangeSession):
@@ -42,6 +53,7 @@ class SelectedSession(ExchangeSession):
         *,
         keep_for_backward: bool,
         index_elements: int,
+        begun: SlicedFetch | None = None,
     ) -> None:
         """Take over what is exchanged; nothing is sent yet.
 
@@ -54,9 +66,11 @@ class SelectedSession(ExchangeSession):
             keep_for_backward: keep fetched KV blocks; False: fetch them again.
             index_elements: B * Di, gradients of a block's index keys that come back with it; 0 without the KL
                 loss.
+            begun: brings the KV blocks of the first pass, which are on their way; None: they are fetched.
         """
         super().__init__(local, num_kv_heads, layout, comm)
         self.plan, self.keep, self.index_elements = plan, keep_for_backward, index_elements
+        self._begun = begun
 
     @property
     def _has_remote(self) -> bool:
@@ -64,7 +78,8 @@ class SelectedSession(ExchangeSession):
 
     def sources(self) -> Iterator[KvSource]:
         """See ExchangeSession.sources."""
-        fetch = _Fetch(self.local, self.plan, self.comm, "kv")
+        fetch = self._begun or Fetch(self.local, self.plan, self.comm, "kv")
+        self._begun = None
         yield self.own_source()
         fetched = fetch.finish()
         del fetch
@@ -73,22 +88,42 @@ class SelectedSession(ExchangeSession):
         if self._has_remote:
             yield self._remote(fetched)
 
-    def backward(self, compute: Callable[[KvSource], KvBlockGrads]) -> KvBlockGrads:
+    def backward(self, compute: Compute) -> KvBlockGrads:
         """See ExchangeSession.backward."""
         if self._fetched is not None:
             # Remote gradients first, so that they travel while the own ones are computed.
             returning = self._return(compute, self._fetched)
             self._fetched = None
-            own = compute(self.own_source())
+            own = self._own_under(returning, compute)
         else:
             # Fetched again: own gradients are computed meanwhile, and the return is not hidden.
-            fetch = _Fetch(self.local, self.plan, self.comm, "kv_again")
+            fetch = Fetch(self.local, self.plan, self.comm, "kv_again")
             own = compute(self.own_source())
             returning = self._return(compute, fetch.finish())
+            returning.leave_node()
         returning.finish(own)
         return own
 
-    def _return(self, compute: Callable[[KvSource], KvBlockGrads], fetched: Tensor) -> "_Return":
+    def _own_under(self, returning: "_Return", compute: Compute) -> KvBlockGrads:
+        """Compute own gradients while others return.
+
+        With nodes some queries come before, and the others after the sums of the node leave it: ranks of a
+        node end the gradients of others' blocks at different times, and need not wait for one another.
+        """
+        num_queries, source = self.layout.local_seq_len, self.own_source()
+        before = int(num_queries * OWN_BEFORE) if len(self.plan.hops) > 1 else 0
+        if before == 0:
+            returning.leave_node()
+            return compute(source)
+        own = compute(source, slice(0, before))
+        returning.leave_node()
+        rest = compute(source, slice(before, num_queries))
+        own[0].add_(rest[0])
+        if own[1] is not None and rest[1] is not None:
+            own[1].add_(rest[1])
+        return own
+
+    def _return(self, compute: Compute, fetched: Tensor) -> "_Return":
         grads = compute(self._remote(fetched)) if self._has_remote else None
         return _Return(grads, self.plan, self.comm, self.local, self.index_elements)
 
@@ -96,18 +131,21 @@ class SelectedSession(ExchangeSession):
         """Make a source of fetched and broadcast blocks; own broadcast blocks are left to the other one."""
         plan, layout = self.plan, self.layout
         owner = torch.cat((plan.owner, plan.hot_owner))
-        group = torch.cat((plan.group, plan.hot_group))
         block = global_block(owner, torch.cat((plan.block_of_owner, plan.hot_block_of_owner)), layout)
         physical_block = torch.full(
             (self.num_kv_heads, layout.num_blocks), -1, dtype=torch.int64, device=block.device
         )
         place = torch.arange(block.shape[0], device=block.device)
         # Own broadcast blocks came back too; a KV block in two pools would be attended to twice.
-        physical_block[group, block] = torch.where(owner == layout.cp_rank, -1, place)
+        place = torch.where(owner == layout.cp_rank, -1, place)
+        rows = plan.num_rows
+        physical_block[plan.group, block[:rows]] = place[:rows]
+        # What one slice of queries fetched may be broadcast in a later one: it is read at one place.
+        physical_block[plan.hot_group, block[rows:]] = place[rows:]
         return KvSource(pool=BlockPool(kv=fetched, block=block), physical_block=physical_block)
 
 
-class _Fetch:
+class Fetch:
     """Fetch keys and values; started by the constructor."""
 
     def __init__(self, local: Tensor, plan: RankPlan, comm: KvComm, purpose: str) -> None:
@@ -122,10 +160,10 @@ class _Fetch:
         self.buffer = local.new_empty(num_elements + spare)
         self.rows = self.buffer[:num_elements].view(plan.num_rows, *local.shape[1:])
         if len(plan.hops) == 1:
-            self.first = _send(local, plan.hops[0], comm, purpose, self.rows)
+            self.first = send_rows(local, plan.hops[0], comm, purpose, self.rows)
         else:
             assert comm.outer is not None, "a plan with nodes comes with their groups"
-            self.first = _send(local, plan.hops[0], comm.outer, f"{purpose}_outer")
+            self.first = send_rows(local, plan.hops[0], comm.outer, f"{purpose}_outer")
 
     def finish(self) -> Tensor:
         """Wait for all fetched KV blocks, then all broadcast blocks: [R + H, 2, B, D]."""
@@ -133,9 +171,9 @@ class _Fetch:
         transit = self.first.wait()
         if len(plan.hops) > 1:
             assert comm.inner is not None, "a plan with nodes comes with their groups"
-            source = _Rows(self.local, transit)
+            source = OwnAndTransit(self.local, transit)
             # Second hop: hand on within the node what came over the network, with own KV blocks.
-            _send(source, plan.hops[1], comm.inner, self.purpose, self.rows).wait()
+            send_rows(source, plan.hops[1], comm.inner, self.purpose, self.rows).wait()
         num_elements = self.rows.numel()
         if self.hot is not None:
             self.hot.finish(self.buffer[num_elements:])
@@ -143,7 +181,7 @@ class _Fetch:
         return self.buffer[:total].view(-1, *self.local.shape[1:])
 
 
-class _Rows:
+class OwnAndTransit:
     """Read own KV blocks followed by rows in transit as one source of rows, without joining them."""
 
     def __init__(self, local: Tensor, transit: Tensor) -> None:
@@ -159,9 +197,10 @@ class _Rows:
         return torch.where((take < num_own).view(-1, *(1,) * (rows.dim() - 1)), rows, other)
 
 
-def _send(
-    source: "Tensor | _Rows", hop: Hop, comm: CpComm, purpose: str, out: Tensor | None = None
+def send_rows(
+    source: "Tensor | OwnAndTransit", hop: Hop, comm: CpComm, purpose: str, out: Tensor | None = None
 ) -> Pending[Tensor]:
+    """Begin one hop: pick its rows of the source and send them."""
     payload = source.index_select(0, hop.take)
     return comm.start_all_to_all(payload, hop.send, hop.receive, purpose, out)
 
@@ -188,24 +227,34 @@ class _Return:
             rows = grad_rows(grads, local.dtype)
         self.hot = HotReduce(rows[plan.num_rows :], plan, comm) if plan.num_hot else None
         rows, self.from_node = rows[: plan.num_rows], None
+        self.dtype = rows.dtype
+        last: CpComm = comm
+        if len(plan.hops) > 1:
+            assert comm.inner is not None, "a plan with nodes comes with their groups"
+            last = comm.inner
+        self.pending = _send_back(rows, plan.hops[-1], last, "kv_grad")
+
+    def leave_node(self) -> None:
+        """Sum what the node's ranks return and send it on; without nodes there is nothing to do."""
+        plan, comm = self.plan, self.comm
+        if self.hot is not None:
+            self.hot.leave_node()
         if len(plan.hops) == 1:
-            self.pending = _send_back(rows, plan.hops[0], comm, "kv_grad")
             return
-        assert comm.inner is not None, "a plan with nodes comes with their groups"
         assert comm.outer is not None, "a plan with nodes comes with their groups"
-        returned = _send_back(rows, plan.hops[1], comm.inner, "kv_grad").wait()
+        returned = self.pending.wait()
         # This node's gradients of own KV blocks and of rows in transit, summed in rank order: only one sum of
         # each row crosses the network.
-        dtype = torch.promote_types(rows.dtype, torch.float32)
+        dtype = torch.promote_types(self.dtype, torch.float32)
         num_rows = self.num_own + sum(plan.hops[0].receive)
-        sums = torch.zeros(num_rows, rows.shape[1], dtype=dtype, device=rows.device)
+        sums = torch.zeros(num_rows, returned.shape[1], dtype=dtype, device=returned.device)
         take, sizes = plan.hops[1].take, plan.hops[1].send
         for place, part in zip(take.split(sizes), returned.split(sizes), strict=True):
             if part.shape[0]:
                 sums.index_add_(0, place, part.to(dtype))
         self.from_node = sums[: self.num_own]
         self.pending = _send_back(
-            sums[self.num_own :].to(rows.dtype), plan.hops[0], comm.outer, "kv_grad_outer"
+            sums[self.num_own :].to(self.dtype), plan.hops[0], comm.outer, "kv_grad_outer"
         )
 
     def finish(self, own: KvBlockGrads) -> None:

@@ -7,8 +7,9 @@ head dim. A rank's own KV blocks are numbered head * NL + local block.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from msa_kernels.block_sparse_attention.types import BlockPool
@@ -45,6 +46,14 @@ class KvSource:
         return found.permute(1, 0, 2)
 
 
+class Compute(Protocol):
+    """Form the gradients of a source."""
+
+    def __call__(self, source: KvSource, rows: slice | None = None) -> KvBlockGrads:
+        """Take the queries of these rows; None: all."""
+        ...
+
+
 class ExchangeSession(SavedTensors, ABC):
     """Exchange KV blocks of one layer call: sources for the forward, their gradients in the backward."""
 
@@ -62,7 +71,7 @@ class ExchangeSession(SavedTensors, ABC):
         """
 
     @abstractmethod
-    def backward(self, compute: Callable[[KvSource], KvBlockGrads]) -> KvBlockGrads:
+    def backward(self, compute: Compute) -> KvBlockGrads:
         """Call `compute` on every source and return the gradients of own KV blocks, summed over ranks.
 
         Raises:

@@ -140,6 +140,33 @@ def balance_ring(
     return balance(home, work, document), home
 
 
+def cut_in_slices(plan: SequencePartition, work: Integers, num_slices: int) -> list[SequencePartition]:
+    """Cut every rank's queries into slices of equal work, in the order of their positions.
+
+    Args:
+        plan: who computes which queries.
+        work: [U] of each unit, see `index_work`.
+        num_slices: of each rank; a slice may be empty where a rank has few units.
+
+    Example: units of one token with work 1 to 8, ranks [(0, 4)] and [(4, 8)], 2 slices -> [(0, 3)] and [(4,
+    7)], then [(3, 4)] and [(7, 8)].
+    """
+    unit, size = plan.seq_len // len(work), plan.size
+    owner = _owners(plan, unit)
+    number = np.zeros(len(work), dtype=np.int64)
+    for rank in range(size):
+        units = np.flatnonzero(owner == rank)
+        # A unit goes where its middle lies; doubled, to stay with integers.
+        after = 2 * work[units].cumsum() - work[units]
+        total = 2 * int(work[units].sum())
+        number[units] = np.minimum(after * num_slices // max(total, 1), num_slices - 1)
+    ranges: list[list[list[tuple[int, int]]]] = [[[] for _ in range(size)] for _ in range(num_slices)]
+    cuts = np.flatnonzero(np.diff(owner) | np.diff(number)) + 1
+    for start, stop in pairwise([0, *cuts.tolist(), len(owner)]):
+        ranges[int(number[start])][int(owner[start])].append((start * unit, stop * unit))
+    return [SequencePartition(plan.seq_len, tuple(joined(parts) for parts in part)) for part in ranges]
+
+
 def _owners(plan: SequencePartition, unit: int) -> Integers:
     """List the rank of each unit: ranges ((0, 2), (6, 8)) and ((2, 6),), units of 2 -> [0, 1, 1, 0]."""
     owner = np.empty(plan.seq_len // unit, dtype=np.int64)

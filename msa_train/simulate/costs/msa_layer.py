@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from msa_train.parallel.comm.link_rates import ExchangeRates, Line, fit_line
 from msa_train.parallel.kv_exchange.cost_model import (
     SELECTED_PAYS,
-    Cover,
     KvBlockBytes,
     all_gather_cost,
     selected_cost,
@@ -177,7 +176,6 @@ class MsaLayer:
         size = KvBlockBytes(setup.shape.kv_block_bytes, setup.shape.kv_block_grad_bytes)
         # in one piece nothing of the call is known before it, and `auto` knows of nodes or does not
         later = options.query_slices > 1
-        cover = Cover(float(self.index_s.min()), float(self.attention.backward.own.min())) if later else None
         ways = {Scheme.selected_hierarchical: True} if hierarchical else {Scheme.selected: False}
         if later:
             ways[Scheme.selected] = False
@@ -196,11 +194,9 @@ class MsaLayer:
                 size,
                 rates,
                 fetches=1 if options.keep_for_backward else 2,
-                slices=options.query_slices,
-                cover=cover,
             )
         shape = exchange_shape(wants, self.cluster, hierarchical=False, hot_share=0.0)
-        gathered = all_gather_cost(shape, size, rates, cover)
+        gathered = all_gather_cost(shape, size, rates)
         costs[Scheme.all_gather_early] = gathered * SELECTED_PAYS if later else gathered
         return costs
 

@@ -5,9 +5,11 @@ Shapes: T local tokens, M KV groups, G query heads per group, D head dim, Di ind
 """
 
 import math
+import time
 from dataclasses import dataclass
 
 import torch
+from msa_kernels.block_sparse_attention.op import pack_blocks
 from torch import Tensor
 
 from benchmarks.exchange.demand import Wants, demand_bytes
@@ -23,6 +25,9 @@ from benchmarks.exchange.selections import select, shape_for
 from msa_train.config import KvExchange
 from msa_train.parallel.attention.cp_sparse import SparseAttentionArgs, cp_sparse_attention
 from msa_train.parallel.comm.cp_groups import KvComm
+from msa_train.parallel.kv_exchange.requests import needed_kv_blocks
+from msa_train.parallel.kv_exchange.slices.begin import Begun, EarlyGather, begin_exchange
+from msa_train.parallel.kv_exchange.slices.sliced_fetch import SlicedFetch
 from msa_train.parallel.sharding.shard_layout import ShardLayout
 
 INPUTS = ("q", "k", "v", "q_index", "k_index")
@@ -74,8 +79,12 @@ class StepResult:
     "exchange that the layer took, which `auto` chooses"
 
 
-def layer_step(data: LayerData, scheme: Scheme, comm: KvComm) -> StepResult:
-    """Run forward and backward once."""
+def layer_step(data: LayerData, scheme: Scheme, comm: KvComm, scoring_s: float = 0.0) -> StepResult:
+    """Run forward and backward once.
+
+    scoring_s: how long this rank waits in the place of scoring blocks. A GPU that scores takes no processor
+    from what moves the bytes, so the stand-in sleeps.
+    """
     inputs = {name: x.detach().requires_grad_() for name, x in data.tensors.items()}
     shape = data.shape
     all_keys = comm.all_gather(data.tensors["k_index"], "index_key").flatten(0, 1)
@@ -90,12 +99,40 @@ def layer_step(data: LayerData, scheme: Scheme, comm: KvComm) -> StepResult:
         k_index=all_keys.view(-1, shape.block_size, shape.index_head_dim) if shape.with_kl else None,
         kl_weight=float(shape.with_kl),
         settings=scheme.settings,
+        begun=_score(data, scheme, comm, scoring_s),
     )
     del all_keys
     out, decision = cp_sparse_attention(*(inputs[name] for name in INPUTS), call)
     out.backward(data.dout)
     grads = {f"d{name}": x.grad for name, x in inputs.items() if x.grad is not None}
     return StepResult({"out": out.detach(), **grads}, decision.kind)
+
+
+def _score(data: LayerData, scheme: Scheme, comm: KvComm, scoring_s: float) -> Begun | None:
+    """Let the time of scoring pass, in slices where the scheme selects in slices; returns what began."""
+    begun, slices = None, 1
+    if scheme.early:
+        slices = max(1, scheme.settings.query_slices)
+        k, v, k_index = (data.tensors[name] for name in ("k", "v", "k_index"))
+        begun = begin_exchange(
+            scheme.exchange,
+            pack_blocks(k, v, data.shape.block_size),
+            k_index,
+            data.layout,
+            comm,
+            scheme.settings,
+            num_slices=slices,
+            with_backward=True,
+        )
+    if not isinstance(begun, SlicedFetch):
+        time.sleep(scoring_s)
+        if isinstance(begun, EarlyGather):
+            begun.selected(needed_kv_blocks(data.block_indices, data.layout.num_blocks))
+        return begun
+    for rows in data.block_indices.chunk(slices):
+        time.sleep(scoring_s / slices)
+        begun.push(needed_kv_blocks(rows, data.layout.num_blocks))
+    return begun
 
 
 def expected_bytes(
@@ -113,6 +150,8 @@ def expected_bytes(
     if used is KvExchange.selected:
         wants = Wants(wanted, ranks_per_node, scheme.settings.hot_share)
         rows = demand_bytes(shape, wants)
+        slices = scheme.settings.query_slices if scheme.early else 1
+        rows = [{**row, "request": row["request"] * slices} for row in rows]
         if not scheme.settings.keep_for_backward:
             rows = [{**row, "kv_again": row["kv"]} for row in rows]
         return rows

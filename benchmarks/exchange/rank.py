@@ -89,6 +89,8 @@ class RankWorker:
     "output and gradients of the first checked step of the selection that was prepared last"
     comms: dict[str, KvComm] = field(default_factory=dict)
     "collectives by scheme"
+    scoring_s: float = 0.0
+    "time that passes in the place of scoring blocks"
 
     def connect(self, schemes: list[str]) -> None:
         """Build the collectives of all schemes."""
@@ -104,6 +106,10 @@ class RankWorker:
     def limit_link(self, rates: namespaces.Rates) -> None:
         """Limit what this rank sends."""
         namespaces.limit_rank(rates)
+
+    def score(self, scoring_s: float) -> None:
+        """Let so much time pass in the place of scoring from now on."""
+        self.scoring_s = scoring_s
 
     def calibrate(self) -> dict[str, dict[str, Any]]:
         """Measure the rates that `auto` decides by; returns them by scheme."""
@@ -125,7 +131,7 @@ class RankWorker:
         counters, retransmits = read_counters(self.interface), read_retransmits()
         wall, compute, cpu = time.perf_counter(), time.thread_time(), time.process_time()
         with timed_sources(data.layout) as sources:
-            result = layer_step(data, SCHEMES[scheme], comm)
+            result = layer_step(data, SCHEMES[scheme], comm, self.scoring_s)
         wall, compute = time.perf_counter() - wall, time.thread_time() - compute
         cpu = time.process_time() - cpu
         # only now has all arrived that this step sends; the barriers' own bytes are counted with it

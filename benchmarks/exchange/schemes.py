@@ -56,8 +56,11 @@ class Scheme:
     "of the exchange"
     by_node: bool = False
     "only for ranks on several nodes, which the exchange then knows of"
+    early: bool = False
+    "begins before the scoring: an all-gather, or slices of queries"
 
 
+_SLICED = ExchangeConfig(query_slices=4, hot_share=0.0)
 SCHEMES = {
     "all_gather": Scheme(KvExchange.all_gather),
     "all_gather_all_reduce": Scheme(KvExchange.all_gather, KeepAndAllReduce),
@@ -67,7 +70,20 @@ SCHEMES = {
     "selected_again": Scheme(KvExchange.selected, settings=ExchangeConfig(keep_for_backward=False)),
     "selected_by_node": Scheme(KvExchange.selected, by_node=True),
     "auto": Scheme(KvExchange.auto),
+    "all_gather_early": Scheme(KvExchange.all_gather, early=True),
+    "selected_sliced": Scheme(KvExchange.selected, settings=_SLICED, early=True),
+    "selected_sliced_by_node": Scheme(KvExchange.selected, settings=_SLICED, early=True, by_node=True),
+    "auto_sliced": Scheme(KvExchange.auto, settings=_SLICED, early=True),
 }
+SCORING_SCHEMES = (
+    "all_gather",
+    "selected",
+    "selected_by_node",
+    "selected_sliced",
+    "selected_sliced_by_node",
+    "auto_sliced",
+)
+"what is compared with `all_gather_early` where scoring takes its time"
 DEFAULT_SCHEMES = ("all_gather", "all_gather_all_reduce", "ring", "selected", "selected_by_node", "auto")
 REFERENCE = "all_gather"
 "the scheme that the others are compared with"

@@ -27,7 +27,7 @@ from msa_train.parallel.attention.cp_full import FullAttentionArgs
 from msa_train.parallel.attention.dense_kl import IndexKl
 from msa_train.parallel.comm.cp_groups import KvComm
 from msa_train.parallel.kv_exchange.requests import ExchangeDecision
-from msa_train.parallel.sharding.ulysses import cp_to_hp, gather_tokens, hp_to_cp
+from msa_train.parallel.sharding.ulysses import cp_to_hp, gather_tokens, hp_to_cp, start_cp_to_hp
 
 
 @dataclass
@@ -48,14 +48,21 @@ _Attend = Callable[["AttentionInputs", PackContext, SelectionRecord], Tensor]
 class AttentionInputs:
     """Hold what attention proper computes with, normalised and rotated."""
 
-    q: Tensor
-    "[T, M, G, D]"
+    queries: Tensor | Callable[[], Tensor]
+    "[T, M, G, D], or what waits for them where they are on their way"
     k: Tensor
     "[T, M, D]"
     v: Tensor
     "[T, M, D]"
     index: PendingIndexKeys | None
     "index queries and keys; None in layers without an index branch"
+
+    @property
+    def q(self) -> Tensor:
+        """Return the queries [T, M, G, D]; the first to ask waits for them."""
+        if not isinstance(self.queries, Tensor):
+            self.queries = self.queries()
+        return self.queries
 
 
 class GroupedQueryAttention(MegatronModule, ABC):
@@ -189,23 +196,28 @@ class GroupedQueryAttention(MegatronModule, ABC):
     ) -> Tensor:
         """Run `attend` on the tokens of the Ulysses group and this rank's share of the KV heads.
 
-        Queries, keys, values and index queries go in one all-to-all; the index key, which all heads share, is
-        gathered instead.
+        Index queries have left while the others were projected, queries travel until they are wanted; the
+        index key, which all heads share, is gathered.
         """
         ulysses = context.ulysses
         assert context.comm.ulysses is not None, "Ulysses inputs come with their group"
         assert ulysses is not None, "called where there are Ulysses groups"
         comm = context.comm.ulysses.for_layer(self.layer_number)
-        # One tensor [T, M, G * D + 2 * D (+ Di)], for one message to each rank in place of four.
-        index, parts = inputs.index, [inputs.q.flatten(2), inputs.k, inputs.v]
+        index = inputs.index
+        # Keys and values [T, M, 2 * D] first: an exchange begins with them. Queries are wanted after scoring.
+        both = cp_to_hp(torch.cat((inputs.k, inputs.v), dim=-1), comm, ulysses.order)
+        queries = start_cp_to_hp(inputs.q.flatten(2), comm, ulysses.order)
         if index is not None:
-            parts.append(index.q)
-        mixed = cp_to_hp(torch.cat(parts, dim=-1), comm, ulysses.order)
+            traded_index = index.traded or start_cp_to_hp(index.q, comm, ulysses.order)
+            k_index = gather_tokens(index.k, comm, ulysses.order)
+            index = replace(index, q=traded_index.wait(), k=k_index, traded=None)
         # What is sent on must lie in one piece.
-        q, k, v, *q_index = (x.contiguous() for x in mixed.split([part.shape[-1] for part in parts], dim=-1))
-        if index is not None:
-            index = replace(index, q=q_index[0], k=gather_tokens(index.k, comm, ulysses.order))
-        traded = AttentionInputs(q.unflatten(-1, (self.heads_per_group, self.head_dim)), k, v, index)
+        k, v = (x.contiguous() for x in both.chunk(2, dim=-1))
+
+        def wait() -> Tensor:
+            return queries.wait().unflatten(-1, (self.heads_per_group, self.head_dim))
+
+        traded = AttentionInputs(wait, k, v, index)
         out = self.attend(traded, context.of_ulysses_group(), record)
         return hp_to_cp(out, comm, ulysses.order)
 

@@ -21,6 +21,7 @@ from msa_train.model.layers.rotary import apply_rotary
 from msa_train.model.transformer_config import MsaTransformerConfig
 from msa_train.parallel.comm.cp_comm import Pending
 from msa_train.parallel.sharding.shard_layout import ShardLayout
+from msa_train.parallel.sharding.ulysses import PendingTrade
 
 
 def is_index_parameter(name: str) -> bool:
@@ -100,3 +101,5 @@ class PendingIndexKeys:
     "[P, T, Di] detached index keys of all ranks; None where none are needed"
     layout: ShardLayout
     "order of the tokens of `all_keys`"
+    traded: PendingTrade | None = None
+    "index queries on their way to the ranks of their KV heads; None without Ulysses groups"

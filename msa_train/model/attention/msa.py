@@ -48,6 +48,7 @@ from msa_train.parallel.kv_exchange.requests import kv_blocks_by_owner, needed_k
 from msa_train.parallel.kv_exchange.slices.begin import Begun, EarlyGather, begin_exchange
 from msa_train.parallel.kv_exchange.slices.sliced_fetch import SlicedFetch
 from msa_train.parallel.sharding.redistribute import move_rows
+from msa_train.parallel.sharding.ulysses import start_cp_to_hp
 
 
 class MsaSelfAttention(GroupedQueryAttention):
@@ -59,12 +60,12 @@ class MsaSelfAttention(GroupedQueryAttention):
 
     def attend(self, inputs: AttentionInputs, context: PackContext, record: SelectionRecord) -> Tensor:
         """See GroupedQueryAttention.attend."""
-        pack, index, q, k, v = context.pack, inputs.index, inputs.q, inputs.k, inputs.v
+        pack, index, k, v = context.pack, inputs.index, inputs.k, inputs.v
         assert index is not None, "index queries and keys were projected first"
         q_index, k_index = index.q, index.k
         if index.all_keys is None:
             # Zero gradients for the index branch, and not none: gradient hooks wait for every parameter.
-            return cp_full_attention(q, k, v, self.full_attention_args(context), q_index, k_index)
+            return cp_full_attention(inputs.q, k, v, self.full_attention_args(context), q_index, k_index)
         all_keys = index.layout.in_order(index.all_keys.wait())
         if context.attention is StageAttention.dense:
             return self._attend_densely(inputs, index, all_keys, context, record)
@@ -75,6 +76,8 @@ class MsaSelfAttention(GroupedQueryAttention):
             begun = self._begin(inputs, index, context)
             fetch = begun if isinstance(begun, SlicedFetch) else None
             record.block_indices = self._select(q_index, all_keys, context, fetch)
+        # With Ulysses groups queries have travelled under the scoring.
+        q = inputs.q
         if context.recall is not None and not record.replaying:
             self._measure_recall(q, k, record.block_indices[context.recall.rows], context)
         if context.on_selection is not None and not record.replaying:
@@ -121,7 +124,13 @@ class MsaSelfAttention(GroupedQueryAttention):
         Their gradients come back with those of KV blocks, or by a reduce-scatter in a dense stage.
         """
         q, k = self.index_branch(hidden_states, context.rotary)
-        return self.gather_index_keys(q, k, context)
+        index = self.gather_index_keys(q, k, context)
+        # Recomputed by itself, attention trades its queries itself, in both runs.
+        if context.ulysses is not None and not self.is_recomputed:
+            assert context.comm.ulysses is not None, "Ulysses inputs come with their group"
+            comm = context.comm.ulysses.for_layer(self.layer_number)
+            index.traded = start_cp_to_hp(q, comm, context.ulysses.order)
+        return index
 
     def gather_index_keys(self, q: Tensor, k: Tensor, context: PackContext) -> PendingIndexKeys:
         """See GroupedQueryAttention.gather_index_keys."""
@@ -171,7 +180,7 @@ class MsaSelfAttention(GroupedQueryAttention):
             self.kv_comm(context),
             self.config.exchange,
             num_slices=max(1, len(pack.index.slices)),
-            with_backward=torch.is_grad_enabled() and inputs.q.requires_grad,
+            with_backward=torch.is_grad_enabled() and inputs.k.requires_grad,
         )
 
     def _select(

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from msa_train.model.inputs.pack_shard import PackShard, QuerySlice
 from msa_train.parallel.comm.cp_comm import CpComm
-from msa_train.parallel.comm.side_stream import beside, join, mark
 from msa_train.parallel.kv_exchange.requests import needed_kv_blocks
+from msa_train.parallel.kv_exchange.slices.side_stream import beside, join, mark
 from msa_train.parallel.kv_exchange.slices.sliced_fetch import SlicedFetch
 
 Select = Callable[[Tensor, int, Tensor | None], Tensor]

@@ -297,6 +297,9 @@ def _decide(
     local: Tensor, k_index: Tensor | None, with_backward: bool, call: SparseAttentionArgs
 ) -> ExchangeDecision:
     """Ask the other ranks, or take the scheme that needs no asking."""
+    if call.exchange not in (KvExchange.selected, KvExchange.auto):
+        # Everything comes, whatever was selected.
+        return ExchangeDecision(call.exchange)
     needed = call.needed
     if needed is None:
         needed = needed_kv_blocks(call.block_indices, call.layout.num_blocks)

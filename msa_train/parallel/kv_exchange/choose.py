@@ -33,7 +33,7 @@ def negotiate_exchange(
     """Decide what all ranks do in this layer call; asks the others where that depends on the selection.
 
     Args:
-        kind: way of the exchange, as configured.
+        kind: `selected` or `auto`; the others bring everything, and nothing is to ask.
         local: [M * NL, 2, B, D] this rank's keys and values by KV block.
         needed: [M, NB] bool, KV blocks that local queries selected.
         layout: this rank's shard.
@@ -49,9 +49,6 @@ def negotiate_exchange(
     Raises:
         ExchangeError: a rank asks for what does not fit, or a collective failed.
     """
-    # Gathering and the ring bring everything, whatever was selected: nothing to ask.
-    if kind not in (KvExchange.selected, KvExchange.auto):
-        return ExchangeDecision(kind)
     if layout.cp_size == 1:
         return ExchangeDecision(KvExchange.all_gather)
     size = kv_block_bytes(local, k_index, layout, with_backward=with_backward)

@@ -13,6 +13,7 @@ Shapes: P ranks, L of a node, N nodes, H broadcast blocks of all owners, E eleme
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ class HotSlices:
 def cut(plan: RankPlan, elements: int, comm: KvComm) -> HotSlices:
     """Cut the buffer of all broadcast blocks, `elements` elements each, into slices."""
     # Slices are rounded up, so that all are equal; the end of the last ones is empty.
-    owners = [sum(plan.hot_rows[:rank]) * elements for rank in range(comm.size + 1)]
+    owners = [blocks * elements for blocks in accumulate(plan.hot_rows, initial=0)]
     node_size = comm.size if comm.inner is None else comm.inner.size
     return HotSlices(owners, -(-owners[-1] // comm.size), node_size, comm.size // node_size)
 

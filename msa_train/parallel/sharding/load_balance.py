@@ -149,7 +149,7 @@ def cut_in_slices(plan: SequencePartition, work: Integers, num_slices: int) -> l
         num_slices: of each rank; a slice may be empty where a rank has few units.
 
     Example: units of one token with work 1 to 8, ranks [(0, 4)] and [(4, 8)], 2 slices -> [(0, 3)] and [(4,
-    7)], then [(3, 4)] and [(7, 8)].
+    6)], then [(3, 4)] and [(6, 8)].
     """
     unit, size = plan.seq_len // len(work), plan.size
     owner = _owners(plan, unit)

@@ -11,12 +11,13 @@ Shapes: T tokens of one rank, M KV heads, h ranks of a Ulysses group (`cp_head_s
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from msa_train.parallel.comm.cp_comm import CpComm
+from msa_train.parallel.comm.cp_comm import CpComm, Pending
 from msa_train.parallel.sharding.partition import SequencePartition
 
 # See `token_order`.
@@ -57,6 +58,34 @@ def cp_to_hp(x: Tensor, comm: CpComm, order: Order = None) -> Tensor:
     return _reordered(_Trade.apply(x, comm, _spread_groups, _spread_tokens), order, 0)
 
 
+@dataclass(slots=True)
+class PendingTrade:
+    """Hold what a started `cp_to_hp` will bring."""
+
+    traded: Tensor
+    "[h * T, M / h, ...] as it arrives"
+    pending: Pending[Tensor]
+    "of the all-to-all"
+    order: Order
+    "see `token_order`"
+
+    def wait(self) -> Tensor:
+        """Wait for all tokens: [h * T, M / h, ...].
+
+        Raises:
+            ExchangeError: the all-to-all failed.
+        """
+        self.pending.wait()
+        return _reordered(self.traded, self.order, 0)
+
+
+def start_cp_to_hp(x: Tensor, comm: CpComm, order: Order = None) -> PendingTrade:
+    """Begin `cp_to_hp`; what is computed until `wait` hides it. Its gradient returns as of `cp_to_hp`."""
+    started: list[Pending[Tensor]] = []
+    traded = _StartTrade.apply(x, comm, started)
+    return PendingTrade(traded, started[0], order)
+
+
 def hp_to_cp(x: Tensor, comm: CpComm, order: Order = None) -> Tensor:
     """Trade back: [h * T, M / h, ...] -> [T, M, ...], the inverse of `cp_to_hp`."""
     return _Trade.apply(_reordered(x, order, 1), comm, _spread_tokens, _spread_groups)
@@ -86,6 +115,22 @@ class _Trade(torch.autograd.Function):
         return ctx.back(grad, ctx.comm, "heads_grad"), None, None, None
 
 
+class _StartTrade(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, comm: CpComm, started: list[Pending[Tensor]]) -> Tensor:
+        ctx.comm = comm
+        num_tokens, num_kv_heads = x.shape[:2]
+        out = x.new_empty(comm.size * num_tokens, num_kv_heads // comm.size, *x.shape[2:])
+        rows = [num_tokens] * comm.size
+        started.append(comm.start_all_to_all(_chunks(x, comm), rows, rows, "heads", out))
+        # Nobody reads it before `PendingTrade.wait`.
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _spread_tokens(grad, ctx.comm, "heads_grad"), None, None
+
+
 class _GatherTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, comm: CpComm) -> Tensor:
@@ -104,10 +149,15 @@ def _spread_groups(x: Tensor, comm: CpComm, purpose: str) -> Tensor:
 
     Example: h = 2, rows (tokens) 0 and 1 of heads a and b: rank 0 sends itself [0a, 1a] and rank 1 [0b, 1b].
     """
+    rows = [x.shape[0]] * comm.size
+    return comm.all_to_all(_chunks(x, comm), rows, rows, purpose)
+
+
+def _chunks(x: Tensor, comm: CpComm) -> Tensor:
+    """Lay out the heads of each rank one after the other: [T, M, ...] -> [h * T, M / h, ...]."""
     num_tokens, num_kv_heads = x.shape[:2]
     chunks = x.view(num_tokens, comm.size, num_kv_heads // comm.size, *x.shape[2:]).transpose(0, 1)
-    rows = [num_tokens] * comm.size
-    return comm.all_to_all(chunks.reshape(comm.size * num_tokens, *chunks.shape[2:]), rows, rows, purpose)
+    return chunks.reshape(comm.size * num_tokens, *chunks.shape[2:])
 
 
 def _spread_tokens(x: Tensor, comm: CpComm, purpose: str) -> Tensor:

@@ -7,7 +7,6 @@ from torch import Tensor
 from msa_train.config import ExchangeConfig, KvExchange
 from msa_train.parallel.comm.cp_comm import Pending
 from msa_train.parallel.comm.cp_groups import KvComm
-from msa_train.parallel.comm.side_stream import beside, mark
 from msa_train.parallel.kv_exchange.choose import kv_block_bytes
 from msa_train.parallel.kv_exchange.cost_model import KvBlockBytes
 from msa_train.parallel.kv_exchange.plan import Demand, ExchangeShape
@@ -19,6 +18,7 @@ from msa_train.parallel.kv_exchange.requests import (
     start_request,
 )
 from msa_train.parallel.kv_exchange.slices.last_call import Choices, LastCall
+from msa_train.parallel.kv_exchange.slices.side_stream import beside, mark
 from msa_train.parallel.kv_exchange.slices.sliced_fetch import SlicedFetch
 from msa_train.parallel.sharding.shard_layout import ShardLayout
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from msa_train.config import KvExchange
 from msa_train.parallel.comm.cp_comm import Pending
 from msa_train.parallel.comm.cp_groups import KvComm
-from msa_train.parallel.comm.side_stream import join
 from msa_train.parallel.kv_exchange.hot_blocks import HotBroadcast
 from msa_train.parallel.kv_exchange.plan import Demand, ExchangeShape, RankPlan, node_union, plan_rank
 from msa_train.parallel.kv_exchange.requests import (
@@ -31,6 +30,7 @@ from msa_train.parallel.kv_exchange.requests import (
 from msa_train.parallel.kv_exchange.rows.node_hops import Earlier, NodeView
 from msa_train.parallel.kv_exchange.selected import OwnAndTransit, send_rows
 from msa_train.parallel.kv_exchange.slices.last_call import Choices, LastCall
+from msa_train.parallel.kv_exchange.slices.side_stream import join
 from msa_train.parallel.sharding.shard_layout import ShardLayout
 
 

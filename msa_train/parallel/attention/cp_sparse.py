@@ -5,6 +5,8 @@ An MSA layer takes six steps. Steps 1 and 2 are the layer's (`model/attention/ms
 1. Gather index keys (`comm/cp_comm.py`): [T, Di] of each rank -> all_keys [S, Di]. They travel under the
    projections of queries, keys and values.
 2. Select (`msa_kernels/select_blocks`): q_index [T, M, Di] and all_keys -> block_indices [T, M, topk].
+   In slices of queries where there are many: steps 3 and 4 of a slice run while the next one is scored
+   (`kv_exchange/slices/`), and an all-gather begins before the scoring.
 3. Negotiate (`kv_exchange/requests.py`, `plan.py`): needed [M, NB] bool -> bitmaps [P, W] of every rank,
    all-gathered -> an ExchangeDecision, the same on all ranks, with a RankPlan of rows to send and receive.
 4. Fetch (`kv_exchange/selected.py`, `all_gather.py`, `ring.py`): own KV blocks [M * NL, 2, B, D] go out,
@@ -150,7 +152,9 @@ class _CpSparseAttention(torch.autograd.Function):
             # Selections by NaN keys are arbitrary. NaN on every rank lets all of them judge the step alike.
             out = torch.full_like(out, float("nan"))
         elif q_index is not None and k_index is not None:
-            _spoil_by(out, q_index, k_index)
+            # Requests have told whether some rank's index keys are finite.
+            known = decision.kind is KvExchange.selected
+            _spoil_by(out, (q_index,) if known else (q_index, k_index))
         kept = session.release()
         ctx.save_for_backward(q, q_index, all_keys, out, total.lse, total.lse_index, total.lse_teacher, *kept)
         # All tensors are kept by autograd alone, which drops them where the layer is recomputed.
@@ -225,13 +229,13 @@ class _CpSparseAttention(torch.autograd.Function):
         )
 
 
-def _spoil_by(out: Tensor, q_index: Tensor, k_index: Tensor) -> None:
+def _spoil_by(out: Tensor, index: tuple[Tensor, ...]) -> None:
     """Make the output NaN in place where this rank's index queries or keys are not finite.
 
     What they select looks sound: without the KL loss, or by a kernel whose comparisons pass NaN over, nothing
     else would show it. Every exchange, and one rank alone, comes here; the host does not wait.
     """
-    ends = torch.stack([torch.linalg.vector_norm(x, float("inf")) for x in (q_index, k_index)])
+    ends = torch.stack([torch.linalg.vector_norm(x, float("inf")) for x in index])
     out.masked_fill_(ends.isfinite().all().logical_not(), float("nan"))
 
 

@@ -11,6 +11,7 @@ Cost: a request of 64 + P * W bytes for each slice, and one small host copy; at 
 received for each slice, and its index lists. Fetched rows are held twice while they are put together.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -22,6 +23,7 @@ from msa_train.parallel.comm.cp_groups import KvComm
 from msa_train.parallel.kv_exchange.hot_blocks import HotBroadcast
 from msa_train.parallel.kv_exchange.plan import Demand, ExchangeShape, RankPlan, node_union, plan_rank
 from msa_train.parallel.kv_exchange.requests import (
+    Agreement,
     ExchangeDecision,
     agree,
     kv_blocks_by_owner,
@@ -167,14 +169,7 @@ class SlicedFetch:
         """Read the requests of a slice and send rows over the first hop, broadcast blocks before them."""
         rank, comm = self.layout.cp_rank, self.comm
         asks = self.choices is not None and last
-        agreed = agree(
-            part.request.wait(),
-            self.shape,
-            rank,
-            comm,
-            more=self._loads if asks else None,
-            earlier=self._earlier,
-        )
+        agreed = self.agree(part.request.wait(), self._loads if asks else None)
         plan = plan_rank(agreed.demand, rank, agreed.counts, self._earlier)
         part.plan, self._spoilt = plan, self._spoilt or agreed.spoilt
         self._add(agreed.demand, agreed.counts)
@@ -191,6 +186,10 @@ class SlicedFetch:
         else:
             assert comm.outer is not None, "a plan with nodes comes with their groups"
             part.first = send_rows(self.local, plan.hops[0], comm.outer, "kv_outer")
+
+    def agree(self, received: Tensor, more: Callable[[Demand], Tensor] | None) -> Agreement:
+        """Read the requests of one slice; all that the host learns of a slice comes from here."""
+        return agree(received, self.shape, self.layout.cp_rank, self.comm, more=more, earlier=self._earlier)
 
     def _hand_on(self, part: _Slice) -> None:
         """Gather broadcast blocks, and hand on in the node what came over the network."""

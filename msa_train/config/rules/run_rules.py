@@ -17,6 +17,7 @@ from msa_train.config.options import (
 from msa_train.config.rules.experts import check_expert_tiles
 from msa_train.config.rules.kernels import check_full_kernel_device, check_kernels
 from msa_train.config.rules.exchange import check_exchange
+from msa_train.config.rules.kernels import check_full_kernel_device, check_kernels
 from msa_train.config.rules.limits import check_sizes, check_total
 from msa_train.config.rules.numbers import check_finite_numbers
 from msa_train.config.rules.optimizer_memory import check_optimizer_memory

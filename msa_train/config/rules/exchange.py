@@ -26,7 +26,7 @@ def check_exchange(config: RunConfig) -> None:
     if nodes > 0 and cp_size % nodes:
         raise ValueError(
             f"exchange.ranks_per_node={nodes}: must divide parallel.cp_size={cp_size}; use one of 0, "
-            f"{[n for n in range(1, cp_size + 1) if cp_size % n == 0]}"
+            + ", ".join(str(n) for n in range(1, cp_size + 1) if cp_size % n == 0)
         )
     if nodes and kind in (KvExchange.all_gather, KvExchange.ring):
         raise ValueError(

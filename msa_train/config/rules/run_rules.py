@@ -14,9 +14,8 @@ from msa_train.config.options import (
     Precision,
     QkNorm,
 )
-from msa_train.config.rules.experts import check_expert_tiles
-from msa_train.config.rules.kernels import check_full_kernel_device, check_kernels
 from msa_train.config.rules.exchange import check_exchange
+from msa_train.config.rules.experts import check_expert_tiles
 from msa_train.config.rules.kernels import check_full_kernel_device, check_kernels
 from msa_train.config.rules.limits import check_sizes, check_total
 from msa_train.config.rules.numbers import check_finite_numbers

@@ -18,6 +18,7 @@ from launchers.local.run_dir import check_writable
 from launchers.worker import accept_fallbacks
 from msa_train.config import (
     Device,
+    Fusion,
     RunConfig,
     check_rules,
     plan_stages,
@@ -166,7 +167,7 @@ def set_worker_environment(config: RunConfig, layout: Layout) -> None:
     # A group of gloo's would connect all of its ranks at once: 255 sockets of a rank for a group of 256. So
     # it connects those that talk: a rank of 4 has 33 sockets in place of 51, one of 2 has 27 in place of 33.
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
-    if not layout.on_gpu:
+    if not layout.on_gpu and config.train.fusion is not Fusion.compile:
         # some Megatron functions compile at first use, which costs minutes on a CPU and buys nothing
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
     if config.launcher.device is Device.cpu:

@@ -74,6 +74,21 @@ class Recompute(Enum):
     full = "full"  # every transformer layer; the block selection is replayed, not repeated
 
 
+class Fusion(Enum):
+    """Choose whether norms, rotary embedding, gates and softmax of the loss are one kernel each."""
+
+    auto = "auto"  # compiled on GPUs
+    none = "none"  # operators of torch, one after the other
+    compile = "compile"  # by torch.compile; on CPUs it needs a C++ compiler, and a minute at the first start
+
+
+class Implementation(Enum):
+    """Choose whose linear layers and norms the model is built of."""
+
+    torch = "torch"  # Megatron's linear layers in torch, our norm
+    transformer_engine = "transformer_engine"  # NVIDIA's, where the transformer-engine package is installed
+
+
 class OptimizerKind(Enum):
     """Choose how weights are updated."""
 

@@ -8,6 +8,7 @@ from msa_train.config.options import (
     CpLayout,
     Device,
     EngineKind,
+    Fusion,
     GradsDtype,
     KvExchange,
     LrSchedule,
@@ -154,6 +155,8 @@ class TrainConfig:
     "for selective, comma-separated: attention (without projections), experts, ffn (dense layers), norm"
     recompute_stages: str = ""
     "recompute of each pipeline rank, as `full,selective,none,none`; empty: the same in all"
+    fusion: Fusion = Fusion.auto
+    "norm, rotary embedding with head norm, gates and softmax of the loss as one kernel each"
     offload_activations: bool = False
     "what layers keep for the backward pass waits in host memory and returns one layer ahead"
     tile_tokens: int = 0

@@ -36,6 +36,7 @@ from msa_train.model.attention.full import FullSelfAttention
 from msa_train.model.attention.msa import MsaSelfAttention
 from msa_train.model.attention.sliding_window import WindowSelfAttention
 from msa_train.model.layers.cross_entropy import linear_cross_entropy
+from msa_train.model.layers.fused_gate import FusedGate
 from msa_train.model.layers.moe import ExpertLayer, SigmoidRouter
 from msa_train.model.layers.moe.experts import GroupedExperts
 from msa_train.model.layers.moe.feed_forward import FeedForward
@@ -75,7 +76,11 @@ class MsaGptModel(GPTModel):
         else:
             weight = self.output_layer.weight
         assert weight is not None, "the last stage has the output weight"
-        return linear_cross_entropy(hidden.squeeze(1), weight, labels.squeeze(0), IGNORE_LABEL, group)
+        assert isinstance(self.config, MsaTransformerConfig), "built here"
+        is_fused = self.config.is_fused
+        return linear_cross_entropy(
+            hidden.squeeze(1), weight, labels.squeeze(0), IGNORE_LABEL, group, is_fused=is_fused
+        )
 
 
 def build_model(
@@ -163,6 +168,8 @@ def _block_spec(
 
 def _layer_spec(config: MsaTransformerConfig, layer_number: int) -> ModuleSpec:
     linear = {"linear_fc1": ColumnParallelLinear, "linear_fc2": RowParallelLinear}
+    if config.is_fused:
+        linear["activation_func"] = FusedGate
     mlp = ModuleSpec(module=FeedForward, submodules=MLPSubmodules(**linear))
     if layer_number > config.model.num_dense_ffn_layers:
         shared = ModuleSpec(module=SharedExpertMLP, submodules=MLPSubmodules(**linear))

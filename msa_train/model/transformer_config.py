@@ -13,6 +13,7 @@ from msa_train.config import (
     AttentionConfig,
     AttentionKind,
     ExchangeConfig,
+    Fusion,
     KvExchange,
     ModelConfig,
     Precision,
@@ -45,6 +46,8 @@ class MsaTransformerConfig(TransformerConfig):
     "what is recomputed in the backward pass, by pipeline rank"
     recomputed_modules: frozenset[str] = frozenset()
     "parts of layers that are, where that is selective"
+    is_fused: bool = False
+    "norms, rotary embedding, gates and the loss's softmax are compiled"
     offload_activations: bool = False
     "what layers keep waits in host memory"
     tile_tokens: int = 0
@@ -61,13 +64,14 @@ def build_transformer_config(config: RunConfig, layout: PipelineLayout | None = 
     model, parallel = config.model, config.parallel
     oai = model.activation is Activation.swiglu_oai
     dtype = DTYPES[config.train.precision]
-    return MsaTransformerConfig(
+    built = MsaTransformerConfig(
         model=model,
         attention=config.attention,
         kv_exchange=parallel.kv_exchange,
         exchange=config.exchange,
         stage_recomputes=stage_recomputes(config),
         recomputed_modules=recompute_modules(config),
+        is_fused=fuses(config.train.fusion),
         offload_activations=config.train.offload_activations,
         tile_tokens=config.train.tile_tokens,
         num_layers=model.num_layers,
@@ -113,6 +117,9 @@ def build_transformer_config(config: RunConfig, layout: PipelineLayout | None = 
         **_graph_fields(),
         **_moe_fields(model, config.train.precision),
     )
+    # The name is of one such function; set afterwards, as Megatron would ask for an activation of its list.
+    built.use_te_activation_func = built.is_fused
+    return built
 
 
 def _pipeline_fields(layout: PipelineLayout | None) -> dict[str, Any]:
@@ -133,6 +140,11 @@ def _pipeline_fields(layout: PipelineLayout | None) -> dict[str, Any]:
         "overlap_p2p_comm": is_interleaved,
         "batch_p2p_comm": not is_interleaved,
     }
+
+
+def fuses(fusion: Fusion) -> bool:
+    """Tell whether functions are compiled: where it is asked for, and by default on GPUs."""
+    return fusion is Fusion.compile or (fusion is Fusion.auto and torch.cuda.is_available())
 
 
 def _quick_gelu(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from msa_train.config import (
     DataConfig,
     EngineKind,
     ExchangeConfig,
+    Fusion,
     KvExchange,
     ModelConfig,
     OptimConfig,
@@ -48,6 +49,7 @@ def small_config(
     recompute: Recompute = Recompute.none,
     modules: str = "attention,experts,ffn,norm",
     offload: bool = False,
+    fusion: Fusion = Fusion.none,
     precision: Precision = Precision.fp64,
     topk: int = 3,
     stage: StageConfig | None = None,
@@ -114,6 +116,7 @@ def small_config(
             recompute_modules=modules,
             offload_activations=offload,
             tile_tokens=tile_tokens,
+            fusion=fusion,
         ),
         stages={} if stage is None else {"only": stage},
     )

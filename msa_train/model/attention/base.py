@@ -19,9 +19,8 @@ from msa_train.config import KvExchange, QkNorm
 from msa_train.model.attention.index_branch import PendingIndexKeys
 from msa_train.model.inputs.layer_stats import LayerStats
 from msa_train.model.inputs.pack_params import PackContext, PackParams, SelectionRecord
-from msa_train.model.layers.norm import RMSNorm
+from msa_train.model.layers.norm import RMSNorm, norm_and_rotate
 from msa_train.model.layers.recompute import run_unit
-from msa_train.model.layers.rotary import apply_rotary
 from msa_train.model.transformer_config import MsaTransformerConfig
 from msa_train.parallel.attention.cp_full import FullAttentionArgs
 from msa_train.parallel.attention.dense_kl import IndexKl
@@ -187,9 +186,9 @@ class GroupedQueryAttention(MegatronModule, ABC):
         mixed = mixed.view(mixed.shape[0], self.num_local_kv_heads, self.heads_per_group + 2, self.head_dim)
         q, k, v = mixed.split([self.heads_per_group, 1, 1], dim=2)
         k, v = k.squeeze(2), v.squeeze(2)
-        if self.q_layernorm is not None and self.k_layernorm is not None:
-            q, k = _normalise(self.q_layernorm, q), _normalise(self.k_layernorm, k)
-        return apply_rotary(q, context.rotary), apply_rotary(k, context.rotary), v
+        rotary, is_fused = context.rotary, self.config.is_fused
+        q = norm_and_rotate(self.q_layernorm, q, rotary, is_fused=is_fused)
+        return q, norm_and_rotate(self.k_layernorm, k, rotary, is_fused=is_fused), v
 
     def _attend_by_heads(
         self, inputs: AttentionInputs, context: PackContext, record: SelectionRecord
@@ -266,10 +265,3 @@ class GroupedQueryAttention(MegatronModule, ABC):
             keep=self.config.exchange.keep_for_backward,
             kernel=self.config.attention.full_kernel,
         )
-
-
-def _normalise(norm: RMSNorm, x: Tensor) -> Tensor:
-    """Normalise per head, or over all heads together when the norm is that wide."""
-    if norm.weight.numel() == x.shape[-1]:
-        return norm(x)
-    return norm(x.reshape(x.shape[0], -1)).view_as(x)

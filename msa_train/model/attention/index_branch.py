@@ -16,8 +16,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
-from msa_train.model.layers.norm import RMSNorm
-from msa_train.model.layers.rotary import apply_rotary
+from msa_train.model.layers.norm import RMSNorm, norm_and_rotate
 from msa_train.model.transformer_config import MsaTransformerConfig
 from msa_train.parallel.comm.cp_comm import Pending
 from msa_train.parallel.sharding.shard_layout import ShardLayout
@@ -70,9 +69,9 @@ class IndexBranch(MegatronModule):
         if self.config.sequence_parallel:
             x = gather_from_sequence_parallel_region(x, group=self.tp_group)
         x = x.squeeze(1)
-        q = self.q_norm(self.linear_q(x).view(x.shape[0], self.num_local_kv_heads, self.head_dim))
-        k = self.k_norm(self.linear_k(x))
-        return apply_rotary(q, rotary), apply_rotary(k, rotary)
+        q = self.linear_q(x).view(x.shape[0], self.num_local_kv_heads, self.head_dim)
+        q = norm_and_rotate(self.q_norm, q, rotary, is_fused=self.config.is_fused)
+        return q, norm_and_rotate(self.k_norm, self.linear_k(x), rotary, is_fused=self.config.is_fused)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from msa_train.model.layers.fusion import fused
 from msa_train.model.layers.wide_products import add_product, wide_product
 
 # fp32 logits of a tile: 256 MiB
@@ -32,7 +33,13 @@ _TILE_ROWS = 8192
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_label: int, tp_group: dist.ProcessGroup
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ignore_label: int,
+    tp_group: dist.ProcessGroup,
+    *,
+    is_fused: bool = False,
 ) -> Tensor:
     """Compute the cross-entropy of softmax(hidden @ weight.T) at each label.
 
@@ -42,12 +49,13 @@ def linear_cross_entropy(
         labels: [T] int64 word ids, `ignore_label` where there is none.
         ignore_label: negative id whose tokens get loss 0.
         tp_group: tensor-parallel group.
+        is_fused: softmax and its gradient are compiled, one pass over the logits each.
 
     Returns:
         [T] loss in nats, fp32 (fp64 for fp64 inputs). The gradient of `hidden` is this rank's part; the
         caller sums it over the group (Megatron's gather or copy does).
     """
-    return _LinearCrossEntropy.apply(hidden, weight, labels, ignore_label, tp_group)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, ignore_label, tp_group, is_fused)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -59,6 +67,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         ignore_label: int,
         tp_group: dist.ProcessGroup,
+        is_fused: bool,
     ) -> Tensor:
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         first = tp_group.rank() * weight.shape[0]
@@ -72,12 +81,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 index, here = _local_labels(labels[rows], first + words.start, words.stop - words.start)
                 # Zero where another tile or rank has the word: their sum is the label's logit.
                 target[rows] += logits.gather(1, index[:, None]).squeeze(1) * here
-                parts[number, rows] = logits.logsumexp(1)
+                parts[number, rows] = (_fused_logsumexp if is_fused else torch.logsumexp)(logits, 1)
         lse = parts.logsumexp(0) if len(slices) > 1 else parts[0]
         if tp_group.size() > 1:
             lse, target = _merge_vocabulary(lse, target, tp_group)
         ctx.save_for_backward(hidden, weight, labels, lse)
-        ctx.ignore_label, ctx.first = ignore_label, first
+        ctx.ignore_label, ctx.first, ctx.is_fused = ignore_label, first, is_fused
         return (lse - target).masked_fill(labels == ignore_label, 0.0)
 
     @staticmethod
@@ -94,13 +103,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for rows in chunks:
                 logits = wide_product(hidden[rows], weight[words].T, lse.dtype)
                 index, here = _local_labels(labels[rows], ctx.first + words.start, words.stop - words.start)
-                dlogits = _logits_grad(logits, lse[rows], dloss[rows], index, here, hidden.dtype)
+                place = index, here
+                dlogits = _logits_grad(logits, lse[rows], dloss[rows], *place, hidden.dtype, ctx.is_fused)
                 hidden_sum.add(rows, dlogits, weight[words])
                 if word_sum is not None:
                     word_sum.add(slice(None), dlogits.T, hidden[rows])
             if word_sum is not None:
                 word_sum.finish()
-        return hidden_sum.finish(), dweight, None, None, None
+        return hidden_sum.finish(), dweight, None, None, None, None
 
 
 class _Sum:
@@ -128,7 +138,13 @@ class _Sum:
 
 
 def _logits_grad(
-    logits: Tensor, lse: Tensor, dloss: Tensor, index: Tensor, here: Tensor, dtype: torch.dtype
+    logits: Tensor,
+    lse: Tensor,
+    dloss: Tensor,
+    index: Tensor,
+    here: Tensor,
+    dtype: torch.dtype,
+    is_fused: bool,
 ) -> Tensor:
     """Form d loss / d logits = (softmax - one-hot of the label) * dloss: [t, v] in `dtype`; spoils `logits`.
 
@@ -137,9 +153,22 @@ def _logits_grad(
     # Taken before: of a likely word 1 - p would be all rounding error if p had 8 bits.
     label = logits.gather(1, index[:, None])
     label = ((label - lse[:, None]).exp_() - here[:, None].to(lse.dtype)) * dloss[:, None]
-    dlogits = logits.sub_(lse[:, None]).exp_().mul_(dloss[:, None]).to(dtype)
+    if is_fused:
+        dlogits = _fused_softmax_grad(logits, lse, dloss, dtype)
+    else:
+        dlogits = logits.sub_(lse[:, None]).exp_().mul_(dloss[:, None]).to(dtype)
     # Each row has one place, so nothing is added up in an order that could vary.
     return dlogits.scatter_(1, index[:, None], label.to(dtype))
+
+
+@fused
+def _fused_logsumexp(logits: Tensor, dim: int) -> Tensor:
+    return logits.logsumexp(dim)
+
+
+@fused
+def _fused_softmax_grad(logits: Tensor, lse: Tensor, dloss: Tensor, dtype: torch.dtype) -> Tensor:
+    return ((logits - lse[:, None]).exp() * dloss[:, None]).to(dtype)
 
 
 def _row_slices(hidden: Tensor) -> Iterator[slice]:

@@ -8,6 +8,9 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from msa_train.model.layers.fused_norm import fused_norm_rotary, fused_rms_norm, fused_rotary
+from msa_train.model.layers.rotary import apply_rotary
+
 
 class RMSNorm(nn.Module):
     """Compute x * rsqrt(mean(x^2) + eps) * w, or * (1 + w) with `layernorm_zero_centered_gamma`.
@@ -22,6 +25,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.zero_centered = config.layernorm_zero_centered_gamma
+        self.is_fused: bool = getattr(config, "is_fused", False)
         self.weight = nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype))
         # With sequence parallelism every tensor-parallel rank sees other tokens: gradients are summed.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
@@ -34,9 +38,29 @@ class RMSNorm(nn.Module):
 
     def normalise(self, x: Tensor) -> Tensor:
         """Do what `forward` does, kept by autograd as usual."""
+        if self.is_fused:
+            return fused_rms_norm(x, self.weight, self.eps, zero_centered=self.zero_centered)
         # A mean of squares in bf16 would have 8 bits.
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         weight = self.weight.to(dtype)
         if self.zero_centered:
             weight = weight + 1
         return F.rms_norm(x.to(dtype), (x.shape[-1],), weight, self.eps).to(x.dtype)
+
+
+def norm_and_rotate(
+    norm: RMSNorm | None, x: Tensor, table: tuple[Tensor, Tensor], *, is_fused: bool
+) -> Tensor:
+    """Normalise heads x [T, ..., D], each alone or all together as wide as the norm is, and rotate them.
+
+    Args:
+        norm: of D numbers, or of all heads' together; None: none.
+        x: queries or keys.
+        table: cos and sin of the tokens, see `rotary.rotary_table`.
+        is_fused: by compiled kernels.
+    """
+    if norm is not None and is_fused and norm.weight.numel() == x.shape[-1]:
+        return fused_norm_rotary(x, norm.weight, table, norm.eps, zero_centered=norm.zero_centered)
+    if norm is not None:
+        x = norm(x) if norm.weight.numel() == x.shape[-1] else norm(x.flatten(1)).view_as(x)
+    return fused_rotary(x, table) if is_fused else apply_rotary(x, table)

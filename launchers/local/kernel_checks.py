@@ -1,6 +1,15 @@
 """Check what will compute attention on this machine: refuse what cannot run, and name what would be slow."""
 
-from msa_train.config import AttentionKernel, AttentionKind, FullKernel, Precision, RunConfig
+from importlib.util import find_spec
+
+from msa_train.config import (
+    AttentionKernel,
+    AttentionKind,
+    FullKernel,
+    Implementation,
+    Precision,
+    RunConfig,
+)
 
 
 def check_kernel(config: RunConfig, *, on_gpu: bool) -> None:
@@ -59,6 +68,27 @@ def full_kernel_line(config: RunConfig, *, on_gpu: bool) -> str | None:
         dtypes[config.train.precision],
         config.model.head_dim,
     )
+
+
+def check_implementation(config: RunConfig, *, on_gpu: bool, is_here: bool = True) -> None:
+    """Check that Transformer Engine can be used where it is asked for; is_here: by this machine's packages.
+
+    Raises:
+        ValueError: naming the value, the rule and the fix.
+    """
+    if config.model.implementation is Implementation.torch:
+        return
+    reason = ""
+    if is_here and find_spec("transformer_engine") is None:
+        reason = "the transformer-engine package is not installed; install it"
+    elif not on_gpu:
+        reason = "runs on GPUs and none is used; use GPUs"
+    elif config.train.precision is Precision.fp64:
+        reason = "has no fp64 as train.precision=fp64 wants it; use bf16 or fp32"
+    if reason:
+        raise ValueError(
+            f"model.implementation=transformer_engine: {reason}, or use model.implementation=torch"
+        )
 
 
 def kernel_warning(config: RunConfig, *, on_gpu: bool) -> str | None:

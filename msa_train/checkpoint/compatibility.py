@@ -25,6 +25,7 @@ WEIGHTS_CONTENT = "weights"
 # Change neither shapes nor the meaning of the weights: initial scales, names, rates and losses
 _NOT_OF_THE_MODEL = {
     "model.name",
+    "model.implementation",
     "model.init_std",
     "model.embedding_init_std",
     "model.embedding_shared_std",

@@ -3,7 +3,14 @@
 import re
 from dataclasses import dataclass
 
-from msa_train.config.options import Activation, AttentionKernel, AttentionKind, FullKernel, QkNorm
+from msa_train.config.options import (
+    Activation,
+    AttentionKernel,
+    AttentionKind,
+    FullKernel,
+    Implementation,
+    QkNorm,
+)
 
 _COUNT = re.compile("0*[1-9][0-9]{0,8}")
 MAX_LAYERS = 10_000
@@ -62,6 +69,8 @@ class ModelConfig:
     "norm weights act as 1 + w, w initialised to 0 (Gemma style)"
     activation: Activation = Activation.swiglu_oai
     "of feed-forward layers and experts"
+    implementation: Implementation = Implementation.torch
+    "whose linear layers and norms; experts, index branch and norms of heads are ours either way"
     tie_embeddings: bool = False
     "one matrix for the embedding and the output"
     init_std: float = 0.05

@@ -35,12 +35,12 @@ from msa_train.model.attention.base import AttentionSubmodules
 from msa_train.model.attention.full import FullSelfAttention
 from msa_train.model.attention.msa import MsaSelfAttention
 from msa_train.model.attention.sliding_window import WindowSelfAttention
+from msa_train.model.implementation import layer_classes
 from msa_train.model.layers.cross_entropy import linear_cross_entropy
 from msa_train.model.layers.fused_gate import FusedGate
 from msa_train.model.layers.moe import ExpertLayer, SigmoidRouter
 from msa_train.model.layers.moe.experts import GroupedExperts
 from msa_train.model.layers.moe.feed_forward import FeedForward
-from msa_train.model.layers.norm import RMSNorm
 from msa_train.model.transformer_config import (
     MsaTransformerConfig,
     attention_kind,
@@ -162,34 +162,36 @@ def _block_spec(
     count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
     return TransformerBlockSubmodules(
         layer_specs=[_layer_spec(config, first + i + 1) for i in range(count)],
-        layer_norm=RMSNorm,  # type: ignore[arg-type]
+        layer_norm=layer_classes(config.model.implementation).norm,
     )
 
 
 def _layer_spec(config: MsaTransformerConfig, layer_number: int) -> ModuleSpec:
-    linear = {"linear_fc1": ColumnParallelLinear, "linear_fc2": RowParallelLinear}
+    classes = layer_classes(config.model.implementation)
+    linear: dict[str, Any] = {"linear_fc1": classes.column, "linear_fc2": classes.row}
+    of_expert: dict[str, Any] = {"linear_fc1": ColumnParallelLinear, "linear_fc2": RowParallelLinear}
     if config.is_fused:
-        linear["activation_func"] = FusedGate
+        linear["activation_func"] = of_expert["activation_func"] = FusedGate
     mlp = ModuleSpec(module=FeedForward, submodules=MLPSubmodules(**linear))
     if layer_number > config.model.num_dense_ffn_layers:
         shared = ModuleSpec(module=SharedExpertMLP, submodules=MLPSubmodules(**linear))
         experts = MoESubmodules(
-            experts=ModuleSpec(module=GroupedExperts, submodules=MLPSubmodules(**linear)),
+            experts=ModuleSpec(module=GroupedExperts, submodules=MLPSubmodules(**of_expert)),
             shared_experts=shared,
             router=SigmoidRouter,  # type: ignore[arg-type]
         )
         mlp = ModuleSpec(module=ExpertLayer, submodules=experts)
     attention = ModuleSpec(
         module=_ATTENTION[attention_kind(config, layer_number)],
-        submodules=AttentionSubmodules(linear_qkv=ColumnParallelLinear, linear_proj=RowParallelLinear),
+        submodules=AttentionSubmodules(linear_qkv=classes.column, linear_proj=classes.row),
     )
     return ModuleSpec(
         module=MsaTransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=classes.norm,
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,  # type: ignore[arg-type]
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=classes.norm,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,  # type: ignore[arg-type]
         ),

@@ -59,10 +59,11 @@ def init_weights(model: GPTModel, *, seed: int, tp_rank: int, tp_size: int, ep_r
     """
     config = model.config
     assert isinstance(config, MsaTransformerConfig), "built by model.gpt.build_model"
-    norms = {id(m.weight): m for m in model.modules() if isinstance(m, RMSNorm)}
+    # Transformer Engine's is called so too.
+    norms = {id(m.weight) for m in model.modules() if type(m).__name__ == RMSNorm.__name__}
     for name, parameter in global_names(model, ep_rank=ep_rank):
         if id(parameter) in norms:
-            parameter.fill_(0.0 if norms[id(parameter)].zero_centered else 1.0)
+            parameter.fill_(0.0 if config.layernorm_zero_centered_gamma else 1.0)
             continue
         std = config.model.init_std
         if name == _EMBEDDING:

@@ -1,6 +1,6 @@
 """Check what is recomputed and offloaded."""
 
-from msa_train.config.options import Recompute
+from msa_train.config.options import Implementation, Recompute
 from msa_train.config.recompute import MODULES, recompute_modules, stage_recomputes
 from msa_train.config.run import RunConfig
 
@@ -30,8 +30,18 @@ def check_recompute(config: RunConfig) -> None:
     named = f"train.recompute_modules={train.recompute_modules}"
     if unknown := sorted(modules - set(MODULES)):
         raise ValueError(f"{named}: '{unknown[0]}' is not one of {', '.join(MODULES)}; use some of these")
+    if Recompute.selective in kinds and "norm" in modules:
+        _refuse_norms(config, named)
     if Recompute.selective in kinds and not modules:
         raise ValueError(
             f"{named}: names nothing for train.recompute=selective; use "
             "train.recompute_modules=experts,ffn,norm or train.recompute=none"
+        )
+
+
+def _refuse_norms(config: RunConfig, named: str) -> None:
+    if config.model.implementation is Implementation.transformer_engine:
+        raise ValueError(
+            f"{named}: model.implementation=transformer_engine has norms of its own, which keep their "
+            "outputs; leave norm out, or use model.implementation=torch"
         )

@@ -161,6 +161,8 @@ class TrainConfig:
     "what layers keep for the backward pass waits in host memory and returns one layer ahead"
     tile_tokens: int = 0
     "tokens of a rank that experts and feed-forward layers take at once, recomputed; 0: all, kept"
+    deterministic: bool = False
+    "the same bits in every run on the same GPUs, at a cost; on CPUs they are the same anyway"
     validate_every: int = 100
     "steps between validations; 0 for none"
     validation_packs: int = 8

@@ -93,6 +93,8 @@ def build_transformer_config(config: RunConfig, layout: PipelineLayout | None = 
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=config.train.precision is Precision.bf16,
+        # Megatron's embedding then has a gradient without atomic sums
+        deterministic_mode=config.train.deterministic,
         tensor_model_parallel_size=parallel.tp_size,
         # Megatron's MoE needs sequence parallelism with tensor parallelism.
         sequence_parallel=parallel.tp_size > 1,

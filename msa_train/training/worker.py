@@ -46,6 +46,7 @@ from msa_train.parallel.comm.fault_watch import FaultWatch, watched
 from msa_train.parallel.comm.job import init_distributed, start_watch
 from msa_train.parallel.process_groups import Groups, build_groups, destroy_groups
 from msa_train.runtime import preemption
+from msa_train.runtime.determinism import choose_deterministic
 from msa_train.runtime.last_words import end_by
 from msa_train.training.engines.engine import TrainEngine
 from msa_train.training.engines.megatron_engine import MegatronEngine
@@ -65,6 +66,9 @@ def run_worker(config: RunConfig) -> None:
             error of this rank's collectives would name nobody.
     """
     torch.set_num_threads(config.launcher.threads_per_process)
+    if config.train.deterministic:
+        # before CUDA and NCCL start, which read variables once
+        choose_deterministic()
     device = choose_device(config)
     init_distributed(device=device, timeout_s=config.launcher.timeout_s, say=_warn)
     watch = start_watch(config.launcher.timeout_s, end_by)

@@ -17,6 +17,8 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from msa_train.model.layers.fused_gate import fused_gate
+
 GroupedMm = Callable[..., Tensor]
 
 
@@ -142,6 +144,8 @@ def _await_weights(module: nn.Module) -> None:
 
 def gated_activation(config: TransformerConfig, hidden: Tensor, probs: Tensor) -> Tensor:
     """Apply the gate and the probability: hidden [R, 2 F], probs [R] -> [R, F], as Megatron's MLP does."""
+    if getattr(config, "is_fused", False):
+        return fused_gate(hidden, probs, is_oai=config.activation_func_clamp_value is not None)
     gate, up = hidden.chunk(2, dim=-1)
     limit = config.activation_func_clamp_value
     if limit is not None:

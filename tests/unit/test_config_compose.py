@@ -49,6 +49,7 @@ def test_model_preset_leaves_no_shape_to_defaults(preset: str) -> None:
     content = yaml.safe_load((config_dir() / "model" / f"{preset}.yaml").read_text())
     shapes = {key.removeprefix("model.") for key in known_keys() if key.startswith("model.")}
     assert shapes - set(content) <= {
+        "implementation",
         "router_bias_update_rate",
         "init_std",
         "embedding_init_std",

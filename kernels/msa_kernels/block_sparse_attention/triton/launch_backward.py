@@ -82,8 +82,13 @@ def backward(
     sizes = sizes_of(queries, pool, block_table)
     kv_block_bytes = sizes.kv_block_bytes + with_kl * (4 * sizes.B + sizes.index_dim * sizes.element_bytes)
     for chunk, portion in portions(queries, pool, block_table, BACKWARD_PART_BYTES // kv_block_bytes):
-        rows = _rows(portion, dout[chunk], delta[chunk], lse[chunk], kl_term if with_kl else None, chunk)
-        _backward_portion(portion, rows, grads, chunk)
+        # named by nobody: buffers of one portion, 2 GiB for M3, must be gone before the next has its own
+        _backward_portion(
+            portion,
+            _rows(portion, dout[chunk], delta[chunk], lse[chunk], kl_term if with_kl else None, chunk),
+            grads,
+            chunk,
+        )
     return grads
 
 

@@ -1,0 +1,166 @@
+"""Time a step: stages by their layers, the pipeline's bubble, reduction of gradients, optimizer.
+
+1F1B: a micro-batch passes all stages once, and each further one waits for the slowest. With v chunks per rank
+the waiting at both ends falls to 1 / v.
+"""
+
+from dataclasses import dataclass, field
+
+from msa_train.config import Recompute, RunConfig
+from msa_train.plan.assumptions import Assumptions
+from msa_train.plan.flop_count import flops_per_token
+from msa_train.plan.layer_time import LayerTimes, PassSeconds, total
+from msa_train.plan.stage_parameters import stage_parameters
+from msa_train.plan.stages import Stages
+from msa_train.simulate.costs import collective_cost
+
+
+@dataclass(slots=True)
+class StepTime:
+    """Hold the seconds of one step and what follows from them."""
+
+    seconds: float
+    "of a step"
+    parts: dict[str, float]
+    "by part, of the slowest stage, all micro-batches; with bubble, gradients and optimizer they add up"
+    stage_seconds: list[float]
+    "of a micro-batch, forward and backward, by stage"
+    tokens_per_s: float
+    "of one GPU"
+    mfu_sparse: float
+    "FLOPs that are computed, without recomputation, as a share of the peak"
+    mfu_dense: float
+    "the same with every MSA layer counted as full attention"
+    notes: list[str] = field(default_factory=list[str])
+    "what limits it"
+
+    @property
+    def imbalance(self) -> float:
+        """Return the slowest stage over the mean of all."""
+        return max(self.stage_seconds) * len(self.stage_seconds) / sum(self.stage_seconds)
+
+
+def step_time(
+    config: RunConfig, world_size: int, stages: Stages, times: LayerTimes, assumed: Assumptions
+) -> StepTime:
+    """Time one step of a run.
+
+    Args:
+        config: the run.
+        world_size: ranks of the job.
+        stages: layers of every pipeline stage.
+        times: of its layers.
+        assumed: what arithmetic cannot know.
+    """
+    parallel, train = config.parallel, config.train
+    dp_size = world_size // (parallel.tp_size * parallel.pp_size * parallel.cp_size)
+    num_micro = max(1, train.global_batch_size // dp_size)
+    by_stage = [_stage_parts(config, stages, times, stage) for stage in range(parallel.pp_size)]
+    stage_s = [total(parts.values()) for parts in by_stage]
+    slowest = max(range(parallel.pp_size), key=lambda stage: stage_s[stage])
+    parts = {name: seconds * num_micro for name, seconds in by_stage[slowest].items()}
+    parts["bubble"] = (sum(stage_s) - stage_s[slowest]) / stages.chunks
+    reduced = [_reduce_seconds(config, world_size, stages, times, stage) for stage in range(parallel.pp_size)]
+    parts["gradients and weights"] = max(reduced)
+    updated = [_update_seconds(config, world_size, stages, assumed, s) for s in range(parallel.pp_size)]
+    parts["optimizer"] = max(updated)
+    seconds = total(parts.values())
+    tokens = config.data.seq_len * num_micro * dp_size
+    rate = tokens / seconds / world_size
+    sparse, dense = (
+        flops_per_token(config, assumed.num_docs, dense=dense) * rate / assumed.peak_flops
+        for dense in (False, True)
+    )
+    return StepTime(seconds, parts, stage_s, rate, sparse, dense)
+
+
+def _stage_parts(config: RunConfig, stages: Stages, times: LayerTimes, stage: int) -> dict[str, float]:
+    """Add up the seconds of a stage's micro-batch by part, recomputation a part of its own."""
+    parts: dict[str, float] = {}
+    kinds: dict[tuple[object, bool], tuple[PassSeconds, int]] = {}
+    # layers of a kind cost the same: each kind is timed once
+    for layer in stages.of_rank(stage):
+        key = (config.model.attention_kinds()[layer], layer < config.model.num_dense_ffn_layers)
+        seconds, count = kinds.get(key, (None, 0))
+        kinds[key] = (seconds or times.layer(layer), count + 1)
+    for seconds, count in kinds.values():
+        for name, value in seconds.forward.items():
+            parts[name] = parts.get(name, 0.0) + count * value
+        for name, value in seconds.backward.items():
+            parts[name] = parts.get(name, 0.0) + count * value
+        again = count * _recomputed(config, seconds)
+        if again:
+            parts["recompute"] = parts.get("recompute", 0.0) + again
+    if stage == config.parallel.pp_size - 1:
+        head = times.head()
+        parts["head"] = total(head.forward.values()) + total(head.backward.values())
+    if config.parallel.pp_size > 1:
+        # an activation and a gradient per boundary of a chunk, which nothing hides without interleaving
+        shard = times.tokens * config.model.hidden_size * 2 / config.parallel.tp_size
+        parts["pipeline transfer"] = 2 * shard / times.machine.cluster.network_rate
+    return parts
+
+
+def _recomputed(config: RunConfig, seconds: PassSeconds) -> float:
+    """Return the forward seconds that run again: selection and routing are replayed, so no scoring."""
+    if config.train.recompute is Recompute.none:
+        return 0.0
+    forward = {name: value for name, value in seconds.forward.items() if name != "scoring"}
+    if config.train.recompute is Recompute.full:
+        return total(forward.values())
+    modules = config.train.recompute_modules
+    chosen = {
+        "attention": ("sparse attention", "dense attention", "exchange"),
+        "experts": ("experts", "dispatch"),
+        "ffn": ("feed-forward",),
+        "norm": (),
+    }
+    return sum(forward.get(part, 0.0) for module in modules for part in chosen.get(module, ()))
+
+
+def _reduce_seconds(
+    config: RunConfig, world_size: int, stages: Stages, times: LayerTimes, stage: int
+) -> float:
+    """Time scattering gradients and gathering weights of a stage over the ranks that hold the same."""
+    parallel, cluster = config.parallel, times.machine.cluster
+    counts = stage_parameters(config.model, config.attention, parallel, stages.all_layers(), stage)
+    stage_ranks = world_size // parallel.pp_size
+    seconds = 0.0
+    grad_bytes = 2 if getattr(config.optim, "grads_dtype", None) is not None and (
+        config.optim.grads_dtype.value == "bf16"
+    ) else 4
+    for count, size in (
+        (counts.dense, stage_ranks // parallel.tp_size),
+        (counts.experts, stage_ranks // parallel.ep_size),
+    ):
+        if size == 1 or count == 0:
+            continue
+        spread = _spread(size, cluster.gpus_per_node, parallel.ep_size if count is counts.experts else 1)
+        for width in (grad_bytes, 2):
+            shard = count * width / size
+            seconds += collective_cost.all_gather(shard, spread, cluster).time_s(cluster) * size / spread
+    return seconds
+
+
+def _spread(size: int, per_node: int, _stride: int) -> int:
+    """Return a number of ranks that fills whole nodes, as the simulation wants it: 12 of 8 per node -> 8."""
+    return size if size <= per_node else size // per_node * per_node
+
+
+def _update_seconds(
+    config: RunConfig, world_size: int, stages: Stages, assumed: Assumptions, stage: int
+) -> float:
+    """Time the optimizer by the bytes it reads and writes, on the device or over the host's link."""
+    parallel, optim = config.parallel, config.optim
+    counts = stage_parameters(config.model, config.attention, parallel, stages.all_layers(), stage)
+    stage_ranks = world_size // parallel.pp_size
+    shard = counts.dense / (stage_ranks // parallel.tp_size)
+    shard += counts.experts / max(1, stage_ranks // parallel.ep_size)
+    # gradient in, master weight and two moments in and out, weight out: 4 + 12 + 12 + 2 bytes
+    device = 30.0 * shard
+    # zeroing the gradients and their norm pass over all of them
+    device += 8.0 * (counts.dense + counts.experts)
+    offloaded = float(getattr(optim, "offload", 0.0))
+    # both directions at once; what computes meanwhile is hidden by streaming
+    host = offloaded * shard * 12.0 / assumed.host_bytes_s
+    return max(device / assumed.memory_bytes_s, host)

@@ -12,6 +12,7 @@ from pathlib import Path
 from launchers.cli.command_line import Parser, number, run_command
 from launchers.cli.output import say
 from launchers.cli.simulate_arguments import read_question, read_shape
+from launchers.cli.token_count import token_count
 from launchers.hydra_config.options import group_options
 
 DESCRIPTION = """\
@@ -26,8 +27,6 @@ examples:
   msa-simulate measure --out h100.yaml                # on the device: kernel rates for --rates
   msa-simulate compare benchmarks/results/exchange.json
   msa-simulate tables --out benchmarks/results        # simulate.md, simulate.json"""
-# binary, as sequence lengths are: 192K is 196608
-UNITS = {"K": 2**10, "M": 2**20}
 SCHEMES = (
     *("ring", "all_gather", "all_gather_early", "all_gather_all_reduce"),
     *("selected", "selected_hierarchical", "auto"),
@@ -75,8 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     measure = commands.add_parser("measure", help="kernel rates of this machine's device")
     _add_model(measure)
     measure.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .yaml file for --rates")
-    measure.add_argument("--tokens", type=_tokens, default=2048, metavar="N", help="queries of a rank (2048)")
-    measure.add_argument("--seq-len", type=_tokens, default=8192, metavar="N", help="keys (8192)")
+    measure.add_argument("--tokens", type=token_count, default=2048, metavar="N", help="queries of a rank (2048)")
+    measure.add_argument("--seq-len", type=token_count, default=8192, metavar="N", help="keys (8192)")
     measure.add_argument("--precision", choices=["fp32", "bf16"], default=None, help="default: bf16 on a GPU")
     measure.set_defaults(run=_measure)
     compare = commands.add_parser("compare", help="predicted against measured times of the wire benchmark")
@@ -96,7 +95,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 def _add_question(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that describe a scenario: shape, cluster, rates, schemes, selections."""
     _add_model(parser)
-    parser.add_argument("--seq-len", type=_tokens, required=True, metavar="N", help="tokens, e.g. 192K or 1M")
+    parser.add_argument("--seq-len", type=token_count, required=True, metavar="N", help="tokens, e.g. 192K or 1M")
     parser.add_argument(
         "--cp-size", type=int, required=True, metavar="N", help="ranks that share the sequence"
     )
@@ -151,17 +150,6 @@ def _add_question(parser: argparse.ArgumentParser) -> None:
         "--distance-exponent", type=number, default=1.0, metavar="X", help="of the other picks (1)"
     )
     what.add_argument("--seed", type=int, default=0, metavar="N")
-
-
-def _tokens(text: str) -> int:
-    """Read a number of tokens: 196608 or 192K -> 196608, 1M -> 1048576."""
-    unit = UNITS.get(text[-1:].upper(), 1)
-    digits = text[:-1] if unit > 1 else text
-    if not digits.isdecimal() or int(digits) == 0:
-        raise argparse.ArgumentTypeError(
-            f"{text}: must be a positive number of tokens such as 196608, 192K or 1M"
-        )
-    return int(digits) * unit
 
 
 def _sizes(text: str) -> list[int]:

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from msa_train.config import Recompute, RunConfig
 from msa_train.plan.assumptions import Assumptions
 from msa_train.plan.flop_count import flops_per_token
+from msa_train.config.optimizer_bytes import optimizer_bytes
 from msa_train.plan.layer_time import LayerTimes, PassSeconds, total
+from msa_train.plan.memory import own_parameters
 from msa_train.plan.stage_parameters import stage_parameters
 from msa_train.plan.stages import Stages
 from msa_train.simulate.costs import collective_cost
@@ -79,7 +81,7 @@ def _stage_parts(config: RunConfig, stages: Stages, times: LayerTimes, stage: in
     parts: dict[str, float] = {}
     kinds: dict[tuple[object, bool], tuple[PassSeconds, int]] = {}
     # layers of a kind cost the same: each kind is timed once
-    for layer in stages.of_rank(stage):
+    for layer in stages.layers[stage]:
         key = (config.model.attention_kinds()[layer], layer < config.model.num_dense_ffn_layers)
         seconds, count = kinds.get(key, (None, 0))
         kinds[key] = (seconds or times.layer(layer), count + 1)
@@ -123,27 +125,24 @@ def _reduce_seconds(
 ) -> float:
     """Time scattering gradients and gathering weights of a stage over the ranks that hold the same."""
     parallel, cluster = config.parallel, times.machine.cluster
-    counts = stage_parameters(config.model, config.attention, parallel, stages.all_layers(), stage)
+    counts = stage_parameters(config.model, config.attention, parallel, stages.layers, stage)
     stage_ranks = world_size // parallel.pp_size
     seconds = 0.0
-    grad_bytes = 2 if getattr(config.optim, "grads_dtype", None) is not None and (
-        config.optim.grads_dtype.value == "bf16"
-    ) else 4
+    width = optimizer_bytes(config.optim, config.train.precision)
     for count, size in (
         (counts.dense, stage_ranks // parallel.tp_size),
         (counts.experts, stage_ranks // parallel.ep_size),
     ):
         if size == 1 or count == 0:
             continue
-        spread = _spread(size, cluster.gpus_per_node, parallel.ep_size if count is counts.experts else 1)
-        for width in (grad_bytes, 2):
-            shard = count * width / size
-            seconds += collective_cost.all_gather(shard, spread, cluster).time_s(cluster) * size / spread
+        spread = _whole_nodes(size, cluster.gpus_per_node)
+        shard = count * width.unsharded / size
+        seconds += collective_cost.all_gather(shard, spread, cluster).time_s(cluster) * size / spread
     return seconds
 
 
-def _spread(size: int, per_node: int, _stride: int) -> int:
-    """Return a number of ranks that fills whole nodes, as the simulation wants it: 12 of 8 per node -> 8."""
+def _whole_nodes(size: int, per_node: int) -> int:
+    """Return a number of ranks that fills whole nodes, as the simulation wants it: 12, 8 per node -> 8."""
     return size if size <= per_node else size // per_node * per_node
 
 
@@ -152,15 +151,12 @@ def _update_seconds(
 ) -> float:
     """Time the optimizer by the bytes it reads and writes, on the device or over the host's link."""
     parallel, optim = config.parallel, config.optim
-    counts = stage_parameters(config.model, config.attention, parallel, stages.all_layers(), stage)
-    stage_ranks = world_size // parallel.pp_size
-    shard = counts.dense / (stage_ranks // parallel.tp_size)
-    shard += counts.experts / max(1, stage_ranks // parallel.ep_size)
+    counts = stage_parameters(config.model, config.attention, parallel, stages.layers, stage)
+    shard = own_parameters(config, world_size, counts)
     # gradient in, master weight and two moments in and out, weight out: 4 + 12 + 12 + 2 bytes
     device = 30.0 * shard
     # zeroing the gradients and their norm pass over all of them
     device += 8.0 * (counts.dense + counts.experts)
-    offloaded = float(getattr(optim, "offload", 0.0))
-    # both directions at once; what computes meanwhile is hidden by streaming
-    host = offloaded * shard * 12.0 / assumed.host_bytes_s
+    # both directions at once
+    host = shard * optimizer_bytes(optim, config.train.precision).host_state / assumed.host_bytes_s
     return max(device / assumed.memory_bytes_s, host)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
-from launchers.cli.command_line import USER_ERROR, Parser, number, run_command
+from launchers.cli.command_line import Parser, number, run_command
 from launchers.cli.output import say
 from launchers.cli.token_count import token_count
 from launchers.hydra_config.compose import compose_run
@@ -127,6 +127,7 @@ def _answer(
 ) -> int:
     """Print memory and time of one run."""
     from msa_train.config.pipeline import resolve_layout
+
     from msa_train.plan.layer_time import LayerTimes
     from msa_train.plan.report import plan_data, plan_text
     from msa_train.plan.search import plan_of
@@ -155,8 +156,8 @@ def _too_large(plan: "Plan", assumed: "Assumptions") -> str:
     over = (plan.peak - assumed.usable_bytes) / 2**30
     model, length = plan.config.model.name, plan.config.data.seq_len
     return (
-        f"msa-plan: does not fit: stage {stage} needs {over:.1f} GiB more than {assumed.gpu_memory_gb:g} GB GPUs "
-        f"have; try msa-plan --gpus {plan.world_size} --seq-len {length} model={model}"
+        f"msa-plan: does not fit: stage {stage} needs {over:.1f} GiB more than GPUs of "
+        f"{assumed.gpu_memory_gb:g} GB have; try msa-plan --gpus {plan.world_size} --seq-len {length} model={model}"
     )
 
 

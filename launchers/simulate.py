@@ -74,7 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     measure = commands.add_parser("measure", help="kernel rates of this machine's device")
     _add_model(measure)
     measure.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .yaml file for --rates")
-    measure.add_argument("--tokens", type=token_count, default=2048, metavar="N", help="queries of a rank (2048)")
+    measure.add_argument(
+        "--tokens", type=token_count, default=2048, metavar="N", help="queries of a rank (2048)"
+    )
     measure.add_argument("--seq-len", type=token_count, default=8192, metavar="N", help="keys (8192)")
     measure.add_argument("--precision", choices=["fp32", "bf16"], default=None, help="default: bf16 on a GPU")
     measure.set_defaults(run=_measure)
@@ -95,7 +97,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 def _add_question(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that describe a scenario: shape, cluster, rates, schemes, selections."""
     _add_model(parser)
-    parser.add_argument("--seq-len", type=token_count, required=True, metavar="N", help="tokens, e.g. 192K or 1M")
+    parser.add_argument(
+        "--seq-len", type=token_count, required=True, metavar="N", help="tokens, e.g. 192K or 1M"
+    )
     parser.add_argument(
         "--cp-size", type=int, required=True, metavar="N", help="ranks that share the sequence"
     )

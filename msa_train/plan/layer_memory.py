@@ -63,7 +63,9 @@ class LayerMemory:
         kind = model.attention_kinds()[layer]
         parts: dict[str, float] = {}
         if kind is AttentionKind.msa:
-            parts["index keys"] = float(self.config.data.seq_len * self.config.attention.index_head_dim * self.width)
+            parts["index keys"] = float(
+                self.config.data.seq_len * self.config.attention.index_head_dim * self.width
+            )
         # keys and values that came, and their gradients in fp32
         fetched = self._fetched_bytes(layer)
         parts["fetched keys and values"] = fetched * (1 + 4 / self.width)
@@ -78,7 +80,11 @@ class LayerMemory:
         config = self.config
         parallel, exchange = config.parallel, config.parallel.kv_exchange
         others = config.data.seq_len - self.tokens * parallel.cp_head_size
-        row = 2 * (config.model.num_kv_heads // parallel.tp_size // parallel.cp_head_size) * config.model.head_dim
+        row = (
+            2
+            * (config.model.num_kv_heads // parallel.tp_size // parallel.cp_head_size)
+            * config.model.head_dim
+        )
         kind = config.model.attention_kinds()[layer]
         if kind is AttentionKind.full or exchange is KvExchange.all_gather:
             return float(others * row * self.width)

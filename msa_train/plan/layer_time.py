@@ -53,7 +53,11 @@ class LayerTimes:
     """Time layers of one configuration; each kind is computed once."""
 
     def __init__(
-        self, config: RunConfig, machine: Machine, assumed: Assumptions, known: dict[object, Answer] | None = None
+        self,
+        config: RunConfig,
+        machine: Machine,
+        assumed: Assumptions,
+        known: dict[object, Answer] | None = None,
     ) -> None:
         """Take what is asked.
 
@@ -184,7 +188,9 @@ class LayerTimes:
         seconds, shape, rates = PassSeconds(), self.shape, self.machine.rates
         report = min(self.answer.full.values(), key=lambda scheme: scheme.total.total)
         flops = shape.full_flops(self._visible_pairs())
-        projections = (shape.qkv_flops(self.tokens) + shape.output_flops(self.tokens)) / rates.projection_flops
+        projections = (
+            shape.qkv_flops(self.tokens) + shape.output_flops(self.tokens)
+        ) / rates.projection_flops
         seconds.add("projections", projections, 2 * projections)
         seconds.add(
             "dense attention",

@@ -8,12 +8,12 @@ A plan of m3 on 256 GPUs takes 0.3 ms for all four stages.
 
 from dataclasses import dataclass
 
-from msa_train.config import Precision, Recompute, RunConfig
+from msa_train.config import Precision, RunConfig
 from msa_train.config.optimizer_bytes import optimizer_bytes
 from msa_train.plan.assumptions import Assumptions
 from msa_train.plan.layer_memory import LayerMemory
 from msa_train.plan.stage_parameters import RankParameters, stage_parameters
-from msa_train.plan.stages import Stages
+from msa_train.plan.stages import Stages, in_flight
 
 DEVICE_PARTS = (
     *("weights", "gradients", "optimizer", "kept activations"),
@@ -92,28 +92,14 @@ def _kept(
     parallel, train = config.parallel, config.train
     dp_size = world_size // (parallel.tp_size * parallel.cp_size * parallel.pp_size)
     num_micro = max(1, train.global_batch_size // dp_size)
-    of_rank = stages.layers[stage]
-    runs = in_flight(parallel.pp_size, stage, stages.chunks, num_micro)
-    each = [layers.kept(layer) for layer in of_rank]
-    # a run of layers is 1 / chunks of the rank's
-    micro_batch = sum(each) / stages.chunks + layers.boundary
+    runs = in_flight(parallel.pp_size, stage, stages.num_chunks, num_micro)
+    each = [[layers.kept(layer) for layer in chunk] for chunk in stages.chunks[stage]]
+    kept = sum(count * sum(chunk) for count, chunk in zip(runs, each, strict=True))
+    between = sum(runs) * layers.boundary
     if not train.offload_activations:
-        return runs * micro_batch, 0.0
+        return kept + between, 0.0
     # two layers at a time come and go
-    return runs * layers.boundary + 2 * max(each, default=0.0), runs * sum(each) / stages.chunks
-
-
-def in_flight(pp_size: int, stage: int, chunks: int, num_micro: int) -> int:
-    """Count the runs of layers whose activations a stage holds at most, under Megatron's schedules.
-
-    Example: 4 stages, 8 micro-batches: 4, 3, 2, 1 by stage; with 2 chunks each 11, 9, 7, 5 half stages.
-    """
-    if pp_size == 1:
-        return 1
-    if chunks == 1:
-        return min(pp_size - stage, num_micro)
-    warm_up = (pp_size - stage - 1) * 2 + (chunks - 1) * pp_size
-    return min(warm_up + 1, num_micro * chunks)
+    return between + 2 * max(max(chunk, default=0.0) for chunk in each), kept
 
 
 def _moments(
@@ -134,10 +120,3 @@ def _moments(
 
 def _largest(moments: list[dict[str, float]]) -> dict[str, float]:
     return max(moments, key=lambda moment: sum(moment.values()))
-
-
-def is_recomputed(config: RunConfig, module: str) -> bool:
-    """Tell whether a part of a layer is computed again in the backward pass."""
-    if config.train.recompute is Recompute.full:
-        return True
-    return config.train.recompute is not Recompute.none and module in config.train.recompute_modules

@@ -75,9 +75,7 @@ def time_table(time: StepTime) -> list[str]:
     ]
 
 
-def assumption_lines(
-    plan: Plan, assumed: Assumptions, cluster: Cluster, rates: KernelRates
-) -> list[str]:
+def assumption_lines(plan: Plan, assumed: Assumptions, cluster: Cluster, rates: KernelRates) -> list[str]:
     """Write what the plan takes for given."""
     documents = "one document" if assumed.num_docs == 1 else f"{assumed.num_docs} equal documents"
     return [

@@ -73,7 +73,13 @@ class Search:
             assumed: what arithmetic cannot know.
             say: gets a line of progress now and then.
         """
-        self.base, self.world_size, self.machine, self.assumed, self.say = base, world_size, machine, assumed, say
+        self.base, self.world_size, self.machine, self.assumed, self.say = (
+            base,
+            world_size,
+            machine,
+            assumed,
+            say,
+        )
         self.smallest: Plan | None = None
         "the layout that needs least, whether it fits or not"
         self._answers: dict[object, Answer] = {}

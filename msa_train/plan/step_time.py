@@ -7,9 +7,9 @@ the waiting at both ends falls to 1 / v.
 from dataclasses import dataclass, field
 
 from msa_train.config import Recompute, RunConfig
+from msa_train.config.optimizer_bytes import optimizer_bytes
 from msa_train.plan.assumptions import Assumptions
 from msa_train.plan.flop_count import flops_per_token
-from msa_train.config.optimizer_bytes import optimizer_bytes
 from msa_train.plan.layer_time import LayerTimes, PassSeconds, total
 from msa_train.plan.memory import own_parameters
 from msa_train.plan.stage_parameters import stage_parameters
@@ -61,7 +61,7 @@ def step_time(
     stage_s = [total(parts.values()) for parts in by_stage]
     slowest = max(range(parallel.pp_size), key=lambda stage: stage_s[stage])
     parts = {name: seconds * num_micro for name, seconds in by_stage[slowest].items()}
-    parts["bubble"] = (sum(stage_s) - stage_s[slowest]) / stages.chunks
+    parts["bubble"] = (sum(stage_s) - stage_s[slowest]) / stages.num_chunks
     reduced = [_reduce_seconds(config, world_size, stages, times, stage) for stage in range(parallel.pp_size)]
     parts["gradients and weights"] = max(reduced)
     updated = [_update_seconds(config, world_size, stages, assumed, s) for s in range(parallel.pp_size)]

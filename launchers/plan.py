@@ -157,7 +157,8 @@ def _too_large(plan: "Plan", assumed: "Assumptions") -> str:
     model, length = plan.config.model.name, plan.config.data.seq_len
     return (
         f"msa-plan: does not fit: stage {stage} needs {over:.1f} GiB more than GPUs of "
-        f"{assumed.gpu_memory_gb:g} GB have; try msa-plan --gpus {plan.world_size} --seq-len {length} model={model}"
+        f"{assumed.gpu_memory_gb:g} GB have; try msa-plan --gpus {plan.world_size} --seq-len {length} "
+        f"model={model}"
     )
 
 

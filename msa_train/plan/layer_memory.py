@@ -109,7 +109,7 @@ class LayerMemory:
         return {"experts": around + buffers}
 
     def head(self) -> dict[str, float]:
-        """Count output and loss: hidden states, their gradient, logits of a chunk, fp32 gradient of the weight."""
+        """Count output and loss: hidden states and their gradient, logits, gradient of the weight."""
         model, parallel = self.config.model, self.config.parallel
         table = model.vocab_size // parallel.tp_size * model.hidden_size
         chunk = 1024 * (model.vocab_size // parallel.tp_size)

@@ -244,7 +244,7 @@ class LayerTimes:
         return 1.0 - tile / self.tokens
 
     def _tensor_parallel(self, seconds: PassSeconds) -> None:
-        """Time gathers and scatters of hidden states inside the tensor-parallel group: two of each per pass."""
+        """Time gathers and scatters of hidden states in tensor-parallel groups: two of each per pass."""
         size = self.config.parallel.tp_size
         if size == 1:
             return

@@ -80,7 +80,7 @@ def own_parameters(config: RunConfig, world_size: int, counts: RankParameters) -
 
 
 def staged_bytes(config: RunConfig, world_size: int, counts: RankParameters) -> float:
-    """Count what a rank copies to host memory for a checkpoint: fp32 weights, two moments, its weights' share."""
+    """Count what a rank copies to the host for a checkpoint: its share of weights and optimizer states."""
     width = 2.0 if config.train.precision is Precision.bf16 else 4.0
     return (12.0 + width) * own_parameters(config, world_size, counts)
 

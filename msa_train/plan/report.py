@@ -30,8 +30,8 @@ def headline(plan: Plan) -> str:
     parallel = config.parallel
     dp_size = plan.world_size // (parallel.pp_size * parallel.cp_size * parallel.tp_size)
     return (
-        f"{config.name}: {config.model.name}, {tokens_text(config.data.seq_len)} tokens, {plan.world_size} GPUs "
-        f"= dp {dp_size} x cp {parallel.cp_size} x tp {parallel.tp_size} x pp {parallel.pp_size}, ep "
+        f"{config.name}: {config.model.name}, {tokens_text(config.data.seq_len)} tokens, "
+        f"{plan.world_size} GPUs = dp {dp_size} x cp {parallel.cp_size} x tp {parallel.tp_size} x pp {parallel.pp_size}, ep "
         f"{parallel.ep_size}, head groups of {parallel.cp_head_size}; layers {plan.layout}; "
         f"{config.train.global_batch_size} packs per step; recompute {config.train.recompute.value}"
     )
@@ -70,19 +70,20 @@ def time_table(time: StepTime) -> list[str]:
     return [
         *table(rows),
         "",
-        f"stages {stages} s per pack, slowest / mean {time.imbalance:.2f}; {time.tokens_per_s:.0f} tokens/s per "
-        f"GPU; MFU {time.mfu_sparse:.1%} of what is computed, {time.mfu_dense:.0%} counted as full attention",
+        f"stages {stages} s per pack, slowest / mean {time.imbalance:.2f}; "
+        f"{time.tokens_per_s:.0f} tokens/s per GPU; MFU {time.mfu_sparse:.1%} of what is computed, {time.mfu_dense:.0%} counted as full attention",
     ]
 
 
 def assumption_lines(plan: Plan, assumed: Assumptions, cluster: Cluster, rates: KernelRates) -> list[str]:
     """Write what the plan takes for given."""
     documents = "one document" if assumed.num_docs == 1 else f"{assumed.num_docs} equal documents"
+    visible = assumed.visible_bytes / GIB
     return [
-        f"assumed: f {assumed.f:g}, fullest rank's experts {assumed.imbalance:g} of the mean, {documents} per "
-        f"pack; {assumed.gpu_memory_gb:g} GB GPUs of {assumed.visible_bytes / GIB:.1f} GiB, of these "
-        f"{assumed.context_gib:g} for CUDA, {assumed.nccl_gib:g} for NCCL, {assumed.fragmentation:.0%} lost to "
-        f"fragmentation; peak {assumed.peak_flops / 1e12:.0f} TFLOP/s",
+        f"assumed: f {assumed.f:g}, fullest rank's experts {assumed.imbalance:g} of the mean, {documents} "
+        f"per pack; GPUs of {assumed.gpu_memory_gb:g} GB, {visible:.1f} GiB, of these {assumed.context_gib:g} "
+        f"for CUDA, {assumed.nccl_gib:g} for NCCL, {assumed.fragmentation:.0%} lost to fragmentation; peak "
+        f"{assumed.peak_flops / 1e12:.0f} TFLOP/s",
         f"cluster {cluster.name}; rates {rates.name} ({rates.kind}); memory by formulas: --trace counts the "
         "real step",
     ]
@@ -110,14 +111,21 @@ def candidates_table(plans: Sequence[Plan], base: RunConfig) -> list[str]:
         switches = [
             text for text in overrides(plan, base) if not text.startswith(("parallel.", "exchange.ranks"))
         ]
+        sizes = (dp_size, parallel.cp_size, parallel.tp_size, parallel.pp_size, parallel.ep_size)
+        figures = (
+            _gib(plan.peak),
+            f"{time.seconds:.1f}",
+            f"{time.tokens_per_s:.0f}",
+            f"{time.mfu_sparse:.1%}",
+        )
         rows.append(
             (
-                str(number), str(dp_size), *(str(n) for n in (parallel.cp_size, parallel.tp_size,
-                parallel.pp_size, parallel.ep_size, parallel.cp_head_size)), str(plan.layout), _gib(plan.peak),
-                f"{time.seconds:.1f}", f"{time.tokens_per_s:.0f}", f"{time.mfu_sparse:.1%}",
+                *(str(size) for size in (number, *sizes, parallel.cp_head_size)),
+                str(plan.layout),
+                *figures,
                 " ".join(switches) or "none",
             )
-        )  # fmt: skip
+        )
     return table(rows)
 
 

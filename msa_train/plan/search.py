@@ -94,6 +94,10 @@ class Search:
         timed.sort(key=lambda plan: plan.time.seconds if plan.time else 0.0)
         return timed[:count]
 
+    def fits(self) -> bool:
+        """Tell whether any layout fits."""
+        return any(True for sizes in self._sizes() for _ in self._fitting(sizes))
+
     def _sizes(self) -> Iterator[RunConfig]:
         """Yield every way to divide the GPUs that the rules allow."""
         base, model = self.base, self.base.model

@@ -29,11 +29,12 @@ def headline(plan: Plan) -> str:
     config = plan.config
     parallel = config.parallel
     dp_size = plan.world_size // (parallel.pp_size * parallel.cp_size * parallel.tp_size)
+    groups = {"dp": dp_size, "cp": parallel.cp_size, "tp": parallel.tp_size, "pp": parallel.pp_size}
     return (
-        f"{config.name}: {config.model.name}, {tokens_text(config.data.seq_len)} tokens, "
-        f"{plan.world_size} GPUs = dp {dp_size} x cp {parallel.cp_size} x tp {parallel.tp_size} x pp {parallel.pp_size}, ep "
-        f"{parallel.ep_size}, head groups of {parallel.cp_head_size}; layers {plan.layout}; "
-        f"{config.train.global_batch_size} packs per step; recompute {config.train.recompute.value}"
+        f"{config.name}: {config.model.name}, {tokens_text(config.data.seq_len)} tokens, {plan.world_size} "
+        f"GPUs = {' x '.join(f'{name} {size}' for name, size in groups.items())}, ep {parallel.ep_size}, head "
+        f"groups of {parallel.cp_head_size}; layers {plan.layout}; {config.train.global_batch_size} packs per "
+        f"step; recompute {config.train.recompute.value}"
     )
 
 
@@ -71,7 +72,8 @@ def time_table(time: StepTime) -> list[str]:
         *table(rows),
         "",
         f"stages {stages} s per pack, slowest / mean {time.imbalance:.2f}; "
-        f"{time.tokens_per_s:.0f} tokens/s per GPU; MFU {time.mfu_sparse:.1%} of what is computed, {time.mfu_dense:.0%} counted as full attention",
+        f"{time.tokens_per_s:.0f} tokens/s per GPU; MFU {time.mfu_sparse:.1%} of what is computed, "
+        f"{time.mfu_dense:.0%} counted as full attention",
     ]
 
 
@@ -81,8 +83,8 @@ def assumption_lines(plan: Plan, assumed: Assumptions, cluster: Cluster, rates: 
     visible = assumed.visible_bytes / GIB
     return [
         f"assumed: f {assumed.f:g}, fullest rank's experts {assumed.imbalance:g} of the mean, {documents} "
-        f"per pack; GPUs of {assumed.gpu_memory_gb:g} GB, {visible:.1f} GiB, of these {assumed.context_gib:g} "
-        f"for CUDA, {assumed.nccl_gib:g} for NCCL, {assumed.fragmentation:.0%} lost to fragmentation; peak "
+        f"per pack; GPUs of {assumed.gpu_memory_gb:g} GB, {visible:.1f} GiB, of these "
+        f"{assumed.context_gib:g} for CUDA, {assumed.nccl_gib:g} for NCCL, {assumed.fragmentation:.0%} lost to fragmentation; peak "
         f"{assumed.peak_flops / 1e12:.0f} TFLOP/s",
         f"cluster {cluster.name}; rates {rates.name} ({rates.kind}); memory by formulas: --trace counts the "
         "real step",
@@ -122,7 +124,8 @@ def candidates_table(plans: Sequence[Plan], base: RunConfig) -> list[str]:
             (
                 *(str(size) for size in (number, *sizes, parallel.cp_head_size)),
                 str(plan.layout),
-                *figures,
+                _gib(plan.peak),
+                *speed,
                 " ".join(switches) or "none",
             )
         )

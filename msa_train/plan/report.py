@@ -29,12 +29,12 @@ def headline(plan: Plan) -> str:
     config = plan.config
     parallel = config.parallel
     dp_size = plan.world_size // (parallel.pp_size * parallel.cp_size * parallel.tp_size)
-    groups = {"dp": dp_size, "cp": parallel.cp_size, "tp": parallel.tp_size, "pp": parallel.pp_size}
+    sizes = {"dp": dp_size, "cp": parallel.cp_size, "tp": parallel.tp_size, "pp": parallel.pp_size}
+    groups = " x ".join(f"{name} {size}" for name, size in sizes.items())
     return (
-        f"{config.name}: {config.model.name}, {tokens_text(config.data.seq_len)} tokens, {plan.world_size} "
-        f"GPUs = {' x '.join(f'{name} {size}' for name, size in groups.items())}, ep {parallel.ep_size}, head "
-        f"groups of {parallel.cp_head_size}; layers {plan.layout}; {config.train.global_batch_size} packs per "
-        f"step; recompute {config.train.recompute.value}"
+        f"{config.name}: {config.model.name}, {tokens_text(config.data.seq_len)} tokens, "
+        f"{plan.world_size} GPUs = {groups}, ep {parallel.ep_size}, head groups of {parallel.cp_head_size}; layers {plan.layout}; "
+        f"{config.train.global_batch_size} packs per step; recompute {config.train.recompute.value}"
     )
 
 
@@ -84,8 +84,8 @@ def assumption_lines(plan: Plan, assumed: Assumptions, cluster: Cluster, rates: 
     return [
         f"assumed: f {assumed.f:g}, fullest rank's experts {assumed.imbalance:g} of the mean, {documents} "
         f"per pack; GPUs of {assumed.gpu_memory_gb:g} GB, {visible:.1f} GiB, of these "
-        f"{assumed.context_gib:g} for CUDA, {assumed.nccl_gib:g} for NCCL, {assumed.fragmentation:.0%} lost to fragmentation; peak "
-        f"{assumed.peak_flops / 1e12:.0f} TFLOP/s",
+        f"{assumed.context_gib:g} for CUDA, {assumed.nccl_gib:g} for NCCL, {assumed.fragmentation:.0%} lost to "
+        f"fragmentation; peak {assumed.peak_flops / 1e12:.0f} TFLOP/s",
         f"cluster {cluster.name}; rates {rates.name} ({rates.kind}); memory by formulas: --trace counts the "
         "real step",
     ]
@@ -114,12 +114,7 @@ def candidates_table(plans: Sequence[Plan], base: RunConfig) -> list[str]:
             text for text in overrides(plan, base) if not text.startswith(("parallel.", "exchange.ranks"))
         ]
         sizes = (dp_size, parallel.cp_size, parallel.tp_size, parallel.pp_size, parallel.ep_size)
-        figures = (
-            _gib(plan.peak),
-            f"{time.seconds:.1f}",
-            f"{time.tokens_per_s:.0f}",
-            f"{time.mfu_sparse:.1%}",
-        )
+        speed = (f"{time.seconds:.1f}", f"{time.tokens_per_s:.0f}", f"{time.mfu_sparse:.1%}")
         rows.append(
             (
                 *(str(size) for size in (number, *sizes, parallel.cp_head_size)),

@@ -33,8 +33,8 @@ def headline(plan: Plan) -> str:
     groups = " x ".join(f"{name} {size}" for name, size in sizes.items())
     return (
         f"{config.name}: {config.model.name}, {tokens_text(config.data.seq_len)} tokens, "
-        f"{plan.world_size} GPUs = {groups}, ep {parallel.ep_size}, head groups of {parallel.cp_head_size}; layers {plan.layout}; "
-        f"{config.train.global_batch_size} packs per step; recompute {config.train.recompute.value}"
+        f"{plan.world_size} GPUs = {groups}, ep {parallel.ep_size}, head groups of {parallel.cp_head_size}; "
+        f"layers {plan.layout}; {config.train.global_batch_size} packs per step; recompute {config.train.recompute.value}"
     )
 
 
@@ -84,8 +84,8 @@ def assumption_lines(plan: Plan, assumed: Assumptions, cluster: Cluster, rates: 
     return [
         f"assumed: f {assumed.f:g}, fullest rank's experts {assumed.imbalance:g} of the mean, {documents} "
         f"per pack; GPUs of {assumed.gpu_memory_gb:g} GB, {visible:.1f} GiB, of these "
-        f"{assumed.context_gib:g} for CUDA, {assumed.nccl_gib:g} for NCCL, {assumed.fragmentation:.0%} lost to "
-        f"fragmentation; peak {assumed.peak_flops / 1e12:.0f} TFLOP/s",
+        f"{assumed.context_gib:g} for CUDA, {assumed.nccl_gib:g} for NCCL, {assumed.fragmentation:.0%} lost "
+        f"to fragmentation; peak {assumed.peak_flops / 1e12:.0f} TFLOP/s",
         f"cluster {cluster.name}; rates {rates.name} ({rates.kind}); memory by formulas: --trace counts the "
         "real step",
     ]

@@ -34,7 +34,8 @@ def headline(plan: Plan) -> str:
     return (
         f"{config.name}: {config.model.name}, {tokens_text(config.data.seq_len)} tokens, "
         f"{plan.world_size} GPUs = {groups}, ep {parallel.ep_size}, head groups of {parallel.cp_head_size}; "
-        f"layers {plan.layout}; {config.train.global_batch_size} packs per step; recompute {config.train.recompute.value}"
+        f"layers {plan.layout}; {config.train.global_batch_size} packs per step; "
+        f"recompute {config.train.recompute.value}"
     )
 
 

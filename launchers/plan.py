@@ -127,7 +127,6 @@ def _answer(
 ) -> int:
     """Print memory and time of one run."""
     from msa_train.config.pipeline import resolve_layout
-
     from msa_train.plan.layer_time import LayerTimes
     from msa_train.plan.report import plan_data, plan_text
     from msa_train.plan.search import plan_of

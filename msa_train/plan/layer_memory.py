@@ -5,6 +5,7 @@ dim, S sequence length.
 """
 
 from msa_train.config import AttentionKind, KvExchange, Precision, Recompute, RunConfig
+from msa_train.config.recompute import recompute_modules
 from msa_train.plan.assumptions import Assumptions
 
 
@@ -30,32 +31,40 @@ class LayerMemory:
         """Return the bytes of what a stage receives and hands on per micro-batch."""
         return float(self.hidden) if self.config.parallel.pp_size > 1 else 0.0
 
-    def kept(self, layer: int) -> float:
+    def kept(self, layer: int, recompute: Recompute) -> float:
         """Count what a layer keeps from its forward to its backward pass."""
-        train, model, attention = self.config.train, self.config.model, self.config.attention
+        model, attention = self.config.model, self.config.attention
         selected = self.tokens * model.num_kv_heads // self.config.parallel.tp_size * attention.topk * 4
         is_msa = model.attention_kinds()[layer] is AttentionKind.msa
         record = float(selected if is_msa else 0)
         if layer >= model.num_dense_ffn_layers:
             # routing: a bool per expert and an fp32 probability per token
             record += self.tokens * model.num_experts
-        if train.recompute is Recompute.full:
+        if recompute is Recompute.full:
             return self.hidden + record
-        return self.hidden + record + self._attention_kept(layer) + self._ffn_kept(layer)
+        modules = recompute_modules(self.config) if recompute is Recompute.selective else frozenset[str]()
+        kept = self.hidden + record + self._attention_kept(layer, modules)
+        return kept + self._ffn_kept(layer, modules)
 
-    def _attention_kept(self, layer: int) -> float:
-        """Count what attention keeps without recomputation: norm, q, k, v, output and what was fetched."""
-        kept = 2.0 * self.hidden + self.width * (3 * self.query + 4 * self.kv)
-        if self.config.exchange.keep_for_backward:
+    def _attention_kept(self, layer: int, modules: frozenset[str]) -> float:
+        """Count what attention keeps: norm, mixed and rotated q, k, v, its output and what was fetched."""
+        kept = 0.0 if "norm" in modules else 2.0 * self.hidden
+        kept += self.width * (3 * self.query + 4 * self.kv)
+        if "attention" not in modules and self.config.exchange.keep_for_backward:
             kept += self._fetched_bytes(layer)
         return kept
 
-    def _ffn_kept(self, layer: int) -> float:
+    def _ffn_kept(self, layer: int, modules: frozenset[str]) -> float:
+        """Count what experts or a dense network keep; tiles keep their input alone."""
         model = self.config.model
-        if layer < model.num_dense_ffn_layers:
-            return 2.0 * self.hidden + 4.0 * self.tokens * model.ffn_hidden_size * self.width
+        module = "ffn" if layer < model.num_dense_ffn_layers else "experts"
+        kept = float(self.hidden)
+        if self.config.train.tile_tokens or module in modules:
+            return kept
+        if module == "ffn":
+            return kept + 4.0 * self.tokens * model.ffn_hidden_size * self.width
         rows = self.tokens * model.moe_router_topk * self.assumed.imbalance
-        return rows * (2 * model.hidden_size + 4 * model.moe_ffn_hidden_size) * self.width
+        return kept + rows * (2 * model.hidden_size + 4 * model.moe_ffn_hidden_size) * self.width
 
     def attention(self, layer: int) -> dict[str, float]:
         """Count the backward pass of attention, its recomputed forward included."""

@@ -238,7 +238,7 @@ class LayerTimes:
 
         Example: tiles of 4,096 of 16,384 tokens -> 3 of 4.
         """
-        tile = self.config.train.tile_tokens if hasattr(self.config.train, "tile_tokens") else 0
+        tile = self.config.train.tile_tokens
         if not tile or tile >= self.tokens:
             return 0.0
         return 1.0 - tile / self.tokens

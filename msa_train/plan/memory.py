@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from msa_train.config import Precision, RunConfig
 from msa_train.config.optimizer_bytes import optimizer_bytes
+from msa_train.config.recompute import stage_recomputes
 from msa_train.plan.assumptions import Assumptions
 from msa_train.plan.layer_memory import LayerMemory
 from msa_train.plan.stage_parameters import RankParameters, stage_parameters
@@ -93,7 +94,8 @@ def _kept(
     dp_size = world_size // (parallel.tp_size * parallel.cp_size * parallel.pp_size)
     num_micro = max(1, train.global_batch_size // dp_size)
     runs = in_flight(parallel.pp_size, stage, stages.num_chunks, num_micro)
-    each = [[layers.kept(layer) for layer in chunk] for chunk in stages.chunks[stage]]
+    recompute = stage_recomputes(config)[stage]
+    each = [[layers.kept(layer, recompute) for layer in chunk] for chunk in stages.chunks[stage]]
     kept = sum(count * sum(chunk) for count, chunk in zip(runs, each, strict=True))
     between = sum(runs) * layers.boundary
     if not train.offload_activations:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from msa_train.config import Recompute, RunConfig
 from msa_train.config.optimizer_bytes import optimizer_bytes
+from msa_train.config.recompute import recompute_modules, stage_recomputes
 from msa_train.plan.assumptions import Assumptions
 from msa_train.plan.flop_count import flops_per_token
 from msa_train.plan.layer_time import LayerTimes, PassSeconds, total
@@ -15,6 +16,14 @@ from msa_train.plan.memory import own_parameters
 from msa_train.plan.stage_parameters import stage_parameters
 from msa_train.plan.stages import Stages
 from msa_train.simulate.costs import collective_cost
+
+_PARTS_OF_MODULE: dict[str, set[str]] = {
+    "attention": {"sparse attention", "dense attention", "exchange"},
+    "experts": {"experts", "dispatch"},
+    "ffn": {"feed-forward"},
+    "norm": set(),
+}
+"parts of a layer's seconds that train.recompute_modules names"
 
 
 @dataclass(slots=True)
@@ -90,7 +99,7 @@ def _stage_parts(config: RunConfig, stages: Stages, times: LayerTimes, stage: in
             parts[name] = parts.get(name, 0.0) + count * value
         for name, value in seconds.backward.items():
             parts[name] = parts.get(name, 0.0) + count * value
-        again = count * _recomputed(config, seconds)
+        again = count * _recomputed(config, seconds, stage_recomputes(config)[stage])
         if again:
             parts["recompute"] = parts.get("recompute", 0.0) + again
     if stage == config.parallel.pp_size - 1:
@@ -103,21 +112,22 @@ def _stage_parts(config: RunConfig, stages: Stages, times: LayerTimes, stage: in
     return parts
 
 
-def _recomputed(config: RunConfig, seconds: PassSeconds) -> float:
-    """Return the forward seconds that run again: selection and routing are replayed, so no scoring."""
-    if config.train.recompute is Recompute.none:
-        return 0.0
+def _recomputed(config: RunConfig, seconds: PassSeconds, kind: Recompute) -> float:
+    """Return the forward seconds that run again: selection and routing are replayed, so no scoring.
+
+    Experts in tiles are computed again in any case, but for their last product, and rows travel there once.
+    """
     forward = {name: value for name, value in seconds.forward.items() if name != "scoring"}
-    if config.train.recompute is Recompute.full:
+    if config.train.tile_tokens:
+        # of three products of equal size two are made again
+        again = {"experts": 2 / 3, "feed-forward": 2 / 3, "dispatch": 1 / 2}
+        forward |= {part: share * forward[part] for part, share in again.items() if part in forward}
+    if kind is Recompute.full:
         return total(forward.values())
-    modules = config.train.recompute_modules
-    chosen = {
-        "attention": ("sparse attention", "dense attention", "exchange"),
-        "experts": ("experts", "dispatch"),
-        "ffn": ("feed-forward",),
-        "norm": (),
-    }
-    return sum(forward.get(part, 0.0) for module in modules for part in chosen.get(module, ()))
+    parts: set[str] = {"experts", "feed-forward", "dispatch"} if config.train.tile_tokens else set()
+    for module in recompute_modules(config) if kind is Recompute.selective else ():
+        parts |= _PARTS_OF_MODULE[module]
+    return sum(forward.get(part, 0.0) for part in parts)
 
 
 def _reduce_seconds(

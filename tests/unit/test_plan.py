@@ -27,7 +27,9 @@ def with_parallel(config: RunConfig, **sizes: object) -> RunConfig:
 def test_stages_hold_all_parameters(model: str) -> None:
     config = with_parallel(compose_run(["run=smoke", f"model={model}"]), pp_size=1, ep_size=1)
     size = model_size(config.model, config.attention)
-    one = stage_parameters(config.model, config.attention, config.parallel, stages_of_run(config, 1).layers, 0)
+    one = stage_parameters(
+        config.model, config.attention, config.parallel, stages_of_run(config, 1).layers, 0
+    )
     biases = (config.model.num_layers - config.model.num_dense_ffn_layers) * config.model.num_experts
     # biases of the experts are buffers
     assert one.dense + one.experts == size.total - biases

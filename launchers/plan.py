@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from launchers.cli.command_line import Parser, number, run_command
 from launchers.cli.output import say
@@ -60,7 +60,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seq-len", type=token_count, metavar="N", help="tokens of a pack: 192K, 1M")
     parser.add_argument("--global-batch", type=int, metavar="N", help="packs of a step")
     parser.add_argument("--best", type=int, default=5, metavar="N", help="layouts that a search prints (5)")
-    parser.add_argument("--trace", action="store_true", help="count the real step on fake tensors as well")
+    parser.add_argument(
+        "--trace", action="store_true", help="with a run: count the trainer's own step and save, minutes"
+    )
+    parser.add_argument(
+        "--stages", type=_stage_numbers, metavar="N,N", help="pipeline stages that --trace counts (all)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     given = parser.add_argument_group("what is assumed")
     given.add_argument("--cluster", default="h100", metavar="NAME", help="a preset or a file (h100)")
@@ -69,6 +74,14 @@ def _parser() -> argparse.ArgumentParser:
         kind = int if name == "num_docs" else number
         given.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
     return parser
+
+
+def _stage_numbers(text: str) -> list[int]:
+    """Read stages: "0,3" -> [0, 3]."""
+    parts = text.split(",")
+    if not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text}: must be numbers of stages such as 0,3")
+    return sorted({int(part) for part in parts})
 
 
 ASSUMED = {
@@ -128,7 +141,7 @@ def _answer(
     """Print memory and time of one run."""
     from msa_train.config.pipeline import resolve_layout
     from msa_train.plan.layer_time import LayerTimes
-    from msa_train.plan.report import plan_data, plan_text
+    from msa_train.plan.report import plan_data, plan_text, trace_lines
     from msa_train.plan.search import plan_of
     from msa_train.plan.stages import stages_of
     from msa_train.plan.step_time import step_time
@@ -139,20 +152,54 @@ def _answer(
     plan = plan_of(config, world_size, layout, assumed)
     times = LayerTimes(config, machine, assumed)
     plan.time = step_time(config, world_size, stages_of(layout), times, assumed)
-    if arguments.json:
-        say(json.dumps(plan_data(plan, assumed), indent=1), lines=True)
-    else:
+    data = plan_data(plan, assumed)
+    if not arguments.json:
         say(plan_text(plan, assumed, machine.cluster, machine.rates), lines=True)
-    if plan.peak <= assumed.usable_bytes:
+    peaks = [memory.peak for memory in plan.memory]
+    if arguments.trace:
+        traces = _traces(arguments.stages or list(range(len(peaks))), plan, assumed)
+        data["traces"] = traces
+        for stage, trace in traces.items():
+            peaks[stage] = trace["peak_bytes"]
+        if not arguments.json:
+            say("\n" + "\n".join(trace_lines(traces, plan)), lines=True)
+    if arguments.json:
+        say(json.dumps(data, indent=1), lines=True)
+    if max(peaks) <= assumed.usable_bytes:
         return 0
-    say(_too_large(plan, assumed), error=True)
+    say(_too_large(plan, peaks, assumed), error=True)
     return 1
 
 
-def _too_large(plan: "Plan", assumed: "Assumptions") -> str:
+def _traces(stages: list[int], plan: "Plan", assumed: "Assumptions") -> dict[int, dict[str, Any]]:
+    """Trace the first rank of each stage in a process of its own, one after the other."""
+    from msa_train.plan.trace.assumptions import Assumptions as Traced
+    from msa_train.plan.trace.assumptions import Place
+    from msa_train.plan.trace.request import trace_in_child
+
+    config, pp_size = plan.config, plan.config.parallel.pp_size
+    found: dict[int, dict[str, Any]] = {}
+    for stage in stages:
+        if stage >= pp_size:
+            raise ValueError(f"--stages={stage}: must be below parallel.pp_size={pp_size}")
+        say(f"tracing stage {stage} of {pp_size} ...", error=True)
+        documents = assumed.document_lengths(config.data.seq_len, config.attention.block_size)
+        found[stage] = trace_in_child(
+            config,
+            world_size=plan.world_size,
+            place=Place(pp_rank=stage),
+            assumptions=Traced(
+                fetched_share=assumed.f, expert_imbalance=assumed.imbalance, documents=documents
+            ),
+            with_save=config.checkpoint.every > 0,
+        )
+    return found
+
+
+def _too_large(plan: "Plan", peaks: list[float], assumed: "Assumptions") -> str:
     """Say by how much a plan does not fit, and what may help."""
-    stage = max(range(len(plan.memory)), key=lambda number: plan.memory[number].peak)
-    over = (plan.peak - assumed.usable_bytes) / 2**30
+    stage = peaks.index(max(peaks))
+    over = (max(peaks) - assumed.usable_bytes) / 2**30
     model, length = plan.config.model.name, plan.config.data.seq_len
     return (
         f"msa-plan: does not fit: stage {stage} needs {over:.1f} GiB more than GPUs of "

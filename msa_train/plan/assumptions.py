@@ -64,3 +64,12 @@ class Assumptions:
         """
         reserve = (self.context_gib + self.nccl_gib) * GIB
         return self.visible_bytes * (1 - self.fragmentation) - reserve
+
+    def document_lengths(self, seq_len: int, block_size: int) -> tuple[int, ...]:
+        """Return the tokens of each document of a pack, whole blocks of about equal number.
+
+        Example: 3 documents of 8 blocks of 2 tokens -> 4, 6, 6.
+        """
+        blocks = seq_len // block_size
+        starts = [n * blocks // self.num_docs * block_size for n in range(self.num_docs)]
+        return tuple(stop - start for start, stop in zip(starts, [*starts[1:], seq_len], strict=True))

@@ -60,6 +60,37 @@ def memory_table(plan: Plan, assumed: Assumptions) -> list[str]:
     return table(rows)
 
 
+def trace_lines(traces: dict[int, dict[str, Any]], plan: Plan) -> list[str]:
+    """Write what the trainer's own step was found to hold: GiB by part, and the largest source lines.
+
+    Args:
+        traces: `TraceReport.to_json` by stage.
+        plan: the formulas of the same run, to compare with.
+    """
+    parts = list(dict.fromkeys(part for trace in traces.values() for part in trace["step"]["by_part"]))
+    rows: list[tuple[str, ...]] = [("traced, GiB", *(f"stage {stage}" for stage in traces))]
+    for part in parts:
+        rows.append((part, *(_gib(trace["step"]["by_part"].get(part, 0)) for trace in traces.values())))
+    rows.append(("peak of the step", *(_gib(trace["step"]["num_bytes"]) for trace in traces.values())))
+    for name, key in (("peak of the save", "save"), ("host at the save", "save_host")):
+        values = [trace[key]["num_bytes"] if trace[key] else 0 for trace in traces.values()]
+        rows.append((name, *map(_gib, values)))
+    formulas = [
+        f"{plan.memory[stage].peak / trace['step']['num_bytes'] - 1:+.1%}" for stage, trace in traces.items()
+    ]
+    rows.append(("formula against trace", *formulas))
+    lines = table(rows)
+    for stage, trace in traces.items():
+        lines += ["", f"largest in the step of stage {stage}:"]
+        for line in trace["step"]["lines"][:8]:
+            shape = "x".join(map(str, line["shape"]))
+            lines.append(
+                f"  {_gib(line['num_bytes']):>6} GiB  {line['count']} x [{shape}] {line['dtype']}, "
+                f"{line['part']}: {line['place']}"
+            )
+    return lines
+
+
 def time_table(time: StepTime) -> list[str]:
     """Write the seconds of a step by part, of its slowest stage, and what follows from them."""
     rows: list[tuple[str, ...]] = [("part of a step", "s", "share")]

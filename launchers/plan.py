@@ -98,6 +98,10 @@ ASSUMED = {
 
 def _run(arguments: argparse.Namespace) -> int:
     """Answer for a run, or search."""
+    for name in ("gpus", "best", "global_batch"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')}={value}: must be at least 1")
     settings = list(arguments.settings)
     searches = not any(text.startswith("run=") for text in settings)
     if searches and arguments.gpus is None:

@@ -1,0 +1,122 @@
+"""The msa-plan command: tables, JSON, a search whose settings msa-train accepts, a line for every mistake."""
+
+import json
+import re
+
+import pytest
+
+from launchers import plan
+from launchers.hydra_config.compose import compose_run
+from msa_train.config import check_rules
+from tests.helpers.plan_models import SMALL_MODEL
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = plan.main(list(arguments))
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_a_run_is_told_by_stage_and_part(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "run=m3_200k", "data.seq_len=32768", "--gpu-memory", "141")
+    assert (code, err) == (0, "")
+    for word in (
+        *("stage 3", "weights", "gradients", "optimizer", "kept activations", "peak", "left of the GPU"),
+        *("scoring", "experts", "bubble", "tokens/s per GPU", "MFU", "f 0.2", "h100_assumed (assumption)"),
+    ):
+        assert word in out
+
+
+def test_json_holds_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "run=m3_200k", "data.seq_len=32768", "--gpu-memory", "141", "--json")
+    data = json.loads(out)
+    assert code == 0
+    assert len(data["stages"]) == data["parallel"]["pp_size"]
+    for stage in data["stages"]:
+        assert sum(stage["device"].values()) == pytest.approx(stage["peak"])
+    assert sum(data["time"]["parts"].values()) == pytest.approx(data["time"]["seconds"])
+
+
+def test_a_run_that_does_not_fit_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "run=m3_200k", "data.seq_len=32768", "--gpu-memory", "40")
+    assert code == 1
+    assert re.fullmatch(
+        r"msa-plan: does not fit: stage \d needs \d+\.\d GiB more than GPUs of 40 GB have; try msa-plan --gpus "
+        r"\d+ --seq-len 32768 model=m3\n",
+        err,
+    )
+
+
+def test_what_a_search_prints_is_accepted(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = (
+        "--gpus",
+        "16",
+        "--seq-len",
+        "32K",
+        "--global-batch",
+        "8",
+        "--gpu-memory",
+        "16",
+        "--best",
+        "3",
+    )
+    code, out, _ = run(capsys, *arguments, *SMALL_MODEL)
+    assert code == 0
+    found = re.findall(r"^\d+\. msa-train (.*)$", out, re.MULTILINE)
+    assert len(found) == 3
+    seconds = []
+    for line in found:
+        settings = [setting.replace("'", "") for setting in line.split()]
+        config = compose_run([_quoted(setting) for setting in settings])
+        check_rules(config, world_size=16, has_gpu=True)
+        code, out, _ = run(
+            capsys,
+            *[_quoted(setting) for setting in settings],
+            "--gpus",
+            "16",
+            "--gpu-memory",
+            "16",
+            "--json",
+        )
+        assert code == 0, "a layout that the search found fits"
+        seconds.append(json.loads(out)["time"]["seconds"])
+    assert seconds == sorted(seconds)
+
+
+def _quoted(setting: str) -> str:
+    """Quote a list of numbers for Hydra, as a shell's user does."""
+    key, _, value = setting.partition("=")
+    return f"{key}='{value}'" if "," in value else setting
+
+
+def test_a_search_without_a_result_says_how_many_would_do(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--gpus", "2", "--seq-len", "32K", "--global-batch", "8", "--gpu-memory", "4")
+    code, out, err = run(capsys, *arguments, *SMALL_MODEL)
+    assert (code, out) == (1, "")
+    assert "msa-plan: nothing fits 2 GPUs of 4 GB: the smallest layout needs" in err
+    assert re.search(r"msa-plan: (4|8|16|32) GPUs would do", err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--gpus: is needed to search; give it, or a run such as run=m3_1m"),
+        (("run=m3_1m", "--f", "2"), "f=2.0: must be a share, from 0 to 1"),
+        (("run=m3_1m", "--imbalance", "0.5"), "imbalance=0.5: must be at least 1, the mean itself"),
+        (("run=m3_1m", "--num-docs", "0"), "num_docs=0: must be at least 1"),
+        (("run=m3_1m", "--cluster", "moon"), "cluster=moon: is neither a preset"),
+        (("run=m3_1m", "--seq-len", "1X"), "argument --seq-len: 1X: must be a positive number of tokens"),
+        (("run=m3_1m", "--stages", "a"), "argument --stages: a: must be numbers of stages such as 0,3"),
+        (("run=m3_1m", "--gpus", "100"), "launcher.num_processes=100: must be a multiple of"),
+        (("run=nothing",), "run=nothing"),
+        (("run=m3_1m", "--what"), "unrecognized arguments: --what; see msa-plan --help"),
+        (("--gpus", "0", "model=m3"), "--gpus=0: must be at least 1"),
+        (("run=m3_1m", "--best", "0"), "--best=0: must be at least 1"),
+    ],
+)
+def test_mistakes(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str) -> None:
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("msa-plan: error: ")
+    assert message in err
+    assert err.count("\n") == 1

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from launchers.hydra_config.compose import compose_run
-from msa_train.config import RunConfig, Recompute
+from msa_train.config import Recompute, RunConfig
 from msa_train.config.model_size import model_size
 from msa_train.config.pipeline import PipelineLayout, resolve_layout
 from msa_train.plan.assumptions import GIB, Assumptions
@@ -89,8 +89,8 @@ def test_in_flight(sizes: tuple[int, int, int, int], expected: list[int]) -> Non
 
 def test_states_of_a_middle_stage() -> None:
     """The example of `own_parameters`, and 18 bytes of each expert parameter."""
-    config = compose_run(["run=m3_1m", "parallel.pp_layout=even", "parallel.tp_size=1", "parallel.cp_size=64",
-                          "parallel.ep_size=64", "optim.moments_dtype=fp32", "optim.grads_dtype=fp32"])  # fmt: skip
+    sizes = ["parallel.pp_layout=even", "parallel.tp_size=1", "parallel.cp_size=64", "parallel.ep_size=64"]
+    config = compose_run(["run=m3_1m", *sizes, "optim.moments_dtype=fp32", "optim.grads_dtype=fp32"])
     memory = rank_memory(config, 256, stages_of_run(config, 256), 1, Assumptions())
     counts = memory.parameters
     states = sum(memory.device[part] for part in ("weights", "gradients", "optimizer"))

@@ -41,8 +41,8 @@ def test_a_run_that_does_not_fit_says_so(capsys: pytest.CaptureFixture[str]) -> 
     code, _, err = run(capsys, "run=m3_200k", "data.seq_len=32768", "--gpu-memory", "40")
     assert code == 1
     assert re.fullmatch(
-        r"msa-plan: does not fit: stage \d needs \d+\.\d GiB more than GPUs of 40 GB have; try msa-plan --gpus "
-        r"\d+ --seq-len 32768 model=m3\n",
+        r"msa-plan: does not fit: stage \d needs \d+\.\d GiB more than GPUs of 40 GB have; try "
+        r"msa-plan --gpus \d+ --seq-len 32768 model=m3\n",
         err,
     )
 

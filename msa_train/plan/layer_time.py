@@ -109,7 +109,8 @@ class LayerTimes:
         key = (config.data.seq_len, parallel.cp_size, parallel.cp_head_size, parallel.tp_size,
                parallel.cp_layout, self._schemes(), self.assumed.f, self.assumed.num_docs)  # fmt: skip
         if key not in self._known:
-            self._known[key] = answer(self._scenario(), self._selections())
+            scenario = self._scenario()
+            self._known[key] = answer(scenario, self._selections(scenario))
         return self._known[key]
 
     def _scenario(self) -> Scenario:
@@ -151,12 +152,16 @@ class LayerTimes:
             return (Scheme.auto,)
         return (Scheme.selected_hierarchical if self.config.exchange.ranks_per_node else Scheme.selected,)
 
-    def _selections(self) -> SyntheticSelections:
+    def _selections(self, scenario: Scenario) -> SyntheticSelections:
+        """Make up selections of the assumed f, or of what can be seen at all where that is less."""
+        placement = scenario.placement()
+        remote = placement.num_blocks - placement.num_blocks // placement.cp_size
+        visible = float(placement.visible_remote().mean()) / max(remote, 1)
         return SyntheticSelections(
             num_kv_heads=self.shape.num_kv_heads,
             topk=self.shape.topk,
             local_blocks=self.shape.local_blocks,
-            f=self.assumed.f,
+            f=min(self.assumed.f, visible),
         )
 
     def _msa(self, kind: AttentionKind) -> PassSeconds:

@@ -125,7 +125,7 @@ def assumption_lines(plan: Plan, assumed: Assumptions, cluster: Cluster, rates: 
 
 def overrides(plan: Plan, base: RunConfig) -> list[str]:
     """List KEY=VALUE of all that a plan has other than the run it was searched from."""
-    result = [f"parallel.pp_layout='{plan.layout}'"] if plan.config.parallel.pp_size > 1 else []
+    result = [f"parallel.pp_layout={plan.layout}"] if plan.config.parallel.pp_size > 1 else []
     for section in ("parallel", "exchange", "optim", "train"):
         old, new = asdict(getattr(base, section)), asdict(getattr(plan.config, section))
         for key, value in new.items():

@@ -25,7 +25,7 @@ def with_parallel(config: RunConfig, **sizes: object) -> RunConfig:
 
 @pytest.mark.parametrize("model", ["m3", "m2", "msa_109b", "tiny"])
 def test_stages_hold_all_parameters(model: str) -> None:
-    config = with_parallel(compose_run(["run=smoke", f"model={model}"]), pp_size=1, ep_size=1)
+    config = with_parallel(compose_run(["run=pretrain", f"model={model}"]), pp_size=1, ep_size=1)
     size = model_size(config.model, config.attention)
     one = stage_parameters(
         config.model, config.attention, config.parallel, stages_of_run(config, 1).layers, 0

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from launchers import checkpoint, convert, preflight, simulate, status, submit, train
+from launchers import checkpoint, convert, plan, preflight, simulate, status, submit, train
 from launchers.cli.documentation import configuration_page
 from launchers.cli.simulate_arguments import read_question
 from launchers.hydra_config.compose import compose_run, known_keys
@@ -206,6 +206,13 @@ def try_simulate(words: list[str]) -> int:
     return 0
 
 
+def try_plan(words: list[str]) -> int:
+    """The arguments are read and the settings composed; nothing is traced or searched."""
+    arguments = plan._parser().parse_intermixed_args(words)
+    compose_run([*arguments.settings, *([] if "run=" in " ".join(words) else [f"run={plan.SEARCH_RUN}"])])
+    return 0
+
+
 def try_status(words: list[str]) -> int:
     # what msa-submit leaves
     (Path(words[0]) / "slurm").mkdir(parents=True, exist_ok=True)
@@ -252,6 +259,7 @@ TRIALS: dict[str, Callable[[list[str]], int]] = {
     "msa-train": try_train,
     "msa-submit": try_submit,
     "msa-simulate": try_simulate,
+    "msa-plan": try_plan,
     "msa-status": try_status,
     "msa-convert": parsed_by(convert._parser),
     "msa-checkpoint": parsed_by(checkpoint._parser),

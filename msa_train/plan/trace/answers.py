@@ -4,29 +4,23 @@ Each seam is one small function of the product. What is answered here follows fr
 """
 
 import contextlib
-import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from msa_train.checkpoint.torch_dist import shares
 from msa_train.checkpoint.torch_dist.format_versions import STATE_PREFIX
-from msa_train.config import KvExchange
-from msa_train.model.layers import moe
-from msa_train.parallel.kv_exchange import choose, requests
-from msa_train.parallel.kv_exchange.plan import ExchangeShape, Hop, RankPlan
-from msa_train.parallel.kv_exchange.requests import ExchangeDecision
+from msa_train.model.layers import fusion
+from msa_train.model.layers.moe import routing
+from msa_train.parallel.kv_exchange import requests
+from msa_train.parallel.kv_exchange.plan import ExchangeShape
 from msa_train.parallel.process_groups import Groups
-from msa_train.parallel.sharding.shard_layout import ShardLayout
 from msa_train.plan.trace.assumptions import Assumptions
 from msa_train.plan.trace.fake_device import FakeDevice
-
-_MOE: Any = moe
 
 
 @contextlib.contextmanager
@@ -34,23 +28,15 @@ def answered(assumptions: Assumptions, device: FakeDevice, groups: Groups) -> It
     """Answer by `assumptions` inside."""
     with contextlib.ExitStack() as stack:
         _answer_exchange(stack, assumptions)
-        _answer_experts(stack, assumptions, device)
+        _answer_experts(stack, assumptions)
+        stack.enter_context(patch.object(fusion, "_compiled", _one_kernel(device)))
         stack.enter_context(patch.object(shares.Shares, "learn", _holders_by_groups(groups)))
         yield
 
 
 def _answer_exchange(stack: contextlib.ExitStack, assumptions: Assumptions) -> None:
     """Answer which KV blocks the ranks want of each other, in one request or in one for each query slice."""
-    agree: Any = getattr(requests, "agree", None)
-    if agree is None:
-        stack.enter_context(
-            patch.object(
-                choose,
-                "exchange_requests",
-                lambda needed, layout, *_: flat_plan(needed, layout, assumptions.fetched_share),
-            )
-        )
-        return
+    agree: Any = requests.agree
     slices = [1]
     begin: Any = sys.modules.get("msa_train.parallel.kv_exchange.slices.begin")
 
@@ -73,6 +59,24 @@ def _answer_exchange(stack: contextlib.ExitStack, assumptions: Assumptions) -> N
     _replace_everywhere(stack, agree, "agree", agreed)
     # the ranks' shapes are compared by numbers of the device
     stack.enter_context(patch.object(requests, "_introduce", lambda *_: None))
+
+
+def _one_kernel(device: FakeDevice) -> Any:
+    """Stand in for the compiler: a fused function leaves its results in memory and nothing else."""
+
+    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            device.counts = False
+            try:
+                out = function(*args, **kwargs)
+            finally:
+                device.counts = True
+            device.enter(out)
+            return out
+
+        return call
+
+    return compiled
 
 
 def _replace_everywhere(stack: contextlib.ExitStack, function: Any, name: str, stand_in: Any) -> None:
@@ -103,23 +107,15 @@ def stated_rows(shape: ExchangeShape, rank: int, share: float) -> list[int]:
     return [*crossing, *crossing, *handed, *handed, *none]
 
 
-def _answer_experts(stack: contextlib.ExitStack, assumptions: Assumptions, device: FakeDevice) -> None:
+def _answer_experts(stack: contextlib.ExitStack, assumptions: Assumptions) -> None:
     """Answer how many rows go to which expert."""
-    with contextlib.suppress(ImportError):
-        routing: Any = importlib.import_module("msa_train.model.layers.moe.routing")
-        stack.enter_context(
-            patch.object(
-                routing,
-                "counts_on_host",
-                lambda _counts, size: routing.assumed_counts(size, assumptions.expert_imbalance),
-            )
+    stack.enter_context(
+        patch.object(
+            routing,
+            "counts_on_host",
+            lambda _counts, size: routing.assumed_counts(size, assumptions.expert_imbalance),
         )
-        return
-
-    def preprocess(self: Any, hidden: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        return _dispatch(self, hidden, routing_map, probs, assumptions.expert_imbalance, device)
-
-    stack.enter_context(patch.object(_MOE.AllToAllDispatcher, "dispatch_preprocess", preprocess))
+    )
 
 
 def _holders_by_groups(groups: Groups) -> Any:
@@ -136,64 +132,3 @@ def _holders_by_groups(groups: Groups) -> Any:
             self._holders[shares.shard_name(entry)] = ranks
 
     return learn
-
-
-def flat_plan(needed: Tensor, layout: ShardLayout, share: float) -> ExchangeDecision:
-    """Make the plan of a rank that fetches `share` of the remote KV blocks, evenly, and sends as many.
-
-    Example: 4 ranks of 8 KV blocks, share .25: 2 from each of 3 ranks, and 2 to each.
-    """
-    num_kv_blocks = needed.shape[0] * layout.num_local_blocks
-    rows = [round(share * num_kv_blocks)] * layout.cp_size
-    rows[layout.cp_rank] = 0
-    total, device = sum(rows), needed.device
-
-    def ids(count: int) -> Tensor:
-        return torch.zeros(count, dtype=torch.int64, device=device)
-
-    plan = RankPlan(
-        hops=[Hop(ids(total), rows, list(rows))],
-        group=ids(total),
-        block_of_owner=ids(total),
-        owner=ids(total),
-        hot_rows=[0] * layout.cp_size,
-        hot_pairs=ids(0),
-        hot_group=ids(0),
-        hot_block_of_owner=ids(0),
-        hot_owner=ids(0),
-    )
-    return ExchangeDecision(KvExchange.selected, plan)
-
-
-def token_counts(num_tokens: int, topk: int, ranks: int, local: int, imbalance: float) -> Tensor:
-    """Count rows to and from each rank and local expert: [2, ranks, local] int64, on the host.
-
-    What leaves is what the tokens make, spread evenly; what arrives is `imbalance` times as much.
-
-    Example: 8 tokens, top-2, 2 ranks of 2 experts, 1.5 -> 4 rows to each expert, 6 from each.
-    """
-    send = _spread(num_tokens * topk, ranks * local)
-    receive = _spread(round(num_tokens * topk * imbalance), ranks * local)
-    return torch.tensor([send, receive]).view(2, ranks, local)
-
-
-def _spread(total: int, parts: int) -> list[int]:
-    return [total // parts + (part < total % parts) for part in range(parts)]
-
-
-def _dispatch(
-    self: Any, hidden: Tensor, routing_map: Tensor, probs: Tensor, imbalance: float, device: FakeDevice
-) -> tuple[Tensor, Tensor]:
-    self.shape, self.routing_map = hidden.shape, routing_map
-    tokens = hidden.view(-1, hidden.shape[-1])
-    self.token_shape = tokens.shape
-    topk = self.config.model.moe_router_topk
-    on_host = token_counts(len(tokens), topk, self.ep_size, self.num_local_experts, imbalance)
-    self.received = on_host[1]
-    self.send, self.receive = on_host.sum(2).tolist()
-    device.selected = sum(self.send)
-    permuted = _MOE.permute(tokens, routing_map, probs=probs, num_out_tokens=sum(self.send))
-    device.selected = -1
-    self.order = permuted[-1] if len(permuted) == 3 else permuted[2]
-    assert permuted[1] is not None, "probabilities were given"
-    return permuted[0], permuted[1]

@@ -4,9 +4,17 @@ Symbols: T tokens of a rank, H hidden size, M KV heads and Hq query heads of a r
 dim, S sequence length.
 """
 
+import math
+
 from msa_train.config import AttentionKind, KvExchange, Precision, Recompute, RunConfig
 from msa_train.config.recompute import recompute_modules
 from msa_train.plan.assumptions import Assumptions
+
+_PORTION_BYTES = 2**32
+"of partial gradients that the backward kernels take at a time, see launch_backward.py"
+
+_TILE_BYTES, _TILE_ROWS = 2**28, 8192
+"logits of one tile of the loss in fp32, and its rows, layers/cross_entropy.py"
 
 
 class LayerMemory:
@@ -26,24 +34,23 @@ class LayerMemory:
         self.kv = self.tokens * model.num_kv_heads // parallel.tp_size * model.head_dim
         "numbers of the keys of a rank, the same of the values"
 
-    @property
-    def boundary(self) -> float:
-        """Return the bytes of what a stage receives and hands on per micro-batch."""
-        return float(self.hidden) if self.config.parallel.pp_size > 1 else 0.0
+    def record(self, layer: int) -> float:
+        """Count the decisions of a layer, which stay on the device: selection, and experts of each token."""
+        model, attention = self.config.model, self.config.attention
+        record = 0.0
+        if model.attention_kinds()[layer] is AttentionKind.msa:
+            record += self.kv // model.head_dim * attention.topk * 4
+        if layer >= model.num_dense_ffn_layers:
+            # an id of 8 bytes and a probability of 4 for each choice
+            record += self.tokens * model.moe_router_topk * 12
+        return record
 
     def kept(self, layer: int, recompute: Recompute) -> float:
-        """Count what a layer keeps from its forward to its backward pass."""
-        model, attention = self.config.model, self.config.attention
-        selected = self.tokens * model.num_kv_heads // self.config.parallel.tp_size * attention.topk * 4
-        is_msa = model.attention_kinds()[layer] is AttentionKind.msa
-        record = float(selected if is_msa else 0)
-        if layer >= model.num_dense_ffn_layers:
-            # routing: a bool per expert and an fp32 probability per token
-            record += self.tokens * model.num_experts
+        """Count the activations that a layer keeps from its forward to its backward pass."""
         if recompute is Recompute.full:
-            return self.hidden + record
+            return float(self.hidden)
         modules = recompute_modules(self.config) if recompute is Recompute.selective else frozenset[str]()
-        kept = self.hidden + record + self._attention_kept(layer, modules)
+        kept = self.hidden + self._attention_kept(layer, modules)
         return kept + self._ffn_kept(layer, modules)
 
     def _attention_kept(self, layer: int, modules: frozenset[str]) -> float:
@@ -67,22 +74,41 @@ class LayerMemory:
         return kept + rows * (2 * model.hidden_size + 4 * model.moe_ffn_hidden_size) * self.width
 
     def attention(self, layer: int) -> dict[str, float]:
-        """Count the backward pass of attention, its recomputed forward included."""
-        model, parallel = self.config.model, self.config.parallel
-        kind = model.attention_kinds()[layer]
-        parts: dict[str, float] = {}
-        if kind is AttentionKind.msa:
-            parts["index keys"] = float(
-                self.config.data.seq_len * self.config.attention.index_head_dim * self.width
-            )
-        # keys and values that came, and their gradients in fp32
-        fetched = self._fetched_bytes(layer)
-        parts["fetched keys and values"] = fetched * (1 + 4 / self.width)
-        # normed input, its gradient, mixed projections; q, out, dout in 16 bits; out and dq in fp32
-        numbers = 4.0 * self.hidden + self.width * (5 * self.query + 6 * self.kv) + 4 * 2 * self.query
-        parts["attention"] = numbers / 1
-        del parallel
+        """Count the backward pass of attention, its recomputed forward included.
+
+        Beside what travels: mixed projections, hidden states, and rows of queries. Of these the sparse
+        backward has two sums and the part of one pool in fp32, six copies in 16 bits, and partial gradients
+        by pair.
+        """
+        rows = float(self.query * self.width)
+        mixed = self.width * (self.query + 2 * self.kv)
+        # as they came, their gradients in fp32 and on the wire; by nodes another time for the node
+        hops = 2 if self.config.exchange.ranks_per_node else 1
+        parts = {"fetched keys and values": self._fetched_bytes(layer) * hops * (2 + 4 / self.width)}
+        if self.config.model.attention_kinds()[layer] is not AttentionKind.msa:
+            # dq in fp32; q, out, dout and their moved copies
+            parts["attention"] = mixed + 2 * self.hidden + 4.0 * self.query + 8 * rows
+            return parts
+        keys = self.config.data.seq_len * self.config.attention.index_head_dim
+        parts["index keys"] = float(keys * self.width)
+        sums = 4.0 * self.query * (2 + self._own_share)
+        parts["attention"] = mixed + self.hidden + sums + 6 * rows + self._pair_bytes()
         return parts
+
+    @property
+    def _own_share(self) -> float:
+        """Return the share of own gradients that is computed first, while a node adds up those of others."""
+        return 0.75 if self.config.exchange.ranks_per_node else 1.0
+
+    def _pair_bytes(self) -> float:
+        """Count partial gradients of the queries by pair of the kernels, of one portion."""
+        model, attention = self.config.model, self.config.attention
+        group = model.num_heads // model.num_kv_heads * model.head_dim
+        index = attention.block_size * 4 + attention.index_head_dim * self.width
+        num_rows = self.query // group * self._own_share
+        most = _PORTION_BYTES // (group * self.width + index) // attention.topk
+        portion = num_rows / math.ceil(num_rows / most)
+        return portion * attention.topk * (group * self.width + attention.block_size * 4.0)
 
     def _fetched_bytes(self, layer: int) -> float:
         """Count keys and values of other ranks that a rank holds at once."""
@@ -118,9 +144,12 @@ class LayerMemory:
         return {"experts": around + buffers}
 
     def head(self) -> dict[str, float]:
-        """Count output and loss: hidden states and their gradient, logits, gradient of the weight."""
+        """Count output and loss: hidden states, their gradients, a tile of logits, a slice of weight."""
         model, parallel = self.config.model, self.config.parallel
-        table = model.vocab_size // parallel.tp_size * model.hidden_size
-        chunk = 1024 * (model.vocab_size // parallel.tp_size)
-        tokens = 3.0 * self.tokens * model.hidden_size * self.width
-        return {"logits": tokens + chunk * (4 + self.width) + table * (4.0 + self.width)}
+        numbers = self.tokens * model.hidden_size
+        # normed input, its gradient in fp32 and in 16 bits, logits and their gradient of one tile
+        slice_rows = min(
+            model.vocab_size // parallel.tp_size, _TILE_BYTES // 4 // min(self.tokens, _TILE_ROWS)
+        )
+        weight = slice_rows * model.hidden_size * (4.0 + self.width)
+        return {"logits": numbers * (4.0 + 3 * self.width) + 2.0 * _TILE_BYTES + weight}

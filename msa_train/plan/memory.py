@@ -95,13 +95,18 @@ def _kept(
     num_micro = max(1, train.global_batch_size // dp_size)
     runs = in_flight(parallel.pp_size, stage, stages.num_chunks, num_micro)
     recompute = stage_recomputes(config)[stage]
-    each = [[layers.kept(layer, recompute) for layer in chunk] for chunk in stages.chunks[stage]]
+    chunks = stages.chunks[stage]
+    each = [[layers.kept(layer, recompute) for layer in chunk] for chunk in chunks]
     kept = sum(count * sum(chunk) for count, chunk in zip(runs, each, strict=True))
-    between = sum(runs) * layers.boundary
+    records = [sum(layers.record(layer) for layer in chunk) for chunk in chunks]
+    device = sum(count * record for count, record in zip(runs, records, strict=True))
+    if parallel.pp_size > 1:
+        # what was received and what was handed on; the first chunk of all receives nothing
+        device += layers.hidden * (2 * sum(runs) + 1 - (runs[0] if stage == 0 else 0))
     if not train.offload_activations:
-        return kept + between, 0.0
+        return kept + device, 0.0
     # two layers at a time come and go
-    return between + 2 * max(max(chunk, default=0.0) for chunk in each), kept
+    return device + 2 * max(max(chunk, default=0.0) for chunk in each), kept
 
 
 def _moments(

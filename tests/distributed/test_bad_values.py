@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -52,6 +53,12 @@ def spoilt(engine: TrainEngine, place: str, value: float) -> Iterator[None]:
         handle: Any = weight.register_hook(lambda grad: _with(grad, value))
     elif place == "router":
         handle = module.register_forward_pre_hook(lambda _, inputs: (_with(inputs[0], value), *inputs[1:]))
+    elif place == "experts":
+        # tiles and grouped products do not go through the module's forward
+        compute = module.compute
+        with patch.object(module, "compute", lambda *args: _with(compute(*args), value)):
+            yield
+        return
     else:
         handle = module.register_forward_hook(_spoiler(number, value))
     yield

@@ -107,8 +107,8 @@ class FakeDevice(StorageTracker):
             TorchDispatchMode.__exit__(self, None, None, None)
 
     def counted(self, tensor: Tensor) -> bool:
-        """Leave out real tensors of the host."""
-        return isinstance(tensor, FakeTensor)
+        """Leave out real tensors of the host, and those on the device of torch that has no memory."""
+        return isinstance(tensor, FakeTensor) and tensor.fake_device.type != "meta"
 
 
 def _has_fakes(args: Any, kwargs: Any) -> bool:

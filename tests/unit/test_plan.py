@@ -49,7 +49,7 @@ def test_stages_together_hold_one_model() -> None:
 
 
 def test_tensor_parallel_ranks_share_what_is_cut() -> None:
-    config = compose_run(["run=m3_1m"])
+    config = compose_run(["run=m3_1m", "parallel.pp_layout=even"])
     layers = stages_of_run(config, 256).layers
     whole, half = (
         stage_parameters(
@@ -101,7 +101,8 @@ def test_states_of_a_middle_stage() -> None:
 
 
 def test_recompute_keeps_less_and_takes_longer() -> None:
-    config = compose_run(["run=m3_200k", "data.seq_len=32768", "parallel.pp_layout=even"])
+    held = ["train.offload_activations=false", "train.tile_tokens=0"]
+    config = compose_run(["run=m3_200k", "data.seq_len=32768", "parallel.pp_layout=even", *held])
     machine = Machine(PRESETS["h100"], load_rates("h100_assumed"))
     assumed, stages = Assumptions(), stages_of_run(config, 128)
     full = replace(config, train=replace(config.train, recompute=Recompute.full))

@@ -4,11 +4,17 @@ numpy sorts 16-bit integers by counting, others by merging. Two passes over 16 b
 of a 64-bit number; the few that tie there are put in order afterwards.
 """
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import numpy.typing as npt
 
 _SMALL = 1 << 16
 "numbers below which numpy's own sort is as good"
+_IN_PARTS = 1 << 22
+"random numbers from which they are sorted in parts, by threads"
+_PART_BITS, _THREADS = 4, 8
 
 
 def order_of(keys: npt.NDArray[np.unsignedinteger]) -> npt.NDArray[np.int64]:
@@ -46,5 +52,15 @@ def _order_of_32_bits(keys: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:
 def shuffled(count: int, seed: int, stream: int, epoch: int) -> npt.NDArray[np.int64]:
     """Return a permutation of `count` numbers that depends on nothing but the arguments: [count] int64."""
     # numpy keeps the raw stream of a bit generator for ever, but not what Generator.permutation makes of it.
-    generator = np.random.PCG64(np.random.SeedSequence([seed, stream, epoch]))
-    return order_of(generator.random_raw(count))
+    keys = np.random.PCG64(np.random.SeedSequence([seed, stream, epoch])).random_raw(count)
+    if count < _IN_PARTS:
+        return order_of(keys)
+    # even numbers: each thread sorts those of one range, and numpy lets them run side by side
+    part_of = (keys >> np.uint64(64 - _PART_BITS)).astype(np.uint8)
+
+    def order(part: int) -> npt.NDArray[np.int64]:
+        places = np.flatnonzero(part_of == part)
+        return places[order_of(keys[places])]
+
+    with ThreadPoolExecutor(min(_THREADS, len(os.sched_getaffinity(0)))) as pool:
+        return np.concatenate(list(pool.map(order, range(1 << _PART_BITS))))

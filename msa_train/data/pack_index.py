@@ -15,6 +15,10 @@ Little-endian numbers and nothing else: nothing in these files is executed. Size
 each start; a piece that points outside the .bin is an error when it is read. 13 bytes per piece and 4 per
 piece and epoch: 100M documents take 1.3 GB, and 0.4 GB for each epoch. Nothing is ever removed.
 
+Measured with 100M documents in packs of 196,608 tokens, on two cores shared with much else: the process that
+makes the files needs 70 s of processor time, 30 s more for an epoch, and 9.6 GB at most; a later start needs
+1.4 s, and no memory of its own beside the mapped pages.
+
 A rank maps the files: pages that it reads are shared by all ranks of a machine, and given back when memory is
 short. Smaller corpora, below MIN_DOCUMENTS, are packed in memory by every rank, in less time than files take.
 """

@@ -224,8 +224,8 @@ def best_fit(sizes: npt.NDArray[np.integer], capacity: int) -> npt.NDArray[np.in
     1.7 times the fewest packs in the worst case (Johnson et al. 1974).
 
     A piece goes to the pack of the one before as long as no other pack is fuller and has room; that needs two
-    comparisons. Else the free sizes, kept in order, are searched. 0.13 us per piece of 9 blocks in packs of
-    1,536, 0.1 in packs of 8,192; 0.4 to 0.7 in packs of 64, of which a few pieces fill each.
+    comparisons. Else the free sizes, kept in order, are searched. 0.09 us per piece of 17 blocks in packs of
+    1,536; 0.4 to 0.7 in packs of 64, of which a few pieces fill each.
 
     Args:
         sizes: [num_pieces] integers, blocks of each piece, 1 to capacity.
@@ -256,34 +256,37 @@ class _BestFit:
         self.open = (-1, 0)
         "pack of the piece before, and its free size"
 
-    def place(self, sizes: list[int]) -> list[int]:
-        """Return the pack of each piece."""
+    def place(self, sizes: list[int]) -> npt.NDArray[np.int64]:
+        """Return the pack of each piece: [len(sizes)] int64."""
         free_sizes, packs_with = self.free_sizes, self.packs_with
         pack, free = self.open
         below = self._below(free)
-        packs: list[int] = []
-        put = packs.append
-        for size in sizes:
-            if not below < size <= free:
-                if free:
-                    if free not in packs_with:
-                        packs_with[free] = []
-                        insort(free_sizes, free)
-                    packs_with[free].append(pack)
-                place = bisect_left(free_sizes, size)
-                if place == len(free_sizes):
-                    pack, free = self.num_packs, self.capacity
-                    self.num_packs += 1
-                else:
-                    free = free_sizes[place]
-                    pack = packs_with[free].pop()
-                    if not packs_with[free]:
-                        del packs_with[free], free_sizes[place]
-                below = self._below(free - size)
+        # neighbours that share a pack, by the first of them
+        firsts, packs = [0], [pack]
+        for number, size in enumerate(sizes):
+            if below < size <= free:
+                free -= size
+                continue
+            if free:
+                if free not in packs_with:
+                    packs_with[free] = []
+                    insort(free_sizes, free)
+                packs_with[free].append(pack)
+            place = bisect_left(free_sizes, size)
+            if place == len(free_sizes):
+                pack, free = self.num_packs, self.capacity
+                self.num_packs += 1
+            else:
+                free = free_sizes[place]
+                pack = packs_with[free].pop()
+                if not packs_with[free]:
+                    del packs_with[free], free_sizes[place]
             free -= size
-            put(pack)
+            below = self._below(free)
+            firsts.append(number)
+            packs.append(pack)
         self.open = (pack, free)
-        return packs
+        return np.repeat(np.array(packs, np.int64), np.diff(firsts, append=len(sizes)))
 
     def _below(self, free: int) -> int:
         """Return the largest free size of other packs below `free`, 0 if there is none."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from msa_train.config import DataConfig
-from msa_train.data import load_datasets, pack_index
+from msa_train.data import load_datasets, orders, pack_index
 from msa_train.data.orders import order_of
 from msa_train.data.token_cache.store import write_store
 from msa_train.runtime import build_once as once
@@ -103,6 +103,12 @@ def test_order_is_that_of_a_stable_sort(bits: int) -> None:
         # many ties in the upper halves, some of them whole
         for some in (keys, keys // np.uint64(3) * np.uint64(3), keys & np.uint64(0xFFF00000000003)):
             assert np.array_equal(order_of(some), np.argsort(some, kind="stable"))
+
+
+def test_shuffle_in_parts_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = orders.shuffled(100_000, 1, 2, 3)
+    monkeypatch.setattr(orders, "_IN_PARTS", 1000)
+    assert np.array_equal(orders.shuffled(100_000, 1, 2, 3), whole)
 
 
 def _make_slowly(folder: str, made: str) -> None:

@@ -65,7 +65,9 @@ def snapshots(rank: int, world_size: int) -> list[dict[str, Any]]:
         for name in ("weight", "half"):
             tensors[name].fill_(-1)
         copies: dict[str, Any] = {name: entries[0].data for name, entries in taken.shards.items()}
-        assert all(copy.is_pinned() for copy in copies.values())
+        # torch asks only a device that it has started whether memory is locked
+        assert buffers._is_locked
+        assert not HAS_GPU or all(copy.is_pinned() for copy in copies.values())
         found.append({name: copy.double().sum().item() for name, copy in copies.items()} | {"step": save})
         assert torch.equal(copies["weight"], torch.arange(MANY).float() * save)
         assert torch.equal(copies["part"], copies["weight"][5 : MANY // 2])

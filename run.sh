@@ -88,7 +88,7 @@ set_up_system() {
         "$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
     } >"$site/msa_train.pth"
     local name
-    for name in train convert simulate checkpoint submit status preflight; do
+    for name in train convert simulate plan checkpoint submit status preflight; do
         printf '#!/bin/sh\nexec "%s" -P -m launchers.%s "$@"\n' "$PWD/$venv/bin/python" "$name" >"$venv/bin/msa-$name"
         chmod +x "$venv/bin/msa-$name"
     done

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from msa_train.config import AttentionKind, KvExchange, RunConfig
+from msa_train.parallel.kv_exchange.slices.begin import num_query_slices
 from msa_train.plan.assumptions import Assumptions
 from msa_train.simulate.costs import collective_cost
 from msa_train.simulate.costs.layer_costs import SchemeReport
@@ -137,6 +138,12 @@ class LayerTimes:
                 overlap=config.exchange.overlap,
                 hot_share=config.exchange.hot_share,
                 head_size=parallel.cp_head_size,
+                query_slices=num_query_slices(
+                    config.exchange,
+                    parallel.kv_exchange,
+                    parallel.cp_size // parallel.cp_head_size,
+                    self.tokens * parallel.cp_head_size,
+                ),
             ),
             index_balance=parallel.balance_index,
         )
@@ -145,7 +152,8 @@ class LayerTimes:
         """Name the scheme of the simulation that this configuration uses."""
         kind = self.config.parallel.kv_exchange
         if kind is KvExchange.all_gather:
-            return (Scheme.all_gather,)
+            # training starts it before the scoring
+            return (Scheme.all_gather_early,)
         if kind is KvExchange.ring:
             return (Scheme.ring,)
         if kind is KvExchange.auto:

@@ -51,10 +51,10 @@ def lines(folder: Path) -> list[str]:
     before, now = (json.loads((folder / f"{name}.json").read_text()) for name in ("before", "now"))
     found = ["# M3 on GPUs of 80 GB: traced memory, modelled time", ""]
     found += [
-        "Memory: the trainer's own step and save of the fullest rank, traced without a GPU; GiB of step / save /",
-        "host at the save, without margins (a GPU shows 79.6 GiB; 5.8 are set aside). Before is commit b23db9a.",
-        "Time: `msa-plan`, rates `h100_assumed`, which nobody has measured; before and now by the code of commit",
-        f"{commit()}. One document per pack, f 0.2, imbalance 1.3.",
+        "Memory: the trainer's own step and save of the fullest rank, traced without a GPU; GiB of step /",
+        "save / host at the save, without margins (a GPU shows 79.6 GiB; 5.8 are set aside). Before is commit",
+        "b23db9a. Time: `msa-plan`, rates `h100_assumed`, which nobody has measured; before and now by the",
+        f"code of commit {commit()}. One document per pack, f 0.2, imbalance 1.3.",
         "",
         "| preset | stage | before | now | formula, now |",
         "|---|---|---|---|---|",

@@ -52,7 +52,7 @@ def lines(folder: Path) -> list[str]:
     found = ["# M3 on GPUs of 80 GB: traced memory, modelled time", ""]
     found += [
         "Memory: the trainer's own step and save of the fullest rank, traced without a GPU; GiB of step /",
-        "save / host at the save, without margins (a GPU shows 79.6 GiB; 5.8 are set aside). Before is commit",
+        "save / host at the save, without margins (a GPU shows 79.6 GiB; 5.8 are set aside). Before is",
         "b23db9a. Time: `msa-plan`, rates `h100_assumed`, which nobody has measured; before and now by the",
         f"code of commit {commit()}. One document per pack, f 0.2, imbalance 1.3.",
         "",

@@ -11,7 +11,7 @@ from msa_train.config import AttentionKind, RunConfig, check_rules
 from msa_train.config.model_size import model_size
 
 # processes that the large runs are made for; the others run on 2
-WORLD_SIZES = {"m2_32k": 128, "m3_200k": 128, "m3_1m": 256}
+WORLD_SIZES = {"pretrain": 4, "m2_32k": 128, "m3_200k": 128, "m3_1m": 256}
 RUNS = sorted(path.stem for path in (config_dir() / "run").glob("*.yaml"))
 FILES = sorted(
     path.relative_to(config_dir())

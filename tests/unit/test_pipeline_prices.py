@@ -54,7 +54,7 @@ def test_forward_flops_of_m3_at_1m() -> None:
     assert [round(one / 1e9) for one in sums] == [70, 21, 21, 23]
 
 
-@pytest.mark.parametrize(("name", "even", "auto"), [("1m", 1.91, 1.09), ("200k", 1.19, 1.03)])
+@pytest.mark.parametrize(("name", "even", "auto"), [("1m", 1.91, 1.09), ("200k", 1.19, 1.04)])
 def test_auto_balances_m3(name: str, even: float, auto: float) -> None:
     """The figures of docs/pipeline.md; at most 1.1, with bytes within 1.15 of the mean."""
     config, world_size = m3(name, "auto")
@@ -174,7 +174,8 @@ def test_bad_layouts_are_one_line(pp_layout: str, message: str) -> None:
 
 
 def test_sizes_that_do_not_fit_the_layers() -> None:
-    even = compose_run(["run=m3_1m", "parallel.pp_size=7", "parallel.cp_size=1", "parallel.ep_size=1"])
+    sizes = ["parallel.pp_size=7", "parallel.cp_size=1", "parallel.cp_head_size=1", "parallel.ep_size=1"]
+    even = compose_run(["run=m3_1m", *sizes, "parallel.pp_layout=even"])
     with pytest.raises(ValueError, match=r"pp_size=7: must divide model.num_layers=60 .*pp_layout=auto"):
         check_rules(even, world_size=7, has_gpu=True)
     one = compose_run(["run=demo", "parallel.pp_layout=1,2"])

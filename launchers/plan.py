@@ -144,18 +144,13 @@ def _answer(
 ) -> int:
     """Print memory and time of one run."""
     from msa_train.config.pipeline import resolve_layout
-    from msa_train.plan.layer_time import LayerTimes
     from msa_train.plan.report import plan_data, plan_text, trace_lines
-    from msa_train.plan.search import plan_of
-    from msa_train.plan.stages import stages_of
-    from msa_train.plan.step_time import step_time
+    from msa_train.plan.search import plan_of, timed
 
     world_size = arguments.gpus or fewest_gpus(config)
     check_rules(config, world_size=world_size, has_gpu=True)
     layout = resolve_layout(config, world_size)
-    plan = plan_of(config, world_size, layout, assumed)
-    times = LayerTimes(config, machine, assumed)
-    plan.time = step_time(config, world_size, stages_of(layout), times, assumed)
+    plan = timed(plan_of(config, world_size, layout, assumed), machine, assumed)
     data = plan_data(plan, assumed)
     if not arguments.json:
         say(plan_text(plan, assumed, machine.cluster, machine.rates), lines=True)

@@ -14,10 +14,8 @@ from launchers.hydra_config.compose import compose_run
 from msa_train.config import RunConfig
 from msa_train.config.pipeline import resolve_layout
 from msa_train.plan.assumptions import Assumptions
-from msa_train.plan.layer_time import LayerTimes, Machine
-from msa_train.plan.search import Plan, plan_of
-from msa_train.plan.stages import stages_of
-from msa_train.plan.step_time import step_time
+from msa_train.plan.layer_time import Machine
+from msa_train.plan.search import Plan, plan_of, timed
 from msa_train.simulate.inputs.cluster import load_cluster
 from msa_train.simulate.inputs.rates import load_rates
 
@@ -32,11 +30,8 @@ BEFORE = (
 def planned(config: RunConfig, world_size: int) -> Plan:
     """Count and time a run by formulas."""
     assumed = Assumptions()
-    layout = resolve_layout(config, world_size)
-    plan = plan_of(config, world_size, layout, assumed)
-    times = LayerTimes(config, Machine(load_cluster("h100"), load_rates("h100_assumed")), assumed)
-    plan.time = step_time(config, world_size, stages_of(layout), times, assumed)
-    return plan
+    plan = plan_of(config, world_size, resolve_layout(config, world_size), assumed)
+    return timed(plan, Machine(load_cluster("h100"), load_rates("h100_assumed")), assumed)
 
 
 def traced(reports: dict[str, Any], preset: str, stage: int) -> str:

@@ -3,7 +3,6 @@
 A scenario of 1M tokens on 64 ranks takes the simulation 1 to 3 s; everything else is arithmetic.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from msa_train.config import AttentionKind, KvExchange, RunConfig
@@ -15,7 +14,7 @@ from msa_train.simulate.inputs.cluster import Cluster
 from msa_train.simulate.inputs.layer_shape import BACKWARD_FACTOR, LayerShape
 from msa_train.simulate.inputs.rates import KernelRates
 from msa_train.simulate.inputs.scenario import FullScheme, Options, Scenario, Scheme, equal_documents
-from msa_train.simulate.selections.synthetic import SyntheticSelections
+from msa_train.simulate.layer_time import stated_selections
 from msa_train.simulate.study import Answer, answer
 
 PARTS = (
@@ -111,7 +110,7 @@ class LayerTimes:
                parallel.cp_layout, self._schemes(), self.assumed.f, self.assumed.num_docs)  # fmt: skip
         if key not in self._known:
             scenario = self._scenario()
-            self._known[key] = answer(scenario, self._selections(scenario))
+            self._known[key] = answer(scenario, stated_selections(scenario, self.assumed.f))
         return self._known[key]
 
     def _scenario(self) -> Scenario:
@@ -159,18 +158,6 @@ class LayerTimes:
         if kind is KvExchange.auto:
             return (Scheme.auto,)
         return (Scheme.selected_hierarchical if self.config.exchange.ranks_per_node else Scheme.selected,)
-
-    def _selections(self, scenario: Scenario) -> SyntheticSelections:
-        """Make up selections of the assumed f, or of what can be seen at all where that is less."""
-        placement = scenario.placement()
-        remote = placement.num_blocks - placement.num_blocks // placement.cp_size
-        visible = float(placement.visible_remote().mean()) / max(remote, 1)
-        return SyntheticSelections(
-            num_kv_heads=self.shape.num_kv_heads,
-            topk=self.shape.topk,
-            local_blocks=self.shape.local_blocks,
-            f=min(self.assumed.f, visible),
-        )
 
     def _msa(self, kind: AttentionKind) -> PassSeconds:
         """Time a sparse layer; what the simulation finds beyond computing is the exchange's."""
@@ -285,8 +272,3 @@ def dispatch_seconds(rows: float, hidden_size: int, ep_size: int, cluster: Clust
     outside = num_bytes * (ep_size - per_node) / ep_size / cluster.network_rate + cluster.network_latency_s
     # two kinds of links carry their parts at the same time
     return max(inside, outside)
-
-
-def total(parts: Iterable[float]) -> float:
-    """Add seconds of all parts."""
-    return float(sum(parts))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from msa_train.config import Precision, RunConfig
 from msa_train.config.optimizer_bytes import optimizer_bytes
+from msa_train.config.pipeline.layout import num_microbatches
 from msa_train.config.recompute import stage_recomputes
 from msa_train.plan.assumptions import Assumptions
 from msa_train.plan.layer_memory import LayerMemory
@@ -91,8 +92,7 @@ def _kept(
 ) -> tuple[float, float]:
     """Count what stays from forward to backward passes: bytes on the device and on the host."""
     parallel, train = config.parallel, config.train
-    dp_size = world_size // (parallel.tp_size * parallel.cp_size * parallel.pp_size)
-    num_micro = max(1, train.global_batch_size // dp_size)
+    num_micro = max(1, num_microbatches(config, world_size))
     runs = in_flight(parallel.pp_size, stage, stages.num_chunks, num_micro)
     recompute = stage_recomputes(config)[stage]
     chunks = stages.chunks[stage]

@@ -10,6 +10,7 @@ from itertools import product
 
 from msa_train.config import GradsDtype, KvExchange, MomentsDtype, Recompute, RunConfig, check_rules
 from msa_train.config.pipeline import PipelineLayout, best_layout, layer_bytes, layer_prices
+from msa_train.config.pipeline.layout import num_microbatches
 from msa_train.plan.assumptions import Assumptions
 from msa_train.plan.layer_time import LayerTimes, Machine
 from msa_train.plan.memory import RankMemory, rank_memory
@@ -19,8 +20,6 @@ from msa_train.simulate.study import Answer
 
 _POWERS = tuple(2**n for n in range(11))
 _MAX_CHUNKS = 3
-_TOLERANCE = 1.02
-"of two layouts within 2% the one with fewer switches is the better"
 
 
 @dataclass(slots=True)
@@ -51,6 +50,15 @@ def plan_of(config: RunConfig, world_size: int, layout: PipelineLayout, assumed:
         rank_memory(config, world_size, stages, stage, assumed) for stage in range(config.parallel.pp_size)
     ]
     return Plan(config, world_size, layout, memory)
+
+
+def timed(
+    plan: Plan, machine: Machine, assumed: Assumptions, known: dict[object, Answer] | None = None
+) -> Plan:
+    """Time the step of a plan, and return it; known: see LayerTimes."""
+    times = LayerTimes(plan.config, machine, assumed, known)
+    plan.time = step_time(plan.config, plan.world_size, stages_of(plan.layout), times, assumed)
+    return plan
 
 
 class Search:
@@ -90,9 +98,9 @@ class Search:
         self.say(f"{len(fitting)} layouts fit; timing them")
         # a rough price orders them, so that the simulation is asked about few
         fitting.sort(key=self._rough_seconds)
-        timed = [self._timed(plan) for plan in fitting[: 12 * count]]
-        timed.sort(key=lambda plan: plan.time.seconds if plan.time else 0.0)
-        return timed[:count]
+        chosen = [timed(plan, self.machine, self.assumed, self._answers) for plan in fitting[: 12 * count]]
+        chosen.sort(key=lambda plan: plan.time.seconds if plan.time else 0.0)
+        return chosen[:count]
 
     def fits(self) -> bool:
         """Tell whether any layout fits."""
@@ -145,8 +153,7 @@ class Search:
         """Yield the evenest layout in time for each number of chunks, and one that is even in bytes too."""
         pp_size = config.parallel.pp_size
         prices, sizes = layer_prices(config), layer_bytes(config, self.world_size)
-        dp_size = self.world_size // (pp_size * config.parallel.cp_size * config.parallel.tp_size)
-        interleaves = (config.train.global_batch_size // dp_size) % pp_size == 0 and pp_size > 1
+        interleaves = num_microbatches(config, self.world_size) % pp_size == 0 and pp_size > 1
         seen: set[tuple[int, ...]] = set()
         for chunks in range(1, _MAX_CHUNKS + 1 if interleaves else 2):
             for spread in (10.0, 1.25, 1.1):
@@ -162,17 +169,9 @@ class Search:
         config, prices = plan.config, layer_prices(plan.config)
         sums = [sum(prices[layer] for layer in layers) for layers in stages_of(plan.layout).layers]
         tokens = config.data.seq_len / config.parallel.cp_size
-        dp_size = self.world_size // (
-            config.parallel.pp_size * config.parallel.cp_size * config.parallel.tp_size
-        )
-        packs = config.train.global_batch_size // dp_size
+        packs = num_microbatches(config, self.world_size)
         bubble = (sum(sums) - max(sums)) / plan.layout.num_chunks
         return tokens * (packs * max(sums) + bubble) / config.parallel.tp_size
-
-    def _timed(self, plan: Plan) -> Plan:
-        times = LayerTimes(plan.config, self.machine, self.assumed, self._answers)
-        plan.time = step_time(plan.config, self.world_size, stages_of(plan.layout), times, self.assumed)
-        return plan
 
 
 def _switches(config: RunConfig) -> Sequence[RunConfig]:

@@ -4,14 +4,15 @@
 the waiting at both ends falls to 1 / v.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from msa_train.config import Recompute, RunConfig
 from msa_train.config.optimizer_bytes import optimizer_bytes
+from msa_train.config.pipeline.layout import num_microbatches
 from msa_train.config.recompute import recompute_modules, stage_recomputes
 from msa_train.plan.assumptions import Assumptions
 from msa_train.plan.flop_count import flops_per_token
-from msa_train.plan.layer_time import LayerTimes, PassSeconds, total
+from msa_train.plan.layer_time import LayerTimes, PassSeconds
 from msa_train.plan.memory import own_parameters
 from msa_train.plan.stage_parameters import stage_parameters
 from msa_train.plan.stages import Stages
@@ -42,8 +43,6 @@ class StepTime:
     "FLOPs that are computed, without recomputation, as a share of the peak"
     mfu_dense: float
     "the same with every MSA layer counted as full attention"
-    notes: list[str] = field(default_factory=list[str])
-    "what limits it"
 
     @property
     def imbalance(self) -> float:
@@ -64,10 +63,9 @@ def step_time(
         assumed: what arithmetic cannot know.
     """
     parallel, train = config.parallel, config.train
-    dp_size = world_size // (parallel.tp_size * parallel.pp_size * parallel.cp_size)
-    num_micro = max(1, train.global_batch_size // dp_size)
+    num_micro = max(1, num_microbatches(config, world_size))
     by_stage = [_stage_parts(config, stages, times, stage) for stage in range(parallel.pp_size)]
-    stage_s = [total(parts.values()) for parts in by_stage]
+    stage_s = [sum(parts.values()) for parts in by_stage]
     slowest = max(range(parallel.pp_size), key=lambda stage: stage_s[stage])
     parts = {name: seconds * num_micro for name, seconds in by_stage[slowest].items()}
     parts["bubble"] = (sum(stage_s) - stage_s[slowest]) / stages.num_chunks
@@ -75,8 +73,8 @@ def step_time(
     parts["gradients and weights"] = max(reduced)
     updated = [_update_seconds(config, world_size, stages, assumed, s) for s in range(parallel.pp_size)]
     parts["optimizer"] = max(updated)
-    seconds = total(parts.values())
-    tokens = config.data.seq_len * num_micro * dp_size
+    seconds = sum(parts.values())
+    tokens = config.data.seq_len * train.global_batch_size
     rate = tokens / seconds / world_size
     sparse, dense = (
         flops_per_token(config, assumed.num_docs, dense=dense) * rate / assumed.peak_flops
@@ -104,7 +102,7 @@ def _stage_parts(config: RunConfig, stages: Stages, times: LayerTimes, stage: in
             parts["recompute"] = parts.get("recompute", 0.0) + again
     if stage == config.parallel.pp_size - 1:
         head = times.head()
-        parts["head"] = total(head.forward.values()) + total(head.backward.values())
+        parts["head"] = sum(head.forward.values()) + sum(head.backward.values())
     if config.parallel.pp_size > 1:
         # an activation and a gradient per boundary of a chunk, which nothing hides without interleaving
         shard = times.tokens * config.model.hidden_size * 2 / config.parallel.tp_size
@@ -123,7 +121,7 @@ def _recomputed(config: RunConfig, seconds: PassSeconds, kind: Recompute) -> flo
         again = {"experts": 2 / 3, "feed-forward": 2 / 3, "dispatch": 1 / 2}
         forward |= {part: share * forward[part] for part, share in again.items() if part in forward}
     if kind is Recompute.full:
-        return total(forward.values())
+        return sum(forward.values())
     parts: set[str] = {"experts", "feed-forward", "dispatch"} if config.train.tile_tokens else set()
     for module in recompute_modules(config) if kind is Recompute.selective else ():
         parts |= _PARTS_OF_MODULE[module]

@@ -95,22 +95,26 @@ def msa_layer_parts(
         full_schemes=[],
         options=options or Options(),
     )
-    placement = scenario.placement()
-    remote = placement.num_blocks - placement.num_blocks // placement.cp_size
-    visible = float(placement.visible_remote().mean()) / max(remote, 1)
-    selections = SyntheticSelections(
-        num_kv_heads=shape.num_kv_heads,
-        topk=shape.topk,
-        local_blocks=shape.local_blocks,
-        f=min(f, visible),
-    )
-    layer = layer_of(scenario, selections)
+    layer = layer_of(scenario, stated_selections(scenario, f))
     report = layer.report(scheme)
     passes = 2 if scenario.options.recompute else 1
     scoring = float(np.mean(layer.index_s))
     work = layer.attention
     sparse = float(np.mean(passes * work.forward.total + work.backward.total))
     return _parts(report, scoring, sparse, scheme)
+
+
+def stated_selections(scenario: Scenario, f: float) -> SyntheticSelections:
+    """Make up selections of the stated f, or of all that queries can see where that is less."""
+    placement, shape = scenario.placement(), scenario.shape
+    remote = placement.num_blocks - placement.num_blocks // placement.cp_size
+    visible = float(placement.visible_remote().mean()) / max(remote, 1)
+    return SyntheticSelections(
+        num_kv_heads=shape.num_kv_heads,
+        topk=shape.topk,
+        local_blocks=shape.local_blocks,
+        f=min(f, visible),
+    )
 
 
 def _parts(report: SchemeReport, scoring: float, sparse: float, scheme: Scheme) -> LayerParts:

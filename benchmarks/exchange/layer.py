@@ -77,6 +77,8 @@ class StepResult:
     """"out", and the gradients of all inputs as "dq", "dk" and so on"""
     used: KvExchange
     "exchange that the layer took, which `auto` chooses"
+    by_node: bool
+    "selected KV blocks crossed the network once per node, which `auto_sliced` chooses"
 
 
 def layer_step(data: LayerData, scheme: Scheme, comm: KvComm, scoring_s: float = 0.0) -> StepResult:
@@ -105,7 +107,8 @@ def layer_step(data: LayerData, scheme: Scheme, comm: KvComm, scoring_s: float =
     out, decision = cp_sparse_attention(*(inputs[name] for name in INPUTS), call)
     out.backward(data.dout)
     grads = {f"d{name}": x.grad for name, x in inputs.items() if x.grad is not None}
-    return StepResult({"out": out.detach(), **grads}, decision.kind)
+    by_node = decision.plan is not None and len(decision.plan.hops) > 1
+    return StepResult({"out": out.detach(), **grads}, decision.kind, by_node)
 
 
 def _score(data: LayerData, scheme: Scheme, comm: KvComm, scoring_s: float) -> Begun | None:
@@ -144,7 +147,7 @@ def expected_bytes(
         shape: of the layer.
         scheme, used: the scheme and the exchange that it took.
         wanted: [P, P, NP] bool, pairs by requester and owner.
-        ranks_per_node: that the scheme knows of; 0: none.
+        ranks_per_node: of the exchange that it took; 0: none.
     """
     size = wanted.shape[0]
     if used is KvExchange.selected:

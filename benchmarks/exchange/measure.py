@@ -14,7 +14,7 @@ from benchmarks.exchange.formulas import LayerShape
 from benchmarks.exchange.layer import expected_bytes
 from benchmarks.exchange.namespaces import Rates
 from benchmarks.exchange.rank import StepReport
-from benchmarks.exchange.schemes import REFERENCE, SCHEMES, settings_of
+from benchmarks.exchange.schemes import REFERENCE, SCHEMES
 from benchmarks.exchange.selections import shape_for
 
 # Worst row of any output or gradient, relative to its size: fp32 sums in another order.
@@ -146,15 +146,15 @@ class Measurement:
                 between[scheme] += cluster.between_nodes() - before
         rows: list[dict[str, Any]] = []
         for scheme, found in steps.items():
-            used = found[-1][0].used
-            nodes = settings_of(SCHEMES[scheme], cluster.size, cluster.num_nodes).ranks_per_node
-            expected = expected_bytes(case.shape, SCHEMES[scheme], used, case.wanted, nodes)
+            last = found[-1][0]
+            nodes = cluster.size // cluster.num_nodes if last.by_node else 0
+            expected = expected_bytes(case.shape, SCHEMES[scheme], last.used, case.wanted, nodes)
             row = {
                 "selection": case.selection,
                 "f": sum(case.f_by_rank) / cluster.size,
                 "f_by_rank": case.f_by_rank,
                 "scheme": scheme,
-                "used": used.value,
+                "used": last.used.value,
                 "worst_row_error": case.errors[scheme],
                 **summary(found),
                 "formula_bytes": [sum(by_purpose.values()) for by_purpose in expected],

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -71,6 +72,8 @@ class StepReport:
     "time spent waiting for collectives, by purpose"
     used: KvExchange
     "exchange that was taken"
+    by_node: bool
+    "it crossed the network once per node"
     error: float | None = None
     "worst row against the reference scheme, if asked for"
 
@@ -143,10 +146,11 @@ class RankWorker:
             process_cpu_s=cpu,
             sources_s=sources,
             counters=(moved.received_bytes, moved.received_packets, moved.sent_bytes, moved.sent_packets),
-            traffic=dict(comm.counters.traffic.received),
+            traffic=_of_step(comm.counters.traffic.received),
             retransmits=read_retransmits() - retransmits,
             exposed_s=dict(comm.counters.exposed.seconds()),
             used=result.used,
+            by_node=result.by_node,
         )
         if check:
             if not self.reference:
@@ -214,6 +218,12 @@ def _join(place: RankPlace, pipe: Connection) -> str:
         timeout=timedelta(seconds=place.timeout_s),
     )
     return interface
+
+
+def _of_step(received: Mapping[str, int]) -> dict[str, int]:
+    """Leave out what ranks tell each other once for each shape of an exchange: that `auto` took another one
+    for the first time is not this step's."""
+    return {purpose: count for purpose, count in received.items() if purpose != "request_shape"}
 
 
 def _reset_peak() -> int:

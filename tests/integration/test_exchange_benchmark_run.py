@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ SMALL = ["--seq-len", "256", "--rounds", "1"]
 FEW = ["--schemes", "all_gather", "selected"]
 
 
-def run(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(
+    out: Path, *arguments: str, program: Sequence[str] = ("-m", "benchmarks.exchange.run")
+) -> subprocess.CompletedProcess[str]:
     """The benchmark's command."""
-    command = [sys.executable, "-m", "benchmarks.exchange.run", *SMALL, "--out", str(out), *arguments]
+    command = [sys.executable, *program, *SMALL, "--out", str(out), *arguments]
     environ = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300)
 
@@ -40,6 +43,39 @@ def test_over_loopback(tmp_path: Path) -> None:
     memory = json.loads((tmp_path / "exchange.json").read_text())["memory"]
     assert all(peak > 0 for row in memory for peak in row["peak_bytes"])
     assert "| 2x2 | 0.500 |" in (tmp_path / "exchange.md").read_text()
+
+
+# Rates by which `auto` never sends over nodes; ranks are forked and calibrate with them.
+SLOW_NODES = """
+import sys
+from dataclasses import replace
+from benchmarks.exchange import rank, run
+from msa_train.parallel.comm import topology
+from msa_train.parallel.comm.link_rates import Line
+measure = topology.measure_rates
+def slow_nodes(comm):
+    return replace(measure(comm), outer=Line(1.0, 1.0), all_to_all=Line(0.0, 0.0))
+topology.measure_rates = rank.measure_rates = slow_nodes
+sys.exit(run.main(sys.argv[1:]))
+"""
+
+
+def test_auto_may_change_its_way_between_steps(tmp_path: Path) -> None:
+    arguments = [
+        "--unshaped",
+        "--parts",
+        "2x2",
+        "--selections",
+        "0.5",
+        "--schemes",
+        "auto_sliced",
+        "--no-memory",
+    ]
+    done = run(tmp_path, *arguments, program=["-c", SLOW_NODES])
+    assert done.returncode == 0, done.stderr
+    row = rows_of(tmp_path)[1]
+    assert row["used"] == "selected", "between two steps from nodes to a flat exchange"
+    assert row["counted_bytes"] == row["formula_bytes"]
 
 
 def test_over_limited_links(tmp_path: Path) -> None:

@@ -223,7 +223,7 @@ def refused(rank: int, world_size: int) -> list[str]:
     texts = []
     layout = ShardLayout(seq_len=12 + 300 * odd, block_size=2, cp_rank=rank, cp_size=world_size)
     needed = torch.zeros(M, layout.num_blocks, dtype=torch.bool)
-    terms = ExchangeTerms(KvExchange.selected, settings, KvBlockBytes(1, 1), (None, torch.zeros(1)))
+    terms = ExchangeTerms(KvExchange.selected, settings, KvBlockBytes(1, 1, 1), (None, torch.zeros(1)))
     with pytest.raises(ExchangeError) as caught:
         exchange_requests(needed, layout, comm.for_layer(LAYER), terms)
     texts.append(str(caught.value))

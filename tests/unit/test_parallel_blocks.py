@@ -40,7 +40,9 @@ def test_pairs_by_owner_leave_out_own_ones() -> None:
 
 def test_one_rank_asks_nobody() -> None:
     layout = ShardLayout(seq_len=8, block_size=2, cp_rank=0, cp_size=1)
-    terms = ExchangeTerms(KvExchange.selected, ExchangeConfig(), KvBlockBytes(1, 1), (None, torch.zeros(1)))
+    terms = ExchangeTerms(
+        KvExchange.selected, ExchangeConfig(), KvBlockBytes(1, 1, 1), (None, torch.zeros(1))
+    )
     requests = exchange_requests(torch.ones(2, 4, dtype=torch.bool), layout, KvComm(None, 0, 1), terms)
     assert requests.plan is not None
     assert requests.plan.hops[0].send == requests.plan.hops[0].receive == [0]

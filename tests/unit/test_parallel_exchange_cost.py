@@ -16,7 +16,7 @@ from msa_train.parallel.kv_exchange.requests import check_requests, find_bad_val
 
 EVEN = Line(1e-3, 1e-9)
 RATES = ExchangeRates(EVEN, EVEN, EVEN, Line(1e-4, 1e-10), Line(2e-3, 4e-9))
-SIZE = KvBlockBytes(forward=1000, backward=1500)
+SIZE = KvBlockBytes(forward=1000, backward=1500, added=3000)
 
 
 def test_a_line_through_two_measurements() -> None:
@@ -32,10 +32,10 @@ def test_costs_by_hand() -> None:
     assert selected_cost(flat, [50], 0, SIZE, RATES) == pytest.approx(want)
     again = want + 1e-3 + 50 * 1000e-9
     assert selected_cost(flat, [50], 0, SIZE, RATES, fetches=2) == pytest.approx(again)
-    # out, once more, and gradients back: 3 shards of 200 pairs each
-    gathered = 2 * (1e-3 + 600 * 1000e-9) + 1e-3 + 600 * 1500e-9
+    # out, once more, and gradients back in fp32: 3 shards of 200 pairs each
+    gathered = 2 * (1e-3 + 600 * 1000e-9) + 1e-3 + 600 * 3000e-9
     assert all_gather_cost(flat, SIZE, RATES) == pytest.approx(gathered)
-    assert all_gather_cost(flat, KvBlockBytes(1000, 0), RATES) == pytest.approx(1e-3 + 600 * 1000e-9)
+    assert all_gather_cost(flat, KvBlockBytes(1000, 0, 0), RATES) == pytest.approx(1e-3 + 600 * 1000e-9)
     nodes = ExchangeShape(4, 2, 100, ranks_per_node=2)
     hops = (2e-3 + 20 * 4000e-9) + (2e-3 + 20 * 6000e-9) + (1e-4 + 50 * 100e-9) + (1e-4 + 50 * 150e-9)
     assert selected_cost(nodes, [20, 50], 0, SIZE, RATES) == pytest.approx(hops)

@@ -147,7 +147,7 @@ def _node(rank: int, node_size: int) -> range:
 
 
 def test_auto_chooses_by_the_call_before() -> None:
-    even, size = Line(1e-4, 1e-9), KvBlockBytes(1000, 1500)
+    even, size = Line(1e-4, 1e-9), KvBlockBytes(1000, 1500, 1500)
     rates = ExchangeRates(even, even, even, Line(1e-5, 1e-11), even)
     choices = Choices(ExchangeShape(4, 2, 100), ExchangeShape(4, 2, 100, ranks_per_node=2))
 

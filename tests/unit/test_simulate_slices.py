@@ -47,8 +47,8 @@ def test_a_million_tokens_reach_the_goals(cluster: str, million: tuple[float, di
     assert rival / grouped.total.total >= GOALS[cluster][f]
     for layer in at.values():
         assert layer.report(Scheme.auto).total.total <= rival * (1 + 1e-9)
-    # a third of the all-gather's memory at most
-    assert grouped.memory_bytes < at[1].report(Scheme.all_gather_early).memory_bytes / 3
+    # two fifths of the all-gather's memory at most
+    assert grouped.memory_bytes < at[1].report(Scheme.all_gather_early).memory_bytes * 0.4
 
 
 @pytest.mark.parametrize("hierarchical", [False, True])
@@ -99,7 +99,7 @@ def test_auto_asks_for_the_next_call_where_it_gathers() -> None:
         cluster=PRESETS["h100"],
         cp_size=16,
         schemes=[Scheme.auto, Scheme.all_gather_early],
-        options=Options(query_slices=4),
+        options=Options(query_slices=4, keep_for_backward=False, hot_share=0.0),
     )
     found = answer(asked, stated(0.5)).msa
     assert found["auto"].chosen is Scheme.all_gather_early

@@ -4,6 +4,7 @@ Each gives the same numbers: `selected`, `all_gather`, `ring`, each a module her
 first two for each call.
 """
 
+import torch
 from torch import Tensor
 
 from msa_train.config import ExchangeConfig, KvExchange
@@ -63,7 +64,10 @@ def kv_block_bytes(
     # Gradients of a KV block come back with those of its index keys, once for each KV head.
     forward = local[0].numel() * local.element_size()
     index = 0 if k_index is None else layout.block_size * k_index.shape[-1] * local.element_size()
-    return KvBlockBytes(forward, forward + index if with_backward else 0)
+    backward = forward + index if with_backward else 0
+    # as AllGatherSession sends them
+    wide = torch.promote_types(local.dtype, torch.float32).itemsize
+    return KvBlockBytes(forward, backward, backward * wide // local.element_size())
 
 
 def open_kv_session(

@@ -16,12 +16,17 @@ from msa_train.parallel.kv_exchange.plan import ExchangeShape
 
 @dataclass(slots=True, frozen=True)
 class KvBlockBytes:
-    """Hold the bytes of one KV block: 64 KiB each way at B = D = 128 in bf16, index keys 32 KiB more."""
+    """Hold the bytes of one KV block: 64 KiB each way at B = D = 128 in bf16, index keys 32 KiB more.
+
+    Gradients of an all-gather are twice as many bytes in bf16: 192 KiB.
+    """
 
     forward: int
     "keys and values, going out"
     backward: int
     "gradients of them and of index keys, coming back; 0: no backward pass"
+    added: int
+    "the same gradients where a reduce-scatter adds them on the way, in fp32 at least"
 
 
 # Share of the own gradients that is computed before others' leave the node. So its ranks need not end those
@@ -75,7 +80,7 @@ def all_gather_cost(shape: ExchangeShape, size: KvBlockBytes, rates: ExchangeRat
     pairs = (shape.cp_size - 1) * shape.num_kv_blocks
     fetches = 2 if size.backward else 1
     return fetches * rates.all_gather.seconds(pairs * size.forward) + rates.reduce_scatter.seconds(
-        pairs * size.backward
+        pairs * size.added
     )
 
 

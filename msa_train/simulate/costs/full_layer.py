@@ -13,13 +13,12 @@ from msa_train.simulate.costs import collective_cost
 from msa_train.simulate.costs.collective_cost import CollectiveCost
 from msa_train.simulate.costs.layer_costs import LayerCosts, SchemeReport
 from msa_train.simulate.costs.timeline import LayerTime, Timeline
-from msa_train.simulate.inputs.layer_shape import BACKWARD_FACTOR
+from msa_train.simulate.inputs.layer_shape import BACKWARD_FACTOR, FP32_BYTES
 from msa_train.simulate.inputs.layouts import Share, moves, owners, share_full
 from msa_train.simulate.inputs.scenario import FullScheme
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
-FP32_BYTES = 4
 _RINGS = (FullScheme.ring, FullScheme.ring_unbalanced)
 
 

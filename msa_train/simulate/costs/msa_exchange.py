@@ -27,9 +27,9 @@ from msa_train.simulate.costs.demand import Wants, requested_by_owner
 from msa_train.simulate.costs.layer_costs import LayerCosts
 from msa_train.simulate.costs.timeline import Mark, Timeline
 from msa_train.simulate.inputs.cluster import Cluster
+from msa_train.simulate.inputs.layer_shape import FP32_BYTES
 
 FloatArray = NDArray[np.float64]
-FP32_BYTES = 4
 
 
 @dataclass(slots=True)
@@ -159,17 +159,15 @@ class AllGather(Exchange):
     def plan(self) -> None:
         """See Exchange.plan."""
         shape = self.setup.shape
-        shard, grads = (
-            self.kv_blocks_per_shard * shape.kv_block_bytes,
-            self.kv_blocks_per_shard * shape.kv_block_grad_bytes,
-        )
+        shard = self.kv_blocks_per_shard * shape.kv_block_bytes
+        # added on the way, so in fp32 there too
+        grads = self.kv_blocks_per_shard * shape.kv_block_added_bytes
         gather = self.everywhere(collective_cost.all_gather(shard, self.size, self.cluster))
         self.took("kv", gather)
         self.took("kv_again", gather)
         self.took("kv_grad", self.everywhere(collective_cost.reduce_scatter(grads, self.size, self.cluster)))
-        # gathered rows, gradients of all rows in fp32 and once more on the wire
-        wide = 1 + FP32_BYTES / shape.element_bytes
-        self.memory_bytes = self.size * (shard + wide * grads)
+        # gathered rows and gradients of all rows, which leave from where they were computed
+        self.memory_bytes = self.size * (shard + grads)
 
     def before_selection(self, clocks: Timeline) -> None:
         """See Exchange.before_selection."""
@@ -201,7 +199,10 @@ class AllGather(Exchange):
 
 @dataclass(slots=True)
 class AllGatherAllReduce(Exchange):
-    """Gather once and keep, as the nearest rival does; all ranks get the sum of gradients; no overlap."""
+    """Gather once and keep, as the nearest rival does; all ranks get the sum of gradients; no overlap.
+
+    The rival adds in the dtype of the keys.
+    """
 
     def plan(self) -> None:
         """See Exchange.plan."""
@@ -240,7 +241,7 @@ class Ring(Exchange):
         shape = self.setup.shape
         shard = self.kv_blocks_per_shard * shape.kv_block_bytes
         # sums on their way stay in fp32
-        grads = self.kv_blocks_per_shard * shape.kv_block_grad_bytes * FP32_BYTES / shape.element_bytes
+        grads = self.kv_blocks_per_shard * shape.kv_block_added_bytes
         self.step = self.everywhere(collective_cost.shift(shard, self.size, self.cluster))
         self.grad_step = self.everywhere(collective_cost.shift(grads, self.size, self.cluster))
         # keys and values visit P' - 1 ranks, gradients make the whole round and come home

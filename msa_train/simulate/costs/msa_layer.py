@@ -173,7 +173,8 @@ class MsaLayer:
         hierarchical = 1 < self.cluster.num_nodes(self.outer_size) < self.outer_size
         setup, wants, rates = self.setup, self.work.wants, measured_rates(self.cluster, self.outer_size)
         options = setup.options
-        size = KvBlockBytes(setup.shape.kv_block_bytes, setup.shape.kv_block_grad_bytes)
+        block = setup.shape
+        size = KvBlockBytes(block.kv_block_bytes, block.kv_block_grad_bytes, block.kv_block_added_bytes)
         # in one piece nothing of the call is known before it, and `auto` knows of nodes or does not
         later = options.query_slices > 1
         ways = {Scheme.selected_hierarchical: True} if hierarchical else {Scheme.selected: False}

@@ -17,8 +17,9 @@ from msa_train.simulate.costs import collective_cost
 from msa_train.simulate.costs.collective_cost import CollectiveCost
 from msa_train.simulate.costs.demand import Hops, exchange_rows, sliced_rows
 from msa_train.simulate.costs.hot_blocks import HotWires, hot_wires
-from msa_train.simulate.costs.msa_exchange import FP32_BYTES, Exchange
+from msa_train.simulate.costs.msa_exchange import Exchange
 from msa_train.simulate.costs.timeline import Among, Mark, Timeline
+from msa_train.simulate.inputs.layer_shape import FP32_BYTES
 
 FloatArray = NDArray[np.float64]
 REQUEST_HEADER_BYTES = 64

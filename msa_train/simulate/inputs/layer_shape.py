@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from msa_train.config import AttentionConfig, ModelConfig
 
+FP32_BYTES = 4
 Amount = TypeVar("Amount", float, NDArray[np.float64])
 
 
@@ -86,6 +87,11 @@ class LayerShape:
         # index keys are shared by all KV heads, but each head's requester has a gradient for them of its own
         index = self.index_head_dim * self.block_size * self.element_bytes if self.trains_index else 0
         return self.kv_block_bytes + index
+
+    @property
+    def kv_block_added_bytes(self) -> int:
+        """Return the bytes of the same where a collective adds them on the way, in fp32: 192 KiB for M3."""
+        return self.kv_block_grad_bytes * max(FP32_BYTES, self.element_bytes) // self.element_bytes
 
     def qkv_flops(self, tokens: float) -> float:
         """Return the FLOPs of query, key and value projections: 2 T H (Hq + 2 M) D."""

@@ -7,6 +7,7 @@ from msa_train.config import (
     AttentionKind,
     FullKernel,
     Implementation,
+    MoeDispatcher,
     Precision,
     RunConfig,
 )
@@ -88,6 +89,25 @@ def check_implementation(config: RunConfig, *, on_gpu: bool, is_here: bool = Tru
     if reason:
         raise ValueError(
             f"model.implementation=transformer_engine: {reason}, or use model.implementation=torch"
+        )
+
+
+def check_dispatcher_package(config: RunConfig, *, on_gpu: bool, is_here: bool = True) -> None:
+    """Check that DeepEP can be used where it is asked for; is_here: by this machine's packages.
+
+    Raises:
+        ValueError: naming the value, the rule and the fix.
+    """
+    if config.parallel.moe_dispatcher is not MoeDispatcher.deepep:
+        return
+    reason = ""
+    if is_here and find_spec("deep_ep") is None:
+        reason = "the deep_ep package is not installed; install DeepEP"
+    elif not on_gpu:
+        reason = "runs on GPUs and none is used; use GPUs"
+    if reason:
+        raise ValueError(
+            f"parallel.moe_dispatcher=deepep: {reason}, or use parallel.moe_dispatcher=alltoall"
         )
 
 

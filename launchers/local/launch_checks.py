@@ -11,7 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from launchers.cli.quick_imports import quick_imports
-from launchers.local.kernel_checks import check_full_kernel, check_implementation, check_kernel
+from launchers.local.kernel_checks import (
+    check_dispatcher_package,
+    check_full_kernel,
+    check_implementation,
+    check_kernel,
+)
 from launchers.local.machine import expand_user
 from launchers.local.memory import check_memory
 from launchers.local.run_dir import check_writable
@@ -89,6 +94,7 @@ def plan_layout(
     # another machine may have other libraries
     check_full_kernel(config, on_gpu=num_gpus > 0 and gpus_per_node is None)
     check_implementation(config, on_gpu=num_gpus > 0, is_here=gpus_per_node is None)
+    check_dispatcher_package(config, on_gpu=num_gpus > 0, is_here=gpus_per_node is None)
     if joined_world_size is None and 0 < num_gpus < world_size:
         raise ValueError(
             f"launcher.num_processes={world_size}: one process per GPU and this machine has {num_gpus}; use "

@@ -89,6 +89,13 @@ class Implementation(Enum):
     transformer_engine = "transformer_engine"  # NVIDIA's, where the transformer-engine package is installed
 
 
+class MoeDispatcher(Enum):
+    """Choose how rows travel between the ranks that share the experts."""
+
+    alltoall = "alltoall"  # messages of torch.distributed, the shared expert and neighbouring tiles beside them
+    deepep = "deepep"  # DeepEP's kernels, where the deep_ep package is installed; a token goes to a rank once
+
+
 class OptimizerKind(Enum):
     """Choose how weights are updated."""
 

@@ -12,6 +12,7 @@ from msa_train.config.options import (
     GradsDtype,
     KvExchange,
     LrSchedule,
+    MoeDispatcher,
     MomentsDtype,
     OptimizerKind,
     Precision,
@@ -35,6 +36,8 @@ class ParallelConfig:
     "Ulysses degree: neighbours that trade tokens for KV heads; divides cp_size and model.num_kv_heads"
     ep_size: int = 1
     "expert parallelism: ranks that share the experts; may span context and data parallel ranks"
+    moe_dispatcher: MoeDispatcher = MoeDispatcher.alltoall
+    "how rows travel between the ranks that share the experts"
     tp_size: int = 1
     "tensor parallelism (with sequence parallelism); engine=megatron only"
     pp_size: int = 1

@@ -16,6 +16,7 @@ from msa_train.config import (
     Fusion,
     KvExchange,
     ModelConfig,
+    MoeDispatcher,
     Precision,
     Recompute,
     RunConfig,
@@ -50,6 +51,8 @@ class MsaTransformerConfig(TransformerConfig):
     "norms, rotary embedding, gates and the loss's softmax are compiled"
     offload_activations: bool = False
     "what layers keep waits in host memory"
+    moe_dispatcher: MoeDispatcher = MoeDispatcher.alltoall
+    "how rows travel between the ranks that share the experts"
     tile_tokens: int = 0
     "tokens of a tile of experts and feed-forward layers; 0: no tiles"
 
@@ -73,6 +76,7 @@ def build_transformer_config(config: RunConfig, layout: PipelineLayout | None = 
         recomputed_modules=recompute_modules(config),
         is_fused=fuses(config.train.fusion),
         offload_activations=config.train.offload_activations,
+        moe_dispatcher=parallel.moe_dispatcher,
         tile_tokens=config.train.tile_tokens,
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,

@@ -12,50 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from msa_train.config import Precision
 from msa_train.model.inputs.pack_params import SelectionRecord
 from msa_train.model.layers.moe import ExpertLayer, experts, router
-from msa_train.parallel.process_groups import build_groups
 from msa_train.plan.trace.storage_tracker import StorageTracker
-from msa_train.training.engines.torch_engine import TorchEngine
 from tests.helpers.compare import assert_rows_close, worst_row
-from tests.helpers.model_runs import small_config
+from tests.helpers.moe_layers import EPS, build, gradients, inputs
 from tests.helpers.spawn import run_ranks
-
-# rounding of one number, relative
-EPS = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8}
-
-
-def build(precision: Precision, *, ep_size: int, tile_tokens: int = 0, **sizes: int) -> ExpertLayer:
-    """The last layer's experts of a small model, with the engine's gradient buffers."""
-    config = small_config(precision=precision, ep_size=ep_size, tile_tokens=tile_tokens)
-    for name, value in sizes.items():
-        setattr(config.model, name, value)
-    engine = TorchEngine(config, build_groups(config.parallel, device=torch.device("cpu")))
-    layer = engine.model.decoder.layers[-1].mlp
-    assert isinstance(layer, ExpertLayer)
-    # hooks of the buffers hold them by methods
-    return layer.train()
-
-
-def inputs(layer: ExpertLayer, tokens: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens [T, 1, H], a gradient of the output, and a mask with some padding."""
-    generator = torch.Generator().manual_seed(rank)
-    shape = (tokens, 1, layer.config.hidden_size)
-    dtype = layer.experts.matrices()[0][0].dtype
-    x, grad = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
-    return x.requires_grad_(), grad, (torch.arange(tokens) % 7 == 3).unsqueeze(0)
-
-
-def gradients(layer: ExpertLayer, x: Tensor, grad: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Output and every gradient of one forward and backward pass."""
-    parameters = dict(layer.named_parameters())
-    for parameter in parameters.values():
-        parameter.main_grad.zero_()  # type: ignore[attr-defined]
-    x.grad = None
-    out, _ = layer(x, padding_mask=mask)
-    out.backward(grad)
-    assert x.grad is not None
-    found = {n: p.main_grad.clone() for n, p in parameters.items()}  # type: ignore[attr-defined]
-    return found | {"out": out.detach(), "x": x.grad.clone()}
-
 
 def one_by_one(run: Callable[[], Any]) -> Any:
     """Run with one product for each expert."""

@@ -15,7 +15,7 @@ from msa_train.config.options import (
     QkNorm,
 )
 from msa_train.config.rules.exchange import check_exchange
-from msa_train.config.rules.experts import check_expert_tiles
+from msa_train.config.rules.experts import check_dispatcher, check_expert_tiles
 from msa_train.config.rules.kernels import check_full_kernel_device, check_kernels
 from msa_train.config.rules.limits import check_sizes, check_total
 from msa_train.config.rules.numbers import check_finite_numbers
@@ -63,6 +63,7 @@ def check_rules(config: RunConfig, *, world_size: int, has_gpu: bool) -> None:
         _head_parallel,
         _experts,
         check_expert_tiles,
+        check_dispatcher,
         _recording,
         check_exchange,
         _training,

@@ -6,6 +6,8 @@ rows.py          tokens to rows and back, and rows between ranks, without a wait
 experts.py       the experts of this rank, by one grouped product instead of one product each
 dispatch.py      the same steps for autograd, for a layer without tiles
 tiles.py         forward and backward tile by tile, messages under computing
+deepep.py        rows sent by DeepEP instead, where that is asked for
+gradient_sums.py weight gradients added up over tiles
 layer.py         Megatron's MoE layer out of these
 feed_forward.py  the dense feed-forward layer, tiled too
 """

@@ -7,7 +7,8 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from torch import Tensor
 
 from msa_train.model.inputs.pack_params import SelectionRecord
-from msa_train.model.layers.moe.tiles import TiledFunction, learning
+from msa_train.model.layers.moe.gradient_sums import learning
+from msa_train.model.layers.moe.tiles import TiledFunction
 from msa_train.model.transformer_config import MsaTransformerConfig
 
 

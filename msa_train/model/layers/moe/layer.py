@@ -8,7 +8,9 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from torch import Tensor
 
+from msa_train.config import MoeDispatcher
 from msa_train.model.inputs.pack_params import SelectionRecord
+from msa_train.model.layers.moe import deepep
 from msa_train.model.layers.moe.dispatch import AddUp, Take, TakeSlots, Trade, reorder
 from msa_train.model.layers.moe.experts import GroupedExperts
 from msa_train.model.layers.moe.router import SigmoidRouter
@@ -23,7 +25,7 @@ class ExpertLayer(MoELayer):
 
     A rank receives about t * moe_router_topk * (P - 1) / P rows of H numbers, and back: at 4,096 tokens a
     rank, 4 experts a token, H = 6,144 in bf16 192 MiB, in up to P - 1 messages. With tiles the same rows
-    travel in as many turns as there are tiles.
+    travel in as many turns as there are tiles. DeepEP sends them in its own way, see `deepep`.
     """
 
     config: MsaTransformerConfig
@@ -44,6 +46,9 @@ class ExpertLayer(MoELayer):
             config, submodules, layer_number, pg_collection or get_default_pg_collection(), **kwargs
         )
         self.record = None
+        self.is_deepep = config.moe_dispatcher is MoeDispatcher.deepep
+        if self.is_deepep:
+            deepep.check_installed()
 
     def forward(
         self, hidden_states: Tensor, padding_mask: Tensor | None = None, **_unused: Any
@@ -67,6 +72,8 @@ class ExpertLayer(MoELayer):
         if self.config.tile_tokens:
             is_output_needed = record is None or not record.replaying
             out = TiledExperts.run(self, routing, tokens, probs, is_output_needed=is_output_needed)
+        elif self.is_deepep:
+            out = deepep.compute(self, routing, 0, tokens, probs, self.experts.stacked())
         else:
             out = self._whole(tokens, probs, routing)
         return out.view(hidden_states.shape), None

@@ -24,44 +24,24 @@ from msa_train.parallel.comm.fault_watch import watched
 from msa_train.parallel.comm.p2p import start_all_to_all_rows
 
 
-class TileRows:
-    """Know the rows of one tile: made from a Routing on the device, as often as they are needed."""
+class SlotRows:
+    """Know the rows of tokens that each have k slots: one for each slot with an expert, sorted by expert."""
 
-    def __init__(self, routing: Routing, number: int) -> None:
-        """Sort the tile's tokens by expert.
+    def __init__(self, experts: Tensor, num_rows: int) -> None:
+        """Sort slots by expert.
 
         Args:
-            routing: of the layer's call.
-            number: of the tile.
+            experts: [t, k] number of each slot's expert; slots without one have a number above all others.
+            num_rows: N, slots with an expert.
         """
-        self.tile = tile = routing.tiles[number]
-        experts = routing.experts[tile.start : tile.stop]
         self.num_tokens, self.topk = experts.shape
         order, place = _sort(experts.flatten())
-        self.num_rows = sum(tile.send)
+        self.num_rows = num_rows
         # Places without an expert were sorted to the end.
-        self.slot_of_row = order[: self.num_rows]
+        self.slot_of_row = order[:num_rows]
         self.token_of_row = self.slot_of_row // self.topk
-        self.is_real = place < self.num_rows
-        self.row_of_slot = place.clamp_(max=max(self.num_rows - 1, 0))
-        received = routing.received[slice(*tile.granules)].sum(0)
-        self.by_expert, self.by_rank = self._order_of_arrivals(received)
-        "[R] where each row of the one order lies in the other; None: both are the same"
-        self.offsets = received.sum(0).cumsum(0).to(torch.int32)
-        "[L] int32, row after the last one of each local expert"
-
-    def _order_of_arrivals(self, received: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Order rows by local expert that arrive by rank: received [P, L] -> two times [R].
-
-        Example: received [[1, 2], [3, 0]] -> by_expert [0, 3, 4, 5, 1, 2], by_rank [0, 4, 5, 1, 2, 3].
-        """
-        num_ranks, num_local = received.shape
-        if num_ranks == 1 or num_local == 1:
-            return None, None
-        # the chunk of each row, of which there are P L, one for each expert within one for each rank
-        rows = torch.arange(sum(self.tile.receive), device=received.device)
-        chunk = torch.searchsorted(received.flatten().cumsum(0), rows, right=True)
-        return _sort(chunk % num_local)
+        self.is_real = place < num_rows
+        self.row_of_slot = place.clamp_(max=max(num_rows - 1, 0))
 
     def take(self, tokens: Tensor) -> Tensor:
         """Copy each token once for each of its experts: [t, H] -> [N, H]."""
@@ -85,6 +65,47 @@ class TileRows:
             return values.new_zeros(self.num_tokens, self.topk)
         filled = values.index_select(0, self.row_of_slot).masked_fill_(~self.is_real, 0)
         return filled.view(self.num_tokens, self.topk)
+
+
+class TileRows(SlotRows):
+    """Know the rows of one tile: made from a Routing on the device, as often as they are needed."""
+
+    def __init__(self, routing: Routing, number: int) -> None:
+        """Sort the tile's tokens by expert.
+
+        Args:
+            routing: of the layer's call.
+            number: of the tile.
+        """
+        self.tile = tile = routing.tiles[number]
+        super().__init__(routing.experts[tile.start : tile.stop], sum(tile.send))
+        received = tile_counts(routing, number)
+        self.by_expert, self.by_rank = self._order_of_arrivals(received)
+        "[R] where each row of the one order lies in the other; None: both are the same"
+        self.offsets = expert_offsets(received)
+
+    def _order_of_arrivals(self, received: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Order rows by local expert that arrive by rank: received [P, L] -> two times [R].
+
+        Example: received [[1, 2], [3, 0]] -> by_expert [0, 3, 4, 5, 1, 2], by_rank [0, 4, 5, 1, 2, 3].
+        """
+        num_ranks, num_local = received.shape
+        if num_ranks == 1 or num_local == 1:
+            return None, None
+        # the chunk of each row, of which there are P L, one for each expert within one for each rank
+        rows = torch.arange(sum(self.tile.receive), device=received.device)
+        chunk = torch.searchsorted(received.flatten().cumsum(0), rows, right=True)
+        return _sort(chunk % num_local)
+
+
+def tile_counts(routing: Routing, number: int) -> Tensor:
+    """Return the rows of a tile that arrive, by rank and local expert: [P, L] int32."""
+    return routing.received[slice(*routing.tiles[number].granules)].sum(0)
+
+
+def expert_offsets(received: Tensor) -> Tensor:
+    """Return the row after the last one of each local expert: [P, L] -> [L] int32."""
+    return received.sum(0).cumsum(0).to(torch.int32)
 
 
 def _sort(keys: Tensor) -> tuple[Tensor, Tensor]:

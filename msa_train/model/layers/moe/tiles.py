@@ -9,8 +9,8 @@ travel under the computing of a neighbouring tile, forward and backward, two til
 Where a whole transformer layer is recomputed, its tiled part only takes its input again: nothing in that pass
 reads the output of the layer's last step. So tiles cost no more computing than a recomputed layer does.
 
-Weight gradients of tiles, each rounded to the weights' dtype by its product, add up in fp32, in the engine's
-gradient buffer where that is fp32 or fp64, and come back once.
+Weight gradients of tiles, each rounded to the weights' dtype by its product, add up in fp32 and come back
+once, see `gradient_sums`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from msa_train.model.layers.moe import deepep
+from msa_train.model.layers.moe.gradient_sums import GradientSums, learning
 from msa_train.model.layers.moe.rows import Exchange, TileRows, reordered
 
 PerToken = Callable[[Tensor], Tensor]
@@ -30,54 +32,6 @@ PerToken = Callable[[Tensor], Tensor]
 if TYPE_CHECKING:
     from msa_train.model.layers.moe.layer import ExpertLayer
     from msa_train.model.layers.moe.routing import Routing
-
-
-class GradientSums:
-    """Add up gradients of parameters over tiles in fp32 (fp64 for fp64), and hand them back once.
-
-    Both engines keep a buffer `main_grad` for each parameter, and a mark `grad_added_to_main_grad` by which
-    their hooks know that nothing is to be added: there sums need no memory of their own. Elsewhere they take
-    4 bytes for each element, in M3 432 MiB for 2 experts.
-    """
-
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self._parameters = parameters
-        self._sums: dict[int, Tensor] = {}
-
-    def add(self, parameter: nn.Parameter, grad: Tensor) -> None:
-        """Add a gradient, shaped like the parameter."""
-        if id(parameter) not in self._sums:
-            dtype = torch.promote_types(parameter.dtype, torch.float32)
-            own = _main_grad(parameter, dtype)
-            self._sums[id(parameter)] = torch.zeros_like(parameter, dtype=dtype) if own is None else own
-        self._sums[id(parameter)] += grad
-
-    def take(self) -> list[Tensor | None]:
-        """Return what a backward function returns for the parameters, in their order."""
-        return [self._taken(parameter) for parameter in self._parameters]
-
-    def _taken(self, parameter: nn.Parameter) -> Tensor | None:
-        found = self._sums.pop(id(parameter), None)
-        if found is None:
-            return None
-        if _main_grad(parameter, found.dtype) is None:
-            return found
-        parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-        # Hooks of the engines want to see a gradient; one number stands for all.
-        return parameter.new_zeros(()).expand_as(parameter)
-
-
-def _main_grad(parameter: nn.Parameter, dtype: torch.dtype) -> Tensor | None:
-    """Return the engine's gradient buffer of a parameter, if it is one to add into in this dtype."""
-    if not hasattr(parameter, "grad_added_to_main_grad"):
-        return None
-    buffer: Tensor | None = getattr(parameter, "main_grad", None)
-    return buffer if buffer is not None and buffer.dtype == dtype else None
-
-
-def learning(module: nn.Module | None) -> list[nn.Parameter]:
-    """List the parameters of a module that learn."""
-    return [] if module is None else [p for p in module.parameters() if p.requires_grad]
 
 
 def _gradients(
@@ -121,14 +75,16 @@ class TiledExperts(torch.autograd.Function):
         ctx.save_for_backward(tokens, probs)
         if not is_output_needed:
             return tokens.new_zeros(()).expand_as(tokens)
-        return _forward_tiles(layer, routing, tokens, probs)
+        forward = deepep.forward_tiles if layer.is_deepep else _forward_tiles
+        return forward(layer, routing, tokens, probs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         sums = GradientSums(ctx.parameters)
         tokens, probs = ctx.saved_tensors
-        grad_tokens, grad_probs = _backward_tiles(ctx.layer, ctx.routing, tokens, probs, grad, sums)
+        backward = deepep.backward_tiles if ctx.layer.is_deepep else _backward_tiles
+        grad_tokens, grad_probs = backward(ctx.layer, ctx.routing, tokens, probs, grad, sums)
         return None, None, None, None, grad_tokens, grad_probs, *sums.take()
 
 

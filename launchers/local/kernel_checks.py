@@ -106,9 +106,7 @@ def check_dispatcher_package(config: RunConfig, *, on_gpu: bool, is_here: bool =
     elif not on_gpu:
         reason = "runs on GPUs and none is used; use GPUs"
     if reason:
-        raise ValueError(
-            f"parallel.moe_dispatcher=deepep: {reason}, or use parallel.moe_dispatcher=alltoall"
-        )
+        raise ValueError(f"parallel.moe_dispatcher=deepep: {reason}, or use parallel.moe_dispatcher=alltoall")
 
 
 def kernel_warning(config: RunConfig, *, on_gpu: bool) -> str | None:

@@ -92,7 +92,7 @@ class Implementation(Enum):
 class MoeDispatcher(Enum):
     """Choose how rows travel between the ranks that share the experts."""
 
-    alltoall = "alltoall"  # messages of torch.distributed, the shared expert and neighbouring tiles beside them
+    alltoall = "alltoall"  # messages of torch.distributed, the shared expert and other tiles beside them
     deepep = "deepep"  # DeepEP's kernels, where the deep_ep package is installed; a token goes to a rank once
 
 

@@ -1,6 +1,7 @@
 """Build the model: layer specs by configuration, and a GPTModel whose loss never forms all logits."""
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from msa_train.model.attention.base import AttentionSubmodules
 from msa_train.model.attention.full import FullSelfAttention
 from msa_train.model.attention.msa import MsaSelfAttention
 from msa_train.model.attention.sliding_window import WindowSelfAttention
+from msa_train.model.extra_states import load_without_extra_states, without_extra_states
 from msa_train.model.implementation import layer_classes
 from msa_train.model.layers.cross_entropy import linear_cross_entropy
 from msa_train.model.layers.fused_gate import FusedGate
@@ -81,6 +83,16 @@ class MsaGptModel(GPTModel):
         return linear_cross_entropy(
             hidden.squeeze(1), weight, labels.squeeze(0), IGNORE_LABEL, group, is_fused=is_fused
         )
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Make the checkpoint entries, the same whosever linear layers and norms the model is built of."""
+        return without_extra_states(super().sharded_state_dict(*args, **kwargs))
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load weights and buffers; extra states are neither needed nor taken, see `extra_states`."""
+        return load_without_extra_states(super().load_state_dict, state_dict, strict=strict, assign=assign)
 
 
 def build_model(

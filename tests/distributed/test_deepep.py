@@ -1,5 +1,6 @@
 """`parallel.moe_dispatcher=deepep` over a stand-in of DeepEP: outputs and gradients of the all-to-all."""
 
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,16 @@ from tests.helpers.spawn import run_ranks
 SIZES = {"num_experts": 8, "moe_router_topk": 3}
 
 
+CASES: tuple[dict[str, Any], ...] = (
+    {},
+    {"recomputed": True},
+    {"tile_tokens": 13},
+    {"tile_tokens": 13, "recomputed": True},
+    {"favoured": True},
+    {"favoured": True, "tile_tokens": 8, "recomputed": True},
+    {"padding_alone": True},
+    {"padding_alone": True, "tile_tokens": 20},
+)
 
 
 def seen_by(
@@ -44,16 +55,7 @@ def seen_by(
 def check_equal(rank: int, world_size: int) -> None:
     with deep_ep_stand_in.installed():
         for precision, dtype in ((Precision.fp32, torch.float32), (Precision.bf16, torch.bfloat16)):
-            for options in (
-                {},
-                {"recomputed": True},
-                {"tile_tokens": 13},
-                {"tile_tokens": 13, "recomputed": True},
-                {"favoured": True},
-                {"favoured": True, "tile_tokens": 8, "recomputed": True},
-                {"padding_alone": True},
-                {"padding_alone": True, "tile_tokens": 20},
-            ):
+            for options in CASES:
                 want = seen_by(MoeDispatcher.alltoall, precision, rank, world_size, **options)
                 got = seen_by(MoeDispatcher.deepep, precision, rank, world_size, **options)
                 assert got.keys() == want.keys()

@@ -17,6 +17,7 @@ from tests.helpers.compare import assert_rows_close, worst_row
 from tests.helpers.moe_layers import EPS, build, gradients, inputs
 from tests.helpers.spawn import run_ranks
 
+
 def one_by_one(run: Callable[[], Any]) -> Any:
     """Run with one product for each expert."""
     chosen = experts.grouped_mm_for
@@ -145,7 +146,7 @@ def peak_bytes(layer: ExpertLayer, tokens: int) -> int:
 
 def check_memory_of_tiles(rank: int, world_size: int) -> None:
     """M3's proportions at a tenth of its width: the peak does not grow with the tokens."""
-    sizes = {"hidden_size": 768, "moe_ffn_hidden_size": 384, "shared_expert_hidden_size": 384}
+    sizes: dict[str, Any] = {"hidden_size": 768, "moe_ffn_hidden_size": 384, "shared_expert_hidden_size": 384}
     peaks = {}
     router._CHUNK_TOKENS = 64
     for tile_tokens in (0, 64):

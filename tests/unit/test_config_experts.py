@@ -20,7 +20,7 @@ def deepep_run(*overrides: str) -> RunConfig:
 @pytest.mark.parametrize(
     ("override", "text"),
     [
-        ("parallel.ep_size=1", "parallel.ep_size=1 has one; use a larger parallel.ep_size"),
+        ("parallel.ep_size=1", "parallel.ep_size=1 is one; use a larger parallel.ep_size"),
         ("parallel.ep_size=6", "no settings for parallel.ep_size=6; use one of 2, 4, 8"),
         ("parallel.ep_size=256", "no settings for parallel.ep_size=256"),
         ("train.precision=fp32", "not of train.precision=fp32; use train.precision=bf16"),
@@ -30,7 +30,7 @@ def deepep_run(*overrides: str) -> RunConfig:
     ],
 )
 def test_refused_in_one_line(override: str, text: str) -> None:
-    with pytest.raises(ValueError, match="^parallel.moe_dispatcher=deepep: ") as raised:
+    with pytest.raises(ValueError, match=r"^parallel\.moe_dispatcher=deepep: ") as raised:
         check_dispatcher(deepep_run(override))
     assert text in str(raised.value)
     assert str(raised.value).endswith(", or parallel.moe_dispatcher=alltoall")
@@ -54,7 +54,7 @@ def test_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="runs on GPUs and none is used; use GPUs, or use"):
         check_dispatcher_package(config, on_gpu=False)
     # as `--check` and every launch do
-    with pytest.raises(ValueError, match="^parallel.moe_dispatcher=deepep: runs on GPUs"):
+    with pytest.raises(ValueError, match=r"^parallel\.moe_dispatcher=deepep: runs on GPUs"):
         plan_layout(config)
     with pytest.raises(ValueError, match="deep_ep package cannot be imported"):
         deepep.check_installed()

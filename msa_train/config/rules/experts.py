@@ -34,7 +34,7 @@ def check_dispatcher(config: RunConfig) -> None:
     sizes = ", ".join(map(str, _DEEPEP_RANKS))
     reason = ""
     if ep_size == 1:
-        reason = "sends rows between ranks, of which parallel.ep_size=1 has one; use a larger parallel.ep_size"
+        reason = "sends rows between ranks, and parallel.ep_size=1 is one; use a larger parallel.ep_size"
     elif ep_size not in _DEEPEP_RANKS:
         reason = f"has no settings for parallel.ep_size={ep_size}; use one of {sizes}"
     elif config.train.precision is not Precision.bf16:
@@ -53,6 +53,4 @@ def check_dispatcher(config: RunConfig) -> None:
             f"use model.hidden_size={width + -width % _DEEPEP_COLUMNS}"
         )
     if reason:
-        raise ValueError(
-            f"parallel.moe_dispatcher=deepep: {reason}, or parallel.moe_dispatcher=alltoall"
-        )
+        raise ValueError(f"parallel.moe_dispatcher=deepep: {reason}, or parallel.moe_dispatcher=alltoall")

@@ -14,9 +14,7 @@ from tests.helpers.moe_layers import EPS, build, gradients, inputs
 from tests.helpers.spawn import run_ranks
 
 # two experts on each of four ranks, three of them for a token
-SIZES = {"num_experts": 8, "moe_router_topk": 3}
-
-
+SIZES: dict[str, Any] = {"num_experts": 8, "moe_router_topk": 3}
 CASES: tuple[dict[str, Any], ...] = (
     {},
     {"recomputed": True},

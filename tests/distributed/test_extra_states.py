@@ -9,6 +9,7 @@ import pytest
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from torch.distributed.checkpoint import FileSystemReader
 
 from msa_train.checkpoint.compatibility import fingerprint
 from msa_train.checkpoint.load import load_checkpoint, load_weights
@@ -83,7 +84,7 @@ def check_exchanged(rank: int, world_size: int, folder: Path) -> None:
             store, step=1, sharded_state=engine.sharded_state(loading=False), common={}, meta=meta
         )
         wanted = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
-        reader = torch.distributed.checkpoint.FileSystemReader(store.path(1))
+        reader = FileSystemReader(store.path(1))
         stored.append(set(reader.read_metadata().state_dict_metadata))
         parallel_state.destroy_model_parallel()
     assert stored[0] == stored[1]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from msa_train.checkpoint.compatibility import fingerprint
 from msa_train.checkpoint.load import load_checkpoint, load_weights

@@ -1,4 +1,4 @@
-"""Measure what fusing norms, rotary embedding and gates costs at a start and saves in a step; table and JSON.
+"""Measure what fusing norms, rotary embedding, gates and the router costs at a start and saves in a step; table and JSON.
 
     python -m benchmarks.fusion.run --out benchmarks/results
 
@@ -21,16 +21,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 from torch import Tensor
 
 from benchmarks.machine import ROOT, command, machine
 from msa_train.model.layers.fused_gate import fused_gate
+from msa_train.model.layers.fused_router import best_experts, fused_probs
+from msa_train.model.layers.moe.router import _TopkChoice
 from msa_train.model.layers.norm import RMSNorm, norm_and_rotate
 from msa_train.model.layers.rotary import rotary_table
 
 TOKENS, ROUNDS = 1024, 3
-# of M3: width, KV heads, query heads of each, channels, inside an expert
-HIDDEN, KV_HEADS, GROUP, HEAD, INNER = 6144, 4, 16, 128, 3072
+# of M3: width, KV heads, query heads of each, channels, inside an expert, experts, of a token, their sum
+HIDDEN, KV_HEADS, GROUP, HEAD, INNER, EXPERTS, TOPK, SCALING = 6144, 4, 16, 128, 3072, 128, 4, 2.0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -105,7 +108,7 @@ def _table() -> tuple[Tensor, Tensor]:
 
 def _functions() -> list[tuple[str, Callable[[Tensor], Tensor], Tensor]]:
     """List name, fused function and input."""
-    head, table = _norm(HEAD, is_fused=True), _table()
+    head, table, bias = _norm(HEAD, is_fused=True), _table(), torch.zeros(EXPERTS)
     heads = torch.randn(TOKENS, KV_HEADS, GROUP, HEAD).bfloat16()
     return [
         ("norm of a layer", _norm(HIDDEN, is_fused=True), torch.randn(TOKENS, 1, HIDDEN).bfloat16()),
@@ -116,14 +119,19 @@ def _functions() -> list[tuple[str, Callable[[Tensor], Tensor], Tensor]]:
             heads[:, :, 0].contiguous(),
         ),
         (
-            "gate (swiglu_oai)",
+            "gate of swiglu_oai, as M3 has it",
             lambda x: fused_gate(x, None, is_oai=True),
             torch.randn(TOKENS, 2 * INNER).bfloat16(),
         ),
         (
-            "gate (swiglu)",
+            "gate of swiglu, as M2 has it",
             lambda x: fused_gate(x, None, is_oai=False),
             torch.randn(TOKENS, 2 * INNER).bfloat16(),
+        ),
+        (
+            "router, from logits to chosen experts",
+            lambda x: fused_probs(x, best_experts(x, bias, TOPK), SCALING),
+            torch.randn(TOKENS, EXPERTS),
         ),
     ]
 
@@ -136,14 +144,31 @@ def _plain(name: str) -> Callable[[Tensor], Tensor]:
         head, table = _norm(HEAD, is_fused=False), _table()
         return lambda x: norm_and_rotate(head, x, table, is_fused=False)
 
+    if name.startswith("router"):
+        return _plain_router
+
     def gate(hidden: Tensor) -> Tensor:
         first, up = hidden.chunk(2, dim=-1)
-        if name.endswith("oai)"):
+        if "swiglu_oai" in name:
             first, up = first.clamp(max=7.0), up.clamp(-7.0, 7.0)
             return first * torch.sigmoid(1.702 * first) * (up + 1)
         return F.silu(first) * up
 
     return gate
+
+
+def _plain_router(logits: Tensor) -> Tensor:
+    """Route as Megatron does and as the plain router goes on."""
+    choice, bias = _TopkChoice(), torch.zeros(EXPERTS)
+    probs, _ = topk_routing_with_score_function(
+        logits,
+        TOPK,
+        scaling_factor=SCALING,
+        score_function="sigmoid",
+        expert_bias=bias,
+        router_replay=choice,  # type: ignore[arg-type]
+    )
+    return probs.gather(1, choice.take())
 
 
 def _both_passes(function: Callable[[Tensor], Tensor], x: Tensor) -> None:

@@ -75,7 +75,7 @@ class Recompute(Enum):
 
 
 class Fusion(Enum):
-    """Choose whether norms, rotary embedding, gates and softmax of the loss are one kernel each."""
+    """Choose whether norms, rotary embedding, gates, router and softmax of the loss are one kernel each."""
 
     auto = "auto"  # compiled on GPUs
     none = "none"  # operators of torch, one after the other

@@ -159,7 +159,7 @@ class TrainConfig:
     recompute_stages: str = ""
     "recompute of each pipeline rank, as `full,selective,none,none`; empty: the same in all"
     fusion: Fusion = Fusion.auto
-    "norm, rotary embedding with head norm, gates and softmax of the loss as one kernel each"
+    "norm, rotary embedding with head norm, gates, router and softmax of the loss as one kernel each"
     offload_activations: bool = False
     "what layers keep for the backward pass waits in host memory and returns one layer ahead"
     tile_tokens: int = 0

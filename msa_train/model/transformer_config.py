@@ -48,7 +48,7 @@ class MsaTransformerConfig(TransformerConfig):
     recomputed_modules: frozenset[str] = frozenset()
     "parts of layers that are, where that is selective"
     is_fused: bool = False
-    "norms, rotary embedding, gates and the loss's softmax are compiled"
+    "norms, rotary embedding, gates, router and the loss's softmax are compiled"
     offload_activations: bool = False
     "what layers keep waits in host memory"
     moe_dispatcher: MoeDispatcher = MoeDispatcher.alltoall

@@ -82,6 +82,26 @@ def check_padding_alone(rank: int, world_size: int) -> None:
         parallel_state.destroy_model_parallel()
 
 
+def check_fused_router(rank: int, world_size: int) -> None:
+    """Chosen, replayed, padded and counted as by the plain one; only the router differs here."""
+    for tile_tokens in (0, 13):
+        seen = []
+        for is_fused in (False, True):
+            layer = build(Precision.fp32, ep_size=world_size, tile_tokens=tile_tokens)
+            layer.router.is_fused = is_fused
+            assert layer.router.expert_bias is not None
+            layer.router.expert_bias.copy_(torch.tensor([0.3, -0.2, 0.0, 0.1]))
+            found = gradients(layer, *inputs(layer, 50, rank), recomputed=True)
+            assert layer.router.local_tokens_per_expert is not None
+            seen.append(found | {"count": layer.router.local_tokens_per_expert.clone()})
+            parallel_state.destroy_model_parallel()
+        assert torch.equal(seen[0]["count"], seen[1]["count"])
+        assert seen[0]["count"].sum() > 0
+        assert seen[0]["router.weight"].any()
+        for name, value in seen[0].items():
+            assert worst_row(seen[1][name], value) <= 8 * EPS[torch.float32], name
+
+
 class Waits(TorchDispatchMode):
     """Count what would make the host wait for a GPU."""
 
@@ -188,6 +208,7 @@ CHECKS = {
         check_tiles_equal_the_whole,
         check_all_tokens_to_one_rank,
         check_padding_alone,
+        check_fused_router,
         check_one_wait_a_layer,
         check_memory_of_tiles,
         check_gradient_without_a_buffer,

@@ -1,4 +1,4 @@
-"""Fused norms, rotary embedding, gates and softmax: the numbers of the plain ones, whatever the rows."""
+"""Fused norms, rotary embedding, gates, router and softmax: the plain ones' numbers, whatever the rows."""
 
 import os
 import shutil
@@ -10,15 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 from torch import Tensor
 
 from msa_train.config import Activation, Fusion, ModelConfig, RunConfig, TrainConfig
 from msa_train.model.layers import fusion
 from msa_train.model.layers.fused_gate import fused_gate
+from msa_train.model.layers.fused_router import best_experts, fused_probs
 from msa_train.model.layers.norm import RMSNorm, norm_and_rotate
 from msa_train.model.layers.rotary import rotary_table
 from msa_train.model.transformer_config import build_transformer_config, fuses
-from tests.helpers.compare import assert_rows_close
+from tests.helpers.compare import assert_rows_close, worst_row
 
 # of fp64 and fp32 rounding; bf16: one rounding less or more between norm and rotation
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-6}
@@ -114,6 +116,50 @@ def check_gates(dtype: torch.dtype, rows: int) -> None:
                     assert_rows_close(a, b, TOLERANCES[dtype])
 
 
+def check_router(rows: int) -> None:
+    """Megatron's experts; probabilities and gradients as near to those of fp64 as Megatron's are."""
+    generator = torch.Generator().manual_seed(rows)
+    logits = torch.randn(rows, 16, generator=generator) * 3
+    # ties, scores that round to 0 and to 1
+    logits[: rows // 4, 3:7] = 1.0
+    logits[: rows // 5] -= 200
+    logits[: rows // 6] += 250
+    bias = torch.linspace(-0.2, 0.2, 16)
+    for topk in (1, 4):
+        grad = torch.randn(rows, topk, generator=generator)
+        chosen = best_experts(logits, bias, topk)
+
+        def plain(x: Tensor, topk: int = topk, chosen: Tensor = chosen) -> Tensor:
+            probs, selected = topk_routing_with_score_function(
+                x, topk, scaling_factor=2.5, score_function="sigmoid", expert_bias=bias
+            )
+            assert torch.equal(selected, torch.zeros_like(x).scatter(1, chosen, 1).bool())
+            return probs.gather(1, chosen)
+
+        def compiled(x: Tensor, chosen: Tensor = chosen) -> Tensor:
+            return fused_probs(x, chosen, 2.5)
+
+        def exact(x: Tensor, topk: int = topk, chosen: Tensor = chosen) -> Tensor:
+            scores = torch.sigmoid(x).gather(1, chosen)
+            return scores / (scores.sum(1, keepdim=True) + 1e-20 if topk > 1 else 1) * 2.5
+
+        want = run(exact, grad.double(), logits.double())
+        for got, megatron, value in zip(
+            run(compiled, grad, logits), run(plain, grad, logits), want, strict=True
+        ):
+            assert got.dtype == torch.float32
+            assert_rows_close(got, value, max(2 * worst_row(megatron, value), TOLERANCES[torch.float32]))
+
+
+@pytest.mark.usefixtures("_uncompiled")
+def test_router() -> None:
+    for rows in (1, 2, 33):
+        check_router(rows)
+    logits = torch.randn(5, 9, dtype=torch.float64, requires_grad=True)
+    chosen = best_experts(logits, None, 3)
+    assert torch.autograd.gradcheck(lambda x: fused_probs(x, chosen, 2.0), logits)
+
+
 @pytest.mark.usefixtures("_uncompiled")
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_formulas(dtype: torch.dtype) -> None:
@@ -153,6 +199,10 @@ def check_compiled() -> None:
         for got, want in zip(run(norm, x, x), run(plain, x, x), strict=True):
             assert_rows_close(got, want, 2**-7)
     assert counters["stats"]["unique_graphs"] == 2, counters
+    for rows in (33, 1, 2):
+        check_router(rows)
+    # for each number of experts chosen, two ways
+    assert counters["stats"]["unique_graphs"] == 2 + 4, counters
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for the CPU needs g++")

@@ -15,6 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from msa_train.model.layers.fused_router import best_experts, fused_probs
 from msa_train.model.transformer_config import MsaTransformerConfig
 
 # Tokens whose copy in the router's dtype is there at a time: M3's take 192 MiB in fp32.
@@ -42,6 +43,8 @@ class SigmoidRouter(TopKRouter):
         # Set by the layer: a recomputed forward must not count its tokens again.
         self.counting = True
         self.topk_choice = self.router_replay = _TopkChoice()
+        # fp64 is for tests, and Megatron's versions round it differently there
+        self.is_fused = config.is_fused and config.moe_router_dtype == "fp32"
         if self.enable_expert_bias:
             del self.local_tokens_per_expert, self.expert_bias
             zeros = torch.zeros(config.model.num_experts, dtype=torch.float32, device=self.weight.device)
@@ -77,7 +80,7 @@ class SigmoidRouter(TopKRouter):
         self.topk_choice.replayed = None if chosen is None else chosen.clamp(max=num_experts - 1).long()
         probs, _ = self(hidden, padding_mask)
         experts, self.topk_choice.replayed = self.topk_choice.take(), None
-        probs = probs.gather(1, experts)
+        probs = probs if self.is_fused else probs.gather(1, experts)
         if padding_mask is not None:
             experts = experts.masked_fill(padding_mask.reshape(-1, 1), num_experts)
         return experts.int(), probs
@@ -88,10 +91,12 @@ class SigmoidRouter(TopKRouter):
     def routing(
         self, logits: Tensor, padding_mask: Tensor | None = None, **_unused: Any
     ) -> tuple[Tensor, Tensor]:
-        """Choose experts: logits [t, 1, E] -> probs [t, E], routing_map [t, E] bool.
+        """Choose experts: logits [t, 1, E] -> probs [t, E], routing_map [t, E] bool; fused: see `_fused`.
 
         padding_mask: [t, 1] bool, True for padding, which goes to no expert.
         """
+        if self.is_fused:
+            return self._fused(logits.flatten(0, -2), padding_mask)
         probs, routing_map = super().routing(logits)
         if padding_mask is not None:
             real = ~padding_mask.reshape(-1, 1)
@@ -100,6 +105,26 @@ class SigmoidRouter(TopKRouter):
         if self.local_tokens_per_expert is not None and self.counting and torch.is_grad_enabled():
             self.local_tokens_per_expert += routing_map.sum(0)
         return probs, routing_map
+
+    def _fused(self, logits: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Choose experts and keep only theirs: logits [t, E] -> probs [t, k], experts [t, k]; E: none."""
+        num_experts, choice = logits.shape[1], self.topk_choice
+        chosen = choice.replayed
+        if chosen is None:
+            chosen = best_experts(logits, self.expert_bias, self.topk)
+        choice.note(chosen)
+        probs = fused_probs(logits, chosen, self.config.moe_router_topk_scaling_factor or 1.0)
+        experts = chosen
+        if padding_mask is not None:
+            is_padding = padding_mask.reshape(-1, 1)
+            probs = probs.masked_fill(is_padding, 0)
+            experts = chosen.masked_fill(is_padding, num_experts)
+        if self.local_tokens_per_expert is not None and self.counting and torch.is_grad_enabled():
+            # one more for padding
+            counts = self.local_tokens_per_expert.new_zeros(num_experts + 1)
+            counts.scatter_add_(0, experts.flatten(), torch.ones_like(experts, dtype=counts.dtype).flatten())
+            self.local_tokens_per_expert += counts[:num_experts]
+        return probs, experts
 
 
 class _TopkChoice:
@@ -120,9 +145,13 @@ class _TopkChoice:
         if chosen is None:
             with torch.no_grad():
                 _, chosen = choose(scores, topk, num_groups=num_groups, group_topk=group_topk)
-        self._chosen = chosen
+        self.note(chosen)
         # by the same operation both times: a recomputed layer must save the same tensors
         return scores.gather(1, chosen), chosen
+
+    def note(self, chosen: Tensor) -> None:
+        """Remember the experts of a call, [t, k] int64."""
+        self._chosen = chosen
 
     def take(self) -> Tensor:
         """Return the experts of the last call, once."""

@@ -1,8 +1,8 @@
-"""Measure what fusing norms, rotary embedding, gates and the router costs at a start and saves in a step; table and JSON.
+"""Measure what fused norms, rotary embedding, gates and router cost at a start and save in a step.
 
     python -m benchmarks.fusion.run --out benchmarks/results
 
-Two processes one after the other: the first finds no compiled code on disk, the second finds the first's.
+Writes a table and JSON. Two processes one after the other: the first finds no compiled code on disk, the second finds the first's.
 Each calls every function once, forward and backward, with the widths of M3, and then times it against the
 plain operators of torch, in turns, on one thread. Needs g++.
 """

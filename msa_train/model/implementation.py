@@ -2,7 +2,9 @@
 
 Transformer Engine's are Megatron's wrappers, which take the same arguments and keep weights under the same
 names. Experts, the index branch and the norms of heads stay ours: grouped products, a detached input and
-fused rotation need them. The package is no dependency, and none of this has run with it.
+fused rotation need them. Its grouped linear layer is not taken: it keeps all experts' weights in one module
+under names of its own, and `GroupedExperts` computes the gradients of a tile from the tile's input alone.
+The package is no dependency, and none of this has run with it.
 """
 
 from dataclasses import dataclass

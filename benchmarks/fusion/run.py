@@ -2,9 +2,9 @@
 
     python -m benchmarks.fusion.run --out benchmarks/results
 
-Writes a table and JSON. Two processes one after the other: the first finds no compiled code on disk, the second finds the first's.
+Two processes one after the other: the first finds no compiled code on disk, the second finds the first's.
 Each calls every function once, forward and backward, with the widths of M3, and then times it against the
-plain operators of torch, in turns, on one thread. Needs g++.
+plain operators of torch, in turns, on one thread. Writes a table and JSON; needs g++.
 """
 
 import argparse

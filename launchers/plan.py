@@ -12,7 +12,7 @@ from launchers.cli.output import say
 from launchers.cli.token_count import token_count
 from launchers.hydra_config.compose import compose_run
 from launchers.hydra_config.options import group_options
-from msa_train.config import RunConfig, check_rules
+from msa_train.config import Implementation, MoeDispatcher, RunConfig, check_rules
 
 if TYPE_CHECKING:
     from msa_train.plan.assumptions import Assumptions
@@ -149,6 +149,8 @@ def _answer(
 
     world_size = arguments.gpus or fewest_gpus(config)
     check_rules(config, world_size=world_size, has_gpu=True)
+    if arguments.trace:
+        _check_trace(config)
     layout = resolve_layout(config, world_size)
     plan = timed(plan_of(config, world_size, layout, assumed), machine, assumed)
     data = plan_data(plan, assumed)
@@ -168,6 +170,24 @@ def _answer(
         return 0
     say(_too_large(plan, peaks, assumed), error=True)
     return 1
+
+
+def _check_trace(config: RunConfig) -> None:
+    """Refuse what the traced step would need a package for that a machine without a GPU has not.
+
+    Raises:
+        ValueError: naming the value, the rule and the fix.
+    """
+    ours = {
+        "parallel.moe_dispatcher": (config.parallel.moe_dispatcher, MoeDispatcher.alltoall),
+        "model.implementation": (config.model.implementation, Implementation.torch),
+    }
+    for name, (value, only) in ours.items():
+        if value is not only:
+            raise ValueError(
+                f"{name}={value.value}: --trace runs the step without a GPU, where its package has nothing to "
+                f"run on; use {name}={only.value} with --trace"
+            )
 
 
 def _traces(stages: list[int], plan: "Plan", assumed: "Assumptions") -> dict[int, dict[str, Any]]:

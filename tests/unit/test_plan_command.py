@@ -84,6 +84,14 @@ def test_a_search_without_a_result_says_how_many_would_do(capsys: pytest.Capture
         (("run=m3_1m", "--stages", "a"), "argument --stages: a: must be numbers of stages such as 0,3"),
         (("run=m3_1m", "--gpus", "100"), "launcher.num_processes=100: must be a multiple of"),
         (("run=nothing",), "run=nothing"),
+        (
+            ("run=m3_1m", "--trace", "parallel.moe_dispatcher=deepep"),
+            "parallel.moe_dispatcher=deepep: --trace runs the step without a GPU",
+        ),
+        (
+            ("run=m3_1m", "--trace", "model.implementation=transformer_engine"),
+            "use model.implementation=torch with --trace",
+        ),
         (("run=m3_1m", "--what"), "unrecognized arguments: --what; see msa-plan --help"),
         (("--gpus", "0", "model=m3"), "--gpus=0: must be at least 1"),
         (("run=m3_1m", "--best", "0"), "--best=0: must be at least 1"),

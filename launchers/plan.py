@@ -185,8 +185,8 @@ def _check_trace(config: RunConfig) -> None:
     for name, (value, only) in ours.items():
         if value is not only:
             raise ValueError(
-                f"{name}={value.value}: --trace runs the step without a GPU, where its package has nothing to "
-                f"run on; use {name}={only.value} with --trace"
+                f"{name}={value.value}: --trace runs the step without a GPU, where its package cannot run; "
+                f"use {name}={only.value} with --trace"
             )
 
 

@@ -4,8 +4,9 @@
     python -m benchmarks.moe.speed --rows 256 --scale 8 --out /tmp/try
 
 Both multiply the same weights and the same rows, sorted by expert, in turns, in one process; the best of the
-rounds counts. Counts are uneven: the busiest expert has 16 times the rows of the idlest one. Grouped includes
-putting the weights together for the pass. Activations are plain on both sides.
+rounds counts. Counts are uneven: the busiest expert has 16 times the rows of the idlest one. Weights lie as
+engine=torch lays them; with --copied each grouped pass puts them together first, as under Megatron's
+optimizer. Activations are plain on both sides.
 """
 
 import argparse
@@ -46,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rows", type=int, default=4096, help="rows that arrive at a rank")
     parser.add_argument("--scale", type=int, default=1, help="divide both widths by this, to try it")
+    parser.add_argument("--copied", action="store_true", help="weights do not lie together")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
@@ -97,6 +99,8 @@ def _measure(
     """Time both in turns; seconds of forward and of backward, and how far their numbers differ."""
     width, inner = width // arguments.scale, inner // arguments.scale
     grouped, sequential = _build(num_experts, width, inner, activation, precision)
+    if not arguments.copied:
+        grouped.lay_together()
     counts = counts_of(num_experts, arguments.rows)
     generator = torch.Generator().manual_seed(0)
     dtype = grouped.matrices()[0][0].dtype

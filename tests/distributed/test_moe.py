@@ -42,6 +42,30 @@ def check_grouped_equals_one_by_one(rank: int, world_size: int) -> None:
         parallel_state.destroy_model_parallel()
 
 
+def check_weights_lie_together(rank: int, world_size: int) -> None:
+    """As the engine lays them, no pass copies them; elsewhere it does, to the same numbers."""
+    for precision in (Precision.fp32, Precision.bf16):
+        layer = build(precision, ep_size=world_size)
+        stacked, matrices = layer.experts.stacked(), layer.experts.matrices()
+        assert stacked is not None
+        for whole, parts in zip(stacked, matrices, strict=True):
+            assert len(whole) == len(parts) == 2
+            for one, part in zip(whole, parts, strict=True):
+                assert part.data_ptr() == one.data_ptr()
+                assert part.is_contiguous()
+        given = inputs(layer, 50, rank)
+        want = gradients(layer, *given)
+        for parameter in layer.experts.parameters():
+            parameter.data = parameter.data.clone()
+        copied = layer.experts.stacked()
+        assert copied is not None
+        assert copied[0].data_ptr() != matrices[0][0].data_ptr()
+        got = gradients(layer, *given)
+        for name, value in want.items():
+            assert torch.equal(got[name], value), name
+        parallel_state.destroy_model_parallel()
+
+
 def check_tiles_equal_the_whole(rank: int, world_size: int) -> None:
     """Uneven tiles, in fp32 and bf16 too; weight gradients of bf16 tiles are rounded once each."""
     for precision, dtype in ((Precision.fp32, torch.float32), (Precision.bf16, torch.bfloat16)):
@@ -205,6 +229,7 @@ CHECKS = {
     check.__name__.removeprefix("check_"): check
     for check in (
         check_grouped_equals_one_by_one,
+        check_weights_lie_together,
         check_tiles_equal_the_whole,
         check_all_tokens_to_one_rank,
         check_padding_alone,

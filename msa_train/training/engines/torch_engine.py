@@ -22,6 +22,7 @@ from msa_train.data import Pack
 from msa_train.model.attention.index_branch import is_index_parameter
 from msa_train.model.inputs.layer_stats import LayerStats
 from msa_train.model.layers.moe import SigmoidRouter
+from msa_train.model.layers.moe.experts import GroupedExperts
 from msa_train.parallel.process_groups import Groups
 from msa_train.training.engines.engine import (
     Accept,
@@ -44,6 +45,9 @@ class TorchEngine(TrainEngine):
     def __init__(self, config: RunConfig, groups: Groups) -> None:
         super().__init__(config, groups)
         self.chunks = self.build_chunks()
+        for module in self.model.modules():
+            if isinstance(module, GroupedExperts):
+                module.lay_together()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.gradients = GradBuffers(self.parameters, groups, config.optim.grads_dtype)
         # 16-bit parameters are updated through fp32 copies: bf16 has 8 bits, so steps of less than 1/512 of a

@@ -2,9 +2,10 @@
 
 The parameters stay those of Megatron's SequentialMLP, a pair of matrices for each expert: names, checkpoints,
 optimizers, gradient buffers and the drawing of weights do not know how they are multiplied. A grouped product
-wants them in one tensor [L, out, in]: they are copied into one for each pass over a layer, unless they lie
-so already. The copy is shared by all tiles; M3's 2 experts of 128 on 64 ranks have 216 MiB in bf16, which by
-arithmetic takes 0.15 ms at 3 TB/s, where the products of 65,536 rows take 10 ms at 700 TFLOP/s.
+wants them in one tensor [L, out, in]. engine=torch lays them so; Megatron's buffers have their own order, and
+there they are copied into one tensor for each pass over a layer. The copy is shared by all tiles; M3's 2
+experts of 128 on 64 ranks have 216 MiB in bf16, which by arithmetic takes 0.15 ms at 3 TB/s, where the
+products of 65,536 rows take 10 ms at 700 TFLOP/s.
 """
 
 from collections.abc import Callable, Sequence
@@ -46,6 +47,21 @@ class GroupedExperts(SequentialMLP):
     """
 
     config: TransformerConfig
+
+    @torch.no_grad()
+    def lay_together(self) -> None:
+        """Move the weights into one tensor for each of the two kinds of matrix, so that no pass copies them.
+
+        For engines that leave parameters where they are; afterwards each is a view of the whole. Meanwhile
+        one of the two tensors of a layer is there twice.
+        """
+        first, second = self.matrices()
+        if grouped_mm_for(first[0].device, first[0].dtype) is None:
+            return
+        for matrices in (first, second):
+            together = torch.stack([matrix.detach() for matrix in matrices])
+            for matrix, place in zip(matrices, together, strict=True):
+                matrix.data = place
 
     def stacked(self) -> list[Tensor] | None:
         """Put the weights together: [L, 2 F, H] and [L, H, F]; None where experts run one by one.

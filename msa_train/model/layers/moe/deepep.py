@@ -10,8 +10,8 @@ recomputed. Nothing is computed beside its messages, and the backward pass of a 
 forward pass again, its combining message included.
 
 Cost for M3 (128 experts, 4 a token), by arithmetic: of the 4 rows of a token, ranks with 16 experts are sent
-3.34 on average, ranks with 2 experts 3.95; over 8 nodes of 16 experts 3.34 cross to a node. Counted by the
-binding, beside torch's memory: DeepEP's buffers, for all layers once.
+3.34 on average, ranks with 2 experts 3.95; over 8 nodes of 16 experts 3.34 cross to a node. DeepEP's buffers,
+one set for all layers, lie beside torch's memory.
 
 No GPU has run this. Tests put a stand-in under the binding that trades rows over gloo.
 
@@ -76,7 +76,7 @@ def compute(
         arrived, local, scales, _, handle = fused_a2a.fused_dispatch(
             tokens, experts, probs, num_experts, layer.ep_group
         )
-    # [A, H]; [A, k] number among the experts of this rank, -1 for experts elsewhere; [A, k]
+    # arrived [A, H]; local and scales [A, k]: number among the experts of this rank, -1 for those elsewhere
     rows = SlotRows(local.masked_fill(local < 0, len(tile.per_expert)), sum(tile.per_expert))
     out = layer.experts.compute(
         weights,

@@ -1,12 +1,12 @@
 """Time grouped experts against megatron-core's SequentialMLP, forward and backward; write a table and JSON.
 
-    python -m benchmarks.moe.speed                     # whole shapes: 6 GiB, a quarter of an hour, no GPU
+    python -m benchmarks.moe.speed                     # whole shapes: 6 GiB, some minutes, no GPU
     python -m benchmarks.moe.speed --rows 256 --scale 8 --out /tmp/try
 
-Both multiply the same weights and the same rows, sorted by expert, in turns, in one process; the best of the
-rounds counts. Counts are uneven: the busiest expert has 16 times the rows of the idlest one. Weights lie as
-engine=torch lays them; with --copied each grouped pass puts them together first, as under Megatron's
-optimizer. Activations are plain on both sides.
+All multiply the same weights and the same rows, sorted by expert, in turns, in one process; the best of the
+rounds counts. Counts are uneven: the busiest expert has 16 times the rows of the idlest one. Weights lie
+together, as engine=torch lays them; `copied` puts them together for each pass, as under Megatron's optimizer.
+Activations are plain everywhere.
 """
 
 import argparse
@@ -37,6 +37,7 @@ SHAPES = (
     ("M3, 8 of 128 experts", 8, 6144, 3072, Activation.swiglu_oai),
     ("M2, 32 of 256 experts", 32, 3072, 1536, Activation.swiglu),
 )
+RIVALS = ("sequential", "grouped", "copied")
 PRECISIONS = (Precision.bf16, Precision.fp32)
 # rows of the experts, relative to each other, again and again
 SHARES = (16, 12, 10, 8, 8, 6, 3, 1)
@@ -47,7 +48,6 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rows", type=int, default=4096, help="rows that arrive at a rank")
     parser.add_argument("--scale", type=int, default=1, help="divide both widths by this, to try it")
-    parser.add_argument("--copied", action="store_true", help="weights do not lie together")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
@@ -96,11 +96,10 @@ def _measure(
     precision: Precision,
     arguments: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Time both in turns; seconds of forward and of backward, and how far their numbers differ."""
+    """Time all in turns; seconds of forward and of backward, and how far their numbers differ."""
     width, inner = width // arguments.scale, inner // arguments.scale
     grouped, sequential = _build(num_experts, width, inner, activation, precision)
-    if not arguments.copied:
-        grouped.lay_together()
+    grouped.lay_together()
     counts = counts_of(num_experts, arguments.rows)
     generator = torch.Generator().manual_seed(0)
     dtype = grouped.matrices()[0][0].dtype
@@ -112,13 +111,17 @@ def _measure(
     def run_grouped(x: Tensor, probs: Tensor) -> Tensor:
         return grouped.compute(grouped.stacked(), x, probs, offsets, counts)
 
+    def run_copied(x: Tensor, probs: Tensor) -> Tensor:
+        weights = [torch.stack(list(matrices)) for matrices in grouped.matrices()]
+        return grouped.compute(weights, x, probs, offsets, counts)
+
     def run_sequential(x: Tensor, probs: Tensor) -> Tensor:
         return sequential(x, numbers, probs)[0]
 
     best: dict[str, float] = {}
     seen: dict[str, Tensor] = {}
     for _ in range(arguments.rounds):
-        for rival, function in (("grouped", run_grouped), ("sequential", run_sequential)):
+        for rival, function in zip(RIVALS, (run_sequential, run_grouped, run_copied), strict=True):
             seen[rival] = _both_passes(best, rival, function, (x, probs, grad), grouped)
     difference = (seen["grouped"] - seen["sequential"]).abs().max() / seen["sequential"].abs().max()
     total = {rival: best[f"{rival}_forward_s"] + best[f"{rival}_backward_s"] for rival in seen}
@@ -131,6 +134,7 @@ def _measure(
         "precision": precision.value,
         **best,
         "times_as_fast": total["sequential"] / total["grouped"],
+        "times_as_fast_copied": total["sequential"] / total["copied"],
         "largest_difference": float(difference),
     }
 
@@ -138,7 +142,7 @@ def _measure(
 def _build(
     num_experts: int, width: int, inner: int, activation: Activation, precision: Precision
 ) -> tuple[GroupedExperts, SequentialMLP]:
-    """Build both over the same weights."""
+    """Build both classes over the same weights."""
     model = ModelConfig(
         hidden_size=width, num_experts=num_experts, moe_ffn_hidden_size=inner, activation=activation
     )
@@ -188,18 +192,20 @@ def _markdown(result: dict[str, Any]) -> str:
         f"{max(row['largest_difference'] for row in result['rows']):.1e} of the largest one. No GPU has run "
         "this.",
         "",
-        "| experts | widths | rows, of one expert | dtype | one by one | grouped | times as fast |",
-        "|---|---|---|---|---|---|---|",
+        "| experts | widths | rows, of one expert | dtype | one by one | grouped | times as fast | copied "
+        "| times as fast |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
         times = [
             f"{1e3 * row[f'{rival}_forward_s']:,.0f} + {1e3 * row[f'{rival}_backward_s']:,.0f} ms"
-            for rival in ("sequential", "grouped")
+            for rival in RIVALS
         ]
         counts = row["counts"]
         lines.append(
             f"| {row['shape']} | {row['width']} x {row['inner']} | {sum(counts)}, {min(counts)} to "
-            f"{max(counts)} | {row['precision']} | {times[0]} | {times[1]} | {row['times_as_fast']:.2f} |"
+            f"{max(counts)} | {row['precision']} | {times[0]} | {times[1]} | {row['times_as_fast']:.2f} "
+            f"| {times[2]} | {row['times_as_fast_copied']:.2f} |"
         )
     return "\n".join([*lines, ""])
 

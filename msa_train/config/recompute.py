@@ -29,7 +29,19 @@ def stage_recomputes(config: RunConfig) -> tuple[Recompute, ...]:
 
 def replays_attention(config: RunConfig) -> float:
     """Return the share of pipeline ranks whose attention, exchange included, runs twice: from 0 to 1."""
-    has_attention = "attention" in recompute_modules(config)
+    return recomputed_share(config, "attention")
+
+
+def recomputed_share(config: RunConfig, part: str) -> float:
+    """Return the share of pipeline ranks that compute a part of a layer twice: from 0 to 1.
+
+    Args:
+        config: of the run.
+        part: of MODULES; another word stands for what only `full` computes again.
+
+    Example: recompute_stages "full,selective,none,none", modules "experts" -> experts 0.5, attention 0.25.
+    """
+    named = part in recompute_modules(config)
     kinds = stage_recomputes(config)
-    twice = [kind is Recompute.full or (kind is Recompute.selective and has_attention) for kind in kinds]
+    twice = [kind is Recompute.full or (kind is Recompute.selective and named) for kind in kinds]
     return sum(twice) / len(twice)

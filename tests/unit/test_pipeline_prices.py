@@ -54,6 +54,23 @@ def test_forward_flops_of_m3_at_1m() -> None:
     assert [round(one / 1e9) for one in sums] == [70, 21, 21, 23]
 
 
+def test_selective_recomputation_prices_what_it_names() -> None:
+    def layer(*settings: str) -> float:
+        return price_layers(compose_run([*M3["1m"][0], *settings]), rates=LayerRates.flops_only()).layers[10]
+
+    none, full = layer("train.recompute=none"), layer("train.recompute=full")
+    selective = [
+        layer("train.recompute=selective", f"train.recompute_modules='{modules}'") - none
+        for modules in ("norm", "experts", "attention", "attention,experts")
+    ]
+    experts, sparse = 2 * 6144 * 128 + 6 * 6144 * 5 * 3072, 4 * 64 * 128 * 2048
+    assert selective[0] == 0
+    assert selective[1] == pytest.approx(experts)
+    assert selective[2] == pytest.approx(sparse, rel=1e-3)
+    assert selective[3] == pytest.approx(experts + sparse, rel=1e-3)
+    assert full - none > selective[3]
+
+
 @pytest.mark.parametrize(("name", "even", "auto"), [("1m", 1.91, 1.09), ("200k", 1.19, 1.04)])
 def test_auto_balances_m3(name: str, even: float, auto: float) -> None:
     """The figures of docs/pipeline.md; at most 1.1, with bytes within 1.15 of the mean."""

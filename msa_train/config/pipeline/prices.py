@@ -12,7 +12,8 @@ Symbols: L tokens of a document, H hidden size, Hq query heads, M KV heads, D he
 from dataclasses import dataclass, fields
 
 from msa_train.config.model import ModelConfig
-from msa_train.config.options import AttentionKind, KlTarget, Recompute, StageAttention
+from msa_train.config.options import AttentionKind, KlTarget, StageAttention
+from msa_train.config.recompute import recomputed_share
 from msa_train.config.run import RunConfig
 from msa_train.config.stage_plan import Stage, plan_stages
 
@@ -148,24 +149,27 @@ class _Work:
         if kind is AttentionKind.msa:
             price += self._index(sparse=sparse)
         if number < model.num_dense_ffn_layers:
-            return price + self.gemm(6 * model.hidden_size * model.ffn_hidden_size)
+            return price + self.gemm(6 * model.hidden_size * model.ffn_hidden_size, "ffn")
         return price + self._experts()
 
     def kept(self, flops: float) -> float:
         """Price a matrix product that is never recomputed."""
         return flops / self.rates.gemm * (1 + _BACKWARD_GEMM * self.backward)
 
-    def gemm(self, flops: float) -> float:
-        """Price a matrix product of a layer."""
-        return self.kept(flops) + flops / self.rates.gemm * self._recomputed
+    def gemm(self, flops: float, part: str = "") -> float:
+        """Price a matrix product of a layer; part: see `_recomputed`."""
+        return self.kept(flops) + flops / self.rates.gemm * self._recomputed(part)
 
-    @property
-    def _recomputed(self) -> float:
-        """Return how often a layer's forward pass is made again: 0 or 1."""
-        return float(self.backward and self.config.train.recompute is not Recompute.none)
+    def _recomputed(self, part: str) -> float:
+        """Return how often a part of a layer is computed again, as a mean over pipeline ranks: 0 to 1.
+
+        Args:
+            part: of MODULES of `msa_train.config.recompute`; "": what only `full` computes again.
+        """
+        return recomputed_share(self.config, part) if self.backward else 0.0
 
     def _attention(self, flops: float, forward: float, backward: float) -> float:
-        again = flops / forward * (1 + self._recomputed)
+        again = flops / forward * (1 + self._recomputed("attention"))
         return again + self.backward * _BACKWARD_ATTENTION * flops / backward
 
     def _full(self, keys: float) -> float:
@@ -211,9 +215,9 @@ class _Work:
         """Price router, chosen and shared experts, and tokens sent to the experts' ranks and back."""
         model, ep_size = self.config.model, self.config.parallel.ep_size
         width = model.moe_router_topk * model.moe_ffn_hidden_size + model.shared_expert_hidden_size
-        price = self.gemm(2 * model.hidden_size * (model.num_experts + 3 * width))
+        price = self.gemm(2 * model.hidden_size * (model.num_experts + 3 * width), "experts")
         num_bytes = 2 * model.moe_router_topk * model.hidden_size * _ELEMENT_BYTES * (1 - 1 / ep_size)
-        return price + num_bytes / self.rates.link_bytes * (1 + self.backward + self._recomputed)
+        return price + num_bytes / self.rates.link_bytes * (1 + self.backward + self._recomputed("experts"))
 
 
 def _projection_flops(model: ModelConfig) -> float:

@@ -36,7 +36,15 @@ ConfigStore.instance().store(name="schema", node=RunConfig)
 
 _MAX_CONFIG_BYTES = 2**20
 EVERY_KEY = "every key is printed by: msa-train run=demo --cfg"
-TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+TYPE_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    dict: "{key: value}",
+}
+# mappings whose keys are not ours to know
+_FREE_PREFIXES = ("deepspeed.raw.",)
 
 
 def compose_run(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> RunConfig:
@@ -133,6 +141,9 @@ def hydra_override(text: str) -> str:
     # every key exists, so that a leading + changes nothing; Hydra would refuse it
     text = text.lstrip("+")
     key = text.partition("=")[0]
+    if f"{key}.".startswith(_FREE_PREFIXES):
+        # what is below need not exist yet
+        return f"++{text}"
     return literal(text) if key in OPTION_GROUPS or key in text_keys() else text
 
 
@@ -153,6 +164,8 @@ def _walk(section: type, prefix: str, stages: Sequence[str]) -> dict[str, Any]:
     for item in fields(section):
         if is_dataclass(item.type):
             keys.update(_walk(item.type, f"{prefix}{item.name}.", stages))  # type: ignore[arg-type]
+        elif item.type == dict[str, Any]:
+            keys[prefix + item.name] = dict
         elif get_origin(item.type) is dict:
             for name in stages:
                 keys.update(_walk(get_args(item.type)[1], f"{prefix}{item.name}.{name}.", stages))
@@ -239,9 +252,11 @@ def _check_value(text: str, override: Override, keys: dict[str, Any], schema: An
     Hydra would find both, but inside a composition, where the text that the user wrote is not known any more.
     """
     key, value = override.key_or_group, text.partition("=")[2]
+    check_references(key, value)
+    if key.startswith(_FREE_PREFIXES):
+        return
     if key not in keys:
         raise ValueError(f"{key}={value}: {_unknown_key(key, keys)}")
-    check_references(key, value)
     try:
         OmegaConf.update(schema, key, override.value())
     except OmegaConfBaseException:

@@ -11,6 +11,7 @@ OPTION_GROUPS = (
     "exchange",
     "data",
     "optim",
+    "deepspeed",
     "train",
     "stages",
     "checkpoint",

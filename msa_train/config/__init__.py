@@ -1,6 +1,7 @@
 """Hold the typed configuration: dataclasses, their choices, the rules between them. Standard library only."""
 
 from msa_train.config.cluster import ClusterConfig, ContainerRuntime, Tasks, check_cluster, check_time
+from msa_train.config.deepspeed.settings import DeepSpeedConfig
 from msa_train.config.model import AttentionConfig, ModelConfig
 from msa_train.config.options import (
     Activation,
@@ -19,6 +20,7 @@ from msa_train.config.options import (
     LrSchedule,
     MoeDispatcher,
     MomentsDtype,
+    Offload,
     OptimizerKind,
     Precision,
     Progress,
@@ -57,6 +59,7 @@ __all__ = [
     "ContainerRuntime",
     "CpLayout",
     "DataConfig",
+    "DeepSpeedConfig",
     "Device",
     "EngineKind",
     "ExchangeConfig",
@@ -72,6 +75,7 @@ __all__ = [
     "ModelConfig",
     "MoeDispatcher",
     "MomentsDtype",
+    "Offload",
     "OptimConfig",
     "OptimizerKind",
     "ParallelConfig",

@@ -9,6 +9,7 @@ class EngineKind(Enum):
     auto = "auto"  # megatron with GPUs, torch without
     megatron = "megatron"  # Megatron's DDP, distributed optimizer, tensor and pipeline parallelism
     torch = "torch"  # gradient all-reduce and torch.optim.AdamW; any device
+    deepspeed = "deepspeed"  # ZeRO 0 to 3 with offload, see deepspeed.*; any device
 
 
 class Device(Enum):
@@ -99,8 +100,16 @@ class MoeDispatcher(Enum):
 class OptimizerKind(Enum):
     """Choose how weights are updated."""
 
-    adamw = "adamw"  # either engine
+    adamw = "adamw"  # every engine
     muon = "muon"  # orthogonalised momentum for the layers' matrices, AdamW for the rest; engine=torch
+
+
+class Offload(Enum):
+    """Choose where engine=deepspeed keeps what a rank does not compute with."""
+
+    none = "none"  # on the device
+    cpu = "cpu"  # in host memory
+    nvme = "nvme"  # on a disk, at deepspeed.nvme_path; needs zero_stage=3 and libaio
 
 
 class MomentsDtype(Enum):

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from msa_train.config.deepspeed.settings import DeepSpeedConfig
 from msa_train.config.model import AttentionConfig, ModelConfig
 from msa_train.config.options import (
     BadStep,
@@ -264,6 +265,7 @@ class RunConfig:
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     stages: dict[str, StageConfig] = field(default_factory=dict[str, StageConfig])
     "by name, in order; none: sparse attention for train.steps"

@@ -44,6 +44,10 @@ class MsaTransformerLayer(TransformerLayer):
             # Megatron's layer calls it in the middle of its own forward pass.
             self._run_mlp, self.mlp.forward = self.mlp.forward, self._run_mlp_twice  # type: ignore[method-assign]
 
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer; Megatron names its input, and backward hooks are put on unnamed ones alone."""
+        return super().__call__(hidden_states, *args, **kwargs)
+
     def forward(
         self, hidden_states: Tensor, *args: Any, packed_seq_params: PackParams, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:

@@ -48,6 +48,7 @@ from msa_train.parallel.process_groups import Groups, build_groups, destroy_grou
 from msa_train.runtime import preemption
 from msa_train.runtime.determinism import choose_deterministic
 from msa_train.runtime.last_words import end_by
+from msa_train.training.engines.deepspeed_engine import DeepSpeedEngine
 from msa_train.training.engines.engine import TrainEngine
 from msa_train.training.engines.megatron_engine import MegatronEngine
 from msa_train.training.engines.torch_engine import TorchEngine
@@ -191,8 +192,13 @@ def choose_device(config: RunConfig) -> torch.device:
 
 def build_engine(config: RunConfig, groups: Groups) -> TrainEngine:
     """Build the engine that the configuration asks for, with freshly drawn weights."""
-    engine = resolve_engine(config, has_gpu=groups.device.type == "cuda")
-    return (MegatronEngine if engine is EngineKind.megatron else TorchEngine)(config, groups)
+    kind = resolve_engine(config, has_gpu=groups.device.type == "cuda")
+    if kind is EngineKind.deepspeed:
+        engine = DeepSpeedEngine(config, groups)
+        if groups.rank == 0:
+            engine.write_json(Path(config.run_dir))
+        return engine
+    return (MegatronEngine if kind is EngineKind.megatron else TorchEngine)(config, groups)
 
 
 def _reporting(config: RunConfig, first_step: int) -> Reporting:

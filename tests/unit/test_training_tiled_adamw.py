@@ -13,7 +13,7 @@ from msa_train.config import GradsDtype, MomentsDtype, OptimConfig, Precision
 from msa_train.config.optimizer_bytes import PIECE_ELEMENTS, optimizer_bytes
 from msa_train.training.optim import block_scaled, host_stream, tiled_adamw
 from msa_train.training.optim.block_scaled import BlockScaled
-from msa_train.training.optim.grad_buffers import _sum_of_squares
+from msa_train.training.optim.grad_buffers import sum_of_squares
 from msa_train.training.optim.rounding import add_to_bf16, to_bf16
 from msa_train.training.optim.tiled_adamw import TiledAdamW
 
@@ -167,8 +167,8 @@ def test_bf16_sums_of_many_micro_batches_keep_small_addends() -> None:
 
 def test_norm_in_pieces() -> None:
     flat = torch.randn(10_000, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(_sum_of_squares(flat), flat.square().sum(dtype=torch.float64))
-    assert _sum_of_squares(torch.ones(4).bfloat16()).item() == 4.0
+    assert torch.equal(sum_of_squares(flat), flat.square().sum(dtype=torch.float64))
+    assert sum_of_squares(torch.ones(4).bfloat16()).item() == 4.0
 
 
 def test_transfers_in_turn() -> None:

@@ -39,6 +39,10 @@ LIMITS = {
     "parallel.ep_size": 2**20,
     "parallel.tp_size": 2**16,
     "parallel.pp_size": 2**16,
+    "deepspeed.reduce_bucket_size": 2**40,
+    "deepspeed.allgather_bucket_size": 2**40,
+    "deepspeed.prefetch_bucket_size": 2**40,
+    "deepspeed.param_persistence_threshold": 2**40,
     "exchange.ranks_per_node": 2**16,
     "data.seq_len": 2**30,
     "data.seed": 2**62,
@@ -66,7 +70,9 @@ def check_sizes(config: RunConfig) -> None:
     for name, value in _whole_numbers(config, ""):
         parts = name.split(".")
         # stages have names of the user's, so their keys are looked up without them
-        limit = LIMITS.get(name if parts[0] != "stages" else f"stages.{parts[-1]}", COUNT)
+        key = name if parts[0] != "stages" else f"stages.{parts[-1]}"
+        # keys of DeepSpeed's own, whatever they are
+        limit = MOST_TOKENS if name.startswith("deepspeed.raw.") else LIMITS.get(key, COUNT)
         check_size(name, value, limit)
     for name, seq_len in _seq_lens(config):
         if seq_len // config.attention.block_size > MOST_BLOCKS:

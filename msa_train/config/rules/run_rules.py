@@ -6,6 +6,7 @@ Each violation is a ValueError of one line: name=value, the rule, the fix.
 import math
 from collections.abc import Callable
 
+from msa_train.config.deepspeed.rules import check_deepspeed
 from msa_train.config.options import (
     BadStep,
     CpLayout,
@@ -338,6 +339,8 @@ def _engine(config: RunConfig, has_gpu: bool) -> None:
             "engine=megatron: Megatron's optimizer and schedules need GPUs and none is used; "
             "use engine=torch (or engine=auto)"
         )
+    if engine is EngineKind.deepspeed:
+        check_deepspeed(config)
     overlaps = ("overlap_grad_reduce", "overlap_param_gather")
     if engine is EngineKind.torch:
         for name in overlaps:

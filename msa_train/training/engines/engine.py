@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.transformer.moe.moe_utils import get_updated_expert_bias
 from torch import nn
 
 from msa_train.config import RunConfig, Stage
@@ -26,6 +27,7 @@ from msa_train.data import Pack
 from msa_train.model.gpt import MsaGptModel, build_model
 from msa_train.model.init_weights import init_weights
 from msa_train.model.inputs.layer_stats import LayerStats
+from msa_train.model.layers.moe import SigmoidRouter
 from msa_train.model.pack_forward import PackForward
 from msa_train.model.transformer_config import MsaTransformerConfig, build_transformer_config
 from msa_train.parallel.comm.traffic import CommCounters
@@ -198,3 +200,24 @@ def reset_token_counts(chunks: Sequence[MsaGptModel]) -> None:
         counts = getattr(module, "local_tokens_per_expert", None)
         if counts is not None:
             counts.zero_()
+
+
+@torch.no_grad()
+def update_expert_bias(chunks: Sequence[MsaGptModel], rate: float) -> None:
+    """Raise the bias of experts with fewer tokens than the mean of all ranks, and lower the others'.
+
+    All ranks call it; one all-reduce for all layers.
+
+    Args:
+        chunks: of this rank's model.
+        rate: by which a bias moves.
+    """
+    routers = [module for module in modules_of(chunks) if isinstance(module, SigmoidRouter)]
+    counts = [r.local_tokens_per_expert for r in routers if r.local_tokens_per_expert is not None]
+    biases = [r.expert_bias for r in routers if r.expert_bias is not None]
+    if not biases:
+        return
+    # adds up the counts of all ranks
+    updated = get_updated_expert_bias(torch.stack(counts), torch.stack(biases), rate)
+    for bias, new in zip(biases, updated, strict=True):
+        bias.copy_(new)

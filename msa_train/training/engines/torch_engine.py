@@ -12,7 +12,6 @@ import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
-from megatron.core.transformer.moe.moe_utils import get_updated_expert_bias
 from torch import nn
 
 from msa_train.checkpoint.torch_dist.format_versions import STATE_NAMES, STATE_PREFIX
@@ -21,7 +20,6 @@ from msa_train.config.lr_schedule import LearningRates
 from msa_train.data import Pack
 from msa_train.model.attention.index_branch import is_index_parameter
 from msa_train.model.inputs.layer_stats import LayerStats
-from msa_train.model.layers.moe import SigmoidRouter
 from msa_train.model.layers.moe.experts import GroupedExperts
 from msa_train.parallel.process_groups import Groups
 from msa_train.training.engines.engine import (
@@ -30,6 +28,7 @@ from msa_train.training.engines.engine import (
     TrainEngine,
     checkpoint_metadata,
     reset_token_counts,
+    update_expert_bias,
 )
 from msa_train.training.optim.grad_buffers import GradBuffers
 from msa_train.training.optim.muon_adamw import MuonAdamW
@@ -102,7 +101,8 @@ class TorchEngine(TrainEngine):
         result.is_taken = accept is None or accept(result)
         if result.is_taken:
             self._update(rates, grad_norm)
-            self._update_expert_bias()
+            if not self.backbone_is_frozen:
+                update_expert_bias(self.chunks, self.config.model.router_bias_update_rate)
         return result
 
     def _update(self, rates: LearningRates, norm: float) -> None:
@@ -128,20 +128,6 @@ class TorchEngine(TrainEngine):
             drop_gradient(master)
             if master is not parameter:
                 parameter.data.copy_(master.data)
-
-    @torch.no_grad()
-    def _update_expert_bias(self) -> None:
-        """Raise the bias of experts with fewer tokens than the mean of all ranks, and lower the others'."""
-        routers = [m for m in self.model.modules() if isinstance(m, SigmoidRouter)]
-        counts = [r.local_tokens_per_expert for r in routers if r.local_tokens_per_expert is not None]
-        biases = [r.expert_bias for r in routers if r.expert_bias is not None]
-        if not biases or self.backbone_is_frozen:
-            return
-        rate = self.config.model.router_bias_update_rate
-        # adds up the counts of all ranks, in one all-reduce for all layers
-        updated = get_updated_expert_bias(torch.stack(counts), torch.stack(biases), rate)
-        for bias, new in zip(biases, updated, strict=True):
-            bias.copy_(new)
 
     @torch.no_grad()
     def evaluate(self, packs: Sequence[Pack]) -> float:

@@ -72,7 +72,7 @@ class GradBuffers:
         Squares are made in fp32 and added up in fp64, in pieces of 16.8M elements one after another: 192 MiB
         of temporaries. A buffer of up to one piece gives the bits of one sum over it.
         """
-        dense, expert = _sum_of_squares(self.dense.flat), _sum_of_squares(self.expert.flat)
+        dense, expert = sum_of_squares(self.dense.flat), sum_of_squares(self.expert.flat)
         # Dense gradients are the same on all ranks by now and need no exchange; each rank of an expert-
         # parallel group has other experts, so their squares add up.
         with watched("grad_norm"):
@@ -126,7 +126,7 @@ class _Buffer:
             view.add_(grad)
 
 
-def _sum_of_squares(flat: Tensor) -> Tensor:
+def sum_of_squares(flat: Tensor) -> Tensor:
     """Return a scalar, fp64."""
     total = torch.zeros((), dtype=torch.float64, device=flat.device)
     for piece in flat.split(PIECE_ELEMENTS):

@@ -1,0 +1,1 @@
+"""Settings of engine=deepspeed, their rules, and DeepSpeed's own JSON made of them."""

@@ -3,8 +3,8 @@
     python -m benchmarks.engines.speed --out benchmarks/results    # some 15 minutes on 2 cores
 
 Each run is `msa-train` in a network namespace of its own, whose loopback carries all that ranks send to each
-other; engines take turns. engine=megatron is left out: Megatron's optimizer and DDP want a GPU, and a stand-in
-for one says nothing about time or memory.
+other; engines take turns. engine=megatron is left out: Megatron's optimizer and DDP want a GPU, and a CPU in
+its place says nothing about time or memory.
 
 Needs Linux and root, or user namespaces.
 """
@@ -49,7 +49,7 @@ class Model:
     "engines that cannot train it"
 
 
-_SAME = ["run=demo", "optim.algorithm=adamw", "optim.lr=1e-3", "train.validate_every=0", "checkpoint.every=0"]
+_SAME = ["run=demo", "optim.algorithm=adamw", "optim.lr=3e-4", "train.validate_every=0", "checkpoint.every=0"]
 _DENSE = [
     *_SAME,
     "model.num_layers=12",
@@ -61,7 +61,9 @@ _DENSE = [
     "model.ffn_hidden_size=3072",
     "model.num_dense_ffn_layers=12",
     "model.init_std=0.02",
-    "data.seq_len=2048",
+    "data.seq_len=1024",
+    "attention.block_size=32",
+    "attention.window=128",
     "attention.index_head_dim=48",
     "parallel.ep_size=1",
 ]
@@ -224,9 +226,9 @@ def _page(result: dict[str, Any]) -> str:
         "# Engines compared\n\n"
         f"`{result['command']}`, {result['machine']['cpu']}, {result['machine']['cores']} cores, commit "
         f"{result['machine']['commit']}, {result['seconds']:.0f} s. fp32, one thread a rank.\n\n"
-        "Step time: median of all timed steps. Speed: relative to `torch` with the same model and ranks. GiB: "
-        "resident memory of the largest process. MiB a step: received over the loopback of a network namespace "
-        "by all ranks together, headers and the exchange of attention included. Loss differs: the most over "
+        "Step time: median of all timed steps. Speed: relative to `torch` with the same model and ranks. "
+        "GiB: resident memory of the largest process. MiB a step: received over the loopback of a network "
+        "namespace by all ranks together, attention's exchange included. Loss differs: the most over "
         f"all steps against `{RIVAL}`. engine=megatron needs GPUs and is not here.\n\n"
         + "\n".join(table([head, *rows]))
         + "\n"

@@ -147,6 +147,32 @@ def test_stopped_requeued_and_robbed_of_a_node_it_comes_to_the_same_bits(
         assert without_times(ours) == without_times(theirs), f"step {theirs['step']}"
 
 
+DEEPSPEED = ("engine=deepspeed", "deepspeed.zero_stage=2")
+
+
+def test_deepspeed_is_requeued_and_goes_on(
+    cluster: SlurmCluster, data: tuple[str, ...], tmp_path: Path
+) -> None:
+    """2 nodes of 1 rank, the same scripts; the same bits as without Slurm."""
+    want_dir, run_dir = tmp_path / "undisturbed", tmp_path / "run"
+    settings = (*TINY, *data, "train.steps=16", *DEEPSPEED)
+    with Training(*settings, f"run_dir={want_dir}") as training:
+        job = submit(
+            cluster, run_dir, *settings, "nodes=2", "cluster.tasks=gpu", "cluster.workers_per_node=1"
+        )
+        wait_for_step(cluster, run_dir, 4, job)
+        cluster.run("scontrol", "requeue", job)
+        cluster.wait_for_job(job, ended, WITHIN_S)
+        assert training.end(WITHIN_S) == 0, training.output + training.errors
+    assert cluster.job(job)["JobState"] == "COMPLETED", output(run_dir)
+    assert cluster.job(job)["Restarts"] == "1"
+    assert "going on from step" in output(run_dir)
+    want, got = read_metrics(want_dir), read_metrics(run_dir)
+    assert [row["step"] for row in got] == list(range(1, 17))
+    for ours, theirs in zip(got, want, strict=True):
+        assert without_times(ours) == without_times(theirs), f"step {theirs['step']}"
+
+
 def test_sweep_of_two_through_submitit(cluster: SlurmCluster, data: tuple[str, ...], tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs the extra 'slurm'")
     told = command(

@@ -161,10 +161,10 @@ def _markdown(
         "recv: bytes received per layer, forward and backward, mean over ranks; far: the most that a rank "
         "receives from other nodes; exposed: time of the wire that computing does not hide; layer: "
         "forward and backward; memory: largest buffers of the exchange, index keys included. "
-        f"`all_gather_early` starts its gather before index scoring, as training does where it knows "
-        "beforehand. Both gathers add gradients in fp32, as in training; the all-reduce, the nearest rival's, "
-        f"adds in 16 bits. Sliced: queries select in {QUERY_SLICES} slices, and what a slice selected travels "
-        "while the next one is scored.",
+        "`all_gather_early` starts its gather before index scoring, as training does where it knows "
+        "beforehand. Both gathers add gradients in fp32, as in training; the all-reduce, the nearest "
+        f"rival's, adds in 16 bits. Sliced: queries select in {QUERY_SLICES} slices, and what a slice "
+        "selected travels while the next one is scored.",
         "",
     ]
     for number, one in enumerate(answers):

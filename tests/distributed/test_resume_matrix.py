@@ -40,6 +40,23 @@ def layouts() -> list[Layout]:
     return found
 
 
+def deepspeed_layouts() -> list[Layout]:
+    """All stages of ZeRO with all sizes; with stage 3 every rank holds every expert."""
+    sizes = [one for one in layouts() if one.engine is EngineKind.torch]
+    return [
+        Layout(engine=EngineKind.deepspeed, world_size=one.world_size, sizes=one.sizes, zero_stage=stage)
+        for one in sizes
+        for stage in range(4)
+        if stage < 3 or "ep_size" not in one.sizes
+    ]
+
+
+def few_deepspeed_layouts() -> list[Layout]:
+    """Each stage, beside data, context and expert parallelism."""
+    chosen = {"z0-cp2", "z1-ep2-dp2", "z1-cp4", "z2-cp2-ep2-dp2", "z3", "z3-cp2-dp2"}
+    return [one for one in deepspeed_layouts() if one.name.removeprefix("deepspeed-") in chosen]
+
+
 def fp64_layouts() -> list[Layout]:
     """Only engine=torch computes in fp64."""
     return [
@@ -58,19 +75,21 @@ def chain(some: list[Layout], shift: int = 0) -> list[tuple[Layout, Layout]]:
 def pairs() -> list[tuple[Layout, Layout]]:
     """Sources with their targets."""
     if ALL:
-        far = len(layouts()) // 2
-        chains = [chain(layouts(), shift) for shift in (far // 2, far + 1, far + far // 2)]
+        every = [*layouts(), *deepspeed_layouts()]
+        far = len(every) // 2
+        chains = [chain(every, shift) for shift in (far // 2, far + 1, far + far // 2)]
         fp64 = product(fp64_layouts(), repeat=2)
         found = [*fp64, *unchanged(), *(pair for some in chains for pair in some)]
         return list({(source.name, target.name): (source, target) for source, target in found}.values())
     few = [one for one in layouts() if one.world_size < PROCESSES or one.engine is EngineKind.torch]
     largest = [one for one in layouts() if one not in few]
-    return [*chain([*few, *largest[::3]]), *chain(fp64_layouts()[::2]), *unchanged()]
+    return [*chain([*few, *few_deepspeed_layouts(), *largest[::3]]), *chain(fp64_layouts()[::2]), *unchanged()]
 
 
 def unchanged() -> list[tuple[Layout, Layout]]:
     """Pairs that must go on bit for bit."""
-    return [(one, one) for one in layouts() if one.name in ("torch", "megatron", "torch-cp2-ep2")]
+    alike = ("torch", "megatron", "torch-cp2-ep2", "deepspeed-z3-dp2")
+    return [(one, one) for one in [*layouts(), *deepspeed_layouts()] if one.name in alike]
 
 
 def first_of(precision: Precision) -> Layout:

@@ -23,6 +23,7 @@ from msa_train.config import (
     AttentionConfig,
     CheckpointConfig,
     DataConfig,
+    DeepSpeedConfig,
     EngineKind,
     ExchangeConfig,
     LoggingConfig,
@@ -38,10 +39,9 @@ from msa_train.data import BatchStream, Pack
 from msa_train.parallel.process_groups import Groups, build_groups
 from msa_train.training import trainer as loop
 from msa_train.training.engines.megatron_engine import MegatronEngine
-from msa_train.training.engines.torch_engine import TorchEngine
 from msa_train.training.resume import resume
 from msa_train.training.trainer import Reporting, Trainer
-from msa_train.training.worker import load_data
+from msa_train.training.worker import build_engine, load_data
 from tests.helpers import cuda_shim, devices
 
 PROCESSES = 4
@@ -52,7 +52,7 @@ CASE_TIMEOUT = timedelta(seconds=120)
 
 @dataclass(kw_only=True, frozen=True)
 class Layout:
-    """An engine with sizes; world_size: processes."""
+    """An engine with sizes; world_size: processes. zero_stage and deepspeed: for engine=deepspeed."""
 
     engine: EngineKind
     world_size: int
@@ -61,6 +61,8 @@ class Layout:
     pp_layout: str = "even"
     num_layers: int = 2
     optim: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    zero_stage: int = -1
+    deepspeed: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def name(self) -> str:
@@ -72,8 +74,10 @@ class Layout:
         parts = [f"{key.removesuffix('_size')}{value}" for key, value in sizes.items() if value > 1]
         cut_by = [] if self.pp_layout == "even" else [f"layers{self.pp_layout}"]
         precision = [] if self.precision is Precision.fp32 else [self.precision.value]
-        settings = [f"{key}={getattr(value, 'value', value)}" for key, value in self.optim.items()]
-        return "-".join([self.engine.value, *parts, *cut_by, *precision, *settings])
+        given = {**self.optim, **self.deepspeed}
+        settings = [f"{key}={getattr(value, 'value', value)}" for key, value in given.items()]
+        zero = [f"z{self.zero_stage}"] if self.zero_stage >= 0 else []
+        return "-".join([self.engine.value, *zero, *parts, *cut_by, *precision, *settings])
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -92,6 +96,12 @@ class Case:
     def name(self) -> str:
         """Unique in a list of cases."""
         return f"{self.source}_to_{self.layout.name}" if self.source else self.layout.name
+
+
+def small_deepspeed(zero_stage: int, **settings: Any) -> DeepSpeedConfig:
+    """Buffers of the size of small models; only norms and biases stay whole with ZeRO-3."""
+    sizes = {"reduce_bucket_size": 10_000, "allgather_bucket_size": 10_000, "prefetch_bucket_size": 1_000}
+    return DeepSpeedConfig(zero_stage=zero_stage, param_persistence_threshold=50, **{**sizes, **settings})
 
 
 def resume_config(layout: Layout, folder: Path, case: Case) -> RunConfig:
@@ -128,6 +138,7 @@ def resume_config(layout: Layout, folder: Path, case: Case) -> RunConfig:
             seq_len=SEQ_LEN,
             validation_fraction=0.0,
         ),
+        deepspeed=small_deepspeed(max(layout.zero_stage, 0), **layout.deepspeed),
         optim=OptimConfig(lr=3e-3, warmup_steps=4, schedule=LrSchedule.constant, **layout.optim),
         train=TrainConfig(
             steps=SAVED_STEP + (MORE_STEPS if case.done else 0),
@@ -224,7 +235,10 @@ def _world(store: Path, rank: int, world_size: int) -> Iterator[None]:
 def _run_case(case: Case, folder: Path) -> None:
     config = resume_config(case.layout, folder, case)
     groups = build_groups(config.parallel, device=devices.rank_device(), exchange=config.exchange)
-    engine = (MegatronEngine if config.engine is EngineKind.megatron else TorchEngine)(config, groups)
+    Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+    if config.engine is EngineKind.deepspeed:
+        _number_parameters_anew()
+    engine = build_engine(config, groups)
     data = load_data(config)
     SeenStream.seen = []
     loop.BatchStream = SeenStream  # type: ignore[misc]
@@ -246,13 +260,19 @@ def _run_case(case: Case, folder: Path) -> None:
             "wanted": wanted,
             "cpu_seconds": time.process_time() - begin,
         }
-        Path(config.run_dir).mkdir(parents=True, exist_ok=True)
         torch.save(result, Path(config.run_dir) / "result")
     if isinstance(engine, MegatronEngine):
         # a cycle through autograd, which garbage collection does not see
         for chunk in engine.wrapped:
             chunk.grad_accs.clear()
     parallel_state.destroy_model_parallel()
+
+
+def _number_parameters_anew() -> None:
+    """ZeRO-3 compares numbers of parameters, which count on in a process; others have seen other cases."""
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    Init.param_id = 0
 
 
 def _samples(groups: Groups) -> list[list[int]]:

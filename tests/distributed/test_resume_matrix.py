@@ -83,7 +83,11 @@ def pairs() -> list[tuple[Layout, Layout]]:
         return list({(source.name, target.name): (source, target) for source, target in found}.values())
     few = [one for one in layouts() if one.world_size < PROCESSES or one.engine is EngineKind.torch]
     largest = [one for one in layouts() if one not in few]
-    return [*chain([*few, *few_deepspeed_layouts(), *largest[::3]]), *chain(fp64_layouts()[::2]), *unchanged()]
+    return [
+        *chain([*few, *few_deepspeed_layouts(), *largest[::3]]),
+        *chain(fp64_layouts()[::2]),
+        *unchanged(),
+    ]
 
 
 def unchanged() -> list[tuple[Layout, Layout]]:

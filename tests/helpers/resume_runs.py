@@ -237,7 +237,7 @@ def _run_case(case: Case, folder: Path) -> None:
     groups = build_groups(config.parallel, device=devices.rank_device(), exchange=config.exchange)
     Path(config.run_dir).mkdir(parents=True, exist_ok=True)
     if config.engine is EngineKind.deepspeed:
-        _number_parameters_anew()
+        _number_modules_anew()
     engine = build_engine(config, groups)
     data = load_data(config)
     SeenStream.seen = []
@@ -268,11 +268,15 @@ def _run_case(case: Case, folder: Path) -> None:
     parallel_state.destroy_model_parallel()
 
 
-def _number_parameters_anew() -> None:
-    """ZeRO-3 compares numbers of parameters, which count on in a process; others have seen other cases."""
+def _number_modules_anew() -> None:
+    """ZeRO-3 compares numbers of modules and parameters, which count on where others had other cases."""
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
     from deepspeed.runtime.zero.partition_parameters import Init
 
     Init.param_id = 0
+    # a default value that is changed in place
+    (count,) = DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__  # type: ignore[misc]
+    count[0] = 0
 
 
 def _samples(groups: Groups) -> list[list[int]]:

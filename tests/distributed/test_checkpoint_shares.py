@@ -27,6 +27,7 @@ from msa_train.training.engines.engine import TrainEngine
 from tests.helpers import cuda_shim, devices
 from tests.helpers.megatron_runs import build, train
 from tests.helpers.pretended_gpu.build import needs_pretended_gpu
+from tests.helpers.resume_runs import small_deepspeed
 from tests.helpers.spawn import run_ranks
 
 # dp2 x cp2 where nothing else is said
@@ -36,6 +37,9 @@ LAYOUTS: dict[str, tuple[EngineKind, dict[str, int]]] = {
     "megatron-tp2": (EngineKind.megatron, {"cp_size": 2, "tp_size": 2}),
     "torch-ep2": (EngineKind.torch, {"cp_size": 2, "ep_size": 2}),
     "torch-ep4": (EngineKind.torch, {"cp_size": 2, "ep_size": 4}),
+    "deepspeed-z1": (EngineKind.deepspeed, {"cp_size": 2, "ep_size": 2}),
+    "deepspeed-z2": (EngineKind.deepspeed, {"cp_size": 2, "ep_size": 4}),
+    "deepspeed-z3": (EngineKind.deepspeed, {"cp_size": 2}),
     "megatron-gpu": (EngineKind.megatron, {"ep_size": 2}),
     "torch-gpu": (EngineKind.torch, {"ep_size": 2}),
 }
@@ -154,7 +158,8 @@ def saves_of(
     saves, loads = {}, {}
     for name in names:
         kind, sizes = LAYOUTS[name]
-        engine = build(kind, parallel=sizes, precision=Precision.bf16)
+        zero = small_deepspeed(int(name[-1])) if kind is EngineKind.deepspeed else None
+        engine = build(kind, parallel=sizes, precision=Precision.bf16, deepspeed=zero)
         saves[name] = save_trained(engine, folder / name)
         loads[name] = load_again(engine, CheckpointStore(folder / name).path(2))
         if name == "torch-ep2":

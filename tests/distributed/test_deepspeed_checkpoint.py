@@ -42,7 +42,7 @@ ALL_ON_HOST = {
 
 @dataclass(kw_only=True, frozen=True)
 class Link:
-    """One engine that loads what `source` saved, or trains where that is empty, and saves; zero: its stage."""
+    """An engine that loads what `source` saved, or trains where that is empty, and saves; zero: the stage."""
 
     name: str
     source: str = ""
@@ -173,7 +173,9 @@ def test_every_bit_arrives(link: Link, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "target"), [("torch", "wide"), ("wide", "wide-z0"), ("wide-z0", "narrow-z3")], ids="-".join
+    ("source", "target"),
+    [("torch", "wide"), ("wide", "wide-z0"), ("wide-z0", "narrow-z3")],
+    ids=["wide", "wide-z0", "narrow-z3"],
 )
 def test_the_optimizers_weights_outlive_the_models_precision(source: str, target: str, folder: Path) -> None:
     found = diff_checkpoints(path_of(folder, source), path_of(folder, target))

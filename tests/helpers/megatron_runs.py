@@ -6,8 +6,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from msa_train.training.engines.deepspeed_engine import DeepSpeedEngine
 
 from msa_train.config import (
+    DeepSpeedConfig,
     EngineKind,
     KlTarget,
     ParallelConfig,
@@ -44,10 +46,11 @@ def build(
     num_layers: int = 4,
     optim: dict[str, Any] | None = None,
     tile_tokens: int = 0,
+    deepspeed: DeepSpeedConfig | None = None,
 ) -> TrainEngine:
     """An engine over the whole world with the sizes in `parallel`; recipe: another stage for each step.
 
-    optim: settings of the optimizer.
+    optim: settings of the optimizer. deepspeed: of that engine.
     """
     config = small_config(precision=precision, recompute=recompute, offload=offload, tile_tokens=tile_tokens)
     config.train.recompute_stages = recompute_stages
@@ -69,6 +72,10 @@ def build(
     groups = build_groups(config.parallel, device=devices.rank_device())
     if engine is EngineKind.torch:
         return TorchEngine(config, groups)
+    if engine is EngineKind.deepspeed:
+        assert deepspeed is not None, "with its stage of ZeRO"
+        config.deepspeed = deepspeed
+        return DeepSpeedEngine(config, groups)
     megatron = MegatronEngine(config, groups)
     cuda_shim.refuse_wrong_corners(megatron.megatron)
     return megatron

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from msa_train.training.engines.deepspeed_engine import DeepSpeedEngine
 
 from msa_train.config import (
     DeepSpeedConfig,
@@ -22,6 +21,7 @@ from msa_train.config import (
 from msa_train.config.lr_schedule import LearningRates, stage_rates
 from msa_train.model.layers import offload as offloading
 from msa_train.parallel.process_groups import build_groups
+from msa_train.training.engines.deepspeed_engine import DeepSpeedEngine
 from msa_train.training.engines.engine import TrainEngine
 from msa_train.training.engines.megatron_engine import MegatronEngine
 from msa_train.training.engines.torch_engine import TorchEngine

@@ -6,7 +6,8 @@ some process. What is counted is a lower bound, so that no run is refused that w
 
 import os
 
-from msa_train.config import Precision, Recompute, RunConfig, longest_seq_len
+from msa_train.config import EngineKind, Precision, Recompute, RunConfig, longest_seq_len
+from msa_train.config.deepspeed.state_bytes import zero_bytes
 from msa_train.config.model_size import model_size
 from msa_train.config.recompute import stage_recomputes
 
@@ -53,8 +54,13 @@ def least_bytes(config: RunConfig, world_size: int) -> dict[str, int]:
     """
     parallel, train = config.parallel, config.train
     size, seq_len = model_size(config.model, config.attention), longest_seq_len(config)
-    experts = size.experts // parallel.ep_size
-    weights = ((size.total - size.experts) // parallel.tp_size + experts) // parallel.pp_size
+    dense, experts = size.total - size.experts, size.experts // parallel.ep_size
+    weights = (dense // parallel.tp_size + experts) // parallel.pp_size
+    of_model = world_size * weights * BYTES_PER_PARAMETER
+    if config.engine is EngineKind.deepspeed:
+        zero = zero_bytes(config.deepspeed, train.precision)
+        own = dense / world_size + experts * parallel.ep_size / world_size
+        of_model = int(world_size * (sum(zero.device(weights, own).values()) + zero.own_host * own))
     # of a rank and step: the batch over the data-parallel size
     packs = train.global_batch_size * parallel.cp_size * parallel.tp_size * parallel.pp_size // world_size
     # what enters a layer is kept for its backward pass, or at least that of the first one
@@ -63,7 +69,7 @@ def least_bytes(config: RunConfig, world_size: int) -> dict[str, int]:
     width = config.model.hidden_size * (2 if train.precision is Precision.bf16 else 4)
     kept = seq_len // (parallel.cp_size * parallel.tp_size) * width * layers
     return {
-        f"model={config.model.name}": world_size * weights * BYTES_PER_PARAMETER,
+        f"model={config.model.name}": of_model,
         f"train.global_batch_size={train.global_batch_size}": world_size * packs * seq_len * BYTES_PER_TOKEN,
         f"data.seq_len={seq_len}": world_size * kept,
     }

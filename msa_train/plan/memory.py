@@ -8,7 +8,8 @@ A plan of m3 on 256 GPUs takes 0.3 ms for all four stages.
 
 from dataclasses import dataclass
 
-from msa_train.config import Precision, RunConfig
+from msa_train.config import EngineKind, Precision, RunConfig
+from msa_train.config.deepspeed.state_bytes import zero_bytes
 from msa_train.config.optimizer_bytes import optimizer_bytes
 from msa_train.config.pipeline.layout import num_microbatches
 from msa_train.config.recompute import stage_recomputes
@@ -54,21 +55,32 @@ def rank_memory(
         assumed: what arithmetic cannot know.
     """
     counts = stage_parameters(config.model, config.attention, config.parallel, stages.layers, stage)
-    states = optimizer_bytes(config.optim, config.train.precision)
+    device, of_host, update = _states(config, world_size, counts)
+    host = {"optimizer": of_host}
+    layers = LayerMemory(config, assumed)
+    kept, kept_on_host = _kept(config, world_size, stages, stage, layers)
+    device["kept activations"], host["kept activations"] = kept, kept_on_host
+    device |= _largest(_moments(config, stages, stage, layers, update))
+    # staged without a gather: what the rank writes, in fp32, and its even share of the weights
+    host["checkpoint staging"] = staged_bytes(config, world_size, counts)
+    return RankMemory(device, host, counts)
+
+
+def _states(
+    config: RunConfig, world_size: int, counts: RankParameters
+) -> tuple[dict[str, float], float, int]:
+    """Count weights, gradients and optimizer: bytes on the device by part, on the host, and of the update."""
     held, own = counts.dense + counts.experts, own_parameters(config, world_size, counts)
-    device: dict[str, float] = {
+    if config.engine is EngineKind.deepspeed:
+        zero = zero_bytes(config.deepspeed, config.train.precision)
+        return zero.device(held, own), zero.own_host * own, zero.temporary
+    states = optimizer_bytes(config.optim, config.train.precision)
+    device = {
         "weights": states.weight * held,
         "gradients": states.gradient * held,
         "optimizer": states.state * own,
     }
-    host = {"optimizer": states.host_state * own}
-    layers = LayerMemory(config, assumed)
-    kept, kept_on_host = _kept(config, world_size, stages, stage, layers)
-    device["kept activations"], host["kept activations"] = kept, kept_on_host
-    device |= _largest(_moments(config, stages, stage, layers, states.step_temporary))
-    # staged without a gather: what the rank writes, in fp32, and its even share of the weights
-    host["checkpoint staging"] = staged_bytes(config, world_size, counts)
-    return RankMemory(device, host, counts)
+    return device, states.host_state * own, states.step_temporary
 
 
 def own_parameters(config: RunConfig, world_size: int, counts: RankParameters) -> float:

@@ -1,0 +1,216 @@
+"""Measure the resident memory of a rank with engine=torch and every stage of ZeRO, with and without offload.
+
+    python -m benchmarks.engines.memory --out benchmarks/results
+
+A dense model in bf16 on two ranks of this machine's CPU, each setting in processes of its own: resident bytes
+after some steps beyond those before the engine was built, and the most during a step. On a CPU device and
+host memory are one, so the sum of both is measured: ZeRO-Offload moves nothing, and shows what it adds. The
+steps have 64 tokens, so that activations are small. Writes engines_memory.json and .md.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from benchmarks.machine import command, machine
+from msa_train.config import (
+    AttentionConfig,
+    DataConfig,
+    DeepSpeedConfig,
+    EngineKind,
+    ModelConfig,
+    Offload,
+    OptimConfig,
+    ParallelConfig,
+    Precision,
+    RunConfig,
+    TrainConfig,
+)
+from msa_train.config.deepspeed.state_bytes import zero_bytes
+from msa_train.config.lr_schedule import LearningRates
+from msa_train.config.optimizer_bytes import optimizer_bytes
+from msa_train.parallel.process_groups import build_groups
+from msa_train.training.step_batch import make_batch
+from msa_train.training.worker import build_engine
+from tests.helpers.packs import make_pack
+
+RANKS, SEQ_LEN, STEPS, MIB = 2, 64, 3, 2**20
+BUCKET = 1_000_000
+ON_HOST = {"offload_optimizer": Offload.cpu}
+SETTINGS: dict[str, dict[str, Any] | None] = {
+    "torch": None,
+    "ZeRO-1": {"zero_stage": 1},
+    "ZeRO-2": {"zero_stage": 2},
+    "ZeRO-3": {"zero_stage": 3},
+    "ZeRO-1, offload_optimizer=cpu": {"zero_stage": 1, **ON_HOST},
+    "ZeRO-2, offload_optimizer=cpu": {"zero_stage": 2, **ON_HOST},
+    "ZeRO-3, offload_optimizer=cpu": {"zero_stage": 3, **ON_HOST},
+    "ZeRO-3, offload_optimizer=cpu, offload_param=cpu": {
+        "zero_stage": 3,
+        **ON_HOST,
+        "offload_param": Offload.cpu,
+    },
+}
+
+
+def config_of(settings: dict[str, Any] | None, hidden_size: int, run_dir: str) -> RunConfig:
+    """Describe a dense model of eight layers without index branches."""
+    sizes = {"reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET, "prefetch_bucket_size": BUCKET}
+    return RunConfig(
+        run_dir=run_dir,
+        engine=EngineKind.torch if settings is None else EngineKind.deepspeed,
+        deepspeed=DeepSpeedConfig(**sizes, **(settings or {})),
+        model=ModelConfig(
+            num_layers=8,
+            hidden_size=hidden_size,
+            num_heads=8,
+            num_kv_heads=8,
+            head_dim=hidden_size // 8,
+            vocab_size=2048,
+            num_dense_ffn_layers=8,
+            ffn_hidden_size=3 * hidden_size,
+            layer_attention="full",
+            rotary_dim=hidden_size // 16,
+        ),
+        attention=AttentionConfig(block_size=SEQ_LEN),
+        data=DataConfig(seq_len=SEQ_LEN),
+        optim=OptimConfig(lr=1e-3),
+        parallel=ParallelConfig(),
+        train=TrainConfig(precision=Precision.bf16, global_batch_size=RANKS),
+    )
+
+
+def _resident() -> int:
+    """Return the resident bytes of this process, without what was freed."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _peak() -> int:
+    """Return the most resident bytes since `_forget_peak`."""
+    (line,) = [
+        text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith("VmHWM")
+    ]
+    return 1024 * int(line.split()[1])
+
+
+def _forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def measure(rank: int, settings: dict[str, Any] | None, hidden_size: int, folder: str) -> None:
+    """Build an engine, make steps, and write what this rank held; runs in a process of its own."""
+    torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = str(rank)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    if settings is not None:
+        # what its import takes is no state of the model
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        import deepspeed  # noqa: F401
+    config = config_of(settings, hidden_size, folder)
+    groups = build_groups(config.parallel, device=torch.device("cpu"))
+    before = _resident()
+    engine = build_engine(config, groups)
+    rates = LearningRates(backbone=1e-3, index=1e-3)
+    for step in range(STEPS):
+        packs = [
+            make_pack([SEQ_LEN], seq_len=SEQ_LEN, block_size=64, vocab_size=2048, seed=step * RANKS + rank)
+        ]
+        batch = make_batch(packs, groups, recall_seed=step)
+        if step == STEPS - 1:
+            _forget_peak()
+        engine.train_step(batch, rates)
+    counts = torch.tensor([_peak() - before, _resident() - before], dtype=torch.int64)
+    dist.all_reduce(counts, dist.ReduceOp.MAX)
+    if rank == 0:
+        shapes = [getattr(p, "ds_numel", p.numel()) for p in engine.model.parameters()]
+        found = {"peak": int(counts[0]), "after": int(counts[1]), "parameters": sum(shapes)}
+        Path(folder, "found.json").write_text(json.dumps(found))
+    dist.barrier()
+    # DeepSpeed's threads may outlive the interpreter's end
+    os._exit(0)
+
+
+def expected(settings: dict[str, Any] | None, parameters: int) -> float:
+    """Count the states of a rank by arithmetic, in bytes, on device and host together."""
+    config = config_of(settings, 64, "")
+    if settings is None:
+        each = optimizer_bytes(config.optim, Precision.bf16)
+        return parameters * (each.unsharded + each.state)
+    zero = zero_bytes(config.deepspeed, Precision.bf16)
+    own = parameters / RANKS
+    return sum(zero.device(parameters, own).values()) + zero.own_host * own + zero.temporary
+
+
+def run(hidden_size: int) -> list[dict[str, Any]]:
+    """Measure every setting."""
+    rows: list[dict[str, Any]] = []
+    for name, settings in SETTINGS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            mp.spawn(measure, (settings, hidden_size, folder), nprocs=RANKS)
+            found = json.loads(Path(folder, "found.json").read_text())
+        row = {"setting": name, **found, "expected": expected(settings, found["parameters"])}
+        rows.append(row)
+        print({key: value if isinstance(value, str) else round(value / MIB) for key, value in row.items()})
+    return rows
+
+
+def table(rows: list[dict[str, Any]], ran_on: dict[str, Any], how: str) -> str:
+    """Write the page."""
+    millions = rows[0]["parameters"] / 1e6
+    lines = [
+        "# Resident memory of a rank by engine and stage of ZeRO",
+        "",
+        f"`{how}`, commit {ran_on['commit']}: a dense model of {millions:.0f}M parameters in bf16 on "
+        f"{RANKS} ranks of a CPU. MiB of the fuller rank beyond what it held before the engine was built. On "
+        "a CPU device and host memory are one, so each figure is the sum of both; nothing here ran on a GPU.",
+        "",
+        "Expected: weights, gradients, states and buckets by `msa_train.config`; not what a step computes.",
+        "",
+        "| setting | after a step | bytes per parameter | most during a step | expected |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        figures = [
+            row["after"] / MIB,
+            row["after"] / row["parameters"],
+            row["peak"] / MIB,
+            row["expected"] / MIB,
+        ]
+        each = [f"{figures[0]:.0f}", f"{figures[1]:.1f}", f"{figures[2]:.0f}", f"{figures[3]:.0f}"]
+        lines.append(f"| {row['setting']} | {' | '.join(each)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, help="folder for engines_memory.json and .md")
+    parser.add_argument("--hidden-size", type=int, default=768, help="of the model")
+    arguments = parser.parse_args()
+    ran_on, how = machine(), command("benchmarks.engines.memory", sys.argv[1:])
+    rows = run(arguments.hidden_size)
+    page = table(rows, ran_on, how)
+    print(page)
+    if arguments.out:
+        result = {"command": how, "machine": ran_on, "rows": rows}
+        (arguments.out / "engines_memory.json").write_text(json.dumps(result, indent=1) + "\n")
+        (arguments.out / "engines_memory.md").write_text(page)
+
+
+if __name__ == "__main__":
+    main()

@@ -200,7 +200,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, help="folder for engines_memory.json and .md")
-    parser.add_argument("--hidden-size", type=int, default=768, help="of the model")
+    parser.add_argument("--hidden-size", type=int, default=512, help="of the model")
     arguments = parser.parse_args()
     ran_on, how = machine(), command("benchmarks.engines.memory", sys.argv[1:])
     rows = run(arguments.hidden_size)

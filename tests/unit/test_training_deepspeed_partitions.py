@@ -81,3 +81,11 @@ def test_a_plain_optimizer_owns_whole_parameters() -> None:
 def test_another_optimizer_is_refused_by_name() -> None:
     with pytest.raises(TypeError, match="SimpleNamespace: checkpoints do not know"):
         list(owned(SimpleNamespace()))
+
+
+def test_what_is_in_files_is_refused() -> None:
+    wrapper = SimpleNamespace(swap_optimizer=True, params_in_nvme_and_cpu=False)
+    with pytest.raises(
+        ValueError, match=r"^deepspeed\.offload_optimizer=nvme: .*; use deepspeed\.offload_optim"
+    ):
+        list(owned(wrapper))

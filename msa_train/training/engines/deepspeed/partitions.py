@@ -7,8 +7,7 @@
     none, fp32              every rank has all, the parameters themselves
 
 The groups of experts are cut over the ranks that hold the same experts, so nothing here depends on which
-group a parameter is in. With optimizer states in host memory the tensors are there; with NVMe they are files,
-mapped into memory: what is stored or loaded passes through the page cache and is never held as a whole.
+group a parameter is in. With offload to host memory the tensors are there.
 
 Nothing is copied and nothing exchanged: tensors are views of DeepSpeed's own. The names of its attributes are
 those of 0.19.
@@ -25,6 +24,11 @@ from torch import Tensor, nn
 from msa_train.checkpoint.torch_dist.format_versions import STATE_NAMES
 
 _MOMENTS = STATE_NAMES[1:]
+# settings and the attributes by which ZeRO-3 says that they move something to files
+_IN_FILES = {
+    "deepspeed.offload_optimizer": "swap_optimizer",
+    "deepspeed.offload_param": "params_in_nvme_and_cpu",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +75,15 @@ def owned(wrapper: Any) -> Iterator[Owned]:
 
     Args:
         wrapper: `engine.optimizer` of DeepSpeed.
+
+    Raises:
+        ValueError: states or weights are in files.
     """
-    for number, unit in enumerate(_units(wrapper)):
-        tensors = _swapped(wrapper, number) or _in_memory(wrapper, unit.key)
+    for name, attribute in _IN_FILES.items():
+        if getattr(wrapper, attribute, False):
+            raise ValueError(f"{name}=nvme: checkpoints do not reach what is kept in files; use {name}=cpu")
+    for unit in _units(wrapper):
+        tensors = _in_memory(wrapper, unit.key)
         for place in unit.ranges:
             yield Owned(
                 parameter=place.parameter,
@@ -230,8 +240,3 @@ def _no_updates(base: torch.optim.Optimizer, key: Tensor) -> Tensor | int:
         return 0
     on_device = base.param_groups[0].get("fused") or base.param_groups[0].get("capturable")
     return torch.zeros((), dtype=torch.float32, device=key.device if on_device else "cpu")
-
-
-def _swapped(wrapper: Any, number: int) -> list[Tensor] | None:
-    """Return weights and moments of a sub-group that ZeRO-3 keeps in files; None where it does not."""
-    return None

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from launchers.cli.quick_imports import quick_imports
+from launchers.local.engine_checks import check_deepspeed_here
 from launchers.local.kernel_checks import (
     check_dispatcher_package,
     check_full_kernel,
@@ -94,6 +95,8 @@ def plan_layout(
     # another machine may have other libraries
     check_full_kernel(config, on_gpu=num_gpus > 0 and gpus_per_node is None)
     check_implementation(config, on_gpu=num_gpus > 0, is_here=gpus_per_node is None)
+    if gpus_per_node is None:
+        check_deepspeed_here(config)
     check_dispatcher_package(config, on_gpu=num_gpus > 0, is_here=gpus_per_node is None)
     if joined_world_size is None and 0 < num_gpus < world_size:
         raise ValueError(

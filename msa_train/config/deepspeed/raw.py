@@ -1,7 +1,7 @@
 """Check `deepspeed.raw`: what it may not say, because msa-train says it or because it is wrong.
 
 DeepSpeed answers some contradictions late and some not at all: with its own sequence parallelism it trains on
-and is wrong. What is not listed is handed on, and DeepSpeed refuses keys that it does not know.
+and is wrong. It passes over sections that it does not know; inside zero_optimization it refuses such keys.
 """
 
 from collections.abc import Iterator
@@ -90,6 +90,21 @@ _REFUSED = {
     "zero_optimization.leaf_module": "layers are gathered whole; leave it out",
     "zero_optimization.stage3_module_granularity_threshold": "layers are gathered whole; leave it out",
 }
+# what is no section of DeepSpeed's would be passed over in silence
+_ALLOWED = (
+    "zero_optimization",
+    "aio",
+    "comms_logger",
+    "csv_monitor",
+    "dump_state",
+    "flops_profiler",
+    "memory_breakdown",
+    "steps_per_print",
+    "tensorboard",
+    "timers",
+    "wall_clock_breakdown",
+    "wandb",
+)
 # wherever they stand: names of DeepSpeed's tiles and of its sequence parallelism
 _REFUSED_WORDS = {
     "tiled": _TILES,
@@ -113,6 +128,10 @@ def check_raw(raw: dict[str, Any]) -> None:
         for word, reason in _REFUSED_WORDS.items():
             if word in key.lower():
                 raise ValueError(f"deepspeed.raw.{key}={value}: {reason}")
+        if key.partition(".")[0] not in _ALLOWED:
+            raise ValueError(
+                f"deepspeed.raw.{key}={value}: no section that may be set; use one of {', '.join(_ALLOWED)}"
+            )
 
 
 def _leaves(node: dict[str, Any], prefix: str) -> Iterator[tuple[str, object]]:

@@ -1,6 +1,7 @@
 """Find settings that are allowed and do not do what they seem to say: one line each, before a run starts."""
 
-from msa_train.config.options import BadStep
+from msa_train.config.deepspeed.settings import DeepSpeedConfig
+from msa_train.config.options import BadStep, EngineKind
 from msa_train.config.run import RunConfig
 from msa_train.config.stage_plan import plan_stages, total_steps
 
@@ -34,6 +35,11 @@ def _warm_ups(config: RunConfig) -> list[str]:
 def _without_effect(config: RunConfig) -> list[str]:
     checkpoint, train = config.checkpoint, config.train
     found: list[str] = []
+    if config.engine is not EngineKind.deepspeed and config.deepspeed != DeepSpeedConfig():
+        found.append(
+            f"engine={config.engine.value}: does not look at deepspeed.*, which is set; use "
+            "engine=deepspeed, or leave that out"
+        )
     if config.logging.every > total_steps(config):
         found.append(
             f"logging.every={config.logging.every}: no step is shown or written to metrics.jsonl, as the run "

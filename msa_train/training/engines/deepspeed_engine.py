@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from msa_train.config import RunConfig
+from msa_train.config import RunConfig, one_line
 from msa_train.config.deepspeed.to_json import deepspeed_json
 from msa_train.config.lr_schedule import LearningRates
 from msa_train.data import Pack
@@ -69,13 +69,27 @@ class DeepSpeedEngine(TrainEngine):
         if partitions_weights:
             gather_whole_layers(model)
         self.optimizer = self._build_optimizer(named)
-        with quiet():
-            self.engine = deepspeed.initialize(model=model, optimizer=self.optimizer, config=self.json)[0]
+        self.engine = self._initialize(deepspeed)
         if partitions_weights:
             register_output_weight(model)
         # groups without parameters are gone by now
         self.gradients = reduced_gradients(self.engine, self.optimizer.param_groups, groups)
         self.set_stage(self.stage)
+
+    def _initialize(self, deepspeed: Any) -> Any:
+        """Let DeepSpeed take model and optimizer.
+
+        Raises:
+            ValueError: it refuses what deepspeed.raw says.
+        """
+        try:
+            with quiet():
+                return deepspeed.initialize(model=self.model, optimizer=self.optimizer, config=self.json)[0]
+        except ValueError as error:
+            raw = self.config.deepspeed.raw
+            if not raw:
+                raise
+            raise ValueError(f"deepspeed.raw={raw}: DeepSpeed refuses it ({one_line(str(error))})") from None
 
     def _build_optimizer(self, named: Sequence[tuple[str, nn.Parameter]]) -> TiledAdamW:
         """Build AdamW, with groups by weight decay, learning rate and the ranks that share weights."""

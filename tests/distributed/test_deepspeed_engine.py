@@ -1,0 +1,101 @@
+"""engine=deepspeed does what one process of engine=torch does: losses, gradient norms and weights.
+
+In fp32, as DeepSpeed reduces no fp64: sums in another order make up to 1e-6. An experts' mean in place of a
+sum, or ranks left out of a group, would show as tens of percent.
+"""
+
+from functools import cache
+from typing import Any
+
+import pytest
+
+pytest.importorskip("deepspeed")
+
+from msa_train.config import KvExchange, Offload, Precision, Recompute
+from tests.helpers import deepspeed_runs
+from tests.helpers.deepspeed_runs import Case, worst_errors
+from tests.helpers.spawn import run_ranks
+
+TOLERANCE = 1e-6
+full, selective, none = Recompute.full, Recompute.selective, Recompute.none
+
+# Each zero_stage, layout, exchange and way of recomputing, and each pair of stage and accumulation (2 packs
+# on 2 ranks of a sequence, or 4 on 2 sequences, are 2 a rank).
+TWO_RANKS = [
+    Case(0, 4),
+    Case(0, 1, cp_size=2, recompute=full, exchange=KvExchange.ring),
+    Case(1, 2, recompute=selective),
+    Case(1, 2, cp_size=2, exchange=KvExchange.all_gather),
+    Case(2, 4, recompute=full),
+    Case(2, 1, cp_size=2, exchange=KvExchange.auto, overlap=True),
+    Case(3, 2, cp_size=2, recompute=full, tile_tokens=16),
+    Case(3, 2, cp_size=2, recompute=selective, offload_activations=True, overlap=True),
+    Case(2, 2, cp_size=2, offload=Offload.cpu),
+    Case(3, 2, cp_size=2, offload=Offload.cpu),
+    # experts across the ranks of a sequence, and across sequences
+    Case(1, 2, cp_size=2, ep_size=2),
+    Case(2, 4, ep_size=2, tile_tokens=16),
+]
+RECIPES = [Case(stage, 2, cp_size=2, recipe=True) for stage in (0, 2, 3)]
+FOUR_RANKS = [
+    Case(0, 2, cp_size=4, ep_size=4),
+    Case(1, 4, ep_size=2),
+    Case(2, 4, cp_size=2, ep_size=4),
+    Case(3, 2, cp_size=4, recompute=full),
+]
+BF16 = [
+    Case(1, 4, ep_size=2, precision=Precision.bf16),
+    Case(3, 4, precision=Precision.bf16),
+]
+
+
+@cache
+def one_process(packs: int, recipe: bool, precision: Precision) -> dict[str, Any]:
+    case = Case(None, packs, recipe=recipe, precision=precision)
+    return run_ranks(1, deepspeed_runs.run_cases, [case])[0][0]
+
+
+def check(world_size: int, cases: list[Case]) -> None:
+    got = run_ranks(world_size, deepspeed_runs.run_cases, cases)
+    for number, case in enumerate(cases):
+        want = one_process(case.packs, case.recipe, case.precision)
+        for key, error in worst_errors([of_rank[number] for of_rank in got], want).items():
+            assert error < TOLERANCE, (case, key)
+
+
+def test_steps_are_those_of_one_process_on_two_ranks() -> None:
+    check(2, TWO_RANKS)
+
+
+def test_steps_are_those_of_one_process_on_four_ranks() -> None:
+    check(4, FOUR_RANKS)
+
+
+def test_stages_freeze_what_they_freeze_in_one_process() -> None:
+    check(2, RECIPES)
+
+
+def test_bf16_has_the_first_step_of_one_process_and_follows_it() -> None:
+    """Gradients add up in fp32: the first norm agrees better than bf16 sums would."""
+    got = run_ranks(2, deepspeed_runs.run_cases, BF16)
+    for number, case in enumerate(BF16):
+        want = one_process(case.packs, case.recipe, case.precision)
+        steps = got[0][number]["steps"]
+        assert steps[0]["loss"] == pytest.approx(want["steps"][0]["loss"], rel=1e-6), case
+        assert steps[0]["norm"] == pytest.approx(want["steps"][0]["norm"], rel=1e-4), case
+        for ours, theirs in zip(steps, want["steps"], strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3), case
+
+
+def test_refused_step_leaves_everything_to_the_bit() -> None:
+    cases = [
+        Case(0, 2, ep_size=2),
+        Case(1, 2, ep_size=2, precision=Precision.bf16),
+        Case(2, 4, ep_size=2, precision=Precision.bf16),
+        Case(1, 2, offload=Offload.cpu),
+        Case(3, 4),
+        Case(3, 2, offload=Offload.cpu),
+    ]
+    for of_rank in run_ranks(2, deepspeed_runs.refuse_steps, cases):
+        for case, found in zip(cases, of_rank, strict=True):
+            assert found == {"kept": True, "followed": True, "moves": True}, case

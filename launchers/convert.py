@@ -167,7 +167,6 @@ def _export(arguments: argparse.Namespace) -> None:
     import torch
 
     from msa_train.checkpoint.weights_only import checkpoint_folder, shape_of
-    from msa_train.convert.config_write import DEFAULT_MAX_POSITIONS
     from msa_train.convert.export_hf import plan_export, read_config_file, write_export
 
     source, target = arguments.source, arguments.target
@@ -190,7 +189,7 @@ def _export(arguments: argparse.Namespace) -> None:
         like=arguments.like,
         dtype={"bf16": torch.bfloat16, "fp32": torch.float32, None: None}[arguments.dtype],
         shard_bytes=shard_bytes,
-        max_positions=arguments.max_positions or DEFAULT_MAX_POSITIONS,
+        max_positions=arguments.max_positions or 0,
         ignore=arguments.ignore_field,
     )
     if arguments.dry_run:

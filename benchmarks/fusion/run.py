@@ -25,6 +25,7 @@ from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_func
 from torch import Tensor
 
 from benchmarks.machine import ROOT, command, machine
+from msa_train.config import Rope
 from msa_train.model.layers.fused_gate import fused_gate
 from msa_train.model.layers.fused_router import best_experts, fused_probs
 from msa_train.model.layers.moe.router import _TopkChoice
@@ -103,7 +104,7 @@ def _norm(width: int, *, is_fused: bool) -> RMSNorm:
 
 
 def _table() -> tuple[Tensor, Tensor]:
-    return rotary_table(torch.arange(TOKENS), rotary_dim=64, theta=5e6, dtype=torch.float32)
+    return rotary_table(torch.arange(TOKENS), rotary_dim=64, rope=Rope(theta=5e6), dtype=torch.float32)
 
 
 def _functions() -> list[tuple[str, Callable[[Tensor], Tensor], Tensor]]:

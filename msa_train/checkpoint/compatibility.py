@@ -11,7 +11,15 @@ from typing import Any
 import msa_train
 from msa_train.checkpoint.manifest import step_of
 from msa_train.checkpoint.meta import FORMAT_VERSION
-from msa_train.config import AttentionKind, RunConfig, plan_stages, total_steps
+from msa_train.config import (
+    AttentionKind,
+    ModelConfig,
+    RopeType,
+    RunConfig,
+    plan_stages,
+    rope_of_model,
+    total_steps,
+)
 from msa_train.config.lr_schedule import next_lr, schedule_steps
 
 INDEX_NAME = ".metadata"
@@ -34,15 +42,25 @@ _NOT_OF_THE_MODEL = {
     "attention.kl_temperature",
     "attention.kernel",
 }
+_ROPE_SCALING = tuple(
+    f"model.{field.name}"
+    for field in fields(ModelConfig)
+    if field.name.startswith("rope_") and field.name != "rope_theta"
+)
 # What a long-context extension changes when it starts from another run's checkpoint
 _CHANGED_BY_EXTENSION = {
     "model.rope_theta",
+    *_ROPE_SCALING,
     "attention.block_size",
     "attention.topk",
     "attention.local_blocks",
     "attention.window",
     "attention.window_sink",
 }
+_OF_STAGE = ("theta", "type", "factor", "original_length")
+"settings of the rotary embedding that a stage may change"
+_ABSENT_ROPE = {"model.rope_type": RopeType.default.value}
+"what a checkpoint from before there was scaling means"
 # What a new run that takes weights alone may change besides: index branches come and go with their layers
 _CHANGED_WITH_WEIGHTS = {"model.layer_attention"}
 
@@ -146,7 +164,9 @@ def check_recorded_stages(meta: dict[str, Any], config: RunConfig) -> None:
         ValueError: naming the value, the rule and the fix.
     """
     step, plan = meta["step"], plan_stages(config)
-    for index, recorded in enumerate(meta.get("stages", [])):
+    # of an earlier version: no stage had a rotary embedding of its own
+    unsaid = {"rope": rope_of_model(config.model).record()}
+    for index, recorded in enumerate(unsaid | stage for stage in meta.get("stages", [])):
         # The checkpoint's own stage may still get longer or shorter; a stage that is over is history, and so
         # is where the next one began.
         is_over = recorded["first_step"] + recorded["num_steps"] <= step and index + 1 < len(plan)
@@ -181,6 +201,17 @@ def fingerprint(config: RunConfig) -> dict[str, object]:
     return {key: value for key, value in result.items() if key not in _NOT_OF_THE_MODEL}
 
 
+def last_rope(meta: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of the rotary embedding, by name, that a checkpoint's last stage had.
+
+    Example: a stage extended the model: {"rope_theta": 5e6, "rope_type": "yarn", "rope_factor": 4.0, ...}.
+    Empty where an earlier version wrote it, or it holds weights alone: the fingerprint says all.
+    """
+    stages = meta.get("stages") or [{}]
+    rope = stages[-1].get("rope", {})
+    return {f"rope_{name}": rope[name] for name in _OF_STAGE if name in rope}
+
+
 def takes_weights_only(meta: dict[str, Any], config: RunConfig) -> bool:
     """Tell whether only the model is taken from another run's checkpoint, as asked or as all there is."""
     return config.checkpoint.load_weights_only or meta.get("content") == WEIGHTS_CONTENT
@@ -208,7 +239,10 @@ def check_usable(meta: dict[str, Any], folder: Path, config: RunConfig, *, own: 
             f"msa-train {meta.get('msa_train_version', 'unknown')}; this is {msa_train.__version__} and "
             f"knows formats up to {FORMAT_VERSION}; upgrade msa-train, or use {fix}"
         )
-    ours, theirs, notes = fingerprint(config), meta["fingerprint"], []
+    ours, theirs, notes = fingerprint(config), _ABSENT_ROPE | meta["fingerprint"], []
+    if not own:
+        # stages may have changed it on the way
+        theirs |= {f"model.{name}": value for name, value in last_rope(meta).items()}
     may_change = set() if own else set(_CHANGED_BY_EXTENSION)
     if not own and takes_weights_only(meta, config):
         may_change |= _CHANGED_WITH_WEIGHTS

@@ -81,7 +81,10 @@ def _is_sound(name: str, value: Any) -> bool:
         # it is printed
         return value.isprintable()
     if name == "stages":
-        return all(isinstance(stage, dict) and _has_all(stage, _STAGE) for stage in value)
+        return all(
+            isinstance(stage, dict) and _has_all(stage, _STAGE) and type(stage.get("rope", {})) is dict
+            for stage in value
+        )
     if name == "bad_steps":
         losses, rollbacks = value.get("recent_losses", []), value.get("rollbacks", [])
         if not (isinstance(losses, list) and all(type(loss) in _NUMBER for loss in losses)):

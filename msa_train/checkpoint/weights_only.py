@@ -15,7 +15,7 @@ from typing import Any
 from megatron.core import __version__ as megatron_version
 
 import msa_train
-from msa_train.checkpoint.compatibility import WEIGHTS_CONTENT, fingerprint
+from msa_train.checkpoint.compatibility import WEIGHTS_CONTENT, fingerprint, last_rope
 from msa_train.checkpoint.manifest import MANIFEST_NAME, file_entry, read_meta, structure_damage
 from msa_train.checkpoint.meta import FORMAT_VERSION, META_NAME
 from msa_train.checkpoint.store import CheckpointStore
@@ -116,10 +116,18 @@ def shape_of(folder: Path) -> tuple[ModelConfig, AttentionConfig]:
             f"checkpoint {folder}: has format {meta['format_version']}, this msa-train knows up to "
             f"{FORMAT_VERSION}; upgrade msa-train"
         )
-    values: dict[str, Any] = meta["fingerprint"]
+    # the weights have the rotary embedding of the last stage that trained them
+    rope = {f"model.{name}": value for name, value in last_rope(meta).items()}
+    values: dict[str, Any] = meta["fingerprint"] | rope
     return _section(ModelConfig, "model.", values, folder), _section(
         AttentionConfig, "attention.", values, folder
     )
+
+
+def trained_seq_len(folder: Path) -> int:
+    """Return the tokens of the longest packs that a checkpoint was trained with; 0 where it does not say."""
+    lengths = [stage.get("seq_len") for stage in read_meta(folder).get("stages", [])]
+    return max((one for one in lengths if type(one) is int), default=0)
 
 
 def _section(kind: type, prefix: str, values: dict[str, Any], folder: Path) -> Any:

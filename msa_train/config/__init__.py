@@ -26,9 +26,12 @@ from msa_train.config.options import (
     Progress,
     QkNorm,
     Recompute,
+    RopeType,
     SaveFailure,
     StageAttention,
+    StageRope,
 )
+from msa_train.config.rope.settings import Rope, rope_of_model
 from msa_train.config.rules.contradictions import contradictions
 from msa_train.config.rules.run_rules import check_rules, resolve_engine
 from msa_train.config.rules.text import check_text, check_texts
@@ -44,7 +47,7 @@ from msa_train.config.run import (
     TrainConfig,
     WatchdogConfig,
 )
-from msa_train.config.stage_plan import Stage, longest_seq_len, plan_stages, stage_at, total_steps
+from msa_train.config.stage_plan import Stage, longest_seq_len, plan_stages, rope_note, stage_at, total_steps
 from msa_train.config.stages import StageConfig
 from msa_train.config.text import one_line, printable
 
@@ -83,11 +86,14 @@ __all__ = [
     "Progress",
     "QkNorm",
     "Recompute",
+    "Rope",
+    "RopeType",
     "RunConfig",
     "SaveFailure",
     "Stage",
     "StageAttention",
     "StageConfig",
+    "StageRope",
     "Tasks",
     "TrainConfig",
     "WatchdogConfig",
@@ -102,6 +108,8 @@ __all__ = [
     "plan_stages",
     "printable",
     "resolve_engine",
+    "rope_note",
+    "rope_of_model",
     "stage_at",
     "total_steps",
 ]

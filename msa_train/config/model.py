@@ -10,6 +10,7 @@ from msa_train.config.options import (
     FullKernel,
     Implementation,
     QkNorm,
+    RopeType,
 )
 
 _COUNT = re.compile("0*[1-9][0-9]{0,8}")
@@ -61,6 +62,24 @@ class ModelConfig:
     "rotated channels of each head, the first ones; also of the index heads"
     rope_theta: float = 10.0
     "base of the rotary frequencies"
+    rope_type: RopeType = RopeType.default
+    "scaling of the rotary frequencies, of main attention and index branch alike"
+    rope_factor: float = 1.0
+    "how many times longer than before; 1 with rope_type=default"
+    rope_original_length: int = 0
+    "yarn: tokens of the length before the extension"
+    rope_beta_fast: float = 0.0
+    "yarn: a frequency with more turns than this within the original length stays; 0: 32"
+    rope_beta_slow: float = 0.0
+    "yarn: one with fewer turns is divided by the factor; 0: 1"
+    rope_attention_factor: float = 0.0
+    "yarn: factor on sine and cosine; 0: from the two below, or 0.1 * ln(rope_factor) + 1"
+    rope_mscale: float = 0.0
+    "yarn: numerator of that factor, 0.1 * rope_mscale * ln(rope_factor) + 1; 0: not used"
+    rope_mscale_all_dim: float = 0.0
+    "yarn: the same for its denominator"
+    rope_truncate: bool = True
+    "yarn: the ramp begins and ends at whole channels"
     qk_norm: QkNorm = QkNorm.head
     "RMS normalisation of queries and keys before the rotary embedding"
     norm_eps: float = 1e-6

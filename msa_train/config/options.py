@@ -135,6 +135,25 @@ class LrSchedule(Enum):
     constant = "constant"  # as it is
 
 
+class RopeType(Enum):
+    """Choose how the frequencies of the rotary embedding are scaled for longer sequences."""
+
+    default = "default"  # not at all
+    linear = "linear"  # all divided by the factor
+    ntk = "ntk"  # theta times factor^(d / (d - 2)) for d rotated channels, whatever a sequence's length
+    yarn = "yarn"  # slow ones divided by the factor, fast ones kept, a ramp between; sine and cosine grow
+
+
+class StageRope(Enum):
+    """Choose the rotary embedding's scaling in a stage."""
+
+    model = "model"  # model.rope_type
+    default = "default"  # none
+    linear = "linear"  # as model.rope_type=linear, and so on
+    ntk = "ntk"
+    yarn = "yarn"
+
+
 class QkNorm(Enum):
     """Choose the RMS normalisation of queries and keys before the rotary embedding."""
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from msa_train.config.options import KlTarget, StageAttention
+from msa_train.config.rope.settings import Rope, rope_of_stage
 from msa_train.config.run import RunConfig
 from msa_train.config.stages import StageConfig
 
@@ -37,6 +38,8 @@ class Stage:
     "factor on the learning rates of the index branch"
     warmup_steps: int
     "first updates over which the learning rates rise from 0"
+    rope: Rope
+    "rotary embedding of main attention and index branch"
 
     @property
     def last_step(self) -> int:
@@ -73,6 +76,7 @@ class Stage:
             "num_steps": self.num_steps,
             "seq_len": self.seq_len,
             "attention": self.attention.value,
+            "rope": self.rope.record(),
         }
 
 
@@ -127,6 +131,7 @@ def plan_stages(config: RunConfig) -> tuple[Stage, ...]:
                 lr_scale=stage.lr_scale,
                 index_lr_scale=stage.index_lr_scale,
                 warmup_steps=stage.warmup_steps,
+                rope=rope_of_stage(config.model, stage),
             )
         )
         # stages behind the last step are not planned; this one keeps its whole length
@@ -149,6 +154,11 @@ def total_steps(config: RunConfig) -> int:
 def stage_at(stages: Sequence[Stage], step: int) -> Stage:
     """Return the stage of the update that follows `step` updates; the last one from its end on."""
     return next((stage for stage in stages if step < stage.last_step), stages[-1])
+
+
+def rope_note(stage: Stage, stages: Sequence[Stage]) -> str:
+    """Write ", RoPE ..." where not all stages of a run have the same rotary embedding; else nothing."""
+    return f", RoPE {stage.rope}" if any(one.rope != stage.rope for one in stages) else ""
 
 
 def longest_seq_len(config: RunConfig) -> int:

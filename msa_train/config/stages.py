@@ -7,7 +7,7 @@ section 4 has two: the main branch runs full attention while the index branch le
 
 from dataclasses import dataclass
 
-from msa_train.config.options import KlTarget, StageAttention
+from msa_train.config.options import KlTarget, StageAttention, StageRope
 
 
 @dataclass(kw_only=True, slots=True)
@@ -28,3 +28,11 @@ class StageConfig:
     "the same for the index branch, besides optim.index_lr_scale"
     warmup_steps: int = 0
     "first steps of the stage over which the learning rates rise from 0"
+    rope_theta: float = 0.0
+    "base of the rotary frequencies in this stage; 0: model.rope_theta"
+    rope_type: StageRope = StageRope.model
+    "their scaling in this stage"
+    rope_factor: float = 0.0
+    "how many times longer than rope_original_length; 0: model.rope_factor"
+    rope_original_length: int = 0
+    "yarn: tokens of the length before the extension; 0: model.rope_original_length"

@@ -125,6 +125,8 @@ class Fields:
         ignored = {name.removeprefix(place) for name in ignore} | _NO_EFFECT
         self.left = {name: value for name, value in values.items() if name not in ignored}
         self.place, self.family = place, family
+        # of no effect on the weights, but what some fields are derived from where they are absent
+        self.max_positions = values.get("max_position_embeddings")
 
     def default(self, name: str, default: Any = None) -> Any:
         """Return what an absent field means."""
@@ -184,6 +186,10 @@ class Fields:
     def refusal(self, name: str, value: Any, rule: str) -> ValueError:
         """Make the error for a field: `name=value: rule`."""
         return ValueError(f"{self.place}{excerpt(name, 80)}={excerpt(str(value), 80)}: {rule}")
+
+    def positions(self) -> int:
+        """Return max_position_embeddings, 0 where they are absent or no size."""
+        return self.max_positions if type(self.max_positions) is int and self.max_positions > 0 else 0
 
     def check_fixed(self) -> None:
         """Refuse other values than the one that is implemented."""

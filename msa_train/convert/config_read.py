@@ -6,7 +6,7 @@ Absent fields have the defaults of transformers 5.23.
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -29,6 +29,8 @@ class HfModel:
     "its shape"
     attention: AttentionConfig
     "sizes of block selection; defaults where no layer has it"
+    max_positions: int = field(default=0, compare=False)
+    "max_position_embeddings; 0 where it is not said"
     fp8_block: tuple[int, int] | None = None
     "rows and columns that share a scale, in a checkpoint of 8-bit weights"
 
@@ -88,7 +90,9 @@ def _read_m2(fields: Fields) -> HfModel:
     # in this order: what is left after both is unknown, and could be another model
     fields.check_fixed()
     fields.check_nothing_left()
-    return HfModel(family=Family.m2, model=model, attention=AttentionConfig())
+    return HfModel(
+        family=Family.m2, model=model, attention=AttentionConfig(), max_positions=fields.positions()
+    )
 
 
 def _read_m3(fields: Fields, *, tied: bool) -> HfModel:
@@ -121,7 +125,7 @@ def _read_m3(fields: Fields, *, tied: bool) -> HfModel:
         local_blocks=index["index_local_blocks"],
         index_head_dim=index["index_head_dim"],
     )
-    return HfModel(family=Family.m3, model=model, attention=attention)
+    return HfModel(family=Family.m3, model=model, attention=attention, max_positions=fields.positions())
 
 
 def _num_layers(fields: Fields) -> int:

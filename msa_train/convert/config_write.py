@@ -7,6 +7,7 @@ from typing import Any
 
 from msa_train.config import Activation, AttentionConfig, AttentionKind, ModelConfig, QkNorm
 from msa_train.convert.config_fields import SPARSE, SPARSE_FIELDS, Family
+from msa_train.convert.config_rotary import extend_rotary, write_rotary
 
 DEFAULT_MAX_POSITIONS = 1048576
 
@@ -89,8 +90,7 @@ def write_hf_config(
         "num_local_experts": model.num_experts,
         "rotary_dim": model.rotary_dim,
         "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": model.rope_theta,
+            **write_rotary(model),
             # transformers multiplies this by head_dim and cuts, see _partial_factor
             "partial_rotary_factor": _partial_factor(model.rotary_dim, model.head_dim),
         },
@@ -119,20 +119,21 @@ def write_hf_config(
 
 
 def extend_hf_config(
-    config: dict[str, Any], model: ModelConfig, attention: AttentionConfig
+    config: dict[str, Any], model: ModelConfig, attention: AttentionConfig, *, max_positions: int = 0
 ) -> dict[str, Any]:
-    """Change in a config.json what a long-context extension may: rope_theta and the selection's sizes.
+    """Change in a config.json what a long-context extension may: positions, RoPE and the selection's sizes.
 
     Args:
         config: of the model that was extended; stays as it is.
         model, attention: our configuration after the extension.
+        max_positions: for max_position_embeddings; 0: as they are.
     """
     # a deep copy, of what is JSON anyway
     result: dict[str, Any] = json.loads(json.dumps(config))
     text = result["text_config"] if isinstance(result.get("text_config"), dict) else result
-    for place in (text, text.get("rope_parameters"), text.get("rope_scaling")):
-        if isinstance(place, dict) and place.get("rope_theta") is not None:
-            place["rope_theta"] = _like(model.rope_theta, place["rope_theta"])
+    extend_rotary(text, model)
+    if max_positions:
+        text["max_position_embeddings"] = max_positions
     values = {
         "index_block_size": attention.block_size,
         "index_topk_blocks": attention.topk,
@@ -145,11 +146,6 @@ def extend_hf_config(
             if place.get(field) is not None:
                 place[field] = value
     return result
-
-
-def _like(value: float, given: float) -> float:
-    """Keep the given spelling where both are equal: 5000000 stays a whole number."""
-    return given if given == value else value
 
 
 def _partial_factor(rotary_dim: int, head_dim: int) -> float:

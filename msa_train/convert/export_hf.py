@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from msa_train.checkpoint.torch_dist.files import ShardedReader
+from msa_train.checkpoint.weights_only import trained_seq_len
 from msa_train.config import AttentionConfig, ModelConfig
 from msa_train.convert.config_fields import Family
 from msa_train.convert.config_read import read_hf_config
@@ -81,7 +82,7 @@ def plan_export(
     like: Path | None = None,
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
-    max_positions: int = DEFAULT_MAX_POSITIONS,
+    max_positions: int = 0,
     ignore: Collection[str] = (),
 ) -> ExportPlan:
     """Lay out the files.
@@ -94,7 +95,8 @@ def plan_export(
         dtype: of the result, None for that of the checkpoint. fp32 takes the optimizer's master weights where
             the checkpoint has them. The expert bias keeps its type.
         shard_bytes: largest file in bytes, but for single tensors that are larger.
-        max_positions: for config.json, tokens.
+        max_positions: for config.json, tokens. 0: at least the longest packs that the checkpoint was trained
+            with, and what `like` has, or DEFAULT_MAX_POSITIONS.
         ignore: fields of the config.json in `like` to treat as absent.
 
     Raises:
@@ -103,7 +105,7 @@ def plan_export(
     # nothing but shapes and dtypes is read here
     weights = _Weights(checkpoint, dtype)
     if like is not None:
-        config = _config_like(like, model, attention, ignore)
+        config = _config_like(like, model, attention, ignore, max_positions, trained_seq_len(checkpoint))
         _note_dtype(config, dtype)
         return _plan_like(like, model, attention, config, weights)
     # spellings that transformers writes itself: per expert for M2, fused for the bare text model of M3
@@ -112,7 +114,8 @@ def plan_export(
     packed = pack_files(list(_tensors(table, weights).values()), shard_bytes)
     files = dict(zip(file_names(len(packed)), packed, strict=True))
     stored = str(weights.dtype("decoder.final_layernorm.weight")).removeprefix("torch.")
-    config = write_hf_config(model, attention, dtype=stored, max_positions=max_positions)
+    positions = max_positions or max(DEFAULT_MAX_POSITIONS, trained_seq_len(checkpoint))
+    config = write_hf_config(model, attention, dtype=stored, max_positions=positions)
     return ExportPlan(table, files, config, [])
 
 
@@ -246,13 +249,22 @@ def _raw_pieces(entry: Entry) -> Iterator[Tensor]:
 
 
 def _config_like(
-    like: Path, model: ModelConfig, attention: AttentionConfig, ignore: Collection[str]
+    like: Path,
+    model: ModelConfig,
+    attention: AttentionConfig,
+    ignore: Collection[str],
+    max_positions: int,
+    trained: int,
 ) -> dict[str, Any]:
-    """Read config.json of `like`, which must mean this model but for what an extension changes."""
+    """Read config.json of `like`, which must mean this model but for what an extension changes.
+
+    Left at what they were before it, its positions would make servers cut sequences off.
+    """
     given = read_config_file(like)
     # what can be read can be changed
-    read_hf_config(given, ignore=ignore)
-    config = extend_hf_config(given, model, attention)
+    before = read_hf_config(given, ignore=ignore).max_positions
+    longer = trained if before and trained > before else 0
+    config = extend_hf_config(given, model, attention, max_positions=max_positions or longer)
     theirs, ours = read_hf_config(config, ignore=ignore), write_hf_config(model, attention, dtype="float32")
     if theirs.fp8_block is not None:
         raise ValueError(f"{like}: has 8-bit weights, which are not written; export without --like")

@@ -90,7 +90,7 @@ class PackForward:
         return rotary_table(
             shard.doc_position,
             rotary_dim=model.rotary_dim,
-            theta=model.rope_theta,
+            rope=self.stage.rope,
             dtype=torch.float64 if is_double else torch.float32,
         )
 

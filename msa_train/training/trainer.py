@@ -33,7 +33,7 @@ from msa_train.checkpoint.data_record import DataRecord
 from msa_train.checkpoint.save import WAITS_FOR_OTHERS, CheckpointSaver, SaveReport
 from msa_train.checkpoint.store import CheckpointStore
 from msa_train.checkpoint.torch_dist.finite_state import SpoiltStateError
-from msa_train.config import RunConfig, Stage, StageAttention, plan_stages, stage_at, total_steps
+from msa_train.config import RunConfig, Stage, StageAttention, plan_stages, rope_note, stage_at, total_steps
 from msa_train.config.lr_schedule import LearningRates, stage_rates
 from msa_train.data import BatchStream, Corpus, PackedDataset
 from msa_train.parallel.comm.fault_watch import own_standing, tell_others, watched
@@ -239,6 +239,7 @@ class Trainer:
             self.reporting.progress.note(
                 f"stage {stage.name}: steps {step + 1} to {min(stage.last_step, self.total_steps)}, "
                 f"{stage.seq_len} tokens per sequence, attention {stage.attention.value}, KL {stage.kl.value}"
+                f"{rope_note(stage, self.stages)}"
             )
 
     def _due(self, step: int, every: int) -> bool:

@@ -70,7 +70,7 @@ def test_logits_and_gradients_are_those_of_transformers(references: Path, world_
     run_ranks(world_size, check_scenarios, references)
 
 
-@pytest.mark.parametrize("name", ["m2", "m3_mixed", "m3_tied"])
+@pytest.mark.parametrize("name", ["m2", "m3_mixed", "m3_tied", "m3_yarn", "m2_linear"])
 def test_transformers_loads_an_export(references: Path, tmp_path: Path, name: str) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -17,6 +17,7 @@ from msa_train.config import (
     Recompute,
     StageAttention,
     StageConfig,
+    StageRope,
 )
 
 
@@ -41,6 +42,9 @@ ZIGZAG, DEALT = CpLayout.zigzag, CpLayout.dealt
 FULL, SELECTIVE = Recompute.full, Recompute.selective
 PLAIN, TILED = AttentionKernel.reference, AttentionKernel.cpu
 DENSE = StageConfig(attention=StageAttention.dense)
+# the rotary embedding of these is scaled besides, the KL loss softened
+YARN = StageConfig(rope_type=StageRope.yarn, rope_factor=3.0, rope_original_length=32)
+SOFT: dict[str, Any] = {"temperature": 1.5, "stage": YARN}
 BROADCAST = ExchangeConfig()
 NODES = ExchangeConfig(ranks_per_node=2)
 NODES_WAITING = ExchangeConfig(ranks_per_node=2, overlap=False)
@@ -107,7 +111,7 @@ _TABLE = [
     _case("cp4-selected-ep4-tiles-recompute", 4, "tiles, one of them of padding alone, experts over four",
           cp_size=4, ep_size=4, recompute=FULL, tile_tokens=6, layout=ZIGZAG),
     _case("cp2-selected-ep4-dp2-tiles-soft", 4, "tiles, experts over data parallel ranks too, softened KL",
-          cp_size=2, ep_size=4, tile_tokens=16, temperature=1.5),
+          cp_size=2, ep_size=4, tile_tokens=16, **SOFT),
     _case("cp2-ring-tiles-warm", 2, "tiles, the index branch warms up",
           cp_size=2, exchange=RING, stage=DENSE, temperature=1.5, tile_tokens=7),
     _case("cp3-selected-heads3", 3, "one Ulysses group: each rank has one KV head, no block travels",
@@ -142,27 +146,27 @@ _TABLE = [
           cp_size=3, exchange=ALL_GATHER, stage=DENSE, temperature=1.5),
     _case("cp3-ring-warm", 3, "ring, the index branch warms up",
           cp_size=3, exchange=RING, stage=DENSE, temperature=1.5),
-    _case("cp2-selected-soft", 2, "selected, softened KL loss", cp_size=2, temperature=1.5, layout=ZIGZAG),
+    _case("cp2-selected-soft", 2, "selected, softened KL loss", cp_size=2, **SOFT, layout=ZIGZAG),
     _case("cp2-all_gather-soft", 2, "all-gather, softened KL loss",
-          cp_size=2, exchange=ALL_GATHER, temperature=1.5, layout=ZIGZAG),
+          cp_size=2, exchange=ALL_GATHER, **SOFT, layout=ZIGZAG),
     _case("cp2-ring-soft", 2, "ring, softened KL loss",
-          cp_size=2, exchange=RING, temperature=1.5, layout=ZIGZAG),
+          cp_size=2, exchange=RING, **SOFT, layout=ZIGZAG),
     _case("cp3-selected-soft", 3, "selected, softened KL loss, fetched again",
-          cp_size=3, temperature=1.5, layout=DEALT, settings=FETCH_AGAIN),
+          cp_size=3, **SOFT, layout=DEALT, settings=FETCH_AGAIN),
     _case("cp3-all_gather-soft", 3, "all-gather, softened KL loss",
-          cp_size=3, exchange=ALL_GATHER, temperature=1.5, layout=DEALT),
+          cp_size=3, exchange=ALL_GATHER, **SOFT, layout=DEALT),
     _case("cp3-ring-soft", 3, "ring, softened KL loss",
-          cp_size=3, exchange=RING, temperature=1.5, layout=DEALT),
+          cp_size=3, exchange=RING, **SOFT, layout=DEALT),
     _case("cp1-dense", 1, "the same for full attention everywhere", stage=DENSE, kernel=PLAIN),
     _case("cp1-warm", 1, "the same for the warm-up of the index branch",
           stage=DENSE, temperature=1.5, kernel=PLAIN),
-    _case("cp1-soft", 1, "the same for a softened KL loss", temperature=1.5, kernel=PLAIN),
+    _case("cp1-soft", 1, "the same for a softened KL loss, yarn", **SOFT, kernel=PLAIN),
     _case("cp2-selected-ep2-recompute-warm", 2, "experts, recomputed, the index branch warms up",
           cp_size=2, ep_size=2, recompute=FULL, layout=ZIGZAG, stage=DENSE, temperature=1.5),
     _case("cp2-selected-cpu", 2, "the tiled CPU path by name", cp_size=2, kernel=TILED),
     _case("cp3-selected-reference", 3, "the plain definitions over several ranks", cp_size=3, kernel=PLAIN),
     _case("cp2-ring-reference-soft", 2, "the plain definitions over a ring, recomputed, softened KL",
-          cp_size=2, exchange=RING, temperature=1.5, recompute=FULL, kernel=PLAIN),
+          cp_size=2, exchange=RING, **SOFT, recompute=FULL, kernel=PLAIN),
     _case("cp4-selected-ep4-again", 4, "a second run, bit by bit the same",
           cp_size=4, ep_size=4, settings=NODES),
     _case("cp4-selected-ep4-waiting", 4, "no overlap: the same bits",
@@ -185,7 +189,7 @@ _TABLE = [
           cp_size=2, exchange=ALL_GATHER, recompute=FULL, offload=True),
     _case("cp2-selected-slices", 2, "queries select in three slices", cp_size=2, settings=SLICES),
     _case("cp3-selected-slices-soft", 3, "slices, dealt shards, softened KL loss",
-          cp_size=3, layout=DEALT, temperature=1.5, settings=SLICES),
+          cp_size=3, layout=DEALT, **SOFT, settings=SLICES),
     _case("cp4-selected-slices", 4, "slices on two nodes, broadcasts, experts over all four",
           cp_size=4, ep_size=4, settings=SLICES_NODES),
     _case("cp4-selected-slices-again", 4, "a second run, bit by bit the same",

@@ -48,6 +48,9 @@ def _mixed(kinds: str, dense: int, **fields: Any) -> dict[str, Any]:
     }
 
 
+# within its ramp, as 4 or 8 channels have 2 or 4 frequencies
+YARN = {"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 32}
+
 SCENARIOS = [
     Scenario(name="m2", family="m2", lengths=(61,)),
     Scenario(
@@ -62,6 +65,18 @@ SCENARIOS = [
         family="m3",
         lengths=(57,),
         fields=_mixed("ssf", 0, index_local_blocks=2, routed_scaling_factor=1.0),
+    ),
+    Scenario(
+        name="m3_yarn",
+        family="m3",
+        lengths=(61,),
+        fields=_mixed("sf", 0, rope=YARN, rotary_dim=6, index_head_dim=8, index_topk_blocks=3),
+    ),
+    Scenario(
+        name="m2_linear",
+        family="m2",
+        lengths=(61,),
+        fields={"rope": {"rope_type": "linear", "factor": 2.5}, "num_hidden_layers": 1},
     ),
     Scenario(
         name="m3_topk_above_blocks",
@@ -163,6 +178,7 @@ def _common(scenario: Scenario) -> dict[str, Any]:
     values |= scenario.fields
     factor = values["rotary_dim"] / values["head_dim"]
     rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": factor}
+    rope |= values.pop("rope", {})
     return values | {"rope_parameters": rope}
 
 

@@ -16,6 +16,7 @@ from msa_train.config import (
     Recompute,
     StageAttention,
     StageConfig,
+    StageRope,
     plan_stages,
 )
 from msa_train.config.lr_schedule import LearningRates, stage_rates
@@ -86,9 +87,17 @@ def recipe_stages() -> dict[str, StageConfig]:
     dense, tokens = StageAttention.dense, PACKS_PER_STEP * SEQ_LEN
     return {
         "index_only": StageConfig(tokens=tokens, attention=dense, lr_scale=0.0),
-        "no_kl": StageConfig(tokens=tokens, attention=dense, kl=KlTarget.none),
+        "no_kl": StageConfig(
+            tokens=tokens, attention=dense, kl=KlTarget.none, rope_type=StageRope.ntk, rope_factor=2.0
+        ),
         "index_frozen": StageConfig(tokens=tokens, index_lr_scale=0.0),
-        "sparse": StageConfig(tokens=tokens, lr_scale=0.5),
+        "sparse": StageConfig(
+            tokens=tokens,
+            lr_scale=0.5,
+            rope_type=StageRope.yarn,
+            rope_factor=4.0,
+            rope_original_length=32,
+        ),
     }
 
 

@@ -13,6 +13,11 @@ STAGES = (
     "stages.dense_warmup.seq_len=256",
     f"stages.dense_warmup.tokens={DENSE_STEPS * 2 * 256}",
     "stages.sparse.warmup_steps=2",
+    # and the rotary embedding
+    "stages.sparse.rope_theta=2000",
+    "stages.sparse.rope_type=yarn",
+    "stages.sparse.rope_factor=2",
+    "stages.sparse.rope_original_length=256",
     "checkpoint.every=1",
     "train.validate_every=3",
 )
@@ -21,8 +26,13 @@ STAGES = (
 def test_resume_around_a_switch_is_exact(tiny: tuple[str, ...], tmp_path: Path) -> None:
     settings = (*tiny, *STAGES)
     output = train(*settings, f"run_dir={tmp_path / 'whole'}", f"train.steps={STEPS}")
-    assert "stage dense_warmup: steps 1 to 5, 256 tokens per sequence, attention dense, KL causal\n" in output
-    assert "stage sparse: steps 6 to 9, 512 tokens per sequence, attention sparse, KL selected\n" in output
+    dense, sparse = "attention dense, KL causal", "attention sparse, KL selected"
+    roped = "RoPE yarn, theta 2000, factor 2, from 256 tokens"
+    assert (
+        f"stage dense_warmup: steps 1 to 5, 256 tokens per sequence, {dense}, RoPE default, theta 1000\n"
+        in output
+    )
+    assert f"stage sparse: steps 6 to 9, 512 tokens per sequence, {sparse}, {roped}\n" in output
     want = read_metrics(tmp_path / "whole")
     for row in want:
         is_dense = row["step"] <= DENSE_STEPS

@@ -13,7 +13,7 @@ import torch
 from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 from torch import Tensor
 
-from msa_train.config import Activation, Fusion, ModelConfig, RunConfig, TrainConfig
+from msa_train.config import Activation, Fusion, ModelConfig, Rope, RunConfig, TrainConfig
 from msa_train.model.layers import fusion
 from msa_train.model.layers.fused_gate import fused_gate
 from msa_train.model.layers.fused_router import best_experts, fused_probs
@@ -57,7 +57,7 @@ def check_norms(dtype: torch.dtype, rows: int) -> None:
     table = rotary_table(
         torch.arange(rows) * 7919,
         rotary_dim=8,
-        theta=1e4,
+        rope=Rope(theta=1e4),
         dtype=torch.float64 if dtype == torch.float64 else torch.float32,
     )
     mixed = torch.randn(rows, 2, 5, 16, generator=generator).to(dtype)

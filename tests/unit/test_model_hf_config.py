@@ -166,12 +166,31 @@ REFUSED = {
     "sparse_attention_config.sparse_disable_index_value=": m3(sparse_disable_index_value=[0] * 60),
     "rotary_dim=32: transformers rotates 64 of 128": m3(rotary_dim=32),
     "rotary_dim=64: transformers rotates 128 of 128": m3(partial_rotary_factor=...),
-    "rope_scaling.rope_type=yarn: ": m3(rope_scaling={"rope_type": "yarn", "factor": 2.0}),
-    "rope_scaling.type=linear: is not implemented here": m3(
+    "rope_scaling.rope_type=dynamic: is not supported, as its": m3(
+        rope_scaling={"rope_type": "dynamic", "factor": 2.0}
+    ),
+    "rope_scaling.type=longrope: is not implemented here": m3(rope_scaling={"type": "longrope"}),
+    "rope_scaling.type=linear: rope_type says yarn": m3(rope_scaling={"rope_type": "yarn", "type": "linear"}),
+    "rope_scaling.factor=None: must be a number": m3(rope_scaling={"type": "linear"}),
+    "rope_scaling.factor=0.5: must be at least 1": m3(rope_scaling={"type": "linear", "factor": 0.5}),
+    "rope_scaling.beta_fast=32: has no effect with linear": m3(
+        rope_scaling={"type": "linear", "factor": 2.0, "beta_fast": 32}
+    ),
+    "rope_scaling.truncate=1: must be true or false": m3(
+        rope_scaling={"type": "yarn", "factor": 2.0, "truncate": 1}
+    ),
+    "rope_scaling.original_max_position_embeddings=None: must be a whole number": m3(
+        rope_scaling={"type": "yarn", "factor": 2.0}, max_position_embeddings=...
+    ),
+    "original_max_position_embeddings=8: rope_scaling say 4": m3(
+        rope_scaling={"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 4},
+        original_max_position_embeddings=8,
+    ),
+    "rope_scaling={'rope_type': 'linear', 'factor': 2.0}: transformers takes this in place of": m3(
         rope_parameters={"rope_type": "default", "rope_theta": 5e6},
         rope_scaling={"type": "linear", "factor": 2.0},
     ),
-    "rope_scaling={'partial_rotary_factor': 1.0}: transformers takes this in place of rope_parameters": m3(
+    "rope_scaling={'rope_type': 'default', 'partial_rotary_factor': 1.0}: transformers takes this": m3(
         rope_parameters={"rope_theta": 5e6}, rope_scaling={"partial_rotary_factor": 1.0}
     ),
     "rope_parameters.factor=2.0: ": m3(rope_parameters={"rope_type": "default", "factor": 2.0}),

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from msa_train.config import Rope
 from msa_train.model.inputs.pack_params import tensor_parallel_padding
 from msa_train.model.layers.norm import RMSNorm
 from msa_train.model.layers.rotary import apply_rotary, rotary_table
@@ -15,7 +16,7 @@ def test_rotary_equals_complex_multiplication() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(7, 3, 10, generator=generator, dtype=torch.float64)
     position = torch.tensor([0, 1, 2, 0, 1, 900_000, 1_000_003])
-    table = rotary_table(position, rotary_dim=6, theta=5e6, dtype=torch.float64)
+    table = rotary_table(position, rotary_dim=6, rope=Rope(theta=5e6), dtype=torch.float64)
     got = apply_rotary(x, table)
     frequency = 5e6 ** (-torch.arange(3, dtype=torch.float64) / 3)
     turn = torch.exp(1j * position[:, None, None] * frequency)
@@ -27,7 +28,7 @@ def test_rotary_equals_complex_multiplication() -> None:
 def test_rotary_angles_are_exact_at_a_million() -> None:
     """An fp32 product of position and frequency would be off by hundredths of a radian."""
     position = torch.tensor([999_983])
-    cos, _ = rotary_table(position, rotary_dim=4, theta=3.0, dtype=torch.float32)
+    cos, _ = rotary_table(position, rotary_dim=4, rope=Rope(theta=3.0), dtype=torch.float32)
     exact = torch.cos(torch.tensor(999_983 * 3.0**-0.5, dtype=torch.float64))
     assert abs(float(cos[0, 1]) - float(exact)) < 1e-6
 

@@ -15,6 +15,7 @@ from msa_train.config.options import (
     Precision,
     QkNorm,
 )
+from msa_train.config.rope.rules import check_rope
 from msa_train.config.rules.exchange import check_exchange
 from msa_train.config.rules.experts import check_dispatcher, check_expert_tiles
 from msa_train.config.rules.kernels import check_full_kernel_device, check_kernels
@@ -54,6 +55,7 @@ def check_rules(config: RunConfig, *, world_size: int, has_gpu: bool) -> None:
         _names,
         _positive_sizes,
         check_stages,
+        check_rope,
         check_total,
         _sequence,
         _index_heads,

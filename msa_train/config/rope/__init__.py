@@ -1,0 +1,1 @@
+"""The rotary embedding (RoPE) that a model or a stage has, and the rules about its settings."""

@@ -166,7 +166,7 @@ def _export(arguments: argparse.Namespace) -> None:
     accept_fallbacks()
     import torch
 
-    from msa_train.checkpoint.weights_only import checkpoint_folder, shape_of
+    from msa_train.checkpoint.weights_only import checkpoint_folder, shape_of, trained_seq_len
     from msa_train.convert.export_hf import plan_export, read_config_file, write_export
 
     source, target = arguments.source, arguments.target
@@ -190,6 +190,7 @@ def _export(arguments: argparse.Namespace) -> None:
         dtype={"bf16": torch.bfloat16, "fp32": torch.float32, None: None}[arguments.dtype],
         shard_bytes=shard_bytes,
         max_positions=arguments.max_positions or 0,
+        trained_len=trained_seq_len(folder),
         ignore=arguments.ignore_field,
     )
     if arguments.dry_run:

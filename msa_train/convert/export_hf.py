@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from msa_train.checkpoint.torch_dist.files import ShardedReader
-from msa_train.checkpoint.weights_only import trained_seq_len
 from msa_train.config import AttentionConfig, ModelConfig
 from msa_train.convert.config_fields import Family
 from msa_train.convert.config_read import read_hf_config
@@ -83,6 +82,7 @@ def plan_export(
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
     max_positions: int = 0,
+    trained_len: int = 0,
     ignore: Collection[str] = (),
 ) -> ExportPlan:
     """Lay out the files.
@@ -95,8 +95,9 @@ def plan_export(
         dtype: of the result, None for that of the checkpoint. fp32 takes the optimizer's master weights where
             the checkpoint has them. The expert bias keeps its type.
         shard_bytes: largest file in bytes, but for single tensors that are larger.
-        max_positions: for config.json, tokens. 0: at least the longest packs that the checkpoint was trained
-            with, and what `like` has, or DEFAULT_MAX_POSITIONS.
+        max_positions: for config.json, tokens. 0: at least trained_len, and what `like` has, or
+            DEFAULT_MAX_POSITIONS.
+        trained_len: tokens of the longest packs that the checkpoint was trained with; 0: unknown.
         ignore: fields of the config.json in `like` to treat as absent.
 
     Raises:
@@ -105,7 +106,7 @@ def plan_export(
     # nothing but shapes and dtypes is read here
     weights = _Weights(checkpoint, dtype)
     if like is not None:
-        config = _config_like(like, model, attention, ignore, max_positions, trained_seq_len(checkpoint))
+        config = _config_like(like, model, attention, ignore, max_positions, trained_len)
         _note_dtype(config, dtype)
         return _plan_like(like, model, attention, config, weights)
     # spellings that transformers writes itself: per expert for M2, fused for the bare text model of M3
@@ -114,7 +115,7 @@ def plan_export(
     packed = pack_files(list(_tensors(table, weights).values()), shard_bytes)
     files = dict(zip(file_names(len(packed)), packed, strict=True))
     stored = str(weights.dtype("decoder.final_layernorm.weight")).removeprefix("torch.")
-    positions = max_positions or max(DEFAULT_MAX_POSITIONS, trained_seq_len(checkpoint))
+    positions = max_positions or max(DEFAULT_MAX_POSITIONS, trained_len)
     config = write_hf_config(model, attention, dtype=stored, max_positions=positions)
     return ExportPlan(table, files, config, [])
 
@@ -254,7 +255,7 @@ def _config_like(
     attention: AttentionConfig,
     ignore: Collection[str],
     max_positions: int,
-    trained: int,
+    trained_len: int,
 ) -> dict[str, Any]:
     """Read config.json of `like`, which must mean this model but for what an extension changes.
 
@@ -263,7 +264,7 @@ def _config_like(
     given = read_config_file(like)
     # what can be read can be changed
     before = read_hf_config(given, ignore=ignore).max_positions
-    longer = trained if before and trained > before else 0
+    longer = trained_len if before and trained_len > before else 0
     config = extend_hf_config(given, model, attention, max_positions=max_positions or longer)
     theirs, ours = read_hf_config(config, ignore=ignore), write_hf_config(model, attention, dtype="float32")
     if theirs.fp8_block is not None:

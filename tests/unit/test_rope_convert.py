@@ -1,14 +1,21 @@
 """Scaling of the rotary embedding in config.json: read, written back in the same form, extended."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from launchers import convert
+from msa_train.checkpoint.manifest import file_entry
+from msa_train.checkpoint.weights_only import checkpoint_folder, shape_of, trained_seq_len
 from msa_train.config import AttentionConfig, ModelConfig, RopeType, rope_of_model
 from msa_train.convert.config_read import read_hf_config
-from msa_train.convert.config_write import extend_hf_config, write_hf_config
-from tests.helpers.hf_files import small_m2, small_m3
+from msa_train.convert.config_write import DEFAULT_MAX_POSITIONS, extend_hf_config, write_hf_config
+from msa_train.convert.tensor_map import M3_NAMING, M3_TEXT_NAMING
+from msa_train.runtime.atomic_files import write_json
+from tests.helpers.hf_files import read_tensors, small_m2, small_m3, write_checkpoint
 
 SCALINGS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -116,3 +123,42 @@ def test_an_extension_changes_what_is_there(place: str, name: str) -> None:
     assert extended["max_position_embeddings"] == 1048576
     assert extended["rope_theta"] == 5000000
     assert ("rope_scaling" in extended) is (place != "rope_parameters" and name != "default")
+
+
+@pytest.mark.parametrize("is_like", [False, True])
+def test_an_export_has_the_embedding_of_the_last_stage(tmp_path: Path, is_like: bool) -> None:
+    """Import, stages (their record, at least), export, import again: same weights, same config."""
+    naming = M3_NAMING if is_like else M3_TEXT_NAMING
+    want = write_checkpoint(tmp_path / "hf", small_m3(), naming)
+    hf_config = json.loads((tmp_path / "hf/config.json").read_text())
+    hf_config.get("text_config", hf_config)["max_position_embeddings"] = 4096
+    (tmp_path / "hf/config.json").write_text(json.dumps(hf_config))
+    assert convert.main(["import", str(tmp_path / "hf"), str(tmp_path / "ours")]) == 0
+    folder = checkpoint_folder(tmp_path / "ours")
+    assert trained_seq_len(folder) == 0
+    meta = json.loads((folder / "meta.json").read_text())
+    model = small_m3()[0]
+    first = rope_of_model(model).record()
+    for name, value in SCALINGS["yarn"].items():
+        setattr(model, name, value)
+    last = rope_of_model(model).record() | {"theta": 2e6}
+    stage = {"name": "a", "first_step": 0, "num_steps": 1}
+    meta["stages"] = [stage | {"seq_len": 4096, "rope": first}, stage | {"seq_len": 16384, "rope": last}]
+    (folder / "meta.json").write_text(json.dumps(meta))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["meta.json"] = file_entry(folder / "meta.json")
+    write_json(folder / "manifest.json", manifest)
+    assert roped(shape_of(folder)[0]) == roped(model) | {"rope_theta": 2e6}
+
+    like = ["--like", str(tmp_path / "hf")] if is_like else []
+    assert convert.main(["export", str(tmp_path / "ours"), str(tmp_path / "back"), *like]) == 0
+    text = json.loads((tmp_path / "back/config.json").read_text())
+    text = text.get("text_config", text)
+    assert text["max_position_embeddings"] == (16384 if is_like else DEFAULT_MAX_POSITIONS)
+    assert text["rope_parameters"]["rope_theta"] == 2e6
+    assert text["rope_parameters"]["original_max_position_embeddings"] == 4096
+    got = read_tensors(tmp_path / "back")
+    assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
+    assert convert.main(["import", str(tmp_path / "back"), str(tmp_path / "again")]) == 0
+    again = shape_of(checkpoint_folder(tmp_path / "again"))
+    assert again == shape_of(folder)

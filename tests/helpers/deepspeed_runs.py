@@ -21,6 +21,7 @@ from msa_train.config.lr_schedule import LearningRates, stage_rates
 from msa_train.data import Pack
 from msa_train.model.init_weights import global_names
 from msa_train.parallel.process_groups import build_groups
+from msa_train.training.engines.deepspeed import gradients
 from msa_train.training.engines.deepspeed.partitions import owned
 from msa_train.training.engines.deepspeed_engine import DeepSpeedEngine
 from msa_train.training.engines.engine import TrainEngine
@@ -171,6 +172,12 @@ def run_case(case: Case, steps: int = STEPS) -> dict[str, Any]:
 def run_cases(rank: int, world_size: int, cases: Sequence[Case]) -> list[dict[str, Any]]:
     """All cases one after the other, on one rank."""
     return [run_case(case) for case in cases]
+
+
+def run_as_swapped(rank: int, world_size: int, cases: Sequence[Case]) -> list[dict[str, Any]]:
+    """All cases, their gradients treated as if they were on a disk, though they are in host memory."""
+    gradients.WeightGradients = gradients.SwappedGradients  # type: ignore[misc]
+    return run_cases(rank, world_size, cases)
 
 
 def refuse_steps(rank: int, world_size: int, cases: Sequence[Case]) -> list[dict[str, bool]]:

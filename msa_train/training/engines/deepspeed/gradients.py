@@ -5,7 +5,7 @@ DeepSpeed has four optimizers around the client's, and each keeps gradients in a
     zero_stage 0             the client's optimizer alone: .grad of every parameter, on every rank
     zero_stage 1 with bf16   a flat fp32 buffer for each group, whole on every rank, which updates its part
     zero_stage 1, 2          for each group the part of this rank
-    zero_stage 3             for each parameter the part of this rank
+    zero_stage 3             for each parameter the part of this rank; with NVMe on the disk
 
 The update itself stays DeepSpeed's. Where a step is refused, the gradients are dropped as DeepSpeed drops
 those of an overflow: weights and moments are not touched.
@@ -189,6 +189,57 @@ class WeightGradients(ReducedGradients):
         self.engine.step()
 
 
+class SwappedGradients(WeightGradients):
+    """Of zero_stage 3 with the optimizer on NVMe: gradients are on the disk before their norm is known.
+
+    So the norm is made of those that DeepSpeed took of each part on its way there, and factors wait until
+    the parts come back for the update.
+    """
+
+    def __init__(self, engine: Any, param_groups: list[ParamGroup], groups: Groups) -> None:
+        """See ReducedGradients."""
+        super().__init__(engine, param_groups, groups)
+        self._factors: dict[int, float] = {}
+        "by number of the part; 1 where there is none"
+        self.zero.unscale_and_clip_grads = self._apply
+
+    def begin(self) -> None:
+        """See ReducedGradients.begin."""
+        super().begin()
+        self._factors = {}
+
+    def norm(self) -> float:
+        """See ReducedGradients.norm."""
+        square = 0.0
+        for number, parameters in enumerate(self.zero.fp16_groups):
+            if self._factors.get(number) != 0.0:
+                norms = (self.zero.norm_for_param_grads.get(self.zero.get_param_id(p)) for p in parameters)
+                square += sum(float(norm) ** 2 for norm in norms if norm is not None)
+        total = torch.tensor(square, dtype=torch.float64, device=self.groups.device)
+        with watched("grad_norm"):
+            dist.all_reduce(total, group=self.groups.dp_cp)
+        norm = float(total.sqrt())
+        self._known_norm.fill_(norm)
+        return norm
+
+    def scale(self, factor: float) -> None:
+        """See ReducedGradients.scale."""
+        for number in range(len(self.zero.fp16_groups)):
+            self._factors[number] = self._factors.get(number, 1.0) * factor
+
+    def zero_groups(self, is_frozen: Callable[[ParamGroup], bool]) -> None:
+        """See ReducedGradients.zero_groups."""
+        for number, group in self.zero.sub_group_to_group_id.items():
+            if is_frozen(self.param_groups[group]):
+                self._factors[number] = 0.0
+
+    def _apply(self, number: int, _norm: Tensor) -> None:
+        """Scale a part that has come back; called by DeepSpeed's update."""
+        factor = self._factors.get(number, 1.0)
+        if factor != 1.0:
+            self.zero.fp32_partitioned_groups_flat[number].grad.mul_(factor)
+
+
 def reduced_gradients(engine: Any, param_groups: list[ParamGroup], groups: Groups) -> ReducedGradients:
     """Find where DeepSpeed keeps its gradients; see the file."""
     places: dict[str, type[ReducedGradients]] = {
@@ -197,4 +248,6 @@ def reduced_gradients(engine: Any, param_groups: list[ParamGroup], groups: Group
         "DeepSpeedZeroOptimizer_Stage3": WeightGradients,
     }
     place = places.get(type(engine.optimizer).__name__, PlainGradients)
+    if getattr(engine.optimizer, "swap_optimizer", False):
+        place = SwappedGradients
     return place(engine, param_groups, groups)

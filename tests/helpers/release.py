@@ -9,7 +9,7 @@ from msa_train.training.engines.engine import TrainEngine
 
 
 def release(engine: TrainEngine) -> None:
-    """End what DeepSpeed holds on to: its hooks and the groups that it was given; other engines hold nothing."""
+    """End what DeepSpeed holds on to: hooks, and groups that it was given; other engines hold nothing."""
     inner = getattr(engine, "engine", None)
     if inner is None:
         return

@@ -8,7 +8,7 @@ from msa_train.config import EngineKind, Offload, RunConfig
 
 
 def check_deepspeed_here(config: RunConfig) -> None:
-    """Check the package, and for offload to NVMe the folder and the library.
+    """Check the package; refuse offload to NVMe, for its folder, its library, or since it cannot be saved.
 
     Raises:
         ValueError: naming the value, the rule and the fix.
@@ -32,3 +32,8 @@ def check_deepspeed_here(config: RunConfig) -> None:
             f"deepspeed.nvme_path={settings.nvme_path}: nvme needs libaio with its headers; install "
             "libaio-dev, or use deepspeed.offload_optimizer=cpu and deepspeed.offload_param=cpu"
         )
+    name = "offload_optimizer" if settings.offload_optimizer is Offload.nvme else "offload_param"
+    raise ValueError(
+        f"deepspeed.{name}=nvme: checkpoints do not reach what DeepSpeed keeps in files, so the run could not be "
+        f"saved; use deepspeed.{name}=cpu"
+    )

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -175,4 +176,15 @@ def test_package_that_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
 def test_nvme_needs_a_folder_here() -> None:
     config = composed("deepspeed=zero3", "deepspeed.offload_param=nvme", "deepspeed.nvme_path=/no/such/place")
     with pytest.raises(ValueError, match=r"deepspeed\.nvme_path=/no/such/place: is no folder"):
+        engine_checks.check_deepspeed_here(config)
+
+
+def test_what_is_on_nvme_could_not_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_checks, "find_library", lambda name: f"lib{name}.so")
+    config = composed(
+        "deepspeed=zero3", "deepspeed.offload_optimizer=nvme", f"deepspeed.nvme_path={tmp_path}"
+    )
+    with pytest.raises(
+        ValueError, match=r"^deepspeed\.offload_optimizer=nvme: .*; use deepspeed\.offload_opt"
+    ):
         engine_checks.check_deepspeed_here(config)

@@ -8,7 +8,7 @@ from msa_train.config import EngineKind, Offload, RunConfig
 
 
 def check_deepspeed_here(config: RunConfig) -> None:
-    """Check the package; refuse offload to NVMe, for its folder, its library, or since it cannot be saved.
+    """Check the package; refuse offload to NVMe, by its folder, its library, or as it cannot be saved.
 
     Raises:
         ValueError: naming the value, the rule and the fix.
@@ -34,6 +34,6 @@ def check_deepspeed_here(config: RunConfig) -> None:
         )
     name = "offload_optimizer" if settings.offload_optimizer is Offload.nvme else "offload_param"
     raise ValueError(
-        f"deepspeed.{name}=nvme: checkpoints do not reach what DeepSpeed keeps in files, so the run could not be "
+        f"deepspeed.{name}=nvme: checkpoints do not reach what DeepSpeed keeps in files, so no run could be "
         f"saved; use deepspeed.{name}=cpu"
     )

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
@@ -26,7 +27,6 @@ from msa_train.training.engines.engine import TrainEngine
 from tests.helpers import cuda_shim, devices
 from tests.helpers.megatron_runs import build, train
 from tests.helpers.pretended_gpu.build import needs_pretended_gpu
-from tests.helpers.release import leave_groups, release
 from tests.helpers.resume_runs import small_deepspeed
 from tests.helpers.spawn import run_ranks
 
@@ -165,9 +165,7 @@ def saves_of(
         if name == "torch-ep2":
             check_a_short_file(engine, CheckpointStore(folder / name).path(2))
             check_a_rank_that_cannot_read(folder)
-        release(engine)
-        del engine
-        leave_groups()
+        parallel_state.destroy_model_parallel()
     return saves, loads
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import parallel_state
 
 from msa_train.checkpoint.compatibility import fingerprint
 from msa_train.checkpoint.diff import diff_checkpoints, pieces
@@ -25,7 +26,6 @@ from tests.helpers import cuda_shim
 from tests.helpers.checkpoints import save_checkpoint
 from tests.helpers.megatron_runs import train
 from tests.helpers.model_runs import small_config
-from tests.helpers.release import leave_groups, release
 from tests.helpers.resume_runs import small_deepspeed
 from tests.helpers.spawn import run_ranks
 
@@ -128,9 +128,7 @@ def chain(rank: int, world_size: int, links: list[Link], folder: Path) -> None:
         if link.engine is EngineKind.deepspeed:
             check_model(engine, path_of(folder, link.name))
             assert link.weights_only or updates_of(engine) == {UPDATES}
-        release(engine)
-        del engine
-        leave_groups()
+        parallel_state.destroy_model_parallel()
 
 
 def updates_of(engine: Any) -> set[float]:

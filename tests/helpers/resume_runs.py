@@ -43,7 +43,6 @@ from msa_train.training.resume import resume
 from msa_train.training.trainer import Reporting, Trainer
 from msa_train.training.worker import build_engine, load_data
 from tests.helpers import cuda_shim, devices
-from tests.helpers.release import release
 
 PROCESSES = 4
 SEQ_LEN, BLOCK_SIZE, BATCH = 64, 4, 2
@@ -266,7 +265,6 @@ def _run_case(case: Case, folder: Path) -> None:
         # a cycle through autograd, which garbage collection does not see
         for chunk in engine.wrapped:
             chunk.grad_accs.clear()
-    release(engine)
     parallel_state.destroy_model_parallel()
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from msa_kernels import select_blocks
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from msa_train.training.engines.torch_engine import TorchEngine
 from msa_train.training.trainer import Trainer
 from msa_train.training.worker import load_data
 from tests.helpers.compare import assert_rows_close
+from tests.helpers.group_cleanup import leave_groups
 from tests.helpers.resume_runs import Case, Layout, resume_config
 from tests.helpers.spawn import run_ranks
 from tests.helpers.training_command import write_corpus
@@ -166,7 +166,7 @@ def recalls(rank: int, world_size: int, folder: str) -> dict[str, float]:
     store = CheckpointStore(f"{folder}/run{world_size}")
     trainer = Trainer(config, groups, TorchEngine(config, groups), load_data(config), store, None)
     values = trainer.run(0)
-    parallel_state.destroy_model_parallel()
+    leave_groups()
     return {key: values[key] for key in ("block_recall", "score_recall", "attention_entropy", "lm_loss")}
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
 
 from msa_train.checkpoint.store import CheckpointStore
@@ -23,6 +22,7 @@ from msa_train.training.resume import resume
 from msa_train.training.trainer import Reporting, Trainer
 from msa_train.training.worker import build_engine, load_data
 from tests.helpers import cuda_shim
+from tests.helpers.group_cleanup import leave_groups
 from tests.helpers.resume_runs import BATCH, SEQ_LEN, Case, Layout, Record, SeenStream, pack_id, resume_config
 from tests.helpers.spawn import run_ranks
 from tests.helpers.training_command import write_corpus
@@ -100,7 +100,7 @@ def start(config: RunConfig, poison: dict[int, float], stop_after: int = STEPS) 
         pass
     numbers = {pack_id(data.train[SEQ_LEN][i]): i for i in range(4 * STEPS * BATCH)}
     seen = [[numbers[pack] for pack in step] for step in SeenStream.seen]
-    parallel_state.destroy_model_parallel()
+    leave_groups()
     return {"states": states, "seen": seen, "error": error, "notes": notes.notes, "first": resumed.step}
 
 

@@ -10,7 +10,6 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from msa_train.checkpoint.store import CheckpointStore
@@ -24,6 +23,7 @@ from msa_train.training.trainer import Trainer
 from msa_train.training.worker import load_data
 from tests.distributed.test_bad_steps import digest
 from tests.helpers import cuda_shim
+from tests.helpers.group_cleanup import leave_groups
 from tests.helpers.resume_runs import Case, Layout, resume_config
 from tests.helpers.spawn import run_ranks
 from tests.helpers.training_command import write_corpus
@@ -126,7 +126,7 @@ def scenarios(rank: int, world_size: int, folder: str, kind: EngineKind) -> dict
             trainer.bad_steps.in_a_row = 0
         config.train.bad_step = BadStep.end
         found[f"{exchange.value}, end"] = ending(trainer, NAN if rank == VICTIM else 1.0)
-        parallel_state.destroy_model_parallel()
+        leave_groups()
     return found
 
 
@@ -156,7 +156,7 @@ def without_kl(rank: int, world_size: int, folder: str, cp_size: int) -> dict[st
             assert digest(trainer.engine) == before, f"{name}: trained on"
             found[name] = trainer.guard.complaint
             trainer.bad_steps.in_a_row = 0
-        parallel_state.destroy_model_parallel()
+        leave_groups()
     return found
 
 

@@ -6,7 +6,6 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from megatron.core import parallel_state
 
 from msa_train.checkpoint.find import select_checkpoint
 from msa_train.checkpoint.load import load_checkpoint, load_weights
@@ -15,6 +14,7 @@ from msa_train.checkpoint.torch_dist.format_versions import optimizer_updates
 from msa_train.config import EngineKind
 from tests.helpers import cuda_shim
 from tests.helpers.format1 import SAVED_STEP, STEPS, build_format1, format1_config, train_format1
+from tests.helpers.group_cleanup import leave_groups
 from tests.helpers.spawn import run_ranks
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "format1"
@@ -35,7 +35,7 @@ def go_on(rank: int, world_size: int, folders: dict[str, str]) -> dict[tuple[str
             weights, lacking = load_weights(path, trained.sharded_state(loading=True)["model"])
             assert weights
             assert not lacking
-            parallel_state.destroy_model_parallel()
+            leave_groups()
     return losses
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
@@ -25,6 +24,7 @@ from msa_train.checkpoint.torch_dist.regions import Region
 from msa_train.config import CheckpointConfig, EngineKind, Precision, RunConfig
 from msa_train.training.engines.engine import TrainEngine
 from tests.helpers import cuda_shim, devices
+from tests.helpers.group_cleanup import leave_groups
 from tests.helpers.megatron_runs import build, train
 from tests.helpers.pretended_gpu.build import needs_pretended_gpu
 from tests.helpers.resume_runs import small_deepspeed
@@ -165,7 +165,7 @@ def saves_of(
         if name == "torch-ep2":
             check_a_short_file(engine, CheckpointStore(folder / name).path(2))
             check_a_rank_that_cannot_read(folder)
-        parallel_state.destroy_model_parallel()
+        leave_groups()
     return saves, loads
 
 

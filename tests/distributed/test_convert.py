@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core import parallel_state
 
 from msa_train.checkpoint.compatibility import fingerprint
 from msa_train.checkpoint.load import load_checkpoint
@@ -29,6 +28,7 @@ from msa_train.training.engines.megatron_engine import MegatronEngine
 from msa_train.training.engines.torch_engine import TorchEngine
 from tests.helpers import cuda_shim
 from tests.helpers.checkpoints import save_checkpoint
+from tests.helpers.group_cleanup import leave_groups
 from tests.helpers.hf_files import read_tensors, small_m3, write_checkpoint
 from tests.helpers.spawn import run_ranks
 
@@ -98,7 +98,7 @@ def reshard(rank: int, world_size: int, folder: Path, layouts: dict[str, dict[st
             common={},
             meta={"consumed_samples": 1, "fingerprint": fingerprint(engine.config), "layout": {}},
         )
-        parallel_state.destroy_model_parallel()
+        leave_groups()
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])

@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
 
 from msa_train.config import MoeDispatcher, Precision
 from tests.helpers import deep_ep_stand_in
 from tests.helpers.compare import worst_row
+from tests.helpers.group_cleanup import leave_groups
 from tests.helpers.moe_layers import EPS, build, gradients, inputs
 from tests.helpers.spawn import run_ranks
 
@@ -46,7 +46,7 @@ def seen_by(
     x, grad, mask = inputs(layer, 50, rank)
     mask = torch.ones_like(mask) if padding_alone else mask
     found = gradients(layer, x, grad, mask, recomputed=recomputed)
-    parallel_state.destroy_model_parallel()
+    leave_groups()
     return found
 
 

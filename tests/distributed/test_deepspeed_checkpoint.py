@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core import parallel_state
 
 from msa_train.checkpoint.compatibility import fingerprint
 from msa_train.checkpoint.diff import diff_checkpoints, pieces
@@ -24,6 +23,7 @@ from msa_train.training.engines.engine import TrainEngine
 from msa_train.training.worker import build_engine
 from tests.helpers import cuda_shim
 from tests.helpers.checkpoints import save_checkpoint
+from tests.helpers.group_cleanup import leave_groups
 from tests.helpers.megatron_runs import train
 from tests.helpers.model_runs import small_config
 from tests.helpers.resume_runs import small_deepspeed
@@ -128,7 +128,7 @@ def chain(rank: int, world_size: int, links: list[Link], folder: Path) -> None:
         if link.engine is EngineKind.deepspeed:
             check_model(engine, path_of(folder, link.name))
             assert link.weights_only or updates_of(engine) == {UPDATES}
-        parallel_state.destroy_model_parallel()
+        leave_groups()
 
 
 def updates_of(engine: Any) -> set[float]:

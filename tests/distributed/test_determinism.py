@@ -23,6 +23,7 @@ from msa_train.model.transformer_config import build_transformer_config
 from msa_train.parallel.process_groups import build_groups
 from msa_train.training.engines.torch_engine import TorchEngine
 from msa_train.training.step_batch import make_batch
+from tests.helpers.group_cleanup import leave_groups
 from tests.helpers.model_runs import small_config, step_packs
 from tests.helpers.spawn import run_ranks
 
@@ -67,7 +68,6 @@ class Recorder(TorchDispatchMode):
 
 def record_steps(rank: int, world_size: int, exchanges: list[str]) -> set[str]:
     """Operators of training steps under several settings, on two ranks."""
-    from megatron.core import parallel_state
 
     found: set[str] = set()
     dense = StageConfig(attention=StageAttention.dense)
@@ -83,7 +83,7 @@ def record_steps(rank: int, world_size: int, exchanges: list[str]) -> set[str]:
             batch = make_batch(step_packs()[0], engine.groups, recall_seed=1)
             with Recorder(found):
                 engine.train_step(batch, LearningRates(backbone=1e-2, index=1e-2))
-            parallel_state.destroy_model_parallel()
+            leave_groups()
     return found
 
 

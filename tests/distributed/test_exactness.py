@@ -25,6 +25,7 @@ from msa_train.parallel.sharding.partition import SequencePartition, common, con
 from msa_train.training.metrics.collect import kv_bytes_all_gather
 from tests.helpers.compare import assert_rows_close
 from tests.helpers.exactness_cases import CASES, REFERENCES
+from tests.helpers.group_cleanup import leave_groups
 from tests.helpers.model_runs import SEQ_LEN, run_steps, small_config, step_packs
 from tests.helpers.spawn import run_ranks
 
@@ -33,7 +34,6 @@ TOLERANCE = 1e-8
 
 def worker(rank: int, world_size: int, cases: dict[str, dict[str, Any]], folder: str) -> None:
     """All cases of one world size, one process group start for all of them."""
-    from megatron.core import parallel_state
 
     # Nodes of two ranks are too few for a broadcast to pay.
     exchange_plan.HOT_COST = -math.inf
@@ -43,7 +43,7 @@ def worker(rank: int, world_size: int, cases: dict[str, dict[str, Any]], folder:
         # Rates of this machine would decide.
         last_call.SELECTED_PAYS = -1.0 if "gathers" in name else math.inf
         torch.save(run_steps(small_config(**arguments)), f"{folder}/{name}.{rank}")
-        parallel_state.destroy_model_parallel()
+        leave_groups()
 
 
 def run_cases(

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core import parallel_state
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
@@ -20,6 +19,7 @@ from msa_train.model.layers.norm import RMSNorm
 from msa_train.parallel.process_groups import build_groups
 from msa_train.training.engines.torch_engine import TorchEngine
 from tests.helpers.checkpoints import save_checkpoint
+from tests.helpers.group_cleanup import leave_groups
 from tests.helpers.model_runs import small_config
 from tests.helpers.spawn import run_ranks
 
@@ -86,7 +86,7 @@ def check_exchanged(rank: int, world_size: int, folder: Path) -> None:
         wanted = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
         reader = FileSystemReader(store.path(1))
         stored.append(set(reader.read_metadata().state_dict_metadata))
-        parallel_state.destroy_model_parallel()
+        leave_groups()
     assert stored[0] == stored[1]
     assert len([key for key in stored[0] if "_extra_state" in key]) > 10
     for saved_by_other in (False, True):
@@ -100,7 +100,7 @@ def check_exchanged(rank: int, world_size: int, folder: Path) -> None:
                 engine.load_state(load_checkpoint(path, template), 1)
             for name, parameter in engine.model.named_parameters():
                 assert torch.equal(parameter, wanted[name]), (name, saved_by_other, weights_only)
-            parallel_state.destroy_model_parallel()
+            leave_groups()
 
 
 def check_strict(rank: int, world_size: int) -> None:
@@ -116,7 +116,7 @@ def check_strict(rank: int, world_size: int) -> None:
     state |= {"decoder.layers.0.input_layernorm.weight": weight, "more": weight}
     with pytest.raises(RuntimeError, match=r"has \['more'\]"):
         engine.model.load_state_dict(state)
-    parallel_state.destroy_model_parallel()
+    leave_groups()
 
 
 def check(rank: int, world_size: int, folder: Path) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from msa_train.checkpoint.load import load_checkpoint
@@ -34,6 +33,7 @@ from msa_train.training.engines.torch_engine import TorchEngine
 from msa_train.training.step_batch import make_batch
 from tests.helpers import hf_models
 from tests.helpers.compare import assert_rows_close
+from tests.helpers.group_cleanup import leave_groups
 from tests.helpers.hf_models import GRADIENTS, MODEL, REFERENCE, SCENARIOS, Scenario
 from tests.helpers.packs import make_pack
 from tests.helpers.spawn import run_ranks
@@ -91,7 +91,7 @@ def check_scenarios(rank: int, world_size: int, references: Path) -> None:
             check_scenario(scenario, references / scenario.name, world_size)
         except AssertionError as error:
             raise AssertionError(f"{scenario.name}: {error}") from error
-        parallel_state.destroy_model_parallel()
+        leave_groups()
 
 
 def check_scenario(scenario: Scenario, folder: Path, world_size: int) -> None:

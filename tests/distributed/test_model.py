@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core import parallel_state
 
 from msa_train.config import Precision, RunConfig, StageAttention, StageConfig
 from msa_train.config.lr_schedule import LearningRates
@@ -20,6 +19,7 @@ from msa_train.parallel.process_groups import build_groups
 from msa_train.training.engines.torch_engine import TorchEngine
 from msa_train.training.step_batch import make_batch
 from tests.helpers.compare import assert_rows_close
+from tests.helpers.group_cleanup import leave_groups
 from tests.helpers.model_runs import small_config, step_packs
 from tests.helpers.spawn import run_ranks
 
@@ -61,7 +61,7 @@ def check_sparse_layers_are_full_attention_when_they_see_all() -> None:
     sparse_losses = losses_of(sparse)
     sparse_losses.sum().backward()
     state = {k: v for k, v in sparse.model.state_dict().items() if "index_branch" not in k}
-    parallel_state.destroy_model_parallel()
+    leave_groups()
     config.model.layer_attention = "full"
     full = engine_of(config)
     full.model.load_state_dict(state)
@@ -71,7 +71,7 @@ def check_sparse_layers_are_full_attention_when_they_see_all() -> None:
     names = dict(sparse.model.named_parameters())
     for name, parameter in full.model.named_parameters():
         assert_rows_close(sparse.gradients.view(names[name]), full.gradients.view(parameter), 1e-10)
-    parallel_state.destroy_model_parallel()
+    leave_groups()
 
 
 def check_window_hides_the_rest() -> None:
@@ -91,7 +91,7 @@ def check_window_hides_the_rest() -> None:
     assert change[20 + reach] > 1e-6
     # an expert's products may round a token otherwise when another token has left it; some processors do
     assert change[20 + reach + 1 :].max() < 1e-13
-    parallel_state.destroy_model_parallel()
+    leave_groups()
 
 
 def check_dense_stage_is_sparse_stage_with_all_blocks() -> None:
@@ -103,7 +103,7 @@ def check_dense_stage_is_sparse_stage_with_all_blocks() -> None:
         result = engine.train_step(make_batch(packs, engine.groups), LearningRates(0.0, 0.0))
         gradients = {n: engine.gradients.view(p).clone() for n, p in engine.model.named_parameters()}
         seen.append((result, gradients))
-        parallel_state.destroy_model_parallel()
+        leave_groups()
     (sparse, sparse_gradients), (dense, dense_gradients) = seen
     assert abs(sparse.lm_loss_sum - dense.lm_loss_sum) < 1e-9
     assert sparse.stats.kl.keys() == dense.stats.kl.keys() == {2, 4}
@@ -126,7 +126,7 @@ def check_frozen_parts_stay(frozen: str, others: str) -> None:
         assert torch.equal(parameter, before[name]) is is_frozen or "expert" in name, name
     biases = [m.expert_bias for m in engine.model.modules() if isinstance(m, SigmoidRouter)]
     assert any(bool(bias.any()) for bias in biases) is (frozen == "index_lr_scale")
-    parallel_state.destroy_model_parallel()
+    leave_groups()
 
 
 def check_frozen_backbone_stays() -> None:
@@ -143,7 +143,7 @@ def check_padding_is_routed_nowhere() -> None:
     result = engine.train_step(make_batch(packs, engine.groups), LearningRates(0.0, 0.0))
     for counts in result.stats.tokens_per_expert.values():
         assert int(counts.sum()) == 2 * packs[0].num_tokens
-    parallel_state.destroy_model_parallel()
+    leave_groups()
 
 
 def check_router_buffers_stay_fp32() -> None:
@@ -154,7 +154,7 @@ def check_router_buffers_stay_fp32() -> None:
     for router in routers:
         assert router.expert_bias.dtype == router.local_tokens_per_expert.dtype == torch.float32
         assert router.weight.dtype == torch.bfloat16
-    parallel_state.destroy_model_parallel()
+    leave_groups()
 
 
 def check_experts_know_their_layer() -> None:
@@ -162,7 +162,7 @@ def check_experts_know_their_layer() -> None:
     engine = engine_of(small_config())
     layers = [m for m in engine.model.modules() if isinstance(m, ExpertLayer)]
     assert [layer.exchange().layer for layer in layers] == [2, 3, 4]
-    parallel_state.destroy_model_parallel()
+    leave_groups()
 
 
 def check_padding_does_not_leak() -> None:
@@ -176,7 +176,7 @@ def check_padding_does_not_leak() -> None:
     local.tokens[~local.valid] = 17
     assert int((~local.valid).sum()) > 5
     assert torch.equal(before, engine.forward(engine.model, params))
-    parallel_state.destroy_model_parallel()
+    leave_groups()
 
 
 CHECKS: dict[str, Any] = {

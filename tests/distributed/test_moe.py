@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,6 +13,7 @@ from msa_train.model.inputs.pack_params import SelectionRecord
 from msa_train.model.layers.moe import ExpertLayer, experts, router
 from msa_train.plan.trace.storage_tracker import StorageTracker
 from tests.helpers.compare import assert_rows_close, worst_row
+from tests.helpers.group_cleanup import leave_groups
 from tests.helpers.moe_layers import EPS, build, gradients, inputs
 from tests.helpers.spawn import run_ranks
 
@@ -39,7 +39,7 @@ def check_grouped_equals_one_by_one(rank: int, world_size: int) -> None:
         assert got.keys() == want.keys()
         for name, value in want.items():
             assert worst_row(got[name], value) <= 4 * EPS[dtype], (precision, name)
-        parallel_state.destroy_model_parallel()
+        leave_groups()
 
 
 def check_weights_lie_together(rank: int, world_size: int) -> None:
@@ -63,7 +63,7 @@ def check_weights_lie_together(rank: int, world_size: int) -> None:
         got = gradients(layer, *given)
         for name, value in want.items():
             assert torch.equal(got[name], value), name
-        parallel_state.destroy_model_parallel()
+        leave_groups()
 
 
 def check_tiles_equal_the_whole(rank: int, world_size: int) -> None:
@@ -73,7 +73,7 @@ def check_tiles_equal_the_whole(rank: int, world_size: int) -> None:
         for tile_tokens in (0, 13, 64):
             layer = build(precision, ep_size=world_size, tile_tokens=tile_tokens)
             seen.append(gradients(layer, *inputs(layer, 50, rank)))
-            parallel_state.destroy_model_parallel()
+            leave_groups()
         for got in seen[1:]:
             for name, value in seen[0].items():
                 assert worst_row(got[name], value) <= 8 * EPS[dtype], (precision, name)
@@ -91,7 +91,7 @@ def check_all_tokens_to_one_rank(rank: int, world_size: int) -> None:
             idle = [n for n in got if "local_experts" in n and not got[n].any()]
             assert (len(idle) > 0) is (rank > 0)
             seen.append(got)
-            parallel_state.destroy_model_parallel()
+            leave_groups()
         for name, value in seen[0].items():
             assert_rows_close(seen[1][name], value, 1e-5)
 
@@ -103,7 +103,7 @@ def check_padding_alone(rank: int, world_size: int) -> None:
         got = gradients(layer, x, grad, torch.ones_like(mask))
         assert not any(value.any() for name, value in got.items() if "local_experts" in name)
         assert got["x"].any(), "through the shared expert"
-        parallel_state.destroy_model_parallel()
+        leave_groups()
 
 
 def check_fused_router(rank: int, world_size: int) -> None:
@@ -118,7 +118,7 @@ def check_fused_router(rank: int, world_size: int) -> None:
             found = gradients(layer, *inputs(layer, 50, rank), recomputed=True)
             assert layer.router.local_tokens_per_expert is not None
             seen.append(found | {"count": layer.router.local_tokens_per_expert.clone()})
-            parallel_state.destroy_model_parallel()
+            leave_groups()
         assert torch.equal(seen[0]["count"], seen[1]["count"])
         assert seen[0]["count"].sum() > 0
         assert seen[0]["router.weight"].any()
@@ -171,7 +171,7 @@ def check_one_wait_a_layer(rank: int, world_size: int) -> None:
             assert waits.seen == []
             # of each expert and granule, what leaves and what arrives; of each granule, the busiest rank
             assert asked == [2 * 4 + 1 if tile_tokens == 0 else 25 * (2 * 4 + 1)]
-            parallel_state.destroy_model_parallel()
+            leave_groups()
 
 
 def peak_bytes(layer: ExpertLayer, tokens: int) -> int:
@@ -197,7 +197,7 @@ def check_memory_of_tiles(rank: int, world_size: int) -> None:
         for tokens in (512, 2048):
             layer = build(Precision.bf16, ep_size=world_size, tile_tokens=tile_tokens, **sizes)
             peaks[tile_tokens, tokens] = peak_bytes(layer, tokens)
-            parallel_state.destroy_model_parallel()
+            leave_groups()
     assert peaks[64, 2048] < 1.2 * peaks[64, 512], peaks
     assert peaks[64, 2048] < 0.3 * peaks[0, 2048], peaks
 
@@ -214,7 +214,7 @@ def check_gradient_without_a_buffer(rank: int, world_size: int) -> None:
         assert parameter.grad is not None
         assert parameter.grad.dtype == parameter.dtype
         assert torch.equal(parameter.grad, want[name].to(parameter.dtype)), name
-    parallel_state.destroy_model_parallel()
+    leave_groups()
 
 
 def build_bare(layer: ExpertLayer) -> ExpertLayer:
@@ -249,7 +249,7 @@ def run_checks(rank: int, world_size: int, names: list[str]) -> dict[str, str]:
             CHECKS[name](rank, world_size)
         except AssertionError as error:
             failed[name] = f"rank {rank}: {error}"
-            parallel_state.destroy_model_parallel()
+            leave_groups()
     return failed
 
 

@@ -9,6 +9,7 @@ import torch
 from msa_train.config import EngineKind, GradsDtype, MomentsDtype, Precision
 from msa_train.training.optim.megatron_update import MegatronUpdate
 from tests.helpers import cuda_shim
+from tests.helpers.group_cleanup import leave_groups
 from tests.helpers.megatron_runs import build, train
 from tests.helpers.resume_runs import SAVED_STEP, Case, Layout, run_cases
 from tests.helpers.spawn import run_ranks
@@ -49,7 +50,6 @@ LONG_DISTANCE = {"moments-bf16": 2.5e-3, "moments-fp8": 4e-3, "grads-bf16": 4.5e
 
 def worker(rank: int, world_size: int, folder: str) -> None:
     """Run the cases of a world size."""
-    from megatron.core import parallel_state
 
     cuda_shim.install()
     is_for = MegatronUpdate.is_for
@@ -66,7 +66,7 @@ def worker(rank: int, world_size: int, folder: str) -> None:
                 rows = train(build(engine, parallel=sizes, precision=precision, optim=optim), steps=steps)
                 if rank == 0:
                     torch.save(rows, f"{folder}/{layout}.{setting}.{precision.value}")
-                parallel_state.destroy_model_parallel()
+                leave_groups()
             MegatronUpdate.is_for = staticmethod(is_for)  # type: ignore[method-assign]
 
 

@@ -17,13 +17,14 @@ from msa_train.model.layers.moe import ExpertLayer
 from msa_train.model.layers.norm import RMSNorm
 from msa_train.parallel.process_groups import build_groups
 from msa_train.training.engines.torch_engine import TorchEngine
+from tests.helpers.group_cleanup import leave_groups
 from tests.helpers.model_runs import small_config, step_packs
 from tests.helpers.spawn import run_ranks
 
 
 def engine_of(config: RunConfig) -> TorchEngine:
     if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+        leave_groups()
     return TorchEngine(config, build_groups(config.parallel, device=torch.device("cpu")))
 
 

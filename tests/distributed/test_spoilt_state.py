@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core import parallel_state
 
 from msa_train.checkpoint.store import CheckpointStore
 from msa_train.checkpoint.torch_dist.finite_state import DivergedError
@@ -19,6 +18,7 @@ from msa_train.training.metrics.writer import MetricsWriter
 from msa_train.training.trainer import Reporting, Trainer
 from msa_train.training.worker import load_data
 from tests.helpers import cuda_shim
+from tests.helpers.group_cleanup import leave_groups
 from tests.helpers.resume_runs import Case, Layout, Record, resume_config
 from tests.helpers.spawn import run_ranks
 from tests.helpers.training_command import write_corpus
@@ -74,7 +74,7 @@ def run(
         trainer.run(0)
     except DivergedError as diverged:
         error = str(diverged)
-    parallel_state.destroy_model_parallel()
+    leave_groups()
     return {"error": error, "notes": notes.notes, "saved": store.steps()}
 
 

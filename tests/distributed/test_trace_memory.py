@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core import parallel_state
 
 from msa_train.config import (
     AttentionConfig,
@@ -30,6 +29,7 @@ from msa_train.plan.trace.config_json import config_to_json
 from msa_train.training.step_batch import make_batch
 from msa_train.training.worker import build_engine
 from tests.helpers.devices import rank_device
+from tests.helpers.group_cleanup import leave_groups
 from tests.helpers.packs import make_pack
 from tests.helpers.pretended_gpu.build import needs_pretended_gpu
 from tests.helpers.spawn import run_ranks
@@ -123,7 +123,7 @@ def measure(rank: int, world_size: int, cases: dict[str, RunConfig]) -> dict[str
         del engine, result
         # models are full of cycles
         gc.collect()
-        parallel_state.destroy_model_parallel()
+        leave_groups()
     return found
 
 

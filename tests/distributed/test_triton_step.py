@@ -12,6 +12,7 @@ import torch
 
 from msa_train.config import AttentionKernel, Precision, StageAttention, StageConfig
 from tests.helpers.compare import worst_row
+from tests.helpers.group_cleanup import leave_groups
 from tests.helpers.model_runs import run_steps, small_config, step_packs
 from tests.helpers.spawn import run_ranks
 from tests.helpers.triton_env import needs_triton
@@ -35,14 +36,13 @@ STAGES: dict[str, dict[str, Any]] = {
 
 def worker(rank: int, world_size: int) -> dict[str, dict[str, Any]]:
     """One step of each stage and kind, on a pack of three documents."""
-    from megatron.core import parallel_state
 
     found: dict[str, dict[str, Any]] = {stage: {} for stage in STAGES}
     for stage, settings in STAGES.items():
         for name, (precision, kernel) in KINDS.items():
             config = small_config(cp_size=world_size, precision=precision, kernel=kernel, **settings)
             found[stage][name] = run_steps(config, [step_packs()[1][:1]])["steps"][0]
-            parallel_state.destroy_model_parallel()
+            leave_groups()
             # the import is what tells whether the warm-up's kernels ran
             found[stage][name]["dense_kernels"] = "msa_kernels.dense_kl.triton.launch" in sys.modules
     return found

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 
 from msa_train.config import (
     DeepSpeedConfig,
@@ -28,6 +27,7 @@ from msa_train.training.engines.engine import TrainEngine
 from msa_train.training.engines.torch_engine import TorchEngine
 from msa_train.training.step_batch import make_batch
 from tests.helpers import devices
+from tests.helpers.group_cleanup import leave_groups
 from tests.helpers.megatron_runs import recipe_stages
 from tests.helpers.model_runs import BLOCK_SIZE, SEQ_LEN, VOCAB, small_config, step_packs
 from tests.helpers.packs import make_pack
@@ -100,7 +100,7 @@ def destroy(engine: TrainEngine) -> None:
     """Make room for another engine in this process."""
     if isinstance(engine, DeepSpeedEngine):
         engine.engine.destroy()
-    parallel_state.destroy_model_parallel()
+    leave_groups()
 
 
 def packs_of(step: int, count: int) -> list[Pack]:

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from msa_train.config import (
     DeepSpeedConfig,
@@ -29,6 +28,7 @@ from msa_train.training.engines.torch_engine import TorchEngine
 from msa_train.training.metrics.collect import StepMetrics
 from msa_train.training.step_batch import make_batch
 from tests.helpers import cuda_shim, devices
+from tests.helpers.group_cleanup import leave_groups
 from tests.helpers.model_runs import SEQ_LEN, small_config, step_packs
 
 STEPS = 3
@@ -132,4 +132,4 @@ def worker(rank: int, world_size: int, cases: dict[str, dict[str, Any]], folder:
         rows = train(build(**arguments))
         if rank == 0:
             torch.save(rows, f"{folder}/{name}")
-        parallel_state.destroy_model_parallel()
+        leave_groups()

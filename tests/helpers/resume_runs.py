@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from msa_train.checkpoint.store import CheckpointStore
 from msa_train.config import (
@@ -43,6 +42,7 @@ from msa_train.training.resume import resume
 from msa_train.training.trainer import Reporting, Trainer
 from msa_train.training.worker import build_engine, load_data
 from tests.helpers import cuda_shim, devices
+from tests.helpers.group_cleanup import leave_groups
 
 PROCESSES = 4
 SEQ_LEN, BLOCK_SIZE, BATCH = 64, 4, 2
@@ -265,7 +265,7 @@ def _run_case(case: Case, folder: Path) -> None:
         # a cycle through autograd, which garbage collection does not see
         for chunk in engine.wrapped:
             chunk.grad_accs.clear()
-    parallel_state.destroy_model_parallel()
+    leave_groups()
 
 
 def _number_modules_anew() -> None:

@@ -181,12 +181,7 @@ class DeepSpeedEngine(TrainEngine):
     @torch.no_grad()
     def evaluate(self, packs: Sequence[Pack]) -> float:
         """See TrainEngine.evaluate."""
-        self.engine.eval()
-        total = torch.zeros((), dtype=torch.float64, device=self.groups.device)
-        for pack in packs:
-            params = self.forward.prepare(pack, num_tokens=1, comm=self.groups.cp_comm(), stats=LayerStats())
-            total += self.forward(self.engine, params).sum(dtype=torch.float64)
-        return float(total)
+        return self.sum_losses(self.engine, packs)
 
     def sharded_state(self, *, loading: bool) -> dict[str, Any]:
         """See TrainEngine.sharded_state."""

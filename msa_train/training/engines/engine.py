@@ -145,6 +145,15 @@ class TrainEngine(ABC):
     def evaluate(self, packs: Sequence[Pack]) -> float:
         """Sum this rank's token losses without gradients, fp64, in nats; not divided by anything."""
 
+    def sum_losses(self, model: MsaGptModel, packs: Sequence[Pack]) -> float:
+        """Evaluate a model that is in one part, see `evaluate`; model: it, or what wraps it."""
+        model.eval()
+        total = torch.zeros((), dtype=torch.float64, device=self.groups.device)
+        for pack in packs:
+            params = self.forward.prepare(pack, num_tokens=1, comm=self.groups.cp_comm(), stats=LayerStats())
+            total += self.forward(model, params).sum(dtype=torch.float64)
+        return float(total)
+
     @abstractmethod
     def sharded_state(self, *, loading: bool) -> dict[str, Any]:
         """Return model and optimizer as Megatron sharded tensors; the same keys from every engine.

@@ -1,10 +1,13 @@
 """engine=deepspeed does what one process of engine=torch does: losses, gradient norms and weights.
 
 In fp32, as DeepSpeed reduces no fp64: sums in another order make up to 1e-6. An experts' mean in place of a
-sum, or ranks left out of a group, would show as tens of percent.
+sum, or ranks left out of a group, would show as tens of percent. The whole product of stage, layout,
+accumulation, exchange and recomputation: MATRIX=all pytest tests/distributed/test_deepspeed_engine.py
 """
 
+import os
 from functools import cache
+from itertools import product
 from typing import Any
 
 import pytest
@@ -49,6 +52,11 @@ BF16 = [
 ]
 
 
+EXCHANGES = [KvExchange.selected, KvExchange.all_gather, KvExchange.ring, KvExchange.auto]
+# ranks, context-parallel ranks, exchange
+LAYOUTS = [(2, 1, KvExchange.selected), *((cp, cp, exchange) for cp in (2, 4) for exchange in EXCHANGES)]
+
+
 @cache
 def one_process(packs: int, recipe: bool, precision: Precision) -> dict[str, Any]:
     case = Case(None, packs, recipe=recipe, precision=precision)
@@ -69,6 +77,20 @@ def test_steps_are_those_of_one_process_on_two_ranks() -> None:
 
 def test_steps_are_those_of_one_process_on_four_ranks() -> None:
     check(4, FOUR_RANKS)
+
+
+@pytest.mark.skipif(os.environ.get("MATRIX") != "all", reason="144 cases, for MATRIX=all")
+@pytest.mark.parametrize(("ranks", "cp_size", "exchange"), LAYOUTS)
+@pytest.mark.parametrize("zero_stage", range(4))
+def test_product(ranks: int, cp_size: int, exchange: KvExchange, zero_stage: int) -> None:
+    per_step = ranks // cp_size
+    check(
+        ranks,
+        [
+            Case(zero_stage, accumulation * per_step, cp_size=cp_size, exchange=exchange, recompute=recompute)
+            for accumulation, recompute in product((1, 2), (none, full))
+        ],
+    )
 
 
 def test_stages_freeze_what_they_freeze_in_one_process() -> None:

@@ -148,9 +148,10 @@ def test_padding_is_small() -> None:
 
 def test_large_corpus_is_planned_in_seconds() -> None:
     lengths = np.random.default_rng(1).integers(1, 8192, 200_000)
-    begin = time.perf_counter()
+    begin = time.process_time()
     plan_epoch(lengths, seq_len=8192, block_size=128, seed=0, epoch=0)
-    assert time.perf_counter() - begin < 5, "a plan of 200,000 documents takes a third of a second"
+    # processor time: other work on the machine does not count
+    assert time.process_time() - begin < 5, "a plan of 200,000 documents takes a third of a second"
 
 
 @pytest.mark.parametrize(

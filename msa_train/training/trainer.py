@@ -50,6 +50,10 @@ from msa_train.training.metrics.writer import MetricsWriter
 from msa_train.training.stability.skip_policy import RollbackError
 from msa_train.training.stability.step_guard import StepGuard, StepOutcome
 from msa_train.training.step_batch import StepBatch, make_batch
+from msa_train.training.validation import validate
+
+BetweenSteps = Callable[[int, Stage], None]
+"takes the updates made and the stage they belong to; all ranks call it alike"
 
 
 @dataclass(slots=True)
@@ -105,6 +109,8 @@ class Trainer:
         # a step of many packs may take longer than the watchdog waits
         engine.forward.on_pack = lambda: self.watchdog.beat(f"a pack of step {self._step_number} began")
         self._step_number = 0
+        self.between: BetweenSteps | None = None
+        "called between a step's report and its save; what it does must change nothing of the training"
         self.stopped: preemption.StopRecord | None = None
         "set if a signal ended the run before its last step"
 
@@ -152,6 +158,8 @@ class Trainer:
                     # after the report, so that metrics.jsonl has the step that ends a run or takes it back
                     self._conclude(step, stage, values)
                     self.watchdog.beat(f"step {step}")
+                    if self.between is not None:
+                        self.between(step, stage)
                     saved = self._may_save(step)
                     if saved:
                         self.save(step, wait=step == self.total_steps)
@@ -267,8 +275,9 @@ class Trainer:
         values["step_time_s"] = seconds
         values["tokens_per_s"] = batch.num_tokens / seconds
         values["tokens"] = stage.tokens_at(step, batch_size)
-        if self.data.validation[stage.seq_len] is not None and self._due(step, config.train.validate_every):
-            values |= self.validate()
+        held_out = self.data.validation[stage.seq_len]
+        if held_out is not None and self._due(step, config.train.validate_every):
+            values |= validate(engine, held_out, self.data.corpus)
         return values
 
     def _first_pack(self, step: int, stage: Stage) -> int:
@@ -299,35 +308,6 @@ class Trainer:
         # Megatron's collectives have no other name
         with watched("step"):
             return self.engine.train_step(batch, rates, self.guard.gate(batch))
-
-    def validate(self) -> dict[str, float]:
-        """Compute the mean loss, nats per token, of the same held-out packs each time, as the stage attends.
-
-        Example: 5 packs on 2 data-parallel ranks: (0, 1), (2, 3), (4, 4), of which the last counts nothing.
-        """
-        dataset = self.data.validation[self.engine.stage.seq_len]
-        assert dataset is not None, "asked for only where there are held-out documents"
-        dp_rank, dp_size = self.groups.dp_rank, self.groups.dp_size
-        count = min(self.config.train.validation_packs, dataset.num_packs)
-        # Every rank runs the same number of packs: collectives must pair up. Surplus packs count nothing.
-        rounds = -(-count // dp_size)
-        packs = [dataset[min(i * dp_size + dp_rank, count - 1)] for i in range(rounds)]
-        labels = sum(dataset[i].num_labels for i in range(count))
-        total = 0.0
-        for i, pack in enumerate(packs):
-            with watched("validation"):
-                loss_sum = self.engine.evaluate([pack])
-            if i * dp_size + dp_rank < count and self.engine.counts_loss():
-                total += loss_sum
-        loss = torch.tensor(total, dtype=torch.float64, device=self.groups.device)
-        with watched("validation"):
-            dist.all_reduce(loss)
-        values = {"val_loss": float(loss) / max(labels, 1)}
-        if self.data.corpus.bytes_per_token:
-            # nats / ln 2 are bits
-            bits = values["val_loss"] / torch.log(torch.tensor(2.0, dtype=torch.float64)).item()
-            values["val_bits_per_byte"] = bits / self.data.corpus.bytes_per_token
-        return values
 
     def _report(self, step: int, values: dict[str, Any]) -> None:
         """Write and print a step whose metrics were gathered, on rank 0."""

@@ -60,7 +60,7 @@ set_up() {
     "$python" -m venv --clear "$venv"
     # first and alone, so that a CPU build wins where one is offered
     if ! has_gpu; then install "$constraints" torch; fi
-    install "$constraints" -e '.[dev,hf,kernels,slurm,deepspeed]'
+    install "$constraints" -e '.[dev,eval,hf,kernels,slurm,deepspeed]'
     echo "$stamp" >"$venv/stamp"
     echo "run.sh: ready; 'source $venv/bin/activate' makes msa-train a command of this shell"
 }

@@ -1,0 +1,1 @@
+"""Describe evaluations and the rules for them."""

@@ -1,0 +1,1 @@
+"""Measure what a model does with long contexts: tasks with known answers, losses by position, selections."""

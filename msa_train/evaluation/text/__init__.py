@@ -1,0 +1,1 @@
+"""Hold what samples are written with: wordings, word lists, running text."""

@@ -8,7 +8,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -20,6 +20,18 @@ from msa_train.model.transformer_config import MsaTransformerConfig
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _EMBEDDING = "embedding.word_embeddings.weight"
 _EXPERT = re.compile(r"\.experts\.local_experts\.(\d+)\.")
+
+
+class Partition(Protocol):
+    """Know weights of which a rank has a part only."""
+
+    def shape(self, parameter: nn.Parameter) -> torch.Size:
+        """Return the shape of the whole parameter."""
+        ...
+
+    def fill(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Take this rank's part of the whole parameter's value."""
+        ...
 
 
 def global_names(model: GPTModel, *, ep_rank: int) -> Iterator[tuple[str, nn.Parameter]]:
@@ -42,7 +54,15 @@ def global_names(model: GPTModel, *, ep_rank: int) -> Iterator[tuple[str, nn.Par
 
 
 @torch.no_grad()
-def init_weights(model: GPTModel, *, seed: int, tp_rank: int, tp_size: int, ep_rank: int) -> None:
+def init_weights(
+    model: GPTModel,
+    *,
+    seed: int,
+    tp_rank: int,
+    tp_size: int,
+    ep_rank: int,
+    partition: Partition | None = None,
+) -> None:
     """Fill every parameter: normal with `init_std`, output projections with init_std / sqrt(2 * layers).
 
     The token embedding (and an output layer tied to it) has `embedding_init_std`, and every row of it one
@@ -50,35 +70,47 @@ def init_weights(model: GPTModel, *, seed: int, tp_rank: int, tp_size: int, ep_r
 
     Norm weights get 1, or 0 where they act as 1 + w.
 
+    Host memory: the largest parameter twice, in fp32 and as drawn.
+
     Args:
         model: built by `build_model`.
         seed: of the run.
         tp_rank: this rank's part of cut weights.
         tp_size: parts of cut weights.
         ep_rank: this rank's share of the experts.
+        partition: of weights that ranks share; None: this rank has all of each.
     """
     config = model.config
     assert isinstance(config, MsaTransformerConfig), "built by model.gpt.build_model"
     # Transformer Engine's is called so too.
     norms = {id(m.weight) for m in model.modules() if type(m).__name__ == RMSNorm.__name__}
     for name, parameter in global_names(model, ep_rank=ep_rank):
+        shape = parameter.shape if partition is None else partition.shape(parameter)
         if id(parameter) in norms:
-            parameter.fill_(0.0 if config.layernorm_zero_centered_gamma else 1.0)
-            continue
-        std = config.model.init_std
-        if name == _EMBEDDING:
-            std = config.model.embedding_init_std
-        if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
-            # Two such outputs per layer add up in the residual stream, whose variance so stays that of one.
-            std /= math.sqrt(2 * config.num_layers)
-        parameter.copy_(_draw(name, parameter, std, seed, tp_rank, tp_size))
+            value = torch.full(shape, 0.0 if config.layernorm_zero_centered_gamma else 1.0)
+        else:
+            value = _draw(name, parameter, shape, _std(name, config), seed, tp_rank, tp_size)
+        # sums are of the precision that they are kept in
+        value = value.to(parameter.dtype)
         if name == _EMBEDDING:
             # A component that all tokens share gives queries and keys one too: attention by distance alone.
-            shared = torch.empty(parameter.shape[1])
+            shared = torch.empty(shape[1])
             shared.normal_(
                 0.0, config.model.embedding_shared_std, generator=_generator(seed, f"{name}:shared")
             )
-            parameter.add_(shared.to(parameter))
+            value.add_(shared.to(value))
+        if partition is None:
+            parameter.copy_(value)
+        else:
+            partition.fill(parameter, value)
+
+
+def _std(name: str, config: MsaTransformerConfig) -> float:
+    std = config.model.embedding_init_std if name == _EMBEDDING else config.model.init_std
+    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        # Two such outputs per layer add up in the residual stream, whose variance so stays that of one.
+        std /= math.sqrt(2 * config.num_layers)
+    return std
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
@@ -87,9 +119,10 @@ def _generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") & (2**63 - 1))
 
 
-def _draw(name: str, parameter: Tensor, std: float, seed: int, tp_rank: int, tp_size: int) -> Tensor:
-    generator = _generator(seed, name)
-    shape = list(parameter.shape)
+def _draw(
+    name: str, parameter: Tensor, whole: torch.Size, std: float, seed: int, tp_rank: int, tp_size: int
+) -> Tensor:
+    generator, shape = _generator(seed, name), list(whole)
     # Experts are cut over expert-parallel ranks only.
     cut = tp_size > 1 and getattr(parameter, "tensor_model_parallel", False) and ".experts." not in name
     if cut:

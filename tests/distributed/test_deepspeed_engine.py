@@ -97,6 +97,13 @@ def test_stages_freeze_what_they_freeze_in_one_process() -> None:
     check(2, RECIPES)
 
 
+def test_zero3_never_has_the_model_whole() -> None:
+    for of_rank in run_ranks(2, deepspeed_runs.elements_when_built, [2, 3]):
+        (whole, there), (also_whole, parts) = of_rank
+        assert whole == there == also_whole > 10_000
+        assert parts == 0
+
+
 def test_norm_and_clipping_of_gradients_on_a_disk() -> None:
     """As with offload to NVMe, which needs a library: by factors that wait for the parts to come back."""
     cases = [Case(3, 2, offload=Offload.cpu, recipe=True), Case(3, 2, offload=Offload.cpu)]

@@ -20,8 +20,9 @@ from msa_train.config.lr_schedule import LearningRates, stage_rates
 from msa_train.data import Pack
 from msa_train.model.init_weights import global_names
 from msa_train.parallel.process_groups import build_groups
+from msa_train.training.engines import engine as engine_module
 from msa_train.training.engines.deepspeed import gradients
-from msa_train.training.engines.deepspeed.partitions import owned
+from msa_train.training.engines.deepspeed.partitions import owned, whole_shape
 from msa_train.training.engines.deepspeed_engine import DeepSpeedEngine
 from msa_train.training.engines.engine import TrainEngine
 from msa_train.training.engines.torch_engine import TorchEngine
@@ -172,6 +173,25 @@ def run_case(case: Case, steps: int = STEPS) -> dict[str, Any]:
 def run_cases(rank: int, world_size: int, cases: Sequence[Case]) -> list[dict[str, Any]]:
     """All cases one after the other, on one rank."""
     return [run_case(case) for case in cases]
+
+
+def elements_when_built(rank: int, world_size: int, stages: Sequence[int]) -> list[tuple[int, int]]:
+    """For each stage, elements of the weights of the whole model, and of those that lie on a rank whole.
+
+    At the time when the model has been built and no weight has a value yet.
+    """
+    draw, found = engine_module.init_weights, []
+
+    def count(model: Any, **arguments: Any) -> None:
+        parameters = list(model.parameters())
+        whole = sum(whole_shape(p).numel() for p in parameters)
+        found.append((whole, sum(p.numel() for p in parameters)))
+        draw(model, **arguments)
+
+    engine_module.init_weights = count
+    for stage in stages:
+        destroy(build(Case(stage, 2, cp_size=world_size)))
+    return found
 
 
 def run_as_swapped(rank: int, world_size: int, cases: Sequence[Case]) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from msa_train.config import RunConfig, one_line
+from msa_train.config import Offload, RunConfig, one_line
 from msa_train.config.deepspeed.to_json import deepspeed_json
 from msa_train.config.lr_schedule import LearningRates
 from msa_train.data import Pack
@@ -30,8 +30,10 @@ from msa_train.model.inputs.layer_stats import LayerStats
 from msa_train.parallel.process_groups import Groups
 from msa_train.runtime.atomic_files import write_json
 from msa_train.training.engines.deepspeed import state as states
+from msa_train.training.engines.deepspeed.built_in_parts import BuiltInParts
 from msa_train.training.engines.deepspeed.gather import gather_whole_layers, register_output_weight
 from msa_train.training.engines.deepspeed.gradients import ParamGroup, reduced_gradients
+from msa_train.training.engines.deepspeed.partitions import whole_shape
 from msa_train.training.engines.deepspeed.start import (
     expert_group_name,
     import_deepspeed,
@@ -58,25 +60,33 @@ class DeepSpeedEngine(TrainEngine):
 
     def __init__(self, config: RunConfig, groups: Groups) -> None:
         super().__init__(config, groups)
-        deepspeed = import_deepspeed(groups)
+        self.deepspeed = import_deepspeed(groups)
+        self.json = deepspeed_json(config)
         self.chunks = self.build_chunks()
         model = self.model
         mark_experts(model, groups, config.model.num_experts)
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
-        self.json = deepspeed_json(config)
         partitions_weights = config.deepspeed.zero_stage == 3
         if partitions_weights:
             gather_whole_layers(model)
         self.optimizer = self._build_optimizer(named)
-        self.engine = self._initialize(deepspeed)
+        self.engine = self._initialize()
         if partitions_weights:
             register_output_weight(model)
         # groups without parameters are gone by now
         self.gradients = reduced_gradients(self.engine, self.optimizer.param_groups, groups)
         self.set_stage(self.stage)
 
-    def _initialize(self, deepspeed: Any) -> Any:
+    def partition(self) -> BuiltInParts | None:
+        """See TrainEngine.partition."""
+        settings = self.config.deepspeed
+        # weights in files are not within reach of `fill`: they are there whole, once
+        if settings.zero_stage < 3 or settings.offload_param is Offload.nvme:
+            return None
+        return BuiltInParts(self.deepspeed, self.json)
+
+    def _initialize(self) -> Any:
         """Let DeepSpeed take model and optimizer.
 
         Raises:
@@ -84,7 +94,9 @@ class DeepSpeedEngine(TrainEngine):
         """
         try:
             with quiet():
-                return deepspeed.initialize(model=self.model, optimizer=self.optimizer, config=self.json)[0]
+                return self.deepspeed.initialize(
+                    model=self.model, optimizer=self.optimizer, config=self.json
+                )[0]
         except ValueError as error:
             raw = self.config.deepspeed.raw
             if not raw:
@@ -107,7 +119,7 @@ class DeepSpeedEngine(TrainEngine):
         found: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
         for name, parameter in named:
             is_spread = not getattr(parameter, "allreduce", True)
-            key = is_index_parameter(name), parameter.dim() > 1, is_spread
+            key = is_index_parameter(name), len(whole_shape(parameter)) > 1, is_spread
             found.setdefault(key, []).append(parameter)
         groups: list[ParamGroup] = []
         for (index, is_matrix, is_spread), parameters in found.items():

@@ -11,9 +11,10 @@ One step of any engine:
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core import parallel_state
@@ -25,7 +26,7 @@ from msa_train.config.lr_schedule import LearningRates
 from msa_train.config.pipeline import resolve_layout
 from msa_train.data import Pack
 from msa_train.model.gpt import MsaGptModel, build_model
-from msa_train.model.init_weights import init_weights
+from msa_train.model.init_weights import Partition, init_weights
 from msa_train.model.inputs.layer_stats import LayerStats
 from msa_train.model.layers.moe import SigmoidRouter
 from msa_train.model.pack_forward import PackForward
@@ -54,6 +55,10 @@ class StepResult:
 # Asked of what the step would leave, before the update: afterwards the weights before it are gone, as keeping
 # a copy would cost 12 bytes per parameter. The same answer on all ranks, or their weights part.
 Accept = Callable[[StepResult], bool]
+
+
+class BuiltInParts(Partition, AbstractContextManager[Any], Protocol):
+    """Cut weights over ranks as soon as a module has them, within the context."""
 
 
 class TrainEngine(ABC):
@@ -88,25 +93,31 @@ class TrainEngine(ABC):
         return [self._build_chunk(megatron, chunk if count > 1 else None) for chunk in range(count)]
 
     def _build_chunk(self, megatron: MsaTransformerConfig, vp_stage: int | None) -> MsaGptModel:
-        groups, chunk = self.groups, vp_stage or 0
+        groups, chunk, parts = self.groups, vp_stage or 0, self.partition()
         is_last_chunk = chunk == self.layout.num_chunks - 1
-        # embedding and output belong to the first and last pipeline stage
-        model = build_model(
-            self.config,
-            groups.collection,
-            pre_process=groups.is_pipeline_first_stage and chunk == 0,
-            post_process=groups.is_pipeline_last_stage and is_last_chunk,
-            megatron=megatron,
-            vp_stage=vp_stage,
-        ).to(groups.device)
+        with parts or nullcontext():
+            # embedding and output belong to the first and last pipeline stage
+            model = build_model(
+                self.config,
+                groups.collection,
+                pre_process=groups.is_pipeline_first_stage and chunk == 0,
+                post_process=groups.is_pipeline_last_stage and is_last_chunk,
+                megatron=megatron,
+                vp_stage=vp_stage,
+            ).to(groups.device)
         init_weights(
             model,
             seed=self.config.train.seed,
             tp_rank=groups.tp_rank,
             tp_size=groups.tp_size,
             ep_rank=groups.ep_rank,
+            partition=parts,
         )
         return model
+
+    def partition(self) -> BuiltInParts | None:
+        """Return what cuts weights while the model is built; None: each is whole on this rank."""
+        return None
 
     def set_stage(self, stage: Stage) -> None:
         """Train as this stage says from the next step on.

@@ -123,6 +123,11 @@ def is_partitioned(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_tensor")
 
 
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """Return the shape of a parameter that ZeRO-3 may have cut."""
+    return parameter.ds_shape if is_partitioned(parameter) else parameter.shape  # type: ignore[attr-defined]
+
+
 def slice_of(parameter: Any) -> tuple[int, Tensor]:
     """Return first element and content of this rank's slice of a parameter that ZeRO-3 has cut.
 

@@ -26,13 +26,20 @@ from launchers.cli.quick_imports import quick_imports
 from launchers.hydra_config.compose import EVERY_KEY, compose_run, config_to_yaml, known_keys
 from launchers.local.job_environment import Node, joined_environment, joined_node, said_by
 from launchers.local.kernel_checks import full_kernel_line, kernel_warning
-from launchers.local.launch_checks import Layout, check_files, describe, plan_layout, set_worker_environment
+from launchers.local.launch_checks import (
+    Layout,
+    check_files,
+    describe,
+    describe_stages,
+    plan_layout,
+    set_worker_environment,
+)
 from launchers.local.machine import accept_log_level, check_current_folder, check_loopback, raise_file_limit
 from launchers.local.run_dir import CONFIG_NAME, claim_run_dir, disk_warning, write_config
+from launchers.local.stage_starts import start_stages
 from launchers.worker import run_entry
 from msa_train.config import RunConfig, contradictions, one_line
 from msa_train.config.environment import SAID_BY
-from msa_train.config.pipeline import describe_layout
 from msa_train.runtime import preemption
 
 OPTIONS = {
@@ -119,7 +126,7 @@ def _run(arguments: list[str]) -> int:
         _warn(config, layout)
         check_files(config, say=say)
         say(describe(config, layout))
-        for line in describe_layout(config, layout.world_size):
+        for line in describe_stages(config, layout):
             say(line)
         if line := full_kernel_line(config, on_gpu=layout.on_gpu):
             say(line)
@@ -160,7 +167,8 @@ def _launch(config: RunConfig, layout: Layout) -> int:
         with quick_imports():
             from launchers.local.elastic_agent import launch_workers
 
-        return launch_workers(write_config(config), layout.world_size)
+        path = write_config(config)
+        return start_stages(config.run_dir, lambda: launch_workers(path, layout.world_size))
 
 
 def _launch_node(config: RunConfig, layout: Layout, node: Node) -> int:
@@ -190,15 +198,17 @@ def _join(config: RunConfig, layout: Layout, job: dict[str, str]) -> int:
     with claim_run_dir(config.run_dir):
         _prepare(config, layout)
         write_config(config)
-        run_entry(config)
+        if run_entry(config) and "SLURM_STEP_ID" not in os.environ:
+            say("the same command again goes on with it")
     return 0
 
 
 def _prepare(config: RunConfig, layout: Layout) -> None:
     """Print what the run is, warn, and check its files; by the holder of run_dir."""
     say(describe(config, layout))
-    for line in describe_layout(config, layout.world_size)[:1]:
-        say(line)
+    for line in describe_stages(config, layout):
+        if not line.startswith(" "):
+            say(line)
     _warn(config, layout, disk_warning(config))
     check_files(config, say=say, hand_on=True)
 

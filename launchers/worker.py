@@ -14,11 +14,12 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from launchers.cli.command_line import leave
+from launchers.cli.command_line import NEXT_STAGE, leave
 from launchers.cli.output import steady_output
 from launchers.cli.quick_imports import quick_imports
 from launchers.hydra_config.compose import load_run
 from msa_train.config import RunConfig
+from msa_train.config.staging.views import layout_config
 from msa_train.runtime import preemption
 from msa_train.runtime.last_words import LAUNCHER_PID, record
 
@@ -37,12 +38,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     _follow_launcher()
     with steady_output(_STDOUT_LOST):
-        run_entry(load_run(arguments[0]), *arguments[1:])
+        goes_on = run_entry(load_run(arguments[0]), *arguments[1:])
         # destructors of process groups may wait for ranks that have ended
-        leave(0)
+        leave(NEXT_STAGE if goes_on else 0)
 
 
-def run_entry(config: RunConfig, entry: str = TRAINING) -> None:
+def run_entry(config: RunConfig, entry: str = TRAINING) -> bool:
     """Run a worker to its end. An exception is recorded for the launcher and ends the process at once.
 
     The exit code is 1 then. Signals get their handlers here, before torch is imported.
@@ -50,12 +51,15 @@ def run_entry(config: RunConfig, entry: str = TRAINING) -> None:
     Args:
         config: the whole run.
         entry: "module:function" to call with the configuration.
+
+    Returns:
+        Whether the run goes on in processes of another stage.
     """
     # before the first import of torch, which takes seconds
     preemption.install_handlers()
     faulthandler.enable()
     accept_fallbacks()
-    if config.parallel.tp_size > 1:
+    if any(layout_config(config, name).parallel.tp_size > 1 for name in config.stages or [""]):
         # the order in which they are launched is then that in which a GPU begins them: Megatron launches the
         # collectives of tensor parallelism just before the products that hide them
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -64,7 +68,7 @@ def run_entry(config: RunConfig, entry: str = TRAINING) -> None:
             module, _, function = entry.partition(":")
             with quick_imports():
                 called = getattr(importlib.import_module(module), function)
-            called(config)
+            return bool(called(config))
         except Exception as error:
             record(error)
             leave(1)

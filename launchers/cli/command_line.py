@@ -17,6 +17,8 @@ from msa_train.config import one_line
 
 # exit codes of all commands; STOPPED: saved before the end, to be started again (EX_TEMPFAIL of sysexits.h)
 MACHINE_ERROR, USER_ERROR, STOPPED, INTERRUPTED = 1, 2, 75, 130
+# of workers alone: all of them have saved and ended for those of the next stage
+NEXT_STAGE = 76
 
 
 def leave(code: int) -> NoReturn:

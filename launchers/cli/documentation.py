@@ -18,7 +18,7 @@ from typing import Any, get_type_hints
 from launchers.cli.command_line import Parser, run_command
 from launchers.cli.output import say
 from launchers.hydra_config.options import CLUSTER, OPTION_GROUPS, group_options
-from msa_train.config import RunConfig, StageConfig
+from msa_train.config import AlternateConfig, RunConfig, StageConfig, StageParallelConfig
 from msa_train.config.cluster import ClusterConfig
 
 INTRODUCTION = """\
@@ -57,9 +57,17 @@ def configuration_page() -> str:
     sections = [INTRODUCTION, _groups(), *_sections()]
     sections += [
         f"## stages.NAME\n\n{STAGES}\n\n{_table(StageConfig, 'stages.NAME.')}",
+        _part_of_stages("parallel", StageParallelConfig),
+        _part_of_stages("alternate", AlternateConfig),
         f"## {CLUSTER}\n\n{CLUSTER_KEYS}\n\n{_table(ClusterConfig, f'{CLUSTER}.')}",
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _part_of_stages(name: str, part: type[Any]) -> str:
+    """Write the section of the keys `stages.NAME.PART.KEY`."""
+    place = f"stages.NAME.{name}"
+    return f"## {place}\n\n{_cell(inspect.getdoc(part) or '')}\n\n{_table(part, f'{place}.')}"
 
 
 PAGES: dict[str, Callable[[], str]] = {"configuration": configuration_page}

@@ -24,14 +24,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SignalException, SubprocessContext
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from launchers.cli.command_line import STOPPED
+from launchers.cli.command_line import NEXT_STAGE, STOPPED
 from launchers.cli.output import say
 from launchers.local.code_path import worker_arguments
 from launchers.local.failure_report import WorkerFailure, report
@@ -83,10 +83,11 @@ class RunDirLogs(LogsSpecs):
 
 
 class LocalAgent(LocalElasticAgent):
-    """Change torch's agent in two ways.
+    """Change torch's agent in three ways.
 
-    It notes when each worker ended and does not wait 30 s for one that hangs. And signals that ask a run to
-    stop do not end it: it hands them on and waits for the workers, which save first.
+    It notes when each worker ended and does not wait 30 s for one that hangs. Signals that ask a run to stop
+    do not end it: it hands them on and waits for the workers, which save first. And workers that all end with
+    NEXT_STAGE have not failed.
     """
 
     def __init__(self, spec: WorkerSpec, logs_specs: LogsSpecs) -> None:
@@ -100,6 +101,8 @@ class LocalAgent(LocalElasticAgent):
         "seconds since 1970 at which an end was noticed, by local rank"
         self.ended_here: set[int] = set()
         "local ranks that this agent ended because another one had failed"
+        self.goes_on = False
+        "all workers have ended for those of the next stage"
         self._asked_s = -math.inf
         "when workers were last asked to stop, on the monotonic clock"
 
@@ -120,12 +123,23 @@ class LocalAgent(LocalElasticAgent):
         if isinstance(self._pcontext, SubprocessContext):
             # before torch looks: it ends all workers at once, and then all would have ended just now
             self._note_ends(self._pcontext)
-            if any(handler.proc.poll() for handler in self._pcontext.subprocess_handlers.values()):
+            codes = [handler.proc.poll() for handler in self._pcontext.subprocess_handlers.values()]
+            if any(code not in (None, 0, NEXT_STAGE) for code in codes):
                 self._end_survivors(self._pcontext)
+            elif NEXT_STAGE in codes:
+                # torch would take the code for a failure, and end the others
+                return self._await_next_stage(codes)
             elif preemption.signal_received():
                 self._ask_to_stop(self._pcontext)
         # torch's decorator hides the signature
         return super()._monitor_workers(worker_group)  # pyright: ignore[reportCallIssue]
+
+    def _await_next_stage(self, codes: list[int | None]) -> RunResult:
+        """Wait until all have ended; they have met in a barrier, so no other one is at work any more."""
+        if None in codes:
+            return RunResult(state=WorkerState.HEALTHY)
+        self.goes_on = True
+        return RunResult(state=WorkerState.SUCCEEDED)
 
     def _ask_to_stop(self, context: SubprocessContext) -> None:
         """Hand the signal on to all workers, and again every ASK_AGAIN_S."""
@@ -171,9 +185,10 @@ def launch_workers(
         node: this machine's place in a job of several; every node calls this function.
 
     Returns:
-        Exit code: 0; 1 after a failure (which is reported on stderr); 75 if the run was asked to stop and has
-        saved, so that another start goes on; 128 + signal if stopped otherwise. On a node of several 0 in
-        place of 75, for srun --kill-on-bad-exit kills the rest after any other code of one node.
+        Exit code: 0; NEXT_STAGE if run_dir/next_stage.json says how to go on; 1 after a failure (which is
+        reported on stderr); 75 if the run was asked to stop and has saved, so that another start goes on; 128
+        + signal if stopped otherwise. On a node of several 0 in place of 75 and NEXT_STAGE, for srun
+        --kill-on-bad-exit kills the rest after any other code of one node.
     """
     preemption.install_handlers()
     os.environ[LAUNCHER_PID] = str(os.getpid())
@@ -197,6 +212,8 @@ def launch_workers(
             rank: _worker_failure(rank, rank - first_rank, item, agent, logs)
             for rank, item in result.failures.items()
         }
+    if agent.goes_on:
+        return NEXT_STAGE if node is None else 0
     if not result.is_failed():
         return _good_end(config_path.parent, alone=node is None)
     world_size = num_processes * (node.count if node else 1)

@@ -25,13 +25,17 @@ from launchers.worker import accept_fallbacks
 from msa_train.config import (
     Device,
     Fusion,
+    ParallelConfig,
     RunConfig,
     check_rules,
+    pack_lengths,
     plan_stages,
     resolve_engine,
     total_steps,
 )
 from msa_train.config.model_size import model_size
+from msa_train.config.pipeline import describe_layout
+from msa_train.config.staging.views import check_views, layouts
 
 # without a GPU: enough to show context parallelism on any laptop
 CPU_PROCESSES = 2
@@ -91,7 +95,7 @@ def plan_layout(
         )
     world_size = joined_world_size or launcher.num_processes or num_gpus or CPU_PROCESSES
     check_rules(config, world_size=world_size, has_gpu=num_gpus > 0)
-    check_kernel(config, on_gpu=num_gpus > 0)
+    check_views(config, lambda view: check_kernel(view, on_gpu=num_gpus > 0))
     # another machine may have other libraries
     check_full_kernel(config, on_gpu=num_gpus > 0 and gpus_per_node is None)
     check_implementation(config, on_gpu=num_gpus > 0, is_here=gpus_per_node is None)
@@ -105,7 +109,7 @@ def plan_layout(
         )
     # a job that was joined may have its ranks on several machines, whose memory nobody knows here
     if joined_world_size is None and not num_gpus:
-        check_memory(config, world_size)
+        check_views(config, lambda view: check_memory(view, world_size))
     return Layout(world_size=world_size, on_gpu=num_gpus > 0)
 
 
@@ -115,17 +119,38 @@ def describe(config: RunConfig, layout: Layout) -> str:
     Example: run=demo on 2 processes -> "demo: 2 processes on the CPU = dp 1 x cp 2 x tp 1 x pp 1, ep 2;
     engine torch; 8192 tokens per sequence, 4096 per rank; tiny 0.8M parameters, 0.4M active".
     """
-    parallel = config.parallel
-    dp_size = layout.world_size // (parallel.cp_size * parallel.tp_size * parallel.pp_size)
-    size = model_size(config.model, config.attention)
+    _, first = layouts(config)[0]
+    parallel, size = first.parallel, model_size(config.model, config.attention)
     return (
         f"{config.name}: {layout.world_size} processes on {'GPUs' if layout.on_gpu else 'the CPU'} = "
-        f"dp {dp_size} x cp {parallel.cp_size} x tp {parallel.tp_size} x pp {parallel.pp_size}, "
-        f"ep {parallel.ep_size}; engine {resolve_engine(config, has_gpu=layout.on_gpu).value}; "
+        f"{_sizes(parallel, layout)}; engine {resolve_engine(config, has_gpu=layout.on_gpu).value}; "
         f"{config.data.seq_len} tokens per sequence, {config.data.seq_len // parallel.cp_size} per rank; "
         f"{_stages(config)}"
         f"{config.model.name} {_count(size.total)} parameters, {_count(size.active)} active"
     )
+
+
+def describe_stages(config: RunConfig, layout: Layout) -> list[str]:
+    """Write a line per layout where stages have several, and the pipeline of each.
+
+    Example: "stage long: dp 1 x cp 8 x tp 1 x pp 1, ep 8, in processes of their own from step 101 on".
+    """
+    found = layouts(config)
+    if len(found) == 1:
+        return describe_layout(found[0][1], layout.world_size)
+    lines: list[str] = []
+    for stages, own in found:
+        names = ", ".join(stage.name for stage in stages)
+        start = f"in processes of their own from step {stages[0].first_step + 1} on"
+        lines.append(f"stage{'s' * (len(stages) > 1)} {names}: {_sizes(own.parallel, layout)}, {start}")
+        lines += describe_layout(own, layout.world_size)
+    return lines
+
+
+def _sizes(parallel: ParallelConfig, layout: Layout) -> str:
+    dp_size = layout.world_size // (parallel.cp_size * parallel.tp_size * parallel.pp_size)
+    sizes = f"dp {dp_size} x cp {parallel.cp_size} x tp {parallel.tp_size} x pp {parallel.pp_size}"
+    return f"{sizes}, ep {parallel.ep_size}"
 
 
 def check_files(config: RunConfig, *, say: Callable[[str], None], hand_on: bool = False) -> None:
@@ -157,7 +182,7 @@ def check_files(config: RunConfig, *, say: Callable[[str], None], hand_on: bool 
     vocab_size = config.model.vocab_size
     corpus = prepare_corpus(config.data, vocab_size=vocab_size, log=say, run_dir=config.run_dir)
     if not hand_on:
-        for seq_len in dict.fromkeys(stage.seq_len for stage in plan_stages(config)):
+        for seq_len in pack_lengths(config):
             data = replace(config.data, seq_len=seq_len)
             block_size = config.attention.block_size
             load_datasets(data, block_size=block_size, vocab_size=vocab_size, prepared=corpus)

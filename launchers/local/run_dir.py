@@ -21,6 +21,7 @@ from msa_train.config import RunConfig
 from msa_train.config.model_size import model_size
 from msa_train.runtime.atomic_files import new_file, open_to_append, remove_partials
 from msa_train.runtime.fencing import claim
+from msa_train.runtime.next_stage import clear_next
 from msa_train.runtime.preemption import clear_stopped
 from msa_train.training.metrics.writer import METRICS_NAME
 from msa_train.training.stability.skip_policy import LOG_NAME as BAD_STEPS_NAME
@@ -98,6 +99,7 @@ def claim_run_dir(run_dir: str) -> TextIO:
     remove_partials(folder)
     claim(run_dir, start)
     clear_stopped(run_dir)
+    clear_next(run_dir)
     return lock
 
 

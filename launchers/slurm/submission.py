@@ -18,13 +18,14 @@ from pathlib import Path
 from launchers.cli.output import say
 from launchers.hydra_config.compose import compose_run, config_to_yaml
 from launchers.hydra_config.options import CLUSTER, group_options
-from launchers.local.launch_checks import check_files, describe, plan_layout
+from launchers.local.launch_checks import check_files, describe, describe_stages, plan_layout
 from launchers.local.run_dir import write_keeping
 from launchers.slurm.batch_script import Job, batch_script
 from launchers.slurm.code_version import code_version
 from launchers.slurm.jobs import FOLDER, JOB_NAME, SCRIPT_NAME, check_no_job
 from launchers.slurm.placement import check_placement
 from msa_train.config import ClusterConfig, check_text
+from msa_train.config.staging.views import layouts
 
 # a busy controller answers late; a second job must not be submitted out of impatience
 SUBMIT_WITHIN_S = 120
@@ -131,8 +132,12 @@ def submit(request: Request, cluster: ClusterConfig) -> str:
     check_no_job(run_dir)
     check_files(config, say=say)
     say(f"{describe(config, layout)}; {request.nodes} nodes of {cluster.workers}")
-    for line in check_placement(config.parallel, num_nodes=request.nodes, workers=cluster.workers):
-        say(f"msa-submit: warning: {line}", error=True)
+    for line in describe_stages(config, layout):
+        say(line)
+    found = [own.parallel for _, own in layouts(config)]
+    for parallel in [one for number, one in enumerate(found) if one not in found[:number]]:
+        for line in check_placement(parallel, num_nodes=request.nodes, workers=cluster.workers):
+            say(f"msa-submit: warning: {line}", error=True)
     written = run_dir / FOLDER
     written.mkdir(parents=True, exist_ok=True)
     write_keeping(written / SCRIPT_NAME, script)

@@ -16,8 +16,10 @@ from msa_train.config import (
     ModelConfig,
     RopeType,
     RunConfig,
+    StageSchedule,
     plan_stages,
     rope_of_model,
+    stage_at,
     total_steps,
 )
 from msa_train.config.lr_schedule import next_lr, schedule_steps
@@ -136,6 +138,10 @@ def schedule_notes(meta: dict[str, Any], config: RunConfig) -> list[str]:
     """
     recorded, step = meta.get("schedule"), meta["step"]
     if step >= total_steps(config):
+        return []
+    stage = stage_at(plan_stages(config), step)
+    if stage.lr or stage.schedule is not StageSchedule.run:
+        # a rate of the stage's own, which the run's schedule says nothing about
         return []
     if not isinstance(recorded, dict):
         # of an earlier version
@@ -293,7 +299,14 @@ def _check_data_position(meta: dict[str, Any], folder: Path, config: RunConfig, 
     Example: 100 steps of 8 packs used packs 0 to 799; with 4 per step, step 101 would begin at pack 400.
     """
     batch, consumed, step = config.train.global_batch_size, meta["consumed_samples"], meta["step"]
-    if own and consumed != step * batch:
+    planned = planned_samples(config, step)
+    if own and step and consumed != planned and config.stages:
+        raise ValueError(
+            f"stages: checkpoint {short_name(folder)} has used {consumed} packs, and the stages as they are "
+            f"now {planned}; use the batch sizes that it was trained with up to step {step}, or another "
+            f"run_dir with checkpoint.load={config.run_dir} and checkpoint.accept_other_data=true"
+        )
+    if own and consumed != planned:
         raise ValueError(
             f"train.global_batch_size={batch}: checkpoint {short_name(folder)} has used {consumed} packs, "
             f"{consumed / step:g} per step, and one run counts its packs by one size, also with "
@@ -301,6 +314,11 @@ def _check_data_position(meta: dict[str, Any], folder: Path, config: RunConfig, 
             f"train.global_batch_size={consumed / step:g}, or another run_dir with "
             f"checkpoint.load={config.run_dir} and checkpoint.accept_other_data=true"
         )
+
+
+def planned_samples(config: RunConfig, step: int) -> int:
+    """Return the packs that a run as it is configured uses in its first `step` steps."""
+    return stage_at(plan_stages(config), max(step - 1, 0)).samples_at(step)
 
 
 def setting_and_fix(config: RunConfig, *, own: bool) -> tuple[str, str]:

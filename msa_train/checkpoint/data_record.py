@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from msa_train.checkpoint.compatibility import planned_samples
 from msa_train.checkpoint.find import ResumePoint
 from msa_train.config import RunConfig, plan_stages, stage_at
 from msa_train.data import Corpus
@@ -166,11 +167,12 @@ def _batch_change(config: RunConfig, found: ResumePoint) -> list[tuple[str, str]
     per step 800 would be left out.
     """
     batch, consumed, step = config.train.global_batch_size, found.meta["consumed_samples"], found.step
-    if found.own or not step or consumed == step * batch:
+    planned = planned_samples(config, step)
+    if found.own or not step or consumed == planned:
         return []
-    told = "left out" if step * batch > consumed else "seen twice"
+    told = "left out" if planned > consumed else "seen twice"
     rule = f"the checkpoint of step {step} has used {consumed} packs, {consumed / step:g} per step, so "
-    rule += f"{abs(step * batch - consumed)} packs would be {told}"
+    rule += f"{abs(planned - consumed)} packs would be {told}"
     return [(f"train.global_batch_size={batch}: {rule}", f"use train.global_batch_size={consumed / step:g}")]
 
 

@@ -29,7 +29,9 @@ from msa_train.config.options import (
     RopeType,
     SaveFailure,
     StageAttention,
+    StageRecompute,
     StageRope,
+    StageSchedule,
 )
 from msa_train.config.rope.settings import Rope, rope_of_model
 from msa_train.config.rules.contradictions import contradictions
@@ -47,12 +49,21 @@ from msa_train.config.run import (
     TrainConfig,
     WatchdogConfig,
 )
-from msa_train.config.stage_plan import Stage, longest_seq_len, plan_stages, rope_note, stage_at, total_steps
-from msa_train.config.stages import StageConfig
+from msa_train.config.stage_plan import (
+    longest_seq_len,
+    pack_lengths,
+    plan_stages,
+    rope_note,
+    stage_at,
+    total_steps,
+)
+from msa_train.config.stages import AlternateConfig, StageConfig, StageParallelConfig
+from msa_train.config.staging.stage import Stage
 from msa_train.config.text import one_line, printable
 
 __all__ = [
     "Activation",
+    "AlternateConfig",
     "AttentionConfig",
     "AttentionKernel",
     "AttentionKind",
@@ -93,7 +104,10 @@ __all__ = [
     "Stage",
     "StageAttention",
     "StageConfig",
+    "StageParallelConfig",
+    "StageRecompute",
     "StageRope",
+    "StageSchedule",
     "Tasks",
     "TrainConfig",
     "WatchdogConfig",
@@ -105,6 +119,7 @@ __all__ = [
     "contradictions",
     "longest_seq_len",
     "one_line",
+    "pack_lengths",
     "plan_stages",
     "printable",
     "resolve_engine",

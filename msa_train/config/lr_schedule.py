@@ -1,9 +1,10 @@
 """Learning rate as a function of the step alone, so that a resumed run needs no scheduler state."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from msa_train.config import LrSchedule, OptimConfig, RunConfig, Stage, total_steps
+from msa_train.config.options import StageSchedule
 
 
 @dataclass(slots=True, frozen=True)
@@ -15,12 +16,30 @@ class LearningRates:
 
 
 def stage_rates(step: int, optim: OptimConfig, stage: Stage, total_steps: int) -> LearningRates:
-    """Rates of the update that follows `step` updates: the run's schedule times the stage's factors."""
-    rate = learning_rate(step, optim, total_steps) * stage.warmup_factor(step)
-    return LearningRates(
-        backbone=rate * stage.lr_scale,
-        index=rate * optim.index_lr_scale * stage.index_lr_scale,
-    )
+    """Rates of the update that follows `step` updates: the run's schedule or the stage's own.
+
+    Example: a stage of 4 steps with lr=2, schedule=linear, min_lr_ratio=0.1: 2, 1.4, 0.8, 0.2.
+    """
+    peak, warm_up = stage.lr or optim.lr, stage.warmup_factor(step)
+    rate = _shaped(peak, step, optim, stage, total_steps) * warm_up
+    index = _shaped(stage.index_lr or peak, step, optim, stage, total_steps) * warm_up
+    if not stage.index_lr:
+        index *= optim.index_lr_scale
+    return LearningRates(backbone=rate * stage.lr_scale, index=index * stage.index_lr_scale)
+
+
+def _shaped(peak: float, step: int, optim: OptimConfig, stage: Stage, total_steps: int) -> float:
+    """Return a peak rate as it is after `step` updates, without the stage's warm-up."""
+    if stage.schedule is StageSchedule.run:
+        return learning_rate(step, optim if peak == optim.lr else replace(optim, lr=peak), total_steps)
+    if stage.schedule is StageSchedule.constant:
+        return peak
+    # over the whole stage, from the end of its warm-up on
+    begin = stage.first_step + max(stage.warmup_steps - 1, 0)
+    share = 1.0 - _fraction(step, begin, stage.last_step - 1)
+    if stage.schedule is StageSchedule.cosine:
+        share = 0.5 * (1.0 - math.cos(math.pi * share))
+    return peak * (stage.min_lr_ratio + (1.0 - stage.min_lr_ratio) * share)
 
 
 def learning_rate(step: int, optim: OptimConfig, total_steps: int) -> float:

@@ -184,6 +184,24 @@ class StageAttention(Enum):
     dense = "dense"  # everything before a token in its document; the index branch may learn, selects nothing
 
 
+class StageSchedule(Enum):
+    """Choose the shape of the learning rate within a stage, after its `warmup_steps`."""
+
+    run = "run"  # optim.schedule over the whole run
+    constant = "constant"  # the same rate to the stage's end
+    linear = "linear"  # falls evenly to min_lr_ratio of it at the stage's end
+    cosine = "cosine"  # falls to that along half a cosine
+
+
+class StageRecompute(Enum):
+    """Choose what is computed again in the backward pass of a stage."""
+
+    run = "run"  # train.recompute and train.recompute_stages
+    none = "none"  # as train.recompute=none, and so on
+    selective = "selective"
+    full = "full"
+
+
 class KlTarget(Enum):
     """Choose the tokens over which the KL loss compares the index branch with the main branch."""
 

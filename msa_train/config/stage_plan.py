@@ -2,106 +2,34 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from msa_train.config.options import KlTarget, StageAttention
-from msa_train.config.rope.settings import Rope, rope_of_stage
+from msa_train.config.rope.settings import rope_of_stage
 from msa_train.config.run import RunConfig
 from msa_train.config.stages import StageConfig
-
-
-@dataclass(kw_only=True, slots=True, frozen=True)
-class Stage:
-    """Hold one stage of a plan."""
-
-    index: int
-    "number of the stage, from 0 on"
-    name: str
-    "its key in the configuration"
-    first_step: int
-    "updates made before it"
-    num_steps: int
-    "updates of the stage"
-    seq_len: int
-    "tokens of its packs"
-    first_token: int
-    "tokens of the run before it, padding included"
-    first_pack: int
-    "number of its first pack, among packs of its own seq_len"
-    attention: StageAttention
-    "of the main branch of MSA layers"
-    kl: KlTarget
-    "tokens of the KL loss; never auto"
-    lr_scale: float
-    "factor on the learning rates of the backbone; 0 freezes it"
-    index_lr_scale: float
-    "factor on the learning rates of the index branch"
-    warmup_steps: int
-    "first updates over which the learning rates rise from 0"
-    rope: Rope
-    "rotary embedding of main attention and index branch"
-
-    @property
-    def last_step(self) -> int:
-        """Return the updates made when it is over."""
-        return self.first_step + self.num_steps
-
-    def tokens_at(self, step: int, global_batch_size: int) -> int:
-        """Return the tokens of the run after `step` updates, padding included.
-
-        Example: a stage from step 4 on with 128 tokens before it, packs of 64, one per step: after 10 steps
-        512.
-        """
-        return self.first_token + (step - self.first_step) * global_batch_size * self.seq_len
-
-    def pack_at(self, step: int, global_batch_size: int) -> int:
-        """Return the number of the first pack of the update that follows `step` updates.
-
-        Example: a stage from step 4 and pack 2 on, one pack per step: pack 3 after 5 updates.
-        """
-        return self.first_pack + (step - self.first_step) * global_batch_size
-
-    def warmup_factor(self, step: int) -> float:
-        """Return the factor on the learning rates of the update that follows `step` updates.
-
-        Example: warmup_steps 2 in a stage from step 0 on: 0.5, 1, 1.
-        """
-        return min(1.0, (step - self.first_step + 1) / max(self.warmup_steps, 1))
-
-    def record(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps of it; plain JSON."""
-        return {
-            "name": self.name,
-            "first_step": self.first_step,
-            "num_steps": self.num_steps,
-            "seq_len": self.seq_len,
-            "attention": self.attention.value,
-            "rope": self.rope.record(),
-        }
+from msa_train.config.staging.stage import Alternate, Stage
 
 
 def plan_stages(config: RunConfig) -> tuple[Stage, ...]:
     """Plan the stages with their steps, cut off at train.steps.
 
     A stage with the packs' length of the one before goes on where that stopped in the data; with another
-    length it starts at the pack that holds as many tokens before it as the run has seen.
+    length it packs anew what is left of the documents, see `data/carried`.
 
     Example: dense_warmup of 100 tokens and sparse of 0 tokens, packs of 32, one per step, train.steps=10 ->
-    4 steps of dense_warmup, 6 of sparse. Were the packs of sparse 64 tokens long, it would begin at its pack
-    2, as 128 tokens lie before it.
+    4 steps of dense_warmup, 6 of sparse.
 
     Raises:
         ValueError: if the stages do not fit together or do not reach train.steps.
     """
     written = config.stages or {"main": StageConfig()}
-    batch, limit = config.train.global_batch_size, config.train.steps
+    limit = config.train.steps
     stages: list[Stage] = []
     for index, (name, stage) in enumerate(written.items()):
         first_step = stages[-1].last_step if stages else 0
-        seq_len = stage.seq_len or config.data.seq_len
+        sizes = _step_sizes(config, stage)
         if stage.tokens:
-            # whole steps: 100 tokens in steps of one pack of 32 are 4 steps
-            num_steps = -(-stage.tokens // (batch * seq_len))
+            num_steps = _steps_of(stage.tokens, sizes)
         elif index == len(written) - 1:
             num_steps = limit - first_step
         else:
@@ -113,23 +41,30 @@ def plan_stages(config: RunConfig) -> tuple[Stage, ...]:
                 f"train.steps={limit}: leaves no end to stage {name}, which begins after {first_step} steps; "
                 f"use train.steps={first_step + 1} or more, or stages.{name}.tokens"
             )
-        first_token = stages[-1].tokens_at(first_step, batch) if stages else 0
-        same_length = bool(stages) and stages[-1].seq_len == seq_len
-        # packs of another length are other packs: begin at the first whole one behind the tokens seen
-        first_pack = stages[-1].pack_at(first_step, batch) if same_length else -(-first_token // seq_len)
+        before = stages[-1] if stages else None
+        goes_on = before is not None and _same_packs(config, before, stage, sizes)
         stages.append(
             Stage(
                 index=index,
                 name=name,
                 first_step=first_step,
                 num_steps=num_steps,
-                seq_len=seq_len,
-                first_token=first_token,
-                first_pack=first_pack,
+                seq_len=sizes.seq_len,
+                global_batch_size=sizes.global_batch_size,
+                first_token=before.tokens_at(first_step) if before else 0,
+                first_sample=before.samples_at(first_step) if before else 0,
+                stream=before.stream if before and goes_on else index,
+                first_pack=before.pack_at(first_step) if before and goes_on else 0,
+                alternate=sizes.alternate,
+                topk=stage.topk or config.attention.topk,
                 attention=stage.attention,
                 kl=_resolve(stage, config),
                 lr_scale=stage.lr_scale,
                 index_lr_scale=stage.index_lr_scale,
+                lr=stage.lr,
+                index_lr=stage.index_lr,
+                schedule=stage.schedule,
+                min_lr_ratio=config.optim.min_lr_ratio if stage.min_lr_ratio < 0 else stage.min_lr_ratio,
                 warmup_steps=stage.warmup_steps,
                 rope=rope_of_stage(config.model, stage),
             )
@@ -144,6 +79,45 @@ def plan_stages(config: RunConfig) -> tuple[Stage, ...]:
             f"them, or stages.{last.name}.tokens=0 for a last stage that goes on"
         )
     return tuple(stages)
+
+
+@dataclass(slots=True, frozen=True)
+class _StepSizes:
+    seq_len: int
+    global_batch_size: int
+    alternate: Alternate
+
+
+def _step_sizes(config: RunConfig, stage: StageConfig) -> _StepSizes:
+    """Work out packs and tokens of a step; at least one of each, whatever is written."""
+    seq_len = max(stage.seq_len or config.data.seq_len, 1)
+    batch = stage.global_batch_size or stage.batch_tokens // seq_len or config.train.global_batch_size
+    short, alternate = stage.alternate, Alternate()
+    if short.every > 0 and short.seq_len > 0:
+        packs = short.global_batch_size or max(batch * seq_len // short.seq_len, 1)
+        alternate = Alternate(every=short.every, seq_len=short.seq_len, global_batch_size=packs)
+    return _StepSizes(seq_len, max(batch, 1), alternate)
+
+
+def _steps_of(tokens: int, sizes: _StepSizes) -> int:
+    """Return the fewest whole steps with at least as many tokens.
+
+    Example: 100 tokens in steps of one pack of 32 are 4 steps. With 64 tokens in every 2nd step, 100 tokens
+    are 3 steps: 32, 64 and 32.
+    """
+    usual, short = sizes.global_batch_size * sizes.seq_len, sizes.alternate
+    if not short.every:
+        return -(-tokens // usual)
+    cycle = (short.every - 1) * usual + short.global_batch_size * short.seq_len
+    cycles, left = divmod(tokens, cycle)
+    return cycles * short.every + min(-(-left // usual), short.every)
+
+
+def _same_packs(config: RunConfig, before: Stage, stage: StageConfig, sizes: _StepSizes) -> bool:
+    """Tell whether a stage goes on in the packs of the one before it."""
+    if before.alternate.every or sizes.alternate.every:
+        return False
+    return before.seq_len == sizes.seq_len
 
 
 def total_steps(config: RunConfig) -> int:
@@ -163,7 +137,13 @@ def rope_note(stage: Stage, stages: Sequence[Stage]) -> str:
 
 def longest_seq_len(config: RunConfig) -> int:
     """Return the tokens of the longest pack of any stage."""
-    return max(stage.seq_len for stage in plan_stages(config))
+    return max(max(stage.seq_len, stage.alternate.seq_len) for stage in plan_stages(config))
+
+
+def pack_lengths(config: RunConfig) -> list[int]:
+    """List the tokens of the packs of all stages, each length once, those of alternate steps included."""
+    lengths = [length for stage in plan_stages(config) for length in (stage.seq_len, stage.alternate.seq_len)]
+    return [length for length in dict.fromkeys(lengths) if length]
 
 
 def _resolve(stage: StageConfig, config: RunConfig) -> KlTarget:

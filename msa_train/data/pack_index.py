@@ -117,6 +117,7 @@ def table_of(
     lengths: npt.NDArray[np.int64],
     *,
     block_size: int,
+    goes_on: npt.NDArray[np.uint8] | None = None,
 ) -> PackTable:
     """Make the table of a packing in memory: 13 bytes per piece.
 
@@ -125,13 +126,17 @@ def table_of(
         begin: [num_documents] first token of each document in the .bin.
         lengths: [num_documents] tokens of each.
         block_size: alignment of pieces.
+        goes_on: [num_documents] 1 where there is more of the document behind its end here; None: nowhere.
     """
     pieces = packing.pieces
     ends = pieces.start.astype(np.int64) + pieces.length
+    more = (ends < lengths[pieces.doc]).astype(np.uint8)
+    if goes_on is not None:
+        more |= goes_on[pieces.doc]
     return PackTable(
         begin=begin[pieces.doc] + pieces.start,
         length=pieces.length,
-        goes_on=(ends < lengths[pieces.doc]).astype(np.uint8),
+        goes_on=more,
         pack_slots=packing.pack_slots,
         block_size=block_size,
         seed=packing.seed,

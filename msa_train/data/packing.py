@@ -14,6 +14,7 @@ and what is left free in packs.
 
 from bisect import bisect_left, insort
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +55,14 @@ class Pack:
     def padding_share(self) -> float:
         """Return the share of the positions that is padding, 0 to 1."""
         return 1.0 - self.num_tokens / len(self.tokens)
+
+
+class Packs(Protocol):
+    """Number packs without end, from 0 on; the same ones on all ranks."""
+
+    def __getitem__(self, index: int) -> Pack:
+        """Build pack number `index`."""
+        ...
 
 
 @dataclass(slots=True)

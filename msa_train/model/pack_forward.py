@@ -70,6 +70,7 @@ class PackForward:
             # Layers sum divergences, so this factor makes the sums of ranks add up to that mean.
             kl_weight=kl_weight / (config.model.num_kv_heads * num_tokens),
             attention=self.stage.attention,
+            topk=self.stage.topk,
             stats=stats,
             padding_mask=tensor_parallel_padding(shard.valid, groups.tp_rank, groups.tp_size),
             recall=plan.recall,

@@ -53,6 +53,11 @@ def signal_received() -> int:
     return _requested
 
 
+def signal_name(number: int) -> str:
+    """Name a signal: 10 -> "SIGUSR1"."""
+    return signal.Signals(number).name
+
+
 def write_stopped(run_dir: str | Path, stopped: StopRecord) -> None:
     """Leave the mark that another start shall go on; it appears whole or not at all."""
     path = Path(run_dir) / STOPPED_NAME

@@ -22,26 +22,29 @@ import math
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from msa_train.checkpoint.compatibility import fingerprint, schedule_record
 from msa_train.checkpoint.data_record import DataRecord
 from msa_train.checkpoint.save import WAITS_FOR_OTHERS, CheckpointSaver, SaveReport
 from msa_train.checkpoint.store import CheckpointStore
-from msa_train.checkpoint.torch_dist.finite_state import SpoiltStateError
-from msa_train.config import RunConfig, Stage, StageAttention, plan_stages, rope_note, stage_at, total_steps
+from msa_train.checkpoint.torch_dist.finite_state import SpoiltStateError, diverged
+from msa_train.config import RunConfig, Stage, StageAttention, plan_stages, stage_at, total_steps
 from msa_train.config.lr_schedule import LearningRates, stage_rates
-from msa_train.data import BatchStream, Corpus, PackedDataset
+from msa_train.config.staging.notes import stage_note
+from msa_train.config.staging.views import layout_config
+from msa_train.data import Corpus, PackedDataset
 from msa_train.parallel.comm.fault_watch import own_standing, tell_others, watched
 from msa_train.parallel.process_groups import Groups
 from msa_train.runtime import preemption
 from msa_train.runtime.fencing import own_token
 from msa_train.runtime.last_words import record
 from msa_train.runtime.watchdog import Watchdog
+from msa_train.training.checkpoint_meta import checkpoint_meta
 from msa_train.training.engines.engine import StepResult, TrainEngine
 from msa_train.training.metrics.collect import StepMetrics, router_bias_range
 from msa_train.training.metrics.progress import Progress
@@ -49,6 +52,7 @@ from msa_train.training.metrics.selection_recording import SelectionLog
 from msa_train.training.metrics.writer import MetricsWriter
 from msa_train.training.stability.skip_policy import RollbackError
 from msa_train.training.stability.step_guard import StepGuard, StepOutcome
+from msa_train.training.stage_packs import StagePacks, StageStream
 from msa_train.training.step_batch import StepBatch, make_batch
 from msa_train.training.validation import validate
 
@@ -95,12 +99,21 @@ class Trainer:
         self.config, self.groups, self.engine, self.data = config, groups, engine, data
         self.store, self.reporting = store, reporting
         self.stages, self.total_steps = plan_stages(config), total_steps(config)
+        self.packs = StagePacks(config, data.train)
+        self.next_stage: Stage | None = None
+        "set if the run ended here as the next step is for processes of another layout"
         self.metrics = StepMetrics(config, groups)
         self.saver = CheckpointSaver(store, config.checkpoint)
         self._save_metrics: dict[str, float] = {}
         "of the save that has ended, for the next row that is written"
         self.guard = StepGuard(config, groups, engine, store)
         self.bad_steps = self.guard.bad_steps
+        self._last_steps = {self.total_steps} | {
+            stage.last_step
+            for stage, following in pairwise(self.stages)
+            if self._is_ours(stage) and not self._is_ours(following)
+        }
+        "steps with which the work of these processes is over, in a stage or in the run"
         self._owes_save = False
         "a save is due that bad steps have put off"
         self.watchdog = Watchdog(
@@ -143,37 +156,43 @@ class Trainer:
             self.saver.close()
 
     def _run(self, first_step: int, last: dict[str, Any], after_step: Callable[[int], None] | None) -> None:
-        """Make the steps after `first_step`, stage by stage; `last` takes up the metrics."""
+        """Make the steps after `first_step`, stage by stage; `last` takes up the metrics.
+
+        Ends early before a stage for which other processes are to begin.
+        """
         for stage in self.stages:
             begin, end = max(first_step, stage.first_step), min(stage.last_step, self.total_steps)
             if begin >= end:
                 continue
+            if not self._is_ours(stage):
+                self.next_stage = stage
+                return
             self._enter(stage, begin)
-            with BatchStream(self.data.train[stage.seq_len]) as stream:
+            with self.packs.open(stage, self.bad_steps.rollbacks) as stream:
                 for step in range(begin + 1, end + 1):
                     values = self._step(step, stage, stream)
                     last |= values
                     self._report(step, values)
                     self._tell_saved(self.saver.finished())
                     # after the report, so that metrics.jsonl has the step that ends a run or takes it back
-                    self._conclude(step, stage, values)
+                    self._conclude(step, stream, values)
                     self.watchdog.beat(f"step {step}")
                     if self.between is not None:
                         self.between(step, stage)
                     saved = self._may_save(step)
                     if saved:
-                        self.save(step, wait=step == self.total_steps)
+                        self.save(step, wait=step in self._last_steps)
                     if after_step is not None:
                         after_step(step)
                     if self._stops(step, saved=saved):
                         return
 
-    def _conclude(self, step: int, stage: Stage, values: dict[str, Any]) -> None:
+    def _conclude(self, step: int, stream: StageStream, values: dict[str, Any]) -> None:
         """Go on, go back or end, see StepGuard.after_step."""
         if self.guard.outcome(values) is not StepOutcome.taken:
             # the checkpoint that is under way may be the one to go on from
             self._tell_saved(self.saver.wait())
-        text = self.guard.after_step(step, values, self._first_pack(step, stage))
+        text = self.guard.after_step(step, values, stream.numbers(step - 1))
         if text:
             self._note(text)
         self._tell_guard()
@@ -187,6 +206,10 @@ class Trainer:
     def _go_back(self, bad: RollbackError) -> int:
         """Take the run back to a checkpoint; return the step that it goes on from."""
         step, text = self.guard.go_back(bad)
+        if not self._is_ours(stage_at(self.stages, step)):
+            # the rollback is known to these processes alone, until they save
+            reason = f"{bad.reason}; the checkpoint of step {step} is of a stage with another layout"
+            raise diverged(bad.step, f"{reason}, and a run does not go back across layouts", self.store)
         self._owes_save = False
         notes = [] if self.reporting is None else self.reporting.writer.go_back(step)
         for note in (text, *notes):
@@ -205,7 +228,8 @@ class Trainer:
         Example: every=100 and steps 99 to 101 bad: the save is of step 102.
         """
         self._owes_save |= self._due(step, self.config.checkpoint.every)
-        saves = self._owes_save and (self.bad_steps.in_a_row == 0 or step == self.total_steps)
+        self._owes_save |= step in self._last_steps and self.config.checkpoint.every > 0
+        saves = self._owes_save and (self.bad_steps.in_a_row == 0 or step in self._last_steps)
         self._owes_save &= not saves
         return saves
 
@@ -243,24 +267,24 @@ class Trainer:
         # losses of another stage are no measure of spikes; a run that resumes within a stage keeps its own
         if step == stage.first_step:
             self.bad_steps.new_stage()
-        if self.reporting is not None and len(self.stages) > 1:
-            self.reporting.progress.note(
-                f"stage {stage.name}: steps {step + 1} to {min(stage.last_step, self.total_steps)}, "
-                f"{stage.seq_len} tokens per sequence, attention {stage.attention.value}, KL {stage.kl.value}"
-                f"{rope_note(stage, self.stages)}"
-            )
+        if len(self.stages) > 1:
+            self._note(stage_note(stage, self.stages, step, self.total_steps))
+
+    def _is_ours(self, stage: Stage) -> bool:
+        """Tell whether these processes are laid out for a stage."""
+        config = layout_config(self.config, stage.name)
+        return (config.parallel, config.train) == (self.config.parallel, self.config.train)
 
     def _due(self, step: int, every: int) -> bool:
         """Tell whether something is due after a step: at multiples of `every` (0: never), and the last."""
         return every > 0 and (step % every == 0 or step == self.total_steps)
 
-    def _step(self, step: int, stage: Stage, stream: BatchStream) -> dict[str, Any]:
+    def _step(self, step: int, stage: Stage, stream: StageStream) -> dict[str, Any]:
         """Make one step, and validate where it is due; return its metrics, all of them where shown."""
         config, engine, groups = self.config, self.engine, self.groups
         start, self._step_number = time.perf_counter(), step
         rates = stage_rates(step - 1, config.optim, stage, self.total_steps)
-        batch_size = config.train.global_batch_size
-        packs = stream.packs(self._first_pack(step, stage), groups.dp_rank, groups.dp_size, batch_size)
+        packs = stream.packs(step - 1, groups)
         probed = config.logging.attention_every > 0 and step % config.logging.attention_every == 0
         batch = make_batch(packs, groups, recall_seed=config.train.seed + step if probed else None)
         result = self._train(step, stage, batch, rates)
@@ -274,26 +298,18 @@ class Trainer:
         seconds = time.perf_counter() - start
         values["step_time_s"] = seconds
         values["tokens_per_s"] = batch.num_tokens / seconds
-        values["tokens"] = stage.tokens_at(step, batch_size)
+        values["tokens"] = stage.tokens_at(step)
         held_out = self.data.validation[stage.seq_len]
         if held_out is not None and self._due(step, config.train.validate_every):
             values |= validate(engine, held_out, self.data.corpus)
         return values
-
-    def _first_pack(self, step: int, stage: Stage) -> int:
-        """Return the number of the first pack of a step.
-
-        Example: 8 packs per step: step 3 begins at pack 16; after a rollback past 2 packs at pack 18.
-        """
-        shift = self.bad_steps.passed_over_packs(stage.seq_len)
-        return stage.pack_at(step - 1, self.config.train.global_batch_size) + shift
 
     def _train(self, step: int, stage: Stage, batch: StepBatch, rates: LearningRates) -> StepResult:
         """Make the step, its selections recorded where they are due."""
         every, sparse = self.config.logging.selections_every, stage.attention is StageAttention.sparse
         if not (sparse and every > 0 and step % every == 0):
             return self._take(batch, rates)
-        log = SelectionLog(self.config, self.groups, step)
+        log = SelectionLog(self.config, self.groups, step, stage.topk)
         self.engine.forward.open_selections = log.open
         result = self._take(batch, rates)
         self.engine.forward.open_selections = None
@@ -332,38 +348,20 @@ class Trainer:
                 step,
                 lambda: self.engine.sharded_state(loading=False),
                 common={"step": step},
-                meta=self._meta(step),
+                meta=checkpoint_meta(
+                    self.config,
+                    self.groups,
+                    step,
+                    data=self.data.record,
+                    bad_steps=self.bad_steps,
+                    engine=self.engine.name,
+                ),
                 wait=wait,
             )
         except SpoiltStateError as error:
             self.guard.spoilt(step, error)
         self.watchdog.beat(f"step {step} and the copy for its checkpoint")
         self._tell_saved(reports)
-
-    def _meta(self, step: int) -> dict[str, Any]:
-        """Return what meta.json says of the checkpoint after `step` steps; plain JSON."""
-        config, groups = self.config, self.groups
-        return {
-            "consumed_samples": step * config.train.global_batch_size,
-            "fingerprint": fingerprint(config),
-            "data": asdict(self.data.record),
-            "stages": [stage.record() for stage in self.stages if stage.first_step < step],
-            "tokens": stage_at(self.stages, step - 1).tokens_at(step, config.train.global_batch_size),
-            "schedule": schedule_record(config, step),
-            "optimizer_updates": step - self.bad_steps.skipped,
-            "bad_steps": self.bad_steps.record(),
-            "engine": self.engine.name,
-            "optimizer": config.optim.algorithm.value,
-            "precision": config.train.precision.value,
-            "layout": {
-                "world_size": groups.world_size,
-                "cp_size": groups.cp_size,
-                "ep_size": groups.ep_size,
-                "tp_size": groups.tp_size,
-                "pp_size": groups.pp_size,
-                "dp_size": groups.dp_size,
-            },
-        }
 
     def _tell_saved(self, reports: list[SaveReport]) -> None:
         """Print saves that have ended; their times go into the next row of metrics."""

@@ -5,6 +5,7 @@ configuration. Each of them does the following, and where it says "all ranks" th
 
     init_distributed     all ranks   torch.distributed, one group of all ranks
     start_watch                      names missing ranks, and ends this process when one is lost
+    own_layout           all ranks   the layout of the stage that is to be trained
     build_groups         all ranks   process groups: tp, pp, cp, dp, ep and those of the key/value exchange
     load_data                        packs of the corpus that run_dir/data.json announces
     check_agreement      all ranks   everybody has the same documents
@@ -21,6 +22,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,18 +30,24 @@ import torch
 import torch.distributed as dist
 from msa_kernels.full_attention.choice import describe_choice
 
+from msa_train.checkpoint.all_ranks import run_on_all_ranks
 from msa_train.checkpoint.data_record import handed_on, record_of
+from msa_train.checkpoint.find import select_checkpoint
 from msa_train.checkpoint.store import CheckpointStore
 from msa_train.config import (
     AttentionKind,
     Device,
     EngineKind,
     RunConfig,
+    Stage,
+    pack_lengths,
     plan_stages,
     printable,
     resolve_engine,
+    stage_at,
     total_steps,
 )
+from msa_train.config.staging.views import has_layouts, layout_config
 from msa_train.data import load_datasets
 from msa_train.model.transformer_config import DTYPES
 from msa_train.parallel.comm.fault_watch import FaultWatch, watched
@@ -47,7 +55,9 @@ from msa_train.parallel.comm.job import init_distributed, start_watch
 from msa_train.parallel.process_groups import Groups, build_groups, destroy_groups
 from msa_train.runtime import preemption
 from msa_train.runtime.determinism import choose_deterministic
+from msa_train.runtime.fencing import own_token
 from msa_train.runtime.last_words import end_by
+from msa_train.runtime.next_stage import NextStage, asked_stage, write_next
 from msa_train.training.engines.deepspeed_engine import DeepSpeedEngine
 from msa_train.training.engines.engine import TrainEngine
 from msa_train.training.engines.megatron_engine import MegatronEngine
@@ -59,8 +69,11 @@ from msa_train.training.resume import resume
 from msa_train.training.trainer import Data, Reporting, Trainer
 
 
-def run_worker(config: RunConfig) -> None:
+def run_worker(config: RunConfig) -> bool:
     """Train as one rank of the job that RANK, LOCAL_RANK, WORLD_SIZE and MASTER_* describe.
+
+    Returns:
+        Whether the run goes on in processes of another layout, see `runtime.next_stage`.
 
     Raises:
         Exception: whatever ends the run. Where another rank failed first, an error that names it, since an
@@ -74,7 +87,7 @@ def run_worker(config: RunConfig) -> None:
     init_distributed(device=device, timeout_s=config.launcher.timeout_s, say=_warn)
     watch = start_watch(config.launcher.timeout_s, end_by)
     try:
-        _work(config, device, watch)
+        return _work(config, device, watch)
     except Exception as error:
         # Where another rank failed, this one's error is a broken connection; the watch knows the true cause.
         ending = error if watch is None else watch.ending(error)
@@ -83,9 +96,10 @@ def run_worker(config: RunConfig) -> None:
         raise ending from error
 
 
-def _work(config: RunConfig, device: torch.device, watch: FaultWatch | None) -> None:
-    """Build everything, train and report; see the module for the order."""
+def _work(config: RunConfig, device: torch.device, watch: FaultWatch | None) -> bool:
+    """Build everything, train and report; see the module for the order. Tells whether the run goes on."""
     with watched("set_up"):
+        config = own_layout(config)
         groups = build_groups(
             config.parallel,
             device=device,
@@ -116,6 +130,8 @@ def _work(config: RunConfig, device: torch.device, watch: FaultWatch | None) -> 
         reporting.writer.close()
         if trainer.stopped is not None:
             _tell_stopped(config, trainer.stopped)
+        elif trainer.next_stage is not None:
+            _tell_next(config, trainer.next_stage, first_step)
         else:
             seconds = time.perf_counter() - start
             steps = max(total_steps(config), first_step)
@@ -124,6 +140,40 @@ def _work(config: RunConfig, device: torch.device, watch: FaultWatch | None) -> 
     with watched("end"):
         dist.barrier()
     destroy_groups(groups)
+    return trainer.next_stage is not None
+
+
+def own_layout(config: RunConfig) -> RunConfig:
+    """Return the configuration of processes for the stage that they are to train. All ranks call it.
+
+    Where stages differ in their layout and nobody has said which it is, rank 0 looks for the step of the
+    newest checkpoint; one exchange of a name.
+    """
+    plan = plan_stages(config)
+    name = asked_stage()
+    if not has_layouts(config):
+        name = plan[0].name
+    elif all(stage.name != name for stage in plan):
+        name = run_on_all_ranks(lambda: _stage_to_train(config) if dist.get_rank() == 0 else "", None)[0]
+    return layout_config(config, name)
+
+
+def _stage_to_train(config: RunConfig) -> str:
+    """Name the stage of the step that a start goes on with; the first one where nothing can be used."""
+    try:
+        found = select_checkpoint(config, full=False)
+    except ValueError:
+        # said when the checkpoint is to be loaded
+        found = None
+    step = 0 if found is None or found.weights_only else found.step
+    return stage_at(plan_stages(config), step).name
+
+
+def _tell_next(config: RunConfig, stage: Stage, first_step: int) -> None:
+    """Say that processes of another layout go on, and leave next_stage.json for who starts them."""
+    step = max(stage.first_step, first_step)
+    print(printable(f"step {step} is saved: stage {stage.name} goes on in processes of its own"), flush=True)
+    write_next(config.run_dir, NextStage(step=step, stage=stage.name, generation=own_token()))
 
 
 def _warn(text: str) -> None:
@@ -149,7 +199,7 @@ def load_data(config: RunConfig) -> Data:
     train, validation = {}, {}
     given = handed_on(config)
     prepared, record = given or (None, None)
-    for seq_len in dict.fromkeys(stage.seq_len for stage in plan_stages(config)):
+    for seq_len in pack_lengths(config):
         train[seq_len], validation[seq_len], corpus = load_datasets(
             replace(config.data, seq_len=seq_len),
             block_size=config.attention.block_size,
@@ -209,6 +259,14 @@ def _reporting(config: RunConfig, first_step: int) -> Reporting:
     )
 
 
+def _step_sizes(stages: Sequence[Stage]) -> str:
+    """Write packs and lengths of the stages' steps: "2 x 256, 512", or "2 x 256, 1 x 512"."""
+    if len({stage.global_batch_size for stage in stages}) == 1:
+        lengths = dict.fromkeys(stage.seq_len for stage in stages)
+        return f"{stages[0].global_batch_size} x {', '.join(map(str, lengths))}"
+    return ", ".join(dict.fromkeys(f"{stage.global_batch_size} x {stage.seq_len}" for stage in stages))
+
+
 def _opening(config: RunConfig, groups: Groups, first_step: int) -> list[str]:
     """Say in a few lines what is about to run."""
     parallel = config.parallel
@@ -217,8 +275,7 @@ def _opening(config: RunConfig, groups: Groups, first_step: int) -> list[str]:
     if parallel.tp_size * parallel.pp_size > 1:
         sizes += f", tp {parallel.tp_size}, pp {parallel.pp_size}"
     total, stages = total_steps(config), plan_stages(config)
-    lengths = ", ".join(str(length) for length in dict.fromkeys(stage.seq_len for stage in stages))
-    work = f"steps {first_step + 1} to {total} of {config.train.global_batch_size} x {lengths} tokens"
+    work = f"steps {first_step + 1} to {total} of {_step_sizes(stages)} tokens"
     if first_step >= total:
         work = f"nothing to do: train.steps={total} and {first_step} are made; use a larger number"
     lines = [f"{config.name}: {where} ({sizes}), {work}", f"run_dir {Path(config.run_dir).resolve()}"]

@@ -15,7 +15,7 @@ from msa_train.config import BadStep, EngineKind, Precision, RunConfig
 from msa_train.data import Pack
 from msa_train.model.pack_forward import PackForward
 from msa_train.parallel.process_groups import build_groups
-from msa_train.training import trainer as loop
+from msa_train.training import stage_packs
 from msa_train.training.engines.engine import TrainEngine
 from msa_train.training.metrics.writer import MetricsWriter, read_metrics
 from msa_train.training.resume import resume
@@ -76,7 +76,7 @@ def start(config: RunConfig, poison: dict[int, float], stop_after: int = STEPS) 
     engine.forward.factors = {pack_id(data.train[SEQ_LEN][i]): factor for i, factor in poison.items()}  # type: ignore[attr-defined]
     resumed = resume(config, engine)
     SeenStream.seen = []
-    loop.BatchStream = SeenStream  # type: ignore[misc]
+    stage_packs.BatchStream = SeenStream  # type: ignore[misc]
     notes = Record()
     reporting = None
     if groups.rank == 0:

@@ -36,7 +36,7 @@ from msa_train.config import (
 )
 from msa_train.data import BatchStream, Pack
 from msa_train.parallel.process_groups import Groups, build_groups
-from msa_train.training import trainer as loop
+from msa_train.training import stage_packs
 from msa_train.training.engines.megatron_engine import MegatronEngine
 from msa_train.training.resume import resume
 from msa_train.training.trainer import Reporting, Trainer
@@ -241,7 +241,7 @@ def _run_case(case: Case, folder: Path) -> None:
     engine = build_engine(config, groups)
     data = load_data(config)
     SeenStream.seen = []
-    loop.BatchStream = SeenStream  # type: ignore[misc]
+    stage_packs.BatchStream = SeenStream  # type: ignore[misc]
     record = Record()
     reporting: Any = Reporting(record, record) if groups.rank == 0 else None  # type: ignore[arg-type]
     first = resume(config, engine).step

@@ -57,7 +57,11 @@ LIMITS = {
     "watchdog.timeout_s": LONGEST_WAIT_S,
     # stages.NAME.KEY, whatever the name
     "stages.tokens": MOST_TOKENS,
+    "stages.batch_tokens": 2**40,
     "stages.seq_len": 2**30,
+    **dict.fromkeys(("stages.topk", "stages.cp_size", "stages.ep_size"), 2**20),
+    **dict.fromkeys(("stages.cp_head_size", "stages.tp_size", "stages.pp_size"), 2**16),
+    "stages.global_batch_size": 2**24,
 }
 
 
@@ -89,12 +93,12 @@ def check_total(config: RunConfig) -> None:
         ValueError: naming the value, the rule and the fix.
     """
     last = plan_stages(config)[-1]
-    tokens = last.tokens_at(last.last_step, config.train.global_batch_size)
+    tokens = last.tokens_at(last.last_step)
     if tokens > MOST_TOKENS:
         raise ValueError(
             f"train.steps={last.last_step}: makes {tokens:.3g} tokens with train.global_batch_size="
-            f"{config.train.global_batch_size} packs of {last.seq_len}; must be at most {MOST_TOKENS:.3g}, "
-            "use fewer steps"
+            f"{last.global_batch_size} packs of {last.seq_len}; must be at most {MOST_TOKENS:.3g}, use fewer "
+            "steps"
         )
 
 
@@ -130,3 +134,4 @@ def _seq_lens(config: RunConfig) -> Iterator[tuple[str, int]]:
     yield "data.seq_len", config.data.seq_len
     for name, stage in config.stages.items():
         yield f"stages.{name}.seq_len", stage.seq_len
+        yield f"stages.{name}.alternate.seq_len", stage.alternate.seq_len

@@ -26,6 +26,7 @@ from msa_train.config.rules.pipeline import check_interleaving, check_pipeline
 from msa_train.config.rules.recompute import check_recompute
 from msa_train.config.rules.stages import check_stages
 from msa_train.config.run import RunConfig
+from msa_train.config.staging.views import check_views
 
 # below it fp32 has no full precision, and processors may take the number for 0
 _SMALLEST_FP32 = 1.2e-38
@@ -57,18 +58,8 @@ def check_rules(config: RunConfig, *, world_size: int, has_gpu: bool) -> None:
         check_stages,
         check_rope,
         check_total,
-        _sequence,
+        _data,
         _index_heads,
-        check_kernels,
-        _tensor_parallel,
-        check_pipeline,
-        check_recompute,
-        _head_parallel,
-        _experts,
-        check_expert_tiles,
-        check_dispatcher,
-        _recording,
-        check_exchange,
         _training,
         check_optimizer_memory,
         _checkpoints,
@@ -76,9 +67,15 @@ def check_rules(config: RunConfig, *, world_size: int, has_gpu: bool) -> None:
     # in this order: later rules divide by sizes that earlier ones have found positive
     for rule in rules:
         rule(config)
-    _world(config, world_size)
-    check_interleaving(config, world_size)
-    _engine(config, has_gpu)
+
+    def check_sizes_of(view: RunConfig) -> None:
+        for rule in _OF_STAGES:
+            rule(view)
+        _world(view, world_size)
+        check_interleaving(view, world_size)
+        _engine(view, has_gpu)
+
+    check_views(config, check_sizes_of)
     check_full_kernel_device(config, has_gpu=has_gpu)
 
 
@@ -149,13 +146,16 @@ def _sequence(config: RunConfig) -> None:
     if config.parallel.cp_layout is CpLayout.zigzag:
         factors = f"2 * parallel.cp_size * attention.block_size = 2 * {cp_size} * {block_size}"
         unit, fix = 2 * unit, ", or parallel.cp_layout=contiguous"
-    for name, seq_len in _seq_lens(config):
-        if seq_len % unit:
-            lower = seq_len // unit * unit
-            choices = f"{lower} or {lower + unit}" if lower else f"{unit}"
-            raise ValueError(
-                f"{name}={seq_len}: must be a multiple of {factors} = {unit}; use {choices}{fix}"
-            )
+    seq_len = config.data.seq_len
+    if seq_len % unit:
+        lower = seq_len // unit * unit
+        choices = f"{lower} or {lower + unit}" if lower else f"{unit}"
+        raise ValueError(
+            f"data.seq_len={seq_len}: must be a multiple of {factors} = {unit}; use {choices}{fix}"
+        )
+
+
+def _data(config: RunConfig) -> None:
     if not 0 <= config.data.validation_fraction < 1:
         raise ValueError(
             f"data.validation_fraction={config.data.validation_fraction}: must be from 0 to below 1"
@@ -167,12 +167,6 @@ def _sequence(config: RunConfig) -> None:
             f"train.validate_every={config.train.validate_every}: no document is held out with "
             "data.validation_fraction=0; use train.validate_every=0 or a larger fraction"
         )
-
-
-def _seq_lens(config: RunConfig) -> list[tuple[str, int]]:
-    """List every length of a pack with the key that sets it."""
-    named = [(f"stages.{name}.seq_len", stage.seq_len) for name, stage in config.stages.items()]
-    return [("data.seq_len", config.data.seq_len), *((name, length) for name, length in named if length)]
 
 
 def _index_heads(config: RunConfig) -> None:
@@ -219,12 +213,12 @@ def _tensor_parallel(config: RunConfig) -> None:
             f"parallel.tp_size={tp_size}: model.qk_norm=width normalises over all heads, which tensor "
             "parallelism would cut; use parallel.tp_size=1"
         )
-    for name, seq_len in _seq_lens(config):
-        if (seq_len // config.parallel.cp_size) % tp_size:
-            raise ValueError(
-                f"parallel.tp_size={tp_size}: must divide {name} / parallel.cp_size = "
-                f"{seq_len // config.parallel.cp_size} (sequence parallelism)"
-            )
+    local = config.data.seq_len // config.parallel.cp_size
+    if local % tp_size:
+        raise ValueError(
+            f"parallel.tp_size={tp_size}: must divide data.seq_len / parallel.cp_size = {local} (sequence "
+            "parallelism)"
+        )
     if model.tie_embeddings and config.parallel.pp_size > 1:
         raise ValueError(
             f"parallel.pp_size={config.parallel.pp_size}: the first and last stage would have to share one "
@@ -366,3 +360,19 @@ def _engine(config: RunConfig, has_gpu: bool) -> None:
         raise ValueError(
             "optim.algorithm=muon: is for engine=torch; use optim.algorithm=adamw or engine=torch"
         )
+
+
+_OF_STAGES: tuple[Callable[[RunConfig], None], ...] = (
+    _sequence,
+    check_kernels,
+    _tensor_parallel,
+    check_pipeline,
+    check_recompute,
+    _head_parallel,
+    _experts,
+    check_expert_tiles,
+    check_dispatcher,
+    _recording,
+    check_exchange,
+)
+"rules between sizes that a stage may have of its own, in this order"

@@ -38,7 +38,6 @@ from msa_train.model.attention.index_branch import IndexBranch, PendingIndexKeys
 from msa_train.model.attention.slice_selection import select_in_slices
 from msa_train.model.inputs.layer_stats import LayerStats
 from msa_train.model.inputs.pack_params import PackContext, SelectionRecord
-from msa_train.model.inputs.pack_shard import PackShard
 from msa_train.model.transformer_config import MsaTransformerConfig
 from msa_train.parallel.attention.cp_full import cp_full_attention
 from msa_train.parallel.attention.cp_sparse import SparseAttentionArgs, cp_sparse_attention
@@ -153,7 +152,7 @@ class MsaSelfAttention(GroupedQueryAttention):
             rows = context.recall.rows
             # Nothing is selected in a dense stage: only the sampled queries show what would be.
             selected = self._select_some(
-                q_index.detach()[rows], all_keys, context.pack, position=context.pack.position[rows]
+                q_index.detach()[rows], all_keys, context, position=context.pack.position[rows]
             )
             self._measure_recall(q, k, selected, context)
         kl = IndexKl(
@@ -201,15 +200,15 @@ class MsaSelfAttention(GroupedQueryAttention):
         if fetch is not None:
 
             def select(rows: Tensor, start: int, valid: Tensor | None) -> Tensor:
-                return self._select_some(rows, all_keys, pack, start, valid=valid)
+                return self._select_some(rows, all_keys, context, start, valid=valid)
 
-            return select_in_slices(q_index, pack, comm, fetch, select, self.config.attention.topk)
+            return select_in_slices(q_index, pack, comm, fetch, select, context.topk)
         parts, row = [], 0
         # One call for each range, as the kernel takes queries at consecutive positions.
         for start, stop in pack.index.ranges:
             rows = slice(row, row + stop - start)
             valid = pack.valid[rows] if moves is None else None
-            parts.append(self._select_some(q_index[rows], all_keys, pack, start, valid=valid))
+            parts.append(self._select_some(q_index[rows], all_keys, context, start, valid=valid))
             row = rows.stop
         selected = parts[0] if len(parts) == 1 else torch.cat(parts)
         if moves is not None:
@@ -222,7 +221,7 @@ class MsaSelfAttention(GroupedQueryAttention):
         self,
         q_index: Tensor,
         all_keys: Tensor,
-        pack: PackShard,
+        context: PackContext,
         start: int = 0,
         *,
         valid: Tensor | None = None,
@@ -236,9 +235,9 @@ class MsaSelfAttention(GroupedQueryAttention):
         return select_blocks(
             q_index,
             all_keys,
-            pack.cu_seqlens,
+            context.pack.cu_seqlens,
             block_size=attention.block_size,
-            topk=attention.topk,
+            topk=context.topk,
             local_blocks=attention.local_blocks,
             query_offset=start,
             query_valid=valid,

@@ -60,6 +60,8 @@ class PackContext:
     "factor of the sum of divergences; 0: no KL loss"
     attention: StageAttention
     "what MSA layers attend to in this stage of the run"
+    topk: int
+    "blocks that a query selects in this stage"
     stats: LayerStats
     "where layers leave figures"
     padding_mask: Tensor

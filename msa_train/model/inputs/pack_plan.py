@@ -85,13 +85,13 @@ def plan_pack(
         shard = make_pack_shard(
             pack, layout, config.parallel, with_full=with_full, num_slices=_num_slices(config, layout)
         )
-        return PackPlan(shard, _sample(config, pack, layout, recall_seed), None)
+        return PackPlan(shard, _sample(config, stage, pack, layout, recall_seed), None)
     merged = shard_layout(config, pack, cp_rank, size)
     ulysses = UlyssesInputs(
         pack=make_pack_shard(
             pack, merged, config.parallel, with_full=with_full, num_slices=_num_slices(config, merged)
         ),
-        recall=_sample(config, pack, merged, recall_seed),
+        recall=_sample(config, stage, pack, merged, recall_seed),
         order=token_order(layout.plan, merged.cp_rank * size, size),
     )
     # attention runs on the group's tokens, so they alone have the plan for it
@@ -115,14 +115,16 @@ def attends_fully(config: RunConfig, stage: Stage) -> bool:
     return dense or AttentionKind.full in config.model.attention_kinds()
 
 
-def _sample(config: RunConfig, pack: Pack, layout: ShardLayout, seed: int | None) -> RecallQueries | None:
+def _sample(
+    config: RunConfig, stage: Stage, pack: Pack, layout: ShardLayout, seed: int | None
+) -> RecallQueries | None:
     if seed is None:
         return None
     return sample_queries(
         pack.cu_seqlens.tolist(),
         pack.doc_lengths.tolist(),
         layout,
-        topk=config.attention.topk,
+        topk=stage.topk,
         count=config.logging.attention_queries,
         seed=seed,
     )

@@ -140,7 +140,9 @@ class TrainEngine(ABC):
     @property
     def index_is_frozen(self) -> bool:
         """Tell whether the index branches are frozen."""
-        return self.stage.index_lr_scale * self.config.optim.index_lr_scale == 0
+        # a rate of the stage's own takes the place of the run's
+        factor = 1.0 if self.stage.index_lr else self.config.optim.index_lr_scale
+        return self.stage.index_lr_scale * factor == 0
 
     @abstractmethod
     def train_step(self, batch: StepBatch, rates: LearningRates, accept: Accept | None = None) -> StepResult:

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any, TextIO
 
-from msa_train.config import KvExchange, LrSchedule, RunConfig, printable
+from msa_train.config import KvExchange, LrSchedule, RunConfig, plan_stages, printable, stage_at
 from msa_train.config.lr_schedule import schedule_steps
 from msa_train.parallel.process_groups import Groups
 from msa_train.training.metrics.metric import InSummary
@@ -63,7 +63,7 @@ def _summary(
     summary: dict[str, Any] = {
         "name": config.name,
         "steps": steps,
-        "tokens": steps * config.train.global_batch_size * config.data.seq_len,
+        "tokens": stage_at(plan_stages(config), max(steps - 1, 0)).tokens_at(steps),
         "seconds_this_start": seconds,
         "world_size": groups.world_size,
         "device": groups.device.type,

@@ -28,8 +28,10 @@ _MAX_CHUNKS = 1024
 class SelectionLog:
     """Record one step: every rank of the first data-parallel replica writes its own queries."""
 
-    def __init__(self, config: RunConfig, groups: Groups, step: int) -> None:
+    def __init__(self, config: RunConfig, groups: Groups, step: int, topk: int = 0) -> None:
+        """Open nothing yet; topk: blocks of a query in this stage, 0: attention.topk."""
         self.config, self.groups, self.step = config, groups, step
+        self._topk = topk or config.attention.topk
         self._recorders: list[SelectionRecorder] = []
         self._opened = False
 
@@ -55,7 +57,7 @@ class SelectionLog:
                 seq_len=layout.seq_len,
                 block_size=layout.block_size,
                 num_kv_heads=self.config.model.num_kv_heads,
-                topk=self.config.attention.topk,
+                topk=self._topk,
                 first_token=start,
                 num_tokens=stop - start,
                 chunk_tokens=chunk,

@@ -152,13 +152,6 @@ class SkipPolicy:
         self.restore(recorded)
         self.in_a_row, self.passed_over_tokens, self.rollbacks = 0, passed_over, rollbacks
 
-    def passed_over_packs(self, seq_len: int) -> int:
-        """Return by how many packs the data of a step is shifted.
-
-        Kept in tokens, since stages have packs of other lengths: 300 tokens are 3 packs of 128, 5 of 64.
-        """
-        return -(-self.passed_over_tokens // seq_len)
-
     def record(self) -> dict[str, Any]:
         """Return what meta.json keeps of it; plain JSON."""
         return {

@@ -129,13 +129,13 @@ class StepGuard:
             return StepOutcome.skipped
         return StepOutcome.not_finite if not_finite(values) else StepOutcome.taken
 
-    def after_step(self, step: int, values: dict[str, Any], first_pack: int) -> str:
+    def after_step(self, step: int, values: dict[str, Any], packs: range) -> str:
         """Decide what becomes of the run after a step.
 
         Args:
             step: made or left out; its metrics are written.
             values: its metrics.
-            first_pack: number of its first pack.
+            packs: numbers of its packs.
 
         Returns:
             What to tell the user, if anything.
@@ -156,10 +156,8 @@ class StepGuard:
             text = self.bad_steps.decide(step, judged.complaint)
         except ValueError as error:
             raise diverged(step, str(error), self.store) from None
-        last_pack = first_pack + self.config.train.global_batch_size - 1
-        self._log(
-            {"event": "skip", "step": step, "reason": judged.complaint, "packs": [first_pack, last_pack]}
-        )
+        numbers = [packs.start, packs.stop - 1]
+        self._log({"event": "skip", "step": step, "reason": judged.complaint, "packs": numbers})
         return text
 
     def _excused(self, step: int, values: dict[str, Any]) -> str:
@@ -216,7 +214,7 @@ class StepGuard:
     def _tokens(self, step: int) -> int:
         """Count the tokens that `step` steps use, padding included."""
         stage: Stage = stage_at(plan_stages(self.config), max(step - 1, 0))
-        return stage.tokens_at(step, self.config.train.global_batch_size)
+        return stage.tokens_at(step)
 
     def _log(self, event: dict[str, Any]) -> None:
         """Append an event to bad_steps.jsonl, on rank 0."""

@@ -13,7 +13,8 @@ def stage_note(stage: Stage, stages: Sequence[Stage], step: int, total_steps: in
     """
     line = (
         f"stage {stage.name}: steps {step + 1} to {min(stage.last_step, total_steps)}, {stage.seq_len} "
-        f"tokens per sequence, attention {stage.attention.value}, KL {stage.kl.value}{rope_note(stage, stages)}"
+        f"tokens per sequence, attention {stage.attention.value}, KL {stage.kl.value}"
+        f"{rope_note(stage, stages)}"
     )
     if any(one.topk != stage.topk for one in stages):
         line += f", topk {stage.topk}"

@@ -218,6 +218,13 @@ def last_rope(meta: dict[str, Any]) -> dict[str, Any]:
     return {f"rope_{name}": rope[name] for name in _OF_STAGE if name in rope}
 
 
+def changed_by_stages(meta: dict[str, Any]) -> dict[str, Any]:
+    """Return what of the fingerprint the last stage had otherwise: rotary embedding and top-k, by key."""
+    changed: dict[str, Any] = {f"model.{name}": value for name, value in last_rope(meta).items()}
+    topk = (meta.get("stages") or [{}])[-1].get("topk")
+    return changed if topk is None else {**changed, "attention.topk": topk}
+
+
 def takes_weights_only(meta: dict[str, Any], config: RunConfig) -> bool:
     """Tell whether only the model is taken from another run's checkpoint, as asked or as all there is."""
     return config.checkpoint.load_weights_only or meta.get("content") == WEIGHTS_CONTENT
@@ -248,7 +255,7 @@ def check_usable(meta: dict[str, Any], folder: Path, config: RunConfig, *, own: 
     ours, theirs, notes = fingerprint(config), _ABSENT_ROPE | meta["fingerprint"], []
     if not own:
         # stages may have changed it on the way
-        theirs |= {f"model.{name}": value for name, value in last_rope(meta).items()}
+        theirs |= changed_by_stages(meta)
     may_change = set() if own else set(_CHANGED_BY_EXTENSION)
     if not own and takes_weights_only(meta, config):
         may_change |= _CHANGED_WITH_WEIGHTS

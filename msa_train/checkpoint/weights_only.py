@@ -15,7 +15,7 @@ from typing import Any
 from megatron.core import __version__ as megatron_version
 
 import msa_train
-from msa_train.checkpoint.compatibility import WEIGHTS_CONTENT, fingerprint, last_rope
+from msa_train.checkpoint.compatibility import WEIGHTS_CONTENT, changed_by_stages, fingerprint
 from msa_train.checkpoint.manifest import MANIFEST_NAME, file_entry, read_meta, structure_damage
 from msa_train.checkpoint.meta import FORMAT_VERSION, META_NAME
 from msa_train.checkpoint.store import CheckpointStore
@@ -116,9 +116,8 @@ def shape_of(folder: Path) -> tuple[ModelConfig, AttentionConfig]:
             f"checkpoint {folder}: has format {meta['format_version']}, this msa-train knows up to "
             f"{FORMAT_VERSION}; upgrade msa-train"
         )
-    # the weights have the rotary embedding of the last stage that trained them
-    rope = {f"model.{name}": value for name, value in last_rope(meta).items()}
-    values: dict[str, Any] = meta["fingerprint"] | rope
+    # the weights have the rotary embedding and top-k of the last stage that trained them
+    values: dict[str, Any] = meta["fingerprint"] | changed_by_stages(meta)
     return _section(ModelConfig, "model.", values, folder), _section(
         AttentionConfig, "attention.", values, folder
     )

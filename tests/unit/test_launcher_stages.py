@@ -2,7 +2,6 @@
 
 import json
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,9 +30,8 @@ class Workers:
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "stale")
-    yield
 
 
 @pytest.mark.parametrize("code", [0, 1, STOPPED])
@@ -47,9 +45,7 @@ def test_starts_follow_one_another(tmp_path: Path, code: int) -> None:
 def test_a_fallback_to_an_earlier_stage_is_followed_once(tmp_path: Path) -> None:
     workers = Workers(tmp_path, ("long", 10), ("first", 6), ("long", 10), 0)
     assert start_stages(str(tmp_path), workers) == 0
-    with pytest.raises(
-        ValueError, match=r"ended for another stage, and those of long did so again at step 10"
-    ):
+    with pytest.raises(ValueError, match="those of long did so again at step 10"):
         start_stages(str(tmp_path), Workers(tmp_path, ("long", 10), ("long", 10)))
 
 
@@ -65,7 +61,7 @@ def test_asked_to_stop_between_two_stages(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_mark_that_is_missing_or_damaged(tmp_path: Path) -> None:
     assert read_next(tmp_path) is None
-    with pytest.raises(ValueError, match="next_stage.json does not say which"):
+    with pytest.raises(ValueError, match="does not say which"):
         start_stages(str(tmp_path), lambda: NEXT_STAGE)
     (tmp_path / MARK_NAME).write_text(json.dumps({"step": "10"}))
     with pytest.raises(ValueError, match="is damaged"):

@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import NoReturn
@@ -38,7 +39,7 @@ from launchers.local.machine import accept_log_level, check_current_folder, chec
 from launchers.local.run_dir import CONFIG_NAME, claim_run_dir, disk_warning, write_config
 from launchers.local.stage_starts import start_stages
 from launchers.worker import run_entry
-from msa_train.config import RunConfig, contradictions, one_line
+from msa_train.config import RunConfig, contradictions, one_line, plan_stages
 from msa_train.config.environment import SAID_BY
 from msa_train.runtime import preemption
 
@@ -215,7 +216,9 @@ def _prepare(config: RunConfig, layout: Layout) -> None:
 
 def _warn(config: RunConfig, layout: Layout, disk: str | None = None) -> None:
     """Print settings that contradict each other and slow kernels to stdout, too small a disk to stderr."""
-    slow = kernel_warning(config, on_gpu=layout.on_gpu)
+    # tiles have a largest number of blocks
+    attention = replace(config.attention, topk=max(stage.topk for stage in plan_stages(config)))
+    slow = kernel_warning(replace(config, attention=attention), on_gpu=layout.on_gpu)
     for text in (*contradictions(config), *([slow] if slow else [])):
         # allowed, and meant by who tries a few steps: said with what else the run is
         say(f"warning: {text}")

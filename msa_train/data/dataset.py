@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from types import TracebackType
 
 import numpy as np
@@ -56,6 +57,11 @@ class PackedDataset:
         if not isinstance(self._given_view, DocumentView):
             self._given_view = self._given_view()
         return self._given_view
+
+    @property
+    def folder(self) -> Path | None:
+        """Return where the packing is mapped from, None where it is in memory."""
+        return self._table.folder
 
     @property
     def reader(self) -> TokenReader:

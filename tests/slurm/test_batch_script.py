@@ -48,6 +48,7 @@ def submitted(cluster: SlurmCluster, submit_stand_in: SubmitStandIn) -> dict[str
     # a minute, and Slurm warns at its half, or earlier: it looks now and then
     config = ClusterConfig(**{**SMALL, "signal_lead_s": 30})
     jobs["time_limit"] = submit_stand_in("time_limit", "steps=900", config=config, time="1")
+    jobs["stages"] = submit_stand_in("stages", "steps=9", "stage_at=4", config=ClusterConfig(**SMALL))
     jobs["crash"] = submit_stand_in("crash", "steps=9", "crash_at=3", config=ClusterConfig(**SMALL))
     return jobs
 
@@ -80,6 +81,21 @@ def test_slurm_itself_warns_before_the_time_is_up(
     first, second = re.findall(r"newest checkpoint: (\w+)", output(run_dir))
     assert first == "none"
     assert 0 < int(second) < 600, output(run_dir)
+
+
+def test_next_stage_begins_in_the_same_start(
+    cluster: SlurmCluster, submitted: dict[str, tuple[str, Path]]
+) -> None:
+    job, run_dir = submitted["stages"]
+    cluster.wait_for_job(job, ended, WITHIN_S)
+    text = output(run_dir)
+    assert (cluster.job(job)["JobState"], cluster.job(job)["Restarts"]) == ("COMPLETED", "0"), text
+    first, second = text.split("next stage: long, from step 4\n")
+    assert "step 4\n" in first
+    assert "step 5\n" not in first
+    assert "step 9\n" in second
+    assert "== finished" not in first
+    assert len((run_dir / "slurm" / "starts.tsv").read_text().splitlines()) == 1
 
 
 def test_crash_without_progress_is_tried_again_and_then_given_up(

@@ -13,6 +13,8 @@ from msa_train.config import AlternateConfig, RunConfig, StageConfig, plan_stage
 from msa_train.data import IGNORE_LABEL, PackedDataset
 from msa_train.data.carried.fragments import Fragments, join, split_short, whole_documents
 from msa_train.data.carried.packs import CarriedPacks, Rest, unite
+from msa_train.data.dataset import pack_view
+from msa_train.data.pack_index import mapped_table
 from msa_train.data.split import DocumentView
 from msa_train.data.token_cache.store import TokenStore, write_store
 from msa_train.training.stage_packs import StagePacks, passed_over
@@ -84,6 +86,25 @@ def test_each_token_once_per_epoch(whole: dict[int, PackedDataset], used: int) -
     assert seen == Counter({token: rest.epoch * times for token, times in all_tokens.items()})
     # cuts move nothing into or out of the loss: a document's last token alone has no label
     assert num_labels == rest.epoch * (sum(LENGTHS) - len(LENGTHS))
+
+
+def test_large_corpora_keep_the_rest_on_disk(whole: dict[int, PackedDataset], tmp_path: Path) -> None:
+    mapped = {}
+    for length, packs in whole.items():
+        sizes = {"seq_len": length, "block_size": BLOCK_SIZE, "seed": 5}
+        table = mapped_table(
+            tmp_path / f"packs{length}" / "train",
+            lambda packs=packs, sizes=sizes: pack_view(packs.view, **sizes),
+            block_size=BLOCK_SIZE,
+            seed=5,
+        )
+        mapped[length] = PackedDataset(packs.view, table=table, reader=packs.reader, **sizes)
+    in_memory, on_disk = (carried(of, 64, carried(of, 16, Rest()).rest(60)) for of in (whole, mapped))
+    assert len(list((tmp_path / "packs64").glob("rest_*/index.json"))) == 1
+    for number in range(in_memory.num_left + 3):
+        np.testing.assert_array_equal(in_memory[number].tokens, on_disk[number].tokens)
+    before = in_memory.rest(5), on_disk.rest(5)
+    assert before[0].rounds[0].checksum() == before[1].rounds[0].checksum()
 
 
 def test_labels_of_cut_documents(whole: dict[int, PackedDataset]) -> None:

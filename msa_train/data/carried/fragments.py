@@ -4,6 +4,7 @@ Example: a document of 10 tokens was cut into pieces of 4, 4 and 2, and the seco
 fragments [0, 4) and [8, 10) are left. Had the first one been used, one fragment [4, 10) would be left.
 """
 
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +31,11 @@ class Fragments:
     def num_tokens(self) -> int:
         """Count the tokens."""
         return int(self.length.sum())
+
+    def checksum(self) -> list[int]:
+        """Return what tells these fragments from others; plain JSON."""
+        crc = [zlib.crc32(np.ascontiguousarray(part)) for part in (self.begin, self.length, self.goes_on)]
+        return [len(self), self.num_tokens, *crc]
 
     def take(self, index: npt.NDArray[np.bool_]) -> "Fragments":
         """Return those that are marked."""

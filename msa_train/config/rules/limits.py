@@ -59,9 +59,13 @@ LIMITS = {
     "stages.tokens": MOST_TOKENS,
     "stages.batch_tokens": 2**40,
     "stages.seq_len": 2**30,
-    **dict.fromkeys(("stages.topk", "stages.cp_size", "stages.ep_size"), 2**20),
-    **dict.fromkeys(("stages.cp_head_size", "stages.tp_size", "stages.pp_size"), 2**16),
+    "stages.topk": 2**20,
     "stages.global_batch_size": 2**24,
+    "stages.alternate.seq_len": 2**30,
+    "stages.alternate.global_batch_size": 2**24,
+    "stages.parallel.cp_size": 2**20,
+    "stages.parallel.ep_size": 2**20,
+    **{f"stages.parallel.{name}": 2**16 for name in ("cp_head_size", "tp_size", "pp_size")},
 }
 
 
@@ -74,7 +78,7 @@ def check_sizes(config: RunConfig) -> None:
     for name, value in _whole_numbers(config, ""):
         parts = name.split(".")
         # stages have names of the user's, so their keys are looked up without them
-        key = name if parts[0] != "stages" else f"stages.{parts[-1]}"
+        key = name if parts[0] != "stages" else ".".join(["stages", *parts[2:]])
         # keys of DeepSpeed's own, whatever they are
         limit = MOST_TOKENS if name.startswith("deepspeed.raw.") else LIMITS.get(key, COUNT)
         check_size(name, value, limit)

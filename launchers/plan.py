@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -12,7 +13,8 @@ from launchers.cli.output import say
 from launchers.cli.token_count import token_count
 from launchers.hydra_config.compose import compose_run
 from launchers.hydra_config.options import group_options
-from msa_train.config import Implementation, MoeDispatcher, RunConfig, check_rules
+from msa_train.config import Implementation, MoeDispatcher, RunConfig, check_rules, plan_stages
+from msa_train.config.staging.views import has_layouts, layout_config, single_stage
 
 if TYPE_CHECKING:
     from msa_train.plan.assumptions import Assumptions
@@ -66,6 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--stages", type=_stage_numbers, metavar="N,N", help="pipeline stages that --trace counts (all)"
     )
+    parser.add_argument(
+        "--of-stage", default="", metavar="NAME", help="with a run: stages.NAME (each, where layouts differ)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     given = parser.add_argument_group("what is assumed")
     given.add_argument("--cluster", default="h100", metavar="NAME", help="a preset or a file (h100)")
@@ -116,7 +121,30 @@ def _run(arguments: argparse.Namespace) -> int:
     assumed, machine = _given(arguments)
     if searches:
         return _search(arguments, settings, config, machine, assumed)
-    return _answer(arguments, settings, config, machine, assumed)
+    if config.stages and (arguments.of_stage or has_layouts(config)):
+        return _answer_stages(arguments, config, machine, assumed)
+    return _answer(arguments, config, machine, assumed)
+
+
+def _answer_stages(
+    arguments: argparse.Namespace, config: RunConfig, machine: "Machine", assumed: "Assumptions"
+) -> int:
+    """Print memory and time of one stage of a run, or of all of them, on the same GPUs."""
+    names = [stage.name for stage in plan_stages(config)]
+    wanted = [arguments.of_stage] if arguments.of_stage else names
+    if wanted[0] not in names:
+        raise ValueError(f"--of-stage={wanted[0]}: there is no such stage; use one of {', '.join(names)}")
+    if arguments.json and len(wanted) > 1:
+        raise ValueError("--json: prints one plan, and the stages have several layouts; use --of-stage=NAME")
+    gpus = [fewest_gpus(layout_config(config, name)) for name in names]
+    arguments.gpus = arguments.gpus or math.lcm(*gpus)
+    check_rules(config, world_size=arguments.gpus, has_gpu=True)
+    codes: list[int] = []
+    for name in wanted:
+        if not arguments.json:
+            say(f"stage {name}:")
+        codes.append(_answer(arguments, single_stage(config, name), machine, assumed))
+    return max(codes)
 
 
 def _given(arguments: argparse.Namespace) -> "tuple[Assumptions, Machine]":
@@ -136,11 +164,7 @@ def _given(arguments: argparse.Namespace) -> "tuple[Assumptions, Machine]":
 
 
 def _answer(
-    arguments: argparse.Namespace,
-    settings: list[str],
-    config: RunConfig,
-    machine: "Machine",
-    assumed: "Assumptions",
+    arguments: argparse.Namespace, config: RunConfig, machine: "Machine", assumed: "Assumptions"
 ) -> int:
     """Print memory and time of one run."""
     from msa_train.config.pipeline import resolve_layout

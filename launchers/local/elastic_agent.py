@@ -128,18 +128,20 @@ class LocalAgent(LocalElasticAgent):
                 self._end_survivors(self._pcontext)
             elif NEXT_STAGE in codes:
                 # torch would take the code for a failure, and end the others
-                return self._await_next_stage(codes)
+                return self._await_next_stage(codes, worker_group)
             elif preemption.signal_received():
                 self._ask_to_stop(self._pcontext)
         # torch's decorator hides the signature
         return super()._monitor_workers(worker_group)  # pyright: ignore[reportCallIssue]
 
-    def _await_next_stage(self, codes: list[int | None]) -> RunResult:
+    def _await_next_stage(self, codes: list[int | None], worker_group: WorkerGroup) -> RunResult:
         """Wait until all have ended; they have met in a barrier, so no other one is at work any more."""
         if None in codes:
             return RunResult(state=WorkerState.HEALTHY)
         self.goes_on = True
-        return RunResult(state=WorkerState.SUCCEEDED)
+        # torch looks every worker up
+        values = {worker.global_rank: None for worker in worker_group.workers}
+        return RunResult(state=WorkerState.SUCCEEDED, return_values=values)
 
     def _ask_to_stop(self, context: SubprocessContext) -> None:
         """Hand the signal on to all workers, and again every ASK_AGAIN_S."""

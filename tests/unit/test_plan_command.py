@@ -37,6 +37,28 @@ def test_json_holds_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert sum(data["time"]["parts"].values()) == pytest.approx(data["time"]["seconds"])
 
 
+def test_stages_are_planned_one_by_one(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ("stages=warmup", "stages.dense_warmup.seq_len=32768", "data.seq_len=65536")
+    given += ("stages.dense_warmup.parallel.cp_size=8", "stages.dense_warmup.global_batch_size=64")
+    stages = ("run=m3_200k", "train.steps=0", "stages.sparse.tokens=1000000000", *given)
+    code, out, err = run(capsys, *stages, "--gpu-memory", "400")
+    assert (code, err) == (0, "")
+    assert out.index("stage dense_warmup:\n") < out.index("stage sparse:\n")
+    assert "cp 8" in out.partition("stage sparse:")[0]
+    code, out, _ = run(
+        capsys, "run=m3_200k", *stages, "--of-stage", "sparse", "--json", "--gpu-memory", "400"
+    )
+    assert code == 0
+    assert json.loads(out)["parallel"]["cp_size"] == 16
+    for extra, line in (
+        ("--json", "--json: prints one plan, and the stages have several layouts"),
+        ("--of-stage=long", "--of-stage=long: there is no such stage; use one of dense_warmup, sparse"),
+    ):
+        code, _, err = run(capsys, *stages, extra)
+        assert code == 2
+        assert line in err
+
+
 def test_a_run_that_does_not_fit_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(capsys, "run=m3_200k", "data.seq_len=32768", "--gpu-memory", "40")
     assert code == 1

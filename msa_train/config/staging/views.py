@@ -71,6 +71,20 @@ def processes_of(config: RunConfig, stage: Stage) -> tuple[Stage, ...]:
     return plan[first : last + 1]
 
 
+def single_stage(config: RunConfig, name: str) -> RunConfig:
+    """Return a run of one stage alone: its layout, usual packs, top-k and attention; for estimates."""
+    (stage,) = (one for one in plan_stages(config) if one.name == name)
+    given, own = config.stages[name], layout_config(config, name)
+    kept = StageConfig(attention=given.attention, kl=given.kl)
+    return replace(
+        own,
+        stages={name: kept},
+        data=replace(config.data, seq_len=stage.seq_len),
+        train=replace(own.train, global_batch_size=stage.global_batch_size, steps=stage.num_steps),
+        attention=replace(config.attention, topk=stage.topk),
+    )
+
+
 def has_layouts(config: RunConfig) -> bool:
     """Tell whether processes of several layouts train the run, one after another."""
     plan = plan_stages(config)

@@ -213,6 +213,8 @@ def launch_workers(
         failures = {
             rank: _worker_failure(rank, rank - first_rank, item, agent, logs)
             for rank, item in result.failures.items()
+            # has done its part; another one failed after it
+            if item.exitcode != NEXT_STAGE
         }
     if agent.goes_on:
         return NEXT_STAGE if node is None else 0

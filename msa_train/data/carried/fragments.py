@@ -34,7 +34,8 @@ class Fragments:
 
     def checksum(self) -> list[int]:
         """Return what tells these fragments from others; plain JSON."""
-        crc = [zlib.crc32(np.ascontiguousarray(part).data) for part in (self.begin, self.length, self.goes_on)]
+        parts = (self.begin, self.length, self.goes_on)
+        crc = [zlib.crc32(np.ascontiguousarray(part).data) for part in parts]
         return [len(self), self.num_tokens, *crc]
 
     def take(self, index: npt.NDArray[np.bool_]) -> "Fragments":

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from launchers.hydra_config.compose import compose_run
-from msa_train.config import RunConfig, check_rules
+from msa_train.config import RunConfig, StageConfig, check_rules
 from msa_train.config.pipeline import (
     LayerRates,
     best_layout,
@@ -94,6 +94,10 @@ def test_forward_flops_can_be_balanced_contiguously(name: str) -> None:
 def test_auto_stays_contiguous_without_enough_packs() -> None:
     config, world_size = m3("1m", "auto")
     config.train.global_batch_size = 6
+    assert resolve_layout(config, world_size).num_chunks == 1
+    # nor where one stage of the run, or its shorter steps, have too few
+    config.train.global_batch_size = 8
+    config.stages = {"first": StageConfig(tokens=2**30, global_batch_size=6), "second": StageConfig()}
     assert resolve_layout(config, world_size).num_chunks == 1
 
 

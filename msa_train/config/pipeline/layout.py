@@ -8,6 +8,7 @@ from msa_train.config.pipeline.partition import best_layout, even_layout, rank_s
 from msa_train.config.pipeline.prices import LayerRates, layer_prices
 from msa_train.config.pipeline.state_bytes import layer_bytes
 from msa_train.config.run import RunConfig
+from msa_train.config.staging.views import stages_of_layout
 
 EVEN, AUTO = "even", "auto"
 _NUMBERS = re.compile(r"\s*\d{1,9}\s*(,\s*\d{1,9}\s*)*")
@@ -96,9 +97,7 @@ def _choose(config: RunConfig, world_size: int, rates: LayerRates | None) -> tup
     pp_size, prices = config.parallel.pp_size, layer_prices(config, rates=rates)
     sizes = layer_bytes(config, world_size)
     most = _STATE_SPREAD * sum(sizes) / pp_size
-    interleaves = (
-        num_microbatches(config, world_size) % pp_size == 0 and len(prices) <= _MOST_INTERLEAVED_LAYERS
-    )
+    interleaves = _all_interleave(config, world_size) and len(prices) <= _MOST_INTERLEAVED_LAYERS
     chosen: tuple[int, ...] | None = None
     balance = float("inf")
     for chunks in range(1, (_MAX_CHUNKS if interleaves else 1) + 1):
@@ -109,6 +108,18 @@ def _choose(config: RunConfig, world_size: int, rates: LayerRates | None) -> tup
             break
     # where one layer is more than a rank's share of the bytes, speed alone decides
     return chosen or best_layout(prices, pp_size) or even_layout(len(prices), pp_size)
+
+
+def _all_interleave(config: RunConfig, world_size: int) -> bool:
+    """Tell whether every step of this layout's stages has as many packs as interleaving needs."""
+    parallel = config.parallel
+    dp_size = max(world_size // (parallel.tp_size * parallel.pp_size * parallel.cp_size), 1)
+    batches = {
+        batch
+        for stage in stages_of_layout(config)
+        for batch in (stage.global_batch_size, stage.alternate.global_batch_size)
+    }
+    return all(batch // dp_size % parallel.pp_size == 0 for batch in batches)
 
 
 def imbalance(values: Sequence[float], sizes: Sequence[int], pp_size: int) -> float:

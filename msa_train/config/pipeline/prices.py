@@ -15,9 +15,8 @@ from msa_train.config.model import ModelConfig
 from msa_train.config.options import AttentionKind, KlTarget, StageAttention
 from msa_train.config.recompute import recomputed_share
 from msa_train.config.run import RunConfig
-from msa_train.config.stage_plan import plan_stages
 from msa_train.config.staging.stage import Stage
-from msa_train.config.staging.views import layout_config
+from msa_train.config.staging.views import stages_of_layout
 
 _BACKWARD_GEMM, _BACKWARD_ATTENTION = 2.0, 2.5
 "FLOPs of a backward pass relative to its forward pass: 2 products for 1, 5 products for 2"
@@ -123,9 +122,7 @@ def price_layers(
 
 def longest_stage(config: RunConfig) -> Stage:
     """Return the stage with the longest packs among those of this layout, the last of several."""
-    plan = plan_stages(config)
-    own = [stage for stage in plan if layout_config(config, stage.name).parallel == config.parallel]
-    return max(own or plan, key=lambda stage: (stage.seq_len, stage.index))
+    return max(stages_of_layout(config), key=lambda stage: (stage.seq_len, stage.index))
 
 
 @dataclass(slots=True)

@@ -85,6 +85,13 @@ def single_stage(config: RunConfig, name: str) -> RunConfig:
     )
 
 
+def stages_of_layout(config: RunConfig) -> tuple[Stage, ...]:
+    """Return the stages whose layout the configuration of these processes has; all where none has."""
+    plan = plan_stages(config)
+    own = [stage for stage in plan if layout_config(config, stage.name).parallel == config.parallel]
+    return tuple(own) or plan
+
+
 def has_layouts(config: RunConfig) -> bool:
     """Tell whether processes of several layouts train the run, one after another."""
     plan = plan_stages(config)

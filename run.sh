@@ -87,9 +87,10 @@ set_up_system() {
         # a virtual environment's packages are not those of the Python it was made from
         "$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
     } >"$site/msa_train.pth"
-    local name
-    for name in train convert simulate plan checkpoint submit status preflight; do
-        printf '#!/bin/sh\nexec "%s" -P -m launchers.%s "$@"\n' "$PWD/$venv/bin/python" "$name" >"$venv/bin/msa-$name"
+    local name module
+    for name in train eval convert simulate plan checkpoint submit status preflight; do
+        module=${name/eval/evaluate}
+        printf '#!/bin/sh\nexec "%s" -P -m launchers.%s "$@"\n' "$PWD/$venv/bin/python" "$module" >"$venv/bin/msa-$name"
         chmod +x "$venv/bin/msa-$name"
     done
     echo "$stamp" >"$venv/stamp"

@@ -14,8 +14,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import NoReturn
@@ -38,7 +38,7 @@ from launchers.local.launch_checks import (
 from launchers.local.machine import accept_log_level, check_current_folder, check_loopback, raise_file_limit
 from launchers.local.run_dir import CONFIG_NAME, claim_run_dir, disk_warning, write_config
 from launchers.local.stage_starts import start_stages
-from launchers.worker import run_entry
+from launchers.worker import TRAINING, run_entry
 from msa_train.config import RunConfig, contradictions, one_line, plan_stages
 from msa_train.config.environment import SAID_BY
 from msa_train.runtime import preemption
@@ -56,11 +56,29 @@ CONFIG_DIR = "--config-dir"
 OTHER_RANKS_WAIT_S = 3.0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@dataclass(frozen=True, slots=True)
+class StartCommand:
+    """Hold what tells a command that starts workers from another one."""
+
+    name: str
+    "as it is typed"
+    entry: str
+    "module:function that each worker calls with the configuration"
+    help_text: Callable[[], str]
+    "writes the answer to --help"
+    adjust: Callable[[RunConfig], RunConfig] = lambda config: config
+    "makes of the composed configuration that of the workers; raises ValueError"
+
+
+TRAIN = StartCommand("msa-train", TRAINING, help_text)
+
+
+def main(argv: Sequence[str] | None = None, command: StartCommand = TRAIN) -> int:
     """Run the command.
 
     Args:
         argv: arguments, those of the process by default.
+        command: which one.
 
     Returns:
         Exit code: 0, 1 after a worker failed or where the output of an option is lost, 2 for bad input, 75 if
@@ -70,45 +88,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     # options all print something, and nothing else; a run has more to show for itself
     trains = not any(text.startswith("-") and text in OPTIONS for text in arguments)
-    with steady_output("msa-train: warning: stdout is lost, the run goes on" if trains else "") as output:
-        code = _answer(arguments)
+    warning = f"{command.name}: warning: stdout is lost, the run goes on"
+    with steady_output(warning if trains else "") as output:
+        code = _answer(arguments, command)
         output.flush()
         if not trains and output.error is not None and not code:
-            say(f"msa-train: error: stdout cannot be written ({output.error.strerror})", error=True)
+            say(f"{command.name}: error: stdout cannot be written ({output.error.strerror})", error=True)
             return MACHINE_ERROR
         return code
 
 
-def _answer(arguments: list[str]) -> int:
+def _answer(arguments: list[str], command: StartCommand) -> int:
     """Turn what is raised into one line on stderr and an exit code."""
     try:
         check_current_folder()
-        return _run(arguments)
+        return _run(arguments, command)
     except ValueError as error:
-        return _refuse(error)
+        return _refuse(error, command)
     except OSError as error:
-        say(f"msa-train: error: {one_line(error)}", error=True)
+        say(f"{command.name}: error: {one_line(error)}", error=True)
         return MACHINE_ERROR
     except KeyboardInterrupt:
-        say("msa-train: stopped by SIGINT", error=True)
+        say(f"{command.name}: stopped by SIGINT", error=True)
         return INTERRUPTED
 
 
-def _run(arguments: list[str]) -> int:
+def _run(arguments: list[str], command: StartCommand) -> int:
     """Answer the options in order of what they need: nothing, the configuration, the layout, the files."""
     arguments, config_dirs = _take_config_dirs(arguments)
     options = [_option(text) for text in arguments if text.startswith("-")]
     overrides = [text for text in arguments if not text.startswith("-")]
     if "help" in options:
-        say(help_text(), lines=True)
+        say(command.help_text(), lines=True)
         return 0
     if "version" in options:
-        say(f"msa-train {_version()}")
+        say(f"{command.name} {_version()}")
         return 0
     if not options:
         # the time is up soon, says Slurm: noted even now, acted on after the first step
         preemption.install_handlers(signal.SIGUSR1)
-    config = compose_run(overrides, config_dirs)
+    config = command.adjust(compose_run(overrides, config_dirs))
     if "cfg" in options:
         keys = [text.partition("=")[2] for text in arguments if text.startswith("--cfg=")]
         values = "\n".join(_value(config, key) for key in keys)
@@ -133,8 +152,8 @@ def _run(arguments: list[str]) -> int:
             say(line)
         return 0
     if node:
-        return _launch_node(config, layout, node)
-    return _join(config, layout, job) if job else _launch(config, layout)
+        return _launch_node(config, layout, node, command)
+    return _join(config, layout, job, command) if job else _launch(config, layout, command)
 
 
 def _check_machine(layout: Layout, *, on_one: bool) -> None:
@@ -160,7 +179,7 @@ def _tell_joined(job: dict[str, str]) -> None:
         )
 
 
-def _launch(config: RunConfig, layout: Layout) -> int:
+def _launch(config: RunConfig, layout: Layout, command: StartCommand) -> int:
     """Start all workers on this machine and wait for them; returns the exit code."""
     with claim_run_dir(config.run_dir):
         _prepare(config, layout)
@@ -169,10 +188,12 @@ def _launch(config: RunConfig, layout: Layout) -> int:
             from launchers.local.elastic_agent import launch_workers
 
         path = write_config(config)
-        return start_stages(config.run_dir, lambda: launch_workers(path, layout.world_size))
+        return start_stages(
+            config.run_dir, lambda: launch_workers(path, layout.world_size, entry=command.entry)
+        )
 
 
-def _launch_node(config: RunConfig, layout: Layout, node: Node) -> int:
+def _launch_node(config: RunConfig, layout: Layout, node: Node, command: StartCommand) -> int:
     """Start this node's workers and wait for them; node 0 prepares run_dir for all.
 
     On 32 nodes of 8 GPUs this makes 32 launchers with 8 workers each. Only node 0 takes the lock and
@@ -183,23 +204,24 @@ def _launch_node(config: RunConfig, layout: Layout, node: Node) -> int:
 
     # the others wait for node 0 at the rendezvous, so they find what it has written
     if node.rank:
-        return launch_workers(Path(config.run_dir) / CONFIG_NAME, node.num_workers, node=node)
+        path = Path(config.run_dir) / CONFIG_NAME
+        return launch_workers(path, node.num_workers, entry=command.entry, node=node)
     with claim_run_dir(config.run_dir):
         _prepare(config, layout)
-        return launch_workers(write_config(config), node.num_workers, node=node)
+        return launch_workers(write_config(config), node.num_workers, entry=command.entry, node=node)
 
 
-def _join(config: RunConfig, layout: Layout, job: dict[str, str]) -> int:
+def _join(config: RunConfig, layout: Layout, job: dict[str, str], command: StartCommand) -> int:
     """Become one rank of a job that torchrun or srun started; rank 0 prepares run_dir for all."""
     os.environ.update(job)
     # The others wait for rank 0 at the rendezvous, launcher.timeout_s at most: --check tokenizes beforehand
     if job["RANK"] != "0":
-        run_entry(config)
+        run_entry(config, command.entry)
         return 0
     with claim_run_dir(config.run_dir):
         _prepare(config, layout)
         write_config(config)
-        if run_entry(config) and "SLURM_STEP_ID" not in os.environ:
+        if run_entry(config, command.entry) and "SLURM_STEP_ID" not in os.environ:
             say("the same command again goes on with it")
     return 0
 
@@ -273,13 +295,13 @@ def _option(text: str) -> str:
     return OPTIONS[text]
 
 
-def _refuse(error: ValueError) -> int:
+def _refuse(error: ValueError, command: StartCommand) -> int:
     """Print why the run is refused, once per job where that can be done; returns USER_ERROR."""
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
         # All ranks find the same mistake. Rank 0 says it, and its end is that of all; where this process
         # outlives the wait, it is no rank of a job, and says it itself.
         time.sleep(OTHER_RANKS_WAIT_S)
-    say(f"msa-train: error: {one_line(error)}", error=True)
+    say(f"{command.name}: error: {one_line(error)}", error=True)
     return USER_ERROR
 
 

@@ -15,6 +15,7 @@ OPTION_GROUPS = (
     "train",
     "stages",
     "checkpoint",
+    "evaluation",
     "logging",
     "launcher",
     "watchdog",

@@ -178,6 +178,7 @@ def check_files(config: RunConfig, *, say: Callable[[str], None], hand_on: bool 
         from msa_train.checkpoint import data_record
         from msa_train.checkpoint.find import find_to_resume
         from msa_train.data import load_datasets, prepare_corpus
+        from msa_train.evaluation.inputs import check_inputs
 
     vocab_size = config.model.vocab_size
     corpus = prepare_corpus(config.data, vocab_size=vocab_size, log=say, run_dir=config.run_dir)
@@ -190,6 +191,8 @@ def check_files(config: RunConfig, *, say: Callable[[str], None], hand_on: bool 
     record, messages = data_record.resume_record(config, corpus, found)
     for message in (*(found.messages if found else []), *messages):
         say(message)
+    if config.evaluation.every:
+        check_inputs(config, say)
     if hand_on:
         data_record.hand_on(config, corpus, record)
 

@@ -2,6 +2,7 @@
 
 from msa_train.config.cluster import ClusterConfig, ContainerRuntime, Tasks, check_cluster, check_time
 from msa_train.config.deepspeed.settings import DeepSpeedConfig
+from msa_train.config.evaluation.settings import EvaluationConfig
 from msa_train.config.model import AttentionConfig, ModelConfig
 from msa_train.config.options import (
     Activation,
@@ -76,6 +77,7 @@ __all__ = [
     "DeepSpeedConfig",
     "Device",
     "EngineKind",
+    "EvaluationConfig",
     "ExchangeConfig",
     "FullKernel",
     "Fusion",

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from msa_train.config.deepspeed.settings import DeepSpeedConfig
+from msa_train.config.evaluation.settings import EvaluationConfig
 from msa_train.config.model import AttentionConfig, ModelConfig
 from msa_train.config.options import (
     BadStep,
@@ -270,6 +271,7 @@ class RunConfig:
     stages: dict[str, StageConfig] = field(default_factory=dict[str, StageConfig])
     "by name, in order; none: sparse attention for train.steps"
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)

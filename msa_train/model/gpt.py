@@ -37,6 +37,7 @@ from msa_train.model.attention.full import FullSelfAttention
 from msa_train.model.attention.msa import MsaSelfAttention
 from msa_train.model.attention.sliding_window import WindowSelfAttention
 from msa_train.model.extra_states import load_without_extra_states, without_extra_states
+from msa_train.model.head_observer import HeadObserver
 from msa_train.model.implementation import layer_classes
 from msa_train.model.layers.cross_entropy import linear_cross_entropy
 from msa_train.model.layers.fused_gate import FusedGate
@@ -64,6 +65,9 @@ class MsaGptModel(GPTModel):
     data-parallel ranks, so that every token weighs the same however packs are dealt and cut.
     """
 
+    observer: HeadObserver | None = None
+    "computes the loss in evaluations that look at single tokens"
+
     def _postprocess(self, hidden_states: Tensor, *, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
         if not self.post_process or labels is None:
             return super()._postprocess(hidden_states=hidden_states, labels=labels, **kwargs)
@@ -79,6 +83,8 @@ class MsaGptModel(GPTModel):
             weight = self.output_layer.weight
         assert weight is not None, "the last stage has the output weight"
         assert isinstance(self.config, MsaTransformerConfig), "built here"
+        if self.observer is not None:
+            return self.observer.losses(hidden.squeeze(1), weight, labels.squeeze(0), group)
         is_fused = self.config.is_fused
         return linear_cross_entropy(
             hidden.squeeze(1), weight, labels.squeeze(0), IGNORE_LABEL, group, is_fused=is_fused

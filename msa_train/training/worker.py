@@ -22,7 +22,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,15 +62,24 @@ from msa_train.training.engines.deepspeed_engine import DeepSpeedEngine
 from msa_train.training.engines.engine import TrainEngine
 from msa_train.training.engines.megatron_engine import MegatronEngine
 from msa_train.training.engines.torch_engine import TorchEngine
+from msa_train.training.evaluation_hook import evaluation_hook
 from msa_train.training.metrics.progress import Progress
 from msa_train.training.metrics.run_summary import report
 from msa_train.training.metrics.writer import MetricsWriter
 from msa_train.training.resume import resume
 from msa_train.training.trainer import Data, Reporting, Trainer
 
+Work = Callable[[RunConfig, torch.device, FaultWatch | None], bool]
+"what a rank does once it has joined the job; tells whether the run goes on in other processes"
+
 
 def run_worker(config: RunConfig) -> bool:
-    """Train as one rank of the job that RANK, LOCAL_RANK, WORLD_SIZE and MASTER_* describe.
+    """Train as one rank of the job, see `run_as_rank`."""
+    return run_as_rank(config, _work)
+
+
+def run_as_rank(config: RunConfig, work: Work) -> bool:
+    """Do something as one rank of the job that RANK, LOCAL_RANK, WORLD_SIZE and MASTER_* describe.
 
     Returns:
         Whether the run goes on in processes of another layout, see `runtime.next_stage`.
@@ -87,7 +96,7 @@ def run_worker(config: RunConfig) -> bool:
     init_distributed(device=device, timeout_s=config.launcher.timeout_s, say=_warn)
     watch = start_watch(config.launcher.timeout_s, end_by)
     try:
-        return _work(config, device, watch)
+        return work(config, device, watch)
     except Exception as error:
         # Where another rank failed, this one's error is a broken connection; the watch knows the true cause.
         ending = error if watch is None else watch.ending(error)
@@ -122,6 +131,7 @@ def _work(config: RunConfig, device: torch.device, watch: FaultWatch | None) -> 
     trainer = Trainer(config, groups, engine, data, store, reporting)
     # before the first step: which packs it has depends on what was passed over
     trainer.bad_steps.restore(resumed.bad_steps)
+    trainer.between = evaluation_hook(config, engine, data, reporting, first_step)
     last = trainer.run(first_step)
     # everything is saved; a signal now must not cut the report short
     preemption.ignore()

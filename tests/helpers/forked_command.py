@@ -4,6 +4,7 @@ As programs they spend nearly all of a small run on imports. What differs is how
 terminal, signals that come too early. Tests of that start the program.
 """
 
+import importlib
 import os
 import signal
 import subprocess
@@ -25,11 +26,20 @@ class ForkedCommand:
     """A running command; it has what tests need of `subprocess.Popen`."""
 
     def __init__(
-        self, arguments: Sequence[str], *, cwd: Path, environ: Mapping[str, str], stdout: str, stderr: str
+        self,
+        arguments: Sequence[str],
+        *,
+        cwd: Path,
+        environ: Mapping[str, str],
+        stdout: str,
+        stderr: str,
+        module: str = "launchers.train",
     ) -> None:
-        """stdout, stderr: names of files."""
+        """stdout, stderr: names of files; module: of the command."""
         self._process = fork_server.context().Process(
-            target=_run_command, args=(tuple(arguments), str(cwd), dict(environ), stdout, stderr), daemon=True
+            target=_run_command,
+            args=(tuple(arguments), str(cwd), dict(environ), stdout, stderr, module),
+            daemon=True,
         )
         self._process.start()
         self.pid: int = self._process.pid
@@ -79,7 +89,7 @@ class _Worker:
 
 
 def _run_command(
-    arguments: tuple[str, ...], cwd: str, environ: dict[str, str], stdout: str, stderr: str
+    arguments: tuple[str, ...], cwd: str, environ: dict[str, str], stdout: str, stderr: str, module: str
 ) -> None:
     fork_server.take_over(environ)
     os.chdir(cwd)
@@ -90,8 +100,7 @@ def _run_command(
         SubprocessHandler,
     )
 
-    from launchers.train import command
-
+    command = importlib.import_module(module).command
     started: Any = SubprocessHandler
     started._popen = _fork_worker
     command()

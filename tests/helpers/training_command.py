@@ -71,8 +71,8 @@ TINY = (
 class Training:
     """One start of the command. At the end of a `with` block nothing of it is left running."""
 
-    def __init__(self, *arguments: str, program: bool = False) -> None:
-        """program: as users start it; else forked, see `forked_command`."""
+    def __init__(self, *arguments: str, program: bool = False, module: str = "launchers.train") -> None:
+        """program: as users start it; else forked, see `forked_command`. module: of another command."""
         environ = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/kernels", "CUDA_VISIBLE_DEVICES": ""}
         # files, because nobody reads a pipe while a test waits for a step
         self._output = tempfile.NamedTemporaryFile()  # noqa: SIM115 (closed by __exit__)
@@ -80,7 +80,7 @@ class Training:
         self.process: subprocess.Popen[bytes] | ForkedCommand
         if program or not fork_server.is_usable():
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "launchers.train", *arguments],
+                [sys.executable, "-m", module, *arguments],
                 cwd=ROOT,
                 env=environ,
                 stdout=self._output,
@@ -88,7 +88,7 @@ class Training:
             )
         else:
             files = {"stdout": self._output.name, "stderr": self._errors.name}
-            self.process = ForkedCommand(arguments, cwd=ROOT, environ=environ, **files)
+            self.process = ForkedCommand(arguments, cwd=ROOT, environ=environ, module=module, **files)
 
     def __enter__(self) -> "Training":
         return self
@@ -160,9 +160,9 @@ class Training:
         wait_gone(processes)
 
 
-def train(*arguments: str, program: bool = False) -> str:
+def train(*arguments: str, program: bool = False, module: str = "launchers.train") -> str:
     """Run the command to a good end; returns its stdout. It has nothing to say on stderr."""
-    with Training(*arguments, program=program) as training:
+    with Training(*arguments, program=program, module=module) as training:
         code = training.end()
         assert code == 0, training.output + training.errors
         assert training.errors == ""

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from launchers import checkpoint, convert, plan, preflight, simulate, status, submit, train
+from launchers import checkpoint, convert, evaluate, plan, preflight, simulate, status, submit, train
 from launchers.cli.documentation import configuration_page
 from launchers.cli.simulate_arguments import read_question
 from launchers.hydra_config.compose import compose_run, known_keys
 from launchers.hydra_config.imported_options import write_conf
 from msa_train.config.cluster import ClusterConfig
+from msa_train.config.evaluation.rules import check_evaluation
 from msa_train.data.token_cache.store import write_store
 from tests.helpers import worked_example
 from tests.helpers.byte_tokenizer import byte_tokenizer_json
@@ -182,6 +183,13 @@ def try_train(words: list[str]) -> int:
     return train.main([*words, "data.cache_dir=cache", *([] if "--check" in given else ["--check"])])
 
 
+def try_eval(words: list[str]) -> int:
+    """The settings are composed; there is no checkpoint, and nobody looks for one."""
+    config = evaluate.of_evaluation(compose_run(words))
+    check_evaluation(config)
+    return 0
+
+
 def try_run_sh(words: list[str]) -> int:
     match words:
         case []:
@@ -257,6 +265,7 @@ def parsed_by(parser: Callable[[], object]) -> Callable[[list[str]], int]:
 TRIALS: dict[str, Callable[[list[str]], int]] = {
     "./run.sh": try_run_sh,
     "msa-train": try_train,
+    "msa-eval": try_eval,
     "msa-submit": try_submit,
     "msa-simulate": try_simulate,
     "msa-plan": try_plan,

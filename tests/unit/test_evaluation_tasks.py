@@ -134,7 +134,7 @@ def test_counts_of_frequent_words(material: Material) -> None:
     assert words.rank_counts(100, 5) == [60, 15, 6, 3, 2]
     sample = make("fwe", material, 8192)
     entries = sample.prompt.split()
-    counts = [entries.count(word) for word in ("....", *sample.references)]
+    counts = [entries.count(word) for word in ("...", *sample.references)]
     # how many words there are follows from the first count, to within its rounding
     num_words = round((counts[0] + 0.5) * words.rank_counts(10**6, 1)[0] ** -1 * 10**6)
     expected = words.rank_counts(num_words, 4)

@@ -45,12 +45,12 @@ class EvaluationConfig:
     "of the samples"
     selections: bool = True
     "measure how often MSA layers select the blocks that hold a needle, by layer and KV head"
-    position_packs: int = 0
-    "held-out packs whose loss is told by log2 of the position in the document; 0: none"
-    contexts: str = ""
-    "tokens before the last ones whose loss is compared, comma-separated, or auto: 1/8 to all; empty: none"
+    held_out_packs: int = 0
+    "held-out packs whose loss is told by log2 of the position, and with more and less context; 0: none"
+    contexts: str = "auto"
+    "tokens before the last ones, whose loss is compared, comma-separated; auto: 1/8 to all; empty: none"
     last_tokens: int = 0
-    "tokens whose loss is compared; 0: 4096, at most a quarter of the pack"
+    "tokens whose loss with more and less context is compared; 0: 4096, at most a quarter of the pack"
     haystack: str = ""
     "text file to hide needles in; empty: sentences are built"
     questions: str = ""

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 
 from msa_train.config.deepspeed.rules import check_deepspeed
+from msa_train.config.evaluation.rules import check_evaluation
 from msa_train.config.options import (
     BadStep,
     CpLayout,
@@ -63,6 +64,7 @@ def check_rules(config: RunConfig, *, world_size: int, has_gpu: bool) -> None:
         _training,
         check_optimizer_memory,
         _checkpoints,
+        check_evaluation,
     )
     # in this order: later rules divide by sizes that earlier ones have found positive
     for rule in rules:

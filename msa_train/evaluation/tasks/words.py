@@ -15,7 +15,7 @@ from itertools import accumulate, chain
 from msa_train.evaluation.tasks.sample import Draft, Draw, TooShortError
 
 _ASKED, _SHORT = 10, 4096
-_DOTS, _ZETA_2 = "....", math.pi**2 / 6
+_DOTS, _ZETA_2 = "...", math.pi**2 / 6
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,5 +30,6 @@ class Material:
             "wording": self.wording.name,
             "words": self.words.name,
             "haystack": self.sentences.name,
-            "digest": self.wording.digest,
+            "wording_digest": self.wording.digest,
+            "questions": self.questions[0].source if self.questions else "",
         }

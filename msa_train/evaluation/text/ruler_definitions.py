@@ -50,7 +50,7 @@ def load_wording(path: str) -> Wording:
         digest=hashlib.sha256(constants + needles).hexdigest()[:16],
         needle=needle,
         noise=noise,
-        assignment=("VAR {name} = {value} ", "VAR {name} = VAR {source} "),
+        assignment=("VAR {name} = {value}", "VAR {name} = VAR {source} "),
         is_official=True,
         **frames,
     )

@@ -1,0 +1,101 @@
+"""Evaluate a checkpoint as one rank of a job: what msa-eval starts in place of the training.
+
+    join, groups, data, engine    as in `worker`
+    load_newest                   the weights alone of checkpoint.load
+    Evaluator.run                 all tasks and lengths
+    log, table                    rank 0: evaluation.jsonl, TensorBoard, the terminal
+
+The engine is the training's, with its optimizer: what can be trained can be evaluated, in any layout.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from msa_train.checkpoint.find import ResumePoint
+from msa_train.checkpoint.load import load_newest, load_weights
+from msa_train.checkpoint.manifest import MANIFEST_NAME
+from msa_train.config import RunConfig, Stage, plan_stages, printable
+from msa_train.evaluation.evaluator import Evaluator
+from msa_train.evaluation.log import EvaluationLog
+from msa_train.evaluation.table import table_lines
+from msa_train.parallel.comm.fault_watch import FaultWatch, watched
+from msa_train.parallel.process_groups import build_groups, destroy_groups
+from msa_train.training.engines.engine import TrainEngine
+from msa_train.training.evaluation_hook import run_facts
+from msa_train.training.worker import build_engine, check_agreement, load_data, run_as_rank
+
+SOURCE = "msa-eval"
+
+
+def run_evaluation(config: RunConfig) -> None:
+    """Evaluate as one rank of the job; config.run_dir is the folder `evaluation` in the results' folder.
+
+    Raises:
+        Exception: whatever ends it, see `run_as_rank`.
+    """
+    run_as_rank(config, _evaluate)
+
+
+def _evaluate(config: RunConfig, device: torch.device, watch: FaultWatch | None) -> None:
+    """Build everything, load the weights, evaluate and report."""
+    with watched("set_up"):
+        groups = build_groups(
+            config.parallel,
+            device=device,
+            timeout_s=config.launcher.timeout_s,
+            exchange=config.exchange,
+            watch=watch,
+        )
+    data = load_data(config)
+    check_agreement(data, groups.device)
+    engine = build_engine(config, groups)
+    found = _load(config, engine)
+    stage = stage_of(config, found.meta)
+    engine.set_stage(stage)
+    is_first = groups.rank == 0
+    facts = _facts(config, found) if is_first else {}
+    evaluator = Evaluator(engine, data.validation.get, facts)
+    if is_first:
+        lines = (*found.messages, f"evaluating {found.path}, step {found.step}, stage {stage.name}")
+        for line in lines:
+            print(printable(line), flush=True)
+    rows = evaluator.run(found.step, source=SOURCE, within_stage=False)
+    if is_first:
+        folder = Path(config.run_dir).parent
+        notes = EvaluationLog(folder, tensorboard=config.logging.tensorboard).write(rows)
+        for line in (*table_lines(rows), *notes):
+            print(printable(line), flush=True)
+    with watched("end"):
+        dist.barrier()
+    destroy_groups(groups)
+
+
+def _load(config: RunConfig, engine: TrainEngine) -> ResumePoint:
+    """Load the weights of the newest sound checkpoint. All ranks call it."""
+
+    def load(found: ResumePoint) -> None:
+        weights, _ = load_weights(found.path, engine.sharded_state(loading=True)["model"])
+        engine.load_weights(weights)
+
+    found = load_newest(config, load)
+    if found is None:
+        raise ValueError("checkpoint.load=: there is no checkpoint to evaluate; name a run that has saved")
+    return found
+
+
+def stage_of(config: RunConfig, meta: dict[str, Any]) -> Stage:
+    """Find the stage that a checkpoint was last trained in, by its name; else the last one of the run."""
+    stages = plan_stages(config)
+    recorded = meta.get("stages") or [{}]
+    name = recorded[-1].get("name") if isinstance(recorded[-1], dict) else None
+    return next((stage for stage in stages if stage.name == name), stages[-1])
+
+
+def _facts(config: RunConfig, found: ResumePoint) -> dict[str, Any]:
+    manifest = (found.path / MANIFEST_NAME).read_bytes()
+    weights = f"sha256:{hashlib.sha256(manifest).hexdigest()[:16]}"
+    return run_facts(config, checkpoint=str(found.path), weights=weights)

@@ -18,7 +18,8 @@ def wilson(successes: float, count: float) -> tuple[float, float]:
     share, z2 = successes / count, _Z * _Z
     middle = (share + z2 / (2 * count)) / (1 + z2 / count)
     half = _Z / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count * count))
-    return max(middle - half, 0.0), min(middle + half, 1.0)
+    # exact where rounding would leave 1e-17
+    return max(middle - half, 0.0) if successes > 0 else 0.0, min(middle + half, 1.0)
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:

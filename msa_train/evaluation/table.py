@@ -23,7 +23,10 @@ def table_lines(rows: Sequence[Row]) -> list[str]:
             parts = [f"{_tokens(2 ** int(k))} {loss:.3f}" for k, (_, loss) in row["loss_by_log2"].items()]
             lines.append(f"loss from position on: {', '.join(parts)}")
         elif row["kind"] == "context_gain":
-            parts = [_context(int(context), one) for context, one in row["contexts"].items()]
+            parts = [
+                _context(int(context), one, is_first=not i)
+                for i, (context, one) in enumerate(row["contexts"].items())
+            ]
             lines.append(f"loss of the last {row['last_tokens']} tokens by context: {', '.join(parts)}")
     return lines
 
@@ -38,9 +41,10 @@ def _cells(row: Row) -> tuple[str, ...]:
     return row["task"], str(row["length"]), str(count), hits, accuracy, f"{row['nll_per_token']:.3f}", needle
 
 
-def _context(context: int, one: Row) -> str:
+def _context(context: int, one: Row, *, is_first: bool) -> str:
+    """Write the loss with a context, and the gain over the first one."""
     text = f"{_tokens(context)} {one['loss']:.3f}"
-    if not one["gain_interval"]:
+    if is_first or not one["gain_interval"]:
         return text
     low, high = one["gain_interval"]
     return f"{text} (gain {one['gain']:.3f} [{low:.3f}, {high:.3f}] of {one['documents']})"

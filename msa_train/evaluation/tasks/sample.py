@@ -159,7 +159,8 @@ class Draw:
             for unit, count in zip(more, self.counts.of(more), strict=True):
                 if count > left:
                     if len(taken) < least:
-                        raise TooShortError(f"needs at least {self.length - left + count} tokens")
+                        lacking = count * (least - len(taken)) - left
+                        raise TooShortError(f"needs some {self.length + lacking} tokens with this tokenizer")
                     return taken
                 left -= count
                 taken.append(unit)

@@ -27,7 +27,7 @@ def identity(config: RunConfig, stage: Stage) -> Row:
         "stage": stage.name,
         "rope": stage.rope.record(),
         "attention": stage.attention.value,
-        "topk": config.attention.topk,
+        "topk": stage.topk,
         "block_size": config.attention.block_size,
     }
 

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from msa_train.checkpoint.find import ResumePoint
+from msa_train.checkpoint.all_ranks import run_on_all_ranks
+from msa_train.checkpoint.find import ResumePoint, select_checkpoint
 from msa_train.checkpoint.load import load_newest, load_weights
 from msa_train.checkpoint.manifest import MANIFEST_NAME
 from msa_train.config import RunConfig, Stage, plan_stages, printable
+from msa_train.config.staging.views import has_layouts, layout_config
 from msa_train.evaluation.evaluator import Evaluator
 from msa_train.evaluation.log import EvaluationLog
 from msa_train.evaluation.table import table_lines
@@ -31,18 +33,22 @@ from msa_train.training.worker import build_engine, check_agreement, load_data, 
 SOURCE = "msa-eval"
 
 
-def run_evaluation(config: RunConfig) -> None:
+def run_evaluation(config: RunConfig) -> bool:
     """Evaluate as one rank of the job; config.run_dir is the folder `evaluation` in the results' folder.
+
+    Returns:
+        False: nothing goes on after it.
 
     Raises:
         Exception: whatever ends it, see `run_as_rank`.
     """
-    run_as_rank(config, _evaluate)
+    return run_as_rank(config, _evaluate)
 
 
-def _evaluate(config: RunConfig, device: torch.device, watch: FaultWatch | None) -> None:
+def _evaluate(config: RunConfig, device: torch.device, watch: FaultWatch | None) -> bool:
     """Build everything, load the weights, evaluate and report."""
     with watched("set_up"):
+        config = _own_layout(config)
         groups = build_groups(
             config.parallel,
             device=device,
@@ -72,6 +78,20 @@ def _evaluate(config: RunConfig, device: torch.device, watch: FaultWatch | None)
     with watched("end"):
         dist.barrier()
     destroy_groups(groups)
+    return False
+
+
+def _own_layout(config: RunConfig) -> RunConfig:
+    """Return the configuration of the stage that the checkpoint was trained in, with its layout."""
+    if not has_layouts(config):
+        return layout_config(config, plan_stages(config)[0].name)
+    name = run_on_all_ranks(lambda: _stage_name(config) if dist.get_rank() == 0 else "", None)[0]
+    return layout_config(config, name)
+
+
+def _stage_name(config: RunConfig) -> str:
+    found = select_checkpoint(config, full=False)
+    return stage_of(config, {} if found is None else found.meta).name
 
 
 def _load(config: RunConfig, engine: TrainEngine) -> ResumePoint:

@@ -57,7 +57,10 @@ def wait_for_step(cluster: SlurmCluster, run_dir: Path, step: int, job: str) -> 
 
 
 def test_demo_trains_over_two_nodes(cluster: SlurmCluster, data: tuple[str, ...], tmp_path: Path) -> None:
-    """2 nodes of 2 ranks, started by torch's agent: cp 2 inside each node, ep 2, dp 2; preflight before."""
+    """2 nodes of 2 ranks, started by torch's agent: cp 2 inside each node, ep 2, dp 2; preflight before.
+
+    After two steps the processes end for those of a stage with dp 4, in the same start of the job.
+    """
     run_dir = tmp_path / "run"
     job = submit(
         cluster,
@@ -69,6 +72,8 @@ def test_demo_trains_over_two_nodes(cluster: SlurmCluster, data: tuple[str, ...]
             "logging.attention_every=0",
             "logging.tensorboard=false",
         ),
+        *("stages=warmup", "stages.dense_warmup.tokens=4096", "stages.dense_warmup.attention=sparse"),
+        *("stages.sparse.parallel.cp_size=1", "stages.sparse.global_batch_size=4"),
         *("cluster.preflight=true", "cluster.exclude_bad_nodes=false"),
     )
     cluster.wait_for_job(job, ended, WITHIN_S)
@@ -78,6 +83,8 @@ def test_demo_trains_over_two_nodes(cluster: SlurmCluster, data: tuple[str, ...]
     for node in ("node1", "node2"):
         assert re.search(rf"{node}: 0 GPUs, \d+ CPUs, \d+ GB free, clock [+-]0\.\d+ s, link", text), text
     assert re.search(r"all-reduce of 16 MB: \d+ ms", text), text
+    assert "stage sparse: dp 4 x cp 1 x tp 1 x pp 1, ep 2, in processes of their own from step 3 on" in text
+    assert text.count("next stage: sparse, from step 2\n") == 1
     assert [row["step"] for row in read_metrics(run_dir)] == [1, 2, 3, 4]
     assert (run_dir / "checkpoints" / "step_00000004").is_dir()
     # what a job leaves behind to be read, and to be submitted by hand

@@ -27,7 +27,7 @@ def plan_stages(config: RunConfig) -> tuple[Stage, ...]:
     stages: list[Stage] = []
     for index, (name, stage) in enumerate(written.items()):
         first_step = stages[-1].last_step if stages else 0
-        sizes = _step_sizes(config, stage)
+        sizes = step_sizes(config, stage)
         if stage.tokens:
             num_steps = _steps_of(stage.tokens, sizes)
         elif index == len(written) - 1:
@@ -82,13 +82,18 @@ def plan_stages(config: RunConfig) -> tuple[Stage, ...]:
 
 
 @dataclass(slots=True, frozen=True)
-class _StepSizes:
+class StepSizes:
+    """Hold what the steps of a stage are made of."""
+
     seq_len: int
+    "tokens of a pack"
     global_batch_size: int
+    "packs of a step"
     alternate: Alternate
+    "steps with shorter packs"
 
 
-def _step_sizes(config: RunConfig, stage: StageConfig) -> _StepSizes:
+def step_sizes(config: RunConfig, stage: StageConfig) -> StepSizes:
     """Work out packs and tokens of a step; at least one of each, whatever is written."""
     seq_len = max(stage.seq_len or config.data.seq_len, 1)
     batch = stage.global_batch_size or stage.batch_tokens // seq_len or config.train.global_batch_size
@@ -96,10 +101,10 @@ def _step_sizes(config: RunConfig, stage: StageConfig) -> _StepSizes:
     if short.every > 0 and short.seq_len > 0:
         packs = short.global_batch_size or max(batch * seq_len // short.seq_len, 1)
         alternate = Alternate(every=short.every, seq_len=short.seq_len, global_batch_size=packs)
-    return _StepSizes(seq_len, max(batch, 1), alternate)
+    return StepSizes(seq_len, max(batch, 1), alternate)
 
 
-def _steps_of(tokens: int, sizes: _StepSizes) -> int:
+def _steps_of(tokens: int, sizes: StepSizes) -> int:
     """Return the fewest whole steps with at least as many tokens.
 
     Example: 100 tokens in steps of one pack of 32 are 4 steps. With 64 tokens in every 2nd step, 100 tokens
@@ -113,7 +118,7 @@ def _steps_of(tokens: int, sizes: _StepSizes) -> int:
     return cycles * short.every + min(-(-left // usual), short.every)
 
 
-def _same_packs(config: RunConfig, before: Stage, stage: StageConfig, sizes: _StepSizes) -> bool:
+def _same_packs(config: RunConfig, before: Stage, stage: StageConfig, sizes: StepSizes) -> bool:
     """Tell whether a stage goes on in the packs of the one before it."""
     if before.alternate.every or sizes.alternate.every:
         return False

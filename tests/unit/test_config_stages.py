@@ -4,9 +4,11 @@ import re
 
 import pytest
 
+from launchers.local.kernel_checks import check_kernel
 from msa_train.checkpoint.compatibility import check_recorded_stages
 from msa_train.config import (
     AlternateConfig,
+    AttentionKernel,
     DataConfig,
     EngineKind,
     KlTarget,
@@ -25,7 +27,7 @@ from msa_train.config import (
     total_steps,
 )
 from msa_train.config.lr_schedule import LearningRates, learning_rate, stage_rates
-from msa_train.config.staging.views import has_layouts, layouts
+from msa_train.config.staging.views import check_views, has_layouts, layouts
 
 
 def run_of(stages: dict[str, StageConfig], *, steps: int = 0, batch: int = 2) -> RunConfig:
@@ -230,6 +232,16 @@ def test_refused_in_one_stage(change: dict[str, object], text: str) -> None:
         setattr(part, name, value)
     with pytest.raises(ValueError, match="^" + re.escape(text)):
         check_rules(config, world_size=2, has_gpu=False)
+
+
+def test_topk_beyond_a_tile_names_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("msa_kernels.dispatch.has_triton", lambda: True)
+    config = run_of(three_stages(), steps=2)
+    config.attention.kernel = AttentionKernel.triton
+    # also a stage that this run does not reach
+    config.stages["long"].topk = 80
+    with pytest.raises(ValueError, match=r"topk=80: must be from 1 to 64.*\(in stages\.long\)$"):
+        check_views(config, lambda view: check_kernel(view, on_gpu=True))
 
 
 def without_kl(config: RunConfig) -> None:

@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 
 from msa_train.config.options import Recompute, StageRecompute
 from msa_train.config.run import RunConfig, TrainConfig
-from msa_train.config.stage_plan import plan_stages
+from msa_train.config.stage_plan import plan_stages, step_sizes
 from msa_train.config.stages import StageConfig, StageParallelConfig
 from msa_train.config.staging.stage import Stage
 
@@ -119,24 +119,20 @@ def check_views(config: RunConfig, check: Callable[[RunConfig], None]) -> None:
     """
     if not config.stages:
         check(config)
-    for stage in plan_stages(config) if config.stages else ():
-        given = config.stages[stage.name]
-        single = replace(layout_config(config, stage.name), stages={})
-        lengths = [(stage.seq_len, stage.global_batch_size, "")]
-        if stage.alternate.every:
-            lengths.append((stage.alternate.seq_len, stage.alternate.global_batch_size, "alternate."))
+    # those behind train.steps too: the run may be made longer
+    for name, given in config.stages.items():
+        sizes, single = step_sizes(config, given), replace(layout_config(config, name), stages={})
+        lengths = [(sizes.seq_len, sizes.global_batch_size, "")]
+        if sizes.alternate.every:
+            lengths.append((sizes.alternate.seq_len, sizes.alternate.global_batch_size, "alternate."))
         for seq_len, batch, of in lengths:
+            train = replace(single.train, global_batch_size=batch, steps=max(config.train.steps, 1))
             try:
-                check(
-                    replace(
-                        single,
-                        data=replace(config.data, seq_len=seq_len),
-                        train=replace(single.train, global_batch_size=batch, steps=max(stage.last_step, 1)),
-                        attention=replace(config.attention, topk=stage.topk),
-                    )
-                )
+                attention = replace(config.attention, topk=given.topk or config.attention.topk)
+                data = replace(config.data, seq_len=seq_len)
+                check(replace(single, data=data, train=train, attention=attention))
             except ValueError as error:
-                raise ValueError(_renamed(str(error), stage.name, given, of)) from error
+                raise ValueError(_renamed(str(error), name, given, of)) from error
 
 
 def _renamed(text: str, name: str, given: StageConfig, of: str) -> str:

@@ -8,6 +8,7 @@ the same work at once, and no rank has to wait for another to learn that a key i
 """
 
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
@@ -44,7 +45,10 @@ TYPE_NAMES = {
     dict: "{key: value}",
 }
 # mappings whose keys are not ours to know
-_FREE_PREFIXES = ("deepspeed.raw.",)
+_FREE_KEYS = re.compile(r"(deepspeed\.raw|data\.mixture|stages\.\w+\.mixture)(\..*)?")
+"below these any name may stand; rules say what is wrong with one"
+_FREE_TEXT = re.compile(r"data\.mixture\.\w+\.corpus")
+"of them those whose values are text"
 
 
 def compose_run(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> RunConfig:
@@ -63,7 +67,7 @@ def compose_run(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> R
     written = [hydra_override(text) for text in overrides]
     # Which stages there are depends on the run, so the choices are composed once without any value of a
     # stage. Only then is it known which keys `stages.NAME.KEY` exist.
-    given = [text for text in written if not text.startswith("stages.")]
+    given = [text for text in written if not text.lstrip("+").startswith("stages.")]
     composed, stages = _without_stage_values(given, config_dirs)
     keys = known_keys(stages)
     schema = OmegaConf.structured(RunConfig)
@@ -141,9 +145,9 @@ def hydra_override(text: str) -> str:
     # every key exists, so that a leading + changes nothing; Hydra would refuse it
     text = text.lstrip("+")
     key = text.partition("=")[0]
-    if f"{key}.".startswith(_FREE_PREFIXES):
+    if _FREE_KEYS.fullmatch(key):
         # what is below need not exist yet
-        return f"++{text}"
+        return f"++{literal(text) if _FREE_TEXT.fullmatch(key) else text}"
     return literal(text) if key in OPTION_GROUPS or key in text_keys() else text
 
 
@@ -253,7 +257,9 @@ def _check_value(text: str, override: Override, keys: dict[str, Any], schema: An
     """
     key, value = override.key_or_group, text.partition("=")[2]
     check_references(key, value)
-    if key.startswith(_FREE_PREFIXES):
+    free = _FREE_KEYS.fullmatch(key)
+    # below a key that there is, so that a misspelt stage does not become a new one
+    if free and free[2] and free[1] in keys:
         return
     if key not in keys:
         raise ValueError(f"{key}={value}: {_unknown_key(key, keys)}")

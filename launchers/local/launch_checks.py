@@ -177,12 +177,15 @@ def check_files(config: RunConfig, *, say: Callable[[str], None], hand_on: bool 
     with quick_imports():
         from msa_train.checkpoint import data_record
         from msa_train.checkpoint.find import find_to_resume
-        from msa_train.data import load_datasets, prepare_corpus
+        from msa_train.data import load_datasets
+        from msa_train.data.run_data import load_mixture, prepare_run
         from msa_train.evaluation.inputs import check_inputs
 
     vocab_size = config.model.vocab_size
-    corpus = prepare_corpus(config.data, vocab_size=vocab_size, log=say, run_dir=config.run_dir)
-    if not hand_on:
+    corpus = prepare_run(config, log=say)
+    if not hand_on and config.data.mixture:
+        load_mixture(config, corpus)[1].make_all()
+    elif not hand_on:
         for seq_len in pack_lengths(config):
             data = replace(config.data, seq_len=seq_len)
             block_size = config.attention.block_size

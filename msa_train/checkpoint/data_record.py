@@ -15,6 +15,7 @@ from typing import Any
 from msa_train.checkpoint.compatibility import planned_samples
 from msa_train.checkpoint.find import ResumePoint
 from msa_train.config import RunConfig, plan_stages, stage_at
+from msa_train.config.mixture.rules import stage_weights
 from msa_train.data import Corpus
 from msa_train.runtime.atomic_files import write_json
 
@@ -51,6 +52,8 @@ class DataRecord:
     "share of the documents that is held out"
     global_batch_size: int
     "packs per step"
+    weights: dict[str, Any] = field(default_factory=dict[str, Any])
+    "of the mixture's sources and their buckets, by stage; empty without a mixture"
     since_step: int = 0
     "updates made before the first one with these data"
     before: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
@@ -60,7 +63,7 @@ class DataRecord:
 def record_of(config: RunConfig, corpus: Corpus) -> DataRecord:
     """Make the record of a run that begins."""
     return DataRecord(
-        corpus=config.data.corpus,
+        corpus=corpus.description if corpus.sources else config.data.corpus,
         tokenizer=config.data.tokenizer,
         content=corpus.content,
         tokenizer_content=corpus.tokenizer,
@@ -69,6 +72,10 @@ def record_of(config: RunConfig, corpus: Corpus) -> DataRecord:
         seed=config.data.seed,
         validation_fraction=config.data.validation_fraction,
         global_batch_size=config.train.global_batch_size,
+        weights={
+            stage: {name: asdict(weight) for name, weight in weights.items()}
+            for stage, weights in stage_weights(config).items()
+        },
     )
 
 
@@ -101,6 +108,7 @@ def resume_record(
     meta = found.meta.get("data")
     then: dict[str, Any] = meta if isinstance(meta, dict) else {}
     changes = [*_changes(now, then, found.step), *_batch_change(config, found)]
+    changes += _weight_changes(config, now, then, found.step)
     # the run's history, whatever its settings are now
     now.since_step, now.before = then.get("since_step", 0), then.get("before", [])
     notes = _length_change(config, found)
@@ -145,6 +153,23 @@ def _changes(now: DataRecord, then: dict[str, Any], step: int) -> list[tuple[str
             rule = f"data.{key}={getattr(now, key)}: {origin} data.{key}={then[key]}, {why}"
             changes.append((rule, f"use data.{key}={then[key]}"))
     return changes
+
+
+def _weight_changes(
+    config: RunConfig, now: DataRecord, then: dict[str, Any], step: int
+) -> list[tuple[str, str]]:
+    """Say that a stage that has begun weighs its sources in another way: its packs would be others.
+
+    Stages that are still to come may change.
+    """
+    for stage in plan_stages(config):
+        old = then.get("weights", {}).get(stage.name)
+        if stage.first_step < step and old is not None and old != now.weights.get(stage.name):
+            key = f"stages.{stage.name}.mixture" if config.stages else "data.mixture"
+            rule = f"{key}: the checkpoint of step {step} was trained with other weights in this stage, so "
+            rule += "documents would come twice and others late"
+            return [(rule, f"use those of the run's config.yaml, or change a stage that begins after {step}")]
+    return []
 
 
 def _others(changes: list[tuple[str, str]]) -> str:

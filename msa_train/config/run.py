@@ -1,6 +1,7 @@
 """Describe everything about a run apart from the model's shape."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from msa_train.config.deepspeed.settings import DeepSpeedConfig
 from msa_train.config.evaluation.settings import EvaluationConfig
@@ -82,6 +83,8 @@ class DataConfig:
 
     corpus: str = "stdlib"
     "'stdlib' (source files of this Python), or a file, folder or glob of text, JSONL or Megatron .bin/.idx"
+    mixture: dict[str, Any] = field(default_factory=dict[str, Any])
+    "in place of corpus: sources by name, each {corpus: PATH, weight: 1, buckets: {128K-512K: 1}}"
     tokenizer: str = "bytes"
     "'bytes', or the path of a tokenizer.json"
     special_tokens: bool = False

@@ -6,6 +6,7 @@ section 4 has two: the main branch runs full attention while the index branch le
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from msa_train.config.options import KlTarget, StageAttention, StageRecompute, StageRope, StageSchedule
 
@@ -84,3 +85,5 @@ class StageConfig:
     "how many times longer than rope_original_length; 0: model.rope_factor"
     rope_original_length: int = 0
     "yarn: tokens of the length before the extension; 0: model.rope_original_length"
+    mixture: dict[str, Any] = field(default_factory=dict[str, Any])
+    "weights of the stage's sources, as {books: 1, code: {over_512K: 1}}; empty: those of data.mixture"

@@ -7,8 +7,10 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
+import numpy.typing as npt
 
 from msa_train.data.carried.fragments import Fragments, join
+from msa_train.data.origin import PackOrigin
 from msa_train.data.pack_index import EpochOrder, PackTable, table_of
 from msa_train.data.packing import IGNORE_LABEL, Pack, Packs, pack_documents
 from msa_train.data.split import DocumentView, TokenReader
@@ -31,6 +33,7 @@ class PackedDataset:
         seed: order of documents and packs.
         table: the packing, where it is mapped; None: made here.
         reader: reads tokens, where `view` is a function.
+        origin: tells where documents come from, by the first tokens of their pieces: [n] int64.
     """
 
     def __init__(
@@ -42,12 +45,14 @@ class PackedDataset:
         seed: int,
         table: PackTable | None = None,
         reader: TokenReader | None = None,
+        origin: Callable[[npt.NDArray[np.integer]], PackOrigin] | None = None,
     ) -> None:
         self._given_view = view
         self._seq_len = seq_len
         self._block_size = block_size
         self._table = table or pack_view(self.view, seq_len=seq_len, block_size=block_size, seed=seed)
         self._reader = reader or self.view.reader
+        self.origin = origin
         self._orders: dict[int, EpochOrder] = {}
         self._lock = threading.Lock()
 
@@ -130,7 +135,8 @@ class PackedDataset:
             tokens[position : position + count] = text[:count]
             # a piece that is cut off has a label at its last token too; the document's last token has none
             labels[position : position + len(text) - 1] = text[1:]
-        return Pack(tokens, labels, cu_seqlens, length.astype(np.int32))
+        origin = self.origin and self.origin(table.begin[pieces])
+        return Pack(tokens, labels, cu_seqlens, length.astype(np.int32), origin)
 
     def left_in_epoch(self, epoch: int, used: int) -> Fragments:
         """Return what the packs of an epoch from number `used` on hold: [n] stretches of documents.

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from msa_train.data.orders import order_of, shuffled
+from msa_train.data.origin import PackOrigin
 
 IGNORE_LABEL = -100
 _CHUNK_PIECES = 1 << 20
@@ -40,6 +41,8 @@ class Pack:
     "[num_docs + 1] int32, block-aligned starts; the first is 0, the last is seq_len"
     doc_lengths: npt.NDArray[np.int32]
     "[num_docs] int32, real tokens of each document; the rest of its slot is padding"
+    origin: PackOrigin | None = None
+    "where its documents come from; None where nobody tells"
 
     @property
     def num_tokens(self) -> int:
@@ -59,6 +62,11 @@ class Pack:
 
 class Packs(Protocol):
     """Number packs without end, from 0 on; the same ones on all ranks."""
+
+    @property
+    def num_packs(self) -> int:
+        """Return the packs of one epoch."""
+        ...
 
     def __getitem__(self, index: int) -> Pack:
         """Build pack number `index`."""

@@ -1,11 +1,10 @@
-"""Prepare the data settings for training: find or build the token files, split them, pack them."""
+"""Prepare the data settings for training: find or build the token files, and check them."""
 
 import os
 import time
 from array import array
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from msa_train.config import DataConfig
-from msa_train.data import pack_index
-from msa_train.data.corpora.documents import iterate_documents
+from msa_train.data.corpora.documents import iterate_made
 from msa_train.data.corpora.sources import INDEXED_SUFFIXES, Source, find_indexed, find_source
-from msa_train.data.dataset import PackedDataset, pack_view
 from msa_train.data.errors import corpus_error
-from msa_train.data.pack_index import PackTable
-from msa_train.data.split import (
-    DocumentView,
-    TokenReader,
-    check_labels,
-    choose_held_out,
-    hash_indices,
-    hash_name,
-    split_store,
-)
+from msa_train.data.split import check_labels, choose_held_out, hash_indices, hash_name
 from msa_train.data.token_cache.cache import (
     DOCUMENTS_NAME,
     Documents,
@@ -38,6 +26,7 @@ from msa_train.data.token_cache.cache import (
     read_documents,
     read_findings,
     write_documents,
+    write_makings,
 )
 from msa_train.data.token_cache.store import TokenStore, write_store
 from msa_train.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
@@ -74,6 +63,12 @@ class Corpus:
     "bytes of each file beside the prefix, by name"
     description: str
     "one line for the log"
+    sources: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+    "of a mixture: the same of each of its sources, by name"
+
+    def source(self, name: str) -> "Corpus":
+        """Return what was prepared of one source of a mixture."""
+        return Corpus(**self.sources[name])
 
 
 def prepare_corpus(data: DataConfig, *, vocab_size: int, log: Log | None = None, run_dir: str = "") -> Corpus:
@@ -104,121 +99,6 @@ def prepare_corpus(data: DataConfig, *, vocab_size: int, log: Log | None = None,
     corpus = _describe_indexed(data, TokenStore(prefix, corpus=data.corpus), vocab_size)
     log(corpus.description)
     return corpus
-
-
-def load_datasets(
-    data: DataConfig, *, block_size: int, vocab_size: int, prepared: Corpus | None = None
-) -> tuple[PackedDataset, PackedDataset | None, Corpus]:
-    """Load training packs, validation packs (None if nothing is held out) and the corpus.
-
-    Args:
-        data: the settings.
-        block_size: alignment of documents in a pack.
-        vocab_size: rows of the embedding.
-        prepared: what `prepare_corpus` returned for these settings: every worker is given it, so that all
-            train on what was announced, and nobody looks for files or compares checksums again.
-
-    Raises:
-        ValueError: one line naming the setting, what is wrong and the fix.
-    """
-    corpus = prepared or prepare_corpus(data, vocab_size=vocab_size)
-    _check_unchanged(data, corpus)
-    store = TokenStore(corpus.prefix, corpus=data.corpus)
-    packed = _map_packs(data, corpus, store, block_size, vocab_size)
-    if packed is None:
-        views = _split(data, corpus, store, vocab_size)
-        packed = [
-            view and PackedDataset(view, seq_len=data.seq_len, block_size=block_size, seed=data.seed)
-            for view in views
-        ]
-    train_packs, validation_packs = packed
-    assert train_packs is not None, "a corpus has at least one document to train on"
-    return train_packs, validation_packs, corpus
-
-
-def _split(
-    data: DataConfig, corpus: Corpus, store: TokenStore, vocab_size: int
-) -> tuple[DocumentView, DocumentView | None]:
-    """Return the documents to train on, and those held out."""
-    if corpus.num_bytes is None:
-        # documents of a .bin/.idx have no names: their places are hashed
-        hashes = hash_indices(store.num_documents)
-    else:
-        hashes = read_documents(Path(corpus.prefix).parent).hashes
-    return split_store(store, hashes, fraction=data.validation_fraction, vocab_size=vocab_size)
-
-
-def _pack_side(view: DocumentView | None, sizes: dict[str, int]) -> PackTable:
-    """Pack one side of the split; an empty table where nothing is held out."""
-    return pack_index.empty_table(**sizes) if view is None else pack_view(view, **sizes)
-
-
-def _given(view: DocumentView | None) -> DocumentView:
-    assert view is not None, "its packs were asked for"
-    return view
-
-
-def _map_packs(
-    data: DataConfig, corpus: Corpus, store: TokenStore, block_size: int, vocab_size: int
-) -> list[PackedDataset | None] | None:
-    """Map the packings of a large corpus; None where it is small, or the cache cannot be written to."""
-    if corpus.num_documents < pack_index.MIN_DOCUMENTS:
-        return None
-    try:
-        root = cache_root(data)
-    except ValueError:
-        # a .bin/.idx is used in place and needs no cache
-        return None
-    facts = [corpus.content, data.validation_fraction, data.seq_len, block_size, data.seed]
-    folder = pack_index.index_folder(root, facts)
-
-    @cache
-    def views() -> tuple[DocumentView, DocumentView | None]:
-        return _split(data, corpus, store, vocab_size)
-
-    sizes = {"seq_len": data.seq_len, "block_size": block_size, "seed": data.seed}
-    result: list[PackedDataset | None] = []
-    for side, name in enumerate(("train", "validation")):
-        # how many are held out is known where the split was made
-        table = pack_index.mapped_table(
-            folder / name,
-            lambda side=side: _pack_side(views()[side], sizes),
-            seed=data.seed,
-            block_size=block_size,
-        )
-        if table is None:
-            return None
-        result.append(
-            PackedDataset(
-                lambda side=side: _given(views()[side]),
-                table=table,
-                reader=TokenReader(store, vocab_size),
-                **sizes,
-            )
-            if table.num_documents
-            else None
-        )
-    views.cache_clear()
-    store.forget_documents()
-    return result
-
-
-def _check_unchanged(data: DataConfig, corpus: Corpus) -> None:
-    """Compare sizes with those that were seen when the corpus was prepared, perhaps on another machine."""
-    # sizes alone: every worker asks, and checksums were compared when the corpus was prepared
-    for name, size in corpus.sizes.items():
-        path = Path(corpus.prefix).with_name(name)
-        try:
-            found = path.stat().st_size
-        except OSError as error:
-            raise corpus_error(
-                data.corpus, f"{path} cannot be read here ({error.strerror}); share it"
-            ) from error
-        if found != size:
-            raise corpus_error(
-                data.corpus,
-                f"{path} has {found} bytes, {size} when the run was prepared; start the run again",
-            )
 
 
 def _describe_indexed(data: DataConfig, store: TokenStore, vocab_size: int) -> Corpus:
@@ -275,11 +155,12 @@ def _write_files(
     data: DataConfig, source: Source, tokenizer: Tokenizer, folder: Path, log: Log
 ) -> dict[str, Any]:
     # lists of Python's numbers would take 120 bytes for a document instead of 24
-    hashes, num_bytes, num_tokens = array("Q"), array("q"), array("q")
+    hashes, num_bytes, num_tokens, makings = array("Q"), array("q"), array("q"), array("B")
 
     def documents() -> Iterator[npt.NDArray[np.int32]]:
         # counts grow while the store is written, so that the text is tokenized once
-        for names, texts in _batches(data, source, tokenizer, log):
+        for names, texts, made_by in _batches(data, source, tokenizer, log):
+            makings.extend(made_by)
             for name, text, tokens in zip(names, texts, tokenizer.encode_batch(texts), strict=True):
                 hashes.append(hash_name(name))
                 num_bytes.append(len(text))
@@ -294,6 +175,7 @@ def _write_files(
         raise corpus_error(data.corpus, "holds no text, all documents are empty; give another path")
     arrays = (np.array(hashes, np.uint64), np.array(num_bytes, np.int64), np.array(num_tokens, np.int64))
     write_documents(folder / DOCUMENTS_NAME, Documents(*arrays))
+    write_makings(folder, np.array(makings, np.uint8))
     return {
         "source": source.description,
         "num_documents": len(hashes),
@@ -307,27 +189,30 @@ def _write_files(
 
 def _batches(
     data: DataConfig, source: Source, tokenizer: Tokenizer, log: Log
-) -> Iterator[tuple[list[str], list[bytes]]]:
+) -> Iterator[tuple[list[str], list[bytes], list[int]]]:
     """Yield documents that are not empty, in batches large enough to keep the tokenizer's threads busy."""
     names: list[str] = []
     texts: list[bytes] = []
+    made_by: list[int] = []
     batch_bytes = total_bytes = total_documents = 0
     next_report = time.monotonic() + _REPORT_EVERY_S
-    for name, text in iterate_documents(source, text_field=data.text_field, needs_utf8=tokenizer.needs_utf8):
+    documents = iterate_made(source, text_field=data.text_field, needs_utf8=tokenizer.needs_utf8)
+    for name, text, making in documents:
         if not text:
             continue
         names.append(name)
         texts.append(text)
+        made_by.append(making)
         batch_bytes += len(text)
         if batch_bytes >= _BATCH_BYTES:
-            yield names, texts
+            yield names, texts, made_by
             total_bytes, total_documents = total_bytes + batch_bytes, total_documents + len(names)
-            names, texts, batch_bytes = [], [], 0
+            names, texts, made_by, batch_bytes = [], [], [], 0
             if time.monotonic() >= next_report:
                 log(f"tokenized {total_documents:,} documents, {total_bytes / 1e6:.0f} MB")
                 next_report = time.monotonic() + _REPORT_EVERY_S
     if names:
-        yield names, texts
+        yield names, texts, made_by
 
 
 def _read_cache(data: DataConfig, folder: Path, source: Source, tokenizer: Tokenizer) -> Corpus:

@@ -9,42 +9,29 @@ Cost of a new stream: see `carried.packs`. Going on within one costs nothing.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 from msa_train.config import RunConfig, Stage, plan_stages
 from msa_train.data import BatchStream, Pack, PackedDataset
-from msa_train.data.carried.fragments import Fragments, split_short, whole_documents
-from msa_train.data.carried.packs import CarriedPacks, Rest, packs_of, unite
+from msa_train.data.carried.packs import Rest
+from msa_train.data.carried.streams import Stream, build_stream, passed_over
+from msa_train.data.mixture.stages import MixedStages, MixedStream
 from msa_train.parallel.process_groups import Groups
 
 NO_SHIFT = (0, 0)
 
 
-@dataclass(slots=True)
-class _Stream:
-    """Hold the packs of one stream: usual ones, and those of alternate steps where there are any."""
-
-    usual: CarriedPacks
-    short: CarriedPacks | None
-    documents: tuple[Fragments, Fragments] | None
-    "all documents of both kinds of packs, where there are two"
-
-    def rest(self, usual: int, short: int) -> Rest:
-        """Return what is left of the documents after so many packs of each kind."""
-        if self.short is None or self.documents is None:
-            return self.usual.rest(usual)
-        return unite([self.usual.rest(usual), self.short.rest(short)], self.documents)
-
-
 class StagePacks:
     """Open the packs of stages, one after another."""
 
-    def __init__(self, config: RunConfig, whole: Mapping[int, PackedDataset]) -> None:
-        """Take the packs of all documents, by their length; nothing is read or packed yet."""
+    def __init__(
+        self, config: RunConfig, whole: Mapping[int, PackedDataset], mixed: MixedStages | None = None
+    ) -> None:
+        """Take the packs of all documents, by their length, or a mixture; nothing is read or packed yet."""
         self.config, self.stages, self._whole = config, plan_stages(config), whole
-        self._streams: dict[tuple[int, tuple[tuple[int, int], ...]], _Stream] = {}
+        self._mixed = mixed
+        self._streams: dict[tuple[int, tuple[tuple[int, int], ...]], Stream] = {}
         "by index, and by what rollbacks have passed over before"
 
     def open(self, stage: Stage, rollbacks: Sequence[Mapping[str, Any]]) -> "StageStream":
@@ -54,10 +41,13 @@ class StagePacks:
             stage: of the run.
             rollbacks: of the run so far, as `SkipPolicy` records them.
         """
+        if self._mixed is not None:
+            mixed = self._mixed.open(stage, rollbacks)
+            return StageStream(stage, mixed, passed_over([stage], stage.stream, rollbacks))
         shift = passed_over(self.stages, stage.stream, rollbacks)
         return StageStream(stage, self._stream(stage.stream, rollbacks), shift)
 
-    def _stream(self, index: int, rollbacks: Sequence[Mapping[str, Any]]) -> _Stream:
+    def _stream(self, index: int, rollbacks: Sequence[Mapping[str, Any]]) -> Stream:
         """Return a stream; those before it, from which it follows, are built with it."""
         streams = [number for number in dict.fromkeys(s.stream for s in self.stages) if number <= index]
         shifts = tuple(passed_over(self.stages, number, rollbacks) for number in streams)
@@ -65,7 +55,8 @@ class StagePacks:
         for place, number in enumerate(streams):
             key = (number, shifts[:place])
             if key not in self._streams:
-                self._streams[key] = self._build(self.stages[number], rest)
+                stage = self.stages[number]
+                self._streams[key] = build_stream(self.config, stage, self._whole[stage.seq_len], rest)
             stream = self._streams[key]
             if number != index:
                 last = [stage for stage in self.stages if stage.stream == number][-1]
@@ -75,46 +66,11 @@ class StagePacks:
         assert stream is not None, "a stage has a stream"
         return stream
 
-    def _build(self, stage: Stage, rest: Rest) -> _Stream:
-        sizes: dict[str, int] = {
-            "block_size": self.config.attention.block_size,
-            "seed": self.config.data.seed,
-        }
-        whole, short = self._whole[stage.seq_len], stage.alternate
-        if not short.every:
-            return _Stream(CarriedPacks(whole, rest, seq_len=stage.seq_len, **sizes), None, None)
-        tokens = short.global_batch_size * short.seq_len
-        usual_tokens = (short.every - 1) * stage.global_batch_size * stage.seq_len
-        share = tokens / (tokens + usual_tokens)
-        seed = sizes["seed"]
-
-        def split(part: Fragments) -> tuple[Fragments, Fragments]:
-            return split_short(part, share=share, seq_len=short.seq_len, seed=seed)
-
-        documents = split(whole_documents(whole.view.begin, whole.view.lengths))
-        if not all(len(side) for side in documents):
-            raise ValueError(
-                f"stages.{stage.name}.alternate.every={short.every}: the corpus has too few documents for "
-                f"packs of two lengths; use more documents, or stages.{stage.name}.alternate.every=0"
-            )
-        rounds = [split(part) for part in rest.rounds]
-        lengths = (stage.seq_len, short.seq_len)
-        usual_packs, short_packs = (
-            CarriedPacks(
-                packs_of(whole, documents[side], seq_len=lengths[side], **sizes),
-                Rest(tuple(both[side] for both in rounds if len(both[side])), rest.epoch),
-                seq_len=lengths[side],
-                **sizes,
-            )
-            for side in (0, 1)
-        )
-        return _Stream(usual_packs, short_packs, documents)
-
 
 class StageStream:
     """Read the packs of a stage's steps, each step's while the one before computes."""
 
-    def __init__(self, stage: Stage, stream: _Stream, shift: tuple[int, int] = NO_SHIFT) -> None:
+    def __init__(self, stage: Stage, stream: Stream | MixedStream, shift: tuple[int, int] = NO_SHIFT) -> None:
         self.stage, self._shift = stage, shift
         self._usual = BatchStream(stream.usual)
         self._short = None if stream.short is None else BatchStream(stream.short)
@@ -147,26 +103,3 @@ class StageStream:
         self._usual.close()
         if self._short is not None:
             self._short.close()
-
-
-def passed_over(
-    stages: Sequence[Stage], stream: int, rollbacks: Sequence[Mapping[str, Any]]
-) -> tuple[int, int]:
-    """Count the packs of a stream that rollbacks have passed over: usual ones, and shorter ones.
-
-    A rollback from step 7 to the checkpoint of step 4 passes over the packs of steps 5 to 7; what it passes
-    over of a later stream comes again, in other packs.
-    """
-    usual = short = 0
-    own = [stage for stage in stages if stage.stream == stream]
-    first, last = own[0].first_step, own[-1].last_step
-    for event in rollbacks:
-        begin, end = event.get("to_step"), event.get("from_step")
-        if not (isinstance(begin, int) and isinstance(end, int) and first <= begin < last):
-            continue
-        for stage in own:
-            low, high = max(begin, stage.first_step), min(end, stage.last_step)
-            if low < high:
-                before, after = stage.packs_before(low), stage.packs_before(high)
-                usual, short = usual + after[0] - before[0], short + after[1] - before[1]
-    return usual, short

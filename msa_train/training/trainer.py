@@ -21,7 +21,7 @@ exchanged first: ranks that decided on their own would meet in different collect
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -38,6 +38,8 @@ from msa_train.config.lr_schedule import LearningRates, stage_rates
 from msa_train.config.staging.notes import stage_note
 from msa_train.config.staging.views import layout_config
 from msa_train.data import Corpus, PackedDataset
+from msa_train.data.mixture.packs import MixedPacks
+from msa_train.data.mixture.stages import MixedStages
 from msa_train.parallel.comm.fault_watch import own_standing, tell_others, watched
 from msa_train.parallel.process_groups import Groups
 from msa_train.runtime import preemption
@@ -66,12 +68,14 @@ class Data:
 
     train: dict[int, PackedDataset]
     "packs by their length in tokens, in which stages may differ"
-    validation: dict[int, PackedDataset | None]
+    validation: Mapping[int, PackedDataset | MixedPacks | None]
     "held-out packs by the same lengths; None where nothing is held out"
     corpus: Corpus
     "the documents that all of these are cut from"
     record: DataRecord
     "kept in every checkpoint"
+    mixed: MixedStages | None = None
+    "of a run with a mixture, in place of `train`"
 
 
 @dataclass(slots=True)
@@ -99,7 +103,7 @@ class Trainer:
         self.config, self.groups, self.engine, self.data = config, groups, engine, data
         self.store, self.reporting = store, reporting
         self.stages, self.total_steps = plan_stages(config), total_steps(config)
-        self.packs = StagePacks(config, data.train)
+        self.packs = StagePacks(config, data.train, data.mixed)
         self.next_stage: Stage | None = None
         "set if the run ended here as the next step is for processes of another layout"
         self.metrics = StepMetrics(config, groups)

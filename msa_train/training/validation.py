@@ -6,11 +6,12 @@ import torch
 import torch.distributed as dist
 
 from msa_train.data import Corpus, PackedDataset
+from msa_train.data.mixture.packs import MixedPacks
 from msa_train.parallel.comm.fault_watch import watched
 from msa_train.training.engines.engine import TrainEngine
 
 
-def validate(engine: TrainEngine, dataset: PackedDataset, corpus: Corpus) -> dict[str, float]:
+def validate(engine: TrainEngine, dataset: PackedDataset | MixedPacks, corpus: Corpus) -> dict[str, float]:
     """Compute the mean loss, nats per token, of the same held-out packs each time. All ranks call it.
 
     Attention is that of the engine's stage.

@@ -49,6 +49,7 @@ from msa_train.config import (
 )
 from msa_train.config.staging.views import has_layouts, layout_config
 from msa_train.data import load_datasets
+from msa_train.data.run_data import load_mixture
 from msa_train.model.transformer_config import DTYPES
 from msa_train.parallel.comm.fault_watch import FaultWatch, watched
 from msa_train.parallel.comm.job import init_distributed, start_watch
@@ -209,6 +210,9 @@ def load_data(config: RunConfig) -> Data:
     train, validation = {}, {}
     given = handed_on(config)
     prepared, record = given or (None, None)
+    if config.data.mixture:
+        corpus, mixed = load_mixture(config, prepared)
+        return Data({}, mixed.validations(), corpus, record or record_of(config, corpus), mixed)
     for seq_len in pack_lengths(config):
         train[seq_len], validation[seq_len], corpus = load_datasets(
             replace(config.data, seq_len=seq_len),
@@ -238,7 +242,8 @@ def check_agreement(data: Data, device: torch.device) -> None:
     if largest != smallest:
         raise ValueError(
             f"data.corpus={data.record.corpus}: is not the same on all machines, {socket.gethostname()} has "
-            f"{data.corpus.prefix}; put run_dir, data.corpus and data.cache_dir on disks that all share"
+            f"{data.corpus.prefix or data.corpus.description}; put run_dir, data.corpus and data.cache_dir "
+            "on disks that all share"
         )
 
 

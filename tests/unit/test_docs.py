@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from launchers import checkpoint, convert, evaluate, plan, preflight, simulate, status, submit, train
+from launchers import checkpoint, convert, data, evaluate, plan, preflight, simulate, status, submit, train
 from launchers.cli.documentation import configuration_page
 from launchers.cli.simulate_arguments import read_question
 from launchers.hydra_config.compose import compose_run, known_keys
@@ -272,6 +272,7 @@ TRIALS: dict[str, Callable[[list[str]], int]] = {
     "msa-status": try_status,
     "msa-convert": parsed_by(convert._parser),
     "msa-checkpoint": parsed_by(checkpoint._parser),
+    "msa-data": parsed_by(data._parser),
     "msa-preflight": parsed_by(preflight._parser),
     "pytest": try_pytest,
     "python": try_python,

@@ -8,14 +8,8 @@ from collections.abc import Callable
 
 from msa_train.config.deepspeed.rules import check_deepspeed
 from msa_train.config.evaluation.rules import check_evaluation
-from msa_train.config.options import (
-    BadStep,
-    CpLayout,
-    EngineKind,
-    OptimizerKind,
-    Precision,
-    QkNorm,
-)
+from msa_train.config.mixture.rules import check_mixture
+from msa_train.config.options import BadStep, CpLayout, EngineKind, OptimizerKind, Precision, QkNorm
 from msa_train.config.rope.rules import check_rope
 from msa_train.config.rules.exchange import check_exchange
 from msa_train.config.rules.experts import check_dispatcher, check_expert_tiles
@@ -52,6 +46,7 @@ def check_rules(config: RunConfig, *, world_size: int, has_gpu: bool) -> None:
         ValueError: naming the value, the rule and the fix.
     """
     rules: tuple[Callable[[RunConfig], None], ...] = (
+        check_mixture,
         check_finite_numbers,
         check_sizes,
         _names,

@@ -133,9 +133,8 @@ def packs_of(
         reader = whole.reader
         return DocumentView(reader.store, fragments.begin, fragments.length, reader.vocab_size)
 
-    return PackedDataset(
-        view, seq_len=seq_len, block_size=block_size, seed=seed, table=table, reader=whole.reader
-    )
+    sizes = {"seq_len": seq_len, "block_size": block_size, "seed": seed}
+    return PackedDataset(view, table=table, reader=whole.reader, origin=whole.origin, **sizes)
 
 
 def unite(rests: Sequence[Rest], documents: Sequence[Fragments]) -> Rest:

@@ -13,6 +13,7 @@ import zstandard
 from msa_train.data.corpora.lines import BoundError, iterate_lines
 from msa_train.data.corpora.sources import Source, SourceFile
 from msa_train.data.errors import corpus_error, unreadable
+from msa_train.data.origin import MADE_BY
 
 # Git's rule for what is not text; it also catches UTF-16, images and compressed files.
 _BINARY_PROBE_BYTES = 8192
@@ -46,14 +47,24 @@ def iterate_documents(source: Source, *, text_field: str, needs_utf8: bool) -> I
     Raises:
         ValueError: naming the file, and the line of a JSONL file, that is not as it should be.
     """
+    for name, text, _ in iterate_made(source, text_field=text_field, needs_utf8=needs_utf8):
+        yield name, text
+
+
+def iterate_made(source: Source, *, text_field: str, needs_utf8: bool) -> Iterator[tuple[str, bytes, int]]:
+    """Do as `iterate_documents`, and tell how each was made, as a place in origin.MADE_BY.
+
+    A record of JSONL says so in its field "provenance", as `msa-data prepare` writes it.
+    """
     if source.is_stdlib:
-        yield from _grouped_documents(source)
+        for name, text in _grouped_documents(source):
+            yield name, text, 0
         return
     for file in source.files:
         if file.is_jsonl:
             yield from _jsonl_documents(source.corpus, file, text_field)
         else:
-            yield file.document, _read_text(source.corpus, file, needs_utf8)
+            yield file.document, _read_text(source.corpus, file, needs_utf8), 0
 
 
 def _grouped_documents(source: Source) -> Iterator[tuple[str, bytes]]:
@@ -120,7 +131,7 @@ def _utf8_error(text: bytes) -> int | None:
     return None
 
 
-def _jsonl_documents(corpus: str, file: SourceFile, text_field: str) -> Iterator[tuple[str, bytes]]:
+def _jsonl_documents(corpus: str, file: SourceFile, text_field: str) -> Iterator[tuple[str, bytes, int]]:
     # number: of the last line read, so that an error names the next one
     number = 0
     # .json is the name of other things too
@@ -131,7 +142,8 @@ def _jsonl_documents(corpus: str, file: SourceFile, text_field: str) -> Iterator
             for number, line in enumerate(iterate_lines(file.name, stream), 1):
                 if line.strip():
                     place = f"{file.path}:{number}"
-                    yield f"{file.document}:{number}", _record_text(corpus, place, line, text_field, fix)
+                    text, made_by = _record_text(corpus, place, line, text_field, fix)
+                    yield f"{file.document}:{number}", text, made_by
             _check_unchanged(corpus, file, stream)
     except BoundError as error:
         raise corpus_error(corpus, f"{file.path}:{number + 1} {error}") from error
@@ -139,7 +151,7 @@ def _jsonl_documents(corpus: str, file: SourceFile, text_field: str) -> Iterator
         raise unreadable(corpus, f"{file.path}:{number + 1}", error) from error
 
 
-def _record_text(corpus: str, place: str, line: bytes, text_field: str, fix: str) -> bytes:
+def _record_text(corpus: str, place: str, line: bytes, text_field: str, fix: str) -> tuple[bytes, int]:
     try:
         record: object = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -158,8 +170,14 @@ def _record_text(corpus: str, place: str, line: bytes, text_field: str, fix: str
             corpus, f"{place} has no string in field data.text_field={text_field}; correct the line"
         )
     try:
-        return text.encode("utf-8")
+        return text.encode("utf-8"), _making(fields.get("provenance"))
     except UnicodeEncodeError as error:
         raise corpus_error(
             corpus, f"{place} holds half of a surrogate pair, which is no character; correct the line"
         ) from error
+
+
+def _making(provenance: object) -> int:
+    """Return the place in MADE_BY; 0, as it was found, for what others may have put into the field."""
+    made_by = cast(dict[str, object], provenance).get("made_by") if isinstance(provenance, dict) else None
+    return MADE_BY.index(made_by) if isinstance(made_by, str) and made_by in MADE_BY else 0

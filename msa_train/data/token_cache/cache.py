@@ -5,6 +5,7 @@ CACHE_DIR/
     0123456789abcdef01234567/   named by the corpus' files and the tokenizer
         corpus.bin, corpus.idx      tokens, see store.py
         documents.dat               [3, num_documents] 64-bit little-endian: hash of the name, bytes, tokens
+        provenance.dat              [num_documents] uint8, how each was made; only where one was joined
         corpus.json                 sizes and CRC-32 of these files
     ....partial-*/              being written, or left by a crash
 
@@ -37,6 +38,7 @@ FORMAT = 2
 FULL_CHECK_BYTES = 8 << 30
 "above this only samples of a file are compared with its checksum"
 DOCUMENTS_NAME, MANIFEST_NAME = "documents.dat", "corpus.json"
+MAKINGS_NAME = "provenance.dat"
 _NAMES = ("corpus.bin", "corpus.idx", DOCUMENTS_NAME)
 
 
@@ -106,7 +108,8 @@ def build(data: DataConfig, folder: Path, write: Callable[[Path], dict[str, Any]
 
 
 def _publish(partial: Path, folder: Path, summary: dict[str, Any]) -> None:
-    files = {name: _entry(partial / name) for name in _NAMES}
+    names = [*_NAMES, *(name for name in (MAKINGS_NAME,) if (partial / name).exists())]
+    files = {name: _entry(partial / name) for name in names}
     manifest = {"format": FORMAT, **summary, "files": files}
     (partial / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     sync_tree(partial)
@@ -146,6 +149,29 @@ def read_documents(folder: Path) -> Documents:
     return Documents(hashes, num_bytes.view(np.int64), num_tokens.view(np.int64))
 
 
+def write_makings(folder: Path, made_by: npt.NDArray[np.uint8]) -> None:
+    """Write how each document was made, see origin.MADE_BY; no file where all are as they were found."""
+    if made_by.any():
+        made_by.astype(np.uint8).tofile(folder / MAKINGS_NAME)
+
+
+def read_makings(folder: Path, num_documents: int) -> npt.NDArray[np.uint8] | None:
+    """Map how each document was made: [num_documents] uint8; None where all are as they were found.
+
+    Raises:
+        ValueError: if the file has another size.
+    """
+    path = folder / MAKINGS_NAME
+    if not path.exists():
+        return None
+    if path.stat().st_size != num_documents:
+        raise ValueError(
+            f"data.cache_dir: {folder} is damaged ({MAKINGS_NAME} has not {num_documents} bytes); remove it, "
+            "and it is built again"
+        )
+    return np.memmap(path, np.uint8, mode="r")
+
+
 def read_findings(folder: Path) -> list[str]:
     """Read what the tokenizer had to say about the corpus; nothing in caches of earlier versions."""
     try:
@@ -170,7 +196,9 @@ def check_cache(data: DataConfig, folder: Path) -> tuple[str, dict[str, int]]:
     try:
         files: dict[str, dict[str, int]] = json.loads((folder / MANIFEST_NAME).read_bytes())["files"]
         entries = {name: files[name] for name in _NAMES}
-        reasons = [f"{name}: {reason}" for name in _NAMES if (reason := _damage(folder / name, files[name]))]
+        # how documents were made is no part of their content, which a digest tells
+        listed = [*_NAMES, *(name for name in (MAKINGS_NAME,) if name in files)]
+        reasons = [f"{name}: {reason}" for name in listed if (reason := _damage(folder / name, files[name]))]
         # by the recorded checksums, so that a check by samples gives the same digest as a full one
         content = digest(entries[name][key] for name in _NAMES for key in ("size", "crc32"))
         sizes = {name: entry["size"] for name, entry in entries.items()}

@@ -111,6 +111,27 @@ class TokenStore:
             self._edges = ends[self._dataset.document_indices]
         return self._edges
 
+    def documents_at(
+        self, places: npt.NDArray[np.integer]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Find the documents that tokens belong to, by a binary search in the mapped .idx.
+
+        Args:
+            places: [n] tokens, counted from the start of the .bin.
+
+        Returns:
+            Number and length in tokens of each one's document, [n] int64 each. Example: documents of 3 and 2
+            tokens, places [1, 3] -> [0, 1] and [3, 2].
+        """
+        index, first = self._dataset.index, self._dataset.document_indices
+        size = self._dtype.itemsize
+        # the last one that begins there: empty sequences and documents before it hold no token
+        sequence = np.searchsorted(index.sequence_pointers, places * size, side="right") - 1
+        document = np.searchsorted(first, sequence, side="right") - 1
+        last = np.asarray(first[document + 1]) - 1
+        end = index.sequence_pointers[last] // size + index.sequence_lengths[last]
+        return document, end - index.sequence_pointers[first[document]] // size
+
     def forget_documents(self) -> None:
         """Free the edges of documents; they are worked out again where they are asked for."""
         self._edges = None

@@ -26,6 +26,7 @@ from msa_train.config import (
     StageAttention,
 )
 from msa_train.config.recompute import replays_attention
+from msa_train.data.origin import OriginCounter
 from msa_train.model.gpt import MsaGptModel
 from msa_train.model.layers.moe import SigmoidRouter
 from msa_train.model.transformer_config import DTYPES
@@ -81,6 +82,7 @@ class StepMetrics:
         kinds = config.model.attention_kinds()
         self.msa_layers = [i + 1 for i, kind in enumerate(kinds) if kind is AttentionKind.msa]
         self.block_layers = [i + 1 for i, kind in enumerate(kinds) if kind is not AttentionKind.full]
+        self.origins = OriginCounter(list(config.data.mixture))
         self.moe_layers = list(range(config.model.num_dense_ffn_layers + 1, config.model.num_layers + 1))
 
     def gather(
@@ -105,6 +107,10 @@ class StepMetrics:
             "experts": _by_layer(stats.tokens_per_expert, self.moe_layers, (model.num_experts,)),
             "attention": _by_layer(stats.attention, self.msa_layers, self._probe_shape(batch, stage)),
             "exchange": _by_layer(stats.exchange, self.block_layers, (2,)),
+            "origins": torch.tensor(
+                self.origins.count([(pack.origin, pack.doc_lengths) for pack in batch.packs]),
+                dtype=torch.float64,
+            ),
             "traffic": _by_purpose(result.counters.traffic.received),
             "exposed": _by_purpose(exposed),
         }
@@ -121,6 +127,7 @@ class StepMetrics:
             "padding_share": 1 - batch.num_tokens / (batch.num_packs * stage.seq_len),
             "grad_norm": result.grad_norm,
         }
+        values |= self.origins.shares(sums["origins"].tolist())
         values |= self._kl(batch, sums["kl"], stage)
         values |= self._selected(batch, sums["selected"], stage)
         if batch.recall_seed is not None:

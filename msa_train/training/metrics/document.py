@@ -41,6 +41,7 @@ _SECTIONS: tuple[tuple[str, str, Sequence[Metric]], ...] = (
         registry.OPTIMIZER,
     ),
     ("Speed and memory", "", registry.SPEED),
+    ("Data", "Where the tokens come from, see [data](data.md); summary.json has their mean.", registry.DATA),
     (
         "Selection against full attention",
         "Every `logging.attention_every` steps, of sampled queries of the step's first pack that see more "

@@ -23,6 +23,7 @@ class Parts(Enum):
     groups = '`{"layer03": [number of each KV group]}`'
     distances = '`{"layer03": {"distance4": number or null}}`'
     purposes = '`{"kv": number}`'
+    shares = '`{"books": number}`'
     keys = "`[key]`"
 
 
@@ -35,6 +36,8 @@ class Chart(Enum):
     lr = ("training", "learning rate")
     speed = ("training", "tokens per second")
     padding = ("training", "padding")
+    lengths = ("training", "tokens by the length of their documents")
+    sources = ("training", "tokens by source")
     selected = ("key/value exchange", "f: share of remote blocks selected, per layer and group")
     bytes_moved = ("key/value exchange", "bytes moved, and what an all-gather would move")
     waits = ("key/value exchange", "seconds that a rank waits, by purpose")
@@ -56,6 +59,7 @@ class InSummary(Enum):
     first_and_last = ("first", "last")
     total = ("total",)
     last = ("last",)
+    mean = ("mean",)
     last_as_it_is = ("",)
 
 

@@ -79,6 +79,16 @@ SPEED = (
     Metric("memory_gib", "memory of the largest process: of a GPU, the most that was allocated so far",
            "GiB", _max, "memory/memory_gib", chart=Chart.memory, in_summary=InSummary.last_as_it_is),
 )
+DATA = (
+    Metric("tokens_by_bucket", "shares of the step's real tokens by the length of the whole document",
+           "", _ratio, "data/bucket_@", Parts.shares, Chart.lengths, in_summary=InSummary.mean),
+    Metric("tokens_by_source", "shares by source of `data.mixture`",
+           "", _ratio, "data/source_@", Parts.shares, Chart.sources, in_summary=InSummary.mean),
+    Metric("tokens_by_source_bucket", "shares by both, as `books_8K-32K`; absent where 0",
+           "", _ratio, "data/part_@", Parts.shares, in_summary=InSummary.mean),
+    Metric("tokens_by_making", "shares by how `msa-data prepare` made documents; absent if none",
+           "", _ratio, "data/making_@", Parts.shares, in_summary=InSummary.mean),
+)
 SELECTION = (
     Metric("block_recall", "share of the `topk` blocks with most attention that were selected",
            "", _ratio, "attention/block_recall", chart=Chart.block_recall,
@@ -167,7 +177,7 @@ CHECKPOINTS = (
 )
 # fmt: on
 
-METRICS = (*LINE, *LOSSES, *OPTIMIZER, *SPEED, *SELECTION, *EXCHANGE, *EXPERTS, *CHECKPOINTS)
+METRICS = (*LINE, *LOSSES, *OPTIMIZER, *SPEED, *DATA, *SELECTION, *EXCHANGE, *EXPERTS, *CHECKPOINTS)
 
 # Keys of files that an earlier version wrote
 _RENAMED = {"f": "kv_selected_fraction_by_layer"}

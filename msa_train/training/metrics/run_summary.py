@@ -97,10 +97,20 @@ def _from_metrics(last: dict[str, Any], history: list[dict[str, Any]]) -> dict[s
     for key in _keys_of(InSummary.last):
         if key in last:
             summary[f"{_FIELDS.get(key, key)}_last"] = last[key]
+    for key in _keys_of(InSummary.mean):
+        shares = _mean_shares([row[key] for row in history if isinstance(row.get(key), dict)])
+        if shares:
+            summary[f"{key}_mean"] = shares
     for key in _keys_of(InSummary.last_as_it_is):
         if key in last:
             summary[key] = last[key]
     return summary
+
+
+def _mean_shares(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Return the mean of each share over the written steps; {"a": 1} and {"b": 1} -> 0.5 of either."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: sum(row.get(name, 0.0) for row in rows) / len(rows) for name in names}
 
 
 def _keys_of(kind: InSummary) -> list[str]:
@@ -115,6 +125,13 @@ def _loss_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         if metric.title and f"{metric.key}_last" in summary:
             first, last = summary[f"{metric.key}_first"], summary[f"{metric.key}_last"]
             rows.append((metric.title, f"{first:.3f} -> {last:.3f}"))
+    for key, title in (
+        ("tokens_by_source", "tokens by source"),
+        ("tokens_by_making", "by how made"),
+    ):
+        shares = summary.get(f"{key}_mean", {})
+        if shares:
+            rows.append((title, ", ".join(f"{name} {share:.1%}" for name, share in shares.items())))
     if summary["tokens_per_s_median"]:
         rate = f"{format_count(summary['tokens_per_s_median'])} tokens/s (median)"
         rows.append(("speed", f"{rate}, {format_duration(summary['seconds_this_start'])} this start"))

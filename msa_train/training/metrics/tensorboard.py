@@ -11,7 +11,7 @@ _TAGS = {metric.key: metric.tag for metric in METRICS if metric.tag}
 
 def _pattern(metric: Metric) -> str:
     """Make the regular expression that the tags of a metric match."""
-    index = ".*" if metric.parts is Parts.purposes else "layer.*"
+    index = ".*" if metric.parts in (Parts.purposes, Parts.shares) else "layer.*"
     return metric.tag.replace("@", index) + "$"
 
 

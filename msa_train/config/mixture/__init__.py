@@ -1,0 +1,1 @@
+"""Describe mixtures of data: named sources, weights, and classes of documents by their length."""

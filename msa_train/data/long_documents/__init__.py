@@ -1,0 +1,1 @@
+"""Make long documents honestly: of what belongs together, with a record of how."""

@@ -22,7 +22,7 @@ from msa_train.config.evaluation.settings import (
     task_names,
 )
 from msa_train.config.stage_plan import longest_seq_len
-from msa_train.data import PackedDataset
+from msa_train.data import Packs
 from msa_train.data.tokenizers.tokenizer import build_tokenizer
 from msa_train.evaluation.inputs import load_material, make_sample
 from msa_train.evaluation.rows import Row, context_row, identity, position_row, task_row
@@ -51,7 +51,7 @@ class Evaluator:
     """Evaluate the model of an engine, as often as asked, always with the same samples."""
 
     def __init__(
-        self, engine: EvaluatedEngine, held_out: Callable[[int], PackedDataset | None], facts: Row
+        self, engine: EvaluatedEngine, held_out: Callable[[int], Packs | None], facts: Row
     ) -> None:
         """Load what samples are written with.
 

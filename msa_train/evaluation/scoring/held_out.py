@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from msa_train.data import PackedDataset
+from msa_train.data import Packs
 from msa_train.evaluation.intervals import mean_interval
 from msa_train.evaluation.scoring.engine import EvaluatedEngine
 from msa_train.evaluation.scoring.packs import Document
@@ -20,7 +20,7 @@ from msa_train.evaluation.scoring.tokens import run_documents, sum_over_ranks
 _NUM_BINS = 40
 
 
-def held_out_documents(dataset: PackedDataset, num_packs: int) -> list[npt.NDArray[np.int64]]:
+def held_out_documents(dataset: Packs, num_packs: int) -> list[npt.NDArray[np.int64]]:
     """Take the documents, or the pieces of long ones, of the first packs: [n] tokens each."""
     documents: list[npt.NDArray[np.int64]] = []
     for number in range(min(num_packs, dataset.num_packs)):

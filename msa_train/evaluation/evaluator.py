@@ -50,9 +50,7 @@ class Plan:
 class Evaluator:
     """Evaluate the model of an engine, as often as asked, always with the same samples."""
 
-    def __init__(
-        self, engine: EvaluatedEngine, held_out: Callable[[int], Packs | None], facts: Row
-    ) -> None:
+    def __init__(self, engine: EvaluatedEngine, held_out: Callable[[int], Packs | None], facts: Row) -> None:
         """Load what samples are written with.
 
         Args:

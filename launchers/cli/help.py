@@ -29,6 +29,7 @@ KEYS = {
     "train.global_batch_size=N": "sequences per step",
     "optim.lr=X": "peak learning rate",
     "checkpoint.every=N": "steps between checkpoints",
+    "evaluation.every=N": "steps between evaluations of long contexts; msa-eval evaluates a checkpoint",
     "checkpoint.load=PATH": "another run to start from",
 }
 

@@ -31,7 +31,7 @@ from msa_train.evaluation.scoring.held_out import gain_from_context, held_out_do
 from msa_train.evaluation.scoring.needle_rate import NeedleRate
 from msa_train.evaluation.scoring.samples import score_samples
 from msa_train.evaluation.shared_samples import own_indices, share_samples
-from msa_train.evaluation.tasks.sample import TokenCounts
+from msa_train.evaluation.tasks.sample import Sample, TokenCounts
 from msa_train.evaluation.undisturbed import undisturbed
 from msa_train.parallel.comm.fault_watch import watched
 from msa_train.runtime import preemption
@@ -99,24 +99,31 @@ class Evaluator:
         for length, task in plan.cells:
             if self._is_asked_to_stop():
                 return
-            yield self._task(length, task)
+            yield from self._task(length, task)
         if self.settings.held_out_packs and not self._is_asked_to_stop():
             yield from self._held_out()
 
-    def _task(self, length: int, task: str) -> Row:
-        """Measure a task at a length."""
+    def _task(self, length: int, task: str) -> Iterator[Row]:
+        """Measure a task at a length; no row where no sample fits."""
         settings, groups = self.settings, self.engine.groups
-        own = [
-            make_sample(settings, self.material, self.counts, task, length, index)
-            for index in own_indices(settings.samples, groups)
-        ]
+        own = [self._sample(task, length, index) for index in own_indices(settings.samples, groups)]
         samples = share_samples(own, settings.samples, groups)
+        if not samples:
+            return
         rate = None
         if settings.selections and NeedleRate.is_measured(self.engine) and samples[0].needles:
             rate = NeedleRate(self.config, groups, samples)
         scores = score_samples(self.engine, samples, needle_rate=rate)
         rates = None if rate is None else rate.rates()
-        return task_row(samples, scores, rates, settings.depths)
+        yield task_row(samples, scores, rates, settings.depths) | {"asked_for": settings.samples}
+
+    def _sample(self, task: str, length: int, index: int) -> Sample | None:
+        """Make a sample; None where it does not fit, as a question whose documents are too long."""
+        try:
+            return make_sample(self.settings, self.material, self.counts, task, length, index)
+        except ValueError:
+            # the first sample was made before anything started; a later one ends no training
+            return None
 
     def _held_out(self) -> Iterator[Row]:
         """Measure held-out documents of the stage's length; nothing where none are held out."""

@@ -24,24 +24,21 @@ def own_indices(count: int, groups: Groups) -> list[int]:
     return list(range(groups.rank, count, groups.world_size))
 
 
-def share_samples(own: Sequence[Sample], count: int, groups: Groups) -> list[Sample]:
+def share_samples(own: Sequence[Sample | None], count: int, groups: Groups) -> list[Sample]:
     """Give every rank all samples, in the order of their numbers. All ranks call it.
 
     Args:
-        own: those of `own_indices`, in order.
+        own: those of `own_indices`, in order; None for what did not fit, which all ranks do without.
         count: of all ranks.
         groups: of this rank.
     """
-    waiting, samples = list(own), []
+    waiting, samples = list(own), list[Sample]()
     for number in range(count):
         source = number % groups.world_size
-        content = b""
-        if source == groups.rank:
-            samples.append(waiting.pop(0))
-            content = to_bytes(samples[-1])
-        received = _broadcast(content, source, groups)
-        if source != groups.rank:
-            samples.append(from_bytes(received))
+        sample = waiting.pop(0) if source == groups.rank else None
+        received = _broadcast(b"" if sample is None else to_bytes(sample), source, groups)
+        if received:
+            samples.append(from_bytes(received) if sample is None else sample)
     return samples
 
 

@@ -18,7 +18,7 @@ from msa_train.evaluation.picture import colour, heat_map
 from msa_train.evaluation.rows import context_row, depth_bin, position_row, task_row
 from msa_train.evaluation.scoring.held_out import ContextLoss
 from msa_train.evaluation.scoring.samples import SampleScore
-from msa_train.evaluation.shared_samples import from_bytes, own_indices, to_bytes
+from msa_train.evaluation.shared_samples import from_bytes, own_indices, share_samples, to_bytes
 from msa_train.evaluation.table import table_lines
 from msa_train.evaluation.tasks.sample import Needle, Sample
 
@@ -216,3 +216,11 @@ def test_tokenizer_with_more_words_than_the_model_is_refused() -> None:
     config.model.vocab_size = 100
     with pytest.raises(ValueError, match=r"data.tokenizer=bytes: has 257 words"):
         check_inputs(config, lambda _line: None)
+
+
+def test_samples_that_do_not_fit_are_left_out() -> None:
+    class Groups:
+        rank, world_size = 0, 1
+
+    shared = share_samples([sample(0), None, sample(2)], 3, Groups())  # type: ignore[arg-type]
+    assert [one.index for one in shared] == [0, 2]

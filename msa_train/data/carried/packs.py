@@ -9,7 +9,9 @@ the end of c; packs of 16 tokens hold these first, and then a to d again, in the
 
 Cost: every rank finds what is left of n pieces once per start and change of length. Packing it costs what
 packing documents costs; where packings of all documents are on disk (`pack_index`), this one is too, made
-once and mapped. Sizes by arithmetic, for 100M documents: 6 GB while it is found, 1.7 GB kept.
+once and mapped. Measured with 1M documents, a third of their packs of 8,192 tokens used: 0.12 s of a core to
+find what is left, 0.13 s to pack it for 65,536. By arithmetic, for 100M documents: 6 GB while it is found,
+1.7 GB kept.
 """
 
 from collections.abc import Sequence

@@ -2,8 +2,11 @@
 
 Each source is a corpus of its own: tokenized, split and kept as data.corpus would be. Opening one maps its
 files; a part of a large source has its own files in the cache's packs/, with as many bytes per document as
-one corpus has, see `pack_index`. Every start splits each source once more to count its buckets: for 100M
-documents as long again as data.corpus takes for its check of labels.
+one corpus has, see `pack_index`. Every start splits each source once more, to count its buckets.
+
+Measured with one source of 4M documents in three buckets, on one core: the launcher needs 0.5 s to prepare
+and count it, the first process to pack it 1.4 s and 66 MB of disk, each later one 0.05 s; the first pack of
+an epoch 0.3 s. By arithmetic 100M documents take 13 s, 35 s, 1.7 GB and 8 s.
 """
 
 from collections.abc import Mapping

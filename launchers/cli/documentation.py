@@ -75,14 +75,14 @@ PAGES: dict[str, Callable[[], str]] = {"configuration": configuration_page}
 
 def _groups() -> str:
     """Write the table of groups: every file of conf/ with the first comment in it."""
-    rows = [
-        f"| `{group}` | `{name}` | {_cell(text)} |"
-        for group in (*OPTION_GROUPS, CLUSTER)
-        for name, text in group_options(group).items()
-    ]
-    return "\n".join(
-        ["## Groups and their options", "", "| group | option | what it is |", "|---|---|---|", *rows]
-    )
+    rows: list[str] = []
+    for group in (*OPTION_GROUPS, CLUSTER):
+        options = group_options(group)
+        # a row for each run, which people choose among; small groups in a row each, for a page is short
+        apart = group == "run"
+        told = [f"`{name}`: {_cell(text)}" if text else f"`{name}`" for name, text in options.items()]
+        rows += [f"| `{group}` | {cell} |" for cell in (told if apart else ["; ".join(told)])]
+    return "\n".join(["## Groups and their options", "", "| group | options |", "|---|---|", *rows])
 
 
 def _sections() -> Iterator[str]:

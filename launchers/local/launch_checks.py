@@ -39,6 +39,8 @@ from msa_train.config.staging.views import check_views, layouts
 
 # without a GPU: enough to show context parallelism on any laptop
 CPU_PROCESSES = 2
+# documents: one of each kind of packs, one held out
+_TWO_LENGTHS = 3
 # of NVIDIA's driver, of WSL, of AMD's
 GPU_DEVICE_FILES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 
@@ -183,6 +185,7 @@ def check_files(config: RunConfig, *, say: Callable[[str], None], hand_on: bool 
 
     vocab_size = config.model.vocab_size
     corpus = prepare_run(config, log=say)
+    _check_alternate(config, corpus.num_documents)
     if not hand_on and config.data.mixture:
         load_mixture(config, corpus)[1].make_all()
     elif not hand_on:
@@ -198,6 +201,17 @@ def check_files(config: RunConfig, *, say: Callable[[str], None], hand_on: bool 
         check_inputs(config, say)
     if hand_on:
         data_record.hand_on(config, corpus, record)
+
+
+def _check_alternate(config: RunConfig, num_documents: int) -> None:
+    """Refuse packs of two lengths in a stage where the corpus has no documents for both, one held out."""
+    for name, stage in config.stages.items():
+        if stage.alternate.every and num_documents < _TWO_LENGTHS:
+            raise ValueError(
+                f"stages.{name}.alternate.every={stage.alternate.every}: deals documents to packs of two "
+                f"lengths, and data.corpus={config.data.corpus} has {num_documents}; use at least "
+                f"{_TWO_LENGTHS}, or stages.{name}.alternate.every=0"
+            )
 
 
 def set_worker_environment(config: RunConfig, layout: Layout) -> None:

@@ -60,6 +60,9 @@ def test_join_and_split() -> None:
     assert len(rest) + len(short) == len(LENGTHS)
     assert 0.3 <= short.num_tokens / documents.num_tokens < 0.35
     assert short.length.max() <= 64
+    for share in (0.01, 0.99):
+        few = split_short(documents.take(np.arange(len(documents)) < 2), share=share, seq_len=64, seed=1)
+        assert [len(side) for side in few] == [1, 1]
     assert split_short(documents, share=0.3, seq_len=64, seed=2)[1].begin.tolist() != short.begin.tolist()
 
 

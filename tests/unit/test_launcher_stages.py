@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from launchers.cli.command_line import NEXT_STAGE, STOPPED
+from launchers.local import launch_checks
 from launchers.local.stage_starts import start_stages
+from msa_train.config import AlternateConfig, RunConfig, StageConfig
 from msa_train.runtime import preemption
 from msa_train.runtime.next_stage import MARK_NAME, VARIABLE, NextStage, asked_stage, read_next, write_next
 from msa_train.runtime.preemption import read_stopped
@@ -66,3 +68,12 @@ def test_mark_that_is_missing_or_damaged(tmp_path: Path) -> None:
     (tmp_path / MARK_NAME).write_text(json.dumps({"step": "10"}))
     with pytest.raises(ValueError, match="is damaged"):
         read_next(tmp_path)
+
+
+def test_one_document_is_not_dealt_to_two_lengths() -> None:
+    config = RunConfig(stages={"long": StageConfig()})
+    launch_checks._check_alternate(config, 1)
+    config.stages["long"].alternate = AlternateConfig(every=3, seq_len=1024)
+    launch_checks._check_alternate(config, 3)
+    with pytest.raises(ValueError, match=r"^stages\.long\.alternate\.every=3: .* use at least 3, or"):
+        launch_checks._check_alternate(config, 2)

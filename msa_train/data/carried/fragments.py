@@ -88,7 +88,7 @@ def split_short(
         seed: decides which are taken.
 
     Returns:
-        The rest, and what was split off. Either may be empty.
+        The rest, and what was split off; of two fragments or more, neither is empty.
 
     Example: lengths [2, 9, 3, 4], share 0.25, seq_len 4: 4.5 of 18 tokens are wanted; documents of 3 and 4
     are taken where chance has them first, and the one of 9 stays whole.
@@ -103,4 +103,7 @@ def split_short(
     before = np.cumsum(fragments.length[order]) - fragments.length[order]
     taken = np.zeros(len(fragments), np.bool_)
     taken[order[before < wanted]] = True
+    if len(order) > 1:
+        # neither side of a few long documents is to be empty
+        taken[order[-1]] = False
     return fragments.take(~taken), fragments.take(taken)

@@ -178,7 +178,7 @@ def stage_readings(config: RunConfig, sources: Mapping[str, SourceLengths]) -> l
         beyond = longest_before or stage.seq_len // 2
         # a stage of shorter packs has no new range
         beyond = beyond if beyond < stage.seq_len else stage.seq_len // 2
-        readings.append(_reading(stage, beyond, of_stage, sources, config.train.global_batch_size))
+        readings.append(_reading(stage, beyond, of_stage, sources))
         longest_before = max(longest_before, stage.seq_len)
     return readings
 
@@ -188,9 +188,8 @@ def _reading(
     beyond: int,
     weights: Mapping[str, SourceWeight],
     sources: Mapping[str, SourceLengths],
-    batch: int,
 ) -> StageReading:
-    tokens = stage.num_steps * batch * stage.seq_len
+    tokens = stage.tokens_at(stage.last_step) - stage.first_token
     all_weights = sum(weight.weight for weight in weights.values())
     parts: list[PartReading] = []
     long_share, longest = 0.0, 0

@@ -10,13 +10,16 @@ from msa_train.evaluation.scoring.engine import observed
 from msa_train.evaluation.scoring.needle_rate import NeedleRate
 from msa_train.evaluation.scoring.packs import document_of, pack_documents
 from msa_train.evaluation.scoring.samples import score_samples
+from msa_train.evaluation.shared_samples import own_indices, share_samples
 from msa_train.evaluation.tasks.sample import Needle, Sample
+from msa_train.evaluation.undisturbed import undisturbed
 from msa_train.model.gpt import forward_arguments
 from msa_train.model.inputs.layer_stats import LayerStats
 from msa_train.parallel.process_groups import build_groups
 from msa_train.training.engines.torch_engine import TorchEngine
 from tests.helpers.devices import rank_device
 from tests.helpers.model_runs import BLOCK_SIZE, SEQ_LEN, VOCAB, small_config
+from tests.helpers.pretended_gpu.build import needs_pretended_gpu
 from tests.helpers.spawn import run_ranks
 
 LENGTHS = (90, 30, 17, 44, 61, 8, 96)
@@ -51,10 +54,12 @@ def scores(_rank: int, _world_size: int, settings: dict[str, Any]) -> dict[str, 
     config = small_config(**settings)
     groups = build_groups(config.parallel, device=rank_device())
     engine = TorchEngine(config, groups)
-    rate = NeedleRate(config, groups, made_samples())
-    found = score_samples(
-        engine, made_samples(), needle_rate=rate if NeedleRate.is_measured(engine) else None
-    )
+    every = made_samples()
+    own = [every[index] for index in own_indices(len(every), groups)]
+    samples = share_samples(own, len(every), groups)
+    rate = NeedleRate(config, groups, samples)
+    with undisturbed(engine):
+        found = score_samples(engine, samples, needle_rate=rate if NeedleRate.is_measured(engine) else None)
     return {
         "scores": [(one.num_tokens, one.num_correct, one.nll) for one in found],
         "rates": rate.rates(),
@@ -103,6 +108,18 @@ def test_scores_are_the_same_in_every_layout() -> None:
     assert all(len(rates) == 3 for rates in alone["rates"].values())
     shares = [share for rates in alone["rates"].values() for share in rates]
     assert 0 < min(shares) < max(shares) < 1
+
+
+@needs_pretended_gpu
+def test_scores_on_a_device() -> None:
+    """What is on the host and what on the device is not mixed; NCCL's rules are kept."""
+    (alone,) = run_ranks(1, scores, {})
+    for rank in run_ranks(2, scores, {"cp_size": 2}, device="pretended"):
+        for one, other in zip(rank["scores"], alone["scores"], strict=True):
+            assert one[:2] == other[:2]
+            assert abs(one[2] - other[2]) < 1e-9
+        for layer, rates in rank["rates"].items():
+            np.testing.assert_allclose(rates, alone["rates"][layer], rtol=0, atol=1e-12)
 
 
 def refuses_gradients(_rank: int, _world_size: int) -> str:

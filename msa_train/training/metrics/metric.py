@@ -37,7 +37,6 @@ class Chart(Enum):
     speed = ("training", "tokens per second")
     padding = ("training", "padding")
     lengths = ("training", "tokens by the length of their documents")
-    sources = ("training", "tokens by source")
     selected = ("key/value exchange", "f: share of remote blocks selected, per layer and group")
     bytes_moved = ("key/value exchange", "bytes moved, and what an all-gather would move")
     waits = ("key/value exchange", "seconds that a rank waits, by purpose")

@@ -83,7 +83,7 @@ DATA = (
     Metric("tokens_by_bucket", "shares of the step's real tokens by the length of the whole document",
            "", _ratio, "data/bucket_@", Parts.shares, Chart.lengths, in_summary=InSummary.mean),
     Metric("tokens_by_source", "shares by source of `data.mixture`",
-           "", _ratio, "data/source_@", Parts.shares, Chart.sources, in_summary=InSummary.mean),
+           "", _ratio, "data/source_@", Parts.shares, in_summary=InSummary.mean),
     Metric("tokens_by_source_bucket", "shares by both, as `books_8K-32K`; absent where 0",
            "", _ratio, "data/part_@", Parts.shares, in_summary=InSummary.mean),
     Metric("tokens_by_making", "shares by how `msa-data prepare` made documents; absent if none",

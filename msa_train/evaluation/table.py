@@ -36,7 +36,8 @@ def _cells(row: Row) -> tuple[str, ...]:
     hits = share_text(row["hit_rate"], count) if "hit_rate" in row else "-"
     needle = "-"
     if "needle_rate" in row:
-        needle = f"{share_text(row['needle_rate_mean'], count)} ({row['needle_rate_best']:.2f})"
+        mean, best = (share_text(row[f"needle_rate_{name}"], count) for name in ("mean", "best"))
+        needle = f"{mean} ({best})"
     accuracy = share_text(row["token_accuracy"], count)
     return row["task"], str(row["length"]), str(count), hits, accuracy, f"{row['nll_per_token']:.3f}", needle
 

@@ -10,6 +10,7 @@ One turn of `Trainer._run`, on every rank alike:
     _report         rank 0 writes metrics.jsonl, TensorBoard and the terminal
     saver.finished  the outcome of a save that goes on beside the training
     _conclude       guard.after_step: go on, raise RollbackError (`_go_back`, then the loop anew) or end
+    between         evaluations, where they are due; the training goes on as if there had been none
     save            where it is due and no bad step came last
     _stops          all ranks agree whether one was asked to stop
 

@@ -1,14 +1,20 @@
 """Check that what engine=deepspeed needs is on this machine, without importing it: that takes 2 seconds."""
 
-from ctypes.util import find_library
+import os
 from importlib.util import find_spec
-from pathlib import Path
 
+from launchers.local.job_environment import WORKERS_PER_NODE
+from launchers.local.nvme_checks import check_nvme_here
 from msa_train.config import EngineKind, Offload, RunConfig
 
 
-def check_deepspeed_here(config: RunConfig) -> None:
-    """Check the package; refuse offload to NVMe, by its folder, its library, or as it cannot be saved.
+def check_deepspeed_here(config: RunConfig, world_size: int, *, is_joined: bool = False) -> None:
+    """Check the package, and where something is in files all that this needs.
+
+    Args:
+        config: the whole run, whose rules hold.
+        world_size: ranks of the job.
+        is_joined: torchrun or srun started this rank; else all ranks will be on this machine.
 
     Raises:
         ValueError: naming the value, the rule and the fix.
@@ -20,20 +26,14 @@ def check_deepspeed_here(config: RunConfig) -> None:
             "engine=deepspeed: the deepspeed package is not installed; install msa-train[deepspeed], or use "
             "engine=torch"
         )
-    settings = config.deepspeed
-    if Offload.nvme not in (settings.offload_optimizer, settings.offload_param):
-        return
-    if not Path(settings.nvme_path).is_dir():
-        raise ValueError(
-            f"deepspeed.nvme_path={settings.nvme_path}: is no folder here; make it, or name another"
-        )
-    if find_library("aio") is None:
-        raise ValueError(
-            f"deepspeed.nvme_path={settings.nvme_path}: nvme needs libaio with its headers; install "
-            "libaio-dev, or use deepspeed.offload_optimizer=cpu and deepspeed.offload_param=cpu"
-        )
-    name = "offload_optimizer" if settings.offload_optimizer is Offload.nvme else "offload_param"
-    raise ValueError(
-        f"deepspeed.{name}=nvme: checkpoints do not reach what DeepSpeed keeps in files, so no run could be "
-        f"saved; use deepspeed.{name}=cpu"
-    )
+    if Offload.nvme in (config.deepspeed.offload_optimizer, config.deepspeed.offload_param):
+        check_nvme_here(config, world_size, _ranks_here() if is_joined else world_size)
+
+
+def _ranks_here() -> int:
+    """Count the ranks of this machine by what torchrun or srun says; at least this one."""
+    for name in ("LOCAL_WORLD_SIZE", WORKERS_PER_NODE, "SLURM_NTASKS_PER_NODE"):
+        value = os.environ.get(name, "")
+        if value.isdigit():
+            return int(value)
+    return 1

@@ -102,7 +102,7 @@ def plan_layout(
     check_full_kernel(config, on_gpu=num_gpus > 0 and gpus_per_node is None)
     check_implementation(config, on_gpu=num_gpus > 0, is_here=gpus_per_node is None)
     if gpus_per_node is None:
-        check_deepspeed_here(config)
+        check_deepspeed_here(config, world_size, is_joined=joined_world_size is not None)
     check_dispatcher_package(config, on_gpu=num_gpus > 0, is_here=gpus_per_node is None)
     if joined_world_size is None and 0 < num_gpus < world_size:
         raise ValueError(

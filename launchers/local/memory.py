@@ -60,7 +60,7 @@ def least_bytes(config: RunConfig, world_size: int) -> dict[str, int]:
     if config.engine is EngineKind.deepspeed:
         zero = zero_bytes(config.deepspeed, train.precision)
         own = dense / world_size + experts * parallel.ep_size / world_size
-        of_model = int(world_size * (sum(zero.device(weights, own).values()) + zero.own_host * own))
+        of_model = int(world_size * (sum(zero.device(weights, own).values()) + zero.host(own)))
     # of a rank and step: the batch over the data-parallel size
     packs = train.global_batch_size * parallel.cp_size * parallel.tp_size * parallel.pp_size // world_size
     # what enters a layer is kept for its backward pass, or at least that of the first one

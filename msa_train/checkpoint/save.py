@@ -108,6 +108,7 @@ class CheckpointSaver:
         store: of the run, on a disk that all ranks share.
         config: asynchronous, retries, on_failure, keep_last and keep_every.
         group: all ranks, used by nothing else; None: makes one, which all ranks must do at once.
+        make_buffer: makes the memory that a state is copied to, see HostStager.
         clock: tells seconds, for tests.
         sleep: waits that many seconds, for tests.
     """
@@ -118,13 +119,15 @@ class CheckpointSaver:
         config: CheckpointConfig,
         group: dist.ProcessGroup | None = None,
         *,
+        make_buffer: Callable[[int], torch.Tensor] | None = None,
         clock: Callable[[], float] = time.perf_counter,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.store, self.config = store, config
         self.group = group or _own_group()
         self._clock, self._sleep = clock, sleep
-        self._buffers, self._shares, self._writer = HostStager(), Shares(self.group), ShardWriter(self.group)
+        self._buffers, self._shares = HostStager(make_buffer), Shares(self.group)
+        self._writer = ShardWriter(self.group)
         self._is_validated = False
         "the layout of the shards has been checked, which is the same in all saves of a run"
         self._thread: threading.Thread | None = None

@@ -109,7 +109,7 @@ class Offload(Enum):
 
     none = "none"  # on the device
     cpu = "cpu"  # in host memory
-    nvme = "nvme"  # on a disk, at deepspeed.nvme_path; refused so far, as checkpoints do not reach it
+    nvme = "nvme"  # on a disk, at deepspeed.nvme_path, with zero_stage=3
 
 
 class MomentsDtype(Enum):

@@ -73,7 +73,7 @@ def _states(
     held, own = counts.dense + counts.experts, own_parameters(config, world_size, counts)
     if config.engine is EngineKind.deepspeed:
         zero = zero_bytes(config.deepspeed, config.train.precision)
-        return zero.device(held, own), zero.own_host * own, zero.temporary
+        return zero.device(held, own), zero.host(own), int(zero.step(held, own))
     states = optimizer_bytes(config.optim, config.train.precision)
     device = {
         "weights": states.weight * held,
@@ -94,7 +94,15 @@ def own_parameters(config: RunConfig, world_size: int, counts: RankParameters) -
 
 
 def staged_bytes(config: RunConfig, world_size: int, counts: RankParameters) -> float:
-    """Count what a rank copies to the host for a checkpoint: its share of weights and optimizer states."""
+    """Count what a rank copies to the host for a checkpoint: its share of weights and optimizer states.
+
+    Nothing where the optimizer is in files: then so is the copy.
+    """
+    if (
+        config.engine is EngineKind.deepspeed
+        and zero_bytes(config.deepspeed, config.train.precision).own_staged
+    ):
+        return 0.0
     width = 2.0 if config.train.precision is Precision.bf16 else 4.0
     return (12.0 + width) * own_parameters(config, world_size, counts)
 

@@ -108,7 +108,7 @@ class Trainer:
         self.next_stage: Stage | None = None
         "set if the run ended here as the next step is for processes of another layout"
         self.metrics = StepMetrics(config, groups)
-        self.saver = CheckpointSaver(store, config.checkpoint)
+        self.saver = CheckpointSaver(store, config.checkpoint, make_buffer=engine.make_staging)
         self._save_metrics: dict[str, float] = {}
         "of the save that has ended, for the next row that is written"
         self.guard = StepGuard(config, groups, engine, store)

@@ -23,6 +23,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -121,6 +122,21 @@ def _work(config: RunConfig, device: torch.device, watch: FaultWatch | None) -> 
     data = load_data(config)
     check_agreement(data, groups.device)
     engine = build_engine(config, groups)
+    # however it ends
+    with closing(engine):
+        goes_on = _train(config, groups, engine, data, start)
+    # A process that ended while others still wrote would look like a lost rank to them.
+    with watched("end"):
+        dist.barrier()
+    destroy_groups(groups)
+    return goes_on
+
+
+def _train(config: RunConfig, groups: Groups, engine: TrainEngine, data: Data, start: float) -> bool:
+    """Go on from where the run stands, train and report; tells whether the run goes on in other processes.
+
+    `start`: when this process began.
+    """
     store = CheckpointStore(config.run_dir)
     resumed = resume(config, engine)
     first_step, messages = resumed.step, resumed.messages
@@ -147,10 +163,6 @@ def _work(config: RunConfig, device: torch.device, watch: FaultWatch | None) -> 
             seconds = time.perf_counter() - start
             steps = max(total_steps(config), first_step)
             report(config, groups, last, steps=steps, seconds=seconds, stream=sys.stdout)
-    # A process that ended while others still wrote would look like a lost rank to them.
-    with watched("end"):
-        dist.barrier()
-    destroy_groups(groups)
     return trainer.next_stage is not None
 
 

@@ -21,7 +21,7 @@ from msa_train.config import EngineKind, Offload, ParallelConfig, Precision, Run
 from msa_train.parallel.process_groups import build_groups
 from msa_train.training.engines.engine import TrainEngine
 from msa_train.training.worker import build_engine
-from tests.helpers import cuda_shim
+from tests.helpers import cuda_shim, plain_aio
 from tests.helpers.checkpoints import save_checkpoint
 from tests.helpers.group_cleanup import leave_groups
 from tests.helpers.megatron_runs import train
@@ -38,6 +38,18 @@ ALL_ON_HOST = {
     "offload_param": Offload.cpu,
     "raw": {"zero_optimization": {"sub_group_size": 3000}},
 }
+# a folder of the test takes the place of this one
+IN_FILES = {
+    "offload_optimizer": Offload.nvme,
+    "offload_param": Offload.nvme,
+    "nvme_path": "disk",
+    "raw": {
+        "zero_optimization": {"sub_group_size": 3000},
+        "aio": {"block_size": plain_aio.LEAST_BYTES},
+    },
+}
+STATE_IN_FILES = {**IN_FILES, "offload_param": Offload.none}
+WEIGHTS_IN_FILES = {**IN_FILES, "offload_optimizer": Offload.none}
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -65,6 +77,10 @@ FOUR_RANKS = [
     Link(name="z3-host", source="z2", zero=3, settings=ALL_ON_HOST),
     Link(name="z2-host", source="z3-host", zero=2, sizes=EP, settings=ON_HOST),
     Link(name="torch-again", source="z2-host", engine=TORCH, sizes=CP),
+    # offload to NVMe
+    Link(name="nvme", source="torch", zero=3, sizes=CP, settings=IN_FILES),
+    Link(name="nvme-torch", source="nvme", engine=TORCH, sizes=EP),
+    Link(name="from-nvme", zero=3, settings=IN_FILES),
     # trained by ZeRO itself
     Link(name="from-z2", zero=2, sizes=EP4),
     Link(name="from-z2-torch", source="from-z2", engine=TORCH, sizes=EP),
@@ -77,10 +93,13 @@ FOUR_RANKS = [
     Link(name="narrow-z3", source="wide-z0", zero=3),
     # weights alone
     Link(name="weights-z3", source="torch", zero=3, weights_only=True),
+    Link(name="weights-nvme", source="torch", zero=3, settings=IN_FILES, weights_only=True),
     Link(name="weights-z2", source="torch", zero=2, sizes=EP, weights_only=True),
 ]
 TWO_RANKS = [
     Link(name="two-z3", source="torch", zero=3),
+    Link(name="two-nvme-state", source="nvme", zero=3, settings=STATE_IN_FILES),
+    Link(name="two-nvme-weights", source="two-nvme-state", zero=3, settings=WEIGHTS_IN_FILES),
     Link(name="two-z1", source="two-z3", zero=1, sizes=EP),
 ]
 SAME_PRECISION = [
@@ -102,12 +121,15 @@ def build(link: Link, folder: Path) -> TrainEngine:
     config.optim = replace(config.optim, clip_grad=1.0)
     config.parallel = ParallelConfig(**link.sizes)
     config.deepspeed = small_deepspeed(link.zero, **link.settings)
+    if config.deepspeed.nvme_path:
+        config.deepspeed.nvme_path = str(folder)
     Path(config.run_dir).mkdir(parents=True, exist_ok=True)
     return build_engine(config, build_groups(config.parallel, device=torch.device("cpu")))
 
 
 def chain(rank: int, world_size: int, links: list[Link], folder: Path) -> None:
     cuda_shim.install()
+    plain_aio.install()
     for link in links:
         engine = build(link, folder)
         if link.weights_only:
@@ -189,7 +211,12 @@ def test_the_optimizers_weights_outlive_the_models_precision(source: str, target
             assert torch.equal(model, whole(reader, key).to(model.dtype)), key
 
 
-@pytest.mark.parametrize("name", ["weights-z3", "weights-z2"])
+def test_steps_with_files_are_those_in_memory(folder: Path) -> None:
+    found = diff_checkpoints(path_of(folder, "from-z3"), path_of(folder, "from-nvme"))
+    assert found.is_empty, found
+
+
+@pytest.mark.parametrize("name", ["weights-z3", "weights-nvme", "weights-z2"])
 def test_weights_alone_begin_without_moments(name: str, folder: Path) -> None:
     trained, begun = (ShardedReader(path_of(folder, one)) for one in ("torch", name))
     for key in begun.shapes():

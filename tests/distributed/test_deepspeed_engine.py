@@ -104,15 +104,6 @@ def test_zero3_never_has_the_model_whole() -> None:
         assert parts == 0
 
 
-def test_norm_and_clipping_of_gradients_on_a_disk() -> None:
-    """As with offload to NVMe, which needs a library: by factors that wait for the parts to come back."""
-    cases = [Case(3, 2, offload=Offload.cpu, recipe=True), Case(3, 2, offload=Offload.cpu)]
-    got = run_ranks(2, deepspeed_runs.run_as_swapped, cases)
-    for number, case in enumerate(cases):
-        want = one_process(case.packs, case.recipe, case.precision)
-        assert max(worst_errors([of_rank[number] for of_rank in got], want).values()) < TOLERANCE, case
-
-
 def test_bf16_has_the_first_step_of_one_process_and_follows_it() -> None:
     """Gradients add up in fp32: the first norm agrees better than bf16 sums would."""
     got = run_ranks(2, deepspeed_runs.run_cases, BF16)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,13 +21,12 @@ from msa_train.data import Pack
 from msa_train.model.init_weights import global_names
 from msa_train.parallel.process_groups import build_groups
 from msa_train.training.engines import engine as engine_module
-from msa_train.training.engines.deepspeed import gradients
-from msa_train.training.engines.deepspeed.partitions import owned, whole_shape
+from msa_train.training.engines.deepspeed.partitions import opened, whole_shape
 from msa_train.training.engines.deepspeed_engine import DeepSpeedEngine
 from msa_train.training.engines.engine import TrainEngine
 from msa_train.training.engines.torch_engine import TorchEngine
 from msa_train.training.step_batch import make_batch
-from tests.helpers import devices
+from tests.helpers import devices, plain_aio
 from tests.helpers.group_cleanup import leave_groups
 from tests.helpers.megatron_runs import recipe_stages
 from tests.helpers.model_runs import BLOCK_SIZE, SEQ_LEN, VOCAB, small_config, step_packs
@@ -53,6 +52,11 @@ class Case:
     overlap: bool = False
     offload: Offload = Offload.none
     "of the optimizer, with ZeRO-3 of the weights too"
+    offload_param: Offload | None = None
+    "of the weights, if not as the optimizer's"
+    nvme_path: str = ""
+    raw: dict[str, Any] = field(default_factory=dict[str, Any], hash=False)
+    "of zero_optimization"
     recipe: bool = False
     "a stage for each step, see recipe_stages"
 
@@ -79,7 +83,9 @@ def case_config(case: Case) -> RunConfig:
         config.deepspeed = DeepSpeedConfig(
             zero_stage=case.zero_stage,
             offload_optimizer=case.offload,
-            offload_param=case.offload if case.zero_stage == 3 else Offload.none,
+            offload_param=_offload_param(case),
+            nvme_path=case.nvme_path,
+            raw=_raw(case),
             overlap_comm=case.overlap,
             # So small that there are several buckets, and that ZeRO-3 gathers every weight.
             reduce_bucket_size=12000,
@@ -88,6 +94,19 @@ def case_config(case: Case) -> RunConfig:
             param_persistence_threshold=0,
         )
     return config
+
+
+def _offload_param(case: Case) -> Offload:
+    if case.offload_param is not None:
+        return case.offload_param
+    return case.offload if case.zero_stage == 3 else Offload.none
+
+
+def _raw(case: Case) -> dict[str, Any]:
+    raw: dict[str, Any] = {"zero_optimization": dict(case.raw)} if case.raw else {}
+    if case.nvme_path:
+        raw["aio"] = {"block_size": plain_aio.LEAST_BYTES}
+    return raw
 
 
 def build(case: Case) -> TrainEngine:
@@ -101,6 +120,7 @@ def destroy(engine: TrainEngine) -> None:
     """Make room for another engine in this process."""
     if isinstance(engine, DeepSpeedEngine):
         engine.engine.destroy()
+        engine.close()
     leave_groups()
 
 
@@ -152,7 +172,7 @@ def _gathered(parameters: list[Any]) -> Any:
 def snapshot(engine: DeepSpeedEngine) -> list[torch.Tensor]:
     """Copies of weights, moments, counts of updates and biases of this rank."""
     kept = list(whole_weights(engine).values())
-    for part in owned(engine.engine.optimizer):
+    for part in opened(engine.engine.optimizer, engine.files):
         kept += [value.clone() for value in part.state.values()]
     # counts stand beside the moments
     kept += [s["step"].clone() for s in engine.optimizer.state.values() if "step" in s]
@@ -192,12 +212,6 @@ def elements_when_built(rank: int, world_size: int, stages: Sequence[int]) -> li
     for stage in stages:
         destroy(build(Case(stage, 2, cp_size=world_size)))
     return found
-
-
-def run_as_swapped(rank: int, world_size: int, cases: Sequence[Case]) -> list[dict[str, Any]]:
-    """All cases, their gradients treated as if they were on a disk, though they are in host memory."""
-    gradients.WeightGradients = gradients.SwappedGradients  # type: ignore[misc]
-    return run_cases(rank, world_size, cases)
 
 
 def refuse_steps(rank: int, world_size: int, cases: Sequence[Case]) -> list[dict[str, bool]]:

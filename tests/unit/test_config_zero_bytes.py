@@ -1,5 +1,7 @@
 """Bytes per parameter of the stages of ZeRO, and the planner and the check of memory that use them."""
 
+from dataclasses import replace
+
 import pytest
 
 from launchers.hydra_config.compose import compose_run
@@ -69,3 +71,23 @@ def test_a_machine_holds_less_with_partitions() -> None:
     size = model_size(config.model, config.attention).total
     assert of_model("engine=torch") == 2 * 16 * size
     assert of_model("engine=deepspeed", "deepspeed.zero_stage=3") == pytest.approx(18 * size, rel=1e-6)
+
+
+def test_files_take_the_place_of_memory() -> None:
+    """70B parameters on 16 ranks: 4 bytes each for gradients, and buffers of a fixed size, are what stays."""
+    settings = DeepSpeedConfig(zero_stage=3, offload_optimizer=Offload.nvme, offload_param=Offload.nvme)
+    each, own = zero_bytes(settings, Precision.bf16), 70e9 / 16
+    assert sum(each.device(70e9, own).values()) == 0.0
+    assert each.host_buffers(own) == (3 * 4 + 2) * 50_000_000
+    assert each.host(own) == 4 * own + each.host_buffers(own)
+    assert each.own_file == 14.0
+    assert each.files(own) == 28 * own
+    settings = replace(
+        settings, offload_param=Offload.none, raw={"zero_optimization": {"sub_group_size": 1000}}
+    )
+    each = zero_bytes(settings, Precision.bf16)
+    assert sum(each.device(1.0, 1.0).values()) == 2.0
+    assert (each.host_buffers(1e6), each.own_file) == (12 * 1000, 12.0)
+    assert each.host_buffers(10.0) == 120.0
+    in_memory = zero_bytes(DeepSpeedConfig(zero_stage=3, offload_optimizer=Offload.cpu), Precision.bf16)
+    assert (in_memory.files(1.0), in_memory.host(1.0)) == (0.0, 16.0)

@@ -33,7 +33,9 @@ class StagedState:
     "of this rank's tensors, in the files"
 
 
-def deferred(shape: tuple[int, ...], dtype: torch.dtype, read: Callable[[int, int], Tensor]) -> Tensor:
+def deferred(
+    shape: tuple[int, ...], dtype: torch.dtype, read: Callable[[int, int], Tensor], *, turn: int = 0
+) -> Tensor:
     """Make a tensor that gets values when it is copied, of what is kept in another form than it is stored.
 
     It may be cut, viewed and put into shards as any other: a piece of memory that is not there.
@@ -41,11 +43,13 @@ def deferred(shape: tuple[int, ...], dtype: torch.dtype, read: Callable[[int, in
     Args:
         shape, dtype: of the values.
         read: returns elements [begin, end) of the flat tensor, on any device.
+        turn: tensors with a lower one are read before it, whatever they are called; for what is in files.
 
     Example: moments in fp8, stored in fp32: deferred((n,), torch.float32, lambda begin, end: ...).
     """
     made = torch.empty(shape, dtype=dtype, device="meta")
-    made.untyped_storage().read_values = read  # type: ignore[attr-defined]
+    storage: Any = made.untyped_storage()
+    storage.read_values, storage.turn = read, turn
     return made
 
 
@@ -56,7 +60,13 @@ class HostStager:
     that a GPU copies to are locked.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, make_buffer: Callable[[int], Tensor] | None = None) -> None:
+        """Begin without a buffer.
+
+        Args:
+            make_buffer: makes one of so many bytes, [n] of uint8; None: in host memory.
+        """
+        self._make_buffer = make_buffer
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._is_locked = False
 
@@ -72,7 +82,8 @@ class HostStager:
             shards: what this rank writes, by key, wherever its tensors are.
             common: plain data.
         """
-        sources = {_view_of(tensor): tensor for _, tensor in tensors_of(shards)}
+        found = {_view_of(tensor): tensor for _, tensor in tensors_of(shards)}
+        sources = dict(sorted(found.items(), key=lambda item: _turn_of(item[1])))
         on_gpu = any(source.is_cuda for source in sources.values())
         self._reserve(sum(_padded(source.nbytes) for source in sources.values()), locked=on_gpu)
         taken: dict[tuple[Any, ...], Tensor] = {}
@@ -99,12 +110,16 @@ class HostStager:
 
     def _reserve(self, num_bytes: int, *, locked: bool) -> None:
         """Make the buffer, at the first save or where it has become too small."""
-        if num_bytes <= self._buffer.nbytes and locked <= self._is_locked:
+        enough = num_bytes <= self._buffer.nbytes
+        if enough and (locked <= self._is_locked or self._make_buffer is not None):
             return
         if self._is_locked:
             _cudart().cudaHostUnregister(self._buffer.data_ptr())
         # the old one first: both at once would be twice the share
         self._buffer = torch.empty(0, dtype=torch.uint8)
+        if self._make_buffer is not None:
+            self._buffer = self._make_buffer(num_bytes)
+            return
         self._buffer = torch.empty(num_bytes, dtype=torch.uint8)
         # PyTorch's own locked memory is rounded up to powers of two: 23 GB would be 32
         self._is_locked = locked and _lock(self._buffer)
@@ -123,6 +138,10 @@ class HostStager:
         for into, piece in zip(place.split(rows), source.split(rows), strict=True):
             into.copy_(piece, non_blocking=is_queued)
         return place
+
+
+def _turn_of(source: Tensor) -> int:
+    return source.untyped_storage().turn if source.is_meta else 0  # type: ignore[attr-defined]
 
 
 def _make(source: Tensor, place: Tensor) -> None:

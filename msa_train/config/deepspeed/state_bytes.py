@@ -6,9 +6,15 @@ By arithmetic over the tensors that DeepSpeed 0.19 makes; benchmarks/engines/mem
 from dataclasses import dataclass
 
 from msa_train.config.deepspeed.settings import DeepSpeedConfig
+from msa_train.config.deepspeed.to_json import STATE_BUFFERS, sub_group_size
+from msa_train.config.optimizer_bytes import PIECE_ELEMENTS
 from msa_train.config.options import Offload, Precision
 
 _WEIGHT, _MOMENTS, _GRADIENT = 4.0, 8.0, 4.0
+# elements that DeepSpeed keeps gathered with stage 3, and reduces at once with stage 1 in bf16
+_GATHERED, _REDUCED = 1e9, 5e8
+UPDATE_BYTES = 2 * 4 * PIECE_ELEMENTS
+"square root and quotient of one piece, on the device or the host, wherever the update is"
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -32,8 +38,24 @@ class ZeroBytes:
     "on the device: fp32 weight and moments"
     own_host: float = 0.0
     "in host memory: what is moved there, with its gradients"
+    own_file: float = 0.0
+    "in files: what is moved there"
+    own_staged: float = 0.0
+    "in files while a checkpoint is saved or loaded, where anything is in files"
+    sub_group: int = 0
+    "parameters that are brought in from files at a time"
+    buffered: float = 0.0
+    "in locked host memory, for each parameter of a sub-group: the buffers that it is brought into"
     temporary: int = 0
     "bytes on the device of the buckets that gradients are reduced in; not per parameter"
+    whole_step: float = 0.0
+    "on the device during a step: gathered weights with stage 3, or all gradients flat while they are reduced"
+    at_a_time: float = _REDUCED
+    "parameters of whole_step, at most"
+    own_step: float = 0.0
+    "on the device during a step: gradients laid end to end for the update"
+    keeps_gradients: bool = True
+    "gradients stay between steps"
 
     def device(self, held: float, own: float) -> dict[str, float]:
         """Return the device bytes of a rank by part.
@@ -48,6 +70,27 @@ class ZeroBytes:
             "optimizer": self.whole_state * held + self.own_state * own,
         }
 
+    def step(self, held: float, own: float) -> float:
+        """Return the most device bytes that a step takes beside the states, activations left out."""
+        gathered = self.whole_step * min(held, self.at_a_time)
+        update = UPDATE_BYTES if self.own_state or self.whole_state else 0
+        return self.temporary + max(gathered, self.own_step * own + update)
+
+    def host(self, own: float) -> float:
+        """Return the bytes of host memory of a rank that updates so many parameters."""
+        return self.own_host * own + self.host_buffers(own)
+
+    def host_buffers(self, own: float) -> float:
+        """Return those of them that are buffers for files, all locked, whatever the size of the model.
+
+        Besides, with weights in files, slices of two layers and of what is outside of layers.
+        """
+        return self.buffered * min(own, self.sub_group)
+
+    def files(self, own: float) -> float:
+        """Return the bytes of files of a rank that updates so many parameters, with those of a checkpoint."""
+        return (self.own_file + self.own_staged) * own
+
 
 def zero_bytes(settings: DeepSpeedConfig, precision: Precision) -> ZeroBytes:
     """Count the bytes of a stage of ZeRO with its offload.
@@ -56,8 +99,9 @@ def zero_bytes(settings: DeepSpeedConfig, precision: Precision) -> ZeroBytes:
     takes 18 / N; with the optimizer in host memory stage 2 takes 2, and 18 / N there. A dense model of 70B on
     256 ranks with stage 3: 4.9 GB each, besides the layers at hand.
 
-    What nvme keeps in files counts as nothing; buffers on the way to them are DeepSpeed's buffer_count times
-    its largest sub-group.
+    The same with all of it in files: 0 on the device, 4 / N for gradients and 0.7 GB of buffers on the host,
+    14 / N in files and as much again while a checkpoint is saved. A sub-group is larger by at most the slice
+    of one parameter.
 
     Args:
         settings: of the engine.
@@ -72,14 +116,22 @@ def zero_bytes(settings: DeepSpeedConfig, precision: Precision) -> ZeroBytes:
     if stage == 3:
         # weights in fp32 are the optimizer's own, unless that is elsewhere
         state = _MOMENTS + (_WEIGHT if is_moved or weight < _WEIGHT else 0.0)
-        # gradients are gathered in one buffer and given to the update in others
-        host = {Offload.none: 0.0, Offload.cpu: state + 2 * _GRADIENT, Offload.nvme: _GRADIENT}
+        host = {Offload.none: 0.0, Offload.cpu: state + _GRADIENT, Offload.nvme: _GRADIENT}
+        is_swapped = settings.offload_optimizer is Offload.nvme
+        in_files = settings.offload_param is Offload.nvme
+        moved = (state if is_swapped else 0.0) + (weight if in_files else 0.0)
         return ZeroBytes(
             own_weight=weight if settings.offload_param is Offload.none else 0.0,
             own_gradient=0.0 if is_moved else _GRADIENT,
             own_state=0.0 if is_moved else state,
             own_host=host[settings.offload_optimizer]
             + (weight if settings.offload_param is Offload.cpu else 0.0),
+            own_file=moved,
+            own_staged=_WEIGHT + _MOMENTS + weight if moved else 0.0,
+            sub_group=sub_group_size(settings) if moved else 0,
+            whole_step=0.0 if in_files else weight,
+            at_a_time=_GATHERED,
+            buffered=(STATE_BUFFERS * _WEIGHT if is_swapped else 0.0) + (weight if in_files else 0.0),
             temporary=bucket,
         )
     state = _WEIGHT + _MOMENTS
@@ -90,6 +142,7 @@ def zero_bytes(settings: DeepSpeedConfig, precision: Precision) -> ZeroBytes:
             whole_gradient=_GRADIENT if stage == 1 else 0.0,
             own_host=state + _GRADIENT + weight,
             temporary=bucket,
+            keeps_gradients=False,
         )
     is_flat = stage == 1 and precision is Precision.bf16
     return ZeroBytes(
@@ -98,4 +151,7 @@ def zero_bytes(settings: DeepSpeedConfig, precision: Precision) -> ZeroBytes:
         own_gradient=0.0 if is_flat else _GRADIENT,
         own_state=state,
         temporary=0 if is_flat else bucket,
+        whole_step=_GRADIENT if is_flat else 0.0,
+        own_step=0.0 if is_flat else _GRADIENT,
+        keeps_gradients=is_flat,
     )

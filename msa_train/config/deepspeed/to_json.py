@@ -7,6 +7,17 @@ from msa_train.config.deepspeed.settings import DeepSpeedConfig
 from msa_train.config.options import Offload, Precision
 from msa_train.config.run import RunConfig
 
+SUB_GROUP_SIZE = 50_000_000
+"elements of a rank that are brought in from files at a time; at least one parameter's"
+STATE_BUFFERS = 3
+"buffers of one sub-group, in fp32"
+
+
+def sub_group_size(settings: DeepSpeedConfig) -> int:
+    """Return how many elements of a rank are brought in from files at a time."""
+    zero = settings.raw.get("zero_optimization", {})
+    return int(zero.get("sub_group_size", SUB_GROUP_SIZE))
+
 
 def deepspeed_json(config: RunConfig) -> dict[str, Any]:
     """Return the JSON of a run that the rules have passed.
@@ -60,6 +71,16 @@ def _zero(settings: DeepSpeedConfig, precision: Precision) -> dict[str, Any]:
             zero[name] = {"device": where.value}
         if where is Offload.nvme:
             zero[name]["nvme_path"] = settings.nvme_path
+            # DeepSpeed's 1e9 would take 12 GB of buffers
+            zero["sub_group_size"] = SUB_GROUP_SIZE
+    if settings.offload_optimizer is Offload.nvme:
+        # fp32 weights and two moments; gradients stay in memory
+        zero["offload_optimizer"]["buffer_count"] = STATE_BUFFERS
+    if settings.offload_param is Offload.nvme:
+        # else the first 1e9 of a rank's weights would stay in memory
+        zero["offload_param"]["max_in_cpu"] = 0
+        # weights that come again soon would keep their buffers, of which there are only those of two layers
+        zero["stage3_max_reuse_distance"] = 0
     return zero
 
 

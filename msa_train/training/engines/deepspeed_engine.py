@@ -14,7 +14,7 @@ So m3 (428B, 13.1B of them no experts) with ep 64 on 256 ranks takes 2 x 19.6 GB
 6.5B / 4) = 66 GB a rank with zero_stage 2. ZeRO-3 cannot spread experts, and is for dense models.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,11 @@ from msa_train.training.engines.deepspeed import state as states
 from msa_train.training.engines.deepspeed.built_in_parts import BuiltInParts
 from msa_train.training.engines.deepspeed.gather import gather_whole_layers, register_output_weight
 from msa_train.training.engines.deepspeed.gradients import ParamGroup, reduced_gradients
+from msa_train.training.engines.deepspeed.nvme import (
+    json_of_rank,
+    own_folder,
+    weights_keep_their_dtype,
+)
 from msa_train.training.engines.deepspeed.partitions import whole_shape
 from msa_train.training.engines.deepspeed.start import (
     expert_group_name,
@@ -40,6 +45,8 @@ from msa_train.training.engines.deepspeed.start import (
     mark_experts,
     quiet,
 )
+from msa_train.training.engines.deepspeed.swap_folder import SwapFolder
+from msa_train.training.engines.deepspeed.swapped_states import SwappedStates
 from msa_train.training.engines.engine import (
     Accept,
     StepResult,
@@ -67,11 +74,13 @@ class DeepSpeedEngine(TrainEngine):
         mark_experts(model, groups, config.model.num_experts)
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
+        self.folder = own_folder(config.deepspeed)
         partitions_weights = config.deepspeed.zero_stage == 3
         if partitions_weights:
             gather_whole_layers(model)
         self.optimizer = self._build_optimizer(named)
         self.engine = self._initialize()
+        self.files = None if self.folder is None else self._in_files(self.folder)
         if partitions_weights:
             register_output_weight(model)
         # groups without parameters are gone by now
@@ -93,15 +102,30 @@ class DeepSpeedEngine(TrainEngine):
             ValueError: it refuses what deepspeed.raw says.
         """
         try:
-            with quiet():
-                return self.deepspeed.initialize(
-                    model=self.model, optimizer=self.optimizer, config=self.json
-                )[0]
+            with quiet(), weights_keep_their_dtype():
+                own = json_of_rank(self.json, self.folder, self.model, self.groups.dp_cp.size())
+                return self.deepspeed.initialize(model=self.model, optimizer=self.optimizer, config=own)[0]
         except ValueError as error:
             raw = self.config.deepspeed.raw
             if not raw:
                 raise
             raise ValueError(f"deepspeed.raw={raw}: DeepSpeed refuses it ({one_line(str(error))})") from None
+
+    def _in_files(self, folder: SwapFolder) -> SwappedStates:
+        """Take over what is in files now.
+
+        Raises:
+            ValueError: the disk is full.
+        """
+        files = SwappedStates(folder, self.engine.optimizer)
+        try:
+            files.reserve()
+        except OSError as error:
+            path = self.config.deepspeed.nvme_path
+            raise ValueError(
+                f"deepspeed.nvme_path={path}: {error}; use a larger disk, or more ranks on other machines"
+            ) from None
+        return files
 
     def _build_optimizer(self, named: Sequence[tuple[str, nn.Parameter]]) -> TiledAdamW:
         """Build AdamW, with groups by weight decay, learning rate and the ranks that share weights."""
@@ -142,6 +166,7 @@ class DeepSpeedEngine(TrainEngine):
     def train_step(self, batch: StepBatch, rates: LearningRates, accept: Accept | None = None) -> StepResult:
         """See TrainEngine.train_step."""
         assert batch.packs, "checked before the start: every rank has packs"
+        self._begin_reading()
         self.engine.train()
         self.gradients.begin()
         reset_token_counts(self.chunks)
@@ -183,6 +208,7 @@ class DeepSpeedEngine(TrainEngine):
             self.gradients.scale(clip / (norm + 1e-6))
         for group in self.optimizer.param_groups:
             group["lr"] = rates.index if group["index"] else rates.backbone
+        self._begin_reading()
         self.gradients.step()
         if not self.backbone_is_frozen:
             update_expert_bias(self.chunks, self.config.model.router_bias_update_rate)
@@ -193,7 +219,30 @@ class DeepSpeedEngine(TrainEngine):
     @torch.no_grad()
     def evaluate(self, packs: Sequence[Pack]) -> float:
         """See TrainEngine.evaluate."""
-        return self.sum_losses(self.engine, packs)
+        if self.files is None:
+            return self.sum_losses(self.engine, packs)
+        total = 0.0
+        for pack in packs:
+            self._begin_reading()
+            total += self.sum_losses(self.engine, [pack])
+        return total
+
+    def _begin_reading(self) -> None:
+        """Make room for what comes from files in the order of a pass or update from its begin."""
+        if self.files is not None:
+            self.files.release()
+            self.files.drop_prefetched()
+
+    def close(self) -> None:
+        """See TrainEngine.close."""
+        if self.folder is not None:
+            self.folder.remove()
+
+    @property
+    def make_staging(self) -> Callable[[int], torch.Tensor] | None:
+        """See TrainEngine.make_staging: in a file, where the optimizer's state is too large for the host."""
+        folder = self.folder
+        return None if folder is None else lambda num_bytes: folder.empty(num_bytes, torch.uint8)
 
     def sharded_state(self, *, loading: bool) -> dict[str, Any]:
         """See TrainEngine.sharded_state."""

@@ -175,6 +175,11 @@ class TrainEngine(ABC):
             loading: tensors are to be read into, their content does not matter.
         """
 
+    @property
+    def make_staging(self) -> Callable[[int], torch.Tensor] | None:
+        """Return what makes the memory that checkpoints are copied to, by its bytes; None: host memory."""
+        return None
+
     @abstractmethod
     def load_state(self, state: dict[str, Any], updates: int) -> None:
         """Take over what was loaded into `sharded_state(loading=True)`.
@@ -187,6 +192,10 @@ class TrainEngine(ABC):
     @abstractmethod
     def load_weights(self, state: dict[str, Any]) -> None:
         """Take over the model part of a state alone; what it lacks keeps its value. Before the first step."""
+
+    def close(self) -> None:
+        """Give back what would outlive the process: files beside the run. Nothing is trained any more."""
+        return
 
     def counts_loss(self) -> bool:
         """Tell whether this rank's loss sum is to be added: last stage, first of its tensor-parallel group.

@@ -7,7 +7,8 @@
     none, fp32              every rank has all, the parameters themselves
 
 The groups of experts are cut over the ranks that hold the same experts, so nothing here depends on which
-group a parameter is in. With offload to host memory the tensors are there.
+group a parameter is in. With offload to host memory the tensors are there; with offload to NVMe they come
+into memory by `swapped_states`, a sub-group at a time.
 
 Nothing is copied and nothing exchanged: tensors are views of DeepSpeed's own. The names of its attributes are
 those of 0.19.
@@ -22,13 +23,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from msa_train.checkpoint.torch_dist.format_versions import STATE_NAMES
+from msa_train.training.engines.deepspeed.swapped_states import SwappedStates, is_in_file
 
 _MOMENTS = STATE_NAMES[1:]
-# settings and the attributes by which ZeRO-3 says that they move something to files
-_IN_FILES = {
-    "deepspeed.offload_optimizer": "swap_optimizer",
-    "deepspeed.offload_param": "params_in_nvme_and_cpu",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +37,7 @@ class Owned:
     begin: int
     "first element of the range, in the order of the parameter's rows"
     weights: Tensor
-    "[n] of the model's precision: the range in what the model computes with, a view"
+    "[n] of the model's precision: the range in what the model computes with, a view; or in a file"
     state: dict[str, Tensor]
     "[n] each, views: fp32 weights and moments by the names in checkpoints"
 
@@ -68,32 +65,49 @@ class _Unit:
     "of the parameters that lie in it; what is between and behind them is padding"
 
 
-def owned(wrapper: Any) -> Iterator[Owned]:
+def owned(wrapper: Any, files: SwappedStates | None = None) -> Iterator[Owned]:
     """List what this rank owns, in an order that does not change during a run.
 
     Moments of zero are made for an optimizer that has not been stepped yet.
 
     Args:
         wrapper: `engine.optimizer` of DeepSpeed.
-
-    Raises:
-        ValueError: states or weights are in files.
+        files: with offload to NVMe; what is in files gets its values when it is copied, see `deferred`.
     """
-    for name, attribute in _IN_FILES.items():
-        if getattr(wrapper, attribute, False):
-            raise ValueError(f"{name}=nvme: checkpoints do not reach what is kept in files; use {name}=cpu")
-    for unit in _units(wrapper):
-        tensors = _in_memory(wrapper, unit.key)
-        for place in unit.ranges:
-            yield Owned(
-                parameter=place.parameter,
-                begin=place.begin,
-                weights=_weights(place),
-                state={
-                    name: tensor.narrow(0, place.at, place.count)
-                    for name, tensor in zip(STATE_NAMES, tensors, strict=True)
-                },
-            )
+    for number, unit in enumerate(_units(wrapper)):
+        if files is not None and files.has(number):
+            yield from _parts(unit, files.deferred(number), files)
+        else:
+            yield from _parts(unit, _in_memory(wrapper, unit.key), files)
+
+
+def opened(wrapper: Any, files: SwappedStates | None = None) -> Iterator[Owned]:
+    """List what this rank owns as `owned` does, to be changed: it is in memory until the next is asked for.
+
+    Weights of the model that are in files become what the fp32 weights round to.
+    """
+    for number, unit in enumerate(_units(wrapper)):
+        if files is not None and files.has(number):
+            with files.opened(number) as tensors:
+                yield from _parts(unit, tensors, files)
+            continue
+        yield from _parts(unit, _in_memory(wrapper, unit.key), files)
+        if files is not None:
+            files.put_weights(number)
+
+
+def _parts(unit: _Unit, tensors: Sequence[Tensor], files: SwappedStates | None) -> Iterator[Owned]:
+    """List the ranges of one unit, whose weights and moments are given."""
+    for place in unit.ranges:
+        yield Owned(
+            parameter=place.parameter,
+            begin=place.begin,
+            weights=_weights(place, files),
+            state={
+                name: tensor.narrow(0, place.at, place.count)
+                for name, tensor in zip(STATE_NAMES, tensors, strict=True)
+            },
+        )
 
 
 def set_updates(wrapper: Any, updates: int) -> None:
@@ -128,15 +142,24 @@ def whole_shape(parameter: Tensor) -> torch.Size:
     return parameter.ds_shape if is_partitioned(parameter) else parameter.shape  # type: ignore[attr-defined]
 
 
-def slice_of(parameter: Any) -> tuple[int, Tensor]:
+def slice_of(parameter: Any, files: SwappedStates | None = None) -> tuple[int, Tensor]:
     """Return first element and content of this rank's slice of a parameter that ZeRO-3 has cut.
+
+    A slice that is in a file gets its values when it is copied, and is on no device before.
 
     Example: [10] on 4 ranks is padded to 12: rank 3 has elements 9 to 11, of which one is there: (9, [1]).
     """
-    kept: Tensor = parameter.ds_tensor
-    begin = min(dist.get_rank(parameter.ds_process_group) * kept.ds_numel, parameter.ds_numel)  # type: ignore[attr-defined]
-    count = min(kept.ds_numel, parameter.ds_numel - begin)  # type: ignore[attr-defined]
-    return begin, kept.detach().view(-1)[:count]
+    begin, count = _place_of(parameter)
+    if files is not None and is_in_file(parameter):
+        return begin, files.slice_of(parameter)[:count]
+    return begin, parameter.ds_tensor.detach().view(-1)[:count]
+
+
+def _place_of(parameter: Any) -> tuple[int, int]:
+    """Return first element and length of this rank's slice of a parameter, padding left out."""
+    most: int = parameter.ds_tensor.ds_numel
+    begin = min(dist.get_rank(parameter.ds_process_group) * most, parameter.ds_numel)
+    return begin, min(most, parameter.ds_numel - begin)
 
 
 def _units(wrapper: Any) -> list[_Unit]:
@@ -160,8 +183,8 @@ def _of_zero3(wrapper: Any) -> list[_Unit]:
     for key, parameters in zip(wrapper.fp32_partitioned_groups_flat, wrapper.fp16_groups, strict=True):
         ranges, at = [], 0
         for parameter in parameters:
-            begin, kept = slice_of(parameter)
-            ranges.append(_Range(parameter, begin, at, kept.numel()))
+            begin, count = _place_of(parameter)
+            ranges.append(_Range(parameter, begin, at, count))
             at += parameter.ds_tensor.ds_numel
         units.append(_Unit(key, [one for one in ranges if one.count]))
     return units
@@ -222,10 +245,10 @@ def _cut(parameters: Sequence[nn.Parameter], offsets: Sequence[int], begin: int,
     return found
 
 
-def _weights(place: _Range) -> Tensor:
+def _weights(place: _Range, files: SwappedStates | None) -> Tensor:
     """Return a range of what the model computes with: [n], a view."""
     if is_partitioned(place.parameter):
-        return slice_of(place.parameter)[1]
+        return slice_of(place.parameter, files)[1]
     return place.parameter.detach().view(-1)[place.begin : place.begin + place.count]
 
 

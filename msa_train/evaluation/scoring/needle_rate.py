@@ -1,8 +1,10 @@
 """Count how often MSA layers select the blocks that hold a needle, by layer and KV head.
 
 It separates "not selected" from "selected and not used". A query counts where it predicts a token of the
-answer that a needle is needed for; it is a success where every block that the needle touches is among the
-query's top-k. Blocks nearby are selected always, so needles close to the answer are no evidence.
+answer that a needle is needed for; it is a success where a block that the needle touches is among the query's
+top-k. One is enough: a needle of 45 bytes lies in 6 blocks of 8, and a query that copies one letter wants one
+of them; a needle of 20 tokens lies in one block of 128, rarely two. Blocks nearby are selected always, so
+needles close to the answer are no evidence.
 
 On the device a layer adds rows x needles x topk comparisons for each KV head: 30 answer tokens, 1 needle, 16
 blocks. Over ranks it is one all-reduce of 2 x layers x KV heads numbers: 60 x 4 x 2 x 8 bytes are 4 KB.
@@ -68,7 +70,7 @@ class NeedleRate:
             for rows, blocks in wanted:
                 chosen = block_indices[torch.from_numpy(rows).to(block_indices.device)]
                 needed = torch.from_numpy(blocks).to(chosen.device, chosen.dtype)
-                found = (chosen[:, :, :, None] == needed).any(2).all(2).sum(0)
+                found = (chosen[:, :, :, None] == needed).flatten(2).any(2).sum(0)
                 heads = slice(first, first + len(found))
                 self._counts[0, layer - 1, heads] += found
                 self._counts[1, layer - 1, heads] += len(rows)
@@ -95,10 +97,10 @@ class NeedleRate:
 def _queries(
     packed: PackedDocuments, samples: Sequence[Sample], layout: ShardLayout
 ) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-    """List for each needle this rank's rows that must see it, and the blocks that it touches.
+    """List for each needle this rank's rows that need it, and the blocks that it touches.
 
     Example: blocks of 4, a sample from position 8 on, a needle at its tokens 3 to 6, the answer at its tokens
-    9 and 10: the queries at positions 16 and 17 must select blocks 2 and 3.
+    9 and 10: the queries at positions 16 and 17 need block 2 or 3.
     """
     positions = np.concatenate([np.arange(start, stop) for start, stop in layout.ranges])
     size, wanted = layout.block_size, []

@@ -101,7 +101,9 @@ def test_large_corpora_keep_the_rest_on_disk(whole: dict[int, PackedDataset], tm
             block_size=BLOCK_SIZE,
             seed=5,
         )
-        mapped[length] = PackedDataset(packs.view, table=table, reader=packs.reader, **sizes)
+        mapped[length] = PackedDataset(
+            packs.view, seq_len=length, block_size=BLOCK_SIZE, seed=5, table=table, reader=packs.reader
+        )
     in_memory, on_disk = (carried(of, 64, carried(of, 16, Rest()).rest(60)) for of in (whole, mapped))
     assert len(list((tmp_path / "packs64").glob("rest_*/index.json"))) == 1
     for number in range(in_memory.num_left + 3):

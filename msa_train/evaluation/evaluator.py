@@ -90,7 +90,7 @@ class Evaluator:
             within_stage: leave out lengths beyond the stage's packs, for whose memory nothing is planned.
         """
         about = identity(self.config, self.engine.stage) | self.facts | self.material.names()
-        about |= {"step": step, "source": source}
+        about |= {"step": step, "source": source, "tokenizer": self.counts.tokenizer.fingerprint}
         with undisturbed(self.engine):
             rows = list(self._rows(self.plan(within_stage=within_stage)))
         return [row | about for row in rows]

@@ -23,7 +23,18 @@ EVALUATION = (
 # keys that tell what a row is of
 IDENTITY = {
     *("mode", "task", "length", "samples", "seed", "depths", "step", "stage", "rope", "topk", "checkpoint"),
-    *("weights", "model_digest", "code", "tokenizer_name", "wording", "words", "haystack", "source", "run"),
+    *(
+        "weights",
+        "model_digest",
+        "code",
+        "tokenizer",
+        "tokenizer_name",
+        "wording",
+        "words",
+        "haystack",
+        "source",
+        "run",
+    ),
 }
 
 

@@ -49,6 +49,8 @@ FOUR_RANKS = [
 BF16 = [
     Case(1, 4, ep_size=2, precision=Precision.bf16),
     Case(3, 4, precision=Precision.bf16),
+    # sums of several packs that lie in host memory
+    Case(2, 8, precision=Precision.bf16, offload=Offload.cpu),
 ]
 
 

@@ -22,11 +22,12 @@ PARTS: Mapping[str, tuple[str, ...]] = {
 def part_of(stack: str) -> str | None:
     """Find the part of a stack of py-spy's raw format, outermost frame first; None outside of a step.
 
-    Example: "main (worker.py:9);train_step (engine.py:3);score (msa_kernels/select_blocks/op.py:1)" ->
+    Example: "main (worker.py:9);Engine.train_step (engine.py:3);score (msa_kernels/select_blocks/op.py:1)" ->
     "scoring and selection".
     """
     frames = stack.split(";")
-    if not any(frame.startswith(f"{STEP} ") for frame in frames):
+    # methods have their class before their name
+    if not any(f"{STEP} (" in frame for frame in frames):
         return None
     for frame in reversed(frames):
         for part, places in PARTS.items():

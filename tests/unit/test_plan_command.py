@@ -59,6 +59,27 @@ def test_stages_are_planned_one_by_one(capsys: pytest.CaptureFixture[str]) -> No
         assert line in err
 
 
+@pytest.mark.parametrize(
+    ("name", "stages", "more"),
+    [
+        ("extend_200k_to_1m", ["at_512k", "at_1m"], ()),
+        (
+            "extend_200k_to_1m",
+            ["at_1m"],
+            ("parallel.cp_size=32", "parallel.ep_size=32", "--gpu-memory", "141"),
+        ),
+        ("extend_m2_200k_to_1m", ["index_warmup", "sparse_200k", "at_512k", "at_1m"], ()),
+    ],
+)
+def test_extensions_fit_in_every_stage(
+    name: str, stages: list[str], more: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for stage in stages:
+        code, out, err = run(capsys, f"run={name}", *more, "--of-stage", stage)
+        assert (code, err) == (0, ""), stage
+        assert "1M tokens" in out or stage != "at_1m"
+
+
 def test_a_run_that_does_not_fit_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(capsys, "run=m3_200k", "data.seq_len=32768", "--gpu-memory", "40")
     assert code == 1

@@ -5,6 +5,8 @@ the kernel is this one, which does them when it is waited for. So small that tes
 """
 
 import os
+from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,14 +19,21 @@ from msa_train.training.engines.deepspeed import swap_folder
 # tensors of as many bytes go to files; a multiple of what the disk reads at a time
 LEAST_BYTES = 512
 NOT_BUILT = (
-    f"DeepSpeed's async_io is not compiled at {async_io_file()}: some 5 minutes, with libaio-dev, g++ and "
-    "ninja, by python -m msa_train.training.engines.deepspeed.nvme"
+    f"this environment has not compiled DeepSpeed's async_io, {async_io_file()}: some 5 minutes, with "
+    "libaio-dev, g++ and ninja, by python -m msa_train.training.engines.deepspeed.nvme"
 )
 
 
 def is_built() -> bool:
-    """Whether the real library is there, and nobody is compiling it just now."""
-    return async_io_file().is_file() and not async_io_file().with_name("lock").exists()
+    """Whether the real library is there, of this environment, and nobody is compiling it just now.
+
+    Another environment's is compiled anew at its first use, within the time of a test.
+    """
+    library, package = async_io_file(), find_spec("deepspeed")
+    if package is None or not library.is_file() or library.with_name("lock").exists():
+        return False
+    recipe, sources = library.with_name("build.ninja"), str(Path(str(package.origin)).parent)
+    return not recipe.is_file() or f"{sources}/" in recipe.read_text()
 
 
 class PlainHandle:

@@ -51,7 +51,9 @@ def evaluation_hook(
         rows = evaluator.run(step, source=TRAINING, within_stage=True)
         if reporting is None or log is None:
             return
-        lines = [f"evaluation after step {step}:", *table_lines(rows), *log.write(rows)]
+        # a signal ends it before the next task, and lengths may all be beyond the stage's packs
+        what = "" if rows else " nothing is measured"
+        lines = [f"evaluation after step {step}:{what}", *table_lines(rows), *log.write(rows)]
         if left_out := evaluator.plan(within_stage=True).left_out:
             lines.append(f"lengths beyond this stage's packs are left out: {', '.join(map(str, left_out))}")
         for line in lines:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from launchers.hydra_config.compose import compose_run
-from launchers.local import engine_checks, nvme_checks
+from launchers.local import engine_checks
 from msa_train.config import RunConfig, check_rules, contradictions
 from msa_train.config.deepspeed.async_io import async_io_file
 from msa_train.config.deepspeed.raw import check_raw
@@ -205,9 +205,9 @@ def refused_here(config: RunConfig, ranks: int = 2) -> str:
 def able(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A machine that has all that offload to NVMe needs, and nothing compiled; returns where it would be."""
     file = tmp_path / "extensions" / "async_io" / "async_io.so"
-    monkeypatch.setattr(nvme_checks, "async_io_file", lambda: file)
-    monkeypatch.setattr(nvme_checks, "_links", lambda compiler: True)
-    monkeypatch.setattr(nvme_checks.shutil, "which", lambda name, path=None: f"/bin/{name}")
+    monkeypatch.setattr(engine_checks, "async_io_file", lambda: file)
+    monkeypatch.setattr(engine_checks, "_links", lambda compiler: True)
+    monkeypatch.setattr(engine_checks.shutil, "which", lambda name, path=None: f"/bin/{name}")
     return file
 
 
@@ -235,8 +235,8 @@ def test_nvme_needs_a_file_system_with_direct_io(
     def refuse(path: str, flags: int) -> int:
         raise OSError(errno.EINVAL, "Invalid argument")
 
-    monkeypatch.setattr(nvme_checks.os, "open", refuse)
-    monkeypatch.setattr(nvme_checks.tempfile, "NamedTemporaryFile", lambda dir: nullcontext(tmp_path))
+    monkeypatch.setattr(engine_checks.os, "open", refuse)
+    monkeypatch.setattr(engine_checks.tempfile, "NamedTemporaryFile", lambda dir: nullcontext(tmp_path))
     assert "past the page cache (Invalid argument); use a folder on a local disk" in refused_here(
         in_files(tmp_path)
     )
@@ -248,7 +248,7 @@ def test_nvme_needs_room(able: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     size = model_size(config.model, config.attention).total
 
     def free(num_bytes: float) -> None:
-        monkeypatch.setattr(nvme_checks.shutil, "disk_usage", lambda path: SimpleNamespace(free=num_bytes))
+        monkeypatch.setattr(engine_checks.shutil, "disk_usage", lambda path: SimpleNamespace(free=num_bytes))
 
     free(2**30 + 28 * size + 1)
     engine_checks.check_deepspeed_here(config, 2)
@@ -264,8 +264,8 @@ def test_nvme_needs_room(able: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_nvme_locks_memory(able: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nvme_checks.resource, "getrlimit", lambda which: (1000, 1000))
-    monkeypatch.setattr(nvme_checks, "_may_lock_all", lambda: False)
+    monkeypatch.setattr(engine_checks.resource, "getrlimit", lambda which: (1000, 1000))
+    monkeypatch.setattr(engine_checks, "_may_lock_all", lambda: False)
     text = refused_here(in_files(tmp_path))
     assert text.startswith("deepspeed.offload_optimizer=nvme: each rank locks at least ")
     assert "ulimit -l unlimited" in text
@@ -277,7 +277,7 @@ def test_what_is_not_compiled_needs_a_compiler_and_libaio(
     only = in_files(tmp_path, "deepspeed.offload_param=none")
     missing = ""
     monkeypatch.setattr(
-        nvme_checks.shutil, "which", lambda name, path=None: None if name == missing else name
+        engine_checks.shutil, "which", lambda name, path=None: None if name == missing else name
     )
     for missing, package in (("ninja", "install ninja"), ("c++", "install g++")):
         monkeypatch.setenv("CXX", "c++")
@@ -290,9 +290,9 @@ def test_what_is_not_compiled_needs_a_compiler_and_libaio(
     engine_checks.check_deepspeed_here(only, 2)
     able.unlink()
     missing = ""
-    monkeypatch.setattr(nvme_checks, "_links", lambda compiler: False)
+    monkeypatch.setattr(engine_checks, "_links", lambda compiler: False)
     assert "install libaio-dev (Debian, Ubuntu) or libaio-devel" in refused_here(only)
-    monkeypatch.setattr(nvme_checks, "_links", lambda compiler: True)
+    monkeypatch.setattr(engine_checks, "_links", lambda compiler: True)
     able.with_name("lock").write_text("")
     engine_checks.check_deepspeed_here(only, 2)
     os.utime(able.with_name("lock"), (0, 0))
@@ -306,7 +306,7 @@ def test_the_test_program_is_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path:
         compiler = tmp_path / "cc"
         compiler.write_text(f"#!/bin/sh\necho $@ > {called}\nexit {code}\n")
         compiler.chmod(0o700)
-        assert nvme_checks._links(str(compiler)) is (code == 0)
+        assert engine_checks._links(str(compiler)) is (code == 0)
         assert "-laio" in called.read_text()
 
 

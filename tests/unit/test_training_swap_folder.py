@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,17 @@ def test_two_ranks_of_a_node_have_two_folders(tmp_path: Path) -> None:
     first.remove()
     second.remove()
     assert not list(tmp_path.iterdir())
+
+
+def test_ranks_that_start_at_once_take_no_folder_from_each_other(tmp_path: Path) -> None:
+    """Locks are of open files, so threads stand for processes."""
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(lambda _: SwapFolder(tmp_path), range(200)))
+    assert {folder.path for folder in folders} == set(tmp_path.iterdir())
+    assert len({folder.path for folder in folders}) == 200
+    for folder in folders:
+        assert (folder.path / "lock").exists()
+        folder.remove()
 
 
 def test_what_a_killed_process_left_is_taken_away_and_never_read(tmp_path: Path) -> None:

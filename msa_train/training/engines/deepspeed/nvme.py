@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import nn
 
-from msa_train.config import Offload
+from msa_train.config import Offload, printable
 from msa_train.config.deepspeed.async_io import async_io_file
 from msa_train.config.deepspeed.settings import DeepSpeedConfig
 from msa_train.model.transformer_layer import MsaTransformerLayer
@@ -61,7 +61,7 @@ def load_async_io() -> Any:
         line = (
             "msa-train: compiling DeepSpeed's async_io for offload to NVMe, some minutes, once for a machine"
         )
-        print(line, file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)
     from deepspeed.ops.op_builder import AsyncIOBuilder  # type: ignore[attr-defined]
 
     try:

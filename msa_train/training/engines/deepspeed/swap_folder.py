@@ -24,6 +24,7 @@ from torch import Tensor
 
 _PREFIX = "msa_train-"
 _LOCK = "lock"
+_TRIES = 100
 # smaller tensors are not worth a file
 _LEAST_BYTES = 2**20
 
@@ -41,10 +42,8 @@ class SwapFolder:
             OSError: it cannot be written.
         """
         clear_left_behind(Path(disk))
-        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=disk))
         # held open until the process ends, or the folder is taken away
-        self._lock = _locked(self.path / _LOCK)
-        assert self._lock is not None, "nobody else knows the folder"
+        self.path, self._lock = _new_folder(Path(disk))
         # at exit too, if nobody has before
         self.remove = weakref.finalize(self, _remove, self.path, self._lock, os.getpid())
 
@@ -80,6 +79,25 @@ def clear_left_behind(disk: Path) -> None:
         lock = _locked(folder / _LOCK, make=False)
         if lock is not None:
             _remove(folder, lock, os.getpid())
+
+
+def _new_folder(disk: Path) -> tuple[Path, int]:
+    """Make a folder and lock it.
+
+    Until it is locked, another process may take it for one left behind; then another one is made.
+
+    Raises:
+        OSError: the disk cannot be written.
+    """
+    for _ in range(_TRIES):
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=disk))
+        lock = _locked(folder / _LOCK)
+        if lock is not None and os.fstat(lock).st_nlink:
+            return folder, lock
+        if lock is not None:
+            os.close(lock)
+        shutil.rmtree(folder, ignore_errors=True)
+    raise OSError(f"{disk}: no file can be locked there")
 
 
 def _locked(file: Path, *, make: bool = True) -> int | None:

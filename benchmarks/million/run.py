@@ -112,9 +112,8 @@ class _Study:
             f"data.seq_len={tokens}",
             f"parallel.cp_size={ranks}",
             f"parallel.ep_size={ranks}",
+            f"launcher.num_processes={ranks}",
         ]
-        if ranks != 2:
-            settings.append(f"launcher.num_processes={ranks}")
         spy = [self.py_spy, "record", "--subprocesses", "--rate", str(self.looks), "--format", "raw"]
         subprocess.run(
             [*spy, "--output", str(stacks), "--", sys.executable, "-m", "launchers.train", *settings],

@@ -48,7 +48,7 @@ def check_deepspeed_here(config: RunConfig, world_size: int, *, is_joined: bool 
             "engine=deepspeed: the deepspeed package is not installed; install msa-train[deepspeed], or use "
             "engine=torch"
         )
-    if Offload.nvme in (config.deepspeed.offload_optimizer, config.deepspeed.offload_param):
+    if config.deepspeed.uses_nvme:
         check_nvme_here(config, world_size, _ranks_here() if is_joined else world_size)
 
 

@@ -24,11 +24,10 @@ from msa_train.config.staging.views import has_layouts, layout_config
 from msa_train.evaluation.evaluator import Evaluator
 from msa_train.evaluation.log import EvaluationLog
 from msa_train.evaluation.table import table_lines
-from msa_train.parallel.comm.fault_watch import FaultWatch, watched
-from msa_train.parallel.process_groups import build_groups, destroy_groups
+from msa_train.parallel.comm.fault_watch import FaultWatch
 from msa_train.training.engines.engine import TrainEngine
 from msa_train.training.evaluation_hook import run_facts
-from msa_train.training.worker import build_engine, check_agreement, load_data, run_as_rank
+from msa_train.training.worker import build_engine, built_groups, check_agreement, load_data, run_as_rank
 
 SOURCE = "msa-eval"
 
@@ -47,37 +46,26 @@ def run_evaluation(config: RunConfig) -> bool:
 
 def _evaluate(config: RunConfig, device: torch.device, watch: FaultWatch | None) -> bool:
     """Build everything, load the weights, evaluate and report."""
-    with watched("set_up"):
-        config = _own_layout(config)
-        groups = build_groups(
-            config.parallel,
-            device=device,
-            timeout_s=config.launcher.timeout_s,
-            exchange=config.exchange,
-            watch=watch,
-        )
-    data = load_data(config)
-    check_agreement(data, groups.device)
-    engine = build_engine(config, groups)
-    found = _load(config, engine)
-    stage = stage_of(config, found.meta)
-    engine.set_stage(stage)
-    is_first = groups.rank == 0
-    facts = _facts(config, found) if is_first else {}
-    evaluator = Evaluator(engine, data.validation.get, facts)
-    if is_first:
-        lines = (*found.messages, f"evaluating {found.path}, step {found.step}, stage {stage.name}")
-        for line in lines:
-            print(printable(line), flush=True)
-    rows = evaluator.run(found.step, source=SOURCE, within_stage=False)
-    if is_first:
-        folder = Path(config.run_dir).parent
-        notes = EvaluationLog(folder, tensorboard=config.logging.tensorboard).write(rows)
-        for line in (*table_lines(rows), *notes):
-            print(printable(line), flush=True)
-    with watched("end"):
-        dist.barrier()
-    destroy_groups(groups)
+    with built_groups(config, device, watch, _own_layout) as (config, groups):
+        data = load_data(config)
+        check_agreement(data, groups.device)
+        engine = build_engine(config, groups)
+        found = _load(config, engine)
+        stage = stage_of(config, found.meta)
+        engine.set_stage(stage)
+        is_first = groups.rank == 0
+        facts = _facts(config, found) if is_first else {}
+        evaluator = Evaluator(engine, data.validation.get, facts)
+        if is_first:
+            lines = (*found.messages, f"evaluating {found.path}, step {found.step}, stage {stage.name}")
+            for line in lines:
+                print(printable(line), flush=True)
+        rows = evaluator.run(found.step, source=SOURCE, within_stage=False)
+        if is_first:
+            folder = Path(config.run_dir).parent
+            notes = EvaluationLog(folder, tensorboard=config.logging.tensorboard).write(rows)
+            for line in (*table_lines(rows), *notes):
+                print(printable(line), flush=True)
     return False
 
 

@@ -22,8 +22,8 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -109,8 +109,29 @@ def run_as_rank(config: RunConfig, work: Work) -> bool:
 
 def _work(config: RunConfig, device: torch.device, watch: FaultWatch | None) -> bool:
     """Build everything, train and report; see the module for the order. Tells whether the run goes on."""
+    with built_groups(config, device, watch, own_layout) as (config, groups):
+        start = time.perf_counter()
+        data = load_data(config)
+        check_agreement(data, groups.device)
+        engine = build_engine(config, groups)
+        # however it ends
+        with closing(engine):
+            return _train(config, groups, engine, data, start)
+
+
+@contextmanager
+def built_groups(
+    config: RunConfig,
+    device: torch.device,
+    watch: FaultWatch | None,
+    choose_layout: Callable[[RunConfig], RunConfig],
+) -> Iterator[tuple[RunConfig, Groups]]:
+    """Build process groups for the block, with the configuration of the layout; all ranks leave together.
+
+    After an error nobody waits and nothing is destroyed: the process ends.
+    """
     with watched("set_up"):
-        config = own_layout(config)
+        config = choose_layout(config)
         groups = build_groups(
             config.parallel,
             device=device,
@@ -118,18 +139,11 @@ def _work(config: RunConfig, device: torch.device, watch: FaultWatch | None) -> 
             exchange=config.exchange,
             watch=watch,
         )
-    start = time.perf_counter()
-    data = load_data(config)
-    check_agreement(data, groups.device)
-    engine = build_engine(config, groups)
-    # however it ends
-    with closing(engine):
-        goes_on = _train(config, groups, engine, data, start)
+    yield config, groups
     # A process that ended while others still wrote would look like a lost rank to them.
     with watched("end"):
         dist.barrier()
     destroy_groups(groups)
-    return goes_on
 
 
 def _train(config: RunConfig, groups: Groups, engine: TrainEngine, data: Data, start: float) -> bool:

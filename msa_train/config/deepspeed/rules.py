@@ -114,7 +114,7 @@ def _check_offload(settings: DeepSpeedConfig) -> None:
             "deepspeed.offload_optimizer=nvme: DeepSpeed has it with deepspeed.zero_stage=3 alone; use that, "
             "or deepspeed.offload_optimizer=cpu"
         )
-    if Offload.nvme in (optimizer, param) and not settings.nvme_path.strip():
+    if settings.uses_nvme and not settings.nvme_path.strip():
         raise ValueError(
             "deepspeed.nvme_path=: offload to nvme needs a folder on a local disk; use "
             "deepspeed.nvme_path=/local_nvme"

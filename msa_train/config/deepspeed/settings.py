@@ -30,3 +30,8 @@ class DeepSpeedConfig:
     "zero_stage=3: weights up to this size stay on every rank"
     raw: dict[str, Any] = field(default_factory=dict[str, Any])
     "more of DeepSpeed's own JSON, merged in last; refused where it contradicts what is set here"
+
+    @property
+    def uses_nvme(self) -> bool:
+        """Tell whether anything is in files."""
+        return Offload.nvme in (self.offload_optimizer, self.offload_param)

@@ -20,18 +20,13 @@ from typing import Any
 
 from torch import nn
 
-from msa_train.config import Offload, printable
+from msa_train.config import printable
 from msa_train.config.deepspeed.async_io import async_io_file
 from msa_train.config.deepspeed.settings import DeepSpeedConfig
 from msa_train.model.transformer_layer import MsaTransformerLayer
 from msa_train.training.engines.deepspeed.swap_folder import SwapFolder
 
 _OFFLOADS = ("offload_optimizer", "offload_param")
-
-
-def uses_nvme(settings: DeepSpeedConfig) -> bool:
-    """Tell whether anything is in files."""
-    return Offload.nvme in (settings.offload_optimizer, settings.offload_param)
 
 
 def own_folder(settings: DeepSpeedConfig) -> SwapFolder | None:
@@ -41,7 +36,7 @@ def own_folder(settings: DeepSpeedConfig) -> SwapFolder | None:
         OSError: the folder cannot be written.
         ValueError: DeepSpeed's library cannot be built or loaded.
     """
-    if not uses_nvme(settings):
+    if not settings.uses_nvme:
         return None
     load_async_io()
     return SwapFolder(settings.nvme_path)

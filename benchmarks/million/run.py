@@ -20,6 +20,7 @@ from typing import Any
 
 from benchmarks.machine import ROOT, command, machine
 from benchmarks.million.parts import shares
+from benchmarks.million.peak_memory import PeakMemory
 from msa_train.simulate.reports.text import table, tokens_text
 from msa_train.training.metrics.writer import read_metrics
 
@@ -115,14 +116,16 @@ class _Study:
             f"launcher.num_processes={ranks}",
         ]
         spy = [self.py_spy, "record", "--subprocesses", "--rate", str(self.looks), "--format", "raw"]
-        subprocess.run(
-            [*spy, "--output", str(stacks), "--", sys.executable, "-m", "launchers.train", *settings],
-            cwd=ROOT,
-            check=True,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (self.memory, self.memory)),
-        )
+        with PeakMemory(str(run_dir)) as peak:
+            subprocess.run(
+                [*spy, "--output", str(stacks), "--", sys.executable, "-m", "launchers.train", *settings],
+                cwd=ROOT,
+                check=True,
+                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (self.memory, self.memory)),
+            )
         (row,) = read_metrics(run_dir)
-        return {"metrics": row, "shares": shares(stacks.read_text().splitlines())}
+        found = shares(stacks.read_text().splitlines())
+        return {"metrics": row, "shares": found, "peak_gib_by_rank": peak.gib()}
 
 
 def _document(size: int) -> bytes:
@@ -167,7 +170,7 @@ def page(result: dict[str, Any]) -> str:
         f"# One step at {tokens_text(result['tokens'])} tokens\n\n"
         f"`{result['command']}`, {ran_on['cpu']}, {ran_on['cores']} cores, commit {ran_on['commit']}: one "
         f"document on {result['ranks']} ranks, layers `{result['layers']}`, fp32, one thread a rank. "
-        f"Step: {step_s:.0f} s, largest process {row['memory_gib']:.2f} GiB, loss {row['lm_loss']:.6f}, "
+        f"Step: {step_s:.0f} s, largest process {max(run['peak_gib_by_rank']):.2f} GiB at its peak, loss {row['lm_loss']:.6f}, "
         f"gradient norm {row['grad_norm']:.6f}, f {row.get('kv_selected_fraction', float('nan')):.3f}.\n\n"
         + "\n\n".join("\n".join(table(rows)) for rows in (parts, sent, agree))
         + "\n"

@@ -1,8 +1,13 @@
 """Parts of a step, told from stacks."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from benchmarks.million.parts import REST, part_of, shares
+from benchmarks.million.peak_memory import PeakMemory
 from benchmarks.million.run import _document
 
 STEP = 'process 7:"python";_work (worker.py:111);TorchEngine.train_step (engines/torch_engine.py:90)'
@@ -41,3 +46,12 @@ def test_document_is_ascii_of_the_wanted_length() -> None:
     assert len(text) == 100_000
     assert text.isascii()
     assert _document(10) == text[:10]
+
+
+def test_the_most_memory_of_a_worker_is_seen_after_it_is_given_back(tmp_path: Path) -> None:
+    code = "import time; a = bytearray(200 << 20); del a; time.sleep(2.5)"
+    with PeakMemory(str(tmp_path)) as peak:
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / "config.yaml")], check=True)
+        subprocess.run([sys.executable, "-c", "pass", str(tmp_path)], check=True)
+    (gib,) = peak.gib()
+    assert 0.2 < gib < 0.5

@@ -32,9 +32,12 @@ def backward(
     T, M, G, D = queries.q.shape
     dtype, device = queries.compute_dtype, queries.q.device
     with_kl = kl_term is not None and queries.q_index is not None
+    # keys' and values' gradients apart: rows are added to contiguous tensors only at full speed
+    dk_dv = torch.zeros(2, *pool.kv[:, 0].shape, dtype=dtype, device=device)
     grads = PoolGrads(
         dq=torch.zeros(T, M, G, D, dtype=dtype, device=device),
-        dkv=torch.zeros(pool.kv.shape, dtype=dtype, device=device),
+        # a view: a copy would be as large as all that was fetched
+        dkv=dk_dv.transpose(0, 1),
         dq_index=None,
         dk_index=None,
         kl=None,
@@ -46,13 +49,10 @@ def backward(
         grads.dk_index = torch.zeros(index_shape, dtype=dtype, device=device)
         grads.kl = torch.zeros((), dtype=torch.float64, device=device)
     scratch = Scratch()
-    # keys' and values' gradients apart: rows are added to contiguous tensors only at full speed
-    dk_dv = torch.zeros_like(grads.dkv).view(2, *pool.kv[:, 0].shape)
     for chunk in portions(T, M * G * D, block_table.shape[2]):
         part = Chunk(queries, pool, block_table, chunk)
         rows = _BackwardRows(part, dout[chunk], delta[chunk], lse[chunk], kl_term if with_kl else None, chunk)
         _backward_chunk(part, rows, grads, dk_dv, chunk, scratch)
-    grads.dkv = dk_dv.transpose(0, 1).contiguous()
     return grads
 
 

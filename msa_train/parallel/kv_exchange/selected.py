@@ -92,14 +92,18 @@ class SelectedSession(ExchangeSession):
         """See ExchangeSession.backward."""
         if self._fetched is not None:
             # Remote gradients first, so that they travel while the own ones are computed.
-            returning = self._return(compute, self._fetched)
-            self._fetched = None
+            fetched, self._fetched = self._fetched, None
+            grads = self._remote_grads(compute, fetched)
+            # what was fetched is not needed any more, and its gradients are about to be copied
+            del fetched
+            returning = self._return(grads)
+            del grads
             own = self._own_under(returning, compute)
         else:
             # Fetched again: own gradients are computed meanwhile, and the return is not hidden.
             fetch = Fetch(self.local, self.plan, self.comm, "kv_again")
             own = compute(self.own_source())
-            returning = self._return(compute, fetch.finish())
+            returning = self._return(self._remote_grads(compute, fetch.finish()))
             returning.leave_node()
         returning.finish(own)
         return own
@@ -123,8 +127,10 @@ class SelectedSession(ExchangeSession):
             own[1].add_(rest[1])
         return own
 
-    def _return(self, compute: Compute, fetched: Tensor) -> "_Return":
-        grads = compute(self._remote(fetched)) if self._has_remote else None
+    def _remote_grads(self, compute: Compute, fetched: Tensor) -> KvBlockGrads | None:
+        return compute(self._remote(fetched)) if self._has_remote else None
+
+    def _return(self, grads: KvBlockGrads | None) -> "_Return":
         return _Return(grads, self.plan, self.comm, self.local, self.index_elements)
 
     def _remote(self, fetched: Tensor) -> KvSource:

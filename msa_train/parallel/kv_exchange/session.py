@@ -124,6 +124,10 @@ def add_in_rank_order(total: KvBlockGrads, pairs: Tensor, rows: Tensor, sizes: l
 def grad_rows(grads: KvBlockGrads, dtype: torch.dtype) -> Tensor:
     """Lay out the gradients of a pool as rows for the wire: [N, 2 * B * D (+ B * Di)]."""
     dkv, dk_index = grads
-    if dk_index is None:
-        return dkv.flatten(1).to(dtype)
-    return torch.cat((dkv.flatten(1), dk_index.flatten(1)), dim=1).to(dtype)
+    width = dkv[:1].numel()
+    rows = dkv.new_empty(dkv.shape[0], width + (0 if dk_index is None else dk_index[:1].numel()), dtype=dtype)
+    # joined and cast at once: with all blocks fetched these rows are the largest tensors of a step
+    rows[:, :width].view(dkv.shape).copy_(dkv)
+    if dk_index is not None:
+        rows[:, width:].view(dk_index.shape).copy_(dk_index)
+    return rows

@@ -171,7 +171,8 @@ def page(result: dict[str, Any]) -> str:
         f"`{result['command']}`, {ran_on['cpu']}, {ran_on['cores']} cores, commit {ran_on['commit']}: one "
         f"document on {result['ranks']} ranks, layers `{result['layers']}`, fp32, one thread a rank. "
         f"Step: {step_s:.0f} s, at most {max(run['peak_gib_by_rank']):.2f} GiB in a rank, loss "
-        f"{row['lm_loss']:.6f}, gradient norm {row['grad_norm']:.6f}, f {row.get('kv_selected_fraction', float('nan')):.3f}.\n\n"
+        f"{row['lm_loss']:.6f}, gradient norm {row['grad_norm']:.6f}, "
+        f"f {row.get('kv_selected_fraction', float('nan')):.3f}.\n\n"
         + "\n\n".join("\n".join(table(rows)) for rows in (parts, sent, agree))
         + "\n"
     )

@@ -21,13 +21,14 @@ from msa_train.config.mixture.rules import check_mixture
 if TYPE_CHECKING:
     from msa_train.data.stats import StageReading
 
-DESCRIPTION = "Counts documents by length and source, and joins texts to long documents."
+DESCRIPTION = "Counts documents by length, joins texts to long ones, writes ones that teach to look back."
 EPILOG = """\
 examples:
   msa-data stats /data/books /data/web.jsonl.zst --seq-len 1M     # documents and tokens by length
   msa-data stats run=m3_1m data.corpus=/data/books                # what can its stages learn from it?
   msa-data prepare /data/repos/* --join imports --output /data/long_code
-  msa-data prepare /data/books --join chapters --output /data/long_books"""
+  msa-data prepare /data/books --join chapters --output /data/long_books
+  msa-data synthesize --lengths 32K,256K,1M --documents 2000 --output /data/recall"""
 LARGEST_VOCAB = 2**26
 "where no model is given: any tokenizer's"
 
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="msa-data", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="stats|prepare")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="stats|prepare|synthesize")
     stats = commands.add_parser("stats", help="documents and tokens by length, and what stages can learn")
     stats.add_argument(
         "given",
@@ -85,7 +86,54 @@ def _parser() -> argparse.ArgumentParser:
         "--window", type=int, default=50_000, metavar="N", help="topic: texts that are compared (50000)"
     )
     prepare.set_defaults(run=_prepare)
+    _add_synthesize(commands.add_parser("synthesize", help="write documents like the tasks of msa-eval"))
     return parser
+
+
+def _add_synthesize(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="new folder for JSONL")
+    parser.add_argument(
+        "--tasks", default="recall", metavar="NAMES", help="recall, or tasks of msa-eval, by commas (recall)"
+    )
+    parser.add_argument("--lengths", required=True, metavar="N,N", help="tokens of documents, as 32K,1M")
+    parser.add_argument("--documents", required=True, type=int, metavar="N", help="how many")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the documents (0)")
+    parser.add_argument("--tokenizer", default="bytes", metavar="PATH", help="that counts tokens (bytes)")
+    parser.add_argument("--haystack", default="", metavar="PATH", help="text around (sentences are built)")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="that write at a time (1)")
+    parser.set_defaults(run=_synthesize)
+
+
+def _synthesize(arguments: argparse.Namespace) -> int:
+    """Write documents, and say what was written."""
+    from msa_train.data.long_documents.write import Prepared, write_corpus
+    from msa_train.evaluation.training_documents import DocumentRequest, request_summary, write_documents
+
+    request = DocumentRequest(
+        tasks=tuple(name.strip() for name in arguments.tasks.split(",") if name.strip()),
+        lengths=_lengths(arguments.lengths),
+        documents=arguments.documents,
+        seed=arguments.seed,
+        tokenizer=arguments.tokenizer,
+        haystack=arguments.haystack,
+        processes=arguments.processes,
+    )
+    made = write_corpus(
+        arguments.output,
+        write_documents(request),
+        Prepared(),
+        lambda: {"request": request_summary(request)},
+        "--documents",
+    )
+    say(f"{made.documents:,} documents, {made.num_bytes / 1e6:.1f} MB, the longest {made.longest:,} bytes")
+    return 0
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(token_count(part.strip()) for part in text.split(","))
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"--lengths={error}") from error
 
 
 def _prepare(arguments: argparse.Namespace) -> int:

@@ -181,11 +181,14 @@ def check_files(config: RunConfig, *, say: Callable[[str], None], hand_on: bool 
         from msa_train.checkpoint.find import find_to_resume
         from msa_train.data import load_datasets
         from msa_train.data.run_data import load_mixture, prepare_run
+        from msa_train.data.stats import learning_warnings
         from msa_train.evaluation.inputs import check_inputs
 
     vocab_size = config.model.vocab_size
     corpus = prepare_run(config, log=say)
     _check_alternate(config, corpus.num_documents)
+    for sentence in learning_warnings(config, corpus):
+        say(f"warning: {sentence}")
     if not hand_on and config.data.mixture:
         load_mixture(config, corpus)[1].make_all()
     elif not hand_on:

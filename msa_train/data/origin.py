@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from msa_train.config.mixture.settings import BUCKET_EDGES, BUCKETS
 
-MADE_BY = ("as_is", "repository_imports", "repository_paths", "chapters", "topic")
+MADE_BY = ("as_is", "repository_imports", "repository_paths", "chapters", "topic", "synthesized")
 "how a document was made; a number in a cache's provenance.dat is a place in this list, so only append to it"
 
 

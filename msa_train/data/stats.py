@@ -25,6 +25,8 @@ LITTLE = 0.05
 MANY_EPOCHS = 4.0
 "readings of the same documents above which a stage is said to repeat itself"
 _LONGEST = 5
+_LONG = 128 << 10
+"tokens of packs that are meant for long documents"
 
 
 @dataclass(slots=True)
@@ -108,15 +110,21 @@ def read_lengths(config: RunConfig, *, log: Log | None = None) -> dict[str, Sour
     Raises:
         ValueError: one line naming the setting, what is wrong and the fix.
     """
+    if config.data.mixture:
+        # a bucket without documents is what the table is to show
+        return prepared_lengths(config, prepare_mixture(config, log=log, check=False))
+    vocab_size = config.model.vocab_size
+    corpus = prepare_corpus(config.data, vocab_size=vocab_size, log=log, run_dir=config.run_dir)
+    return prepared_lengths(config, corpus)
+
+
+def prepared_lengths(config: RunConfig, prepared: Corpus) -> dict[str, SourceLengths]:
+    """Read the lengths of all documents of data that `prepare_run` has prepared; see `read_lengths`."""
     if not config.data.mixture:
-        vocab_size = config.model.vocab_size
-        corpus = prepare_corpus(config.data, vocab_size=vocab_size, log=log, run_dir=config.run_dir)
-        return {"": _lengths(OpenCorpus(config.data, corpus, vocab_size), corpus)}
-    # a bucket without documents is what the table is to show
-    combined = prepare_mixture(config, log=log, check=False)
+        return {"": _lengths(OpenCorpus(config.data, prepared, config.model.vocab_size), prepared)}
     found: dict[str, SourceLengths] = {}
     for name, source in read_sources(config.data.mixture).items():
-        corpus = combined.source(name)
+        corpus = prepared.source(name)
         data = source_data(config.data, source, config.data.seq_len)
         found[name] = _lengths(OpenCorpus(data, corpus, config.model.vocab_size, name), corpus)
     return found
@@ -181,6 +189,26 @@ def stage_readings(config: RunConfig, sources: Mapping[str, SourceLengths]) -> l
         readings.append(_reading(stage, beyond, of_stage, sources))
         longest_before = max(longest_before, stage.seq_len)
     return readings
+
+
+def learning_warnings(config: RunConfig, prepared: Corpus) -> list[str]:
+    """Name the stages whose long packs have nothing to learn from, for the start of a run.
+
+    Those are stages longer than an earlier one, and any from `_LONG` tokens on: shorter packs may well be
+    full of whole documents. Reads 8 bytes of each document, where there is such a stage.
+    """
+    lengths = [stage.seq_len for stage in plan_stages(config)]
+    if max(lengths) < _LONG and max(lengths) == lengths[0]:
+        return []
+    readings = stage_readings(config, prepared_lengths(config, prepared))
+    extends = [
+        reading.seq_len > max(lengths[:place], default=_LONG - 1) for place, reading in enumerate(readings)
+    ]
+    return [
+        reading.sentences()[0]
+        for reading, is_longer in zip(readings, extends, strict=True)
+        if is_longer and not reading.long_share
+    ]
 
 
 def _reading(

@@ -9,6 +9,8 @@ The engine is the training's, with its optimizer: what can be trained can be eva
 """
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,27 +48,51 @@ def run_evaluation(config: RunConfig) -> bool:
 
 def _evaluate(config: RunConfig, device: torch.device, watch: FaultWatch | None) -> bool:
     """Build everything, load the weights, evaluate and report."""
-    with built_groups(config, device, watch, _own_layout) as (config, groups):
-        data = load_data(config)
-        check_agreement(data, groups.device)
-        engine = build_engine(config, groups)
-        found = _load(config, engine)
-        stage = stage_of(config, found.meta)
-        engine.set_stage(stage)
-        is_first = groups.rank == 0
-        facts = _facts(config, found) if is_first else {}
-        evaluator = Evaluator(engine, data.validation.get, facts)
-        if is_first:
-            lines = (*found.messages, f"evaluating {found.path}, step {found.step}, stage {stage.name}")
-            for line in lines:
-                print(printable(line), flush=True)
-        rows = evaluator.run(found.step, source=SOURCE, within_stage=False)
-        if is_first:
+    with loaded_checkpoint(config, device, watch) as (evaluator, step):
+        rows = evaluator.run(step, source=SOURCE, within_stage=False)
+        if evaluator.engine.groups.rank == 0:
             folder = Path(config.run_dir).parent
             notes = EvaluationLog(folder, tensorboard=config.logging.tensorboard).write(rows)
             for line in (*table_lines(rows), *notes):
                 print(printable(line), flush=True)
     return False
+
+
+@contextmanager
+def loaded_checkpoint(
+    config: RunConfig, device: torch.device, watch: FaultWatch | None
+) -> Iterator[tuple[Evaluator, int]]:
+    """Build groups, data and engine as a training does, and load the newest checkpoint's weights.
+
+    All ranks call it, inside `run_as_rank`. The groups are gone afterwards.
+
+    Args:
+        config: of the evaluation.
+        device: of this rank.
+        watch: of its faults, if there is one.
+
+    Yields:
+        What evaluates it, and its step.
+
+    Raises:
+        ValueError: there is no checkpoint, or a file of the user's cannot be used.
+    """
+    with built_groups(config, device, watch, _own_layout) as (config, groups):
+        data = load_data(config)
+        check_agreement(data, groups.device)
+        engine = build_engine(config, groups)
+        # however it ends
+        with closing(engine):
+            found = _load(config, engine)
+            stage = stage_of(config, found.meta)
+            engine.set_stage(stage)
+            facts = _facts(config, found) if groups.rank == 0 else {}
+            evaluator = Evaluator(engine, data.validation.get, facts)
+            if groups.rank == 0:
+                lines = (*found.messages, f"evaluating {found.path}, step {found.step}, stage {stage.name}")
+                for line in lines:
+                    print(printable(line), flush=True)
+            yield evaluator, found.step
 
 
 def _own_layout(config: RunConfig) -> RunConfig:

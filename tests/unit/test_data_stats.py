@@ -10,7 +10,8 @@ from launchers.data import main
 from msa_train.config import StageConfig
 from msa_train.config.mixture.settings import BUCKET_EDGES, BUCKETS
 from msa_train.data.origin import MADE_BY, OriginCounter, PackOrigin, bucket_of
-from msa_train.data.stats import SourceLengths, read_lengths, stage_readings
+from msa_train.data.run_data import prepare_run
+from msa_train.data.stats import SourceLengths, learning_warnings, read_lengths, stage_readings
 from msa_train.data.token_cache.store import TokenStore, write_store
 from tests.helpers.mixture_files import mixed_run, write_source
 
@@ -117,3 +118,23 @@ def test_a_run_with_a_weight_on_an_empty_bucket_is_counted(tmp_path: Path) -> No
     (reading,) = stage_readings(run, read_lengths(run))
     assert reading.parts == []
     assert "NOTHING TO LEARN FROM" in reading.sentences()[0]
+
+
+def test_a_start_names_stages_without_anything_to_learn(tmp_path: Path) -> None:
+    short, long = write_source(tmp_path, "w", [100, 200]), write_source(tmp_path, "b", [1500])
+    mixture = {"web": {"corpus": str(short)}, "books": {"corpus": str(long)}}
+
+    def warnings(**stages: StageConfig) -> list[str]:
+        run = mixed_run(tmp_path, mixture, stages)
+        return learning_warnings(run, prepare_run(run))
+
+    first = StageConfig(tokens=16 * K, seq_len=4 * K)
+    only_short = StageConfig(tokens=16 * K, seq_len=8 * K, mixture={"web": 1})
+    assert warnings(first=first, long=StageConfig(tokens=16 * K, seq_len=8 * K)) == []
+    (warning,) = warnings(first=first, long=only_short)
+    assert warning.startswith("stage long (16,384 tokens in packs of 8,192): NOTHING TO LEARN FROM")
+    # packs of several documents are what short stages are made of
+    assert warnings(first=only_short, second=first) == []
+    very_long = StageConfig(tokens=128 * K, seq_len=128 * K)
+    (warning,) = warnings(first=very_long)
+    assert "in packs of 131,072): NOTHING TO LEARN FROM" in warning

@@ -9,9 +9,9 @@ from launchers.data import main
 from msa_train.config import DataConfig
 from msa_train.data import load_datasets, prepare_corpus
 from msa_train.data.long_documents.imports import Repository, dependency_order
-from msa_train.data.long_documents.make import SUMMARY_NAME
 from msa_train.data.long_documents.parts import natural_key, read_records
 from msa_train.data.long_documents.topics import chain
+from msa_train.data.long_documents.write import SUMMARY_NAME
 from msa_train.data.origin import MADE_BY
 
 PYTHON = {

@@ -12,16 +12,11 @@ Cost: one group in memory (a repository without its files above 1 MiB, a book), 
 output has as many bytes as the texts, before compression.
 """
 
-import json
-import shutil
-import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
-
-import zstandard
 
 from msa_train.data.corpora.lines import MAX_LINE_BYTES
 from msa_train.data.long_documents.imports import Repository, dependency_order
@@ -34,11 +29,8 @@ from msa_train.data.long_documents.parts import (
     read_groups,
 )
 from msa_train.data.long_documents.topics import chain
+from msa_train.data.long_documents.write import LongDocument, Prepared, write_corpus
 
-SUMMARY_NAME = ".prepared.json"
-"hidden, so that it is no part of the corpus"
-SHARD_BYTES = 1 << 30
-"of text in a file of the output"
 MOST_BYTES = MAX_LINE_BYTES // 4
 "of a document: JSON may need several bytes for one"
 
@@ -74,45 +66,6 @@ class Request:
     "of a document; longer ones are cut between two texts"
     window: int = 50_000
     "topic: texts among which neighbours are looked for"
-
-
-@dataclass(slots=True)
-class LongDocument:
-    """Hold one document that was made."""
-
-    name: str
-    "of its group, with #1, #2 ... where that was cut"
-    text: str
-    "joined"
-    made_by: str
-    "one of origin.MADE_BY"
-    parts: list[str]
-    "names of the texts, in their order"
-    notes: dict[str, int]
-    "more that is to be known, such as imports that were cut"
-
-    def record(self) -> dict[str, Any]:
-        """Return the line of the output; plain JSON."""
-        provenance = {"made_by": self.made_by, "name": self.name, "parts": self.parts, **self.notes}
-        return {"text": self.text, "provenance": provenance}
-
-
-@dataclass(slots=True)
-class Prepared:
-    """Sum up what was made."""
-
-    documents: int = 0
-    "that were written"
-    parts: int = 0
-    "texts in them"
-    num_bytes: int = 0
-    "of text"
-    longest: int = 0
-    "bytes of the longest document"
-    made_by: dict[str, int] = field(default_factory=dict[str, int])
-    "documents by how they were made"
-    left_out: dict[str, int] = field(default_factory=dict[str, int])
-    "files by why they were not taken"
 
 
 def make_documents(request: Request, left_out: LeftOut) -> Iterator[LongDocument]:
@@ -205,42 +158,10 @@ def prepare_long(request: Request, output: Path) -> Prepared:
         raise ValueError(f"--max-bytes={request.max_bytes}: must be from 1 to {MOST_BYTES}")
     if request.window < 2:
         raise ValueError(f"--window={request.window}: must be at least 2, as neighbours are looked for in it")
-    if output.exists():
-        raise ValueError(f"--output={output}: exists already; remove it, or name another folder")
-    partial = output.with_name(f"{output.name}.partial-{uuid.uuid4().hex}")
     left_out, prepared = LeftOut(), Prepared()
-    try:
-        partial.mkdir(parents=True)
-        _write(partial, make_documents(request, left_out), prepared)
+
+    def told() -> dict[str, Any]:
         prepared.left_out = dict(left_out.counts)
-        if not prepared.documents:
-            raise ValueError(f"{request.paths[0]}: holds no text; give another folder or file")
-        summary = {"request": asdict(request) | {"join": request.join.value}, "prepared": asdict(prepared)}
-        (partial / SUMMARY_NAME).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-        partial.rename(output)
-    except OSError as error:
-        raise ValueError(f"--output={output}: cannot be written ({error.strerror}); name another") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return prepared
+        return {"request": asdict(request) | {"join": request.join.value}}
 
-
-def _write(folder: Path, documents: Iterator[LongDocument], prepared: Prepared) -> None:
-    """Write shards; `prepared` counts along."""
-    document = next(documents, None)
-    number = 0
-    while document is not None:
-        size = 0
-        path = folder / f"part-{number:05d}.jsonl.zst"
-        with path.open("wb") as file, zstandard.ZstdCompressor(level=6).stream_writer(file) as stream:
-            while document is not None and size < SHARD_BYTES:
-                stream.write(json.dumps(document.record()).encode() + b"\n")
-                length = len(document.text.encode("utf-8"))
-                size += length
-                prepared.documents += 1
-                prepared.parts += len(document.parts)
-                prepared.num_bytes += length
-                prepared.longest = max(prepared.longest, length)
-                prepared.made_by[document.made_by] = prepared.made_by.get(document.made_by, 0) + 1
-                document = next(documents, None)
-        number += 1
+    return write_corpus(output, make_documents(request, left_out), prepared, told, request.paths[0])

@@ -54,12 +54,12 @@ class NeedleTask:
     def __call__(self, draw: Draw) -> Draft:
         """Write a draft."""
         rng, wording = draw.rng, draw.material.wording
-        keys = _distinct(rng, self.keys, max(self.num_keys, self.num_queries), draw.material)
+        keys = draw_distinct(rng, self.keys, max(self.num_keys, self.num_queries), draw.material)
         # keys before their values, one by one
         needles = [
             (key, value)
             for key in keys
-            for value in _distinct(rng, self.values, self.num_values, draw.material)
+            for value in draw_distinct(rng, self.values, self.num_values, draw.material)
         ]
         asked = rng.sample(keys, self.num_queries)
         values = {key: [value for other, value in needles if other == key] for key in asked}
@@ -147,7 +147,8 @@ def _joined(names: list[str]) -> str:
     return f"{', '.join(names[:-1])}, and {names[-1]}"
 
 
-def _distinct(rng: random.Random, kind: Kind, count: int, material: Material) -> list[str]:
+def draw_distinct(rng: random.Random, kind: Kind, count: int, material: Material) -> list[str]:
+    """Draw keys or values, each once, in the order in which they were drawn."""
     found: dict[str, None] = {}
     while len(found) < count:
         found[_one(rng, kind, material)] = None

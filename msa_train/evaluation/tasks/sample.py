@@ -181,7 +181,7 @@ def build_sample(
     task: str,
     write: Callable[[Draw], Draft],
     *,
-    seed: int,
+    seed: int | str,
     index: int,
     length: int,
     depth: float,
@@ -193,7 +193,7 @@ def build_sample(
     Args:
         task: its name.
         write: of the task.
-        seed: of the evaluation.
+        seed: of the evaluation, a number; documents for training have a text.
         index: number of the sample.
         length: tokens that it may have.
         depth: where a single needle goes.

@@ -86,7 +86,7 @@ DATA = (
            "", _ratio, "data/source_@", Parts.shares, in_summary=InSummary.mean),
     Metric("tokens_by_source_bucket", "shares by both, as `books_8K-32K`; absent where 0",
            "", _ratio, "data/part_@", Parts.shares, in_summary=InSummary.mean),
-    Metric("tokens_by_making", "shares by how `msa-data prepare` made documents; absent if none",
+    Metric("tokens_by_making", "shares by how `msa-data` made documents; absent if none",
            "", _ratio, "data/making_@", Parts.shares, in_summary=InSummary.mean),
 )
 SELECTION = (

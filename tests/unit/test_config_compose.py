@@ -18,6 +18,8 @@ WORLD_SIZES = {
     "m3_1m": 256,
     "extend_200k_to_1m": 256,
     "extend_m2_200k_to_1m": 128,
+    "extend_m2_64": 64,
+    "extend_m3_64": 64,
 }
 RUNS = sorted(path.stem for path in (config_dir() / "run").glob("*.yaml"))
 FILES = sorted(

@@ -69,6 +69,9 @@ def test_stages_are_planned_one_by_one(capsys: pytest.CaptureFixture[str]) -> No
             ("parallel.cp_size=32", "parallel.ep_size=32", "--gpu-memory", "141"),
         ),
         ("extend_m2_200k_to_1m", ["index_warmup", "sparse_200k", "at_512k", "at_1m"], ()),
+        # states on the host: without that they do not fit
+        ("extend_m3_64", ["at_512k", "at_1m"], ("--gpus", "64", "--gpu-memory", "141")),
+        ("extend_m2_64", ["index_warmup", "sparse_200k", "at_512k", "at_1m"], ("--gpus", "64")),
     ],
 )
 def test_extensions_fit_in_every_stage(

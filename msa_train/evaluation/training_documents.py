@@ -10,7 +10,7 @@ A billion tokens take two hours of a core, by arithmetic; documents leave one by
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing import get_context
@@ -72,6 +72,10 @@ def write_documents(request: DocumentRequest) -> Iterator[LongDocument]:
             if number + ahead < request.documents:
                 waiting.append(pool.submit(_write_one, request, number + ahead))
             yield document
+    except BrokenExecutor as error:
+        raise ValueError(
+            f"--processes={request.processes}: one of them was killed, perhaps for its memory; use fewer"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 

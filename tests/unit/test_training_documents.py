@@ -84,6 +84,20 @@ def test_the_command_writes_a_corpus(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "exists already" in capsys.readouterr().err
 
 
+def test_a_process_that_is_killed_is_told_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    # what each child imports first
+    (tmp_path / "sitecustomize.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    output = tmp_path / "out"
+    arguments = ["synthesize", "--lengths", "2K", "--documents", "4", "--processes", "2"]
+    assert main([*arguments, "--output", str(output)]) == 2
+    assert "--processes=2: one of them was killed, perhaps for its memory" in capsys.readouterr().err
+    assert not output.exists()
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -28,6 +28,19 @@ def command(module: str, argv: Sequence[str]) -> str:
     return " ".join(["python -m", module, *kept])
 
 
+def status_bytes(key: str, process: Path = Path("/proc/self")) -> int:
+    """Read a size from a process's status, as VmRSS (resident now) or VmHWM (the most so far), in bytes.
+
+    Raises:
+        OSError: the process has ended.
+        ValueError: there is no such size.
+    """
+    for line in (process / "status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise ValueError(f"{key}: is not in {process}/status; the memory measurement needs Linux")
+
+
 def machine() -> dict[str, Any]:
     """Collect commit, processor, cores, kernel, Python."""
     model = next(

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from benchmarks.machine import command, machine
+from benchmarks.machine import command, machine, status_bytes
 from msa_train.config import (
     AttentionConfig,
     DataConfig,
@@ -114,10 +114,7 @@ def _resident() -> int:
 
 def _peak() -> int:
     """Return the most resident bytes since `_forget_peak`."""
-    (line,) = [
-        text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith("VmHWM")
-    ]
-    return 1024 * int(line.split()[1])
+    return status_bytes("VmHWM")
 
 
 def _forget_peak() -> None:

@@ -24,6 +24,7 @@ from benchmarks.exchange.layer import LayerData, layer_step, make_layer, worst_r
 from benchmarks.exchange.schemes import SCHEMES, make_comm
 from benchmarks.exchange.selections import remote_kv_blocks
 from benchmarks.exchange.source_times import timed_sources
+from benchmarks.machine import status_bytes
 from msa_train.config import KvExchange
 from msa_train.parallel.comm.cp_groups import KvComm
 from msa_train.parallel.comm.topology import measure_rates
@@ -167,7 +168,7 @@ class RankWorker:
             dist.barrier()
             before = _reset_peak()
             layer_step(data, SCHEMES[scheme], comm)
-            peak = _status_bytes("VmHWM") - before
+            peak = status_bytes("VmHWM") - before
         return peak
 
 
@@ -233,11 +234,4 @@ def _reset_peak() -> int:
     libc.mallopt(_MMAP_THRESHOLD, 65536)
     libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    return _status_bytes("VmRSS")
-
-
-def _status_bytes(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    raise ValueError(f"{key}: is not in /proc/self/status; the memory measurement needs Linux")
+    return status_bytes("VmRSS")

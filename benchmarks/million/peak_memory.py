@@ -5,6 +5,8 @@ import threading
 from pathlib import Path
 from typing import Self
 
+from benchmarks.machine import status_bytes
+
 _EVERY_S = 1.0
 
 
@@ -31,14 +33,12 @@ class PeakMemory:
 
     def gib(self) -> list[float]:
         """Return the peak of each worker, the largest first."""
-        return sorted((kib / 2**20 for kib in self._peaks.values()), reverse=True)
+        return sorted((size / 2**30 for size in self._peaks.values()), reverse=True)
 
     def _watch(self) -> None:
         while not self._ended.wait(_EVERY_S):
             for process in Path("/proc").glob("[0-9]*"):
                 # it may end meanwhile
-                with contextlib.suppress(OSError, StopIteration):
+                with contextlib.suppress(OSError, ValueError):
                     if self._needle in (process / "cmdline").read_bytes():
-                        lines = (process / "status").read_text().splitlines()
-                        text = next(line for line in lines if line.startswith("VmHWM"))
-                        self._peaks[process.name] = int(text.split()[1])
+                        self._peaks[process.name] = status_bytes("VmHWM", process)

@@ -9,11 +9,12 @@ A billion tokens take two hours of a core, by arithmetic; documents leave one by
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from multiprocessing import get_context
+from typing import Any
 
 from msa_train.config import DataConfig
 from msa_train.config.evaluation.settings import EvaluationConfig
@@ -94,12 +95,7 @@ def _check(request: DocumentRequest) -> None:
             raise ValueError(f"--{name}={getattr(request, name)}: must be at least 1")
     material, counts = _inputs(request.tokenizer, request.haystack)
     for task in request.tasks:
-        try:
-            _sample(task, min(request.lengths), "check", 0, material, counts)
-        except TooShortError as error:
-            raise ValueError(
-                f"--lengths={min(request.lengths)}: is too short for {task}, which {error}; use a longer one"
-            ) from error
+        _fitting(task, min(request.lengths), "check", 0, material, counts, tries=1)
 
 
 @cache
@@ -113,16 +109,29 @@ def _write_one(request: DocumentRequest, number: int) -> LongDocument:
     material, counts = _inputs(request.tokenizer, request.haystack)
     length = request.lengths[number % len(request.lengths)]
     task = random.Random(f"task/{request.seed}/{number}").choice(request.tasks)
-    text = _retried(task, length, request.seed, number, material, counts)
+    text = _fitting(task, length, str(request.seed), number, material, counts)
     return LongDocument(f"{task}#{number}", text, "synthesized", [task], {"length": length})
 
 
-def _retried(task: str, length: int, seed: int, number: int, material: Material, counts: TokenCounts) -> str:
-    """Make a document; where a draw does not fit, long names at a short length, another one is made."""
+def _fitting(
+    task: str,
+    length: int,
+    seed: str,
+    number: int,
+    material: Material,
+    counts: TokenCounts,
+    *,
+    tries: int = _TRIES,
+) -> str:
+    """Make a document; where a draw does not fit, long names at a short length, another one is made.
+
+    Raises:
+        ValueError: no draw fits.
+    """
     reason = TooShortError("")
-    for turn in range(_TRIES):
+    for turn in range(tries):
         try:
-            return _sample(task, length, f"{seed}/{turn}" if turn else str(seed), number, material, counts)
+            return _sample(task, length, f"{seed}/{turn}" if turn else seed, number, material, counts)
         except TooShortError as error:
             reason = error
     raise ValueError(f"--lengths={length}: is too short for {task}, which {reason}; use a longer one")
@@ -143,13 +152,6 @@ def _sample(task: str, length: int, seed: str, number: int, material: Material, 
     return sample.text
 
 
-def request_summary(request: DocumentRequest) -> dict[str, Sequence[str | int] | str | int]:
-    """Say what was asked for, for the record that is kept beside the documents."""
-    return {
-        "tasks": request.tasks,
-        "lengths": request.lengths,
-        "documents": request.documents,
-        "seed": request.seed,
-        "tokenizer": request.tokenizer,
-        "haystack": request.haystack,
-    }
+def request_summary(request: DocumentRequest) -> dict[str, Any]:
+    """Say what was asked for, for the record beside the documents; processes change nothing in them."""
+    return {name: value for name, value in asdict(request).items() if name != "processes"}

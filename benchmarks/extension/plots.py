@@ -1,0 +1,59 @@
+"""Draw hits by run, and f over training."""
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.extension.recipe import LONG, MINI, NEEDLES, RUNS
+from benchmarks.extension.shares import CP_SIZES
+
+
+def plot(found: dict[str, Any], folder: Path) -> None:
+    """Write extension_hits.png and extension_f.png; nothing where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plots: matplotlib is not installed; pip install matplotlib")
+        return
+    matplotlib.use("Agg")
+    _hits(found["evaluations"], folder / "extension_hits.png")
+    _shares(found["f"], folder / "extension_f.png")
+
+
+def _hits(evaluations: dict[str, Any], path: Path) -> None:
+    from matplotlib import pyplot
+
+    names = [f"{MINI}_short", f"{MINI}_long", *(run.name for run in RUNS)]
+    figure, axes = pyplot.subplots(figsize=(10, 4))
+    for place, task in enumerate(NEEDLES):
+        found = [evaluations[name]["tasks"][f"{task}@{LONG}"] for name in names]
+        x = [number + 0.27 * (place - 1) for number in range(len(names))]
+        rates = [one["hit_rate"] for one in found]
+        errors = [
+            [one["hit_rate"] - one["hit_interval"][0] for one in found],
+            [one["hit_interval"][1] - one["hit_rate"] for one in found],
+        ]
+        axes.bar(x, rates, 0.26, yerr=errors, label=task, error_kw={"elinewidth": 0.8})
+    axes.set_xticks(range(len(names)), names, rotation=40, ha="right")
+    axes.set_ylabel(f"hits at {LONG:,} tokens")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _shares(by_run: dict[str, Any], path: Path) -> None:
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(CP_SIZES), figsize=(12, 3.4), sharey=True)
+    for axes, cp_size in zip(panels, CP_SIZES, strict=True):
+        for name, steps in by_run.items():
+            for layer in next(iter(steps.values()), {}).get(str(cp_size), {}):
+                values = [by_cp[str(cp_size)][layer] for by_cp in steps.values()]
+                axes.plot([int(step) for step in steps], values, label=f"{name}, layer {layer}", linewidth=1)
+        axes.set_title(f"cp_size {cp_size}")
+        axes.set_xlabel("step")
+    panels[0].set_ylabel("f")
+    panels[-1].legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

@@ -179,7 +179,7 @@ def training(run: Run, runs: str) -> list[str]:
         "checkpoint.load_weights_only=true",
         "evaluation.every=0",
         "checkpoint.every=1000000",
-        "logging.selections_every=50",
+        "logging.selections_every=10",
     ]
 
 

@@ -48,7 +48,7 @@ def collect(runs: Path) -> dict[str, Any]:
     rules = json.loads((runs / "rules.json").read_text())
     return {
         "evaluations": {name: figures(read_rows(runs / name / LOG_NAME)) for name in evaluated},
-        "f": {name: shares_over_training(runs / name) for name in (MINI, STUDIED, "long_near")},
+        "f": {name: shares_over_training(runs / name, LONG) for name in (MINI, STUDIED, "long_near")},
         "rules": [{"rule": one["rule"], "f": one["f"], "figures": figures(one["rows"])} for one in rules],
         "minutes": {
             path.stem: round(float(path.read_text()) / 60, 1) for path in sorted(runs.glob("*.done"))
@@ -92,6 +92,7 @@ def page(found: dict[str, Any]) -> str:
         f"`{found['command']}`, {where['cpu']}, {where['cores']} cores, commit {where['commit']}. Hits are "
         "teacher-forced, 95% intervals in brackets; other figures are nats per token. Tasks at the "
         "long length unless said.",
+        f"All commands together took {sum(found['minutes'].values()):.0f} minutes, two at a time.",
         "## run=extend_mini",
         f"Loss of held-out text at positions below {SHORT:,}: {before['short_loss']:.4f} before, "
         f"{after['short_loss']:.4f} after ({change:+.2%}).",
@@ -100,7 +101,8 @@ def page(found: dict[str, Any]) -> str:
         "One process each, all from the same weights; equal steps.",
         _lines(_variants(evaluations)),
         f"## f over training at {LONG:,} tokens",
-        "Share of remote (block, KV head) pairs that some query of a rank selects, by layer.",
+        "Share of remote (block, KV head) pairs that some query of a rank selects, layers 1 to 3. A query sees "
+        "what lies before it, so 0.500 is all that can be selected.",
         *(f"`{name}`:\n\n{_lines(_shares(steps))}" for name, steps in found["f"].items()),
         f"## Other rules of selection, `{STUDIED}`",
         _lines(_rules(found["rules"])),

@@ -13,17 +13,18 @@ from msa_train.training.metrics.selection_recording import FOLDER_NAME
 CP_SIZES = (2, 4, 8, 16)
 
 
-def shares_over_training(run_dir: Path) -> dict[int, dict[str, dict[str, float]]]:
+def shares_over_training(run_dir: Path, seq_len: int) -> dict[int, dict[str, dict[str, float]]]:
     """Return {step: {cp_size: {layer: f}}} of a run's recordings, ascending; mean over KV heads.
 
-    Packs of several documents are left out: nobody selects blocks of another document.
+    Packs of other lengths than `seq_len` tokens, and those of several documents, are left out: nobody selects
+    blocks of another document.
 
     Example: {50: {"2": {"1": 0.98, "2": 0.91}, ...}, 100: ...}.
     """
     found: dict[int, dict[str, dict[str, float]]] = {}
     for folder in sorted((run_dir / FOLDER_NAME).glob("step_*")):
         layers = read_selections(folder)
-        if not fills_pack(layers[0]):
+        if layers[0].seq_len != seq_len or not fills_pack(layers[0]):
             continue
         found[int(folder.name.removeprefix("step_"))] = {
             str(cp_size): {str(layer.layer): share(layer, cp_size) for layer in layers}

@@ -150,9 +150,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     yaml = re.search(r"```yaml\n(.*?)```", read(ROOT / "slurm/README.md"), re.DOTALL)
     assert yaml is not None, "slurm/README.md shows a cluster's file"
-    for name in ("first", "longer"):
-        request = ["--lengths", "1K,10K", "--documents", "6"]
-        data.main(["synthesize", *request, "--output", str(folder / "runs/recall" / name)])
+    for name, lengths in (("first", "1K"), ("longer", "2K,10K")):
+        request = ["synthesize", "--lengths", lengths, "--documents", "6"]
+        assert data.main([*request, "--output", str(folder / "runs/recall" / name)]) == 0
     (folder / "mine/cluster").mkdir(parents=True)
     (folder / "mine/cluster/here.yaml").write_text(re.sub("^ +", "", yaml[1], flags=re.MULTILINE))
     return folder

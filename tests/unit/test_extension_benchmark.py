@@ -87,7 +87,7 @@ def test_locality_loss_is_the_information_of_queries_about_blocks() -> None:
     by_turns[1::2] = torch.tensor([0.0, 200.0])
     by_turns.requires_grad_()
     loss = mutual_information(by_turns, k, block)
-    assert float(loss) == pytest.approx(math.log(2), rel=1e-3)
+    assert loss.item() == pytest.approx(math.log(2), rel=1e-3)
     (gradient,) = torch.autograd.grad(mutual_information(by_turns * 0.01, k, block), by_turns)
     assert gradient.isfinite().all()
     assert gradient.abs().max() > 0

@@ -101,8 +101,8 @@ def page(found: dict[str, Any]) -> str:
         "One process each, all from the same weights; equal steps.",
         _lines(_variants(evaluations)),
         f"## f over training at {LONG:,} tokens",
-        "Share of remote (block, KV head) pairs that some query of a rank selects, layers 1 to 3. A query sees "
-        "what lies before it, so 0.500 is all that can be selected.",
+        "Share of remote (block, KV head) pairs that some query of a rank selects, layers 1 to 3. A query "
+        "sees what lies before it, so 0.500 is all that can be selected.",
         *(f"`{name}`:\n\n{_lines(_shares(steps))}" for name, steps in found["f"].items()),
         f"## Other rules of selection, `{STUDIED}`",
         _lines(_rules(found["rules"])),

@@ -3,8 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from benchmarks.extension.recipe import LONG, MINI, NEEDLES, RUNS
+from benchmarks.extension.recipe import LONG, MINI, NEEDLES, RUNS, STUDIED
 from benchmarks.extension.shares import CP_SIZES
+
+_COMPARED = {STUDIED: "-", "long_near": "--"}
+"runs whose f is drawn, and how"
 
 
 def plot(found: dict[str, Any], folder: Path) -> None:
@@ -35,7 +38,8 @@ def _hits(evaluations: dict[str, Any], path: Path) -> None:
         axes.bar(x, rates, 0.26, yerr=errors, label=task, error_kw={"elinewidth": 0.8})
     axes.set_xticks(range(len(names)), names, rotation=40, ha="right")
     axes.set_ylabel(f"hits at {LONG:,} tokens")
-    axes.legend()
+    axes.set_ylim(0, 1.25)
+    axes.legend(loc="upper center", ncols=len(NEEDLES))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
@@ -46,14 +50,16 @@ def _shares(by_run: dict[str, Any], path: Path) -> None:
 
     figure, panels = pyplot.subplots(1, len(CP_SIZES), figsize=(12, 3.4), sharey=True)
     for axes, cp_size in zip(panels, CP_SIZES, strict=True):
-        for name, steps in by_run.items():
-            for layer in next(iter(steps.values()), {}).get(str(cp_size), {}):
+        for name, style in _COMPARED.items():
+            steps = by_run[name]
+            for number, layer in enumerate(next(iter(steps.values()), {}).get(str(cp_size), {})):
                 values = [by_cp[str(cp_size)][layer] for by_cp in steps.values()]
-                axes.plot([int(step) for step in steps], values, label=f"{name}, layer {layer}", linewidth=1)
+                label = f"{name}, layer {layer}"
+                axes.plot(list(map(int, steps)), values, style, color=f"C{number}", label=label, linewidth=1)
         axes.set_title(f"cp_size {cp_size}")
         axes.set_xlabel("step")
     panels[0].set_ylabel("f")
-    panels[-1].legend(fontsize=6)
+    panels[0].legend(fontsize=7, loc="lower left")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -60,7 +60,7 @@ def figures(rows: list[Row]) -> Row:
     """Take of evaluation rows what the tables show.
 
     hits and NLL per token by task and length, the worst depth of single needles, how often needles were
-    selected, and the loss of held-out text at positions below SHORT and at all.
+    selected, and the loss of held-out documents at positions below SHORT and at all.
     """
     result: Row = {"tasks": {}}
     for row in rows:
@@ -92,9 +92,10 @@ def page(found: dict[str, Any]) -> str:
         f"`{found['command']}`, {where['cpu']}, {where['cores']} cores, commit {where['commit']}. Hits are "
         "teacher-forced, 95% intervals in brackets; other figures are nats per token. Tasks at the "
         "long length unless said.",
-        f"All commands together took {sum(found['minutes'].values()):.0f} minutes, two at a time.",
+        f"Time: {found['minutes'][MINI]:.0f} minutes for {MINI} on both cores, "
+        f"{sum(found['minutes'].values()) - found['minutes'][MINI]:.0f} for all the others, one core each.",
         "## run=extend_mini",
-        f"Loss of held-out text at positions below {SHORT:,}: {before['short_loss']:.4f} before, "
+        f"Loss of held-out documents at positions below {SHORT:,}: {before['short_loss']:.4f} before, "
         f"{after['short_loss']:.4f} after ({change:+.2%}).",
         _lines(_proof(before, after)),
         "## What else was tried",

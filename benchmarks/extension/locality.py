@@ -30,7 +30,7 @@ CP_SIZES = (2, 4, 8, 16)
 RULES: tuple[Rule | None, ...] = (
     None,
     *(Rule(neighbours=count) for count in (8, 32, 128)),
-    *(Rule(bonus=bonus) for bonus in (0.25, 0.5, 1.0, 2.0, 4.0)),
+    *(Rule(bonus=bonus) for bonus in (0.5, 1.0, 2.0, 4.0)),
 )
 
 

@@ -49,7 +49,8 @@ def _study(config: RunConfig, device: torch.device, watch: FaultWatch | None) ->
             name = "the model's own" if rule is None else rule.name
             results.append({"rule": name, "f": counted.shares(), "rows": rows})
             print(name, {cp: round(sum(f) / len(f), 3) for cp, f in counted.means().items()}, flush=True)
-        Path(os.environ[RESULT]).write_text(json.dumps(results, indent=1) + "\n")
+            # after each of them: a study that is stopped has something to tell
+            Path(os.environ[RESULT]).write_text(json.dumps(results, indent=1) + "\n")
     return False
 
 

@@ -45,7 +45,8 @@ def collect(runs: Path) -> dict[str, Any]:
     """Gather evaluations, f over training, the study of rules, and minutes."""
     evaluated = {f"{MINI}_{end}": f"{MINI}_{end}" for end in ("short", "long")}
     evaluated |= {run.name: run.name for run in RUNS}
-    rules = json.loads((runs / "rules.json").read_text())
+    studied = runs / "rules.json"
+    rules = json.loads(studied.read_text()) if studied.exists() else []
     return {
         "evaluations": {name: figures(read_rows(runs / name / LOG_NAME)) for name in evaluated},
         "f": {name: shares_over_training(runs / name, LONG) for name in (MINI, STUDIED, "long_near")},
@@ -105,9 +106,9 @@ def page(found: dict[str, Any]) -> str:
         "Share of remote (block, KV head) pairs that some query of a rank selects, layers 1 to 3. A query "
         "sees what lies before it, so 0.500 is all that can be selected.",
         *(f"`{name}`:\n\n{_lines(_shares(steps))}" for name, steps in found["f"].items()),
-        f"## Other rules of selection, `{STUDIED}`",
-        _lines(_rules(found["rules"])),
     ]
+    if found["rules"]:
+        parts += [f"## Other rules of selection, `{STUDIED}`", _lines(_rules(found["rules"]))]
     return "\n\n".join(parts) + "\n"
 
 

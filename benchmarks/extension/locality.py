@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.extension.selection_rules import Rule, applied, as_mask
+from benchmarks.extension.shares import CP_SIZES
 from launchers.evaluate import EVALUATE
 from launchers.train import StartCommand, main
 from msa_train.config import RunConfig
@@ -26,7 +27,6 @@ from msa_train.training.worker import run_as_rank
 
 RESULT = "MSA_TRAIN_LOCALITY_RESULT"
 "environment variable with the path of the result"
-CP_SIZES = (2, 4, 8, 16)
 RULES: tuple[Rule | None, ...] = (
     None,
     *(Rule(neighbours=count) for count in (8, 32, 128)),

@@ -23,9 +23,8 @@ STUDIED = "long_msa"
 
 _ONE_PROCESS = ("parallel.cp_size=1", "parallel.ep_size=1", "launcher.num_processes=1")
 _LONG_RATES = ("optim.lr=4e-3", "optim.muon_lr=0.0133", "optim.warmup_steps=4")
-_YARN = ("model.rope_type=yarn", "model.rope_factor=5", f"model.rope_original_length={SHORT}")
-MINI_ROPE = _YARN
-"of its last stage"
+MINI_ROPE = ("model.rope_type=yarn", "model.rope_factor=5", f"model.rope_original_length={SHORT}")
+"of the last stage of extend_mini"
 NEEDLES = ("niah_single_1", "niah_single_2", "niah_multikey_1")
 UNORDERED = ("vt", "fwe", "cwe")
 "tasks over many places; several answers, so there are no hits"
@@ -94,7 +93,7 @@ def _long(
     what: str,
     *,
     kind: str = "msa",
-    rope: tuple[str, ...] = _YARN,
+    rope: tuple[str, ...] = MINI_ROPE,
     mixture: tuple[str, ...] = _LONG_MIXTURE,
     command: str = "launchers.train",
     environment: tuple[tuple[str, str], ...] = (),

@@ -76,12 +76,6 @@ def synthesize(jobs: Jobs) -> None:
         jobs.do(f"data_{source}", "launchers.data", arguments)
 
 
-def extend_mini(jobs: Jobs) -> None:
-    """Train the run that ships."""
-    runs = str(jobs.runs)
-    jobs.do(MINI, "launchers.train", mini_training(runs))
-
-
 def evaluate_mini(jobs: Jobs, stage: str) -> None:
     """Evaluate the run that ships at the end of a stage: ten samples at each of ten depths, in the end."""
     runs, name = str(jobs.runs), f"{MINI}_{stage}"
@@ -118,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
     jobs = Jobs(arguments.runs.resolve())
     jobs.runs.mkdir(parents=True, exist_ok=True)
     synthesize(jobs)
-    extend_mini(jobs)
+    jobs.do(MINI, "launchers.train", mini_training(str(jobs.runs)))
     with ThreadPoolExecutor(arguments.at_a_time) as pool:
         # in the order of RUNS: what others wait for has a place before they have
         ends = [pool.submit(evaluate_mini, jobs, stage) for stage in ("short", "long")]

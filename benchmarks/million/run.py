@@ -41,6 +41,9 @@ _SAME = [
     "launcher.timeout_s=7200",
     "logging.attention_every=0",
 ]
+# glibc keeps what is freed below a size that grows to 32 MiB, half a GiB of a rank. It may keep attention's
+# tiles of 4 MiB.
+_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(9 * 2**19), "MALLOC_TRIM_THRESHOLD_": str(9 * 2**19)}
 _COMPARED = ("lm_loss", "kl_loss", "grad_norm", "kv_selected_fraction")
 
 
@@ -120,6 +123,7 @@ class _Study:
             subprocess.run(
                 [*spy, "--output", str(stacks), "--", sys.executable, "-m", "launchers.train", *settings],
                 cwd=ROOT,
+                env={**os.environ, **_ALLOCATOR},
                 check=True,
                 preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (self.memory, self.memory)),
             )

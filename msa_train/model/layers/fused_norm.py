@@ -1,7 +1,7 @@
 """Normalise, and rotate heads, in one pass over memory each way: what `norm` and `rotary` do, fused.
 
-Kept for the backward pass are the input in its own dtype and one fp32 number a row; plain autograd keeps the
-input in fp32 and, of a rotated head, copies of its halves. All is computed in fp32 and rounded once, so a
+Kept for the backward pass are the input in its own dtype and one fp32 number a row, compiled or not; plain
+autograd keeps the input and its normalised values in fp32. All is computed in fp32 and rounded once, so a
 rotated head is not rounded between norm and rotation.
 
 Shapes: T tokens, D channels that are normalised together, `...` heads.
@@ -17,14 +17,19 @@ from msa_train.model.layers.fusion import fused
 
 def fused_rms_norm(x: Tensor, weight: Tensor, eps: float, *, zero_centered: bool) -> Tensor:
     """Normalise x [T, ..., D] by weight [D], or 1 + weight; x's dtype back."""
-    return _Norm.apply(x, weight, None, eps, zero_centered)  # type: ignore[return-value]
+    return _Norm.apply(x, weight, None, eps, zero_centered, True)  # type: ignore[return-value]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, zero_centered: bool) -> Tensor:
+    """Do what `fused_rms_norm` does by operators of torch, one after the other."""
+    return _Norm.apply(x, weight, None, eps, zero_centered, False)  # type: ignore[return-value]
 
 
 def fused_norm_rotary(
     x: Tensor, weight: Tensor, table: tuple[Tensor, Tensor], eps: float, *, zero_centered: bool
 ) -> Tensor:
     """Normalise heads x [T, ..., D] and rotate their first channels by the table's angles."""
-    return _Norm.apply(x, weight, table, eps, zero_centered)  # type: ignore[return-value]
+    return _Norm.apply(x, weight, table, eps, zero_centered, True)  # type: ignore[return-value]
 
 
 def fused_rotary(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
@@ -41,13 +46,15 @@ class _Norm(torch.autograd.Function):
         table: tuple[Tensor, Tensor] | None,
         eps: float,
         zero_centered: bool,
+        is_compiled: bool,
     ) -> Tensor:
         if table is None:
-            out, scale = _norm(x, weight, eps, zero_centered)
+            norm = _norm if is_compiled else _norm.__wrapped__
+            out, scale = norm(x, weight, eps, zero_centered)
         else:
             out, scale = _norm_rotary(x, weight, *table, eps, zero_centered)
         ctx.save_for_backward(x, weight, scale, *(table or ()))
-        ctx.zero_centered = zero_centered
+        ctx.zero_centered, ctx.is_compiled = zero_centered, is_compiled
         return out
 
     @staticmethod
@@ -58,8 +65,9 @@ class _Norm(torch.autograd.Function):
             cos, sin = table
             grad_x, grad_weight = _norm_rotary_grad(grad, x, weight, scale, cos, sin, ctx.zero_centered)
         else:
-            grad_x, grad_weight = _norm_grad(grad, x, weight, scale, ctx.zero_centered)
-        return grad_x, grad_weight, None, None, None
+            norm_grad = _norm_grad if ctx.is_compiled else _norm_grad.__wrapped__
+            grad_x, grad_weight = norm_grad(grad, x, weight, scale, ctx.zero_centered)
+        return grad_x, grad_weight, None, None, None, None
 
 
 class _Rotary(torch.autograd.Function):

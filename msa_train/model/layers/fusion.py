@@ -12,7 +12,7 @@ kept on disk (TORCHINDUCTOR_CACHE_DIR) and found again.
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from typing import Any, TypeVar
 
 import torch
@@ -28,9 +28,10 @@ def fused(function: _Function) -> _Function:
     """Return `function` compiled, for calls that record no gradient.
 
     Positional tensors of two or more dimensions, and vectors as long as these, have rows in the first one,
-    which may vary from call to call; everything else is compiled in.
+    which may vary from call to call; everything else is compiled in. `__wrapped__` is the function itself.
     """
 
+    @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         tensors = [arg.detach() if isinstance(arg, Tensor) else arg for arg in args]
         rows = {arg.shape[0] for arg in tensors if isinstance(arg, Tensor) and arg.dim() > 1}

@@ -4,11 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from msa_train.model.layers.fused_norm import fused_norm_rotary, fused_rms_norm, fused_rotary
+from msa_train.model.layers.fused_norm import fused_norm_rotary, fused_rms_norm, fused_rotary, rms_norm
 from msa_train.model.layers.rotary import apply_rotary
 
 
@@ -38,14 +37,8 @@ class RMSNorm(nn.Module):
 
     def normalise(self, x: Tensor) -> Tensor:
         """Do what `forward` does, kept by autograd as usual."""
-        if self.is_fused:
-            return fused_rms_norm(x, self.weight, self.eps, zero_centered=self.zero_centered)
-        # A mean of squares in bf16 would have 8 bits.
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        weight = self.weight.to(dtype)
-        if self.zero_centered:
-            weight = weight + 1
-        return F.rms_norm(x.to(dtype), (x.shape[-1],), weight, self.eps).to(x.dtype)
+        run = fused_rms_norm if self.is_fused else rms_norm
+        return run(x, self.weight, self.eps, zero_centered=self.zero_centered)
 
 
 def norm_and_rotate(

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import torch
+from msa_kernels.block_sparse_attention.delta import output_delta
 from msa_kernels.block_sparse_attention.tiled import pool_backward, pool_forward
 from msa_kernels.block_sparse_attention.types import KlTerm
 
@@ -52,8 +53,8 @@ def operator(what: str, tensors: Tensors, sizes: LayerSizes, seq_len: int) -> Ca
         return lambda: pool_forward(queries, pool, block_table)
     part = pool_forward(queries, pool, block_table)
     assert part.lse_index is not None, "made with an index branch"
-    dout = problem.dout.to(queries.compute_dtype)
-    delta = (dout * part.out).sum(-1)
+    dout = problem.dout
+    delta = output_delta(dout, part.out.to(dout.dtype))
     term = KlTerm(part.lse_index, weight=1.0)
     return lambda: pool_backward(queries, pool, block_table, dout, delta, part.lse, term)
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import cached_property
 
 import torch
+from msa_kernels.block_sparse_attention.delta import output_delta
 from msa_kernels.block_sparse_attention.tiled import pool_backward, pool_forward
 from msa_kernels.block_sparse_attention.types import KlTerm
 from torch import Tensor
@@ -132,7 +133,7 @@ class OursPart:
         part = pool_forward(problem.queries, problem.pool, problem.block_table, kernel=kernel)
         assert part.lse_index is not None, "made with an index branch"
         term = KlTerm(part.lse_index, weight=1.0)
-        delta = (problem.dout.to(part.out.dtype) * part.out).sum(-1)
+        delta = output_delta(problem.dout, part.out.to(problem.dout.dtype), kernel=kernel)
         arguments = (problem.queries, problem.pool, problem.block_table, problem.dout, delta, part.lse, term)
         del part, delta, problem
         seconds = self.context.clock.seconds(lambda: pool_backward(*arguments, kernel=kernel))

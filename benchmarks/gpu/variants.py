@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from msa_kernels.block_sparse_attention import configs as sparse_configs
+from msa_kernels.block_sparse_attention.delta import output_delta
 from msa_kernels.block_sparse_attention.tiled import pool_backward, pool_forward
 from msa_kernels.block_sparse_attention.types import KlTerm
 from msa_kernels.decode import configs as decode_configs
@@ -140,7 +141,7 @@ class VariantsPart:
         problem = make_groups(context.tensors, context.sizes, self._index, ids, with_kl=True)
         part = pool_forward(problem.queries, problem.pool, problem.block_table, kernel=context.kernel)
         assert part.lse_index is not None, "made with an index branch"
-        delta = (problem.dout.to(part.out.dtype) * part.out).sum(-1)
+        delta = output_delta(problem.dout, part.out.to(problem.dout.dtype), kernel=context.kernel)
         term = KlTerm(part.lse_index, weight=1.0)
         return problem.queries, problem.pool, problem.block_table, problem.dout, delta, part.lse, term
 

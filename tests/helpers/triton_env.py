@@ -9,19 +9,18 @@ import atexit
 import multiprocessing
 import os
 import pickle
-import re
 import subprocess
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+
+from benchmarks.gpu.compiled_kernel import CompiledKernel, compile_for_hopper
 
 HAS_GPU = torch.cuda.is_available()
 # The interpreter computes garbage in bf16 (without an error), so that it is checked on devices only.
@@ -45,23 +44,6 @@ def _release(text: str) -> tuple[int, ...]:
 
 
 needs_triton = pytest.mark.skipif(bool(_why_not()), reason=_why_not() or "triton is there")
-
-
-@dataclass(frozen=True, slots=True)
-class CompiledKernel:
-    """One compiled kernel: resources per thread and per program."""
-
-    name: str
-    constants: dict[str, Any]
-    """Values of the constexpr parameters, by name."""
-    num_warps: int
-    num_stages: int
-    registers: int
-    stack_bytes: int
-    """Of each thread, what did not fit into registers: 0 means no spills."""
-    shared_bytes: int
-    ptx: str
-    """The assembly, to look for wgmma or cp.async."""
 
 
 def run_triton(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -142,61 +124,4 @@ def _work(call: bytes) -> bytes:
 
 
 def _record_compiled(fn: Callable[..., Any], args: Any, kwargs: Any) -> list[CompiledKernel]:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.jit import JITFunction
-
-    class HopperWithoutDevice:
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", 90, 32)
-
-        def get_current_device(self) -> int:
-            return 0
-
-        def get_current_stream(self, device: int | None = None) -> int:
-            return 0
-
-    triton.runtime.driver.set_active(HopperWithoutDevice())
-    recorded: dict[str, CompiledKernel] = {}
-    run = JITFunction.run
-
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        compiled = run(self, *args, grid=grid, warmup=True, **options)
-        recorded[compiled.hash] = _describe(self, compiled)
-        return compiled
-
-    JITFunction.run = compile_only
-    try:
-        fn(*args, **kwargs)
-    finally:
-        JITFunction.run = run
-    return list(recorded.values())
-
-
-def _describe(kernel: Any, compiled: Any) -> CompiledKernel:
-    constants = {kernel.arg_names[path[0]]: value for path, value in compiled.src.constants.items()}
-    metadata = compiled.metadata
-    usage = _resource_usage(compiled.asm["cubin"])
-    return CompiledKernel(
-        name=metadata.name,
-        constants=constants,
-        num_warps=metadata.num_warps,
-        num_stages=metadata.num_stages,
-        registers=usage["REG"],
-        stack_bytes=usage["STACK"],
-        shared_bytes=metadata.shared,
-        ptx=compiled.asm["ptx"],
-    )
-
-
-def _resource_usage(cubin: bytes) -> dict[str, int]:
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
-        ).stdout
-    return {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", text)}
+    return compile_for_hopper(lambda: fn(*args, **kwargs))

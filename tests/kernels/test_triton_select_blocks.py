@@ -289,21 +289,22 @@ def test_bad_arguments(change: dict[str, Any], words: str) -> None:
 
 def _launch_shipped(shapes: list[tuple[int, int, int, str]], lse_scale: float | None) -> None:
     """Launch each (index head dim, block size, top-k, dtype), M3's with every configuration for it."""
-    from msa_kernels.select_blocks.configs import CANDIDATES, MAIN
+    from msa_kernels.select_blocks.configs import CANDIDATES, MAIN, WHOLE
     from msa_kernels.select_blocks.triton.launch import select_blocks_triton
 
     for dim, block_size, topk, dtype_name in shapes:
         dtype = getattr(torch, dtype_name)
         q, k = torch.zeros(1024, 4, dim, dtype=dtype), torch.zeros(8192, dim, dtype=dtype)
         is_m3 = (dim, block_size, topk, dtype) == (128, 128, 16, torch.bfloat16)
-        # with the log-sum-exp, blocks are not divided, and most candidates would be one configuration
-        candidates = CANDIDATES if lse_scale is None else ()
-        for config in (*MAIN, *candidates) if is_m3 else [None]:
+        # with the log-sum-exp blocks are not divided
+        whole = (WHOLE, *MAIN[1:])
+        configs = whole if lse_scale is not None else (*MAIN, *CANDIDATES)
+        for config in configs if is_m3 else [None]:
             args = SelectionArgs(
                 q, k, torch.tensor([0, 8192]), block_size=block_size, topk=topk,
                 return_lse=lse_scale is not None, index_scale=lse_scale,
             )  # fmt: skip
-            select_blocks_triton(args, config=config, num_splits=2 if config is MAIN[0] else 1)
+            select_blocks_triton(args, config=config, num_splits=2 if config is configs[0] else 1)
 
 
 @pytest.mark.parametrize("lse_scale", [None, 0.1], ids=["ids", "ids_and_lse"])

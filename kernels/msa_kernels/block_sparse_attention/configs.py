@@ -30,11 +30,11 @@ class TileConfig:
     """Gradients of K and V in launches of their own, which forms the probabilities twice."""
 
 
-# In every table the first that serves is taken.
+# In every table the first that serves is taken. The forward fetches ahead by itself: one stage.
 ATTEND = (
-    TileConfig(128, 128, 2, rows=64, num_warps=4, num_stages=2),
-    TileConfig(128, 256, 2, rows=64, num_warps=8, num_stages=2),
-    TileConfig(256, 128, 2, rows=64, num_warps=8, num_stages=2),
+    TileConfig(128, 128, 2, rows=64, num_warps=4, num_stages=1),
+    TileConfig(128, 256, 2, rows=64, num_warps=8, num_stages=1),
+    TileConfig(256, 128, 2, rows=64, num_warps=8, num_stages=1),
     TileConfig(128, 128, 4, rows=16, num_warps=8, num_stages=1),
     TileConfig(256, 32, 4, rows=16, num_warps=8, num_stages=1),
 )
@@ -45,16 +45,17 @@ INDEX_LSE = (
 )
 # Larger blocks are taken in parts of max_block. 8 warps: two gradients of 128 x 128 in fp32 are 32,768
 # values, all registers of 4 warps (128 threads of 255) and half of those of 8.
+#
+# 64 rows with one stage: half as many waits for rows, and products twice as wide as 32 rows have. A second
+# stage would hide no load of this loop, and does not fit beside them.
 ATTEND_BACKWARD = (
-    TileConfig(128, 128, 2, rows=32, num_warps=8, num_stages=2),
+    TileConfig(128, 128, 2, rows=64, num_warps=8, num_stages=1),
     TileConfig(256, 128, 2, rows=32, num_warps=8, num_stages=2, separate=True),
     TileConfig(128, 32, 4, rows=16, num_warps=8, num_stages=1),
     TileConfig(256, 16, 4, rows=16, num_warps=8, num_stages=1),
 )
-# To be timed on a GPU in front of ATTEND_BACKWARD: 64 rows suit the tensor cores better, and fit without a
-# second stage, which hides no load of this loop anyway. M3's shape at temperature 1 spills nothing; another
-# temperature 24 to 56 bytes per thread, odd sizes 8 to 24.
-ATTEND_BACKWARD_CANDIDATES = (TileConfig(128, 128, 2, rows=64, num_warps=8, num_stages=1),)
+# To be timed on a GPU in front of ATTEND_BACKWARD: fewer registers, more instructions.
+ATTEND_BACKWARD_CANDIDATES = (TileConfig(128, 128, 2, rows=32, num_warps=8, num_stages=2),)
 KL_BACKWARD = (
     TileConfig(128, 128, 2, rows=32, num_warps=8, num_stages=2),
     TileConfig(256, 64, 2, rows=32, num_warps=8, num_stages=2),
@@ -67,6 +68,8 @@ ADD_SPLITS_CHUNK = 4096
 ADD_SLOTS_CHUNK = 1024
 ADD_SLOTS_TILE = 4096
 COMBINE_ROWS = 16
+# Values per program of the sum of dout * out: 32 of each per thread, read 16 bytes at a time.
+DELTA_VALUES = 4096
 COMBINE_STAGES = 4
 
 

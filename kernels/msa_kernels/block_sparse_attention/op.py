@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from msa_kernels.arguments import check_floating, check_integer, check_same_device, check_values
+from msa_kernels.block_sparse_attention.delta import output_delta
 from msa_kernels.block_sparse_attention.tiled import pool_backward, pool_forward
 from msa_kernels.block_sparse_attention.types import BlockPool, SparseQueries
 from msa_kernels.block_sparse_attention.window import TokenWindow
@@ -88,22 +89,22 @@ class _BlockSparseAttention(torch.autograd.Function):
         arguments = (block_size, softmax_scale, query_offset, window)
         queries, pool, block_table = whole_pack(q, k, v, block_indices, *arguments)
         result = pool_forward(queries, pool, block_table, kernel=kernel)
-        ctx.save_for_backward(q, k, v, block_indices, result.out, result.lse)
+        out = result.out.flatten(1, 2).to(q.dtype)
+        ctx.save_for_backward(q, k, v, block_indices, out, result.lse)
         ctx.arguments, ctx.kernel = arguments, kernel
         # lse is there for merging: a gradient through it would need another term in ds
         lse = result.lse.flatten(1)
         ctx.mark_non_differentiable(lse)
-        return result.out.flatten(1, 2).to(q.dtype), lse
+        return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
         """Form the gradients of q, k and v."""
         q, k, v, block_indices, out, lse = ctx.saved_tensors
         queries, pool, block_table = whole_pack(q, k, v, block_indices, *ctx.arguments)
-        # sums and products of the backward run in the compute dtype, whatever the inputs' is
-        dout = dout.view_as(out).to(out.dtype)
         # sum over keys of p * dp, the same for every key: see tiled_backward.py
-        delta = (dout * out).sum(-1)
+        dout = dout.view_as(queries.q)
+        delta = output_delta(dout, out.view_as(dout), kernel=ctx.kernel)
         grads = pool_backward(queries, pool, block_table, dout, delta, lse, None, kernel=ctx.kernel)
         dk, dv = unpack_blocks(grads.dkv, k.shape[1])
         return grads.dq.flatten(1, 2).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *(None,) * 6

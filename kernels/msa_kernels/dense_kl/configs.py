@@ -27,13 +27,16 @@ LSE = (
     DenseConfig(256, 2, rows=128, keys=64, num_warps=8, num_stages=2),
     DenseConfig(256, 4, rows=16, keys=16, num_warps=4, num_stages=1),
 )
-# Of the differences, and of both gradients, which read their tiles
+# Of the differences, and of both gradients, which read their tiles. With two stages a head's queries would be
+# waited for at the top of the loop; three fit beside the one program that the registers allow.
 DIFFERENCE = (
-    DenseConfig(128, 2, rows=64, keys=128, num_warps=8, num_stages=2),
+    DenseConfig(128, 2, rows=64, keys=128, num_warps=8, num_stages=3),
     DenseConfig(256, 2, rows=64, keys=64, num_warps=8, num_stages=2),
     # fp32 is multiplied without tensor cores
     DenseConfig(256, 4, rows=16, keys=16, num_warps=4, num_stages=1),
 )
+# Of the queries' gradient, at most: with two a second program fits on the multiprocessor.
+QUERY_GRADIENT_STAGES = 2
 
 
 def pick(table: tuple[DenseConfig, ...], dim: int, element_bytes: int) -> DenseConfig | None:

@@ -26,18 +26,21 @@ class SelectConfig:
 
 
 # Hopper, 16-bit inputs, D 128, blocks of 128: two programs share a multiprocessor, so that one reduces and
-# inserts while the other multiplies. The first is used; the others are there to be compared with it.
+# inserts while the other multiplies. Half a block at a time leaves room for more tiles on their way, which
+# are asked for before the insertion: the first is used, the others are there to be compared with it. Blocks
+# of other sizes, and the log-sum-exp, which needs a block's scores at once, have WHOLE.
 MAIN = (
-    SelectConfig(rows=128, keys=128, num_warps=4, num_stages=2),
+    SelectConfig(rows=128, keys=64, num_warps=4, num_stages=4),
     SelectConfig(rows=128, keys=128, num_warps=4, num_stages=2, test_first=True),
     SelectConfig(rows=256, keys=128, num_warps=8, num_stages=3, test_first=True),
 )
-# To be timed against MAIN[0] on a GPU: the same tile in twice as many warps; half blocks, more of which are
-# under way at a time; half blocks for twice the rows, which read the keys half as often. All of them leave
-# room for a second program on the multiprocessor.
+WHOLE = SelectConfig(rows=128, keys=128, num_warps=4, num_stages=2)
+# To be timed against MAIN[0] on a GPU: whole blocks, by 4 warps and by 8; one more half on its way; half
+# blocks for twice the rows, which read the keys half as often. All of them leave room for a second program
+# on the multiprocessor.
 CANDIDATES = (
+    WHOLE,
     SelectConfig(rows=128, keys=128, num_warps=8, num_stages=2),
-    SelectConfig(rows=128, keys=64, num_warps=4, num_stages=4),
     SelectConfig(rows=128, keys=64, num_warps=4, num_stages=5),
     SelectConfig(rows=256, keys=64, num_warps=8, num_stages=2),
 )
@@ -66,7 +69,9 @@ def select_config(
         return _of_whole_blocks(FLOAT32_LSE if with_lse else FLOAT32, block_size)
     if dim > 128 or block_size > 128:
         return _of_whole_blocks(LARGE_TILES, block_size)
-    return MAIN[0] if slots <= 16 else MANY_SLOTS
+    if slots > 16:
+        return MANY_SLOTS
+    return MAIN[0] if block_size == 128 and not with_lse else WHOLE
 
 
 def _of_whole_blocks(config: SelectConfig, block_size: int) -> SelectConfig:

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from msa_kernels.block_sparse_attention.delta import output_delta
 from msa_kernels.block_sparse_attention.op import pack_blocks, unpack_blocks
 from msa_kernels.block_sparse_attention.tiled import pool_backward, pool_forward
 from msa_kernels.block_sparse_attention.types import KlTerm, PoolOutput, SparseQueries
@@ -168,10 +169,9 @@ class _CpSparseAttention(torch.autograd.Function):
         ctx.session.restore(kept)
         del kept
         queries = _queries(q, q_index, all_keys, call)
-        dout = dout.to(queries.compute_dtype)
         # Softmax backward: ds_j = p_j (dout . v_j - sum_i p_i dout . v_i). The sum over all selected tokens,
         # wherever they lie, is dout . out = delta; so each source's ds needs nothing of the other sources.
-        delta = (dout * out).sum(-1)
+        delta = output_delta(dout, out, kernel=call.kernel.value)
         term = None
         if lse_index is not None:
             # The teacher p is a constant. With student s = softmax(z) the loss sum p log(p / s) has the

@@ -40,6 +40,27 @@ def store_gradient(
 
 
 @triton.jit
+def output_delta_kernel(
+    dout,  # [X, D]
+    out,  # [X, D]
+    delta,  # [X] fp32
+    num_rows,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Sum dout * out over the channels of ROWS (row, query head)."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    o_d = tl.arange(0, DP)
+    o_values = row[:, None] * D + o_d[None, :]
+    m_row = row < num_rows
+    m_values = m_row[:, None] & (o_d < D)[None, :]
+    b_dout = tl.load(dout + o_values, mask=m_values, other=0.0).to(tl.float32)
+    b_out = tl.load(out + o_values, mask=m_values, other=0.0).to(tl.float32)
+    tl.store(delta + row, tl.sum(b_dout * b_out, 1), mask=m_row)
+
+
+@triton.jit
 def attend_backward_kernel(
     q,  # [R, G, D]
     dout,  # [R, G, D], dtype of q
@@ -116,10 +137,14 @@ def attend_backward_kernel(
         p_dkv = dkv_part + split * (2 * B * D)
     b_dk = tl.zeros([BP, DP], dtype=tl.float32)
     b_dv = tl.zeros([BP, DP], dtype=tl.float32)
+    # pairs are fetched a step ahead: q and dout wait for them
+    place = begin + o_row // GP
+    pair = tl.load(order + place, mask=place < stop, other=0)
     for first in tl.range(begin, stop, ROWS // GP, num_stages=STAGES):
         place = first + o_row // GP
         m_row = (place < stop) & (head < G)
-        pair = tl.load(order + place, mask=place < stop, other=0)
+        next_place = place + ROWS // GP
+        next_pair = tl.load(order + next_place, mask=next_place < stop, other=0)
         row = pair // K
         o_rg = row * G + head
         m_q = m_row[:, None] & (o_d < D)[None, :]
@@ -156,7 +181,7 @@ def attend_backward_kernel(
             # [BP, ROWS // GP]
             b_t = tl.sum(tl.reshape(b_t, [BP, ROWS // GP, GP]), 2) * (1.0 / G)
             p_t = teacher_part + query_pair[None, :] * B + o_b[:, None]
-            tl.store(p_t, b_t, mask=m_query[None, :] & (o_b < B)[:, None])
+            tl.store(p_t, b_t, mask=m_query[None, :] & (o_b < B)[:, None], cache_modifier=".cs")
         # From here on p in the dtype of the products: half the registers while dp is formed.
         b_p = b_p.to(b_do.dtype)
         if WITH_DV:
@@ -173,7 +198,9 @@ def attend_backward_kernel(
             p_dq = dq_part + (pair * G + head)[:, None] * D + o_d[None, :]
             if ADD_DQ:
                 b_dq += tl.load(p_dq, mask=m_q, other=0.0).to(tl.float32)
-            tl.store(p_dq, b_dq.to(dq_part.dtype.element_ty), mask=m_q)
+            # read once, much later: not at the cost of rows of q and dout in the cache
+            tl.store(p_dq, b_dq.to(dq_part.dtype.element_ty), mask=m_q, cache_modifier=".cs")
+        pair = next_pair
     # Places of split lists hold nothing yet.
     num_add = (split < 0).to(tl.int32) * B
     if WITH_DK:
@@ -336,5 +363,6 @@ def add_slots_kernel(
         pair = row * K + slot
         there = tl.load(used + pair, mask=m_row, other=0) > 0
         p_part = part + pair[:, None] * size + o[None, :]
-        b_sum += tl.load(p_part, mask=m & there[:, None], other=0.0).to(tl.float32)
+        b_part = tl.load(p_part, mask=m & there[:, None], other=0.0, eviction_policy="evict_first")
+        b_sum += b_part.to(tl.float32)
     tl.store(total + row[:, None] * size + o[None, :], b_sum * scale, mask=m)

@@ -57,7 +57,6 @@ def attend_kernel(
     MASKED: tl.constexpr,
     WINDOWED: tl.constexpr,
     SOFTENED: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """Serve one item: a block stays in shared memory while the queries that read it pass by, ROWS at a time.
 
@@ -77,45 +76,66 @@ def attend_kernel(
     o_row = tl.arange(0, ROWS)
     # rows of a tile run over the heads first: with GP 4, row 6 is head 2 of the second query
     head = o_row % GP
+    # On their way before anything else: the rows of the first step, and the pairs of the second. A load whose
+    # address was loaded too is not fetched ahead by the compiler, whatever `num_stages` is.
+    place = begin + o_row // GP
+    pair = tl.load(order + place, mask=place < stop, other=0)
+    m_row = (place < stop) & (head < G)
+    p_q = q + (pair // K * G + head)[:, None] * D + o_d[None, :]
+    b_q = tl.load(p_q, mask=m_row[:, None] & (o_d < D)[None, :], other=0.0)
+    place += ROWS // GP
+    next_pair = tl.load(order + place, mask=place < stop, other=0)
     p_k = kv + physical_block * (2 * B * D) + o_b[:, None] * D + o_d[None, :]
     m_kv = (o_b < B)[:, None] & (o_d < D)[None, :]
     b_k = tl.load(p_k, mask=m_kv, other=0.0)
     b_v = tl.load(p_k + B * D, mask=m_kv, other=0.0)
     # Transposed in the loop, K would be kept in registers and copied to shared memory in every step.
     b_kt = tl.trans(b_k)
-    for first in tl.range(begin, stop, ROWS // GP, num_stages=STAGES):
+    for first in tl.range(begin, stop, ROWS // GP, num_stages=1):
+        # the rows of the next step and the pairs of the one after it
+        place = first + ROWS // GP + o_row // GP
+        m_next = ((place < stop) & (head < G))[:, None] & (o_d < D)[None, :]
+        p_q = q + (next_pair // K * G + head)[:, None] * D + o_d[None, :]
+        b_next = tl.load(p_q, mask=m_next, other=0.0)
+        place += ROWS // GP
+        later_pair = tl.load(order + place, mask=place < stop, other=0)
         place = first + o_row // GP
         m_row = (place < stop) & (head < G)
-        pair = tl.load(order + place, mask=place < stop, other=0)
-        row = pair // K
-        m_q = m_row[:, None] & (o_d < D)[None, :]
-        p_q = q + (row * G + head)[:, None] * D + o_d[None, :]
-        b_q = tl.load(p_q, mask=m_q, other=0.0)
         # [ROWS, BP]
-        b_s = tl.dot(b_q, b_kt, input_precision="ieee") * scale_log2
+        b_s = tl.dot(b_q, b_kt, input_precision="ieee")
         if MASKED:
-            query = row // M
+            query = pair // K // M
             m_s = visible_tokens(
                 position, window_start, sink_stop, query[:, None], first_token, o_b[None, :], WINDOWED
             )
             b_s = tl.where(m_s, b_s, float("-inf"))
         if BP != B:
             b_s = tl.where((o_b < B)[None, :], b_s, float("-inf"))
+        # scale_log2 > 0: the largest product has the largest score
         peak = tl.max(b_s, 1)
         # A query may see nothing of the block (window): probabilities 0 then, and lse -inf.
-        peak = tl.where(peak == float("-inf"), 0.0, peak)
+        peak = tl.where(peak == float("-inf"), 0.0, peak) * scale_log2
+        # scaled and subtracted by one instruction
+        b_s = b_s * scale_log2 - peak[:, None]
         o_pair = pair * G + head
         if SOFTENED:
-            total = tl.sum(tl.exp2((b_s - peak[:, None]) * inverse_temperature), 1)
+            total = tl.sum(tl.exp2(b_s * inverse_temperature), 1)
             teacher = (peak * inverse_temperature + tl.log2(total)) * LN2
             tl.store(teacher_part + o_pair, teacher, mask=m_row)
-        b_p = tl.exp2(b_s - peak[:, None])
+        b_p = tl.exp2(b_s)
         total = tl.sum(b_p, 1)
         tl.store(lse_part + o_pair, (peak + tl.log2(total)) * LN2, mask=m_row)
         b_o = tl.dot(b_p.to(b_v.dtype), b_v, input_precision="ieee")
         # normalised here, so that the merge has nothing to know but the log-sum-exp
-        b_o = b_o / tl.where(total > 0.0, total, 1.0)[:, None]
-        tl.store(out_part + o_pair[:, None] * D + o_d[None, :], b_o.to(out_part.dtype.element_ty), mask=m_q)
+        b_o *= (1.0 / tl.where(total > 0.0, total, 1.0))[:, None]
+        # read once, much later: not at the cost of rows of q in the cache
+        tl.store(
+            out_part + o_pair[:, None] * D + o_d[None, :],
+            b_o.to(out_part.dtype.element_ty),
+            mask=m_row[:, None] & (o_d < D)[None, :],
+            cache_modifier=".cs",
+        )
+        pair, next_pair, b_q = next_pair, later_pair, b_next
 
 
 @triton.jit
@@ -246,5 +266,6 @@ def combine_kernel(
         there = m_row & (tl.load(used + one, mask=m_row, other=0) > 0)
         weight = tl.exp(tl.load(lse_part + one * G + head, mask=there, other=float("-inf")) - finite)
         p_part = out_part + (one * G + head)[:, None] * D + o_d[None, :]
-        b_o += tl.load(p_part, mask=there[:, None] & m_d, other=0.0).to(tl.float32) * weight[:, None]
+        b_part = tl.load(p_part, mask=there[:, None] & m_d, other=0.0, eviction_policy="evict_first")
+        b_o += b_part.to(tl.float32) * weight[:, None]
     tl.store(out + (row * G + head)[:, None] * D + o_d[None, :], b_o, mask=m_row[:, None] & m_d)

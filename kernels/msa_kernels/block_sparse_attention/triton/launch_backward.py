@@ -92,6 +92,20 @@ def backward(
     return grads
 
 
+def output_delta(dout: Tensor, out: Tensor) -> Tensor:
+    """Run `delta.output_delta` by a Triton kernel."""
+    dout, out = dout.contiguous(), out.contiguous()
+    delta = torch.empty(out.shape[:-1], device=out.device)
+    dim, num_rows = out.shape[-1], delta.numel()
+    if num_rows == 0:
+        return delta
+    rows = max(1, configs.DELTA_VALUES // padded(dim))
+    Launched(backward_kernel.output_delta_kernel)[(triton.cdiv(num_rows, rows),)](
+        dout, out, delta, num_rows, D=dim, DP=padded(dim), ROWS=rows, num_warps=4
+    )
+    return delta
+
+
 def _allocate(queries: SparseQueries, pool: BlockPool, block_table: Tensor, with_kl: bool) -> PoolGrads:
     """Allocate gradients: the first portion writes every value; zeros where there is nothing to compute."""
     N, _, B, _ = pool.kv.shape

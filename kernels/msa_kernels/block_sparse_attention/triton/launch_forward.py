@@ -175,20 +175,34 @@ def portions(
 
 def forward(queries: SparseQueries, pool: BlockPool, block_table: Tensor) -> PoolOutput:
     """Run `pool_forward` by Triton kernels; q, kv, q_index and k_index of one dtype, fp32, fp16 or bf16."""
-    T, M, G, D = queries.q.shape
-    device, indexed = queries.q.device, queries.q_index is not None
-    out = torch.zeros(T, M, G, D, device=device)
-    lse = torch.full((T, M, G), float("-inf"), device=device)
-    lse_index = torch.full((T, M), float("-inf"), device=device) if indexed else None
-    softened = indexed and queries.temperature != 1.0
-    lse_teacher = torch.full_like(lse, float("-inf")) if softened else None
-    result = PoolOutput(out=out, lse=lse, lse_index=lse_index, lse_teacher=lse_teacher)
+    if not queries.softmax_scale > 0.0:
+        raise ValueError(
+            f"softmax_scale={queries.softmax_scale}: must be above 0, the kernels scale the largest product"
+        )
+    result = _allocate(queries)
     if pool.kv.shape[0] == 0 or block_table.numel() == 0:
+        result.out.zero_()
+        for lse in (result.lse, result.lse_index, result.lse_teacher):
+            if lse is not None:
+                lse.fill_(float("-inf"))
         return result
     max_pairs = FORWARD_PART_BYTES // sizes_of(queries, pool, block_table).kv_block_bytes
     for chunk, portion in portions(queries, pool, block_table, max_pairs):
         _forward_portion(portion, result, chunk)
     return result
+
+
+def _allocate(queries: SparseQueries) -> PoolOutput:
+    """Allocate the result, every row of which `combine_kernel` writes."""
+    T, M, G, D = queries.q.shape
+    device, indexed = queries.q.device, queries.q_index is not None
+    lse = torch.empty(T, M, G, device=device)
+    return PoolOutput(
+        out=torch.empty(T, M, G, D, device=device),
+        lse=lse,
+        lse_index=torch.empty(T, M, device=device) if indexed else None,
+        lse_teacher=torch.empty_like(lse) if indexed and queries.temperature != 1.0 else None,
+    )
 
 
 def _forward_portion(portion: Portion, result: PoolOutput, chunk: slice) -> None:
@@ -254,7 +268,6 @@ def _attend(
         **sizes.shape,
         ROWS=config.rows,
         SOFTENED=softened,
-        STAGES=config.num_stages,
         num_warps=config.num_warps,
     )
 

@@ -133,7 +133,7 @@ def dense_kl_part(
             split_tiles * config.keys,
             index_scale,
             k_index.stride(0),
-            **constants,
+            **constants | {"STAGES": min(config.num_stages, configs.QUERY_GRADIENT_STAGES)},
         )
         # shares of the keys, added in one order
         torch.sum(dq_part, 0, out=grads.dq_index[:, begin:stop])

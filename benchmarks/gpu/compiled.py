@@ -37,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         rows = rows_of(compile_for_hopper(launch_all))
-    result: dict[str, Any] = {"command": how, "commit": commit(), "triton": version("triton"), "kernels": rows}
+    facts = {"command": how, "commit": commit(), "triton": version("triton")}
+    result: dict[str, Any] = {**facts, "kernels": rows}
     if arguments.before is not None:
         result["before"] = json.loads(arguments.before.read_text())
         result["before"].pop("before", None)
@@ -112,7 +113,8 @@ def _attention() -> None:
 def _dense_kl() -> None:
     from msa_kernels.dense_kl.triton import launch
 
-    q, k, q_index, k_index = _zeros(_M, _G, 512, _D), _zeros(_M, 512, _D), _zeros(_M, 512, _D), _zeros(512, _D)
+    T = 512
+    q, k, q_index, k_index = _zeros(_M, _G, T, _D), _zeros(_M, T, _D), _zeros(_M, T, _D), _zeros(T, _D)
     scale = _D**-0.5
     lse = launch.lse_part(q, k, causal=True, softmax_scale=scale)
     lse_index = launch.lse_part(q_index[:, None], k_index[None], causal=True, softmax_scale=scale)[:, 0]
@@ -171,18 +173,19 @@ def page(result: dict[str, Any]) -> str:
     rows = [heads]
     for name, row in result["kernels"].items():
         old = None if before is None else before["kernels"].get(name)
-        rows.append([name, *(_change(row[key], None if old is None else old[key]) for key in ("tile", *_FIGURES))])
+        figures = (_change(row[key], None if old is None else old[key]) for key in ("tile", *_FIGURES))
+        rows.append([name, *figures])
     text = (
         "# What the kernels compile to\n\n"
-        f"`{result['command']}`, Triton {result['triton']}, commit {result['commit']}: M3's shape in bf16 for "
-        "compute capability 9.0. Registers and spilled bytes are a thread's, shared memory a program's, "
-        "programs those that a multiprocessor runs at a time, instructions and products (HGMMA) a warp's in a "
-        "step of the main loop. Nothing is timed.\n\n"
+        f"`{result['command']}`, Triton {result['triton']}, commit {result['commit']}: M3's shape in bf16 "
+        "for compute capability 9.0. Registers and spilled bytes are a thread's, shared memory a program's, "
+        "programs those that a multiprocessor runs at a time, instructions and products (HGMMA) a warp's in "
+        "a step of the main loop. Nothing is timed.\n\n"
     )
     if before is not None:
         text += (
-            f"Where a figure is another at commit {before['commit']} (Triton {before['triton']}), that stands "
-            "first.\n\n"
+            f"Where a figure is another at commit {before['commit']} (Triton {before['triton']}), that "
+            "stands first.\n\n"
         )
     return text + "\n".join(table(rows)) + "\n"
 

@@ -14,13 +14,19 @@ import torch
 from torch import Tensor
 
 from msa_kernels.block_sparse_attention.choice import implementation
+from msa_kernels.block_sparse_attention.merge import merge_outputs
 from msa_kernels.block_sparse_attention.tiled_backward import backward
 from msa_kernels.block_sparse_attention.tiled_chunk import Chunk, Scratch, finite, portions
 from msa_kernels.block_sparse_attention.types import BlockPool, KlTerm, PoolGrads, PoolOutput, SparseQueries
 
 
 def pool_forward(
-    queries: SparseQueries, pool: BlockPool, block_table: Tensor, *, kernel: str = "auto"
+    queries: SparseQueries,
+    pool: BlockPool,
+    block_table: Tensor,
+    *,
+    total: PoolOutput | None = None,
+    kernel: str = "auto",
 ) -> PoolOutput:
     """Attend with every query to its blocks of the pool.
 
@@ -28,6 +34,8 @@ def pool_forward(
         queries: see SparseQueries. pool: see BlockPool. block_table: [T, M, K] int64 physical block per
         slot, -1 for none or for a block that another pool has; a
             physical block belongs to one KV head.
+        total: result over other pools, to be merged with this one's; it may be overwritten. None: there is
+            none.
         kernel: "auto", "triton", "cpu" or "reference", see `choice.implementation`.
 
     Returns:
@@ -38,8 +46,9 @@ def pool_forward(
     """
     chosen = implementation(kernel, queries.q, pool.kv, queries.q_index, queries.k_index)
     if chosen is not None:
-        return chosen.forward(queries, pool, block_table)
-    return _forward(queries, pool, block_table)
+        return chosen.forward(queries, pool, block_table, total)
+    part = _forward(queries, pool, block_table)
+    return part if total is None else merge_outputs(total, part)
 
 
 def pool_backward(

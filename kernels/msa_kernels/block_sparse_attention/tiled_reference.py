@@ -7,10 +7,13 @@ B tokens, D head dim, Di index head dim.
 import torch
 from torch import Tensor
 
+from msa_kernels.block_sparse_attention.merge import merge_outputs
 from msa_kernels.block_sparse_attention.types import BlockPool, KlTerm, PoolGrads, PoolOutput, SparseQueries
 
 
-def forward(queries: SparseQueries, pool: BlockPool, block_table: Tensor) -> PoolOutput:
+def forward(
+    queries: SparseQueries, pool: BlockPool, block_table: Tensor, total: PoolOutput | None = None
+) -> PoolOutput:
     """Follow `pool_forward` in the compute dtype; memory grows with T * M * K * B * D."""
     keys, values = _gather(queries, pool, block_table)
     seen = _seen(queries, pool, block_table)
@@ -22,7 +25,8 @@ def forward(queries: SparseQueries, pool: BlockPool, block_table: Tensor) -> Poo
         lse_index = _index_scores(queries, _index_keys(queries, pool, block_table), seen).logsumexp(-1)
         if queries.temperature != 1.0:
             lse_teacher = (scores / queries.temperature).logsumexp(-1)
-    return PoolOutput(out=out, lse=lse, lse_index=lse_index, lse_teacher=lse_teacher)
+    part = PoolOutput(out=out, lse=lse, lse_index=lse_index, lse_teacher=lse_teacher)
+    return part if total is None else merge_outputs(total, part)
 
 
 def backward(

@@ -32,7 +32,6 @@ from msa_kernels.block_sparse_attention.op import pack_blocks, unpack_blocks
 from msa_kernels.block_sparse_attention.tiled import pool_backward, pool_forward
 from msa_kernels.block_sparse_attention.types import KlTerm, PoolOutput, SparseQueries
 from msa_kernels.block_sparse_attention.window import TokenWindow
-from msa_kernels.full_attention.op import merge_parts
 from torch import Tensor
 
 from msa_train.config import AttentionKernel, ExchangeConfig, KvExchange
@@ -145,8 +144,8 @@ class _CpSparseAttention(torch.autograd.Function):
         total: PoolOutput | None = None
         # Softmax over several sources: lse = log(sum_i e^lse_i), out = sum_i e^(lse_i - lse) out_i.
         for source in session.sources():
-            part = pool_forward(queries, source.pool, source.block_table(call.block_indices), kernel=kernel)
-            total = part if total is None else _merge(total, part)
+            block_table = source.block_table(call.block_indices)
+            total = pool_forward(queries, source.pool, block_table, total=total, kernel=kernel)
         assert total is not None, "an exchange has at least one source"
         out = total.out.to(q.dtype)
         if decision.spoilt:
@@ -334,17 +333,3 @@ def _queries(
         temperature=call.kl_temperature,
         window=call.window,
     )
-
-
-def _merge(a: PoolOutput, b: PoolOutput) -> PoolOutput:
-    out, lse = merge_parts(a.out, a.lse, b.out, b.lse)
-    return PoolOutput(
-        out=out,
-        lse=lse,
-        lse_index=_logaddexp(a.lse_index, b.lse_index),
-        lse_teacher=_logaddexp(a.lse_teacher, b.lse_teacher),
-    )
-
-
-def _logaddexp(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return None if a is None or b is None else torch.logaddexp(a, b)

@@ -200,6 +200,21 @@ def index_lse_kernel(
 
 
 @triton.jit
+def log_sum(b_part, p_total, m_total, MERGE: tl.constexpr):
+    """Take the natural log of the sum of exp(b_part [KP, X]) over slots; MERGE: and of what is at p_total."""
+    peak = tl.max(b_part, 0)
+    b_before = tl.full(peak.shape, float("-inf"), tl.float32)
+    if MERGE:
+        b_before = tl.load(p_total, mask=m_total, other=float("-inf"))
+        peak = tl.maximum(peak, b_before)
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    b_sum = tl.sum(tl.exp(b_part - peak[None, :]), 0)
+    if MERGE:
+        b_sum += tl.exp(b_before - peak)
+    return peak + tl.log(b_sum), b_before
+
+
+@triton.jit
 def combine_kernel(
     used,  # [P] uint8
     out_part,  # [P, G, D]
@@ -220,13 +235,15 @@ def combine_kernel(
     ROWS: tl.constexpr,
     SOFTENED: tl.constexpr,
     INDEXED: tl.constexpr,
+    MERGE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Weight the partial results of ROWS (row, query head) by their share of the sum of exponentials.
 
     lse = log of the sum over slots of exp(lse_part), out = sum over slots of exp(lse_part - lse) * out_part.
 
-    Parts of unused pairs were never written and are not read.
+    Parts of unused pairs were never written and are not read. MERGE: out and the log-sum-exps hold results
+    over other blocks, which are merged with these; rows without a block here are neither read nor written.
     """
     o_row = tl.arange(0, ROWS)
     head = o_row % GP
@@ -234,38 +251,39 @@ def combine_kernel(
     o_d = tl.arange(0, DP)
     o_k = tl.arange(0, KP)[:, None]
     m_row = (row < num_rows) & (head < G)
-    m_d = (o_d < D)[None, :]
     # [KP, ROWS]
     # all slots of a row side by side: K numbers each, few beside the outputs
     pair = row[None, :] * K + o_k
     m_part = m_row[None, :] & (o_k < K)
     m_part = m_part & (tl.load(used + pair, mask=m_part, other=0) > 0)
+    if MERGE:
+        m_row = m_row & (tl.max(m_part.to(tl.int32), 0) > 0)
     part_lse = tl.load(lse_part + pair * G + head[None, :], mask=m_part, other=float("-inf"))
-    peak = tl.max(part_lse, 0)
-    peak = tl.where(peak == float("-inf"), 0.0, peak)
-    total = peak + tl.log(tl.sum(tl.exp(part_lse - peak[None, :]), 0))
+    total, before = log_sum(part_lse, lse + row * G + head, m_row, MERGE)
     tl.store(lse + row * G + head, total, mask=m_row)
     if SOFTENED:
         softened = tl.load(teacher_part + pair * G + head[None, :], mask=m_part, other=float("-inf"))
-        peak = tl.max(softened, 0)
-        peak = tl.where(peak == float("-inf"), 0.0, peak)
-        softened_lse = peak + tl.log(tl.sum(tl.exp(softened - peak[None, :]), 0))
-        tl.store(lse_teacher + row * G + head, softened_lse, mask=m_row)
+        softened, _ = log_sum(softened, lse_teacher + row * G + head, m_row, MERGE)
+        tl.store(lse_teacher + row * G + head, softened, mask=m_row)
     if INDEXED:
         scores = tl.load(index_part + pair, mask=m_part, other=float("-inf"))
-        peak = tl.max(scores, 0)
-        peak = tl.where(peak == float("-inf"), 0.0, peak)
-        index_total = peak + tl.log(tl.sum(tl.exp(scores - peak[None, :]), 0))
-        tl.store(lse_index + row, index_total, mask=m_row & (head == 0))
+        m_first = m_row & (head == 0)
+        scores, _ = log_sum(scores, lse_index + row, m_first, MERGE)
+        tl.store(lse_index + row, scores, mask=m_first)
     # a row without a block: -inf - -inf would not be a number, -inf - 0 has weight 0
     finite = tl.where(total == float("-inf"), 0.0, total)
+    p_out = out + (row * G + head)[:, None] * D + o_d[None, :]
+    m_out = m_row[:, None] & (o_d < D)[None, :]
     # outputs slot by slot: [KP, ROWS, DP] at a time would not fit into registers
     b_o = tl.zeros([ROWS, DP], dtype=tl.float32)
+    if MERGE:
+        b_o = tl.load(p_out, mask=m_out, other=0.0) * tl.exp(before - finite)[:, None]
     for slot in tl.range(0, K, num_stages=STAGES):
         one = row * K + slot
         there = m_row & (tl.load(used + one, mask=m_row, other=0) > 0)
         weight = tl.exp(tl.load(lse_part + one * G + head, mask=there, other=float("-inf")) - finite)
         p_part = out_part + (one * G + head)[:, None] * D + o_d[None, :]
-        b_part = tl.load(p_part, mask=there[:, None] & m_d, other=0.0, eviction_policy="evict_first")
+        m_part_out = there[:, None] & (o_d < D)[None, :]
+        b_part = tl.load(p_part, mask=m_part_out, other=0.0, eviction_policy="evict_first")
         b_o += b_part.to(tl.float32) * weight[:, None]
-    tl.store(out + (row * G + head)[:, None] * D + o_d[None, :], b_o, mask=m_row[:, None] & m_d)
+    tl.store(p_out, b_o, mask=m_out)

@@ -173,22 +173,31 @@ def portions(
         yield chunk, Portion(part, pool, sizes, schedule)
 
 
-def forward(queries: SparseQueries, pool: BlockPool, block_table: Tensor) -> PoolOutput:
-    """Run `pool_forward` by Triton kernels; q, kv, q_index and k_index of one dtype, fp32, fp16 or bf16."""
+def forward(
+    queries: SparseQueries, pool: BlockPool, block_table: Tensor, total: PoolOutput | None = None
+) -> PoolOutput:
+    """Run `pool_forward` by Triton kernels; q, kv, q_index and k_index of one dtype, fp32, fp16 or bf16.
+
+    Merging costs the rows that have a block in this pool, and so, over the pools of a ring however many, at
+    most as much as a merge for every pair; `total` is overwritten.
+    """
     if not queries.softmax_scale > 0.0:
         raise ValueError(
             f"softmax_scale={queries.softmax_scale}: must be above 0, the kernels scale the largest product"
         )
-    result = _allocate(queries)
     if pool.kv.shape[0] == 0 or block_table.numel() == 0:
+        if total is not None:
+            return total
+        result = _allocate(queries)
         result.out.zero_()
         for lse in (result.lse, result.lse_index, result.lse_teacher):
             if lse is not None:
                 lse.fill_(float("-inf"))
         return result
+    result = _allocate(queries) if total is None else total
     max_pairs = FORWARD_PART_BYTES // sizes_of(queries, pool, block_table).kv_block_bytes
     for chunk, portion in portions(queries, pool, block_table, max_pairs):
-        _forward_portion(portion, result, chunk)
+        _forward_portion(portion, result, chunk, merge=total is not None)
     return result
 
 
@@ -205,8 +214,8 @@ def _allocate(queries: SparseQueries) -> PoolOutput:
     )
 
 
-def _forward_portion(portion: Portion, result: PoolOutput, chunk: slice) -> None:
-    """Fill in the rows of `chunk`: partial results of all pairs, then their sum over slots."""
+def _forward_portion(portion: Portion, result: PoolOutput, chunk: slice, *, merge: bool) -> None:
+    """Fill in the rows of `chunk`, or merge with them: partial results of all pairs, then over slots."""
     sizes, queries = portion.sizes, portion.queries
     softened, indexed = result.lse_teacher is not None, result.lse_index is not None
     pairs = portion.num_pairs
@@ -241,6 +250,7 @@ def _forward_portion(portion: Portion, result: PoolOutput, chunk: slice) -> None
         ROWS=rows,
         SOFTENED=softened,
         INDEXED=indexed,
+        MERGE=merge,
         STAGES=configs.COMBINE_STAGES,
         num_warps=4,
     )

@@ -25,6 +25,7 @@ Di index head dim, NB blocks of the pack, P ranks.
 Source: arXiv 2606.13392.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ from msa_train.parallel.attention.selection_recall import measure_recall
 from msa_train.parallel.kv_exchange.requests import kv_blocks_by_owner, needed_kv_blocks
 from msa_train.parallel.kv_exchange.slices.begin import Begun, EarlyGather, begin_exchange
 from msa_train.parallel.kv_exchange.slices.sliced_fetch import SlicedFetch
+from msa_train.parallel.sharding.partition import Range
 from msa_train.parallel.sharding.redistribute import move_rows
 from msa_train.parallel.sharding.ulysses import start_cp_to_hp
 
@@ -199,23 +201,39 @@ class MsaSelfAttention(GroupedQueryAttention):
             q_index = move_rows(q_index, moves.there, comm, "index_query")
         if fetch is not None:
 
-            def select(rows: Tensor, start: int, valid: Tensor | None) -> Tensor:
-                return self._select_some(rows, all_keys, context, start, valid=valid)
+            def select(rows: Tensor, ranges: Sequence[Range], valid: Tensor | None) -> Tensor:
+                return self._select_ranges(rows, all_keys, context, ranges, valid)
 
             return select_in_slices(q_index, pack, comm, fetch, select, context.topk)
-        parts, row = [], 0
-        # One call for each range, as the kernel takes queries at consecutive positions.
-        for start, stop in pack.index.ranges:
-            rows = slice(row, row + stop - start)
-            valid = pack.valid[rows] if moves is None else None
-            parts.append(self._select_some(q_index[rows], all_keys, context, start, valid=valid))
-            row = rows.stop
-        selected = parts[0] if len(parts) == 1 else torch.cat(parts)
+        valid = pack.valid if moves is None else None
+        selected = self._select_ranges(q_index, all_keys, context, pack.index.ranges, valid)
         if moves is not None:
             # Whoever selected did not know which of these queries are padding.
             selected = move_rows(selected, moves.back, comm, "index_query")
             selected.masked_fill_(~pack.valid[:, None, None], -1)
         return selected
+
+    def _select_ranges(
+        self,
+        q_index: Tensor,
+        all_keys: Tensor,
+        context: PackContext,
+        ranges: Sequence[Range],
+        valid: Tensor | None,
+    ) -> Tensor:
+        """Select blocks [n, M, topk] for queries [n, M, Di] at the positions of `ranges`, which ascend."""
+        if len(ranges) > 1 and q_index.is_cuda:
+            # One launch: the longest programs of all ranges begin first, and few rows need no second kernel.
+            positions = [torch.arange(start, stop, device=q_index.device) for start, stop in ranges]
+            return self._select_some(q_index, all_keys, context, valid=valid, position=torch.cat(positions))
+        # The tiles of the path in torch span few blocks where positions are consecutive.
+        parts, row = [], 0
+        for start, stop in ranges:
+            rows = slice(row, row + stop - start)
+            part = None if valid is None else valid[rows]
+            parts.append(self._select_some(q_index[rows], all_keys, context, start, valid=part))
+            row = rows.stop
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _select_some(
         self,

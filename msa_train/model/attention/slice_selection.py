@@ -5,7 +5,7 @@ The selections are those of all queries at once: the kernel takes each query by 
 Shapes: T local tokens, M KV heads, Di index head dim.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,9 +15,10 @@ from msa_train.parallel.comm.cp_comm import CpComm
 from msa_train.parallel.kv_exchange.requests import needed_kv_blocks
 from msa_train.parallel.kv_exchange.slices.side_stream import beside, join, mark
 from msa_train.parallel.kv_exchange.slices.sliced_fetch import SlicedFetch
+from msa_train.parallel.sharding.partition import Range
 
-Select = Callable[[Tensor, int, Tensor | None], Tensor]
-"selects for queries [n, M, Di] from a position on, of which some are valid: [n, M, topk] int32"
+Select = Callable[[Tensor, Sequence[Range], Tensor | None], Tensor]
+"selects for queries [n, M, Di] at the positions of ranges, some of them valid: [n, M, topk] int32"
 
 
 def select_in_slices(
@@ -33,7 +34,7 @@ def select_in_slices(
         pack: of this rank.
         comm: ranks between which queries move.
         fetch: begun for this call.
-        select: scores queries of one range.
+        select: scores queries of some ranges.
         topk: blocks of a query.
 
     Returns:
@@ -45,12 +46,10 @@ def select_in_slices(
     )
 
     def score(part: QuerySlice) -> Tensor:
-        found, row = [selected[:0]], part.first_row
-        for start, stop in part.ranges:
-            rows = slice(row, row + stop - start)
-            found.append(select(q_index[rows], start, pack.valid[rows] if part.back is None else None))
-            row = rows.stop
-        return torch.cat(found)
+        if not part.ranges:
+            return selected[:0]
+        rows = slice(part.first_row, part.first_row + sum(stop - start for start, stop in part.ranges))
+        return select(q_index[rows], part.ranges, pack.valid[rows] if part.back is None else None)
 
     def ask(part: QuerySlice, found: Tensor) -> None:
         rows, found = _bring_home(part, found, pack, comm)

@@ -18,14 +18,11 @@ class DecodeConfig:
 
 
 # 16-bit inputs, index key tiles of 32 KB. Of a flat cache three lie in shared memory, 102,656 B: two programs
-# per multiprocessor. Of pages, whose numbers are loaded first, two do, 69,892 B: three programs.
-MAIN = DecodeConfig(blocks_per_program=4, keys=64, num_warps=4, num_stages=3)
-# To be timed on a GPU: many short programs, which end at nearly the same time, or no more than run at a time,
-# which start up once (32 blocks each for one sequence of 1M tokens).
-CANDIDATES = (
-    MAIN,
-    DecodeConfig(blocks_per_program=32, keys=64, num_warps=4, num_stages=3),
-)
+# per multiprocessor. Of pages, whose numbers are loaded first, two do, 69,892 B: three programs. No more
+# programs than run at a time, which start up once: 32 blocks each for one sequence of 1M tokens.
+MAIN = DecodeConfig(blocks_per_program=64, keys=64, num_warps=4, num_stages=3)
+# To be timed on a GPU: many short programs, which end at nearly the same time.
+CANDIDATES = (DecodeConfig(blocks_per_program=4, keys=64, num_warps=4, num_stages=3),)
 LARGE_TILES = DecodeConfig(blocks_per_program=4, keys=64, num_warps=8, num_stages=1)
 # fp32 is multiplied without tensor cores; a whole block of index keys is in registers then
 FLOAT32 = DecodeConfig(blocks_per_program=4, keys=32, num_warps=8, num_stages=1)

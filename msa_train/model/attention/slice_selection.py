@@ -15,7 +15,7 @@ from msa_train.parallel.comm.cp_comm import CpComm
 from msa_train.parallel.kv_exchange.requests import needed_kv_blocks
 from msa_train.parallel.kv_exchange.slices.side_stream import beside, join, mark
 from msa_train.parallel.kv_exchange.slices.sliced_fetch import SlicedFetch
-from msa_train.parallel.sharding.partition import Range
+from msa_train.parallel.sharding.partition import Range, count
 
 Select = Callable[[Tensor, Sequence[Range], Tensor | None], Tensor]
 "selects for queries [n, M, Di] at the positions of ranges, some of them valid: [n, M, topk] int32"
@@ -48,7 +48,7 @@ def select_in_slices(
     def score(part: QuerySlice) -> Tensor:
         if not part.ranges:
             return selected[:0]
-        rows = slice(part.first_row, part.first_row + sum(stop - start for start, stop in part.ranges))
+        rows = slice(part.first_row, part.first_row + count(part.ranges))
         return select(q_index[rows], part.ranges, pack.valid[rows] if part.back is None else None)
 
     def ask(part: QuerySlice, found: Tensor) -> None:

@@ -121,7 +121,7 @@ def test_any_number_of_parts(num_parts: int) -> None:
 
 
 def _launch_candidate(number: int, *args: Any, **arguments: Any) -> Any:
-    """The shipped configuration or one to be timed, with as few programs as it takes; blocks per program at 1M tokens."""
+    """The shipped configuration or one to be timed, with few programs; blocks per program at 1M tokens."""
     from msa_kernels.decode.configs import CANDIDATES, MAIN
     from msa_kernels.decode.triton import launch
 

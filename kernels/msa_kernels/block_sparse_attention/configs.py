@@ -38,6 +38,18 @@ ATTEND = (
     TileConfig(128, 128, 4, rows=16, num_warps=8, num_stages=1),
     TileConfig(256, 32, 4, rows=16, num_warps=8, num_stages=1),
 )
+# Of the kernel that takes queries first: rows of one tile of queries, keys of a step, queries of a tile at
+# most (16 heads to each: 8, whose blocks are read once for all of them).
+UNION = (
+    TileConfig(128, 128, 2, rows=128, num_warps=8, num_stages=2),
+    TileConfig(128, 128, 4, rows=32, num_warps=8, num_stages=1),
+)
+UNION_KEYS = 64
+UNION_QUERIES = 16
+# It is taken where a tile's queries together read at most this many times the blocks that each reads. By
+# arithmetic, not measured: it has twice the rate of the block-first kernels, which memory binds, and computes
+# every block of the union for every query. 0: never.
+UNION_SHARE = 2.0
 INDEX_LSE = (
     TileConfig(128, 128, 2, rows=64, num_warps=4, num_stages=2),
     TileConfig(256, 256, 2, rows=64, num_warps=8, num_stages=2),

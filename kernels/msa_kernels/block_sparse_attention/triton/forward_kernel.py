@@ -225,6 +225,7 @@ def combine_kernel(
     lse,  # [R, G] fp32
     lse_teacher,  # [R, G] fp32
     lse_index,  # [R] fp32
+    by_union,  # [1] int32, with OR_UNION: not 0 where union_kernel.py has formed all but lse_index
     num_rows,
     K: tl.constexpr,
     G: tl.constexpr,
@@ -235,6 +236,7 @@ def combine_kernel(
     ROWS: tl.constexpr,
     SOFTENED: tl.constexpr,
     INDEXED: tl.constexpr,
+    OR_UNION: tl.constexpr,
     MERGE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -258,6 +260,15 @@ def combine_kernel(
     m_part = m_part & (tl.load(used + pair, mask=m_part, other=0) > 0)
     if MERGE:
         m_row = m_row & (tl.max(m_part.to(tl.int32), 0) > 0)
+    if INDEXED:
+        scores = tl.load(index_part + pair, mask=m_part, other=float("-inf"))
+        m_first = m_row & (head == 0)
+        scores, _ = log_sum(scores, lse_index + row, m_first, MERGE)
+        tl.store(lse_index + row, scores, mask=m_first)
+    # the outer one is decided when the kernel is compiled
+    if OR_UNION:  # noqa: SIM102
+        if tl.load(by_union) != 0:
+            return
     part_lse = tl.load(lse_part + pair * G + head[None, :], mask=m_part, other=float("-inf"))
     total, before = log_sum(part_lse, lse + row * G + head, m_row, MERGE)
     tl.store(lse + row * G + head, total, mask=m_row)
@@ -265,11 +276,6 @@ def combine_kernel(
         softened = tl.load(teacher_part + pair * G + head[None, :], mask=m_part, other=float("-inf"))
         softened, _ = log_sum(softened, lse_teacher + row * G + head, m_row, MERGE)
         tl.store(lse_teacher + row * G + head, softened, mask=m_row)
-    if INDEXED:
-        scores = tl.load(index_part + pair, mask=m_part, other=float("-inf"))
-        m_first = m_row & (head == 0)
-        scores, _ = log_sum(scores, lse_index + row, m_first, MERGE)
-        tl.store(lse_index + row, scores, mask=m_first)
     # a row without a block: -inf - -inf would not be a number, -inf - 0 has weight 0
     finite = tl.where(total == float("-inf"), 0.0, total)
     p_out = out + (row * G + head)[:, None] * D + o_d[None, :]

@@ -13,7 +13,7 @@ from torch import Tensor
 from msa_kernels.block_sparse_attention import configs
 from msa_kernels.block_sparse_attention.triton import backward_kernel
 from msa_kernels.block_sparse_attention.triton import forward_kernel as kernel
-from msa_kernels.block_sparse_attention.triton.launch_forward import Portion, Sizes, portions, sizes_of
+from msa_kernels.block_sparse_attention.triton.portions import Portion, Sizes, portions, sizes_of
 from msa_kernels.block_sparse_attention.triton.schedule import Items, Splits
 from msa_kernels.block_sparse_attention.types import BlockPool, KlTerm, PoolGrads, SparseQueries
 from msa_kernels.operators import Launched

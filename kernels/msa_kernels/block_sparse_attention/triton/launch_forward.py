@@ -4,25 +4,15 @@ Imports Triton. Shapes: T queries, M KV heads, G query heads of each, K top-k sl
 block size, D head dim, Di index head dim. A pair is a (row, slot) pair, a row (query, KV head).
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
-
 import torch
 import triton
 from torch import Tensor
 
-from msa_kernels.arguments import check_int64
 from msa_kernels.block_sparse_attention import configs
 from msa_kernels.block_sparse_attention.triton import forward_kernel as kernel
-from msa_kernels.block_sparse_attention.triton.schedule import (
-    Items,
-    Schedule,
-    build_schedule,
-    queries_per_portion,
-)
+from msa_kernels.block_sparse_attention.triton.launch_union import UnionWork, attend_union, find_union
+from msa_kernels.block_sparse_attention.triton.portions import Portion, portions, sizes_of
 from msa_kernels.block_sparse_attention.types import BlockPool, PoolOutput, SparseQueries
-from msa_kernels.block_sparse_attention.window import TokenWindow
 from msa_kernels.operators import Launched
 from msa_kernels.tiles import padded
 
@@ -32,145 +22,6 @@ FORWARD_PART_BYTES = 2**31
 # An item of the forward reads its block once; longer lists are split so that all processors have work.
 FORWARD_PAIRS_PER_ITEM = 64
 INDEX_PAIRS_PER_ITEM = 256
-
-
-@dataclass(slots=True)
-class Sizes:
-    """Hold the sizes of a call, and the powers of two that hold them."""
-
-    M: int
-    """KV heads."""
-    K: int
-    """Slots of a row."""
-    G: int
-    """Query heads of a KV head."""
-    D: int
-    """Head dim, in channels."""
-    B: int
-    """Tokens of a block."""
-    index_dim: int
-    """Index head dim, in channels; 0 without an index branch."""
-    element_bytes: int
-    """Bytes of one value of the inputs."""
-
-    @property
-    def kv_block_bytes(self) -> int:
-        """Return the size of the partial output of one (row, slot) pair, in bytes."""
-        return self.G * self.D * self.element_bytes
-
-    @property
-    def shape(self) -> dict[str, int]:
-        """Return constants of the kernels that say how large tiles are, and how much of them is used."""
-        return {
-            "G": self.G,
-            "D": self.D,
-            "GP": triton.next_power_of_2(self.G),
-            "DP": padded(self.D),
-        }
-
-    def config(
-        self, table: tuple[configs.TileConfig, ...], *, index: bool = False, split: bool = False
-    ) -> configs.TileConfig:
-        """Pick tile sizes, which `configs.why_not` has found to exist; split: blocks may be cut."""
-        block = padded(1 if split else self.B)
-        config = configs.pick(table, padded(self.index_dim if index else self.D), block, self.element_bytes)
-        assert config is not None, f"no configuration for {self}"
-        return config
-
-
-def sizes_of(queries: SparseQueries, pool: BlockPool, block_table: Tensor) -> Sizes:
-    """Read the sizes of a call off its tensors."""
-    _, M, G, D = queries.q.shape
-    return Sizes(
-        M=M,
-        K=block_table.shape[2],
-        G=G,
-        D=D,
-        B=pool.kv.shape[2],
-        index_dim=0 if queries.q_index is None else queries.q_index.shape[-1],
-        element_bytes=queries.q.element_size(),
-    )
-
-
-@dataclass(slots=True)
-class Portion:
-    """Hold consecutive queries with their schedule over the pool."""
-
-    queries: SparseQueries
-    """The queries of this portion, all tensors contiguous."""
-    pool: BlockPool
-    """The whole pool, contiguous."""
-    sizes: Sizes
-    """Sizes of the call."""
-    schedule: Schedule
-    """Work of this portion."""
-
-    @property
-    def num_pairs(self) -> int:
-        """Count (row, slot) pairs, used or not."""
-        return self.schedule.order.numel()
-
-    @property
-    def visibility(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return position, window start and sink stop; without a window the last two are placeholders."""
-        position, window = self.queries.position, self.queries.window
-        return (
-            (position, position, position) if window is None else (position, window.start, window.sink_stop)
-        )
-
-    def work(self, items: Items) -> tuple[Tensor, ...]:
-        """Return arguments that describe items to a kernel."""
-        return self.schedule.order, items.physical_block, items.begin, items.stop, items.num_items
-
-    def constants(self, *, masked: bool) -> dict[str, Any]:
-        """Return constants that all kernels over items share."""
-        windowed = self.queries.window is not None
-        sizes = self.sizes
-        return {
-            # read for masks alone: without them the same kernel serves any number of heads
-            "M": sizes.M if masked else 1,
-            "K": sizes.K,
-            "B": sizes.B,
-            "BP": padded(sizes.B),
-            "MASKED": masked,
-            "WINDOWED": masked and windowed,
-        }
-
-
-def portions(
-    queries: SparseQueries, pool: BlockPool, block_table: Tensor, max_pairs: int
-) -> Iterator[tuple[slice, Portion]]:
-    """Yield queries in portions of at most `max_pairs` (row, slot) pairs, or of one query.
-
-    Raises:
-        ValueError: on block ids, positions or borders of windows of another dtype than int64.
-    """
-    check_int64(**{"pool.block": pool.block, "queries.position": queries.position})
-    if queries.window is not None:
-        borders = {"window.start": queries.window.start, "window.sink_stop": queries.window.sink_stop}
-        check_int64(**borders)
-    sizes = sizes_of(queries, pool, block_table)
-    pool = replace(pool, kv=pool.kv.contiguous(), block=pool.block.contiguous())
-    k_index = None if queries.k_index is None else queries.k_index.contiguous()
-    # Offsets into tensors of pairs have 32 bits in the kernels.
-    most = (2**31 - 1) // max(sizes.G * sizes.D, sizes.B, sizes.index_dim)
-    step = queries_per_portion(block_table.shape[0], min(max_pairs, most) // (sizes.M * sizes.K))
-    for begin in range(0, block_table.shape[0], step):
-        chunk = slice(begin, begin + step)
-        window = queries.window
-        if window is not None:
-            window = TokenWindow(window.start[chunk].contiguous(), window.sink_stop[chunk].contiguous())
-        part = replace(
-            queries,
-            q=queries.q[chunk].contiguous(),
-            position=queries.position[chunk].contiguous(),
-            q_index=None if queries.q_index is None else queries.q_index[chunk].contiguous(),
-            k_index=k_index,
-            window=window,
-        )
-        ids = block_table[chunk].contiguous()
-        schedule = build_schedule(ids, pool.block, part.position, window, block_size=sizes.B)
-        yield chunk, Portion(part, pool, sizes, schedule)
 
 
 def forward(
@@ -223,11 +74,14 @@ def _forward_portion(portion: Portion, result: PoolOutput, chunk: slice, *, merg
     lse_part = result.lse.new_empty(pairs, sizes.G)
     teacher_part = torch.empty_like(lse_part) if softened else lse_part
     index_part = result.lse.new_empty(pairs) if indexed else lse_part
+    union = find_union(portion)
     # whole blocks without masks first, then the few that a query sees a part of
     for masked in (False, True):
-        _attend(portion, masked, out_part, lse_part, teacher_part, softened)
+        _attend(portion, masked, out_part, lse_part, teacher_part, softened, union)
         if indexed:
             _index_lse(portion, masked, index_part)
+    if union is not None:
+        attend_union(portion, union, result, chunk, merge=merge)
     out, lse = result.out[chunk], result.lse[chunk]
     # a tile takes whole queries, whatever their heads: (row, query head) rows, GP to a query
     rows = max(configs.COMBINE_ROWS, triton.next_power_of_2(sizes.G))
@@ -243,6 +97,7 @@ def _forward_portion(portion: Portion, result: PoolOutput, chunk: slice, *, merg
         lse,
         lse if result.lse_teacher is None else result.lse_teacher[chunk],
         lse if result.lse_index is None else result.lse_index[chunk],
+        portion.schedule.used if union is None else union.chosen,
         num_rows,
         K=sizes.K,
         KP=triton.next_power_of_2(sizes.K),
@@ -250,6 +105,7 @@ def _forward_portion(portion: Portion, result: PoolOutput, chunk: slice, *, merg
         ROWS=rows,
         SOFTENED=softened,
         INDEXED=indexed,
+        OR_UNION=union is not None,
         MERGE=merge,
         STAGES=configs.COMBINE_STAGES,
         num_warps=4,
@@ -257,12 +113,21 @@ def _forward_portion(portion: Portion, result: PoolOutput, chunk: slice, *, merg
 
 
 def _attend(
-    portion: Portion, masked: bool, out_part: Tensor, lse_part: Tensor, teacher_part: Tensor, softened: bool
+    portion: Portion,
+    masked: bool,
+    out_part: Tensor,
+    lse_part: Tensor,
+    teacher_part: Tensor,
+    softened: bool,
+    union: UnionWork | None,
 ) -> None:
-    """Form partial outputs and log-sum-exps of all pairs of one kind."""
+    """Form partial outputs and log-sum-exps of all pairs of one kind, unless `union` was chosen."""
     sizes, queries = portion.sizes, portion.queries
     config = sizes.config(configs.ATTEND)
     items = portion.schedule.items(masked=masked, pairs_per_item=FORWARD_PAIRS_PER_ITEM)
+    if union is not None:
+        # none are left where the other kernel was chosen: programs end at once
+        items.num_items = items.num_items * (1 - union.chosen)
     Launched(kernel.attend_kernel)[(items.physical_block.numel(),)](
         queries.q,
         portion.pool.kv,

@@ -19,7 +19,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"{where['cpu']}, Linux {where['kernel']}, Python {where['python']}.",
         "",
         "Index keys rounded to bf16, and to float8_e4m3fn with a power of two per token as a decoding cache "
-        "keeps them; index queries stay in fp32. All is relative to the selection with fp32 keys, per query "
+        "keeps them; index queries stay in fp32, but in `fp8 both` are rounded likewise, as "
+        "`select_blocks(fp8=True)` does. All is relative to the selection with fp32 keys, per query "
         "and KV group, of queries that see more blocks than they take. Blocks in common: the query's own, "
         "which is forced, does not count. Probability, attention: what the selected blocks hold, over what "
         "those of the fp32 selection hold.",

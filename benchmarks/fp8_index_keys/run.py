@@ -55,8 +55,8 @@ def _cases(steps: int, packs: int) -> Iterator[Case]:
 
 
 def _measure(case: Case) -> dict[str, Any]:
-    """Measure the agreement of bf16 and fp8 keys with the case's own, over all its packs."""
-    rows: dict[str, list[dict[str, Tensor]]] = {"bf16": [], "fp8": []}
+    """Measure the agreement of bf16 and fp8 keys with the case's own, over all its packs, and of fp8 both."""
+    rows: dict[str, list[dict[str, Tensor]]] = {"bf16": [], "fp8": [], "fp8 both": []}
     for pack in case.packs:
         keys, scale = quantize_index_keys(pack.k)
         restored = {"bf16": pack.k.bfloat16().float(), "fp8": keys.float() * scale[:, None]}
@@ -64,6 +64,7 @@ def _measure(case: Case) -> dict[str, Any]:
         _check_decoding(case, pack.q, keys, scale, case.select(pack, restored["fp8"]), pack.position)
         for name, other in restored.items():
             rows[name].append(case.compare(pack, exact, case.select(pack, other)))
+        rows["fp8 both"].append(case.compare(pack, exact, case.select(pack, pack.k, fp8=True)))
     first = case.packs[0]
     return {
         "name": case.name,

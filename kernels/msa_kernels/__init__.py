@@ -9,8 +9,8 @@ Depends on torch only; Triton is imported where one of its kernels runs. Every o
 from msa_kernels.block_sparse_attention.op import block_sparse_attention
 from msa_kernels.block_sparse_attention.window import TokenWindow, window_blocks
 from msa_kernels.decode.cache import DecodeCache
-from msa_kernels.decode.fp8 import quantize_index_keys
 from msa_kernels.decode.op import decode_attention
+from msa_kernels.fp8 import quantize_index_keys
 from msa_kernels.indexer_kl.op import IndexerKl, indexer_kl
 from msa_kernels.select_blocks.op import select_blocks
 

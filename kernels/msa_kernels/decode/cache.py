@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from msa_kernels.arguments import check_floating, check_integer, check_same_device, check_values, readable
-from msa_kernels.decode.fp8 import DTYPE
+from msa_kernels.fp8 import DTYPE
 
 
 @dataclass(frozen=True, slots=True)

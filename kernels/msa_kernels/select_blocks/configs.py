@@ -44,6 +44,8 @@ CANDIDATES = (
     SelectConfig(rows=128, keys=64, num_warps=4, num_stages=5),
     SelectConfig(rows=256, keys=64, num_warps=8, num_stages=2),
 )
+# 8-bit inputs, half the bytes: four programs share a multiprocessor
+FP8 = SelectConfig(rows=128, keys=64, num_warps=4, num_stages=4)
 # up to 64 slots per row: half the rows, so that the slots still fit into registers
 MANY_SLOTS = SelectConfig(rows=64, keys=128, num_warps=4, num_stages=2, test_first=True)
 # D over 128, or blocks of more than 128 keys
@@ -71,6 +73,8 @@ def select_config(
         return _of_whole_blocks(LARGE_TILES, block_size)
     if slots > 16:
         return MANY_SLOTS
+    if element_bytes == 1:
+        return FP8 if block_size == 128 else WHOLE
     return MAIN[0] if block_size == 128 and not with_lse else WHOLE
 
 

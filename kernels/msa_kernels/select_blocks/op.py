@@ -42,6 +42,7 @@ def select_blocks(
     query_valid: Tensor | None = None,
     position: Tensor | None = None,
     kernel: str = "auto",
+    fp8: bool = False,
     return_lse: Literal[False] = False,
     index_scale: float | None = None,
 ) -> Tensor: ...
@@ -60,6 +61,7 @@ def select_blocks(
     query_valid: Tensor | None = None,
     position: Tensor | None = None,
     kernel: str = "auto",
+    fp8: bool = False,
     return_lse: Literal[True],
     index_scale: float | None = None,
 ) -> tuple[Tensor, Tensor]: ...
@@ -78,6 +80,7 @@ def select_blocks(
     query_valid: Tensor | None = None,
     position: Tensor | None = None,
     kernel: str = "auto",
+    fp8: bool = False,
     return_lse: bool = False,
     index_scale: float | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -105,6 +108,9 @@ def select_blocks(
             takes the place of query_offset. None: consecutive ones.
         kernel: "triton" (GPUs; fp32, fp16, bf16), "cpu" (tiled, in torch, any device), "reference" (the
             definition, slow), or "auto": Triton where it is installed, for tensors on a GPU, else "cpu".
+        fp8: score index queries and keys that are rounded to float8_e4m3fn, one power of two to each: faster,
+            and another selection (benchmarks/results/fp8_index_keys.md). For inference and studies; not with
+            return_lse.
         return_lse: also return the log-sum-exp of the selected tokens' scores, the student's denominator in
             the KL loss (`PoolOutput.lse_index` over all pools).
         index_scale: factor of the scores in this log-sum-exp, above 0; a temperature divides it. None:
@@ -139,6 +145,10 @@ def select_blocks(
     if index_scale is not None and not index_scale > 0:
         raise ValueError(f"index_scale={index_scale}: must be above 0; leave it out for D^-0.5")
     chosen = choose_kernel(kernel, q_index.device, not_in_triton(q_index, k_index, block_size, topk))
+    if fp8:
+        if return_lse:
+            raise ValueError("fp8=True: forms no log-sum-exp; leave out return_lse")
+        args = args.in_fp8(restored=chosen != "triton")
     if chosen == "triton":
         # triton is not installed everywhere
         from msa_kernels.select_blocks.triton.launch import select_blocks_triton as implementation

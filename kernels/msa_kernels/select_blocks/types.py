@@ -1,8 +1,10 @@
 """Hold the arguments of one selection, which the operator builds once and every implementation takes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
+
+from msa_kernels.fp8 import quantize_index_keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,8 @@ class SelectionArgs:
     """Whether the log-sum-exp of the selected tokens' scores is formed too."""
     index_scale: float | None = None
     """Factor of the scores in the log-sum-exp, above 0; None: D^-0.5."""
+    key_scale: Tensor | None = None
+    """[S] fp32 factor of each key, where queries and keys are float8_e4m3fn; None: they are not."""
 
     @property
     def lse_scale(self) -> float | None:
@@ -38,3 +42,14 @@ class SelectionArgs:
         if not self.return_lse:
             return None
         return self.q_index.shape[-1] ** -0.5 if self.index_scale is None else self.index_scale
+
+    def in_fp8(self, *, restored: bool) -> "SelectionArgs":
+        """Round queries and keys to 8 bits; restored: as fp32 tensors of the rounded values.
+
+        Takes some copies of them in fp32. The factors of the queries are dropped: they change no ranking.
+        """
+        q, _ = quantize_index_keys(self.q_index)
+        k, scale = quantize_index_keys(self.k_index)
+        if restored:
+            return replace(self, q_index=q.float(), k_index=k.float() * scale[:, None])
+        return replace(self, q_index=q, k_index=k, key_scale=scale)

@@ -47,7 +47,8 @@ def select_blocks_triton(
         return out, lse
     slots = max(2, triton.next_power_of_2(topk))
     q_rows, keys = _rows_for_descriptor(q_index.reshape(num_rows, -1)), _rows_for_descriptor(k_index)
-    dim = max(16, triton.next_power_of_2(keys.shape[1]))
+    # products of 8 bits take 32 channels at a time, of 16 bits 16
+    dim = max(16 if args.key_scale is None else 32, triton.next_power_of_2(keys.shape[1]))
     if config is None:
         config = select_config(
             element_bytes=q_index.element_size(),
@@ -79,6 +80,8 @@ def select_blocks_triton(
     Launched(select_blocks_kernel)[(num_tiles * num_splits,)](
         TensorDescriptor.from_tensor(q_rows, [config.rows, chunk]),
         TensorDescriptor.from_tensor(keys, [tile_keys, chunk]),
+        # read beyond the last key, by as much as a tile may be
+        out if args.key_scale is None else torch.nn.functional.pad(args.key_scale, (0, tile_keys)),
         *queries,
         score_part,
         id_part,
@@ -90,6 +93,7 @@ def select_blocks_triton(
         SPLIT=num_splits > 1,
         # sums of exponentials are formed for tiles that some row takes a block from
         TEST_FIRST=config.test_first or with_lse,
+        FP8=args.key_scale is not None,
         CHUNK=chunk,
         NUM_CHUNKS=triton.cdiv(dim, chunk),
         ROWS=config.rows,
@@ -180,6 +184,9 @@ def _rows_for_descriptor(rows: Tensor) -> Tensor:
     step = _BYTES_PER_DESCRIPTOR_ROW // rows.element_size()
     # bf16 has 8 values in 16 bytes: rows of 20 are padded to 24
     extra = -rows.shape[1] % step
+    if extra and rows.element_size() == 1:
+        # torch pads no float8; its zero has no bit set
+        return torch.nn.functional.pad(rows.view(torch.uint8), (0, extra)).view(rows.dtype)
     if extra:
         return torch.nn.functional.pad(rows, (0, extra))
     if rows.stride(1) != 1 or rows.stride(0) % step or rows.data_ptr() % _BYTES_PER_DESCRIPTOR_ROW:

@@ -85,6 +85,7 @@ def key_scores(
 def select_blocks_kernel(
     q_desc,  # [R, D], tiles [ROWS, CHUNK]
     k_desc,  # [S, D], tiles [KEYS, CHUNK], dtype of q_desc
+    key_scale,  # [S + KEYS] fp32, read with FP8
     cu_seqlens,  # [num_docs + 1] int32 or int64
     position,  # [T] int32 or int64, read with HAS_POSITION
     valid,  # [T] int8, read with HAS_VALID
@@ -110,6 +111,7 @@ def select_blocks_kernel(
     SPLIT: tl.constexpr,
     WITH_LSE: tl.constexpr,
     TEST_FIRST: tl.constexpr,
+    FP8: tl.constexpr,
     CHUNK: tl.constexpr,
     NUM_CHUNKS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -189,6 +191,9 @@ def select_blocks_kernel(
                     KEYS,
                     STAGES,
                 )
+                if FP8:
+                    o_scale = step * (B // PARTS) + tl.arange(0, KEYS)
+                    b_s *= tl.load(key_scale + o_scale)[None, :]
                 if TILE_BLOCKS == 1:
                     if KEYS > B:
                         b_s = tl.where((tl.arange(0, KEYS) < B)[None, :], b_s, float("-inf"))

@@ -1,4 +1,4 @@
-"""Keep index keys in 8 bits: half the bytes that decoding reads per cached token."""
+"""Keep index keys in 8 bits: half the bytes that decoding reads per cached token, and faster scores."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ _MIN_EXPONENT = -126
 
 
 def quantize_index_keys(k_index: Tensor) -> tuple[Tensor, Tensor]:
-    """Round index keys to float8_e4m3fn with one power of two per token, for `DecodeCache`.
+    """Round index keys, or queries, to float8_e4m3fn with one power of two for each, as `DecodeCache` has.
 
     The scale is the least power of two that brings the token's largest channel to at most 448. Multiplying by
     it rounds nothing, so that all error is the 4 significant bits of a channel: at most 1/16 of it, and less

@@ -24,7 +24,7 @@ from msa_train.simulate.reports.text import table
 
 # M3: query heads of a KV head, KV heads, head dims, tokens of a block, slots
 _G, _M, _D, _B, _K = 16, 4, 128, 128, 16
-_SHOWN = ("MASKED", "ADD", "SPLIT", "CAUSAL", "FP8")
+_SHOWN = ("MASKED", "ADD", "SPLIT", "CAUSAL", "FP8", "WITH_LSE")
 _FIGURES = ("registers", "spilled_bytes", "shared_bytes", "programs", "instructions", "products")
 
 
@@ -76,6 +76,10 @@ def _scoring() -> None:
         )
         select_blocks_triton(args, num_splits=1)
         select_blocks_triton(args, num_splits=2)
+    # older commits have none
+    if hasattr(args, "in_fp8"):
+        args = SelectionArgs(q, k, starts, block_size=_B, topk=_K)
+        select_blocks_triton(args.in_fp8(restored=False), num_splits=1)
 
 
 def _attention() -> None:

@@ -140,8 +140,8 @@ def attend_backward_kernel(
     for first in tl.range(begin, stop, ROWS // GP, num_stages=STAGES):
         place = first + o_row // GP
         m_row = (place < stop) & (head < G)
-        # Fetched ahead by hand, as in the forward, they would cost two to four registers too many. 32 pairs share
-        # a line of the first cache: of 8 steps one waits.
+        # Fetched ahead by hand, as in the forward, pairs would cost two to four registers too many. 32 pairs
+        # share a line of the first cache, so that of 8 steps one waits.
         pair = tl.load(order + place, mask=place < stop, other=0)
         row = pair // K
         o_rg = row * G + head

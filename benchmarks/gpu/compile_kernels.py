@@ -16,7 +16,7 @@ from benchmarks.gpu.layer import layer_forward, layer_step, make_inputs
 from benchmarks.gpu.ours import groups_at_once
 from benchmarks.gpu.patches import changed
 from benchmarks.gpu.problem import make_index, select
-from benchmarks.gpu.variants import BACKWARD, DECODE, SCORING, variants
+from benchmarks.gpu.variants import BACKWARD, DECODE, FORWARD, SCORING, variants
 
 # Tokens of the inputs: two portions of the backward, whose second adds to the first.
 SEQ_LEN = 2**13
@@ -69,6 +69,11 @@ def compile_calls(context: Context, seq_lens: list[int]) -> dict[str, Callable[[
         name = f"{variant.operator}, {variant.name}"
         if variant.operator == SCORING:
             calls[name] = lambda variant=variant: _scoring(context, variant.changes)
+        if variant.operator == FORWARD:
+            for count in groups:
+                calls[f"{name}, {count} groups"] = lambda variant=variant, count=count: _layer(
+                    context, count, variant.changes, backward=False
+                )
         if variant.operator == BACKWARD:
             for count in groups:
                 calls[f"{name}, {count} groups"] = lambda variant=variant, count=count: _layer(
@@ -99,7 +104,7 @@ def _decode(context: Context, seq_len: int, changes: Any) -> None:
         decode_step(context, seq_len)()
 
 
-def _layer(context: Context, groups: int, changes: Any = ()) -> None:
+def _layer(context: Context, groups: int, changes: Any = (), *, backward: bool = True) -> None:
     """Compile forward alone, and forward and backward with the KL loss, in two portions."""
     sizes, tensors = context.sizes, context.tensors
     own = torch.arange(SEQ_LEN, device=context.device)[:, None, None] // sizes.block_size
@@ -109,4 +114,5 @@ def _layer(context: Context, groups: int, changes: Any = ()) -> None:
     half = SEQ_LEN // 2 * groups * sizes.topk * kv_block_bytes
     with changed(((_LAUNCH_BACKWARD, "BACKWARD_PART_BYTES", half), *changes)):
         layer_forward(inputs, context.kernel)
-        layer_step(inputs, context.kernel)
+        if backward:
+            layer_step(inputs, context.kernel)

@@ -183,8 +183,8 @@ def page(result: dict[str, Any]) -> str:
         "# What the kernels compile to\n\n"
         f"`{result['command']}`, Triton {result['triton']}, commit {result['commit']}: M3's shape in bf16 "
         "for compute capability 9.0. Registers and spilled bytes are a thread's, shared memory a program's, "
-        "programs those that a multiprocessor runs at a time, instructions and products (HGMMA) a warp's in "
-        "a step of the main loop. Nothing is timed.\n\n"
+        "programs those that a multiprocessor runs at a time, instructions and products (wgmma) a warp's in "
+        "a step of the main loop, which takes the tile's rows and keys. Nothing is timed.\n\n"
     )
     if before is not None:
         text += (

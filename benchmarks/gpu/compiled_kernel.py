@@ -56,11 +56,12 @@ class CompiledKernel:
 
     @cached_property
     def main_loop(self) -> tuple[int, int]:
-        """Count the instructions of one step of the main loop, and its products (HGMMA) among them.
+        """Count the instructions of one step of the main loop, and its products among them.
 
         The main loop has the most products, and is the shortest of those; without products the longest loop.
         """
-        loops = [(body.count("HGMMA"), len(body)) for body in _loops(self.sass)]
+        # of 16 bits, of 8 bits
+        loops = [(body.count("HGMMA") + body.count("QGMMA"), len(body)) for body in _loops(self.sass)]
         if not loops:
             return 0, 0
         products = max(found for found, _ in loops)

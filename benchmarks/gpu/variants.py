@@ -3,6 +3,8 @@
 They stand in `configs.py` of the operators, as candidates; what is fastest belongs first in the tables there.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,10 +22,10 @@ from benchmarks.gpu.context import Context, Step
 from benchmarks.gpu.decode import decode_step
 from benchmarks.gpu.ours import checks_of_attention, groups_at_once
 from benchmarks.gpu.patches import Change, changed
-from benchmarks.gpu.problem import IndexBranch, make_groups, make_index, select
+from benchmarks.gpu.problem import CORRELATED, IndexBranch, make_groups, make_index, select
 from benchmarks.gpu.rows import Row
 
-SCORING, BACKWARD, DECODE = "scoring", "sparse backward + KL", "decode"
+SCORING, FORWARD, BACKWARD, DECODE = "scoring", "sparse forward", "sparse backward + KL", "decode"
 SHIPPED = "as shipped"
 _SELECT = "msa_kernels.select_blocks"
 _SPARSE = "msa_kernels.block_sparse_attention"
@@ -53,6 +55,13 @@ def variants(context: Context) -> list[Variant]:
     for count in NUM_SPLITS:
         change = (f"{_SELECT}.triton.launch", "_num_splits", lambda *_, count=count: count)
         found.append(Variant(SCORING, f"keys divided by {count}", (change,), "selection"))
+    found.append(Variant(FORWARD, SHIPPED, (), "attention"))
+    configs, share = f"{_SPARSE}.configs", "UNION_SHARE"
+    found.append(Variant(FORWARD, "blocks first", ((configs, share, 0.0),), "attention"))
+    for config in (*sparse_configs.UNION[:1], *sparse_configs.UNION_CANDIDATES):
+        tile = f"queries first, {config.rows} rows, {config.num_warps} warps, {config.num_stages} stages"
+        change = ((configs, share, math.inf), (configs, "UNION", (config,)))
+        found.append(Variant(FORWARD, tile, change, "attention"))
     found.append(Variant(BACKWARD, SHIPPED, (), "attention"))
     for config in sparse_configs.ATTEND_BACKWARD_CANDIDATES:
         table = (config, *sparse_configs.ATTEND_BACKWARD)
@@ -86,7 +95,9 @@ class VariantsPart:
 
     def _checks_of(self, variant: Variant) -> tuple[str, ...]:
         """Name the checks of the operator as shipped; where it is wrong no other tiles are of interest."""
-        return checks_of_attention(0, backward=True) if variant.operator == BACKWARD else (variant.group,)
+        if variant.group != "attention":
+            return (variant.group,)
+        return checks_of_attention(0, backward=variant.operator == BACKWARD)
 
     def _need_s(self, variant: Variant) -> float:
         shorter = self.context.shorter(variant.operator, self.seq_len)
@@ -95,11 +106,20 @@ class VariantsPart:
         length, once = shorter
         return 3 * once * (self.seq_len / length) ** (2 if variant.operator == SCORING else 1)
 
+    @property
+    def _seconds_of(self) -> dict[str, Callable[[], float]]:
+        return {
+            SCORING: self._scoring_s,
+            FORWARD: self._forward_s,
+            BACKWARD: self._backward_s,
+            DECODE: self._decode_s,
+        }
+
     def _measure(self, variant: Variant) -> None:
         with changed(variant.changes):
             if variant.name != SHIPPED:
                 self._check(variant)
-            seconds = getattr(self, f"_{variant.group}_s")()
+            seconds = self._seconds_of[variant.operator]()
         row = Row(f"{variant.operator}, {variant.name}", self.seq_len, seconds)
         if variant.name != SHIPPED:
             row.rival, row.rival_s = SHIPPED, self._shipped_s(variant)
@@ -127,10 +147,27 @@ class VariantsPart:
     def _index(self) -> IndexBranch:
         return make_index(self.context.tensors, self.context.sizes, self.seq_len)
 
-    def _selection_s(self) -> float:
+    def _scoring_s(self) -> float:
         context = self.context
         _ = self._index
         return context.clock.seconds(lambda: select(self._index, context.sizes, context.kernel))
+
+    @cached_property
+    def _alike(self) -> tuple[Any, ...]:
+        """Make the forward's arguments, of neighbours that select alike: for others blocks go first."""
+        context = self.context
+        index = make_index(context.tensors, context.sizes, self.seq_len, CORRELATED)
+        groups = groups_at_once(context.sizes, self.seq_len, context.scale.most_values)
+        ids = select(index, context.sizes, context.kernel)[:, :groups].contiguous()
+        problem = make_groups(context.tensors, context.sizes, index, ids, with_kl=False)
+        return problem.queries, problem.pool, problem.block_table
+
+    def _forward_s(self) -> float:
+        context = self.context
+        groups = groups_at_once(context.sizes, self.seq_len, context.scale.most_values)
+        arguments = self._alike
+        seconds = context.clock.seconds(lambda: pool_forward(*arguments, kernel=context.kernel))
+        return seconds * context.sizes.num_kv_heads / groups
 
     @cached_property
     def _backward(self) -> tuple[Any, ...]:
@@ -145,7 +182,7 @@ class VariantsPart:
         term = KlTerm(part.lse_index, weight=1.0)
         return problem.queries, problem.pool, problem.block_table, problem.dout, delta, part.lse, term
 
-    def _attention_s(self) -> float:
+    def _backward_s(self) -> float:
         context = self.context
         groups = groups_at_once(context.sizes, self.seq_len, context.scale.most_values)
         arguments = self._backward

@@ -58,6 +58,7 @@ def later(folder: str) -> None:
     context = _context(folder)
     assert {variant.operator for variant in variants(context)} == {
         "scoring",
+        "sparse forward",
         "sparse backward + KL",
         "decode",
     }

@@ -38,18 +38,22 @@ ATTEND = (
     TileConfig(128, 128, 4, rows=16, num_warps=8, num_stages=1),
     TileConfig(256, 32, 4, rows=16, num_warps=8, num_stages=1),
 )
-# Of the kernel that takes queries first: rows of one tile of queries, keys of a step, queries of a tile at
-# most (16 heads to each: 8, whose blocks are read once for all of them).
+# Of the kernel that takes queries first: rows of a tile of queries (of 16 heads, 4 queries). Two programs
+# share a multiprocessor: loads are asked for at the end of a step and awaited at the start of the next.
 UNION = (
-    TileConfig(128, 128, 2, rows=128, num_warps=8, num_stages=2),
+    TileConfig(128, 128, 2, rows=64, num_warps=4, num_stages=2),
     TileConfig(128, 128, 4, rows=32, num_warps=8, num_stages=1),
 )
+# To be timed on a GPU: 8 queries read each block of theirs once, by one program at a time.
+UNION_CANDIDATES = (TileConfig(128, 128, 2, rows=128, num_warps=8, num_stages=2),)
+# Keys of a step, and queries of a tile at most
 UNION_KEYS = 64
 UNION_QUERIES = 16
 # It is taken where a tile's queries together read at most this many times the blocks that each reads. By
-# arithmetic, not measured: it has twice the rate of the block-first kernels, which memory binds, and computes
-# every block of the union for every query. 0: never.
-UNION_SHARE = 2.0
+# arithmetic, not measured: a step of 64 keys is 2.1 MFLOP and 32 KiB from the L2 cache, whose 5.5 TB/s allow
+# 350 TFLOP/s, of which the share is useful; the block-first kernels, which memory binds, get about 215. 4
+# queries of M3 read 1.4 times as many (22 of 64). 0: never.
+UNION_SHARE = 1.6
 INDEX_LSE = (
     TileConfig(128, 128, 2, rows=64, num_warps=4, num_stages=2),
     TileConfig(256, 256, 2, rows=64, num_warps=8, num_stages=2),

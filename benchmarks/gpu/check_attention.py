@@ -3,6 +3,7 @@
 A problem is some queries of two documents against all keys, with the blocks that the exact selection gives.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -18,7 +19,6 @@ from msa_kernels.block_sparse_attention.reference import (
 from msa_kernels.block_sparse_attention.tiled import pool_backward, pool_forward
 from msa_kernels.block_sparse_attention.types import BlockPool, KlTerm, PoolOutput, SparseQueries
 from msa_kernels.block_sparse_attention.window import TokenWindow
-from msa_kernels.full_attention.op import merge_parts
 from torch import Tensor
 
 from benchmarks.gpu.check_selection import make_selection
@@ -29,6 +29,8 @@ from benchmarks.gpu.selection_reference import exact_selection
 
 _TRITON = "msa_kernels.block_sparse_attention.triton"
 _FORWARD, _BACKWARD = f"{_TRITON}.launch_forward", f"{_TRITON}.launch_backward"
+_CONFIGS = "msa_kernels.block_sparse_attention.configs"
+QUERIES_FIRST = "attention, queries first"
 NAMES = ("out", "dq", "dk", "dv", "dq_index", "dk_index", "kl")
 
 
@@ -48,6 +50,8 @@ class Case:
     """Divides the scores of the KL loss."""
     window_blocks: int = 0
     """Sliding window of so many blocks in place of a selection; it has no index branch."""
+    queries_first: bool = False
+    """The forward takes queries first, else blocks, whatever neighbours have in common."""
 
 
 CASES = {
@@ -58,6 +62,9 @@ CASES = {
     "attention, two pools": Case(num_pools=2),
     "attention, temperature 2": Case(temperature=2.0),
     "attention, window": Case(window_blocks=3, portions=4),
+    QUERIES_FIRST: Case(portions=4, queries_first=True),
+    "attention, queries first, two pools": Case(num_pools=2, temperature=2.0, queries_first=True),
+    "attention, queries first, window": Case(window_blocks=3, queries_first=True),
 }
 
 
@@ -129,14 +136,14 @@ def _make(tensors: Tensors, sizes: LayerSizes, S: int, T: int, case: Case) -> At
 
 
 def _limits(problem: AttentionProblem, kernel: str) -> list[Change]:
-    """List the changes that make launches take queries in portions, and lists in parts, as the case says."""
+    """List the changes that make launches take queries in portions, lists in parts and so on."""
     if kernel != "triton":
         return []
     q, (T, M, K), case = problem.inputs[0], problem.block_indices.shape, problem.case
     size = q.element_size()
     pairs, row_bytes = T * M * K // case.portions, q.shape[2] * q.shape[3] * size
     kl_bytes = 4 * problem.block_size + problem.inputs[4].shape[1] * size
-    changes: list[Change] = []
+    changes: list[Change] = [(_CONFIGS, "UNION_SHARE", math.inf if case.queries_first else 0.0)]
     if case.portions > 1:
         changes.append((_FORWARD, "FORWARD_PART_BYTES", pairs * row_bytes))
         changes.append((_BACKWARD, "BACKWARD_PART_BYTES", pairs * (row_bytes + kl_bytes)))
@@ -158,10 +165,10 @@ def _pool_run(problem: AttentionProblem, kernel: str) -> tuple[Tensor, ...]:
         problem.scales["index_scale"] / temperature, temperature, problem.window,
     )  # fmt: skip
     pools = [_pool(problem, number) for number in range(problem.case.num_pools)]
-    parts = [pool_forward(queries, pool, block_table, kernel=kernel) for _, pool, block_table in pools]
-    merged = parts[0]
-    for part in parts[1:]:
-        merged = _merge(merged, part)
+    merged: PoolOutput | None = None
+    for _, pool, block_table in pools:
+        merged = pool_forward(queries, pool, block_table, total=merged, kernel=kernel)
+    assert merged is not None, "a case has a pool"
     dout = problem.dout.to(merged.out.dtype)
     delta = (dout * merged.out).sum(-1)
     term = None
@@ -198,16 +205,6 @@ def _pool(problem: AttentionProblem, number: int) -> tuple[Tensor, BlockPool, Te
     block_table = torch.where(ids >= 0, physical_block[pair], -1)
     kv = pack_blocks(k, v, problem.block_size)[pairs].contiguous()
     return pairs, BlockPool(kv, (pairs % NB).contiguous()), block_table
-
-
-def _merge(a: PoolOutput, b: PoolOutput) -> PoolOutput:
-    out, lse = merge_parts(a.out, a.lse, b.out, b.lse)
-    lse_index = lse_teacher = None
-    if a.lse_index is not None and b.lse_index is not None:
-        lse_index = torch.logaddexp(a.lse_index, b.lse_index)
-    if a.lse_teacher is not None and b.lse_teacher is not None:
-        lse_teacher = torch.logaddexp(a.lse_teacher, b.lse_teacher)
-    return PoolOutput(out, lse, lse_index, lse_teacher)
 
 
 def _plain_run(problem: AttentionProblem, dtype: torch.dtype) -> tuple[Tensor, ...]:

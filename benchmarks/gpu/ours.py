@@ -10,6 +10,7 @@ from msa_kernels.block_sparse_attention.tiled import pool_backward, pool_forward
 from msa_kernels.block_sparse_attention.types import KlTerm
 from torch import Tensor
 
+from benchmarks.gpu.check_attention import QUERIES_FIRST
 from benchmarks.gpu.context import Context, Step
 from benchmarks.gpu.layer import LayerInputs, layer_forward, layer_step, make_inputs
 from benchmarks.gpu.problem import (
@@ -56,8 +57,10 @@ class OursPart:
     def steps(self) -> dict[str, Step]:
         """Return the operators, then prefill and training step as a layer runs them."""
         after = ("scoring",)
-        forward = ("selection", *checks_of_attention(self.groups, backward=False))
-        backward = ("selection", *checks_of_attention(self.groups, backward=True))
+        # neighbours that select alike may go queries first
+        first = () if self.selection == INDEPENDENT else (f"{QUERIES_FIRST}: out",)
+        forward = ("selection", *first, *checks_of_attention(self.groups, backward=False))
+        backward = ("selection", *first, *checks_of_attention(self.groups, backward=True))
         forward_s, backward_s = self._need("sparse forward", 1), self._need("sparse backward + KL", 1)
         steps = {
             "scoring": Step(self._scoring, ("selection",), need_s=self._need("scoring", 2)),

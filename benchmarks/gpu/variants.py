@@ -18,6 +18,7 @@ from msa_kernels.select_blocks import configs as select_configs
 from torch import Tensor
 
 from benchmarks.gpu.check import check_cases
+from benchmarks.gpu.check_attention import QUERIES_FIRST
 from benchmarks.gpu.context import Context, Step
 from benchmarks.gpu.decode import decode_step
 from benchmarks.gpu.ours import checks_of_attention, groups_at_once
@@ -30,6 +31,7 @@ SHIPPED = "as shipped"
 _SELECT = "msa_kernels.select_blocks"
 _SPARSE = "msa_kernels.block_sparse_attention"
 _DECODE = "msa_kernels.decode"
+_QUERIES_FIRST = "queries first"
 NUM_SPLITS = (1, 8, 16)
 
 
@@ -59,7 +61,7 @@ def variants(context: Context) -> list[Variant]:
     configs, share = f"{_SPARSE}.configs", "UNION_SHARE"
     found.append(Variant(FORWARD, "blocks first", ((configs, share, 0.0),), "attention"))
     for config in (*sparse_configs.UNION[:1], *sparse_configs.UNION_CANDIDATES):
-        tile = f"queries first, {config.rows} rows, {config.num_warps} warps, {config.num_stages} stages"
+        tile = f"{_QUERIES_FIRST}, {config.rows} rows, {config.num_warps} warps, {config.num_stages} stages"
         change = ((configs, share, math.inf), (configs, "UNION", (config,)))
         found.append(Variant(FORWARD, tile, change, "attention"))
     found.append(Variant(BACKWARD, SHIPPED, (), "attention"))
@@ -133,7 +135,7 @@ class VariantsPart:
             seq_len=scale.check_seq_len, num_queries=scale.check_queries,
         )  # fmt: skip
         # the first two: as it is, and cut in parts
-        for case in list(cases.values())[:2]:
+        for case in [cases[QUERIES_FIRST]] if _QUERIES_FIRST in variant.name else list(cases.values())[:2]:
             for check in case():
                 if not check.passed:
                     raise ValueError(

@@ -3,8 +3,8 @@
     python -m benchmarks.gpu.compiled --out benchmarks/results
     python -m benchmarks.gpu.compiled --out benchmarks/results --before other/compiled.json
 
-Needs Triton and no GPU; half a minute of one core per ten kernels. With --before, figures that another
-commit's kernels gave stand beside these.
+Needs Triton and no GPU; half a minute of one core per ten kernels. What other versions of Triton gave stays
+in the files. With --before, figures that another commit's kernels gave stand beside these.
 """
 
 import argparse
@@ -37,13 +37,16 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         rows = rows_of(compile_for_hopper(launch_all))
-    facts = {"command": how, "commit": commit(), "triton": version("triton")}
-    result: dict[str, Any] = {**facts, "kernels": rows}
+    found: dict[str, Any] = {"command": how, "commit": commit(), "kernels": rows}
     if arguments.before is not None:
-        result["before"] = json.loads(arguments.before.read_text())
-        result["before"].pop("before", None)
+        found["before"] = json.loads(arguments.before.read_text())[version("triton")]
+        found["before"].pop("before", None)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "compiled.json").write_text(json.dumps(result, indent=1) + "\n")
+    path = arguments.out / "compiled.json"
+    # what other versions of Triton made of the kernels stays
+    result = json.loads(path.read_text()) if path.exists() else {}
+    result[version("triton")] = found
+    path.write_text(json.dumps(dict(sorted(result.items(), reverse=True)), indent=1) + "\n")
     (arguments.out / "compiled.md").write_text(page(result))
     return 0
 
@@ -171,27 +174,26 @@ def _tile(kernel: CompiledKernel) -> str:
 
 
 def page(result: dict[str, Any]) -> str:
-    """Write the table."""
-    before = result.get("before")
-    heads = ["kernel", "tile", *(figure.replace("_", " ") for figure in _FIGURES)]
-    rows = [heads]
-    for name, row in result["kernels"].items():
-        old = None if before is None else before["kernels"].get(name)
-        figures = (_change(row[key], None if old is None else old[key]) for key in ("tile", *_FIGURES))
-        rows.append([name, *figures])
+    """Write a table for each version of Triton."""
     text = (
         "# What the kernels compile to\n\n"
-        f"`{result['command']}`, Triton {result['triton']}, commit {result['commit']}: M3's shape in bf16 "
-        "for compute capability 9.0. Registers and spilled bytes are a thread's, shared memory a program's, "
-        "programs those that a multiprocessor runs at a time, instructions and products (wgmma) a warp's in "
-        "a step of the main loop, which takes the tile's rows and keys. Nothing is timed.\n\n"
+        "M3's shape in bf16 for compute capability 9.0. Registers and spilled bytes are a thread's, shared "
+        "memory a program's, programs those that a multiprocessor runs at a time, instructions and products "
+        "(wgmma) a warp's in a step of the main loop, which takes the tile's rows and keys. Nothing is "
+        "timed.\n"
     )
-    if before is not None:
-        text += (
-            f"Where a figure is another at commit {before['commit']} (Triton {before['triton']}), that "
-            "stands first.\n\n"
-        )
-    return text + "\n".join(table(rows)) + "\n"
+    for triton, found in sorted(result.items(), reverse=True):
+        before = found.get("before")
+        rows = [["kernel", "tile", *(figure.replace("_", " ") for figure in _FIGURES)]]
+        for name, row in found["kernels"].items():
+            old = None if before is None else before["kernels"].get(name)
+            figures = (_change(row[key], None if old is None else old[key]) for key in ("tile", *_FIGURES))
+            rows.append([name, *figures])
+        text += f"\n## Triton {triton}\n\n`{found['command']}`, commit {found['commit']}."
+        if before is not None:
+            text += f" Where a figure is another at commit {before['commit']}, that stands first."
+        text += "\n\n" + "\n".join(table(rows)) + "\n"
+    return text
 
 
 def _change(now: Any, before: Any) -> str:

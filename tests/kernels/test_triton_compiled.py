@@ -14,16 +14,16 @@ RECORDED = json.loads((ROOT / "benchmarks" / "results" / "compiled.json").read_t
 
 @needs_triton
 def test_kernels_compile_as_recorded() -> None:
-    """Whatever the compiler: as many programs at a time, and no value outside of registers."""
+    """Of a version that is not recorded: no worse than the newest that is, but for the instructions."""
     found = rows_of(compiled_kernels(launch_all))
-    recorded = RECORDED["kernels"]
+    known = RECORDED.get(version("triton"))
+    recorded = (known or max(RECORDED.items())[1])["kernels"]
     assert found.keys() == recorded.keys(), "run `python -m benchmarks.gpu.compiled` and keep its results"
     worse = []
     for name, row in found.items():
         old = recorded[name]
         if row["spilled_bytes"] > old["spilled_bytes"] or row["programs"] < old["programs"]:
             worse.append((name, row, old))
-        same = version("triton") == RECORDED["triton"]
-        if same and row["instructions"] > ALLOWED_INSTRUCTIONS * old["instructions"]:
+        if known and row["instructions"] > ALLOWED_INSTRUCTIONS * old["instructions"]:
             worse.append((name, row, old))
     assert worse == []

@@ -15,7 +15,8 @@ import triton.language as tl
 from msa_kernels.block_sparse_attention.triton.forward_kernel import LN2
 
 
-@triton.jit
+# one kernel for any number of KV heads, 1 too
+@triton.jit(do_not_specialize=["num_kv_heads"])
 def attend_union_kernel(
     q,  # [R, G, D]
     kv_desc,  # [N * 2 * B, D], tiles [KEYS, DP]: rows of a block's keys, then of its values
@@ -31,9 +32,9 @@ def attend_union_kernel(
     lse,  # [R, G] fp32
     lse_teacher,  # [R, G] fp32
     num_queries,
+    num_kv_heads,
     scale_log2,
     inverse_temperature,
-    M: tl.constexpr,
     L: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
@@ -63,7 +64,7 @@ def attend_union_kernel(
     query = tile % num_tiles * (ROWS // GP) + member
     m_query = query < num_queries
     m_row = m_query & (head < G)
-    o_rg = (query.to(tl.int64) * M + kv_head) * G + head
+    o_rg = (query.to(tl.int64) * num_kv_heads + kv_head) * G + head
     o_d = tl.arange(0, DP)
     m_q = m_row[:, None] & (o_d < D)[None, :]
     b_q = tl.load(q + o_rg[:, None] * D + o_d[None, :], mask=m_q, other=0.0)

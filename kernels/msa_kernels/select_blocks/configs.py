@@ -44,7 +44,7 @@ CANDIDATES = (
     SelectConfig(rows=128, keys=64, num_warps=4, num_stages=5),
     SelectConfig(rows=256, keys=64, num_warps=8, num_stages=2),
 )
-# 8-bit inputs, half the bytes: four programs share a multiprocessor
+# 8-bit inputs, half the bytes: three programs share a multiprocessor
 FP8 = SelectConfig(rows=128, keys=64, num_warps=4, num_stages=4)
 # up to 64 slots per row: half the rows, so that the slots still fit into registers
 MANY_SLOTS = SelectConfig(rows=64, keys=128, num_warps=4, num_stages=2, test_first=True)

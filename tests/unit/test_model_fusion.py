@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 from torch import Tensor
 
 from msa_train.config import Activation, Fusion, ModelConfig, Rope, RunConfig, TrainConfig
 from msa_train.model.layers import fusion
 from msa_train.model.layers.fused_gate import fused_gate
+from msa_train.model.layers.fused_norm import rms_norm
 from msa_train.model.layers.fused_router import best_experts, fused_probs
 from msa_train.model.layers.norm import RMSNorm, norm_and_rotate
 from msa_train.model.layers.rotary import rotary_table
@@ -49,6 +51,39 @@ def run(function: Callable[..., Tensor], grad: Tensor, *inputs: Tensor) -> tuple
     inputs = tuple(x.detach().requires_grad_() for x in inputs)
     out = function(*inputs)
     return out, *torch.autograd.grad(out, inputs, grad)
+
+
+@pytest.mark.parametrize("zero_centered", [True, False])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("shape", [(300, 1, 128), (257, 4, 32), (64, 24), (1, 8)])
+def test_plain_norm_has_the_bits_of_torchs_own(
+    shape: tuple[int, ...], dtype: torch.dtype, zero_centered: bool
+) -> None:
+    """Output and gradients; for the backward pass it keeps its input and one number a row."""
+    generator = torch.Generator().manual_seed(2)
+    x, grad = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    norm = norm_of(shape[-1], dtype, zero_centered=zero_centered, is_fused=False)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def of_torch(x: Tensor, weight: Tensor) -> Tensor:
+        weight = weight.to(wide) + 1 if zero_centered else weight.to(wide)
+        return F.rms_norm(x.to(wide), (shape[-1],), weight, norm.eps).to(dtype)
+
+    def ours(x: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm(x, weight, norm.eps, zero_centered=zero_centered)
+
+    for a, b in zip(run(of_torch, grad, x, norm.weight), run(ours, grad, x, norm.weight), strict=True):
+        assert torch.equal(a, b)
+    kept: list[int] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        norm(x.requires_grad_())
+    rows = x.numel() // shape[-1]
+    assert sum(kept) == (x.numel() + shape[-1]) * dtype.itemsize + rows * wide.itemsize
 
 
 def check_norms(dtype: torch.dtype, rows: int) -> None:

@@ -109,11 +109,15 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _scaled_grad(
     grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, zero_centered: bool
 ) -> tuple[Tensor, Tensor]:
-    """Bring a wide gradient back through `_scaled`: gradients of x and weight in their dtypes."""
-    normal = x.to(grad.dtype) * scale
+    """Bring a wide gradient back through `_scaled`: gradients of x and weight in their dtypes.
+
+    In the order of operations that autograd has for torch's own norm: these are its gradients to the bit.
+    """
+    wide = x.to(grad.dtype)
     of_normal = grad * _factor(weight, grad.dtype, zero_centered)
-    grad_x = scale * (of_normal - normal * (of_normal * normal).mean(-1, keepdim=True))
-    grad_weight = (grad * normal).flatten(0, -2).sum(0)
+    grad_weight = (grad * (wide * scale)).sum(tuple(range(x.dim() - 1)))
+    of_mean = -0.5 * (of_normal * wide).sum(-1, keepdim=True) * scale.pow(3) / x.shape[-1]
+    grad_x = of_normal * scale + of_mean * (2.0 * wide)
     return grad_x.to(x.dtype), grad_weight.to(weight.dtype)
 
 

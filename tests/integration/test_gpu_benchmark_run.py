@@ -56,7 +56,7 @@ def check_files(folder: Path) -> None:
     assert set(found["rates"]) == {"before", "after"}
     assert {goal["verdict"] for goal in found["goals"]} == {"not measured"}
     names = [check["name"] for check in found["checks"]]
-    assert len(names) == len(set(names)) == 65
+    assert len(names) == len(set(names)) == 83
     assert "| prefill | 64 | independent |" in (folder / "out/gpu.md").read_text()
 
 

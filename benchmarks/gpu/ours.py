@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import cached_property
 
 import torch
-from msa_kernels.block_sparse_attention.delta import output_delta
+from msa_kernels.block_sparse_attention.across_pools import output_delta
 from msa_kernels.block_sparse_attention.tiled import pool_backward, pool_forward
 from msa_kernels.block_sparse_attention.types import KlTerm
 from torch import Tensor

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from msa_kernels.block_sparse_attention import configs as sparse_configs
-from msa_kernels.block_sparse_attention.delta import output_delta
+from msa_kernels.block_sparse_attention.across_pools import output_delta
 from msa_kernels.block_sparse_attention.tiled import pool_backward, pool_forward
 from msa_kernels.block_sparse_attention.types import KlTerm
 from msa_kernels.decode import configs as decode_configs

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import yaml
 from msa_kernels import select_blocks
-from msa_kernels.block_sparse_attention.delta import output_delta
+from msa_kernels.block_sparse_attention.across_pools import output_delta
 from msa_kernels.block_sparse_attention.op import pack_blocks
 from msa_kernels.block_sparse_attention.tiled import pool_backward, pool_forward
 from msa_kernels.block_sparse_attention.types import BlockPool, KlTerm, SparseQueries

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from msa_kernels.block_sparse_attention import configs
-from msa_kernels.block_sparse_attention.delta import output_delta
+from msa_kernels.block_sparse_attention.across_pools import output_delta
 from msa_kernels.block_sparse_attention.tiled import pool_forward
 from msa_kernels.block_sparse_attention.types import PoolOutput
 from torch import Tensor

@@ -201,8 +201,8 @@ def test_more_processes_than_gpus(
             True,
             1,
             False,
-            ["model.num_heads=66", "model.num_kv_heads=2"],
-            "heads per group=33: must be at most 32",
+            ["model.num_heads=130", "model.num_kv_heads=2"],
+            "heads per group=65: must be at most 64",
         ),
     ],
 )

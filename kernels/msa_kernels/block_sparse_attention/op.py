@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from msa_kernels.arguments import check_floating, check_integer, check_same_device, check_values
-from msa_kernels.block_sparse_attention.delta import output_delta
+from msa_kernels.block_sparse_attention.across_pools import output_delta
 from msa_kernels.block_sparse_attention.tiled import pool_backward, pool_forward
 from msa_kernels.block_sparse_attention.types import BlockPool, SparseQueries
 from msa_kernels.block_sparse_attention.window import TokenWindow

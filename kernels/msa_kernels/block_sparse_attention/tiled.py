@@ -13,8 +13,8 @@ block size, D head dim, Di index head dim. Sums run in fp32 (fp64 for fp64 input
 import torch
 from torch import Tensor
 
+from msa_kernels.block_sparse_attention.across_pools import merge_outputs
 from msa_kernels.block_sparse_attention.choice import implementation
-from msa_kernels.block_sparse_attention.merge import merge_outputs
 from msa_kernels.block_sparse_attention.tiled_backward import backward
 from msa_kernels.block_sparse_attention.tiled_chunk import Chunk, Scratch, finite, portions
 from msa_kernels.block_sparse_attention.types import BlockPool, KlTerm, PoolGrads, PoolOutput, SparseQueries

@@ -7,7 +7,7 @@ B tokens, D head dim, Di index head dim.
 import torch
 from torch import Tensor
 
-from msa_kernels.block_sparse_attention.merge import merge_outputs
+from msa_kernels.block_sparse_attention.across_pools import merge_outputs
 from msa_kernels.block_sparse_attention.types import BlockPool, KlTerm, PoolGrads, PoolOutput, SparseQueries
 
 

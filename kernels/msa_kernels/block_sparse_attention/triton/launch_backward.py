@@ -93,7 +93,7 @@ def backward(
 
 
 def output_delta(dout: Tensor, out: Tensor) -> Tensor:
-    """Run `delta.output_delta` by a Triton kernel."""
+    """Run `across_pools.output_delta` by a Triton kernel."""
     dout, out = dout.contiguous(), out.contiguous()
     delta = torch.empty(out.shape[:-1], device=out.device)
     dim, num_rows = out.shape[-1], delta.numel()

@@ -1,6 +1,7 @@
-"""Sum dout * out over the channels: all that the backward of one pool needs of the others.
+"""Bring together what pools share: merge their outputs, form what each backward needs of the other pools.
 
-ds = p * (dout . v - delta) with delta = dout . out of the merged output; tiled_backward.py derives it.
+That is one number a row: ds = p * (dout . v - delta), with delta = dout . out of the merged output, as
+tiled_backward.py derives.
 """
 
 import importlib
@@ -8,7 +9,9 @@ import importlib
 import torch
 from torch import Tensor
 
+from msa_kernels.block_sparse_attention.types import PoolOutput
 from msa_kernels.dispatch import choose_kernel, dtypes_not_in_triton
+from msa_kernels.full_attention.op import merge_parts
 
 # Values in the compute dtype at a time, 32 MiB in fp32, where torch has to widen them first.
 _VALUES_AT_A_TIME = 2**23
@@ -42,3 +45,18 @@ def output_delta(dout: Tensor, out: Tensor, *, kernel: str = "auto") -> Tensor:
         rows = slice(begin, begin + step)
         torch.sum(dout[rows].to(dtype) * out[rows], -1, out=delta[rows])
     return delta
+
+
+def merge_outputs(a: PoolOutput, b: PoolOutput) -> PoolOutput:
+    """Merge two results of the same queries: lse = log(e^lse1 + e^lse2), outputs in shares of e^lse."""
+    out, lse = merge_parts(a.out, a.lse, b.out, b.lse)
+    return PoolOutput(
+        out=out,
+        lse=lse,
+        lse_index=_logaddexp(a.lse_index, b.lse_index),
+        lse_teacher=_logaddexp(a.lse_teacher, b.lse_teacher),
+    )
+
+
+def _logaddexp(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return None if a is None or b is None else torch.logaddexp(a, b)

@@ -66,11 +66,16 @@ class Case:
 
     def select(self, pack: Pack, keys: Tensor, *, fp8: bool = False) -> Tensor:
         """Find the blocks [Q, M, K] that the pack's queries select of these keys [S, D]; fp8: of both."""
-        documents, sizes = (
-            torch.tensor([0, keys.shape[0]]),
-            {"block_size": self.block_size, "topk": self.topk},
+        documents = torch.tensor([0, keys.shape[0]])
+        return select_blocks(
+            pack.q,
+            keys,
+            documents,
+            block_size=self.block_size,
+            topk=self.topk,
+            position=pack.position,
+            fp8=fp8,
         )
-        return select_blocks(pack.q, keys, documents, position=pack.position, fp8=fp8, **sizes)
 
     def compare(self, pack: Pack, exact: Tensor, other: Tensor) -> dict[str, Tensor]:
         """Compare two selections; [Q, M] each, of queries that see more blocks than they take.

@@ -4,12 +4,12 @@ Kernels are compiled anew for other constants, dtypes, and sizes that are 1 or n
 are short, but alike in all of this.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from benchmarks.gpu.compiled_kernel import compile_only
 from benchmarks.gpu.context import Context, Step
 from benchmarks.gpu.decode import decode_step
 from benchmarks.gpu.layer import layer_forward, layer_step, make_inputs
@@ -21,23 +21,6 @@ from benchmarks.gpu.variants import BACKWARD, DECODE, FORWARD, SCORING, variants
 # Tokens of the inputs: two portions of the backward, whose second adds to the first.
 SEQ_LEN = 2**13
 _LAUNCH_BACKWARD = "msa_kernels.block_sparse_attention.triton.launch_backward"
-
-
-@contextlib.contextmanager
-def compile_only() -> Iterator[None]:
-    """Compile every Triton kernel that is launched, with the arguments it is launched with, and skip it."""
-    from triton.runtime.jit import JITFunction
-
-    run = JITFunction.run
-
-    def without_launch(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        return run(self, *args, grid=grid, warmup=True, **options)
-
-    JITFunction.run = without_launch
-    try:
-        yield
-    finally:
-        JITFunction.run = run
 
 
 class CompilePart:

@@ -1,9 +1,10 @@
 """Compile kernels for sm_90 where no GPU is, and read what they take: registers, memory, instructions."""
 
+import contextlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -83,6 +84,28 @@ def _loops(sass: str) -> list[list[str]]:
     return loops
 
 
+@contextlib.contextmanager
+def compile_only(found: Callable[[Any, Any], None] = lambda *_: None) -> Iterator[None]:
+    """Compile every Triton kernel that is launched, with the arguments it is launched with, and skip it.
+
+    found: is told the kernel and what became of it.
+    """
+    from triton.runtime.jit import JITFunction
+
+    run = JITFunction.run
+
+    def without_launch(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        compiled = run(self, *args, grid=grid, warmup=True, **options)
+        found(self, compiled)
+        return compiled
+
+    JITFunction.run = without_launch
+    try:
+        yield
+    finally:
+        JITFunction.run = run
+
+
 def compile_for_hopper(launch: Callable[[], object]) -> list[CompiledKernel]:
     """Compile every kernel that `launch` launches, with its arguments and options; nothing runs.
 
@@ -91,7 +114,6 @@ def compile_for_hopper(launch: Callable[[], object]) -> list[CompiledKernel]:
     """
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.runtime.jit import JITFunction
 
     class HopperWithoutDevice:
         def get_current_target(self) -> GPUTarget:
@@ -105,19 +127,13 @@ def compile_for_hopper(launch: Callable[[], object]) -> list[CompiledKernel]:
 
     triton.runtime.driver.set_active(HopperWithoutDevice())
     recorded: dict[str, CompiledKernel] = {}
-    run = JITFunction.run
 
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        compiled = run(self, *args, grid=grid, warmup=True, **options)
+    def record(kernel: Any, compiled: Any) -> None:
         if compiled.hash not in recorded:
-            recorded[compiled.hash] = _describe(self, compiled)
-        return compiled
+            recorded[compiled.hash] = _describe(kernel, compiled)
 
-    JITFunction.run = compile_only
-    try:
+    with compile_only(record):
         launch()
-    finally:
-        JITFunction.run = run
     return list(recorded.values())
 
 

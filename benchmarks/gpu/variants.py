@@ -23,7 +23,7 @@ from benchmarks.gpu.context import Context, Step
 from benchmarks.gpu.decode import decode_step
 from benchmarks.gpu.ours import checks_of_attention, groups_at_once
 from benchmarks.gpu.patches import Change, changed
-from benchmarks.gpu.problem import CORRELATED, IndexBranch, make_groups, make_index, select
+from benchmarks.gpu.problem import CORRELATED, GroupProblem, IndexBranch, make_groups, make_index, select
 from benchmarks.gpu.rows import Row
 
 SCORING, FORWARD, BACKWARD, DECODE = "scoring", "sparse forward", "sparse backward + KL", "decode"
@@ -157,27 +157,19 @@ class VariantsPart:
     @cached_property
     def _alike(self) -> tuple[Any, ...]:
         """Make the forward's arguments, of neighbours that select alike: for others blocks go first."""
-        context = self.context
-        index = make_index(context.tensors, context.sizes, self.seq_len, CORRELATED)
-        groups = groups_at_once(context.sizes, self.seq_len, context.scale.most_values)
-        ids = select(index, context.sizes, context.kernel)[:, :groups].contiguous()
-        problem = make_groups(context.tensors, context.sizes, index, ids, with_kl=False)
+        index = make_index(self.context.tensors, self.context.sizes, self.seq_len, CORRELATED)
+        problem = self._problem(index, with_kl=False)
         return problem.queries, problem.pool, problem.block_table
 
     def _forward_s(self) -> float:
-        context = self.context
-        groups = groups_at_once(context.sizes, self.seq_len, context.scale.most_values)
         arguments = self._alike
-        seconds = context.clock.seconds(lambda: pool_forward(*arguments, kernel=context.kernel))
-        return seconds * context.sizes.num_kv_heads / groups
+        return self._seconds_of_all(lambda: pool_forward(*arguments, kernel=self.context.kernel))
 
     @cached_property
     def _backward(self) -> tuple[Any, ...]:
         """Make the arguments of the backward, the same for all variants, of as many groups as fit."""
         context = self.context
-        groups = groups_at_once(context.sizes, self.seq_len, context.scale.most_values)
-        ids: Tensor = select(self._index, context.sizes, context.kernel)[:, :groups].contiguous()
-        problem = make_groups(context.tensors, context.sizes, self._index, ids, with_kl=True)
+        problem = self._problem(self._index, with_kl=True)
         part = pool_forward(problem.queries, problem.pool, problem.block_table, kernel=context.kernel)
         assert part.lse_index is not None, "made with an index branch"
         delta = output_delta(problem.dout, part.out.to(problem.dout.dtype), kernel=context.kernel)
@@ -185,11 +177,22 @@ class VariantsPart:
         return problem.queries, problem.pool, problem.block_table, problem.dout, delta, part.lse, term
 
     def _backward_s(self) -> float:
-        context = self.context
-        groups = groups_at_once(context.sizes, self.seq_len, context.scale.most_values)
         arguments = self._backward
-        seconds = context.clock.seconds(lambda: pool_backward(*arguments, kernel=context.kernel))
-        return seconds * context.sizes.num_kv_heads / groups
+        return self._seconds_of_all(lambda: pool_backward(*arguments, kernel=self.context.kernel))
+
+    @property
+    def _groups(self) -> int:
+        """Count the KV groups that fit the memory together."""
+        return groups_at_once(self.context.sizes, self.seq_len, self.context.scale.most_values)
+
+    def _problem(self, index: IndexBranch, *, with_kl: bool) -> GroupProblem:
+        context = self.context
+        ids: Tensor = select(index, context.sizes, context.kernel)[:, : self._groups].contiguous()
+        return make_groups(context.tensors, context.sizes, index, ids, with_kl=with_kl)
+
+    def _seconds_of_all(self, call: Callable[[], object]) -> float:
+        """Time a call for the groups that fit, times what all of them would take."""
+        return self.context.clock.seconds(call) * self.context.sizes.num_kv_heads / self._groups
 
     def _decode_s(self) -> float:
         return self.context.short_seconds(DECODE, decode_step(self.context, self.seq_len))[0]

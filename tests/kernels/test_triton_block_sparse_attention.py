@@ -81,14 +81,8 @@ def run_pools(problem: PoolProblem, shape: Shape) -> tuple[PoolOutput, list[Pool
         return merged, attend_backward(problem, merged, "triton")
 
 
-@needs_triton
-@pytest.mark.parametrize(("name", "dtype"), CASES, ids=str)
-def test_equals_the_definition(name: str, dtype: torch.dtype) -> None:
-    shape = SHAPES[name]
-    problem = make_problem(shape, dtype)
-    got, got_grads = run_triton(run_pools, problem, shape)
-    exact = to_dtype(problem, torch.float64)
-    want = attend(exact, "reference")
+def assert_outputs_equal(got: PoolOutput, want: PoolOutput, dtype: torch.dtype) -> None:
+    """Fail unless outputs of kernels in this dtype are those of the definition."""
     for field in dataclasses.fields(PoolOutput):
         a, b = getattr(got, field.name), getattr(want, field.name)
         assert (a is None) == (b is None), field.name
@@ -100,6 +94,17 @@ def test_equals_the_definition(name: str, dtype: torch.dtype) -> None:
         assert torch.equal(a[~seen], b[~seen].to(a.dtype)), field.name
         tolerance = TOLERANCE[dtype] if field.name == "out" else TOLERANCE[torch.float32]
         assert_rows_close(a.masked_fill(~seen, 0.0), b.masked_fill(~seen, 0.0), tolerance)
+
+
+@needs_triton
+@pytest.mark.parametrize(("name", "dtype"), CASES, ids=str)
+def test_equals_the_definition(name: str, dtype: torch.dtype) -> None:
+    shape = SHAPES[name]
+    problem = make_problem(shape, dtype)
+    got, got_grads = run_triton(run_pools, problem, shape)
+    exact = to_dtype(problem, torch.float64)
+    want = attend(exact, "reference")
+    assert_outputs_equal(got, want, dtype)
     for block_table, ours, theirs in zip(
         problem.block_tables, got_grads, attend_backward(exact, want, "reference"), strict=True
     ):

@@ -13,7 +13,12 @@ from torch import Tensor
 from tests.helpers.compare import assert_rows_close
 from tests.helpers.pool_problems import PoolProblem, Shape, attend, make_problem, to_dtype
 from tests.helpers.triton_env import DTYPES, needs_triton, run_triton
-from tests.kernels.test_triton_block_sparse_attention import SHAPES, TOLERANCE, limits, nan_filled_buffers
+from tests.kernels.test_triton_block_sparse_attention import (
+    SHAPES,
+    assert_outputs_equal,
+    limits,
+    nan_filled_buffers,
+)
 
 NEVER, ALWAYS = 0.0, float("inf")
 FIRST = {"blocks_first": NEVER, "queries_first": ALWAYS}
@@ -54,15 +59,7 @@ def test_equals_the_definition(name: str, dtype: torch.dtype, num_pools: int, fi
     got, launched = run_triton(attend_in_turn, problem, shape, FIRST[first])
     assert ("attend_union_kernel" in launched) == (first == "queries_first" and name not in NOT_SERVED)
     want = attend(to_dtype(problem, torch.float64), "reference")
-    for field in dataclasses.fields(PoolOutput):
-        a, b = getattr(got, field.name), getattr(want, field.name)
-        assert (a is None) == (b is None), field.name
-        if a is None:
-            continue
-        seen = torch.isfinite(b)
-        assert torch.equal(a[~seen], b[~seen].to(a.dtype)), field.name
-        tolerance = TOLERANCE[dtype] if field.name == "out" else TOLERANCE[torch.float32]
-        assert_rows_close(a.masked_fill(~seen, 0.0), b.masked_fill(~seen, 0.0), tolerance)
+    assert_outputs_equal(got, want, dtype)
 
 
 def attend_with(problem: PoolProblem, share: float) -> tuple[Tensor, int]:

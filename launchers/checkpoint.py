@@ -80,6 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument(
         "--keep-every", type=int, default=0, metavar="M", help="multiples of this step stay too"
     )
+    prune.add_argument(
+        "--stage-ends", action="store_true", help="also those with which a stage ended, which stay otherwise"
+    )
     prune.add_argument("--dry-run", action="store_true", help="say what would be removed, and remove nothing")
     prune.set_defaults(run=_prune)
     diff = commands.add_parser("diff", help="settings and numbers in which two checkpoints differ")
@@ -164,7 +167,7 @@ def _values_damage(folder: Path) -> str | None:
 
 
 def _prune(arguments: argparse.Namespace) -> int:
-    """Remove checkpoints, oldest first, but for the last sound ones and the multiples that are to stay."""
+    """Remove checkpoints, but for the last sound ones, and multiples and ends of stages that are to stay."""
     for name in ("keep_last", "keep_every"):
         # the lowest value: True, so 1, for keep_last; False, so 0, for keep_every
         if (value := getattr(arguments, name)) < (name == "keep_last"):
@@ -172,7 +175,8 @@ def _prune(arguments: argparse.Namespace) -> int:
             raise ValueError(f"--{name.replace('_', '-')}={value}: must be {lowest}")
     store = _store(arguments.path)
     word = "would be removed" if arguments.dry_run else "removed"
-    for step in store.prune(arguments.keep_last, arguments.keep_every, dry_run=arguments.dry_run):
+    keeps = {"keep_stage_ends": not arguments.stage_ends, "dry_run": arguments.dry_run}
+    for step in store.prune(arguments.keep_last, arguments.keep_every, **keeps):
         say(f"{store.path(step)}: {word}")
     kept = ", ".join(map(str, store.steps())) if not arguments.dry_run else "see above"
     say(f"kept: {kept}")

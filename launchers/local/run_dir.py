@@ -17,7 +17,7 @@ from typing import TextIO
 
 from launchers.hydra_config.compose import config_to_yaml
 from launchers.local.job_environment import slurm_generation
-from msa_train.config import RunConfig
+from msa_train.config import RunConfig, plan_stages
 from msa_train.config.model_size import model_size
 from msa_train.runtime.atomic_files import new_file, open_to_append, remove_partials
 from msa_train.runtime.fencing import claim
@@ -148,6 +148,8 @@ def disk_warning(config: RunConfig) -> str | None:
         return None
     size = model_size(config.model, config.attention).total * CHECKPOINT_BYTES_PER_PARAMETER
     kept = config.checkpoint.keep_last + 1 if config.checkpoint.keep_last else 2
+    if config.checkpoint.keep_stage_ends:
+        kept += len(plan_stages(config)) - 1
     free = shutil.disk_usage(Path(config.run_dir)).free
     if free >= kept * size:
         return None

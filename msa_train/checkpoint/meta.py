@@ -20,6 +20,7 @@ _OPTIONAL: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("engine", "optimizer", "precision", "content", "msa_train_version"), (str,)),
     "megatron_core_version": (str,),
     "stages": (list,),
+    "ends_stage": (bool,),
 }
 _PARTS: dict[str, dict[str, tuple[type, ...]]] = {
     "layout": {f"{name}_size": (int,) for name in ("dp", "cp", "ep", "tp", "pp")},
@@ -94,7 +95,7 @@ def _is_sound(name: str, value: Any) -> bool:
     if name in _NEEDED_PARTS:
         return _has_all(value, _NEEDED_PARTS[name])
     kinds = _PARTS.get(name, {})
-    return type(value) is int or all(
+    return isinstance(value, int) or all(
         _is_one(entry, kinds[key]) for key, entry in value.items() if key in kinds
     )
 

@@ -106,7 +106,7 @@ class CheckpointSaver:
 
     Args:
         store: of the run, on a disk that all ranks share.
-        config: asynchronous, retries, on_failure, keep_last and keep_every.
+        config: asynchronous, retries, on_failure, keep_last, keep_every and keep_stage_ends.
         group: all ranks, used by nothing else; None: makes one, which all ranks must do at once.
         make_buffer: makes the memory that a state is copied to, see HostStager.
         clock: tells seconds, for tests.
@@ -333,7 +333,8 @@ class CheckpointSaver:
         if rank == 0:
             # after the new one is published, and no failure of it
             try:
-                store.prune(self.config.keep_last, self.config.keep_every)
+                config = self.config
+                store.prune(config.keep_last, config.keep_every, keep_stage_ends=config.keep_stage_ends)
             except OSError as error:
                 report.notes.append(f"older checkpoints could not be removed: {error}")
 

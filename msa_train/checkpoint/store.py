@@ -217,7 +217,9 @@ class CheckpointStore:
         """Remove what was written of a step that will not be published, as far as possible."""
         shutil.rmtree(self.partial(step), ignore_errors=True)
 
-    def prune(self, keep_last: int, keep_every: int = 0, *, dry_run: bool = False) -> list[int]:
+    def prune(
+        self, keep_last: int, keep_every: int = 0, *, keep_stage_ends: bool = True, dry_run: bool = False
+    ) -> list[int]:
         """Remove published checkpoints except the last `keep_last` sound ones; 0 keeps all.
 
         One that was saved among bad steps, as a stopped run must, does not count: the run may go back.
@@ -232,6 +234,7 @@ class CheckpointStore:
         Args:
             keep_last: sound checkpoints that stay, however old.
             keep_every: so do those of steps that are multiples of it; 0: of none.
+            keep_stage_ends: so do those with which a stage ended and another began.
             dry_run: remove nothing.
 
         Returns:
@@ -248,6 +251,8 @@ class CheckpointStore:
                 continue
             if keep_every and step % keep_every == 0:
                 continue
+            if keep_stage_ends and self._ends_stage(step):
+                continue
             if not dry_run:
                 self._remove(step)
             removed.append(step)
@@ -259,6 +264,10 @@ class CheckpointStore:
             return False
         record = read_meta(self.path(step)).get("bad_steps", {})
         return not (isinstance(record, dict) and record.get("in_a_row"))
+
+    def _ends_stage(self, step: int) -> bool:
+        """Tell whether a stage ended with it; of a damaged one nothing is known."""
+        return self.verify(step, full=False) is None and bool(read_meta(self.path(step)).get("ends_stage"))
 
     def verify(self, step: int, *, full: bool = True) -> str | None:
         """Check a checkpoint: None if it is sound, else what is wrong with it, in one line.

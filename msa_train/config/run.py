@@ -199,6 +199,8 @@ class CheckpointConfig:
     "older checkpoints are removed; 0 keeps all"
     keep_every: int = 0
     "checkpoints of steps that are multiples of this are never removed; 0: none is spared"
+    keep_stage_ends: bool = True
+    "nor are those with which a stage ends and another begins"
     asynchronous: bool = True
     "write beside the training, which pauses only for a copy in host memory; false: it waits"
     retries: int = 0

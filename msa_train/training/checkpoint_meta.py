@@ -30,6 +30,7 @@ def checkpoint_meta(
         "fingerprint": fingerprint(config),
         "data": asdict(data),
         "stages": [stage.record() for stage in stages if stage.first_step < step],
+        "ends_stage": step == stage.last_step and stage is not stages[-1],
         "tokens": stage.tokens_at(step),
         "schedule": schedule_record(config, step),
         "optimizer_updates": step - bad_steps.skipped,

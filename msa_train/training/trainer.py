@@ -119,6 +119,7 @@ class Trainer:
             if self._is_ours(stage) and not self._is_ours(following)
         }
         "steps with which the work of these processes is over, in a stage or in the run"
+        self._stage_ends = {self.total_steps} | {stage.last_step for stage in self.stages}
         self._owes_save = False
         "a save is due that bad steps have put off"
         self.watchdog = Watchdog(
@@ -233,7 +234,7 @@ class Trainer:
         Example: every=100 and steps 99 to 101 bad: the save is of step 102.
         """
         self._owes_save |= self._due(step, self.config.checkpoint.every)
-        self._owes_save |= step in self._last_steps and self.config.checkpoint.every > 0
+        self._owes_save |= step in self._stage_ends and self.config.checkpoint.every > 0
         saves = self._owes_save and (self.bad_steps.in_a_row == 0 or step in self._last_steps)
         self._owes_save &= not saves
         return saves

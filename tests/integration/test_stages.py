@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from msa_train.checkpoint.manifest import read_meta
+from msa_train.checkpoint.store import CheckpointStore
 from msa_train.training.metrics.writer import read_metrics
 from tests.helpers.training_command import Training, last_step, train, without_times
 from tests.integration.test_resume import ONE_PROCESS
@@ -76,9 +78,14 @@ def test_full_attention_is_converted(tiny: tuple[str, ...], tmp_path: Path) -> N
         f"stages.index_warmup.tokens={6 * 2 * 512}",
         "train.validate_every=1",
         "train.steps=8",
+        "checkpoint.keep_last=1",
         *ONE_PROCESS,
     )
     output = train(*settings)
+    # the end of the warm-up stays, as a model of its own
+    store = CheckpointStore(converted)
+    assert store.steps() == [6, 8]
+    assert [read_meta(store.path(step))["ends_stage"] for step in store.steps()] == [True, False]
     assert f"starting from the weights of {full}/checkpoints/step_00000006\n" in output
     assert "it has no index branch in layers 2, 3: drawn anew\n" in output
     rows = read_metrics(converted)

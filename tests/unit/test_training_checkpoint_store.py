@@ -485,6 +485,17 @@ def test_prune_spares_every_so_many(tmp_path: Path) -> None:
     assert store.steps() == [400, 600]
 
 
+def test_prune_spares_ends_of_stages(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    save(config, 100)
+    save(config, 150, ends_stage=True)
+    store = save(config, 200, 300, ends_stage=False)
+    assert store.prune(1, dry_run=True) == [200, 100]
+    assert store.prune(1) == [200, 100]
+    assert store.prune(1, keep_stage_ends=False) == [150]
+    assert store.steps() == [300]
+
+
 def test_prune_keeps_one_from_before_bad_steps(tmp_path: Path) -> None:
     """A run that was stopped among bad steps may still go back to the checkpoint before them."""
     save(config_of(tmp_path), 100, 200)

@@ -31,6 +31,7 @@ def _dense_kl(tensors: Tensors, sizes: LayerSizes, kernel: str, T: int) -> list[
         index[:, None], k_index[None], causal=True, softmax_scale=scales["index_scale"], kernel=kernel
     )[:, 0]
     grads = dense_kl_part(heads, keys, lse, index, k_index, lse_index, causal=True, kernel=kernel, **scales)
+    assert grads.kl is not None, "the value is asked for"
     mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()[:, None].expand(-1, M, -1)
 
     def plain(dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -8,6 +8,7 @@ in the files. With --before, figures that another commit's kernels gave stand be
 """
 
 import argparse
+import inspect
 import json
 import os
 import sys
@@ -113,6 +114,10 @@ def _attention() -> None:
     try:
         term = KlTerm(merged.lse_index, weight=1.0)
         triton.backward(queries, pool, block_table, dout, delta, merged.lse, term)
+        # older commits form the value always
+        if hasattr(term, "with_value"):
+            term.with_value = False
+            triton.backward(queries, pool, block_table, dout, delta, merged.lse, term)
     finally:
         launch_backward.BACKWARD_PART_BYTES = before
 
@@ -126,7 +131,11 @@ def _dense_kl() -> None:
     lse = launch.lse_part(q, k, causal=True, softmax_scale=scale)
     lse_index = launch.lse_part(q_index[:, None], k_index[None], causal=True, softmax_scale=scale)[:, 0]
     scales = {"softmax_scale": scale, "index_scale": scale}
-    launch.dense_kl_part(q, k, lse, q_index, k_index, lse_index, causal=True, **scales)
+    inputs = (q, k, lse, q_index, k_index, lse_index)
+    launch.dense_kl_part(*inputs, causal=True, **scales)
+    # older commits form the value always
+    if "with_value" in inspect.signature(launch.dense_kl_part).parameters:
+        launch.dense_kl_part(*inputs, causal=True, with_value=False, **scales)
 
 
 def _decode() -> None:
@@ -152,6 +161,8 @@ def rows_of(kernels: list[CompiledKernel]) -> dict[str, dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     for kernel in kernels:
         shown = [name.lower() for name in _SHOWN if kernel.constants.get(name) is True]
+        if kernel.constants.get("WITH_VALUE") is False:
+            shown.append("gradients alone")
         name = ", ".join([kernel.name.removesuffix("_kernel"), *shown])
         instructions, products = kernel.main_loop
         figures = (

@@ -41,6 +41,7 @@ class PackForward:
         comm: CpGroups,
         stats: LayerStats,
         recall_seed: int | None = None,
+        with_kl_value: bool = True,
     ) -> PackParams:
         """Plan one pack and bring the plan to the device.
 
@@ -50,6 +51,7 @@ class PackForward:
             comm: collectives of the step.
             stats: where layers leave figures.
             recall_seed: draws queries whose selection is compared with full attention; None: none.
+            with_kl_value: form the KL loss's value too, and not its gradient alone.
 
         Returns:
             What travels with the pack through the layers, its tensors on the device.
@@ -73,6 +75,7 @@ class PackForward:
             topk=self.stage.topk,
             stats=stats,
             padding_mask=tensor_parallel_padding(shard.valid, groups.tp_rank, groups.tp_size),
+            with_kl_value=with_kl_value,
             recall=plan.recall,
             full_exchange=full_exchange,
             on_selection=None if self.open_selections is None else self.open_selections(pack, shard.layout),

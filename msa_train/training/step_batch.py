@@ -34,13 +34,17 @@ class StepBatch:
     "seed of the queries whose recall is measured in the step's first pack; None: of none"
     has_first: bool = True
     "the step's first pack is among `packs`"
+    with_kl_value: bool = True
+    "the step's metrics tell the KL loss; its gradient is formed anyway"
 
     def recall_seed_of(self, pack: Pack) -> int | None:
         """Return the seed for the first pack of the step: the same queries however packs are dealt."""
         return self.recall_seed if self.has_first and pack is self.packs[0] else None
 
 
-def make_batch(packs: Sequence[Pack], groups: Groups, *, recall_seed: int | None = None) -> StepBatch:
+def make_batch(
+    packs: Sequence[Pack], groups: Groups, *, recall_seed: int | None = None, with_kl_value: bool = True
+) -> StepBatch:
     """Make the batch of a step, with counts over all data-parallel ranks. All ranks call it.
 
     Packs are whole here, on each of the context-parallel ranks that share them, so the sum goes over
@@ -50,6 +54,7 @@ def make_batch(packs: Sequence[Pack], groups: Groups, *, recall_seed: int | None
         packs: of this data-parallel rank, none at all included.
         groups: process groups.
         recall_seed: draws the queries whose recall is measured; None: none.
+        with_kl_value: the step's metrics are to tell the KL loss.
     """
     labels = sum(int((pack.labels != IGNORE_LABEL).sum()) for pack in packs)
     tokens = sum(int(pack.doc_lengths.sum()) for pack in packs)
@@ -66,4 +71,5 @@ def make_batch(packs: Sequence[Pack], groups: Groups, *, recall_seed: int | None
         num_packs=num_packs,
         recall_seed=recall_seed,
         has_first=groups.dp_rank == 0,
+        with_kl_value=with_kl_value,
     )

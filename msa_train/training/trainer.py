@@ -292,11 +292,16 @@ class Trainer:
         rates = stage_rates(step - 1, config.optim, stage, self.total_steps)
         packs = stream.packs(step - 1, groups)
         probed = config.logging.attention_every > 0 and step % config.logging.attention_every == 0
-        batch = make_batch(packs, groups, recall_seed=config.train.seed + step if probed else None)
+        shown = step % config.logging.every == 0 or self._due(step, config.train.validate_every)
+        batch = make_batch(
+            packs,
+            groups,
+            recall_seed=config.train.seed + step if probed else None,
+            with_kl_value=shown or probed,
+        )
         result = self._train(step, stage, batch, rates)
         counts = self.guard.record(result)
         values: dict[str, Any] = {"lr": rates.backbone, "index_lr": rates.index, "stage": stage.index}
-        shown = step % config.logging.every == 0 or self._due(step, config.train.validate_every)
         # The norm is the same on all ranks, so all of them gather, which is a collective, or none does.
         if shown or probed or not (result.is_taken and math.isfinite(result.grad_norm)):
             values |= self.metrics.gather(batch, result, stage, counts_loss=engine.counts_loss())

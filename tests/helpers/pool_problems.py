@@ -24,6 +24,7 @@ class PoolProblem:
     dout: Tensor
     kl_weight: float = 0.25
     with_kl: bool = True
+    with_kl_value: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +133,22 @@ def attend_backward(problem: PoolProblem, merged: PoolOutput, kernel: str) -> li
     term = None
     if problem.with_kl:
         assert merged.lse_index is not None, "with an index branch"
-        term = KlTerm(lse_index=merged.lse_index, weight=problem.kl_weight, lse_teacher=merged.lse_teacher)
+        term = KlTerm(
+            merged.lse_index, problem.kl_weight, merged.lse_teacher, with_value=problem.with_kl_value
+        )
     return [
         pool_backward(problem.queries, pool, block_table, dout, delta, merged.lse, term, kernel=kernel)
         for pool, block_table in zip(problem.pools, problem.block_tables, strict=True)
     ]
+
+
+def assert_equal_without_value(got: list[PoolGrads], want: list[PoolGrads]) -> None:
+    """Fail unless `got`, made without the KL loss's value, is otherwise `want` to the bit."""
+    for ours, theirs in zip(got, want, strict=True):
+        assert ours.kl is None
+        assert theirs.kl is not None
+        for name in ("dq", "dkv", "dq_index", "dk_index"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
 
 
 def to_dtype(problem: PoolProblem, dtype: torch.dtype) -> PoolProblem:
@@ -160,6 +172,7 @@ def to_dtype(problem: PoolProblem, dtype: torch.dtype) -> PoolProblem:
         problem.dout.to(dtype),
         kl_weight=problem.kl_weight,
         with_kl=problem.with_kl,
+        with_kl_value=problem.with_kl_value,
     )
 
 

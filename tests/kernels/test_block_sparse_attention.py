@@ -1,5 +1,6 @@
 """Block-sparse attention, its gradients and the KL loss against plain masked attention in fp64."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,13 @@ from msa_kernels.block_sparse_attention.work_list import build_work_list
 from torch import Tensor
 
 from tests.helpers.compare import assert_rows_close
+from tests.helpers.pool_problems import (
+    Shape,
+    assert_equal_without_value,
+    attend,
+    attend_backward,
+    make_problem,
+)
 
 
 def make(seq_len: int, groups: int, heads: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -145,6 +153,15 @@ def test_kl_value_and_gradients(starts: list[int]) -> None:
     grads = pool_backward(queries, pool, block_table, zero, zero.sum(-1), result.lse, term)
     assert grads.dq_index is not None
     assert grads.dq_index.abs().max() < 1e-13
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+def test_gradients_do_not_need_the_value(kernel: str) -> None:
+    problem = make_problem(Shape(temperature=2.0, num_pools=2), torch.float64)
+    merged = attend(problem, kernel)
+    want = attend_backward(problem, merged, kernel)
+    got = attend_backward(replace(problem, with_kl_value=False), merged, kernel)
+    assert_equal_without_value(got, want)
 
 
 def test_unselected_block_gets_zero_gradient() -> None:

@@ -30,11 +30,12 @@ def by_parts(
     first: int,
     scale: float,
     index_scale: float,
+    with_value: bool = True,
     kernel: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries from `first` on, whose keys come as the part before `first` and the causal rest.
 
-    dq_index [T - first, M, Di], dk_index [S, Di] and value.
+    dq_index [T - first, M, Di], dk_index [S, Di] and value, -1 without one.
     """
     heads, keys = q[first:].permute(1, 2, 0, 3), k.transpose(0, 1)
     index = q_index[first:].transpose(0, 1)
@@ -53,11 +54,14 @@ def by_parts(
     for rows, causal in parts:
         grads = dense_kl_part(
             heads, keys[:, rows], lse, index, k_index[rows], lse_index,
-            causal=causal, softmax_scale=scale, index_scale=index_scale, kernel=kernel,
+            causal=causal, softmax_scale=scale, index_scale=index_scale, with_value=with_value, kernel=kernel,
         )  # fmt: skip
         dq += grads.dq_index
         dk[rows] += grads.dk_index
-        kl += grads.kl
+        if grads.kl is None:
+            kl.fill_(-1.0)
+        else:
+            kl += grads.kl
     return dq.transpose(0, 1), dk, kl
 
 
@@ -83,6 +87,17 @@ def test_value_and_gradients(num_tokens: int, first_share: float, kernel: str) -
     assert leaves[1].grad is not None
     assert_rows_close(dq, leaves[0].grad[first:], 1e-10)
     assert_rows_close(dk, leaves[1].grad, 1e-10)
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+def test_gradients_do_not_need_the_value(kernel: str) -> None:
+    settings: dict[str, Any] = {"first": 120, "scale": 0.3, "index_scale": 0.4, "kernel": kernel}
+    want = by_parts(*draw(300), **settings)
+    got = by_parts(*draw(300), **settings, with_value=False)
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+    assert float(want[2]) > 0
+    assert float(got[2]) == -1.0
 
 
 def test_differences_of_a_row_sum_to_zero() -> None:

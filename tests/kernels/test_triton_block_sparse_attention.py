@@ -16,7 +16,15 @@ from msa_kernels.block_sparse_attention.work_list import build_work_list
 from torch import Tensor
 
 from tests.helpers.compare import assert_rows_close
-from tests.helpers.pool_problems import PoolProblem, Shape, attend, attend_backward, make_problem, to_dtype
+from tests.helpers.pool_problems import (
+    PoolProblem,
+    Shape,
+    assert_equal_without_value,
+    attend,
+    attend_backward,
+    make_problem,
+    to_dtype,
+)
 from tests.helpers.triton_env import (
     DTYPES,
     HAS_GPU,
@@ -117,6 +125,16 @@ def test_equals_the_definition(name: str, dtype: torch.dtype) -> None:
         unread[block_table[block_table >= 0]] = False
         assert not ours.dkv[unread].any()
         assert ours.dk_index is None or not ours.dk_index[unread].any()
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["pools_temperature_portions", "block_in_parts"])
+def test_gradients_do_not_need_the_value(name: str) -> None:
+    """To the bit; the value is not formed."""
+    problem = make_problem(SHAPES[name], torch.float32)
+    _, want = run_triton(run_pools, problem, SHAPES[name])
+    _, got = run_triton(run_pools, dataclasses.replace(problem, with_kl_value=False), SHAPES[name])
+    assert_equal_without_value(got, want)
 
 
 @needs_triton

@@ -80,6 +80,10 @@ def test_value_and_gradients(name: str, portion_bytes: int, own_tiles: bool, dty
             # differences meet keys and queries in the inputs' dtype
             assert worst_row(grad, exact) <= 2 * worst_row(plain, exact) + torch.finfo(dtype).eps
     assert abs(float(got[2] - want[2])) <= 2e-6 * max(float(want[2]), 1.0)
+    alone = run_triton(_in_small_portions, *inputs, **settings, **limits, with_value=False, kernel="triton")
+    assert torch.equal(alone[0], got[0])
+    assert torch.equal(alone[1], got[1])
+    assert float(alone[2]) == -1.0
 
 
 def _launch_shipped(shapes: list[tuple[int, int, int, str]]) -> None:

@@ -67,8 +67,8 @@ def pool_backward(
     Args:
         queries, pool, block_table: as in the forward.
         dout: [T, M, G, D]; delta: [T, M, G] rowsum(dout * out) of the merged out; lse: [T, M, G] merged.
-        kl_term: gradient and value of the KL loss too, as d ds = weight * (student - teacher), arXiv
-            2606.13392 and its kernels' backward; None leaves it out.
+        kl_term: gradient of the KL loss too, as d ds = weight * (student - teacher), and its value if asked
+            for; arXiv 2606.13392 and its kernels' backward. None leaves it out.
         kernel: as in the forward.
 
     Raises:

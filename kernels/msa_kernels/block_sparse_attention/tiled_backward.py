@@ -31,7 +31,7 @@ def backward(
     """Run `pool_backward` in tiles, portion by portion."""
     T, M, G, D = queries.q.shape
     dtype, device = queries.compute_dtype, queries.q.device
-    with_kl = kl_term is not None and queries.q_index is not None
+    kl_term = None if queries.q_index is None else kl_term
     # keys' and values' gradients apart: rows are added to contiguous tensors only at full speed
     dk_dv = torch.zeros(2, *pool.kv[:, 0].shape, dtype=dtype, device=device)
     grads = PoolGrads(
@@ -42,16 +42,17 @@ def backward(
         dk_index=None,
         kl=None,
     )
-    if with_kl:
-        assert queries.q_index is not None, "with_kl implies index queries"
+    if kl_term is not None:
+        assert queries.q_index is not None, "a KL term comes with index queries"
         grads.dq_index = torch.zeros(queries.q_index.shape, dtype=dtype, device=device)
         index_shape = (pool.kv.shape[0], pool.kv.shape[2], queries.q_index.shape[-1])
         grads.dk_index = torch.zeros(index_shape, dtype=dtype, device=device)
-        grads.kl = torch.zeros((), dtype=torch.float64, device=device)
+        if kl_term.with_value:
+            grads.kl = torch.zeros((), dtype=torch.float64, device=device)
     scratch = Scratch()
     for chunk in portions(T, M * G * D, block_table.shape[2]):
         part = Chunk(queries, pool, block_table, chunk)
-        rows = _BackwardRows(part, dout[chunk], delta[chunk], lse[chunk], kl_term if with_kl else None, chunk)
+        rows = _BackwardRows(part, dout[chunk], delta[chunk], lse[chunk], kl_term, chunk)
         _backward_chunk(part, rows, grads, dk_dv, chunk, scratch)
     return grads
 
@@ -131,7 +132,7 @@ def _kl_backward(
     masked: bool,
     teacher: Tensor,
 ) -> Tensor:
-    """Add dk_index and the value of the KL loss to `grads`; return dq_index [I, W, Di] unscaled.
+    """Add dk_index and, if asked for, the KL loss's value to `grads`; return dq_index [I, W, Di] unscaled.
 
     The loss is weight * sum_j t_j (log t_j - log s_j) with log s_j = x_j - log sum_i e^x_i, x the student's
     scores and t the teacher, a constant. Since sum_j t_j = 1, d loss / d x_j = weight * (s_j - t_j): no term
@@ -139,15 +140,15 @@ def _kl_backward(
     (.2, -.2).
     """
     assert rows.lse_index is not None, "called with a KL term only"
-    assert grads.kl is not None, "allocated with the KL term"
     assert grads.dk_index is not None, "allocated with the KL term"
     q, k, scores = part.index_scores(work, row, masked)
     lse = rows.lse_index[row].masked_fill(work.pair < 0, float("inf"))
     log_student = scores.sub_(lse.unsqueeze(-1))
     ds = log_student.exp().sub_(teacher).mul_(rows.kl_weight)
-    # Terms with teacher 0 (hidden tokens, empty places) are 0 even where the student's log is -inf.
-    floor = torch.finfo(teacher.dtype).tiny
-    ratio = teacher.clamp(min=floor).log_().sub_(log_student.clamp_(min=_LOG_FLOOR))
-    grads.kl += torch.dot(teacher.flatten(), ratio.flatten())
+    if grads.kl is not None:
+        # Terms with teacher 0 (hidden tokens, empty places) are 0 even where the student's log is -inf.
+        floor = torch.finfo(teacher.dtype).tiny
+        ratio = teacher.clamp(min=floor).log_().sub_(log_student.clamp_(min=_LOG_FLOOR))
+        grads.kl += torch.dot(teacher.flatten(), ratio.flatten())
     grads.dk_index.index_add_(0, work.physical_block, torch.bmm(ds.transpose(1, 2), q))
     return torch.bmm(ds, k)

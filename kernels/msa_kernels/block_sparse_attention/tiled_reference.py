@@ -82,8 +82,9 @@ def _kl_backward(
     grads.dq_index = torch.einsum("tmj,tmjd->tmd", ds, keys)
     dk = torch.einsum("tmj,tmd->tmjd", ds, queries.q_index.to(dtype))
     grads.dk_index = _scatter(dk, pool, block_table)
-    cross = torch.where(teacher > 0, teacher * log_student, 0.0)
-    grads.kl = (torch.xlogy(teacher, teacher) - cross).double().sum()
+    if kl_term.with_value:
+        cross = torch.where(teacher > 0, teacher * log_student, 0.0)
+        grads.kl = (torch.xlogy(teacher, teacher) - cross).double().sum()
 
 
 def _gather(queries: SparseQueries, pool: BlockPool, block_table: Tensor) -> tuple[Tensor, Tensor]:

@@ -78,6 +78,8 @@ class KlTerm:
     """Factor of the sum over queries and KV heads of the divergence."""
     lse_teacher: Tensor | None = None
     """[T, M, G] at the teacher's temperature; None where that is 1."""
+    with_value: bool = True
+    """Whether the loss's value is formed beside its gradient, which needs none of it."""
 
 
 @dataclass(slots=True)
@@ -93,4 +95,4 @@ class PoolGrads:
     dk_index: Tensor | None
     """[N, B, Di] of the index keys, by physical block."""
     kl: Tensor | None
-    """Unweighted sum of the divergences over this pool's tokens, fp64 scalar, in nats."""
+    """Unweighted sum of the divergences over this pool's tokens, fp64 scalar, in nats; None if not wanted."""

@@ -13,5 +13,5 @@ class DenseKlGrads:
     """[M, Q, Di] of the index queries, this part's share."""
     dk_index: Tensor
     """[K, Di] of the part's index keys."""
-    kl: Tensor
-    """Unweighted sum of the divergences over this part's tokens, fp64 scalar, in nats."""
+    kl: Tensor | None
+    """Unweighted sum of the divergences over this part's tokens, fp64 scalar, in nats; None if not wanted."""

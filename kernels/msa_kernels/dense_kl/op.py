@@ -65,6 +65,7 @@ def dense_kl_part(
     causal: bool,
     softmax_scale: float,
     index_scale: float,
+    with_value: bool = True,
     kernel: str = "auto",
 ) -> DenseKlGrads:
     """Form gradients and value of the sum over queries and KV heads of KL(teacher || student).
@@ -79,6 +80,7 @@ def dense_kl_part(
         lse_index: [M, Q] over all parts, at `index_scale`.
         causal: query i sees keys 0..i (needs Q == K); otherwise every query sees every key.
         softmax_scale, index_scale: factors of the two scores, temperature included.
+        with_value: the value too, and not the gradients alone.
         kernel: as in `lse_part`.
 
     Raises:
@@ -90,13 +92,13 @@ def dense_kl_part(
     if chosen is not None:
         return chosen.dense_kl_part(
             q, k, lse, q_index, k_index, lse_index,
-            causal=causal, softmax_scale=softmax_scale, index_scale=index_scale,
+            causal=causal, softmax_scale=softmax_scale, index_scale=index_scale, with_value=with_value,
         )  # fmt: skip
     dtype = _compute_dtype(q)
     grads = DenseKlGrads(
         dq_index=torch.zeros(q_index.shape, dtype=dtype, device=q.device),
         dk_index=torch.zeros(k_index.shape, dtype=dtype, device=q.device),
-        kl=torch.zeros((), dtype=torch.float64, device=q.device),
+        kl=torch.zeros((), dtype=torch.float64, device=q.device) if with_value else None,
     )
     for rows, keys in _tiles(q.shape[2], k.shape[1], q.shape[0] * q.shape[1], causal):
         teacher = _scores(q, k, rows, keys, dtype, softmax_scale)
@@ -112,7 +114,8 @@ def dense_kl_part(
             student = log_student.exp().masked_fill_(future, 0.0)
         else:
             student = log_student.exp()
-        grads.kl += (torch.xlogy(teacher, teacher) - teacher * log_student).sum(dtype=torch.float64)
+        if grads.kl is not None:
+            grads.kl += (torch.xlogy(teacher, teacher) - teacher * log_student).sum(dtype=torch.float64)
         # d KL / d logit = student - teacher, as the teacher sums to 1 over all parts: tiled_backward.py
         # derives it
         ds = student.sub_(teacher).mul_(index_scale)

@@ -25,6 +25,7 @@ def dense_kl_part(
     causal: bool,
     softmax_scale: float,
     index_scale: float,
+    with_value: bool,
 ) -> DenseKlGrads:
     """Follow `op.dense_kl_part`; memory as above."""
     teacher = (_scores(q, k, causal, softmax_scale) - lse[..., None]).exp().mean(1)
@@ -35,7 +36,7 @@ def dense_kl_part(
     return DenseKlGrads(
         dq_index=torch.einsum("mqk,kd->mqd", ds, k_index.to(ds.dtype)),
         dk_index=torch.einsum("mqk,mqd->kd", ds, q_index.to(ds.dtype)),
-        kl=(torch.xlogy(teacher, teacher) - cross).sum(dtype=torch.float64),
+        kl=(torch.xlogy(teacher, teacher) - cross).sum(dtype=torch.float64) if with_value else None,
     )
 
 

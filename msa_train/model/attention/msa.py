@@ -25,7 +25,7 @@ Di index head dim, NB blocks of the pack, P ranks.
 Source: arXiv 2606.13392.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -106,7 +106,7 @@ class MsaSelfAttention(GroupedQueryAttention):
             k_index=all_keys.view(-1, block_size, all_keys.shape[-1]) if trains_index else None,
             kl_weight=context.kl_weight,
             kl_temperature=self.config.attention.kl_temperature,
-            on_kl=lambda kl: LayerStats.add(context.stats.kl, self.layer_number, kl),
+            on_kl=self._on_kl(context),
             settings=self.config.exchange,
             needed=needed,
             begun=begun,
@@ -162,7 +162,7 @@ class MsaSelfAttention(GroupedQueryAttention):
             weight=context.kl_weight,
             index_scale=q_index.shape[-1] ** -0.5,
             temperature=self.config.attention.kl_temperature,
-            on_kl=lambda value: LayerStats.add(context.stats.kl, self.layer_number, value),
+            on_kl=self._on_kl(context),
             kernel=self.config.attention.kernel,
         )
         return cp_full_attention(q, k, v, self.full_attention_args(context, kl), q_index, k_index)
@@ -183,6 +183,12 @@ class MsaSelfAttention(GroupedQueryAttention):
             num_slices=max(1, len(pack.index.slices)),
             with_backward=torch.is_grad_enabled() and inputs.k.requires_grad,
         )
+
+    def _on_kl(self, context: PackContext) -> Callable[[Tensor], None] | None:
+        """Return what takes the KL loss's value, None in steps whose metrics leave it out."""
+        if not context.with_kl_value:
+            return None
+        return lambda value: LayerStats.add(context.stats.kl, self.layer_number, value)
 
     def _select(
         self, q_index: Tensor, all_keys: Tensor, context: PackContext, fetch: SlicedFetch | None = None

@@ -66,6 +66,8 @@ class PackContext:
     "where layers leave figures"
     padding_mask: Tensor
     "[1, tokens of this tensor-parallel rank] bool, True for padding"
+    with_kl_value: bool = True
+    "the KL loss's value is wanted, and not its gradient alone"
     recall: RecallQueries | None = None
     "queries whose selection MSA layers compare with full attention; None: of none"
     full_exchange: KvExchange | None = None

@@ -69,7 +69,7 @@ class SparseAttentionArgs:
     kl_temperature: float = 1.0
     "divides the logits of teacher and student in the divergence"
     on_kl: Callable[[Tensor], None] | None = None
-    "receives this rank's unweighted sum of divergences (fp64 scalar, nats) in the backward pass"
+    "receives this rank's unweighted sum of divergences (fp64, nats) in the backward pass; None: form none"
     settings: ExchangeConfig = field(default_factory=ExchangeConfig)
     "details of the exchange: fetching again, nodes, broadcast blocks"
     needed: Tensor | None = None
@@ -175,7 +175,7 @@ class _CpSparseAttention(torch.autograd.Function):
         if lse_index is not None:
             # The teacher p is a constant. With student s = softmax(z) the loss sum p log(p / s) has the
             # gradient weight * (s - p) in z; both need only their merged log-sum-exp, see above.
-            term = KlTerm(lse_index=lse_index, weight=call.kl_weight, lse_teacher=lse_teacher)
+            term = KlTerm(lse_index, call.kl_weight, lse_teacher, with_value=call.on_kl is not None)
         sums = _QuerySums()
 
         def compute(source: KvSource, rows: slice | None = None) -> KvBlockGrads:

@@ -39,8 +39,8 @@ class IndexKl:
     "factor of the index scores"
     temperature: float
     "divides the logits of teacher and student"
-    on_kl: Callable[[Tensor], None]
-    "receives this rank's unweighted sum of divergences (fp64 scalar, nats) in the backward pass"
+    on_kl: Callable[[Tensor], None] | None
+    "receives this rank's unweighted sum of divergences (fp64, nats) in the backward pass; None: form none"
     kernel: AttentionKernel = AttentionKernel.auto
     "implementation, see `msa_kernels.dense_kl`"
 
@@ -132,11 +132,12 @@ class DenseKl:
             self.q_heads[:, :, rows], k_heads, self.lse[:, :, rows],
             self.q_index[:, rows], self.settings.all_keys[keys], self.lse_index[:, rows],
             causal=causal, softmax_scale=self.softmax_scale, index_scale=self.index_scale,
-            kernel=self.settings.kernel.value,
+            with_value=self.settings.on_kl is not None, kernel=self.settings.kernel.value,
         )  # fmt: skip
         self.dq_index[:, rows] += grads.dq_index
         self.dk_index[keys] += grads.dk_index
-        self.kl += grads.kl
+        if grads.kl is not None:
+            self.kl += grads.kl
 
     def finish(self, comm: CpComm) -> tuple[Tensor, Tensor]:
         """Report the value; return the weighted gradients of index queries [U, M, Di] and own keys [T, Di].
@@ -144,7 +145,8 @@ class DenseKl:
         Raises:
             ExchangeError: the reduce-scatter failed.
         """
-        self.settings.on_kl(self.kl)
+        if self.settings.on_kl is not None:
+            self.settings.on_kl(self.kl)
         # Every rank has gradients of all index keys from its own queries: summed over context-parallel ranks,
         # each gets the sum of its own keys.
         shards = self.layout.by_owner(self.dk_index)

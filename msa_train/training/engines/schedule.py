@@ -85,6 +85,7 @@ class PipelineSchedule:
             comm=comm,
             stats=stats,
             recall_seed=batch.recall_seed_of(pack),
+            with_kl_value=batch.with_kl_value,
         )
 
 

@@ -84,6 +84,7 @@ class TorchEngine(TrainEngine):
                 comm=comm,
                 stats=stats,
                 recall_seed=batch.recall_seed_of(pack),
+                with_kl_value=batch.with_kl_value,
             )
             losses = self.forward(self.model, params)
             # divided by the labels of all ranks and packs, so that gradients only need to be added up

@@ -187,7 +187,7 @@ class StepMetrics:
 
     def _kl(self, batch: StepBatch, kl: Tensor, stage: Stage) -> dict[str, Any]:
         """Divide the KL sums [layers] by real queries of the whole step and KV heads, as the loss is."""
-        if not self.msa_layers or stage.kl is KlTarget.none:
+        if not (self.msa_layers and batch.with_kl_value) or stage.kl is KlTarget.none:
             return {}
         per_layer = kl / (batch.num_tokens * self.config.model.num_kv_heads)
         return {

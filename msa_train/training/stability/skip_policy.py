@@ -60,7 +60,7 @@ class SkipPolicy:
         Args:
             loss: mean over all labels of the step, nats.
             grad_norm: global, before clipping.
-            kl: of the index branches, any multiple of it.
+            kl: of the index branches, any multiple of it; 0 in a step that does not form it.
         """
         bad = {"lm_loss": loss, "kl_loss": kl, "grad_norm": grad_norm}
         named = [f"{name}={value}" for name, value in bad.items() if not math.isfinite(value)]

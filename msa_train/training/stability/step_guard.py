@@ -93,6 +93,7 @@ class StepGuard:
             counted = result.lm_loss_sum if self.engine.counts_loss() else 0.0
             kl_sum = sum(float(kl) for kl in result.stats.kl.values())
             # 16 bytes over all ranks. The KL sum keeps the ranks' factors: only whether it is finite matters.
+            # A step whose metrics are not written forms none, and has its gradient's norm alone.
             total = torch.tensor([counted, kl_sum], dtype=torch.float64, device=self.groups.device)
             with watched("judge"):
                 dist.all_reduce(total)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from msa_kernels.block_sparse_attention.triton.forward_kernel import LOG2E, visible_tokens
+from msa_kernels.log2 import log2_approx
 
 
 @triton.jit
@@ -223,7 +224,7 @@ def kl_backward_kernel(
     num_items,  # [1] int64
     item_split,  # [I] int64
     dq_part,  # [P, Di], dtype of q_index
-    kl_part,  # [P] fp32
+    kl_part,  # [I] fp32; not looked at without WITH_VALUE
     dk_index,  # [N, B, Di] fp32
     dk_part,  # [splits, B, Di] fp32
     scale,  # factor of the gradients: weight * index_scale
@@ -238,15 +239,17 @@ def kl_backward_kernel(
     ROWS: tl.constexpr,
     MASKED: tl.constexpr,
     WINDOWED: tl.constexpr,
+    WITH_VALUE: tl.constexpr,
     ADD: tl.constexpr,
     ADD_DQ: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Serve one item of the KL loss: its value, and student - teacher times index keys and queries.
+    """Serve one item of the KL loss: student - teacher times index keys and queries; WITH_VALUE: its value.
 
-    ADD and ADD_DQ: earlier launches have left a sum in dk_index, and in dq_part and kl_part.
+    ADD and ADD_DQ: earlier launches have left a sum in dk_index, and in dq_part.
     """
     LN2: tl.constexpr = 0.6931471805599453
+    LOG2_FLOOR: tl.constexpr = -1e30
     item = tl.program_id(0)
     if item >= tl.load(num_items):
         return
@@ -262,6 +265,7 @@ def kl_backward_kernel(
     b_k = tl.load(k_index + block_id * (B * D) + o_bd, mask=m_bd, other=0.0)
     b_kt = tl.trans(b_k)
     b_dk = tl.zeros([BP, DP], dtype=tl.float32)
+    b_kl = tl.zeros([BP, ROWS], dtype=tl.float32)
     for first in tl.range(begin, stop, ROWS, num_stages=STAGES):
         place = first + o_row
         m_row = place < stop
@@ -286,12 +290,9 @@ def kl_backward_kernel(
             b_s = tl.where((o_b < B)[:, None], b_s, float("-inf"))
         b_s = b_s - (b_lse * LOG2E)[None, :]
         b_t = tl.trans(b_t)
-        # Where the teacher is 0 the term is 0, whatever the logarithms are.
-        ratio = tl.log2(tl.where(b_t > 0.0, b_t, 1.0)) - b_s
-        b_kl = tl.sum(tl.where(b_t > 0.0, b_t * ratio, 0.0), 0) * LN2
-        if ADD_DQ:
-            b_kl += tl.load(kl_part + pair, mask=m_row, other=0.0)
-        tl.store(kl_part + pair, b_kl, mask=m_row)
+        if WITH_VALUE:
+            # Where the teacher is 0 the term is 0: both logarithms are made finite.
+            b_kl += b_t * (log2_approx(b_t) - tl.maximum(b_s, LOG2_FLOOR))
         b_ds = (tl.exp2(b_s) - b_t).to(b_k.dtype)
         b_dk = tl.dot(b_ds, b_q, b_dk, input_precision="ieee")
         b_dq = tl.trans(tl.dot(b_kt, b_ds, input_precision="ieee"))
@@ -299,6 +300,8 @@ def kl_backward_kernel(
         if ADD_DQ:
             b_dq += tl.load(p_dq, mask=m_q, other=0.0).to(tl.float32)
         tl.store(p_dq, b_dq.to(dq_part.dtype.element_ty), mask=m_q)
+    if WITH_VALUE:
+        tl.store(kl_part + item, tl.sum(tl.sum(b_kl, 1), 0) * LN2)
     split = tl.load(item_split + item)
     # after the products, where a small weight cannot underflow in 16 bits
     b_dk *= scale

@@ -75,17 +75,19 @@ def backward(
     """Run `pool_backward` by Triton kernels; dtypes as in the forward, dout rounded to that of q."""
     if not queries.softmax_scale > 0.0:
         raise ValueError(f"softmax_scale={queries.softmax_scale}: must be above 0, the kernels divide by it")
-    with_kl = kl_term is not None and queries.q_index is not None
-    grads = _allocate(queries, pool, block_table, with_kl)
+    kl_term = None if queries.q_index is None else kl_term
+    grads = _allocate(queries, pool, block_table, kl_term)
     if pool.kv.shape[0] == 0 or block_table.numel() == 0:
         return grads
     sizes = sizes_of(queries, pool, block_table)
-    kv_block_bytes = sizes.kv_block_bytes + with_kl * (4 * sizes.B + sizes.index_dim * sizes.element_bytes)
+    kv_block_bytes = sizes.kv_block_bytes
+    if kl_term is not None:
+        kv_block_bytes += 4 * sizes.B + sizes.index_dim * sizes.element_bytes
     for chunk, portion in portions(queries, pool, block_table, BACKWARD_PART_BYTES // kv_block_bytes):
         # named by nobody: buffers of one portion, 2 GiB for M3, must be gone before the next has its own
         _backward_portion(
             portion,
-            _rows(portion, dout[chunk], delta[chunk], lse[chunk], kl_term if with_kl else None, chunk),
+            _rows(portion, dout[chunk], delta[chunk], lse[chunk], kl_term, chunk),
             grads,
             chunk,
         )
@@ -106,7 +108,9 @@ def output_delta(dout: Tensor, out: Tensor) -> Tensor:
     return delta
 
 
-def _allocate(queries: SparseQueries, pool: BlockPool, block_table: Tensor, with_kl: bool) -> PoolGrads:
+def _allocate(
+    queries: SparseQueries, pool: BlockPool, block_table: Tensor, kl_term: KlTerm | None
+) -> PoolGrads:
     """Allocate gradients: the first portion writes every value; zeros where there is nothing to compute."""
     N, _, B, _ = pool.kv.shape
     new = torch.zeros if N == 0 or block_table.numel() == 0 else torch.empty
@@ -118,11 +122,12 @@ def _allocate(queries: SparseQueries, pool: BlockPool, block_table: Tensor, with
         dk_index=None,
         kl=None,
     )
-    if with_kl:
-        assert queries.q_index is not None, "with_kl implies index queries"
+    if kl_term is not None:
+        assert queries.q_index is not None, "a KL term comes with index queries"
         grads.dq_index = new(queries.q_index.shape, device=device)
         grads.dk_index = new((N, B, queries.q_index.shape[-1]), device=device)
-        grads.kl = torch.zeros((), dtype=torch.float64, device=device)
+        if kl_term.with_value:
+            grads.kl = torch.zeros((), dtype=torch.float64, device=device)
     return grads
 
 
@@ -183,19 +188,15 @@ def _kl_portion(
     """Do the same for the index branch, from the teacher that the attention's backward has left."""
     assert grads.dq_index is not None, "allocated with the KL term"
     assert grads.dk_index is not None, "allocated with the KL term"
-    assert grads.kl is not None, "allocated with the KL term"
     q_index = portion.queries.q_index
     assert q_index is not None, "a KL term comes with index queries"
     scale = rows.kl_weight * portion.queries.index_scale
     dq_part = q_index.new_empty(portion.num_pairs, portion.sizes.index_dim)
-    # Unused pairs stay 0.
-    kl_part = grads.dk_index.new_zeros(portion.num_pairs)
     dk_part = grads.dk_index.new_empty(num_splits, *grads.dk_index.shape[1:])
     for part in lists:
-        _kl_backward(portion, rows, part, dq_part, kl_part, grads.dk_index, dk_part)
+        _kl_backward(portion, rows, part, dq_part, grads, dk_part)
         _add_splits(part, dk_part, grads.dk_index)
     _add_slots(portion, dq_part, grads.dq_index[chunk], scale)
-    grads.kl += kl_part.sum(dtype=torch.float64)
 
 
 def _attend_backward(portion: Portion, rows: _Rows, part: _Lists, dkv: Tensor, dkv_part: Tensor) -> None:
@@ -246,17 +247,19 @@ def _kl_backward(
     rows: _Rows,
     part: _Lists,
     dq_part: Tensor,
-    kl_part: Tensor,
-    dk_index: Tensor,
+    grads: PoolGrads,
     dk_part: Tensor,
 ) -> None:
-    """Form gradients and value of the KL loss, of all pairs of one kind."""
+    """Form gradients and, if asked for, the value of the KL loss, of all pairs of one kind."""
+    num_items = part.items.physical_block.numel()
     sizes, queries = portion.sizes, portion.queries
     config = sizes.config(configs.KL_BACKWARD, index=True, split=True)
     constants = portion.constants(masked=part.masked)
     constants["BP"] = min(constants["BP"], config.max_block)
     for first_key in range(0, sizes.B, constants["BP"]):
-        Launched(backward_kernel.kl_backward_kernel)[(part.items.physical_block.numel(),)](
+        # Items that are not there stay 0. Without a value: looked at by nobody.
+        kl_part = rows.lse if grads.kl is None else dk_part.new_zeros(num_items)
+        Launched(backward_kernel.kl_backward_kernel)[(num_items,)](
             queries.q_index,
             queries.k_index,
             rows.lse_index,
@@ -267,7 +270,7 @@ def _kl_backward(
             part.splits.of_item,
             dq_part,
             kl_part,
-            dk_index,
+            grads.dk_index,
             dk_part,
             rows.kl_weight * queries.index_scale,
             queries.index_scale * kernel.LOG2E.value,
@@ -276,11 +279,14 @@ def _kl_backward(
             D=sizes.index_dim,
             DP=padded(sizes.index_dim),
             ROWS=config.rows,
+            WITH_VALUE=grads.kl is not None,
             ADD=part.add,
             ADD_DQ=first_key > 0,
             STAGES=config.num_stages,
             num_warps=config.num_warps,
         )
+        if grads.kl is not None:
+            grads.kl += kl_part.sum(dtype=torch.float64)
 
 
 def _add_splits(part: _Lists, parts: Tensor, total: Tensor) -> None:

@@ -8,6 +8,8 @@ Prefixes: o_ offsets, m_ masks, p_ pointers, b_ tiles.
 import triton
 import triton.language as tl
 
+from msa_kernels.log2 import log2_approx
+
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
 # Differences are kept times this, so that small ones are normal numbers in fp16 too
@@ -99,7 +101,7 @@ def difference_kernel(
     k_index,  # [K, DI]
     lse_index,  # [M, Q] fp32
     difference,  # [M, C, K], dtype of k_index, times DIFFERENCE_SCALE, C queries from query_begin on
-    kl_part,  # [tiles of keys, M, C] fp32
+    kl_part,  # [tiles of keys, M, C] fp32; not looked at without WITH_VALUE
     num_queries,
     num_keys,
     query_begin,
@@ -117,6 +119,7 @@ def difference_kernel(
     G: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
+    WITH_VALUE: tl.constexpr,
     DI: tl.constexpr,
     DIP: tl.constexpr,
     ROWS: tl.constexpr,
@@ -124,10 +127,10 @@ def difference_kernel(
     CAUSAL: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Form student - teacher and the divergence of one tile; grid [tiles of keys, tiles of the C queries, M].
+    """Form student - teacher of one tile; grid [tiles of keys, tiles of the C queries, M].
 
-    Keys stay in shared memory while the heads' queries pass by; the heads' probabilities are added up in
-    registers. Tiles of a causal part that no query sees are left as they are.
+    WITH_VALUE: and the divergence. Keys stay in shared memory while the heads' queries pass by; the heads'
+    probabilities are added up in registers. Tiles of a causal part that no query sees are left as they are.
     """
     tile = tl.program_id(1)
     kv_head = tl.program_id(2).to(tl.int64)
@@ -140,7 +143,8 @@ def difference_kernel(
     # the outer one is decided when the kernel is compiled
     if CAUSAL:  # noqa: SIM102
         if tl.program_id(0) * KEYS >= query_begin + (tile + 1) * ROWS:
-            tl.store(kl_part + kl_place, tl.zeros([ROWS], tl.float32), m_q)
+            if WITH_VALUE:
+                tl.store(kl_part + kl_place, tl.zeros([ROWS], tl.float32), m_q)
             return
     b_kt = tl.trans(load_rows(k + kv_head * k_kv_head_stride, o_k, num_keys, k_stride, D, DP))
     b_teacher = tl.zeros([ROWS, KEYS], tl.float32)
@@ -160,10 +164,10 @@ def difference_kernel(
     if CAUSAL:
         seen = seen & (o_k[None, :] <= o_q[:, None])
     b_teacher = tl.where(seen, b_teacher * (1.0 / G), 0.0)
-    # a teacher of 0 adds 0, whatever the logarithms are
-    ratio = tl.log2(tl.where(b_teacher > 0.0, b_teacher, 1.0)) - b_log
-    b_kl = tl.sum(tl.where(b_teacher > 0.0, b_teacher * ratio, 0.0), 1) * LN2
-    tl.store(kl_part + kl_place, b_kl, m_q)
+    if WITH_VALUE:
+        # a teacher of 0 adds 0: both logarithms are finite
+        b_kl = tl.sum(b_teacher * (log2_approx(b_teacher) - b_log), 1) * LN2
+        tl.store(kl_part + kl_place, b_kl, m_q)
     # student - teacher, the gradient of the divergence by the student's scores
     b_ds = (tl.where(seen, tl.exp2(b_log), 0.0) - b_teacher) * DIFFERENCE_SCALE
     target = difference + (kv_head * chunk + o_row)[:, None] * num_keys + o_k[None, :]

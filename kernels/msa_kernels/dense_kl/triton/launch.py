@@ -61,6 +61,7 @@ def dense_kl_part(
     causal: bool,
     softmax_scale: float,
     index_scale: float,
+    with_value: bool = True,
 ) -> DenseKlGrads:
     """Run `op.dense_kl_part` on a GPU; q, k, q_index and k_index of one dtype, fp32, fp16 or bf16."""
     M, G, Q, D = q.shape
@@ -69,7 +70,7 @@ def dense_kl_part(
     grads = DenseKlGrads(
         dq_index=torch.zeros(M, Q, Di, device=q.device),
         dk_index=torch.zeros(K, Di, device=q.device),
-        kl=torch.zeros((), dtype=torch.float64, device=q.device),
+        kl=torch.zeros((), dtype=torch.float64, device=q.device) if with_value else None,
     )
     if Q == 0 or K == 0:
         return grads
@@ -93,7 +94,8 @@ def dense_kl_part(
         # of a causal part, keys after the portion's last query are not looked at
         seen = min(K, stop) if causal else K
         row_tiles, key_tiles = triton.cdiv(stop - begin, config.rows), triton.cdiv(seen, config.keys)
-        kl_part = lse.new_empty(key_tiles, M, stop - begin)
+        # without a value: looked at by nobody
+        kl_part = lse.new_empty(key_tiles, M, stop - begin) if with_value else lse
         Launched(kernel.difference_kernel)[(key_tiles, row_tiles, M)](
             q,
             k,
@@ -116,9 +118,11 @@ def dense_kl_part(
             G=G,
             D=D,
             DP=padded(D),
+            WITH_VALUE=with_value,
             **constants,
         )
-        grads.kl += kl_part.sum(dtype=torch.float64)
+        if grads.kl is not None:
+            grads.kl += kl_part.sum(dtype=torch.float64)
         # few tiles of queries: the keys are shared out, and the shares of dq_index added up below in order
         split_tiles = triton.cdiv(key_tiles, max(1, _WANTED_PROGRAMS // (row_tiles * M)))
         splits = triton.cdiv(key_tiles, split_tiles)

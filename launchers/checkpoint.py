@@ -40,7 +40,7 @@ A run_dir stands for its newest checkpoint where one is meant."""
 # as diff(1) and cmp(1): 1 is an answer, 2 is trouble
 DIFFERENT = DAMAGED = 1
 _SIZES = ("tp", "pp", "cp", "ep", "dp")
-_COLUMNS = ("step", "time", "size", "layout", "engine", "sound")
+_COLUMNS = ("step", "time", "size", "stage", "layout", "engine", "sound")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -123,6 +123,8 @@ def _row(folder: Path) -> dict[str, Any]:
     for name in ("step", "layout", "engine", "format_version", "optimizer_updates", "tokens", "content"):
         if name in meta:
             row[name] = meta[name]
+    if reason is None and meta.get("stages"):
+        row |= {"stage": meta["stages"][-1]["name"], "ends_stage": meta.get("ends_stage", False)}
     return row
 
 
@@ -137,6 +139,8 @@ def _text(row: dict[str, Any], name: str) -> object:
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value))
     if name == "size":
         return f"{value / 1e9:.3g} GB" if value >= 1e8 else f"{value / 1e6:.3g} MB"
+    if name == "stage":
+        return f"{value} (end)" if row["ends_stage"] else value
     if name == "layout" and row["sound"] is True:
         sizes = [f"{size}{value[f'{size}_size']}" for size in _SIZES if value.get(f"{size}_size", 1) > 1]
         return " ".join(sizes) or "1 process"

@@ -15,12 +15,12 @@ _NUMBER = (int, float)
 _NEEDED: dict[str, tuple[type, ...]] = {"step": (int,), "consumed_samples": (int,), "fingerprint": (dict,)}
 # absent where another program or an older version wrote it
 _OPTIONAL: dict[str, tuple[type, ...]] = {
+    "ends_stage": (bool,),
     **dict.fromkeys(("world_size", "tokens", "optimizer_updates"), (int,)),
     **dict.fromkeys(("layout", "bad_steps", "data", "schedule"), (dict,)),
     **dict.fromkeys(("engine", "optimizer", "precision", "content", "msa_train_version"), (str,)),
     "megatron_core_version": (str,),
     "stages": (list,),
-    "ends_stage": (bool,),
 }
 _PARTS: dict[str, dict[str, tuple[type, ...]]] = {
     "layout": {f"{name}_size": (int,) for name in ("dp", "cp", "ep", "tp", "pp")},

@@ -60,20 +60,22 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
 def test_ls(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     layout = {"world_size": 8, "cp_size": 2, "ep_size": 4, "tp_size": 1, "pp_size": 1, "dp_size": 4}
     newer = copy_as(runs / "torch", 10)
-    change_meta(newer, engine="torch", layout=layout)
+    stages = [{"name": "at_512k", "first_step": 0, "num_steps": 10}]
+    change_meta(newer, engine="torch", layout=layout, stages=stages, ends_stage=True)
     (copy_as(runs / "torch", 12) / SHARD).unlink()
     code, out, err = run(capsys, "ls", runs / "torch")
     assert (code, err) == (0, "")
     head, second, tenth, twelfth = out.splitlines()
-    assert head.split() == ["step", "time", "size", "layout", "engine", "sound"]
+    assert head.split() == ["step", "time", "size", "stage", "layout", "engine", "sound"]
     assert second.split()[0] == "2"
     assert second.endswith("1 process  -       yes") or second.split()[-2:] == ["-", "yes"]
-    assert "cp2 ep4 dp4" in tenth
+    assert "at_512k (end)  cp2 ep4 dp4" in tenth
     assert tenth.split()[-2:] == ["torch", "yes"]
     assert f"model file {SHARD}: missing" in twelfth
     code, out, _ = run(capsys, "ls", newer, "--json")
     (row,) = json.loads(out)
     assert (row["step"], row["layout"], row["sound"]) == (10, layout, True)
+    assert (row["stage"], row["ends_stage"]) == ("at_512k", True)
     assert row["size"] > sum(path.stat().st_size for path in newer.glob("*.distcp"))
 
 
@@ -84,6 +86,8 @@ def test_ls(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
         {"layout": {"cp_size": "2"}},
         {"layout": None},
         {"bad_steps": []},
+        {"ends_stage": 1},
+        {"ends_stage": "yes"},
         {"bad_steps": {"rollbacks": 5}},
         {"bad_steps": {"in_a_row": "\x1b[2J"}},
     ],

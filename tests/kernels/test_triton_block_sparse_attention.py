@@ -183,7 +183,7 @@ def test_schedule_equals_the_work_list() -> None:
             num_physical_blocks=pool.block.numel(),
             rows_per_item=4,
         )
-        items = schedule.items(masked=masked, pairs_per_item=4)
+        items = schedule.items(pairs_per_item=4)[masked]
         count = int(items.num_items)
         assert items.physical_block[:count].tolist() == want.physical_block.tolist()
         pairs = [
@@ -197,7 +197,8 @@ def test_items_example() -> None:
     """The example of the docstring."""
     block_table = torch.tensor([0, 0, 1, 0]).view(4, 1, 1)
     schedule = build_schedule(block_table, torch.tensor([0, 1]), torch.full((4,), 7), None, block_size=4)
-    items = schedule.items(masked=False, pairs_per_item=2)
+    items, partial = schedule.items(pairs_per_item=2)
+    assert int(partial.num_items) == 0
     assert schedule.order.tolist() == [0, 1, 3, 2]
     assert int(items.num_items) == 3
     assert items.physical_block[:3].tolist() == [0, 0, 1]

@@ -163,12 +163,12 @@ def _backward_portion(portion: Portion, rows: _Rows, grads: PoolGrads, chunk: sl
     # parts.
     longest = triton.cdiv(2 * portion.num_pairs, max(1, SPLIT_BYTES // split_bytes))
     longest = max(longest, BACKWARD_PAIRS_PER_ITEM)
-    lists = []
-    for masked in (False, True):
-        # The first launch of all also writes the zeros of blocks that nobody reads.
-        every_block = first and not masked
-        items = portion.schedule.items(masked=masked, pairs_per_item=longest, every_block=every_block)
-        lists.append(_Lists(items, items.splits(), masked, add=not every_block))
+    # The first launch of all also writes the zeros of blocks that nobody reads.
+    whole, partial = portion.schedule.items(pairs_per_item=longest, every_block=first)
+    lists = [
+        _Lists(whole, whole.splits(), masked=False, add=not first),
+        _Lists(partial, partial.splits(), masked=True, add=True),
+    ]
     # A list of n > longest pairs has at most 2 n / longest parts, so all of them together have 2 P / longest.
     num_splits = max(1, 2 * portion.num_pairs // longest)
     dkv_part = grads.dkv.new_empty(num_splits, *grads.dkv.shape[1:])

@@ -4,6 +4,8 @@ Imports Triton. Shapes: T queries, M KV heads, G query heads of each, K top-k sl
 block size, D head dim, Di index head dim. A pair is a (row, slot) pair, a row (query, KV head).
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 from torch import Tensor
@@ -12,6 +14,7 @@ from msa_kernels.block_sparse_attention import configs
 from msa_kernels.block_sparse_attention.triton import forward_kernel as kernel
 from msa_kernels.block_sparse_attention.triton.launch_union import UnionWork, attend_union, find_union
 from msa_kernels.block_sparse_attention.triton.portions import Portion, portions, sizes_of
+from msa_kernels.block_sparse_attention.triton.schedule import Items
 from msa_kernels.block_sparse_attention.types import BlockPool, PoolOutput, SparseQueries
 from msa_kernels.operators import Launched
 from msa_kernels.tiles import padded
@@ -76,10 +79,11 @@ def _forward_portion(portion: Portion, result: PoolOutput, chunk: slice, *, merg
     index_part = result.lse.new_empty(pairs) if indexed else lse_part
     union = find_union(portion)
     # whole blocks without masks first, then the few that a query sees a part of
-    for masked in (False, True):
-        _attend(portion, masked, out_part, lse_part, teacher_part, softened, union)
-        if indexed:
-            _index_lse(portion, masked, index_part)
+    for masked, items in enumerate(portion.schedule.items(pairs_per_item=FORWARD_PAIRS_PER_ITEM)):
+        _attend(portion, items, bool(masked), out_part, lse_part, teacher_part, softened, union)
+    if indexed:
+        for masked, items in enumerate(portion.schedule.items(pairs_per_item=INDEX_PAIRS_PER_ITEM)):
+            _index_lse(portion, items, bool(masked), index_part)
     if union is not None:
         attend_union(portion, union, result, chunk, merge=merge)
     out, lse = result.out[chunk], result.lse[chunk]
@@ -114,6 +118,7 @@ def _forward_portion(portion: Portion, result: PoolOutput, chunk: slice, *, merg
 
 def _attend(
     portion: Portion,
+    items: Items,
     masked: bool,
     out_part: Tensor,
     lse_part: Tensor,
@@ -124,10 +129,9 @@ def _attend(
     """Form partial outputs and log-sum-exps of all pairs of one kind, unless `union` was chosen."""
     sizes, queries = portion.sizes, portion.queries
     config = sizes.config(configs.ATTEND)
-    items = portion.schedule.items(masked=masked, pairs_per_item=FORWARD_PAIRS_PER_ITEM)
     if union is not None:
         # none are left where the other kernel was chosen: programs end at once
-        items.num_items = items.num_items * (1 - union.chosen)
+        items = replace(items, num_items=items.num_items * (1 - union.chosen))
     Launched(kernel.attend_kernel)[(items.physical_block.numel(),)](
         queries.q,
         portion.pool.kv,
@@ -147,13 +151,12 @@ def _attend(
     )
 
 
-def _index_lse(portion: Portion, masked: bool, index_part: Tensor) -> None:
+def _index_lse(portion: Portion, items: Items, masked: bool, index_part: Tensor) -> None:
     """Take the log-sum-exp of the index scores of all pairs of one kind."""
     sizes, queries = portion.sizes, portion.queries
     assert queries.q_index is not None, "called with an index branch only"
     assert queries.k_index is not None, "index queries come with index keys"
     config = sizes.config(configs.INDEX_LSE, index=True)
-    items = portion.schedule.items(masked=masked, pairs_per_item=INDEX_PAIRS_PER_ITEM)
     Launched(kernel.index_lse_kernel)[(items.physical_block.numel(),)](
         queries.q_index,
         queries.k_index,

@@ -90,39 +90,52 @@ class Schedule:
         """Count the physical blocks, N."""
         return self.offsets.numel() // 2
 
-    def items(self, *, masked: bool, pairs_per_item: int, every_block: bool = False) -> Items:
-        """Split the lists of one kind into items, physical blocks ascending, pairs of a block in order.
+    def items(self, *, pairs_per_item: int, every_block: bool = False) -> tuple[Items, Items]:
+        """Split the lists into items: of wholly seen blocks, and of partly seen ones.
 
-        Example (N = 2, pairs_per_item 2, masked False): offsets [0, 3, 4, ...] has 3 pairs of block 0 and 1
-        of block 1, so physical_block = [0, 0, 1, ...], begin = [0, 2, 3, ...], stop = [2, 3, 4, ...],
-        num_items = 3.
+        In each, physical blocks ascend, and pairs of a block keep their order. One row of small operators
+        makes both: with few tokens to a rank, these are what a call costs.
+
+        Example (N = 2, pairs_per_item 2): offsets [0, 3, 4, ...] have 3 pairs of block 0 and 1 of block 1, so
+        of the first physical_block = [0, 0, 1, ...], begin = [0, 2, 3, ...], stop = [2, 3, 4, ...], num_items
+        = 3.
 
         Args:
-            masked: the pairs that see a part of the block, or those that see all of it.
             pairs_per_item: longest item.
-            every_block: give a block without pairs one empty item.
+            every_block: give a block without pairs that see all of it one empty item.
         """
-        N, device = self.num_physical_blocks, self.offsets.device
-        offsets = self.offsets[N:] if masked else self.offsets[: N + 1]
-        items = (offsets.diff() + pairs_per_item - 1) // pairs_per_item
+        N, num_pairs = self.num_physical_blocks, self.order.numel()
+        first_pair, last_pair = self.offsets[:-1].view(2, N), self.offsets[1:].view(2, N)
+        items = (last_pair - first_pair + pairs_per_item - 1) // pairs_per_item
         if every_block:
-            items.clamp_(min=1)
-        first_item = torch.zeros(N + 1, dtype=torch.int64, device=device)
-        torch.cumsum(items, 0, out=first_item[1:])
+            items[0].clamp_(min=1)
+        next_item = items.cumsum(1)
+        first_item = torch.nn.functional.pad(next_item, (1, 0))
         # Full items hold all P pairs at most, and each block adds one that is not full: no selection needs
         # more.
-        most = self.order.numel() // pairs_per_item + (N if every_block else min(N, self.order.numel()))
-        item = torch.arange(most, device=device)
-        block = torch.searchsorted(first_item[1:], item, right=True).clamp_(max=N - 1)
-        begin = offsets[block] + (item - first_item[block]) * pairs_per_item
-        stop = torch.minimum(begin + pairs_per_item, offsets[block + 1])
-        return Items(
-            physical_block=block.to(torch.int32),
-            begin=begin,
-            stop=stop,
-            num_items=first_item[-1:],
-            first_item=first_item,
+        full, some = num_pairs // pairs_per_item, min(N, num_pairs)
+        most = (full + (N if every_block else some), full + some)
+        item = torch.arange(_aligned(max(most)), device=self.offsets.device).repeat(2, 1)
+        block = torch.searchsorted(next_item, item, right=True).clamp_(max=N - 1)
+        begin = first_pair.gather(1, block) + (item - first_item.gather(1, block)) * pairs_per_item
+        stop = torch.minimum(begin + pairs_per_item, last_pair.gather(1, block))
+        physical_block, num_items = block.to(torch.int32), next_item[:, -1:].contiguous()
+        whole, partial = (
+            Items(
+                physical_block=physical_block[kind, : most[kind]],
+                begin=begin[kind, : most[kind]],
+                stop=stop[kind, : most[kind]],
+                num_items=num_items[kind],
+                first_item=first_item[kind],
+            )
+            for kind in range(2)
         )
+        return whole, partial
+
+
+def _aligned(length: int) -> int:
+    """Round up to where a second row of int32 begins on a 16-byte border: for others Triton compiles anew."""
+    return -(-length // 4) * 4
 
 
 def build_schedule(

@@ -47,3 +47,16 @@ def test_number_of_kernels(name: str) -> None:
     assert several == one_portion + Counter(adding)
     # those with masks divide by the number of groups
     assert for_all == several + Counter({key: 2 * number for key, number in several.items() if key[1]})
+
+
+def launch_pools(shapes: list[Shape]) -> None:
+    """Launch every kernel for pools of these sizes, one KV head."""
+    for shape in shapes:
+        launch_all(dataclasses.replace(shape, groups=1), torch.bfloat16)
+
+
+def test_any_number_of_blocks() -> None:
+    """How many blocks were fetched changes from step to step: 32, then 33."""
+    even, odd = SMALL, dataclasses.replace(SMALL, seq_len=528, starts=(0, 528))
+    want = counted(compiled_kernels(launch_pools, [even]))
+    assert counted(compiled_kernels(launch_pools, [even, odd])) == want

@@ -130,3 +130,32 @@ def test_compiles_for_hopper() -> None:
     m3 = [k for k in kernels if k.constants.get("DP", k.constants.get("DIP")) == 128 and ".bf16" in k.ptx]
     assert len(m3) >= 7
     assert all("wgmma.mma_async" in kernel.ptx for kernel in m3)
+
+
+def _launch_parts(parts: list[tuple[int, int, bool]]) -> None:
+    """Launch everything for parts of documents: queries, keys, causal."""
+    from msa_kernels.dense_kl.triton import launch
+
+    scales = {"softmax_scale": 0.1, "index_scale": 0.1}
+    for queries, keys, causal in parts:
+        q = torch.zeros(2, 2, 256, 16, dtype=torch.bfloat16)[:, :, :queries]
+        k = torch.zeros(2, 256, 16, dtype=torch.bfloat16)[:, :keys]
+        q_index = torch.zeros(2, 256, 16, dtype=torch.bfloat16)[:, :queries]
+        k_index = torch.zeros(256, 16, dtype=torch.bfloat16)[:keys]
+        lse = launch.lse_part(q, k, causal=causal, softmax_scale=0.1)
+        launch.dense_kl_part(q, k, lse, q_index, k_index, lse[:, 0], causal=causal, **scales)
+
+
+def test_documents_of_any_length_compile_nothing_anew() -> None:
+    """They begin and end anywhere, on each rank at others: a rank that compiles keeps all waiting."""
+    whole = [(256, 256, True), (256, 128, False)]
+    odd = [
+        (101, 101, True),
+        (101, 55, False),
+        (128, 55, False),
+        (101, 128, False),
+        (1, 1, True),
+        (7, 1, False),
+    ]
+    want = sorted(kernel.name for kernel in compiled_kernels(_launch_parts, whole))
+    assert sorted(kernel.name for kernel in compiled_kernels(_launch_parts, whole + odd)) == want

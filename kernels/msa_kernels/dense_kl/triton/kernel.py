@@ -3,6 +3,9 @@
 Shapes: M KV heads, G query heads of each, Q queries, K keys, D head dim, DI index head dim; DP and DIP are
 powers of two that hold the last two. Scores are kept as powers of two: scale_log2 = scale * log2(e).
 Prefixes: o_ offsets, m_ masks, p_ pointers, b_ tiles.
+
+Documents begin and end anywhere, so lengths are not specialised: Triton would compile each kernel anew for a
+multiple of 16, for another number and for 1, on each rank when it first meets one.
 """
 
 import triton
@@ -44,7 +47,7 @@ def add_scores(
     return new_peak, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_queries", "num_keys"])
 def lse_kernel(
     q,  # [M, G, Q, D], any strides but the last
     k,  # [M, K, D]; stride 0 over KV heads where they share keys
@@ -92,7 +95,7 @@ def lse_kernel(
     tl.store(lse + head * num_queries + o_q, (peak + tl.log2(total)) * LN2, o_q < num_queries)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "query_begin", "query_stop"])
 def difference_kernel(
     q,  # [M, G, Q, D], any strides but the last
     k,  # [M, K, D]
@@ -100,12 +103,13 @@ def difference_kernel(
     q_index,  # [M, Q, DI]
     k_index,  # [K, DI]
     lse_index,  # [M, Q] fp32
-    difference,  # [M, C, K], dtype of k_index, times DIFFERENCE_SCALE, C queries from query_begin on
+    difference,  # [M, C, stride], dtype of k_index, times DIFFERENCE_SCALE, C queries from query_begin on
     kl_part,  # [tiles of keys, M, C] fp32; not looked at without WITH_VALUE
     num_queries,
     num_keys,
     query_begin,
     query_stop,
+    difference_stride,  # K in whole tiles; zeros behind the keys
     scale_log2,
     index_scale_log2,
     q_kv_head_stride,
@@ -159,8 +163,7 @@ def difference_kernel(
     b_ki = load_rows(k_index, o_k, num_keys, k_index_stride, DI, DIP)
     b_log = tl.dot(b_qi, tl.trans(b_ki), input_precision="ieee") * index_scale_log2
     b_log -= (tl.load(lse_index + kv_head * num_queries + o_q, m_q, 0.0) * LOG2E)[:, None]
-    there = m_q[:, None] & (o_k < num_keys)[None, :]
-    seen = there
+    seen = m_q[:, None] & (o_k < num_keys)[None, :]
     if CAUSAL:
         seen = seen & (o_k[None, :] <= o_q[:, None])
     b_teacher = tl.where(seen, b_teacher * (1.0 / G), 0.0)
@@ -170,18 +173,19 @@ def difference_kernel(
         tl.store(kl_part + kl_place, b_kl, m_q)
     # student - teacher, the gradient of the divergence by the student's scores
     b_ds = (tl.where(seen, tl.exp2(b_log), 0.0) - b_teacher) * DIFFERENCE_SCALE
-    target = difference + (kv_head * chunk + o_row)[:, None] * num_keys + o_k[None, :]
-    tl.store(target, b_ds.to(difference.dtype.element_ty), there)
+    target = difference + (kv_head * chunk + o_row)[:, None] * difference_stride + o_k[None, :]
+    tl.store(target, b_ds.to(difference.dtype.element_ty), m_q[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_keys", "query_begin", "query_stop"])
 def query_gradient_kernel(
-    difference,  # [M, C, K]
+    difference,  # [M, C, stride]
     k_index,  # [K, DI]
     dq_part,  # [splits, M, C, DI] fp32
     num_keys,
     query_begin,
     query_stop,
+    difference_stride,
     split_keys,
     index_scale,
     k_index_stride,
@@ -204,11 +208,11 @@ def query_gradient_kernel(
     stop = tl.minimum(num_keys, (split + 1) * split_keys)
     if CAUSAL:
         stop = tl.minimum(stop, tl.minimum(query_stop, query_begin + (tile + 1) * ROWS))
-    p_difference = difference + (kv_head * chunk + o_row)[:, None] * num_keys
+    p_difference = difference + (kv_head * chunk + o_row)[:, None] * difference_stride
     b_dq = tl.zeros([ROWS, DIP], tl.float32)
     for first in tl.range(split * split_keys, stop, KEYS, num_stages=STAGES):
         o_k = first + tl.arange(0, KEYS)
-        b_ds = tl.load(p_difference + o_k[None, :], (o_row < chunk)[:, None] & (o_k < num_keys)[None, :], 0.0)
+        b_ds = tl.load(p_difference + o_k[None, :], (o_row < chunk)[:, None], 0.0)
         b_k = load_rows(k_index, o_k, num_keys, k_index_stride, DI, DIP)
         b_dq = tl.dot(b_ds, b_k, b_dq, input_precision="ieee")
     o_d = tl.arange(0, DIP)
@@ -217,14 +221,15 @@ def query_gradient_kernel(
     tl.store(dq_part + place[:, None] * DI + o_d[None, :], b_dq * (index_scale / DIFFERENCE_SCALE), m_dq)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_keys", "query_begin", "query_stop"])
 def key_gradient_kernel(
-    difference,  # [M, C, K]
+    difference,  # [M, C, stride]
     q_index,  # [M, Q, DI]
     dk_index,  # [K, DI] fp32
     num_keys,
     query_begin,
     query_stop,
+    difference_stride,
     index_scale,
     q_index_kv_head_stride,
     q_index_stride,
@@ -249,12 +254,12 @@ def key_gradient_kernel(
     b_dk = tl.zeros([KEYS, DIP], tl.float32)
     # all KV heads share the index keys, so one program adds them up, always in the same order
     for kv_head in range(M):
-        p_difference = difference + tl.cast(kv_head, tl.int64) * chunk * num_keys
+        p_difference = difference + tl.cast(kv_head, tl.int64) * chunk * difference_stride
         p_q = q_index + tl.cast(kv_head, tl.int64) * q_index_kv_head_stride
         for first in tl.range(begin, chunk, ROWS, num_stages=STAGES):
             o_row = first + tl.arange(0, ROWS)
-            source = p_difference + o_row.to(tl.int64)[:, None] * num_keys + o_k[None, :]
-            b_ds = tl.load(source, (o_row < chunk)[:, None] & (o_k < num_keys)[None, :], 0.0)
+            source = p_difference + o_row.to(tl.int64)[:, None] * difference_stride + o_k[None, :]
+            b_ds = tl.load(source, (o_row < chunk)[:, None], 0.0)
             b_q = load_rows(p_q, query_begin + o_row, query_stop, q_index_stride, DI, DIP)
             b_dk = tl.dot(tl.trans(b_ds), b_q, b_dk, input_precision="ieee")
     o_d = tl.arange(0, DIP)

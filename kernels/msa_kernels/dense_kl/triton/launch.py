@@ -86,9 +86,10 @@ def dense_kl_part(
     }
     lse, lse_index = lse.float().contiguous(), lse_index.float().contiguous()
     # queries at a time: as many tiles as the buffer of differences holds
-    tiles = max(1, DIFFERENCE_BYTES // (M * K * q.element_size() * config.rows))
+    stride = triton.cdiv(K, config.keys) * config.keys
+    tiles = max(1, DIFFERENCE_BYTES // (M * stride * q.element_size() * config.rows))
     step = min(tiles * config.rows, Q)
-    difference = k_index.new_empty(M * step * K)
+    difference = k_index.new_empty(M * step * stride)
     for begin in range(0, Q, step):
         stop = min(begin + step, Q)
         # of a causal part, keys after the portion's last query are not looked at
@@ -109,6 +110,7 @@ def dense_kl_part(
             K,
             begin,
             stop,
+            stride,
             softmax_scale * kernel.LOG2E.value,
             index_scale * kernel.LOG2E.value,
             *q.stride()[:3],
@@ -134,6 +136,7 @@ def dense_kl_part(
             K,
             begin,
             stop,
+            stride,
             split_tiles * config.keys,
             index_scale,
             k_index.stride(0),
@@ -148,6 +151,7 @@ def dense_kl_part(
             K,
             begin,
             stop,
+            stride,
             index_scale,
             *q_index.stride()[:2],
             M=M,

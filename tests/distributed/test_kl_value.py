@@ -42,6 +42,7 @@ def run(folder: str, layout: Layout, every: int) -> dict[str, Any]:
         "warm": StageConfig(tokens=STEPS // 2 * BATCH * SEQ_LEN, attention=StageAttention.dense),
         "sparse": StageConfig(),
     }
+    Path(config.run_dir).mkdir(exist_ok=True)
     groups = build_groups(config.parallel, device=torch.device("cpu"), exchange=config.exchange)
     engine = build_engine(config, groups)
     trainer = Trainer(config, groups, engine, load_data(config), CheckpointStore(config.run_dir), None)

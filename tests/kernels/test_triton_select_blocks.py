@@ -331,3 +331,26 @@ def test_compiles_for_hopper(lse_scale: float | None) -> None:
         if kernel.constants["STAGES"] != 3:
             assert 2 * (kernel.shared_bytes + 1024) <= 233472
             assert 2 * 32 * kernel.num_warps * kernel.registers <= 65536
+
+
+def _launch_packs(cases: list[tuple[int, int, int]]) -> None:
+    """Launch for packs of so many queries and documents, keys shared by so many programs."""
+    from msa_kernels.select_blocks.triton.launch import select_blocks_triton
+
+    for queries, documents, num_splits in cases:
+        q = torch.zeros(queries, 4, 16, dtype=torch.bfloat16)
+        k = torch.zeros(2048, 16, dtype=torch.bfloat16)
+        args = SelectionArgs(
+            q, k, torch.arange(documents + 1) * 64, block_size=128, topk=16, position=torch.arange(queries)
+        )
+        select_blocks_triton(args, num_splits=num_splits)
+
+
+def test_any_number_of_documents_and_queries_compiles_nothing_anew() -> None:
+    """Both change from step to step: packs differ, and so do the queries whose recall is measured."""
+    first, others = (
+        [(512, 1, 1), (512, 1, 2)],
+        [(512, 2, 1), (512, 16, 1), (500, 3, 1), (37, 3, 2), (1, 16, 2)],
+    )
+    want = sorted(kernel.name for kernel in compiled_kernels(_launch_packs, first))
+    assert sorted(kernel.name for kernel in compiled_kernels(_launch_packs, first + others)) == want

@@ -17,7 +17,8 @@ from msa_kernels.select_blocks.triton.rows_kernel import (
 )
 
 
-@triton.jit
+# as in score_kernel.py
+@triton.jit(do_not_specialize=["num_rows", "num_docs", "search_steps", "query_offset"])
 def merge_kernel(
     score_part,  # [R, C] fp32
     id_part,  # [R, C] int32; not read with ID_IS_COLUMN

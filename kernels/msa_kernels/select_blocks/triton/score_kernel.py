@@ -81,7 +81,9 @@ def key_scores(
         return b_s
 
 
-@triton.jit
+# What changes from step to step is not specialised: how many documents a pack has, and how many queries are
+# sampled. Triton would compile the kernel anew for a multiple of 16, for another number and for 1.
+@triton.jit(do_not_specialize=["num_rows", "num_docs", "search_steps", "query_offset", "num_splits"])
 def select_blocks_kernel(
     q_desc,  # [R, D], tiles [ROWS, CHUNK]
     k_desc,  # [S, D], tiles [KEYS, CHUNK], dtype of q_desc

@@ -52,3 +52,9 @@ def test_restart_and_layout(tiny: tuple[str, ...], tmp_path: Path) -> None:
     for row, expected in zip(read_metrics(other), rows, strict=True):
         assert {key: row[key] for key in DATA} == {key: expected[key] for key in DATA}
         assert row["lm_loss"] == pytest.approx(expected["lm_loss"], rel=1e-4)
+
+    deepspeed = ("engine=deepspeed", "deepspeed=zero1", f"run_dir={tmp_path / 'deepspeed'}")
+    train(*settings, *deepspeed, f"train.steps={STEPS}")
+    for row, expected in zip(read_metrics(tmp_path / "deepspeed"), rows, strict=True):
+        assert {key: row[key] for key in DATA} == {key: expected[key] for key in DATA}
+        assert row["lm_loss"] == pytest.approx(expected["lm_loss"], rel=1e-4)

@@ -100,6 +100,8 @@ def layer_step(data: LayerData, scheme: Scheme, comm: KvComm, scoring_s: float =
         index_scale=shape.index_head_dim**-0.5,
         k_index=all_keys.view(-1, shape.block_size, shape.index_head_dim) if shape.with_kl else None,
         kl_weight=float(shape.with_kl),
+        # as in a step that is logged
+        on_kl=lambda value: None,
         settings=scheme.settings,
         begun=_score(data, scheme, comm, scoring_s),
     )

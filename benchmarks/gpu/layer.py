@@ -14,6 +14,9 @@ from msa_train.parallel.attention.cp_sparse import SparseAttentionArgs, cp_spars
 from msa_train.parallel.comm.cp_groups import KvComm
 from msa_train.parallel.sharding.shard_layout import ShardLayout
 
+# A training step forms the KL loss's value where it is logged, by default in every step.
+WITH_KL_VALUE = True
+
 
 @dataclass(slots=True)
 class LayerInputs:
@@ -87,5 +90,6 @@ def _call(inputs: LayerInputs, kernel: str, kl_weight: float) -> SparseAttention
         index_scale=Di**-0.5,
         k_index=all_keys if kl_weight else None,
         kl_weight=kl_weight,
+        on_kl=(lambda value: None) if kl_weight and WITH_KL_VALUE else None,
         kernel=AttentionKernel(kernel),
     )

@@ -5,7 +5,7 @@ They stand in `configs.py` of the operators, as candidates; what is fastest belo
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +17,7 @@ from msa_kernels.decode import configs as decode_configs
 from msa_kernels.select_blocks import configs as select_configs
 from torch import Tensor
 
+from benchmarks.gpu import layer
 from benchmarks.gpu.check import check_cases
 from benchmarks.gpu.check_attention import QUERIES_FIRST
 from benchmarks.gpu.context import Context, Step
@@ -71,6 +72,8 @@ def variants(context: Context) -> list[Variant]:
         found.append(
             Variant(BACKWARD, tile, ((f"{_SPARSE}.configs", "ATTEND_BACKWARD", table),), "attention")
         )
+    without_value: Change = (layer.__name__, "WITH_KL_VALUE", False)
+    found.append(Variant(BACKWARD, "without the loss's value", (without_value,), "attention"))
     found.append(Variant(DECODE, SHIPPED, (), "decode"))
     for config in decode_configs.CANDIDATES:
         name = f"{config.blocks_per_program} blocks per program"
@@ -177,8 +180,9 @@ class VariantsPart:
         return problem.queries, problem.pool, problem.block_table, problem.dout, delta, part.lse, term
 
     def _backward_s(self) -> float:
-        arguments = self._backward
-        return self._seconds_of_all(lambda: pool_backward(*arguments, kernel=self.context.kernel))
+        *arguments, term = self._backward
+        term = replace(term, with_value=layer.WITH_KL_VALUE)
+        return self._seconds_of_all(lambda: pool_backward(*arguments, term, kernel=self.context.kernel))
 
     @property
     def _groups(self) -> int:

@@ -66,12 +66,11 @@ def variants(context: Context) -> list[Variant]:
         change = ((configs, share, math.inf), (configs, "UNION", (config,)))
         found.append(Variant(FORWARD, tile, change, "attention"))
     found.append(Variant(BACKWARD, SHIPPED, (), "attention"))
-    for config in sparse_configs.ATTEND_BACKWARD_CANDIDATES:
-        table = (config, *sparse_configs.ATTEND_BACKWARD)
-        tile = f"{config.rows} rows, {config.num_warps} warps, {config.num_stages} stages"
-        found.append(
-            Variant(BACKWARD, tile, ((f"{_SPARSE}.configs", "ATTEND_BACKWARD", table),), "attention")
-        )
+    for name, part in (("ATTEND_BACKWARD", "attention"), ("KL_BACKWARD", "KL loss")):
+        for config in getattr(sparse_configs, f"{name}_CANDIDATES"):
+            table = (config, *getattr(sparse_configs, name))
+            tile = f"{part}: {config.rows} rows, {config.num_warps} warps, {config.num_stages} stages"
+            found.append(Variant(BACKWARD, tile, ((configs, name, table),), "attention"))
     without_value: Change = (layer.__name__, "WITH_KL_VALUE", False)
     found.append(Variant(BACKWARD, "without the loss's value", (without_value,), "attention"))
     found.append(Variant(DECODE, SHIPPED, (), "decode"))

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from msa_kernels.block_sparse_attention import configs
 from msa_kernels.block_sparse_attention.choice import unsupported
-from msa_kernels.block_sparse_attention.configs import ATTEND_BACKWARD_CANDIDATES
 from msa_kernels.block_sparse_attention.tiled import pool_forward
 from msa_kernels.block_sparse_attention.triton.schedule import build_schedule, queries_per_portion
 from msa_kernels.block_sparse_attention.types import BlockPool, KlTerm, PoolGrads, PoolOutput
@@ -50,6 +50,11 @@ SHAPES = {
     "separate": Shape(dim=130, heads=1, groups=1, num_queries=20, starts=(0, 64), temperature=1.5),
     "no_index": Shape(with_index=False, heads=16, groups=1, dim=64, block_size=32, starts=(0, 64)),
 }
+CANDIDATES = [
+    (table, number)
+    for table in ("ATTEND_BACKWARD", "KL_BACKWARD")
+    for number in range(len(getattr(configs, f"{table}_CANDIDATES")))
+]
 CASES = [(name, torch.float32) for name in SHAPES]
 CASES += [(name, dtype) for name in ("plain", "separate") for dtype in DTYPES[1:]]
 
@@ -288,24 +293,31 @@ def test_shipped_configurations_fit_hopper(name: str) -> None:
         assert {kernel.constants.get("ADD") for kernel in attend_kernels} == {None, False, True}
 
 
-def launch_candidate(number: int, shape: Shape, dtype: torch.dtype) -> None:
-    """`launch_all` with one of the backward's configurations that are to be timed."""
+@contextmanager
+def candidate(table: str, number: int) -> Iterator[None]:
+    """One of the backward's configurations that are to be timed, in front of the table."""
     from msa_kernels.block_sparse_attention import configs
 
     with pytest.MonkeyPatch.context() as patch:
-        candidate = configs.ATTEND_BACKWARD_CANDIDATES[number]
-        patch.setattr(configs, "ATTEND_BACKWARD", (candidate, *configs.ATTEND_BACKWARD))
+        config = getattr(configs, f"{table}_CANDIDATES")[number]
+        patch.setattr(configs, table, (config, *getattr(configs, table)))
+        yield
+
+
+def launch_candidate(table: str, number: int, shape: Shape, dtype: torch.dtype) -> None:
+    """`launch_all` with one of them."""
+    with candidate(table, number):
         launch_all(shape, dtype)
 
 
 @needs_triton
-@pytest.mark.parametrize("number", range(len(ATTEND_BACKWARD_CANDIDATES)))
-def test_candidates_fit_hopper(number: int) -> None:
+@pytest.mark.parametrize(("table", "number"), CANDIDATES)
+def test_candidates_fit_hopper(table: str, number: int) -> None:
     """Taken where the table is replaced, and without spills in the M3 shape."""
-    config = ATTEND_BACKWARD_CANDIDATES[number]
-    kernels = compiled_kernels(launch_candidate, number, *SHIPPED["m3"])
+    config = getattr(configs, f"{table}_CANDIDATES")[number]
+    kernels = compiled_kernels(launch_candidate, table, number, *SHIPPED["m3"])
     assert_fits_hopper(kernels)
-    backward = [kernel for kernel in kernels if kernel.name == "attend_backward_kernel"]
+    backward = [kernel for kernel in kernels if kernel.name == f"{table.lower()}_kernel"]
     assert {kernel.constants["ADD"] for kernel in backward} == {False, True}
     for kernel in backward:
         assert (kernel.constants["ROWS"], kernel.num_warps) == (config.rows, config.num_warps)
@@ -318,20 +330,16 @@ def test_candidates_equal_the_definition() -> None:
     shape = Shape(block_size=128, dim=64, index_dim=16, seq_len=256, starts=(0, 256), heads=2, groups=1)
     problem = make_problem(shape, torch.float16)
     merged, want = run_triton(run_pools, problem, shape)
-    for number in range(len(ATTEND_BACKWARD_CANDIDATES)):
-        got = run_triton(run_candidate, number, problem, merged)
+    for table, number in CANDIDATES:
+        got = run_triton(run_candidate, table, number, problem, merged)
         for field in dataclasses.fields(PoolGrads):
             a, b = getattr(got[0], field.name), getattr(want[0], field.name)
             assert_rows_close(a, b.double(), TOLERANCE[torch.float16])
 
 
-def run_candidate(number: int, problem: PoolProblem, merged: PoolOutput) -> list[PoolGrads]:
+def run_candidate(table: str, number: int, problem: PoolProblem, merged: PoolOutput) -> list[PoolGrads]:
     """The backward with one of the configurations that are to be timed."""
-    from msa_kernels.block_sparse_attention import configs
-
-    with pytest.MonkeyPatch.context() as patch:
-        candidate = configs.ATTEND_BACKWARD_CANDIDATES[number]
-        patch.setattr(configs, "ATTEND_BACKWARD", (candidate, *configs.ATTEND_BACKWARD))
+    with candidate(table, number):
         return attend_backward(problem, merged, "triton")
 
 

@@ -73,11 +73,12 @@ ATTEND_BACKWARD = (
 # To be timed on a GPU in front of ATTEND_BACKWARD: fewer registers, more instructions.
 ATTEND_BACKWARD_CANDIDATES = (TileConfig(128, 128, 2, rows=32, num_warps=8, num_stages=2),)
 KL_BACKWARD = (
-    TileConfig(128, 128, 2, rows=32, num_warps=8, num_stages=2),
+    TileConfig(128, 128, 2, rows=64, num_warps=8, num_stages=1),
     TileConfig(256, 64, 2, rows=32, num_warps=8, num_stages=2),
     TileConfig(128, 32, 4, rows=16, num_warps=8, num_stages=1),
     TileConfig(256, 16, 4, rows=16, num_warps=8, num_stages=1),
 )
+KL_BACKWARD_CANDIDATES = (TileConfig(128, 128, 2, rows=32, num_warps=8, num_stages=2),)
 # Sums over parts and slots: values per program, (row, query head) rows per program, tiles on their way at a
 # time.
 ADD_SPLITS_CHUNK = 4096

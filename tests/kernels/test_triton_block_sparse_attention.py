@@ -143,6 +143,16 @@ def test_gradients_do_not_need_the_value(name: str) -> None:
 
 
 @needs_triton
+def test_nan_reaches_the_value() -> None:
+    """By it a run sees that its index branch is spoilt."""
+    problem = make_problem(SHAPES["plain"], torch.float32)
+    assert problem.queries.q_index is not None
+    problem.queries.q_index[7, 1, 3] = float("nan")
+    _, (grads,) = run_triton(run_pools, problem, SHAPES["plain"])
+    assert grads.kl.isnan()
+
+
+@needs_triton
 @pytest.mark.parametrize("num_queries", [0, 5])
 def test_empty(num_queries: int) -> None:
     """No query, or a pool without blocks, or one whose blocks nobody reads."""

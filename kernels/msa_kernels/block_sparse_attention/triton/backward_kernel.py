@@ -291,8 +291,9 @@ def kl_backward_kernel(
         b_s = b_s - (b_lse * LOG2E)[None, :]
         b_t = tl.trans(b_t)
         if WITH_VALUE:
-            # Where the teacher is 0 the term is 0: both logarithms are made finite.
-            b_kl += b_t * (log2_approx(b_t) - tl.maximum(b_s, LOG2_FLOOR))
+            # Where the teacher is 0 the term is 0: both logarithms are made finite, NaN excepted.
+            log_student = tl.maximum(b_s, LOG2_FLOOR, propagate_nan=tl.PropagateNan.ALL)
+            b_kl += b_t * (log2_approx(b_t) - log_student)
         b_ds = (tl.exp2(b_s) - b_t).to(b_k.dtype)
         b_dk = tl.dot(b_ds, b_q, b_dk, input_precision="ieee")
         b_dq = tl.trans(tl.dot(b_kt, b_ds, input_precision="ieee"))

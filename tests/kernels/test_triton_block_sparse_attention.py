@@ -270,6 +270,7 @@ SHIPPED = {
         dataclasses.replace(M3, dim=64, index_dim=256, block_size=256, starts=(0, 256)),
         torch.bfloat16,
     ),
+    "m3_window": (dataclasses.replace(M3, window=300, with_index=False), torch.bfloat16),
     "fp32": (M3, torch.float32),
     "fp32_dim_256": (dataclasses.replace(M3, dim=256, index_dim=256, block_size=32), torch.float32),
 }

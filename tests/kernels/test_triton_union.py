@@ -21,6 +21,8 @@ from tests.kernels.test_triton_block_sparse_attention import (
 )
 
 NEVER, ALWAYS = 0.0, float("inf")
+# The interpreter multiplies fp32 as it is; on a GPU such tiles spill, and the product has none.
+IN_FP32 = configs.TileConfig(128, 128, 4, rows=32, num_warps=8, num_stages=1)
 FIRST = {"blocks_first": NEVER, "queries_first": ALWAYS}
 # blocks that no step of the kernel divides, and head dims beyond its tiles: the other kernels serve them
 NOT_SERVED = ("odd_sizes", "block_in_parts", "separate")
@@ -34,6 +36,7 @@ def attend_in_turn(problem: PoolProblem, shape: Shape, share: float) -> tuple[Po
     total: PoolOutput | None = None
     with nan_filled_buffers(), limits(shape), pytest.MonkeyPatch.context() as patch:
         patch.setattr(configs, "UNION_SHARE", share)
+        patch.setattr(configs, "UNION", (*configs.UNION, IN_FP32))
         init = operators.Launched.__init__
 
         def noted(self: operators.Launched, kernel: object) -> None:
@@ -69,6 +72,7 @@ def attend_with(problem: PoolProblem, share: float) -> tuple[Tensor, int]:
     chosen: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(configs, "UNION_SHARE", share)
+        patch.setattr(configs, "UNION", (*configs.UNION, IN_FP32))
 
         def noted(portion: object) -> object:
             work = launch_union.find_union(portion)

@@ -33,7 +33,8 @@ def _as_on_a_gpu() -> Any:
     """Take Triton on the CPU too: nothing is launched."""
     from benchmarks.gpu.patches import changed
 
-    operators = ("select_blocks.op", "block_sparse_attention.choice", "decode.op")
+    sparse = ("block_sparse_attention.choice", "block_sparse_attention.across_pools")
+    operators = ("select_blocks.op", *sparse, "decode.op")
     return changed([(f"msa_kernels.{name}", "choose_kernel", lambda *_: "triton") for name in operators])
 
 

@@ -40,10 +40,9 @@ ATTEND = (
 )
 # Of the kernel that takes queries first: rows of a tile of queries (of 16 heads, 4 queries). Two programs
 # share a multiprocessor: loads are asked for at the end of a step and awaited at the start of the next.
-UNION = (
-    TileConfig(128, 128, 2, rows=64, num_warps=4, num_stages=2),
-    TileConfig(128, 128, 4, rows=32, num_warps=8, num_stages=1),
-)
+#
+# None for fp32: without tensor cores both operands of a product lie in registers, and spill.
+UNION = (TileConfig(128, 128, 2, rows=64, num_warps=4, num_stages=2),)
 # To be timed on a GPU: 8 queries read each block of theirs once, by one program at a time.
 UNION_CANDIDATES = (TileConfig(128, 128, 2, rows=128, num_warps=8, num_stages=2),)
 # Keys of a step, and queries of a tile at most
@@ -70,15 +69,21 @@ ATTEND_BACKWARD = (
     TileConfig(128, 32, 4, rows=16, num_warps=8, num_stages=1),
     TileConfig(256, 16, 4, rows=16, num_warps=8, num_stages=1),
 )
+# Whatever else takes registers leaves too few for 64 rows: a second softmax, windows, sizes that are no
+# powers of two, a block in parts. Then:
+ATTEND_BACKWARD_NARROW = (
+    TileConfig(128, 128, 2, rows=32, num_warps=8, num_stages=2),
+    *ATTEND_BACKWARD[1:],
+)
 # To be timed on a GPU in front of ATTEND_BACKWARD: fewer registers, more instructions.
-ATTEND_BACKWARD_CANDIDATES = (TileConfig(128, 128, 2, rows=32, num_warps=8, num_stages=2),)
+ATTEND_BACKWARD_CANDIDATES = ATTEND_BACKWARD_NARROW[:1]
 KL_BACKWARD = (
     TileConfig(128, 128, 2, rows=64, num_warps=8, num_stages=1),
     TileConfig(256, 64, 2, rows=32, num_warps=8, num_stages=2),
-    TileConfig(128, 32, 4, rows=16, num_warps=8, num_stages=1),
     TileConfig(256, 16, 4, rows=16, num_warps=8, num_stages=1),
 )
-KL_BACKWARD_CANDIDATES = (TileConfig(128, 128, 2, rows=32, num_warps=8, num_stages=2),)
+KL_BACKWARD_NARROW = (TileConfig(128, 128, 2, rows=32, num_warps=8, num_stages=1), *KL_BACKWARD[1:])
+KL_BACKWARD_CANDIDATES = KL_BACKWARD_NARROW[:1]
 # Sums over parts and slots: values per program, (row, query head) rows per program, tiles on their way at a
 # time.
 ADD_SPLITS_CHUNK = 4096

@@ -202,7 +202,9 @@ def _kl_portion(
 def _attend_backward(portion: Portion, rows: _Rows, part: _Lists, dkv: Tensor, dkv_part: Tensor) -> None:
     """Form gradients of K and V, partial gradients of queries and the teacher, of all pairs of one kind."""
     sizes, queries = portion.sizes, portion.queries
-    config = sizes.config(configs.ATTEND_BACKWARD, split=True)
+    crowded = sizes.are_padded or rows.lse_teacher is not None or queries.window is not None
+    table = configs.ATTEND_BACKWARD_NARROW if crowded else configs.ATTEND_BACKWARD
+    config = sizes.config(table, split=True)
     constants = portion.constants(masked=part.masked) | sizes.shape
     constants["BP"] = min(constants["BP"], config.max_block)
     unused = rows.lse
@@ -254,6 +256,8 @@ def _kl_backward(
     num_items = part.items.physical_block.numel()
     sizes, queries = portion.sizes, portion.queries
     config = sizes.config(configs.KL_BACKWARD, index=True, split=True)
+    if sizes.are_padded or config.max_block < sizes.B or queries.window is not None:
+        config = sizes.config(configs.KL_BACKWARD_NARROW, index=True, split=True)
     constants = portion.constants(masked=part.masked)
     constants["BP"] = min(constants["BP"], config.max_block)
     for first_key in range(0, sizes.B, constants["BP"]):

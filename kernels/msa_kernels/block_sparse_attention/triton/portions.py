@@ -49,6 +49,12 @@ class Sizes:
         return self.G * self.D * self.element_bytes
 
     @property
+    def are_padded(self) -> bool:
+        """Tell whether some tile is larger than what it holds, so that kernels mask it."""
+        dims = (self.D, self.B, self.index_dim) if self.index_dim else (self.D, self.B)
+        return any(padded(size) != size for size in dims) or triton.next_power_of_2(self.G) != self.G
+
+    @property
     def shape(self) -> dict[str, int]:
         """Return constants of the kernels that say how large tiles are, and how much of them is used."""
         return {

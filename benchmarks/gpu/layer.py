@@ -90,6 +90,6 @@ def _call(inputs: LayerInputs, kernel: str, kl_weight: float) -> SparseAttention
         index_scale=Di**-0.5,
         k_index=all_keys if kl_weight else None,
         kl_weight=kl_weight,
-        on_kl=(lambda value: None) if kl_weight and WITH_KL_VALUE else None,
+        on_kl=(lambda value: None) if WITH_KL_VALUE else None,
         kernel=AttentionKernel(kernel),
     )

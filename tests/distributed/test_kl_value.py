@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from msa_train.checkpoint.store import CheckpointStore
-from msa_train.config import EngineKind, Precision, StageAttention, StageConfig
+from msa_train.config import EngineKind, StageAttention, StageConfig
 from msa_train.parallel.process_groups import build_groups
 from msa_train.training.step_batch import StepBatch
 from msa_train.training.trainer import Trainer
 from msa_train.training.worker import build_engine, load_data
+from tests.distributed.test_bad_steps import LAYOUTS as JUDGED
 from tests.distributed.test_bad_steps import digest
 from tests.helpers import cuda_shim
 from tests.helpers.group_cleanup import leave_groups
@@ -20,16 +21,8 @@ from tests.helpers.spawn import run_ranks
 from tests.helpers.training_command import write_corpus
 
 STEPS, EVERY = 6, 3
-LAYOUTS = {
-    "torch": Layout(engine=EngineKind.torch, world_size=2, sizes={"cp_size": 2, "ep_size": 2}),
-    "megatron": Layout(engine=EngineKind.megatron, world_size=2, sizes={"cp_size": 2, "ep_size": 2}),
-    "deepspeed": Layout(
-        engine=EngineKind.deepspeed,
-        world_size=2,
-        sizes={"cp_size": 2},
-        zero_stage=1,
-        precision=Precision.bf16,
-    ),
+LAYOUTS = {name: JUDGED[name] for name in ("torch-cp2-ep2", "deepspeed-z1")} | {
+    "megatron-cp2-ep2": Layout(engine=EngineKind.megatron, world_size=2, sizes={"cp_size": 2, "ep_size": 2}),
 }
 
 
